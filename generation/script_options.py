@@ -104,6 +104,9 @@ class OutputOptions(Options, title="output"):
     save_last_frame: bool = option(
         "also write the last frame of each video as NAME_last.png, to continue from"
     )
+    bell: bool = option(
+        "ring the terminal's bell when all is made, or has failed; with --interactive after each prompt"
+    )
     format: FormatOptions
     # what the script has; no options
     numbers_single: bool = option(default=False)  # a single picture is NAME_000.png, never in a folder

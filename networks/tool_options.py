@@ -167,10 +167,10 @@ class AveragingOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options of `networks/flux_extract_lora.py` and `networks/extract_lora_from_models.py`."""
+    """Options to extract a LoRA; without `OF_WHOLE` those of a transformer's own scripts."""
 
     model_org: Path = option(
-        "the model before fine-tuning: a file, or of a FLUX model a folder", place="there", required=True
+        "the model before fine-tuning: a file, or of a transformer a folder", place="there", required=True
     )
     model_tuned: Path = option("the fine-tuned model", place="there", required=True)
     conv_dim: int | None = option(
@@ -191,8 +191,8 @@ class ExtractOptions(Options):
     no_metadata: bool = option(ONLY_NEEDED)
 
 
-class FluxExtractWords(Options):
-    """Further options of `networks/flux_extract_lora.py`."""
+class BlockExtractWords(Options):
+    """Further options of `networks/flux_extract_lora.py` and `qwen_extract_lora.py`."""
 
     mem_eff_safe_open = not_needed(BY_TENSOR)
 

@@ -80,7 +80,7 @@ class QwenImageModelOptions(Options, title=NAME):
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_train_network.py besides the shared ones."""
+    """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
 
     remove_first_image_from_target = unsupported(f"{LAYERS} and is not built yet")
 
@@ -104,7 +104,6 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     rcm_kernel_size = unsupported(EDITS, type=int, default=3)
     rcm_dilate_size = unsupported(EDITS, type=int, default=0)
     rcm_debug_save = unsupported(EDITS)
-    bell = unsupported("write `; printf '\\a'` behind the command", "ring a bell at the end")
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

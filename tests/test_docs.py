@@ -88,6 +88,7 @@ SMALLER = {  # appended, so that the last value wins
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
     "wan_train.py": TRAINING,
+    "qwen_image_train.py": TRAINING,
     "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
     "fpack_train_network.py": [
         *TRAINING,

@@ -154,6 +154,17 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
     return hasattr(encoder, "lora_prefix")
 
 
+class LayeredEncoder(TextEncoder, Protocol):
+    """A text encoder some of whose layers stay in host memory if a CUDA device has no room for all."""
+
+    def waiting_bytes(self, room: int) -> int: ...  # of these layers, beside so many free bytes
+
+
+def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
+    """Return whether a text encoder is a `LayeredEncoder`; like `can_learn` it opens no file."""
+    return hasattr(encoder, "waiting_bytes")
+
+
 class Described(Protocol):
     """What a family is: names, latent space, network, defaults."""
 

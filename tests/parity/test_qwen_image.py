@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +40,7 @@ from tests.tiny.wan_encoders import vae_diffusers_tensors
 
 PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
 HEIGHT, WIDTH, STEPS = 32, 48, 4
-RATE = 20.0
+RATE, WHOLE_RATE = 20.0, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +116,8 @@ def read_items(folder: Path) -> list[Item]:
     ]
 
 
-def gradients(
-    files: TinyQwenImage, modules: dict[str, str], factors: Factors, batch: Sequence[Item], step: int
-) -> Factors:
-    """Of the loss of a batch, by the factors of a LoRA in diffusers' network."""
-    dit = in_diffusers(load_file(files.dit)).requires_grad_(False)
+def squared_error(dit: QwenImageTransformer2DModel, batch: Sequence[Item], step: int) -> Tensor:
+    """The loss of micro-batch `step`, of diffusers' network."""
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
     ratio = math.exp(0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256))
     normal = torch.special.ndtri(uniform_of(batch, step).clamp(min=1e-7))
@@ -132,8 +134,16 @@ def gradients(
         ),
         "text_mask": torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch]),
     }
+    return (predict_with(dit, given) - pack(noise - latents)).square().mean()
+
+
+def gradients(
+    files: TinyQwenImage, modules: dict[str, str], factors: Factors, batch: Sequence[Item], step: int
+) -> Factors:
+    """Of the loss of a batch, by the factors of a LoRA in diffusers' network."""
+    dit = in_diffusers(load_file(files.dit)).requires_grad_(False)
     with learning(dit, {name: [path] for name, path in modules.items()}, factors) as found:
-        (predict_with(dit, given) - pack(noise - latents)).square().mean().backward()
+        squared_error(dit, batch, step).backward()
         every = found()
     # what the last block makes of the text is not used
     learned = {name: both for name, both in every.items() if both[1] is not None and both[1].any()}
@@ -141,20 +151,25 @@ def gradients(
     return learned
 
 
+def write_caches(files: TinyQwenImage, folder: Path) -> list[str]:
+    """Pictures of one bucket with their caches; the options that every training of them begins with."""
+    write_plain_pictures(folder, batch_size=4)
+    dataset = ["--dataset_config", "dataset.toml"]
+    reading = ["--text_encoder", files.text_encoder, "--text_encoder_dtype", "float32"]
+    succeed_here(
+        "qwen_image_cache_latents.py", *dataset, "--vae", files.vae, "--vae_dtype", "float32", folder=folder
+    )
+    succeed_here("qwen_image_cache_text_encoder_outputs.py", *dataset, *reading, folder=folder)
+    sampling = ["--timestep_sampling", "qwen_shift", "--discrete_flow_shift", "2.2"]
+    return [*dataset, "--dit", str(files.dit), "--sdpa", *sampling]
+
+
 def test_two_steps_of_training_equal_those_computed_with_diffusers(
     files: TinyQwenImage, tmp_path: Path
 ) -> None:
     """And the LoRA that comes out has the same effect in diffusers as here."""
-    write_plain_pictures(tmp_path, batch_size=4)
-    dataset = ["--dataset_config", "dataset.toml"]
-    reading = ["--text_encoder", files.text_encoder, "--text_encoder_dtype", "float32"]
-    succeed_here(
-        "qwen_image_cache_latents.py", *dataset, "--vae", files.vae, "--vae_dtype", "float32", folder=tmp_path
-    )
-    succeed_here("qwen_image_cache_text_encoder_outputs.py", *dataset, *reading, folder=tmp_path)
-    words = [*dataset, "--dit", files.dit, "--sdpa", "--discrete_flow_shift", 2.2]
-    words += ["--network_module", "networks.lora_qwen_image", "--network_dim", RANK, *descent(RATE)]
-    words += ["--timestep_sampling", "qwen_shift"]
+    words = write_caches(files, tmp_path)
+    words += ["--network_module", "networks.lora_qwen_image", "--network_dim", str(RANK), *descent(RATE)]
     succeed_here("qwen_image_train_network.py", *words, folder=tmp_path)
 
     items = read_items(tmp_path / "cache")
@@ -176,6 +191,43 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(
         "qwen_image",
     )
     assert_same_effect(files, output / "lora.safetensors", tmp_path / "merged.safetensors")
+
+
+def test_two_steps_of_full_tuning_equal_those_computed_with_diffusers(
+    files: TinyQwenImage, tmp_path: Path
+) -> None:
+    """Of every weight; diffusers reads the file, and a resumed run ends alike."""
+    words = ["qwen_image_train.py", *write_caches(files, tmp_path), *descent(WHOLE_RATE), "--save_state"]
+
+    succeed_here(*words, folder=tmp_path)
+
+    items, dit = read_items(tmp_path / "cache"), in_diffusers(load_file(files.dit))
+    before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
+    for step, name in enumerate(("lora-step00000001", "lora")):
+        squared_error(dit, shuffled(items, step), step).backward()
+        found, worst, changes = load_file(tmp_path / "out" / f"{name}.safetensors"), 0.0, []
+        assert found.keys() == dit.state_dict().keys()
+        with torch.no_grad():
+            for key, weight in dit.named_parameters():
+                if weight.grad is not None:
+                    weight -= WHOLE_RATE * weight.grad
+                scale = float(weight.abs().max().clamp(min=1e-3))
+                worst = max(worst, float((found[key] - weight).abs().max()) / scale)
+                changes.append(float((weight - before[key]).abs().max()) / scale)
+        dit.zero_grad()
+        print(f"parity qwen_image full tuning, step {step + 1}: {worst:.2e}")  # noqa: T201
+        assert worst <= 1e-4  # of the largest value of each weight
+        # all but keys' biases, which change no attention, and what the last block makes of the text
+        assert sum(change > 1e-3 for change in changes) >= len(changes) - 17
+    state = tmp_path / "out" / "lora-step00000001-state"
+    succeed_here(*words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
+    whole, resumed = (load_file(tmp_path / place / "lora.safetensors") for place in ("out", "resumed"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    given = tiny_inputs()
+    with torch.no_grad():
+        assert_equal(
+            predict_with(in_diffusers(whole), given), predict_with(dit, given), "trained transformer"
+        )
 
 
 def assert_same_effect(files: TinyQwenImage, lora: Path, merged: Path) -> None:

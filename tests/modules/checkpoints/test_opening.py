@@ -163,6 +163,7 @@ FAMILIES = {
     "clip-vit-large": "CLIP text",
     "clip": "CLIP image",
     "sigclip": "SigLIP",
+    "hunyuanvideo1.5-vae": "the VAE of HunyuanVideo 1.5",
     "hunyuanvideo-vae": "VAE",
     "hunyuanvideo-t2v-dit-diffusers": "a transformer in diffusers",
     "hunyuanvideo": "HunyuanVideo transformer",
@@ -181,6 +182,9 @@ FAMILIES = {
     "qwen3": "Qwen3 language model",
     "gemma2": "Gemma language model",
     "hunyuanimage": "HunyuanImage",
+    "ltx2.3-dit": "the transformer of LTX-2",
+    "ltx2.3": "LTX-2",
+    "minimax-h3-dit": "the transformer of MiniMax-H3",
     "llava-llama3-vision": "CLIP image",
     "llava": "language model",
 }
