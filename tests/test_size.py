@@ -25,7 +25,7 @@ BUDGET = {
     "hunyuan_image": (1350, 11),
     "hunyuan_model": (3030, 17),
     "lumina": (1370, 11),
-    "modules": (17420, 99),
+    "modules": (17460, 99),
     "networks": (7520, 36),
     "package": (390, 7),
     "post": (7880, 38),
@@ -34,11 +34,7 @@ BUDGET = {
     "scripts": (1200, 53),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
-<<<<<<< HEAD
-    "training": (11730, 50),
-=======
-    "training": (11660, 50),
->>>>>>> main
+    "training": (11770, 50),
     "wan": (3660, 17),
 }
 TESTS = 84700  # lines
