@@ -13,7 +13,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -69,20 +69,40 @@ def theirs(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler) -> 
     return pipe
 
 
-@pytest.mark.parametrize("how", ["guided", "unguided", "plain shift"])
+def write_lightning(files: TinyQwenImage, path: Path) -> Path:
+    """Write a LoRA with names as those of lightx2v's LoRAs for few steps: bare paths and kohya's endings."""
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for name, weight in load_file(files.dit).items():
+        if name.startswith("transformer_blocks.") and weight.ndim == 2 and "_mod." not in name:
+            module = name.removesuffix(".weight")
+            tensors[f"{module}.lora_down.weight"] = torch.randn(RANK, weight.shape[1], generator=generator)
+            tensors[f"{module}.lora_up.weight"] = 0.1 * torch.randn(len(weight), RANK, generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(RANK / 2.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("how", ["guided", "unguided", "plain shift", "lightning"])
 @torch.no_grad()
 def test_pictures_equal_those_of_diffusers(files: TinyQwenImage, tmp_path: Path, how: str) -> None:
-    scale = 1.0 if how == "unguided" else 4.0
+    scale = 1.0 if how in {"unguided", "lightning"} else 4.0
     words = [*files.models, "--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--vae_dtype", "float32"]
     words += ["--image_size", str(HEIGHT), str(WIDTH), "--infer_steps", str(STEPS), "--seed", str(SEED)]
     words += ["--guidance_scale", str(scale), "--output_type", "latent_images"]
-    shift = ["--flow_shift", "3"] if how == "plain shift" else []
+    shift = ["--flow_shift", "3"] if how in {"plain shift", "lightning"} else []
+    lora = write_lightning(files, tmp_path / "lightning.safetensors") if how == "lightning" else None
+    words += [] if lora is None else ["--lora_weight", str(lora)]
 
     qwen_image_generate_image.main([*words, *shift, "--device", "cpu", "--save_path", str(tmp_path)])
 
     # of the distilled LoRAs for four and eight steps: one shift for all sizes, and no last level
     plain = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
     pipe = theirs(files, FlowMatchEulerDiscreteScheduler(**(plain if shift else SCHEDULER)))
+    if lora is not None:
+        unchanged = pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone()
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora()
+        assert not torch.equal(pipe.transformer.transformer_blocks[0].attn.to_q.weight, unchanged)
     asked = {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,
