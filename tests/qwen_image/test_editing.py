@@ -282,6 +282,24 @@ def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_pat
         family_of(files, "edit-2511").batch_conditions(latents, batch)
 
 
+def test_the_plan_counts_references_and_the_vision_tower(
+    files: TinyQwenImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png", 160, 160)
+    words = [*files.models, "--prompt", "a hat", "--image_size", "64", "64", "--plan", "8"]
+    words += ["--save_path", str(tmp_path / "out")]
+    path = str(tmp_path / "a.png")
+
+    qwen_image_generate_image.main(words)
+    plain = capsys.readouterr().out
+    qwen_image_generate_image.main([*words, "--edit_plus", "--control_image_path", path, path])
+    edited = capsys.readouterr().out
+
+    assert "text encoder vl" in plain
+    assert "images and videos" not in plain
+    assert "images and videos" in edited
+
+
 def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) -> None:
     blind = write_tiny_qwen_image(tmp_path / "models")
     write_image(tmp_path / "a.png", 32, 32)
