@@ -8,7 +8,7 @@ checkpoints.
 # Letters: B batch, L video tokens, T text tokens, T' of a second text, N heads, D head width, C = N * D
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,23 @@ class HunyuanTokens:
         """Return query, key and value of all tokens, B L+T N D, of normalised ones; the video is rotated."""
         query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
         return query, key, torch.cat([video[2], text[2]], dim=1)
+
+
+@dataclass(frozen=True)
+class TokensWithTurnedText(HunyuanTokens):
+    """Inputs of blocks that rotate texts too: `rotary` is that of all tokens."""
+
+    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+
+    @property
+    def video(self) -> int:
+        """Number of picture tokens, L."""
+        return self.rotary_of_picture.shape[-4]
+
+    def join(self, video: Heads, text: Heads) -> Heads:
+        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
+        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
+        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
 class EmbeddedText(NamedTuple):

@@ -103,6 +103,14 @@ FAMILIES = {
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
     ),
+    "flux_2": FamilyEntry(
+        "flux_2",
+        script="flux_2",
+        cache="flux_2_cache",
+        record="Flux2",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder TEXT_ENCODER",
+    ),
     "framepack": FamilyEntry(
         "frame_pack",
         script="fpack",

@@ -211,7 +211,10 @@ OWN_MODULES = {
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
     # plain LoRAs under the names that other LoRA tuners have
     **dict.fromkeys(
-        ("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack", "networks.lora_qwen_image"),
+        (
+            *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
+            *("networks.lora_flux_2", "networks.lora_qwen_image"),
+        ),
         OwnModule(),
     ),
     "networks.lora_flux": OwnModule(FLUX_RULES),

@@ -6,7 +6,6 @@ picture first, then the text. The released code has the text first; attention do
 """
 # Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,15 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import DoubleStreamBlock, EmbeddedText, Heads, HunyuanTokens, join_tokens
-from hunyuan_model.joining import gelu, turn_first
+from hunyuan_model.blocks import (
+    DoubleStreamBlock,
+    EmbeddedText,
+    Heads,
+    HunyuanTokens,
+    TokensWithTurnedText,
+    join_tokens,
+)
+from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
@@ -25,23 +31,6 @@ from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
-
-
-@dataclass(frozen=True)
-class QwenTokens(HunyuanTokens):
-    """Inputs of the blocks besides the tokens. `rotary` is that of all tokens: texts are rotated too."""
-
-    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
-
-    @property
-    def video(self) -> int:
-        """Number of picture tokens, L."""
-        return self.rotary_of_picture.shape[-4]
-
-    def join(self, video: Heads, text: Heads) -> Heads:
-        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
-        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
-        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
 class QwenLayout(NamedTuple):
@@ -165,7 +154,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
@@ -232,9 +221,9 @@ class QwenImageModel(nn.Module):
         rotary = self._rotary.of(layout, noisy.device)
         inputs = {"grid": grid, "dtype": dtype, "attention": self.attention}
         inputs |= {"rotary": rotary, "rotary_of_picture": rotary[: picture.shape[1]]}
-        return join_tokens([picture], texts, tweaks.steer, QwenTokens, **inputs)
+        return join_tokens([picture], texts, tweaks.steer, TokensWithTurnedText, **inputs)
 
-    def unembed(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.video], tokens)).float()
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
