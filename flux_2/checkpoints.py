@@ -15,7 +15,8 @@ from networks.names.layouts import swapped_tensors, tensor_patterns
 
 WHAT = f"a {NAME} transformer"
 FILES = (
-    "flux2-dev.safetensors, flux-2-klein-base-4b.safetensors, or the folder transformer of a diffusers release"
+    "flux2-dev.safetensors, flux-2-klein-base-4b.safetensors, or the folder transformer of its release in "
+    "diffusers layout"
 )
 OPTION = "--dit"
 # dialect -> a tensor that only it has, its names
@@ -38,8 +39,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
     if dim % width or width % (2 * AXES) or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those of "
-            f"{WHAT}. Copy the file again.",
+            f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
+            f"of {WHAT}. Copy the file again.",
             checkpoint.path,
         )
     config = Flux2Config(

@@ -174,14 +174,14 @@ class Flux2(ModelOfPictures):
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
 
-        Without a flow shift the noise levels are the release's, which follow the size and the number of steps.
-        Raises OptionError if a size or a reference cannot be used, CheckpointError if a file is missing or of
-        another kind.
+        Without a flow shift the noise levels are the release's, which follow the size and the number of
+        steps. Raises OptionError if a size or a reference cannot be used, CheckpointError if a file is
+        missing or of another kind.
         """
         version = self.files.version
         if version.is_distilled and request.guidance_scale not in (None, 1.0):
             logger.warning(
-                "the guidance scale %g is ignored because --model_version %s is distilled: its guidance is %s",
+                "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",
                 request.guidance_scale,
                 self.files.model_version,
                 "built in" if version.defaults.embedded_guidance is None else "--embedded_cfg_scale",
@@ -268,7 +268,7 @@ def read_reference(path: Path, area: int | None) -> Tensor:
     if area is not None and height * width > area:
         scale = math.sqrt(area / (height * width))
         height, width = max(int(height * scale), step), max(int(width * scale), step)
-        frame = resize_frame(frame, (height, width), "lanczos")
+        frame = resize_frame(frame, (width, height), "lanczos")
     top, left = height % step // 2, width % step // 2
     cut = frame[top : top + height // step * step, left : left + width // step * step]
     return torch.from_numpy(cut[None, None].copy())

@@ -34,7 +34,7 @@ from modules.speed_options import SDPA, AttentionChoice
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
 APART = 10  # places between a picture and its references on the first axis
-# rows of all modulations: of the picture's and the text's double streams, of single blocks; then the embedding
+# rows of all modulations: of pictures and texts in double blocks, of single blocks; then the embedding
 PICTURE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
 
 
@@ -62,7 +62,7 @@ class SharedModulation(nn.Module):
         return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
 
 
-class NumberEmbedding(nn.Module):
+class WaveEmbedding(nn.Module):
     """Embed a number per sample, from its sinusoid: B E -> B C float32."""
 
     def __init__(self, width: int, dim: int) -> None:
@@ -170,9 +170,7 @@ class Flux2FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, config.channels, bias=False)
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False)
-        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         vector = functional.silu(tokens.vector[:, :1, EMBEDDING_ROW])
@@ -193,9 +191,9 @@ class Flux2Model(nn.Module):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        self.time_in = NumberEmbedding(config.freq_dim, dim)
+        self.time_in = WaveEmbedding(config.freq_dim, dim)
         if config.has_guidance:
-            self.guidance_in = NumberEmbedding(config.freq_dim, dim)
+            self.guidance_in = WaveEmbedding(config.freq_dim, dim)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)
@@ -247,10 +245,13 @@ class Flux2Model(nn.Module):
         """
         for one in (noisy, *references):
             if one.shape[1] != self.config.channels or one.shape[2] != 1:
-                raise ValueError(f"latents of {tuple(one.shape[1:3])}: {self.config.channels} channels, 1 frame")
+                raise ValueError(
+                    f"latents of {tuple(one.shape[1:3])}: {self.config.channels} channels, 1 frame"
+                )
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         pictures = [
-            in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype) for one in (noisy, *references)
+            in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype)
+            for one in (noisy, *references)
         ]
         vector = self._embed_numbers(timesteps, guidance if tweaks.embedded_guidance else None)
         given = tweaks.texts(len(noisy), text=text)
@@ -259,7 +260,8 @@ class Flux2Model(nn.Module):
         ]
         # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
         grids = [
-            Grid((1, *one.shape[-2:], 1), first=APART * place) for place, one in enumerate((noisy, *references))
+            Grid((1, *one.shape[-2:], 1), first=APART * place)
+            for place, one in enumerate((noisy, *references))
         ]
         grids += [Grid((1, 1, 1, one.tokens.shape[1])) for one in texts]
         rotary = self._rotary.of(tuple(grids), noisy.device)

@@ -10,8 +10,8 @@ from modules.speed_options import VaeOptions, dit_dtype_option
 NAME = "FLUX.2"
 MODEL_VERSIONS = ("klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b", "dev")
 _OWN_SIZE = (
-    "keep the size of each reference, cut to multiples of 16; default: larger ones are reduced to 1024 x 1024 "
-    "pixels in area, one alone to 2024 x 2024"
+    "keep the size of each reference, cut to multiples of 16; default: larger ones are reduced to 1024 x "
+    "1024 pixels in area, one alone to 2024 x 2024"
 )
 
 
