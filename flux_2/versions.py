@@ -9,7 +9,9 @@ from modules.contract.data import SamplingDefaults
 from modules.contract.rules import ModelRelease
 
 GUIDANCE = 4.0  # of dev as an input of the model, of klein-base by a second pass
-DEV_LICENCE, KLEIN_9B_LICENCE = "FLUX [dev] Non-Commercial License", "FLUX Non-Commercial License"
+_HUB = "https://huggingface.co/black-forest-labs/{}/blob/main/LICENSE.md"
+_OF_DEV = ("FLUX [dev] Non-Commercial License", "other", _HUB.format("FLUX.2-dev"))
+_OF_9B = ("FLUX Non-Commercial License", "other", _HUB.format("FLUX.2-klein-9B"))
 _APACHE = ("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 
 
@@ -27,10 +29,8 @@ class Flux2Version:
     is_distilled: bool  # guidance by a second pass does not belong to it
 
 
-def _release(name: str, licence: tuple[str, str, str] | None, called: str) -> ModelRelease:
-    repository = f"black-forest-labs/{name}"
-    own = (called, "other", f"https://huggingface.co/{repository}/blob/main/LICENSE.md")
-    return ModelRelease((repository,), *(licence or own))
+def _release(name: str, licence: tuple[str, str, str]) -> ModelRelease:
+    return ModelRelease((f"black-forest-labs/{name}",), *licence)
 
 
 DEV = Flux2Version(
@@ -38,7 +38,7 @@ DEV = Flux2Version(
     name="flux_2_dev",
     architecture="flux-2-dev",
     use=MISTRAL_USE,
-    release=_release("FLUX.2-dev", None, DEV_LICENCE),
+    release=_release("FLUX.2-dev", _OF_DEV),
     defaults=picture_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
     dim=6144,
     is_distilled=True,
@@ -48,7 +48,7 @@ KLEIN_4B = Flux2Version(
     name="flux_2_klein_4b",
     architecture="flux-2-klein-4b",
     use=QWEN3_4B_USE,
-    release=_release("FLUX.2-klein-4B", _APACHE, ""),
+    release=_release("FLUX.2-klein-4B", _APACHE),
     defaults=picture_defaults(4, 1.0, 1024),
     dim=3072,
     is_distilled=True,
@@ -59,19 +59,19 @@ KLEIN_9B = replace(
     name="flux_2_klein_9b",
     architecture="flux-2-klein-9b",
     use=QWEN3_8B_USE,
-    release=_release("FLUX.2-klein-9B", None, KLEIN_9B_LICENCE),
+    release=_release("FLUX.2-klein-9B", _OF_9B),
     dim=4096,
 )
 BASE = picture_defaults(50, GUIDANCE, 1024)
 VERSIONS = {
     "klein-4b": KLEIN_4B,
     "klein-base-4b": replace(
-        KLEIN_4B, release=_release("FLUX.2-klein-base-4B", _APACHE, ""), defaults=BASE, is_distilled=False
+        KLEIN_4B, release=_release("FLUX.2-klein-base-4B", _APACHE), defaults=BASE, is_distilled=False
     ),
     "klein-9b": KLEIN_9B,
     "klein-base-9b": replace(
         KLEIN_9B,
-        release=_release("FLUX.2-klein-base-9B", None, KLEIN_9B_LICENCE),
+        release=_release("FLUX.2-klein-base-9B", _OF_9B),
         defaults=BASE,
         is_distilled=False,
     ),

@@ -24,9 +24,17 @@ from modules.flow.solvers import solver_for
 from tests.faults.messages import succeed_here
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.families import FAMILIES
-from tests.tiny.flux_2 import TinyFlux2, tiny_state, write_dit, write_text_encoder, write_tiny_flux_2
+from tests.tiny.flux_2 import (
+    TinyFlux2,
+    tiny_state,
+    vae_state,
+    write_dit,
+    write_text_encoder,
+    write_tiny_flux_2,
+)
+from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import mistral3, write_model
-from tests.tiny.project import write_image
+from tests.tiny.project import write_image, write_plain_pictures
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +235,14 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     short = write_model(tmp_path / "short" / "model.safetensors", mistral3(12))
     with pytest.raises(CheckpointError, match=r"has only 12 layers, 30 are needed. Give mistral_3_small"):
         prepare(family_of(replace(dev, text_encoder=short)))
+
+
+def test_the_next_command_has_the_version_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_plain_pictures(tmp_path)
+    vae = save(tmp_path / "vae.safetensors", vae_state())
+    words = ["--model_version", "klein-4b", "--vae", vae, "--vae_dtype", "float32"]
+
+    caplog.set_level("INFO")
+    succeed_here("flux_2_cache_latents.py", "--dataset_config", "dataset.toml", *words, folder=tmp_path)
+
+    assert "outputs.py --text_encoder TEXT_ENCODER --model_version klein-4b --dataset" in caplog.text
