@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, option
+from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
 from modules.speed_options import VaeOptions, dit_dtype_option
 
 NAME = "FLUX.2"
@@ -41,7 +41,7 @@ class Flux2TextOptions(Options):
 
 def _version() -> Any:
     about = "release of the model, which says how texts are read and guided"
-    return option(about, default="dev", choices=MODEL_VERSIONS)
+    return option(about, default="dev", choices=MODEL_VERSIONS, facts=IDENTITY)
 
 
 class Flux2LatentCachingOptions(Options, title=NAME):
