@@ -24,6 +24,7 @@ from encoders.language_models import (
     language_states,
     load_language_model,
     read_language_model,
+    streamed_layers,
 )
 from encoders.picture_prompts import (
     PictureUse,
@@ -48,6 +49,7 @@ from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.devices import dtype_name
 from modules.errors import MediaError
+from modules.planning.device_memory import spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +147,11 @@ class LanguageUse:
         """Return the text around a prompt, with `{}` in its place, and around its pictures."""
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
+    @property
+    def fingerprint(self) -> str:
+        """What records of caches say of the template, as `template`."""
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
@@ -159,18 +166,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         tokenizer: Path | None = None,
         in_fp8: bool = False,
         on_cpu: bool = False,
-        streamed: bool = False,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
         compute dtype. in_fp8: keep the linear layers of the language model in 8 bits. on_cpu: compute there,
-        whatever the device. streamed: keep its layers in host memory and copy each to the device for its
-        turn.
+        whatever the device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer)
         self.use, self.dtype = use, dtype
-        self.in_fp8, self.on_cpu, self.streamed = in_fp8, on_cpu, streamed
+        self.in_fp8, self.on_cpu = in_fp8, on_cpu
         self.name, self.source, self.most = use.name, use.source, use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
@@ -191,7 +196,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
             dtype=dtype_name(self.dtype),
             state=self.state,
-            template=hashlib.sha256(self.use.template.encode()).hexdigest()[:16],
+            template=self.use.fingerprint,
             weights="fp8" if self.in_fp8 else None,
         )
 
@@ -221,16 +226,32 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load the language model, with its vision tower if the family shows it pictures."""
-        use = self.use
+        """Load the language model, with its vision tower if the family shows it pictures.
+
+        On a CUDA device with too little room some of its layers stay in host memory.
+        """
+        use, room, tower = self.use, None, None
+        if use.pictures is not None:
+            tower = load_vision_tower(self.path, use.model, device, self.dtype)
+        if device.type == "cuda":
+            room = spare_bytes(device)
         network = load_language_model(
             *(self.path, use.model, device, self.dtype),
-            *(use.states, use.final_norm, self.in_fp8, self.streamed),
+            *(use.states, use.final_norm, self.in_fp8, room),
         )
-        if use.pictures is not None:
-            network.visual = load_vision_tower(self.path, use.model, device, self.dtype)
+        if tower is not None:
+            network.visual = tower
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return network
+
+    def waiting_bytes(self, room: int) -> int:
+        """Return the bytes of the layers that stay in host memory if a device has this room."""
+        if self.on_cpu:
+            return 0
+        with open_checkpoint(self.path) as checkpoint:
+            plan = read_language_model(checkpoint, self.use.model, self.use.states, self.use.final_norm)
+            layers, size = streamed_layers(plan, self.dtype, self.in_fp8, room)
+        return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
         """Return the id of a token. Raises CheckpointError if the tokenizer does not have it."""
@@ -289,7 +310,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         tower = network.get_submodule("visual")
-        shown = [read_pictures(tower, list(map(use.read, use.choose(one.pictures))), use) for one in prompts]
+        shown = [
+            read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
+            for one in prompts
+        ]
         token = self.find_token(tokenizer, use.token)
         written = []
         for prompt, own in zip(prompts, shown, strict=True):

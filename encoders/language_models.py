@@ -8,6 +8,7 @@ a config.json beside them, else from the facts about the released model.
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,10 @@ from modules.errors import CheckpointError
 from modules.offload.block_swap import swap_blocks
 from modules.offload.swap_plan import SwapPlan, host_weights
 
+logger = logging.getLogger(__name__)
+
 SPEC = DitSpec(block_lists=("layers",))
+WORKING = 3 << 29  # bytes beside the weights while prompts of the usual length are read
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 # tensors of a layer that some kinds of models have; Gemma has the last
 _MARKS = (Q_BIAS, Q_NORM, "pre_feedforward_layernorm.weight")
@@ -287,23 +291,49 @@ def load_language_model(
     states: Sequence[int] = (-1,),
     final_norm: bool = False,
     in_fp8: bool = False,
-    streamed: bool = False,
+    room: int | None = None,
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
     fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
-    then used as they are. streamed: keep the layers in host memory and copy each to the device before it
-    runs; on a CPU they are there already. model, states, final_norm: as for `read_language_model`.
-    Raises CheckpointError if the file is damaged or holds another model.
+    then used as they are. room: bytes free on the device; layers that do not fit stay in host memory, and
+    each is copied to the device before it runs. None: all fit. model, states, final_norm: as for
+    `read_language_model`. Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm)
-        swapped = plan.config.num_layers - 1 if streamed and device.type == "cuda" else 0
-        host = host_weights(SwapPlan(SPEC, max(swapped, 0)), device)
+        swapped, layer = streamed_layers(plan, dtype, in_fp8, room)
+        host = host_weights(SwapPlan(SPEC, swapped), device)
         what = f"the language model ({model.option})"
+        if swapped:
+            text = (
+                "%s does not fit on the device: %d of its %d layers (%.1f GB) come from host memory each time"
+            )
+            logger.info(text, what, swapped, plan.config.num_layers, swapped * layer / 1e9)
         network = load_planned(plan, build_language_model, device, dtype, what, in_fp8, host)
     swap_blocks(network, host, device)
     return network
+
+
+def streamed_layers(
+    plan: LoadPlan[LanguageConfig], dtype: torch.dtype, in_fp8: bool, room: int | None
+) -> tuple[int, int]:
+    """Return how many layers have to stay in host memory, and the bytes of one.
+
+    dtype, in_fp8: of the weights on the device. room: bytes free there; None: enough for all.
+    """
+
+    def size(name: str) -> int:
+        is_rounded = in_fp8 and name.endswith("_proj.weight")
+        shape = plan.checkpoint.tensors[plan.sources[name].names[0]].shape
+        return math.prod(shape) * (1 if is_rounded else dtype.itemsize)
+
+    if room is None or plan.config.num_layers < 2:
+        return 0, 0
+    first = [size(name) for name in plan.sources if name.startswith("layers.0.")]
+    layers, others = plan.config.num_layers, plan.config.vocabulary * plan.config.dim * dtype.itemsize
+    excess = layers * sum(first) + others + WORKING - room
+    return min(max(math.ceil(excess / sum(first)), 0), layers - 1), sum(first)
 
 
 def causal_mask(mask: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Ask for lines at the console, with editing and history where the machine has them."""
+"""Ask for lines at the console, with editing and history where the machine has them; ring its bell."""
 
+import contextlib
 import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+from modules.command import draws_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -48,3 +51,14 @@ def _reader() -> Callable[[], str]:
     except ImportError:
         logger.info("For line editing and history: pip install prompt_toolkit")
     return lambda: input(SIGN)
+
+
+@contextlib.contextmanager
+def ring_after(is_asked: bool) -> Iterator[None]:
+    """Ring the terminal's bell when the block ends, also by an error; nothing is written to a file."""
+    try:
+        yield
+    finally:
+        if is_asked and draws_boxes(sys.stderr):
+            sys.stderr.write("\a")
+            sys.stderr.flush()

@@ -15,7 +15,7 @@ from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_o
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.family import Family
+from modules.contract.family import Family, TextEncoder, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
@@ -94,15 +94,16 @@ def predict(
     prepared: Prepared,
     device: torch.device,
     turns: ExpertTurns | None = None,
+    room: Room | None = None,
 ) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
     Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
-    those of this request alone.
+    those of this request alone. room: layers of text encoders that it has no place for wait in host memory.
     """
     extra = workspace(device, is_training=False)
-    before, encoded = rehearse_texts(family, options, prepared, extra)
+    before, encoded = rehearse_texts(family, options, prepared, extra, room)
     if needs_media(family, prepared):
         encoders = family.media_encoders(META)
         with rehearsing(encoders) as ledger:
@@ -127,7 +128,11 @@ def rehearsing(networks: object) -> Iterator[Ledger]:
 
 
 def rehearse_texts(
-    family: Family, options: GenerationOptions, prepared: Prepared, extra: MemoryPart
+    family: Family,
+    options: GenerationOptions,
+    prepared: Prepared,
+    extra: MemoryPart,
+    room: Room | None,
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """Return a phase for each text encoder, and its outputs for the prompts as tensors without content."""
     wanted = wanted_texts(prepared, options.guidance)
@@ -137,11 +142,22 @@ def rehearse_texts(
         encoder.load(META)
         with rehearsing(encoder) as ledger:
             found = [encoder.encode([text])[0] for text in outputs]
-            phases.append(phase_of(f"text encoder {encoder.name}", ledger, extra))
+            phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
+        if room is not None and phase.device > room.usable:
+            phase = wait_on_host(phase, encoder, room)
+        phases.append(phase)
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(make_solid(conditions))
 
     return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
+
+
+def wait_on_host(phase: Phase, encoder: TextEncoder, room: Room) -> Phase:
+    """Return the phase of a text encoder for which there is no room, with layers in host memory if it can."""
+    waiting = encoder.waiting_bytes(room.usable) if is_layered(encoder) else 0
+    weights, *others = phase.parts
+    told = replace(weights, device=weights.device - waiting, host=waiting, note="copied layer by layer")
+    return Phase(phase.name, (told, *others)) if waiting else phase
 
 
 def rehearse_denoising(
@@ -252,9 +268,9 @@ def make_solid(conditions: Conditions) -> Conditions:
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
-    with quiet():
-        prepared, prediction = predict_largest(family, options, all_requests(family, options), device)
     room = room_on(device, options.speed.plan.plan)
+    with quiet():
+        prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)
 
     def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
         made, denoising = prediction.plan(blocks), prediction.denoising(blocks)
@@ -271,11 +287,15 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 
 
 def predict_largest(
-    family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
+    family: Family,
+    options: GenerationOptions,
+    requests: Sequence[Prepared],
+    device: torch.device,
+    room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
     """Return the request of a run that needs most memory while denoising, and its prediction."""
     turns, candidates = turns_of(family, options, requests), largest_of(family, requests)
-    predictions = [(each, predict(family, options, each, device, turns)) for each in candidates]
+    predictions = [(each, predict(family, options, each, device, turns, room)) for each in candidates]
     return max(predictions, key=lambda each: each[1].device(0))
 
 
@@ -300,7 +320,7 @@ def advice(
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            return predict(family, fp8, prepared, device, prediction.turns)
+            return predict(family, fp8, prepared, device, prediction.turns, room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
@@ -342,7 +362,7 @@ def resolve_options(
 
     def found() -> PhasePrediction:
         with quiet():
-            return predict_largest(family, options, requests, device)[1]
+            return predict_largest(family, options, requests, device, room)[1]
 
     speed, prediction = resolve_swap(options.speed, room if requests else None, found)
     options = replace(options, speed=speed)

@@ -13,7 +13,7 @@ import torch
 
 from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import PromptRewriter
-from generation.asking import line_reader
+from generation.asking import line_reader, ring_after
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
 from generation.experts import TurnRules
 from generation.making import (
@@ -336,7 +336,7 @@ def converse(run: GenerationRun) -> None:
             if is_blank(line):
                 continue
             failures = Failures()
-            with failures.note_errors("the prompt"):
+            with ring_after(run.options.output.bell), failures.note_errors("the prompt"):
                 if run.options.sheet.is_asked:
                     make_sheets(run, {"the prompt": line}, failures)
                     continue

@@ -31,11 +31,13 @@ def generation_script(
         if settle is not None:
             options, own = settle(options, own)
 
+        from generation.asking import ring_after
         from generation.run import generate  # torch loads here, after every option has been read
         from modules.devices import make_deterministic
 
         if getattr(own, "reproduce", False):
             make_deterministic()
-        (make or generate)(entry.make_family("generation", own), options)
+        with ring_after(options.output.bell and not options.interactive):
+            (make or generate)(entry.make_family("generation", own), options)
 
     return Script(generate_with)

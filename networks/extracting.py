@@ -4,14 +4,16 @@
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modules.checkpoints.dits import bare_names
 from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
@@ -23,6 +25,7 @@ from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, replace_dots
+from networks.names.image import QWEN_IMAGE
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.text_loras import TensorPiece, is_whole, pieces_of
@@ -47,22 +50,60 @@ Wanted = Mapping[str, Sequence[tuple[str, int, str, TensorPiece]]]
 Pair = tuple[Checkpoint, Checkpoint]  # the model before fine-tuning, and after it
 
 
-def extract_flux(options: ExtractOptions) -> None:
-    """Write the LoRA of a FLUX.1 or Chroma model, as `_extract`.
+class BlockWeights(NamedTuple):
+    """Say which weights of a transformer a LoRA is extracted for: the matrices of its blocks."""
 
-    Raises CheckpointError if the models differ in their tensors, or have no blocks of FLUX.
+    model: str
+    lists: tuple[str, ...]  # of its blocks
+    example: str  # a tensor that every such model has
+
+    def of(self, checkpoint: Checkpoint) -> list[str]:
+        """Return their names in a checkpoint, in its order."""
+        return [
+            name
+            for name, info in checkpoint.tensors.items()
+            if name.startswith(self.lists) and name.endswith(".weight") and len(info.shape) == 2
+        ]
+
+
+FLUX = BlockWeights(
+    "FLUX.1 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
+)
+QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.0.img_mod.1.weight")
+
+
+def extract_flux(options: ExtractOptions) -> None:
+    """Write the LoRA of a FLUX.1 or Chroma model, as `_extract_blocks`."""
+
+    def names_of(original: Checkpoint) -> tuple[str, str, str]:
+        is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
+        return ("networks.lora_flux", *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
+
+    _extract_blocks(options, FLUX, names_of)
+
+
+def extract_qwen(options: ExtractOptions) -> None:
+    """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
+    names = ("networks.lora_qwen_image", QWEN_IMAGE.name, QWEN_IMAGE.architecture)
+    _extract_blocks(options, QWEN, lambda _: names)
+
+
+def _extract_blocks(
+    options: ExtractOptions, weights: BlockWeights, names_of: Callable[[Checkpoint], tuple[str, str, str]]
+) -> None:
+    """Write the LoRA of a transformer's blocks, as `_extract`.
+
+    names_of: network module, base version and architecture for the metadata, by the original. Raises
+    CheckpointError if the models differ in these tensors, have none, or have them in 8 bits.
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
         pair = bare_names(one), bare_names(other)
-        _check_flux(pair)
+        _check_blocks(pair, weights)
         wanted: Wanted = {
             name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
-            for name in filter(_is_in_block, pair[0].tensors)
+            for name in weights.of(pair[0])
         }
-        is_chroma = any(name.startswith("distilled_guidance_layer.") for name in pair[0].tensors)
-        version, kind = ("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")
-        metadata = _metadata(options, "networks.lora_flux", version, kind)
-        _extract(options, pair, wanted, metadata, None)
+        _extract(options, pair, wanted, _metadata(options, *names_of(pair[0])), None)
 
 
 def extract_whole(options: ExtractOptions) -> None:
@@ -157,17 +198,20 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
     return down, up
 
 
-def _check_flux(pair: Pair) -> None:
-    """Raise CheckpointError if two models do not have the same blocks of FLUX, or have them in 8 bits."""
-    if not any(map(_is_in_block, pair[0].tensors)):
-        raise CheckpointError(
-            f"{pair[0].path} has no blocks of FLUX.1 or Chroma, as double_blocks.0.img_attn.qkv.weight.\n"
-            "  Give a model with the published names to --model_org and --model_tuned.",
-            pair[0].path,
-        )
-    _check_same_shapes(pair, [list(filter(_is_in_block, one.tensors)) for one in pair])
+def _check_blocks(pair: Pair, weights: BlockWeights) -> None:
+    """Raise CheckpointError if two models do not have the same blocks, or have them in 8 bits."""
     for checkpoint in pair:
-        for name in filter(_is_in_block, checkpoint.tensors):
+        if weights.example not in checkpoint.tensors:
+            kind = kind_of(checkpoint.tensors)
+            raise CheckpointError(
+                f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
+                f"{f' It is {kind}.' if kind else ''}\n"
+                "  Give a model with the published names to --model_org and --model_tuned.",
+                checkpoint.path,
+            )
+    _check_same_shapes(pair, [weights.of(one) for one in pair])
+    for checkpoint in pair:
+        for name in weights.of(checkpoint):
             if checkpoint.tensors[name].dtype.itemsize == 1:
                 raise CheckpointError(
                     f"{checkpoint.path} stores {name} in 8 bits, too coarse for a difference of models.\n"
@@ -187,12 +231,6 @@ def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
             "and its fine-tuned version.",
             pair[1].path,
         )
-
-
-def _is_in_block(name: str) -> bool:
-    """Whether a tensor is a matrix in a block of FLUX."""
-    in_block = name.startswith(("double_blocks.", "single_blocks."))
-    return in_block and name.endswith(".weight") and "norm" not in name
 
 
 def _module(piece: TensorPiece, family: FamilyNames) -> str:

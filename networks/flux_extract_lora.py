@@ -12,10 +12,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.families import plain_script
-from networks.tool_options import OF_WHOLE, ExtractOptions, FluxExtractWords
+from networks.tool_options import OF_WHOLE, BlockExtractWords, ExtractOptions
 
 main = plain_script(
-    __doc__, "networks.extracting.extract_flux", ExtractOptions, FluxExtractWords, without=OF_WHOLE
+    __doc__, "networks.extracting.extract_flux", ExtractOptions, BlockExtractWords, without=OF_WHOLE
 )
 
 

@@ -167,10 +167,10 @@ class AveragingOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options of `networks/flux_extract_lora.py` and `networks/extract_lora_from_models.py`."""
+    """Options to extract a LoRA; without `OF_WHOLE` those of a transformer's own scripts."""
 
     model_org: Path = option(
-        "the model before fine-tuning: a file, or of a FLUX model a folder", place="there", required=True
+        "the model before fine-tuning: a file, or of a transformer a folder", place="there", required=True
     )
     model_tuned: Path = option("the fine-tuned model", place="there", required=True)
     conv_dim: int | None = option(
@@ -191,8 +191,8 @@ class ExtractOptions(Options):
     no_metadata: bool = option(ONLY_NEEDED)
 
 
-class FluxExtractWords(Options):
-    """Further options of `networks/flux_extract_lora.py`."""
+class BlockExtractWords(Options):
+    """Further options of `networks/flux_extract_lora.py` and `qwen_extract_lora.py`."""
 
     mem_eff_safe_open = not_needed(BY_TENSOR)
 
@@ -326,10 +326,22 @@ class FluxConvertOptions(Options):
 
 
 class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`."""
+    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`, and more for Z-Image's."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
         "safetensors file to write", positional=True, place="safetensors", spares="src_path"
     )
     reverse: bool = option("from ComfyUI's names to ours")
+
+
+class ZImageConvertOptions(ComfyConvertOptions):
+    """Options of `networks/convert_z_image_lora_to_comfy.py`."""
+
+    lokr_rank: int | None = option(
+        "rank of the plain LoRAs that take the place of LoHas and LoKrs for queries, keys and values, which "
+        "cannot be joined; more loses less",
+        least=1,
+        excludes="reverse",
+        hint="the way back leaves them as they are",
+    )

@@ -15,12 +15,11 @@ FILES = (
     "Qwen/Qwen-Image"
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
-LAYERED = "time_text_embed.addition_t_embedding.weight"  # Qwen-Image-Layered's alone
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
-    if MARK not in names or LAYERED in names:
+    if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     shapes = DitShapes(checkpoint.path, {name: info.shape for name, info in names.items()}, NAME)
     dim, numbers = shapes.of("img_in.weight")

@@ -25,6 +25,7 @@ from tests.tiny.picture_project import (
     lay_out_qwen_image,
     lay_out_sdxl,
     lay_out_stable_diffusion,
+    lay_out_z_image,
 )
 from tests.tiny.project import (
     lay_out_models,
@@ -75,10 +76,11 @@ SMALLER = {  # appended, so that the last value wins
     **dict.fromkeys(
         (
             f"{family}_train_network.py"
-            for family in ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image")
+            for family in ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")
         ),
         [*TRAINING, "--network_dim", "2"],
     ),
+    "zimage_train.py": TRAINING,
     "flux_generate_image.py": PICTURE,
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
@@ -89,10 +91,12 @@ SMALLER = {  # appended, so that the last value wins
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
     "lumina_generate_image.py": PICTURE,
     "qwen_image_generate_image.py": PICTURE,
+    "zimage_generate_image.py": PICTURE,
     "lumina_minimal_inference.py": ["--image_width", "64", "--image_height", "64", "--steps", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
     "wan_train.py": TRAINING,
+    "qwen_image_train.py": TRAINING,
     "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
     "fpack_train_network.py": [
         *TRAINING,
@@ -190,6 +194,7 @@ PICTURE_MODELS = {
     "image_datasets": lay_out_flux,
     "lumina": lay_out_lumina,
     "qwen_image": lay_out_qwen_image,
+    "z_image": lay_out_z_image,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",

@@ -10,7 +10,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
-from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, option, unsupported
+from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, not_needed, option, unsupported
 from networks.options import BASE, multipliers_for
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,10 @@ _NOTHING_FROZEN = (
     "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "
     "LoRA instead"
 )
+_MERGED_BEFORE = (
+    "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
+)
+_NO_NETWORK = "the transformer itself is trained, without a network beside it."
 
 
 class WholeDitOptions(Options, title="full fine-tuning"):
@@ -54,6 +58,20 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     training_adapter_multiplier = unsupported(_NOTHING_FROZEN, "its strength", type=float)
     teacher = unsupported(_NOTHING_FROZEN, "the frozen model as a teacher", choices=(BASE,))
     teacher_weight = unsupported(_NOTHING_FROZEN, "its share in the loss", type=float)
+    base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
+    base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
+    network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)
+    dim_from_weights = not_needed(_NO_NETWORK)
+    network_module = not_needed(_NO_NETWORK, type=str)
+    network_dim = not_needed(_NO_NETWORK, type=int)
+    network_alpha = not_needed(_NO_NETWORK, type=float, default=1)
+    network_dropout = not_needed(_NO_NETWORK, type=float)
+    network_args = not_needed(_NO_NETWORK, nargs="*")
+    scale_weight_norms = not_needed(_NO_NETWORK, type=float)
+    mem_eff_save = not_needed("files are always written tensor by tensor.")
+    block_swap_optimizer_patch_params = not_needed(
+        "the optimizer knows where the parameters of swapped blocks are."
+    )
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -230,4 +230,6 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
+    if hasattr(args, "trainable_modules"):  # the DiT itself learns: `read_options` is to make no network
+        del args.network_module
     return args

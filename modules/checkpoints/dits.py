@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
+from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
@@ -98,7 +99,17 @@ class DitFormat(Generic[Config, Dit]):
 
         Raises CheckpointError if the file is not a supported transformer.
         """
-        return self.read_bare(bare_names(checkpoint))
+        return self._read(bare_names(checkpoint))
+
+    def _read(self, checkpoint: Checkpoint) -> DitHeader[Config]:
+        kind = kind_of(checkpoint.tensors, OF_OTHERS)
+        if kind is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} is {kind}.\n  Give the transformer of a model that this script runs to "
+                f"{self.option}.",
+                checkpoint.path,
+            )
+        return self.read_bare(checkpoint)
 
     def identify(self, path: Path) -> str | None:
         """Describe a file that is a transformer of this family; return None if it is not."""
@@ -118,7 +129,7 @@ class DitFormat(Generic[Config, Dit]):
         """
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
-            header = self.read_bare(checkpoint)
+            header = self._read(checkpoint)
             what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)

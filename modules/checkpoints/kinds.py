@@ -5,9 +5,65 @@ from collections.abc import Iterable, Sequence
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
 # what trainers and exporters put before the names of one network
-_PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.")
+_PREFIXES = (
+    *("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g."),
+    *("diffusion_model.", "net.", "vae.", "audio_vae."),
+)
 _CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
 
+_NOT_YET = "which is not supported yet"
+_FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
+_KREA_2 = f"the transformer of Krea 2, {_NOT_YET}"
+_HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
+_H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
+_LTX_2 = f"the transformer of LTX-2, {_NOT_YET}"
+_OF_LTX_2 = f"a file of LTX-2, {_NOT_YET}"
+_COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
+
+# Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
+# diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
+OF_OTHERS: Marks = (
+    ("early_stream_modulations.image.lin.weight", _FLUX_3),
+    ("early_stream_modulations.image.linear.weight", _FLUX_3),
+    ("ref_time_in.in_layer.weight", _FLUX_3),
+    ("txtfusion.projector.weight", _KREA_2),
+    ("text_fusion.projector.weight", _KREA_2),
+    ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
+    ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
+    (
+        "time_embeddings.timestep_embedder.linear_1.weight",
+        f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",
+    ),
+    ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
+    ("cond_type_embed.weight", _HUNYUAN_15),
+    ("cond_type_embedding.weight", _HUNYUAN_15),
+    ("audio_patch_proj.weight", _H3),
+    ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
+    ("audio_patchify_proj.weight", _LTX_2),
+    ("audio_time_embed.linear.weight", _LTX_2),
+    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
+    ("audio_connector.learnable_registers", _OF_LTX_2),
+    ("latents_mean", _OF_LTX_2),
+    ("per_channel_statistics.mean-of-means", "a VAE of LTX-Video or LTX-2, which are not supported yet"),
+    ("encoder.mid_block.attentions.0.proj_out.weight", f"the VAE of HunyuanVideo 1.5, {_NOT_YET}"),
+    ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
+    ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
+    ("x_embedder.proj.1.weight", _COSMOS),
+    ("time_embed.t_embedder.linear_1.weight", f"{_COSMOS}, in diffusers layout"),
+    ("double_stream_blocks.0.block.adaLN_modulation.1.bias", f"a transformer of HiDream-I1, {_NOT_YET}"),
+    ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
+    ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),
+    ("layers.0.adaLN_sa_ln.weight", f"the transformer of ERNIE-Image, {_NOT_YET}"),
+    (
+        "time_text_embed.addition_t_embedding.weight",
+        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
+    ),
+    (
+        "txt_in.text_norm.weight",
+        f"a transformer of Qwen-Image-2.1, another network than Qwen-Image's, {_NOT_YET}",
+    ),
+    ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
+)
 OF_FAMILIES: Marks = (
     (
         "decoder.upsamples.0.upsamples.0.residual.2.weight",
@@ -42,18 +98,16 @@ OF_FAMILIES: Marks = (
     ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
     ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
+    ("siglip_embedder.0.weight", "the transformer of Z-Image-Omni, which is not supported yet"),
+    (
+        "control_all_x_embedder.2-1.weight",
+        "a ControlNet of Z-Image, such as Z-Image-Turbo-Fun-Controlnet-Union, which is not supported yet",
+    ),
+    ("control_layers.0.before_proj.weight", "a ControlNet of Z-Image, which is not supported yet"),
+    ("cap_pad_token", "a Z-Image transformer (--dit)"),
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
-    (
-        "time_text_embed.addition_t_embedding.weight",
-        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
-    ),
-    (
-        "txt_in.text_norm.weight",
-        "a transformer of Qwen-Image-2.1, another network than Qwen-Image's, which is not supported yet",
-    ),
     ("controlnet_x_embedder.weight", "a ControlNet in diffusers layout, which is not supported yet"),
-    ("siglip_embedder.0.weight", "the transformer of Z-Image-Omni, which is not supported yet"),
     ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
@@ -111,7 +165,7 @@ OF_TOOLS: Marks = (
 )
 
 
-def kind_of(names: Iterable[str], marks: Marks = (*OF_FAMILIES, *OF_TOOLS)) -> str | None:
+def kind_of(names: Iterable[str], marks: Marks = (*OF_OTHERS, *OF_FAMILIES, *OF_TOOLS)) -> str | None:
     """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
 
     marks: the kinds to recognise; the first that fits counts.

@@ -80,6 +80,7 @@ class DitSpec:
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # parts of module paths in blocks on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
+    lora_lists: tuple[str, ...] = ()  # further lists of blocks that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -152,6 +153,17 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
     `isinstance` would read its properties: `identity` opens files, `network` needs a loaded one.
     """
     return hasattr(encoder, "lora_prefix")
+
+
+class LayeredEncoder(TextEncoder, Protocol):
+    """A text encoder some of whose layers stay in host memory if a CUDA device has no room for all."""
+
+    def waiting_bytes(self, room: int) -> int: ...  # of these layers, beside so many free bytes
+
+
+def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
+    """Return whether a text encoder is a `LayeredEncoder`; like `can_learn` it opens no file."""
+    return hasattr(encoder, "waiting_bytes")
 
 
 class Described(Protocol):

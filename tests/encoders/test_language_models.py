@@ -18,9 +18,11 @@ from encoders.language_models import (
     QWEN3,
     QWEN25_VL,
     SPEC,
+    WORKING,
     LanguageModel,
     load_language_model,
     read_language_model,
+    streamed_layers,
 )
 from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
@@ -261,7 +263,7 @@ def test_identity_follows_what_a_state_depends_on(tmp_path: Path) -> None:
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
     plain = dict(LanguageModelEncoder(Z_IMAGE, path).identity)
 
-    assert plain == dict(LanguageModelEncoder(Z_IMAGE, path, streamed=True, on_cpu=True).identity)
+    assert plain == dict(LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).identity)
     others = (
         replace(Z_IMAGE, states=(-1,)),
         replace(Z_IMAGE, after=qwen3_chat(thinks=False)[1]),
@@ -388,6 +390,23 @@ def test_layers_follow_from_the_file(tmp_path: Path) -> None:
         config = read_language_model(checkpoint, MISTRAL3).config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (LAYERS, 4, 2, 32)
     assert (config.theta, config.eps, config.final_norm) == (1e9, 1e-5, True)
+
+
+def test_as_many_layers_wait_in_host_memory_as_do_not_fit(tmp_path: Path) -> None:
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
+    network = load_language_model(path, QWEN3, CPU, torch.bfloat16)
+    sizes = [sum(one.nbytes for one in layer.parameters()) for layer in network.get_submodule("layers")]
+    whole = sum(sizes) + network.get_parameter("embed_tokens.weight").nbytes + WORKING
+    with open_checkpoint(path) as checkpoint:
+        plan = read_language_model(checkpoint, QWEN3)
+        rooms = (None, whole, whole - 1, whole - sizes[0] - 1, 0)
+        counts = [streamed_layers(plan, torch.bfloat16, False, room) for room in rooms]
+        (_, in_fp8) = streamed_layers(plan, torch.bfloat16, True, 0)
+    assert counts == [(0, 0), (0, sizes[0]), (1, sizes[0]), (2, sizes[0]), (LAYERS - 1, sizes[0])]
+    assert sizes[0] / 2 < in_fp8 < sizes[0]  # norms have 16 bits
+    encoder = LanguageModelEncoder(Z_IMAGE, path)
+    assert encoder.waiting_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
+    assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).waiting_bytes(0) == 0
 
 
 @pytest.mark.parametrize("in_fp8", [False, True], ids=["whole", "fp8"])

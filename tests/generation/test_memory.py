@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qwen_image_generate_image
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
 from fpack_generate_video import DEFAULTS
@@ -38,6 +39,7 @@ from tests.tiny import wan_dit
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+from tests.tiny.qwen_image import write_tiny_qwen_image
 from wan.family import Wan, family_for_generation
 from wan.options import WanGenerationOptions
 
@@ -69,6 +71,20 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
     assert any(name.startswith("images and videos") for name in names) == takes_media
     assert lines[-1].startswith("Fits: 0.")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_keeps_layers_of_a_language_model_on_the_host_if_there_is_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_tiny_qwen_image(tmp_path)
+    models = ["--dit", files.dit, "--vae", files.vae, "--text_encoder", files.text_encoder]
+    size = ["--image_size", "32", "32", "--prompt", "a", "--save_path", "out", "--device", "cpu"]
+    found = {}
+    for room in ("24", "0.1"):
+        qwen_image_generate_image.main([*map(str, models), *size, "--plan", room])
+        found[room] = capsys.readouterr().out
+    note = "copied layer by layer"
+    assert (note in found["24"], note in found["0.1"]) == (False, True)
 
 
 def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:

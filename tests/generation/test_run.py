@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import wan_generate_video
 from generation.asking import line_reader
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
@@ -191,6 +192,37 @@ def test_a_conversation_keeps_networks_and_survives_errors(
     assert "this cannot be made" in caplog.text
     assert "--lycoris" not in caplog.text  # it was not given
     assert sorted(path.name[-6:] for path in tmp_path.glob("*")) == ["_1.mp4", "_2.mp4"]
+
+
+def test_the_bell_rings_on_a_terminal_after_each_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rings(*more: str) -> int:
+        monkeypatch.setattr(builtins, "input", Typing("cat --d 1", "", "impossible", "dog --d 2"))
+        run(tmp_path, "--interactive", *more)
+        return capsys.readouterr().err.count("\a")
+
+    assert rings("--bell") == 0  # it is a file
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert (rings("--bell"), rings()) == (3, 0)
+
+
+def test_the_bell_rings_at_the_end_and_when_a_run_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OptionError("no")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    words = ["--prompt", "cat", "--save_path", str(tmp_path)]
+
+    wan_generate_video.main([*words, "--bell"], lambda *_: None)
+    assert capsys.readouterr().err.count("\a") == 1
+    with pytest.raises(OptionError):
+        wan_generate_video.main([*words, "--bell"], fail)
+    assert capsys.readouterr().err.count("\a") == 1
+    wan_generate_video.main(words, lambda *_: None)
+    assert "\a" not in capsys.readouterr().err
 
 
 def test_ctrl_c_abandons_only_the_current_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

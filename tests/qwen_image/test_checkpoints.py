@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImage21Transformer2DModel, ZImageTransformer2DModel
 
 from modules import families
-from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
@@ -89,18 +87,3 @@ def test_sizes_without_sense_are_one_message(name: str, shape: tuple[int, ...], 
     families.identify(path)  # every family looks at it
     with pytest.raises(CheckpointError):
         load_dit(path, CPU)
-
-
-@pytest.mark.parametrize(
-    ("network", "settings", "words"),
-    [
-        (QwenImage21Transformer2DModel, {"num_layers": 1}, "Qwen-Image-2.1, another network"),
-        (ZImageTransformer2DModel, {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
-    ],
-)
-def test_relatives_are_known_by_name(network: type, settings: dict[str, int], words: str) -> None:
-    with torch.device("meta"):
-        names = network(**settings).state_dict()
-
-    assert words in str(kind_of(names))
-    assert str(kind_of(names)).endswith("is not supported yet")

@@ -1,0 +1,13 @@
+"""Extract a LoRA from a fine-tuned Qwen-Image transformer. All options: python qwen_extract_lora.py --help"""
+
+import modules.interpreter  # noqa: F401
+from modules.families import plain_script
+from networks.tool_options import OF_WHOLE, BlockExtractWords, ExtractOptions
+
+main = plain_script(
+    __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractWords, without=OF_WHOLE
+)
+
+
+if __name__ == "__main__":
+    main.run()
