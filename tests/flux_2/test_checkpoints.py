@@ -11,6 +11,7 @@ from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from modules.offload.swap_plan import most_blocks
 from modules.speed_options import Quantisation
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import flux
@@ -76,6 +77,8 @@ def test_released_files_load_without_leftovers(
 
     assert sum(weight.numel() for weight in dit.parameters()) == weights
     config = dit.config
+    most = {"klein-4b": 13, "klein-9b": 18, "dev": 30}[name]
+    assert most_blocks(blocks, dit.spec.swap_counts) == most
     assert (config.double_blocks, config.single_blocks, config.dim) == (*blocks, dim)
     assert config.text_dim == {"klein-4b": 7680, "klein-9b": 12288, "dev": 15360}[name]
 
