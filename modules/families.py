@@ -33,6 +33,7 @@ class FamilyEntry:
     texts: str = ""  # options of the files that encode texts, in a command that is shown
     training: tuple[str, ...] = ()  # likewise, of its training script
     repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
+    others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
 
     @property
     def generation_script(self) -> str:
@@ -99,6 +100,7 @@ FAMILIES = {
         record="Flux",
         encoders=(("vae", "--ae", PICTURES),),
         texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
+        others=("chroma",),
     ),
     "flux_kontext": FamilyEntry(
         "flux.kontext",

@@ -237,7 +237,8 @@ def _hunyuan_image() -> TinyDit:
     return TinyDit("hunyuan_image", HunyuanImageModel.spec, make, "lora_hunyuan_image", inputs)
 
 
-def _qwen_image() -> TinyDit:
+def _qwen_image(edits: bool = False) -> TinyDit:
+    """edits: with a reference that is modulated with time 0."""
     config = qwen_image.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
@@ -247,10 +248,17 @@ def _qwen_image() -> TinyDit:
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "text": torch.randn(batch, text, config.text_dim, generator=generator),
             "text_mask": _mask(batch, text),
+            **(references(batch) if edits else {}),
         }
 
+    def references(batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(8)
+        found = torch.randn(batch, config.channels, 1, 4, 6, generator=generator)
+        return {"references": [found], "clean_references": True}
+
     make = _maker(QwenImageModel, config, qwen_image.tiny_state, "num_layers")
-    return TinyDit("qwen_image", QwenImageModel.spec, make, "lora_qwen_image", inputs)
+    name = "qwen_image edit" if edits else "qwen_image"
+    return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", inputs)
 
 
 def _z_image() -> TinyDit:
@@ -271,7 +279,8 @@ def _z_image() -> TinyDit:
 
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image(), _z_image()),
+    *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
+    *(_qwen_image(edits=True), _z_image()),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

@@ -332,7 +332,7 @@ def _qwen_image(version: str = "") -> TinyFamily:
         generate=["qwen_image_generate_image.py", *models, *pictures, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="" if version else "qwen_image_train.py",
+        train_whole="qwen_image_train.py",
         sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull" + " --ci start.png" * bool(version),
     )
 

@@ -1,7 +1,6 @@
 """What Z-Image settles for a request: noise levels, guidance that counts from 0, and what it refuses."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,12 +116,6 @@ def test_attention_in_float32_is_refused_of_packages_that_lack_it(family: ZImage
     assert dit.attention == AttentionChoice("sdpa", in_float32=True)
     with pytest.raises(OptionError, match="--use_32bit_attention: FlashAttention 2 computes in 16 bits"):
         wide.load_dit(Placement(cpu, attention=AttentionChoice("flash")))
-
-
-def test_what_is_not_there_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises((OptionError, SystemExit)) as refused:
-        zimage_generate_image.main(["--bell", "--prompt", "a", "--save_path", str(tmp_path)])
-    assert "--bell is not supported" in str(refused.value) + capsys.readouterr().err
 
 
 def test_the_help_says_where_guidance_counts_from(capsys: pytest.CaptureFixture[str]) -> None:
