@@ -20,7 +20,7 @@ BUDGET = {
     "downloads": (800, 7),
     "encoders": (3610, 15),
     "flux": (1740, 13),
-    "flux_2": (1240, 10),
+    "flux_2": (1260, 10),
     "frame_pack": (3010, 20),
     "generation": (5370, 23),
     "hunyuan_image": (1340, 11),
@@ -35,7 +35,7 @@ BUDGET = {
     "scripts": (1350, 62),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
-    "training": (11740, 50),
+    "training": (11750, 50),
     "wan": (3660, 17),
     "z_image": (680, 8),
 }
