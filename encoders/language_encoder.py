@@ -93,7 +93,8 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 def qwen_tokenizer(option: str, repository: str, folder: str = "tokenizer") -> TokenizerSource:
     """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
-    beside = (".", "tokenizer", "../tokenizer")  # inside the encoder's folder; beside a file or text_encoder
+    # inside the encoder's folder; beside a file; beside text_encoder
+    beside = (".", "qwen_3", "tokenizer", "../tokenizer")
     names = ("tokenizer.json", "vocab.json")
     files = TokenizerFiles(option, names, folder, repository, beside, token="<|im_start|>")
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)

@@ -131,6 +131,14 @@ FAMILIES = {
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder QWEN_FILE",
     ),
+    "z_image": FamilyEntry(
+        "z_image",
+        script="zimage",
+        cache="zimage_cache",
+        record="ZImage",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder QWEN3_FILE",
+    ),
     "hunyuan_video": FamilyEntry(
         "hunyuan_model",
         script="hv",

@@ -16,7 +16,7 @@ from modules.contract.data import (
     MediaBatch,
     MediaEncoders,
     SamplingDefaults,
-    name_texts,
+    name_text_and_mask,
 )
 from modules.contract.family import (
     DitSpec,
@@ -175,8 +175,8 @@ class QwenImage(ModelOfPictures):
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
-            **_name_text(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: _name_text(text, noisy.device)),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
             clean_references=self.version.clean_references,
         )
@@ -246,14 +246,6 @@ class QwenImage(ModelOfPictures):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
-
-
-def _name_text(cond: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the network's arguments for texts of several lengths, and which of their rows are real."""
-    lengths = torch.tensor([len(rows) for rows in cond[KEY]])
-    found = name_texts(cond, {"text": KEY}, device)
-    mask = torch.arange(found["text"].shape[1]) < lengths[:, None]  # on the host, which reads it
-    return {**found, "text_mask": mask}
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:

@@ -4,11 +4,9 @@ Names and tensors are those of existing tuners, so that files can be exchanged. 
 file's origin (see records.py).
 """
 
-import json
 import os
 import re
 import stat
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +17,12 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from modules.checkpoints.containers import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.text_files import read_tensor_header
 
 T = TypeVar("T")
 
@@ -285,8 +284,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     """
     try:
         found = {name: _tensor(content) for name, content in deserialize(data)}
-        (length,) = struct.unpack_from("<Q", data)
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        metadata = read_tensor_header(lambda _: data, len(data))[0]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: found[name] for name in sorted(found)}
@@ -299,19 +297,12 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     read: returns the next of its bytes, as many as asked for. Raises CacheError if they are no safetensors.
     """
     try:
-        start = read(min(size, _FIRST_BYTES))
-        (length,) = struct.unpack_from("<Q", start)
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"its header claims {length} bytes of {size}")
-        if length + 8 > len(start):
-            start += read(length + 8 - len(start))
-        content = json.loads(str(start[8 : 8 + length], "utf-8"))
-        metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
-        shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
-        end = max((int(one["data_offsets"][1]) for one in content.values()), default=0)
-        if end != size - 8 - length:
-            raise ValueError(f"its tensors have {end} bytes, it has {size - 8 - length}")
-    except (struct.error, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
+        shapes = {name: tuple(content[name]["shape"]) for name in sorted(content)}
+        end = max((one["data_offsets"][1] for one in content.values()), default=0)
+        if end != size - start:
+            raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
     return Header(path, metadata, tuple(shapes), shapes)
 

@@ -93,6 +93,8 @@ class Projection:
 class GuidanceRules:
     """The rules of one request; the shared guidance applies them."""
 
+    # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
+    off_at: float = 1.0
     # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
     below_share: float | None = None
     # largest norm of a guided velocity, in norms of the positive one; None: no limit

@@ -22,6 +22,7 @@ from tests.tiny.project import (
 from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.z_image import write_tiny_z_image
 
 Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
@@ -297,6 +298,30 @@ def _qwen_image(version: str = "") -> TinyFamily:
     )
 
 
+def _z_image() -> TinyFamily:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_z_image(folder / "model")
+        write_plain_pictures(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_zimage", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="z_image",
+        prepare=prepare,
+        cache_latents=["zimage_cache_latents.py", *dataset, *vae],
+        cache_texts=["zimage_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["zimage_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=["zimage_generate_image.py", *models, "--negative_prompt", "dull", "--guidance_scale", "3"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="zimage_train.py",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_hunyuan_image(folder / "model")
@@ -380,6 +405,7 @@ FAMILIES = (
     _hunyuan_image(),
     _qwen_image(),
     _qwen_image("edit-2511"),
+    _z_image(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -407,6 +433,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_hunyuan_image(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name.startswith("qwen_image"):
         write_tiny_qwen_image(folder / "model", edits="edit" in family.name, num_layers=4)
+    elif family.name == "z_image":
+        write_tiny_z_image(folder / "model", num_layers=4)
     elif family.name == "lumina":
         write_tiny_lumina(folder / "model", num_layers=4)
     else:

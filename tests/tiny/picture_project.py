@@ -11,7 +11,7 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
-from tests.tiny import flux, guides, hunyuan_image, lumina, qwen_image, stable_diffusion
+from tests.tiny import flux, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
@@ -65,6 +65,18 @@ def lay_out_lumina(folder: Path) -> None:
     gemma = lumina.write_gemma(folder / "tokenizer")
     (gemma / "model.safetensors").rename(folder / "gemma_2_2b_fp16.safetensors")
     (gemma / "config.json").rename(folder / "config.json")
+
+
+def lay_out_z_image(folder: Path) -> None:
+    """Z-Image and what it needs."""
+    for seed, name in enumerate(("z_image_bf16", "z_image_turbo_bf16")):
+        state = z_image.comfy_state(z_image.tiny_state(seed, dtype=torch.bfloat16))
+        z_image.write_dit(folder, state, name=name)
+    write_autoencoder(folder / "ae.safetensors")
+    qwen = z_image.write_qwen3(folder / "qwen_3")
+    (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    z_image.write_adapter(folder / "zimage_turbo_training_adapter_v2.safetensors")
 
 
 def lay_out_qwen_image(folder: Path) -> None:
