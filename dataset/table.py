@@ -173,6 +173,7 @@ class DatasetTable:
     multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
+    lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
     subset: int | None = None  # place in its dataset, from 0
@@ -244,6 +245,8 @@ class DatasetTable:
     @property
     def control_count(self) -> int | None:
         """Return how many control images an image has, if it has any; None: the number differs."""
+        if not self.lists_controls:
+            return 0
         if self.references is not None:
             return None
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1

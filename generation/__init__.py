@@ -1,5 +1,6 @@
 """From options and a prompt to videos and pictures; read run.py first.
 
+anchors: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 denoise: the denoising loop over sections: passes, guidance, solver
@@ -20,4 +21,5 @@ script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns
 sheets: clips side by side; sheets of varied options
+together: generate in processes that share the transformer
 """

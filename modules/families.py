@@ -32,6 +32,7 @@ class FamilyEntry:
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
     texts: str = ""  # options of the files that encode texts, in a command that is shown
     training: tuple[str, ...] = ()  # likewise, of its training script
+    others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
 
     @property
     def generation_script(self) -> str:
@@ -93,6 +94,7 @@ FAMILIES = {
         record="Flux",
         encoders=(("vae", "--ae", PICTURES),),
         texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
+        others=("chroma",),
     ),
     "flux_kontext": FamilyEntry(
         "flux.kontext",
@@ -128,6 +130,14 @@ FAMILIES = {
         record="QwenImage",
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder QWEN_FILE",
+    ),
+    "z_image": FamilyEntry(
+        "z_image",
+        script="zimage",
+        cache="zimage_cache",
+        record="ZImage",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder QWEN3_FILE",
     ),
     "hunyuan_video": FamilyEntry(
         "hunyuan_model",

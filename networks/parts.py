@@ -125,13 +125,18 @@ def fuse(
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
     """Estimate the number of rows of each fused module's weight, the same in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
+    of_families = [(*family.parts, *family.joined) for family in FAMILIES]
+    seen: set[str] = set()
     for part, factors in itertools.chain.from_iterable(found):
+        seen.add(part.theirs)
         rows = heights.setdefault(part.ours, {})
         if LORA[1] in factors:
             rows[part.index] = len(factors[LORA[1]])
     likely = {}
     for ours, rows in heights.items():
-        siblings = {part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours}
+        # families may stack other parts under one name
+        lists = (one for one in of_families if any(part.theirs in seen for part in one))
+        siblings = {part.theirs: part for one in lists for part in one if part.ours == ours}
         known = next((part for part in siblings.values() if rows.get(part.index)), None)
         if known is None:
             likely[ours] = 0

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
+    "z_image": {"modules", "networks.names", "encoders", "lumina"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
@@ -144,7 +145,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_REACHED = 47_700  # lines that wan_train_network.py imports; the aim is 38,000
+MOST_REACHED = 48_000  # lines that wan_train_network.py imports; the aim is 38,000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

@@ -43,7 +43,7 @@ class Project:
 
 NAMES = (
     *("wan t2v-1.3B", "hunyuan_video", "framepack"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("kontext", "qwen_image")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("kontext", "qwen_image", "z_image")),
 )
 
 

@@ -51,7 +51,7 @@ TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext"}  
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "qwen_image")
+OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "qwen_image", "z_image")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 

@@ -106,6 +106,7 @@ class LossRule:
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
     teacher_weight: float = 0.0  # share of the errors against the base model as a teacher; 0: it is none
+    always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
 
 
 PLAIN_LOSS = LossRule()
@@ -186,11 +187,13 @@ def predict(
 
 def find_target(velocity: Tensor, batch: Batch, network: Callable[[], Tensor], rule: LossRule) -> Tensor:
     """Return the true velocity, or the base model's prediction for the samples that preserve its output."""
-    if not any(batch.preserved):
+    if not (any(batch.preserved) or rule.always_as_base):
         return velocity
     assert rule.as_base is not None  # the loop was told that there are such samples
     with torch.no_grad(), rule.as_base():
         known = network()
+    if not any(batch.preserved):
+        return velocity
     chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
     return torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
 

@@ -95,6 +95,13 @@ OF_FAMILIES: Marks = (
     ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
     ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
+    ("siglip_embedder.0.weight", "the transformer of Z-Image-Omni, which is not supported yet"),
+    (
+        "control_all_x_embedder.2-1.weight",
+        "a ControlNet of Z-Image, such as Z-Image-Turbo-Fun-Controlnet-Union, which is not supported yet",
+    ),
+    ("control_layers.0.before_proj.weight", "a ControlNet of Z-Image, which is not supported yet"),
+    ("cap_pad_token", "a Z-Image transformer (--dit)"),
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
     ("controlnet_x_embedder.weight", "a ControlNet in diffusers layout, which is not supported yet"),

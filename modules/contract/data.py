@@ -42,6 +42,19 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
     return found
 
 
+def name_text_and_mask(
+    conditions: Conditions, argument: str, name: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Return texts of several lengths as `name_texts` does, and as `{argument}_mask` which rows are real.
+
+    argument: of the network. name: in caches.
+    """
+    lengths = torch.tensor([len(rows) for rows in conditions[name]])
+    found = name_texts(conditions, {argument: name}, device)
+    mask = torch.arange(found[argument].shape[1]) < lengths[:, None]  # on the host, which reads it
+    return {**found, f"{argument}_mask": mask}
+
+
 @dataclass(frozen=True)
 class MadeBy:
     """What encoded a cache file, as its record says."""

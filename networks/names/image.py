@@ -152,6 +152,8 @@ LUMINA = FamilyNames(
         *renamed_parts("", "", _LUMINA_REST),
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
+    depths=(("layers", 26),),
+    width=2304,
 )
 
 # Qwen-Image, whose own layout is that of diffusers
@@ -175,4 +177,45 @@ QWEN_IMAGE = FamilyNames(
     versions=("qwen_image", "qwen-image", "qwenimage"),
     depths=(("transformer_blocks", 60),),
     width=3072,
+)
+
+# Z-Image, whose own layout is that of diffusers; ComfyUI has queries, keys and values in one
+Z_IMAGE = FamilyNames(
+    "z_image",
+    "z-image",
+    (
+        *(
+            (f"{block}attention.{theirs}", f"{block}attention.{ours}")
+            for block in _LUMINA_BLOCKS
+            for theirs, ours in (("out", "to_out.0"), ("q_norm", "norm_q"), ("k_norm", "norm_k"))
+        ),
+        ("x_embedder", "all_x_embedder.2-1"),
+        *(
+            (f"final_layer.{part}", f"all_final_layer.2-1.{part}")
+            for part in ("linear", "adaLN_modulation.1")
+        ),
+    ),
+    joined=tuple(
+        part
+        for block in _LUMINA_BLOCKS
+        for part in stacked_parts(f"{block}attention.to_{{x}}", f"{block}attention.qkv")
+    ),
+    further=(
+        *(
+            path
+            for block in _LUMINA_BLOCKS
+            for path in each(
+                block,
+                "attention.to_q attention.to_k attention.to_v feed_forward.w1 feed_forward.w2 "
+                "feed_forward.w3 attention_norm1 attention_norm2 ffn_norm1 ffn_norm2",
+            )
+        ),
+        *(f"{block}adaLN_modulation.0" for block in (_LUMINA_BLOCKS[0], _LUMINA_BLOCKS[2])),
+        *each("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
+    ),
+    converted_for="ComfyUI",
+    is_as_in_diffusers=True,
+    versions=("z_image", "z-image", "zimage"),
+    depths=(("layers", 30),),
+    width=3840,
 )

@@ -123,6 +123,7 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
         {"hunyuan_video", "hunyuan_image", "flux"},
         {"sd1", "sd2", "sdxl"},
         {"framepack", "qwen_image"},  # both in diffusers' layout
+        {"lumina", "z_image"},
     )
     of_several = ("x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
     for family in FAMILIES:

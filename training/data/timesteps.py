@@ -15,6 +15,7 @@ from torch import Tensor
 from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.errors import OptionError
+from modules.flow.schedule import size_shift
 from modules.seeds import derive_seed
 from training.noise_options import (
     MIXTURES,
@@ -126,7 +127,7 @@ def draw(
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
     """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
 
-    mu grows linearly with the number of tokens (`SIZE_SHIFTS`). Source: the FLUX.1 reference code.
+    mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
     Raises OptionError if a sampler follows the size and the family's shift does not.
     """
     line = _line_of(options)
@@ -138,8 +139,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             "size. "
             "Use shift with --discrete_flow_shift"
         )
-    (few, low), (many, high) = line
-    return math.exp(low + (noise.tokens(shape) - few) * (high - low) / (many - few))
+    return size_shift(noise.tokens(shape), *line)
 
 
 def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]] | None:

@@ -178,6 +178,7 @@ FAMILIES = {
     "lumina2": "Lumina-Image-2.0 transformer",
     "qwen-image-layered": "Qwen-Image-Layered",
     "qwen-image": "Qwen-Image transformer",
+    "z-image": "Z-Image transformer",
     "qwen2.5-vl": "Qwen2.5 language model",
     "qwen3": "Qwen3 language model",
     "gemma2": "Gemma language model",
