@@ -260,6 +260,7 @@ class LatentSpec:
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
     # cache files hold a picture's latents as C H W, without the axis of its one frame
     flat_in_caches: bool = False
+    names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
 
     @property
     def is_of_pictures(self) -> bool:
