@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
+from modules.contract.data import CONTROL
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
@@ -33,7 +34,6 @@ NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know wheth
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
-CONTROL = "latents_control"  # keys of latents of control media; behind it `_0`, `_1`, ... of several
 FLIPPED = "_flipped"  # behind the key of mirrored latents
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
