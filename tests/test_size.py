@@ -30,7 +30,7 @@ BUDGET = {
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
-    "qwen_image": (1250, 10),
+    "qwen_image": (1300, 10),
     "scripts": (1280, 58),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
