@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import REFERENCE, ModelOfPictures, picture_defaults, references_in, references_of
+from encoders.pictures import ModelOfPictures, picture_defaults, references_in, references_of
 from modules.contract.data import (
+    CONTROL,
     LATENTS_MADE,
     Batch,
     CacheEntry,
@@ -138,7 +139,7 @@ class QwenImage(ModelOfPictures):
         """
         vae, entries = encoders.vae, []
         for part in media.split_for(vae.device):
-            references = {f"{REFERENCE}_{index}": one for index, one in enumerate(part.control)}
+            references = {f"{CONTROL}_{index}": one for index, one in enumerate(part.control)}
             pictures = {"latents": part.frames, **references}
             made = {name: vae.encode(to_pixels(frames)).to(vae.dtype) for name, frames in pictures.items()}
             for index in range(len(part.frames)):
@@ -171,7 +172,7 @@ class QwenImage(ModelOfPictures):
                     f"{made.path}: an earlier version encoded these latents from pixels of a wrong range. "
                     f"Cache again with {LATENTS_AGAIN}: it replaces them."
                 )
-            found = made.encoder.get("template", use.fingerprint)
+            found = made.encoder.get(use.template_key, use.fingerprint)
             if made.part == use.name and found != use.fingerprint:
                 others = [one.called for one in VERSIONS.values() if one.use.fingerprint == found]
                 raise CacheError(
@@ -226,7 +227,7 @@ class QwenImage(ModelOfPictures):
         target = (prepared.width, prepared.height) if fits else None
         for index, path in enumerate(prepared.asked.control_images):
             frames = read_reference(path, target, area=area_of(self.edit))[None, None]
-            found[f"{REFERENCE}_{index}"] = encoders.vae.encode(to_pixels(frames))
+            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: found}
 
     @property
@@ -253,7 +254,7 @@ class QwenImage(ModelOfPictures):
         dtype = self.files.compute_dtype() or torch.float32
         drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype)
         section = prompts[0].section(drawn.float(), inputs.get(0))
-        first = inputs.get(0, {}).get(f"{REFERENCE}_0")
+        first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first, self.edit))
         return (yield section)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "hunyuan_model": {"modules", "networks.names", "encoders"},
     "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
+    "flux_2": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
@@ -145,7 +146,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_REACHED = 48_400  # lines that wan_train_network.py imports; the aim is 38,000
+MOST_REACHED = 48_600  # lines that wan_train_network.py imports; the aim is 38,000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
+from modules.contract.data import CONTROL
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
@@ -33,7 +34,6 @@ NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know wheth
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
-CONTROL = "latents_control"  # keys of latents of control media; behind it `_0`, `_1`, ... of several
 FLIPPED = "_flipped"  # behind the key of mirrored latents
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
@@ -41,7 +41,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
-_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
 # latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
 _CACHE_NAME = re.compile(
     r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)\.safetensors"
@@ -176,18 +176,21 @@ def is_safe_name(name: str) -> bool:
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
-def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
+def tensor_name(
+    key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
+) -> str:
     """Return the name in a file of the tensor that is `key` in batches.
 
-    grid: F, H, W to write instead of the latents' own.
+    grid: F, H, W to write instead of the latents' own. has_frames: write F too.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
     if key.endswith("_mask"):
         return key
     if key == "latents" or key.startswith("latents_"):
-        frames, height, width = grid or tuple(tensor.shape[-3:])
-        return f"{key}_{frames}x{height}x{width}_{dtype_name(tensor.dtype)}"
+        sizes = grid or tuple(tensor.shape[-3:])
+        shown = "x".join(map(str, sizes if has_frames else sizes[1:]))
+        return f"{key}_{shown}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 
 
@@ -204,9 +207,9 @@ def tensor_key(name: str) -> str:
 
 
 def grid_in_name(name: str) -> Grid | None:
-    """Return F, H, W from the name of a tensor of latents."""
+    """Return F, H, W from the name of a tensor of latents; F is 1 if the name says H x W."""
     latents = _LATENT_NAME.fullmatch(name)
-    return None if latents is None else (int(latents[2]), int(latents[3]), int(latents[4]))
+    return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
 
 def _is_flat(name: str, tensor: Tensor) -> bool:

@@ -292,14 +292,16 @@ def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_pat
     """Those of `original` have other names; those of edit and edit-2509 the same, and another template."""
     family = project(tmp_path)
     plain = [one for one in family.train if one not in ("--model_version", "edit-2511")]
-    succeed_here(*family.cache_latents, folder=tmp_path)
+    said = succeed_here(*family.cache_latents, folder=tmp_path)
+    assert "text_encoder_outputs.py --text_encoder QWEN_FILE --model_version edit-2511" in said
 
     name = "--output_name", "lora"
     code, said = run_here(*plain, "--max_train_steps", "1", "--output_dir", "out", *name, folder=tmp_path)
     assert_one_message(code, said, "qwen_image_cache_latents.py")
 
     latents = torch.zeros(1, 16, 1, 4, 4)
-    made = MadeBy(tmp_path / "a_qie_te.safetensors", "vl", {"template": EDIT_USE.fingerprint})
+    (encoder,) = family_of(files, "edit").text_encoders()
+    made = MadeBy(tmp_path / "a_qie_te.safetensors", encoder.name, encoder.identity)
     batch = Batch({"latents": latents, "vl_embed": [torch.zeros(3, 64)]}, ("a",), ("a",), (made,))
     family_of(files, "edit").batch_conditions(latents, batch)
     with pytest.raises(CacheError, match=r"a_qie_te.*for Qwen-Image-Edit, this .* of Qwen-Image-Edit-2511"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flux.model import FluxModel
 from flux.spec import dit_spec
+from flux_2.model import Flux2Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
@@ -18,7 +19,17 @@ from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
 from tests.networks.making import randomize
-from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit, z_image
+from tests.tiny import (
+    flux,
+    flux_2,
+    framepack_dit,
+    hunyuan_dit,
+    hunyuan_image,
+    lumina,
+    qwen_image,
+    wan_dit,
+    z_image,
+)
 from tests.tiny.loras import make_lora
 from wan.model import WanModel
 from z_image.model import ZImageModel
@@ -174,6 +185,22 @@ def _flux(kind: str) -> TinyDit:
     return TinyDit(f"flux {kind}", dit_spec(kind), make, "lora_flux", inputs)
 
 
+def _flux_2() -> TinyDit:
+    config = flux_2.CONFIGS["dev"]
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        return {
+            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "guidance": torch.linspace(1.0, 6.0, batch),
+        }
+
+    make = _maker(Flux2Model, config, partial(flux_2.tiny_state, "dev"), *TWO_LISTS)
+    return TinyDit("flux_2", Flux2Model.spec, make, "lora_flux_2", inputs)
+
+
 def _lumina() -> TinyDit:
     config = lumina.CONFIG
 
@@ -252,7 +279,7 @@ def _z_image() -> TinyDit:
 
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image(), _qwen_image()),
+    *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
     *(_qwen_image(edits=True), _z_image()),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

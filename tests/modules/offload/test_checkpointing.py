@@ -94,6 +94,7 @@ ATTENTIONS |= {"flux dev": (2, 0), "flux chroma": (2, 0), "lumina": (2, 0), "z_i
 ATTENTIONS |= dict.fromkeys(
     ("hunyuan_image", "qwen_image", "qwen_image edit"), ATTENTIONS["hunyuan t2v"]
 )  # such blocks
+ATTENTIONS["flux_2"] = (1, 0)  # all tokens count, so that samples are of one length
 LEARNS_BEFORE = {"lumina"}  # a LoRA is in its refiners too
 
 
