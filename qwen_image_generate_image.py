@@ -1,21 +1,27 @@
-"""Generate images with Qwen-Image. All options: python qwen_image_generate_image.py --help"""
+"""Generate or edit images with Qwen-Image. All options: python qwen_image_generate_image.py --help"""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
+from qwen_image.options import MASK
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
     guidance_scale=4.0,
     infer_steps=25,
     sample_solver="vanilla",
-    media=frozenset(),
+    media=frozenset({"control_image_path"}),
     source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
     size=(1328, 1328),
     pictures=True,
-    line_options=IMAGE_GENERATION_OPTIONS,
+    line_options={
+        **IMAGE_GENERATION_OPTIONS,
+        **REFERENCES,
+        "mask_path": LineOption("mask_path", read_path),
+    },
+    extras={"mask_path": MASK},
     output_types=PICTURE_OUTPUTS,
 )
 main = generation_script("qwen_image", DEFAULTS, __doc__)

@@ -135,7 +135,8 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
     """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
 
-    Raises OptionError if the request's schedule and the options do not go together.
+    The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
+    request's schedule and the options do not go together.
     """
     schedule, num_steps, found = prepared.asked.cfg_schedule, prepared.num_steps, []
     if prepared.rules.below_share is not None and prepared.rules.below_share <= 0:
@@ -148,12 +149,15 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     applied, ratio = (True,) * num_steps, options.cfg_apply_ratio
     if options.cfg_skip_mode != "none" and ratio is not None:
         applied = choose_applied_steps(options.cfg_skip_mode, ratio, num_steps)
+    usual = 1 - prepared.rules.off_at
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
-            found.append(tuple(table.get(step + 1) for step in range(num_steps)))
+            steps = (table.get(step + 1) for step in range(num_steps))
+            found.append(tuple(None if one is None else one + usual for one in steps))
         else:  # at 1 the formula gives the positive velocity back
-            found.append(tuple(scale if is_applied and scale != 1 else None for is_applied in applied))
+            weight = scale + usual
+            found.append(tuple(weight if is_applied and weight != 1 else None for is_applied in applied))
     return found
 
 
@@ -255,8 +259,8 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     for option, is_given in of_zero_star.items():
         if is_given and not is_guided:
             raise OptionError(
-                f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than 1 or a "
-                "--cfg_schedule, or leave it out"
+                f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than "
+                f"{prepared.rules.off_at:g} or a --cfg_schedule, or leave it out"
             )
     if not passes:
         raise OptionError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modules.answers import take_answer
-from modules.contract.requests import Prepared, Prompt, Prompts
+from modules.contract.requests import Prepared, Prompts
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.offload.host_memory import LoadedNetwork
@@ -151,7 +151,7 @@ def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
         old = texts.positive
         if old.spans:
             logger.warning("the weights in the prompt are left out because it is rewritten: %s", old.text)
-        new = Prompt(rewriter.rewrite(old.text), second=old.second)
+        new = replace(old, text=rewriter.rewrite(old.text), spans=())
         sections[section] = replace(texts, positive=new)
     told = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
     own = {**prepared.own_metadata, "rewritten_prompt": "\n".join(told)}

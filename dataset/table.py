@@ -170,9 +170,11 @@ class DatasetTable:
     # of reference pictures; with both, only larger ones are resized
     no_resize_control: bool = key(YES_NO, False, kinds=IMAGE)
     control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE)  # None: that of the picture
+    reference_dropout_rate: float = key(SHARE, 0.0, kinds=IMAGE)  # of batches, trained without them
     multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
+    lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
     subset: int | None = None  # place in its dataset, from 0
@@ -244,6 +246,8 @@ class DatasetTable:
     @property
     def control_count(self) -> int | None:
         """Return how many control images an image has, if it has any; None: the number differs."""
+        if not self.lists_controls:
+            return 0
         if self.references is not None:
             return None
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
@@ -360,7 +364,10 @@ CAPTION_DEFAULTS = {
 LEARNING_DEFAULTS = {
     **CAPTION_DEFAULTS,
     **CONTROL_DEFAULTS,
-    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
+    **{
+        name: KEYS[name].default
+        for name in ("caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight", "alpha_mask")
+    },
 }
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"

@@ -93,7 +93,8 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 def qwen_tokenizer(option: str, repository: str, folder: str = "tokenizer") -> TokenizerSource:
     """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
-    beside = (".", "tokenizer", "../tokenizer")  # inside the encoder's folder; beside a file or text_encoder
+    # inside the encoder's folder; beside a file; beside text_encoder
+    beside = (".", "qwen_3", "tokenizer", "../tokenizer")
     names = ("tokenizer.json", "vocab.json")
     files = TokenizerFiles(option, names, folder, repository, beside, token="<|im_start|>")
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
@@ -146,6 +147,11 @@ class LanguageUse:
         """Return the text around a prompt, with `{}` in its place, and around its pictures."""
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
+    @property
+    def fingerprint(self) -> str:
+        """What records of caches say of the template, as `template`."""
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
@@ -190,7 +196,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
             dtype=dtype_name(self.dtype),
             state=self.state,
-            template=hashlib.sha256(self.use.template.encode()).hexdigest()[:16],
+            template=self.use.fingerprint,
             weights="fp8" if self.in_fp8 else None,
         )
 
@@ -304,7 +310,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         tower = network.get_submodule("visual")
-        shown = [read_pictures(tower, list(map(use.read, use.choose(one.pictures))), use) for one in prompts]
+        shown = [
+            read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
+            for one in prompts
+        ]
         token = self.find_token(tokenizer, use.token)
         written = []
         for prompt, own in zip(prompts, shown, strict=True):

@@ -20,7 +20,8 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, shapes_o
 from modules.checkpoints.encoders import told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError, MediaError
-from modules.media.reading import read_image
+from modules.media.buckets import Size
+from modules.media.reading import read_image, resize_cover
 
 PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 80  # as released; cannot be read from the tensors
@@ -30,9 +31,10 @@ MOST_TOLD = 1 << 16  # of these in a config.json
 MOST_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
-def read_rgb(path: Path) -> Tensor:
-    """Read a picture in its own size: H W 3 uint8. Raises MediaError if that is impossible."""
-    return torch.from_numpy(read_image(path))
+def read_rgb(path: Path, size: Size | None = None) -> Tensor:
+    """Read a picture in its own size, or covering `size`: H W 3 uint8. Raises MediaError if it cannot."""
+    frame = read_image(path)
+    return torch.from_numpy(frame if size is None else resize_cover(frame, size))
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class PictureUse:
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     token: str = "<|image_pad|>"
-    read: Callable[[Path], Tensor] = read_rgb  # a picture as it is shown, H W 3 uint8; MediaError
+    # a picture as it is shown, of `Prompt.picture_size` if that is given: H W 3 uint8; MediaError
+    read: Callable[[Path, Size | None], Tensor] = read_rgb
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced

@@ -13,6 +13,8 @@ from encoders.files import OneTransformer, TransformerFiles
 from encoders.tiles import posterior_generator
 from modules.checkpoints.model_files import inside
 from modules.contract.data import (
+    CONTROL,
+    Batch,
     CacheEntry,
     Conditions,
     LatentSpec,
@@ -34,7 +36,8 @@ from modules.contract.requests import (
     whole_patches,
 )
 from modules.contract.rules import ReferenceRules
-from modules.errors import DatasetError, MediaError, OptionError
+from modules.devices import send
+from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.pixels import byte_clips
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
@@ -81,13 +84,39 @@ class AutoencoderFiles(TransformerFiles):
         read_autoencoder_header(self.vae_path)
 
 
+def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
+    """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
+
+    patch: latent pixels along a side of a token. remedy: what to cache again with. Raises CacheError for
+    latents that are none.
+    """
+    found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
+    for name, tensor in found.items():
+        height, width = tensor.shape[-2:]
+        if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
+            raise CacheError(
+                f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "
+                f"{channels} channels of one picture with even sides. Cache again with {remedy}."
+            )
+    return found
+
+
+def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
+    """Return the latents of the reference pictures among conditions, in order, on the device."""
+    found = {name: value for name, value in cond.items() if name.startswith(CONTROL)}
+    ordered = sorted(found, key=lambda name: int(name.removeprefix(CONTROL).lstrip("_") or 0))
+    return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
+
+
 class ModelOfPictures(OneTransformer, Protocol):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
-    called: str  # in messages
     moments: MomentsRules = NO_MOMENTS
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+
+        @property
+        def called(self) -> str: ...  # in messages
 
         @property
         def latent(self) -> LatentSpec: ...

@@ -59,7 +59,9 @@ NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
 SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
-LATENTS_OF = frozenset({"flux", "flux_kontext", "chroma", "lumina"})  # models with the same autoencoder
+LATENTS_OF = frozenset(
+    {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
+)  # models with the same autoencoder
 
 
 @dataclass(frozen=True)

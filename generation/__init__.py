@@ -1,5 +1,6 @@
 """From options and a prompt to videos and pictures; read run.py first.
 
+anchors: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 denoise: the denoising loop over sections: passes, guidance, solver

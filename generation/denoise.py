@@ -11,6 +11,7 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import fit_frames, noisy_source
+from generation.anchors import hold_consistent, hold_masked
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource, Passes
 from modules.contract.requests import Prepared
@@ -58,8 +59,8 @@ def denoise(
     one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
     other instead of equal-shaped conditions as one batch.
     """
-    latents = hold_given(section, start.latents.float())
     schedule = solver.schedule
+    latents = hold_masked(section, hold_given(section, start.latents.float()), schedule, start.step)
     num_steps = schedule.num_steps - start.step
     for made in range(num_steps):
         index = start.step + made
@@ -69,7 +70,8 @@ def denoise(
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
             return done.clean
-        latents = hold_given(section, solver.step(index, velocity, latents))
+        latents = solver.step(index, velocity, hold_consistent(section, latents, schedule, index))
+        latents = hold_masked(section, hold_given(section, latents), schedule, index + 1)
     return latents
 
 
@@ -247,6 +249,7 @@ def on_device(section: Section, device: torch.device) -> Section:
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
+        anchor=None if section.anchor is None else section.anchor.to(device),
         away=moved(section.away),
     )
 

@@ -18,6 +18,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
+from generation.anchors import mask_saver
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
 from generation.memory import Peaks
@@ -266,7 +267,8 @@ def denoise_all(
             with failures.note_errors(job.label):
                 queue.begin(job.label)
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
-                stem_of = own_stem(output.save_path, name_job(output, now, seed, prompt))
+                name = name_job(output, now, seed, prompt) + job.prepared.name_end
+                stem_of = own_stem(output.save_path, name)
                 with stem_of if job.stem is None else nullcontext(job.stem) as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
@@ -335,7 +337,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             bar.append(bars.enter_context(Bar(prepared.num_steps, section.label or "Denoising")))
 
-        yield [advance, *watchers], on_section
+        yield [advance, mask_saver(output.save_path, stem), *watchers], on_section
 
 
 def decode_all(

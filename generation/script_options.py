@@ -48,7 +48,7 @@ class RequestOptions(Options, title="what to make"):
     flow_shift: float | None = option("time shift of the schedule; {default}", often=True)
     sample_solver: str = option(  # a name of SOLVERS
         "stepping rule; vanilla is Euler, dpm++sde adds fresh noise in each step, lcm is for distilled "
-        "models and LCM LoRAs (4 to 8 steps, --guidance_scale 1)",
+        "models and LCM LoRAs (4 to 8 steps, no guidance)",
         default="unipc",
         choices=tuple(SOLVERS),
         facts=SETTING,
@@ -196,6 +196,10 @@ OPTIMIZED = (
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
+FROM_ZERO = (
+    "weight of the prompt, counted from 0, which turns guidance off: positive + weight * (positive - "
+    "negative), so that 4 is what models that count from 1 call 5; {default}"
+)
 PICTURE_FPS = 1  # what stands where a video has its rate
 # --optimized, of every family
 FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
@@ -210,6 +214,7 @@ class ScriptDefaults:
 
     fps: int
     guidance_scale: float | None = None
+    guidance_from_zero: bool = False  # guidance scales count from 0, which turns guidance off
     video_length: int | None = None
     infer_steps: int | None = None
     flow_shift: float | None = None
@@ -292,6 +297,7 @@ class ScriptDefaults:
                 + ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items()),
             },
             "optimized": {"help": OPTIMIZED.format(usual)},
+            "guidance_scale": {"help": FROM_ZERO} if self.guidance_from_zero else {},
             "riflex_index": {"help": long},
             "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
         }

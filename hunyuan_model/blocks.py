@@ -8,7 +8,7 @@ checkpoints.
 # Letters: B batch, L video tokens, T text tokens, T' of a second text, N heads, D head width, C = N * D
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
-from modules.layers.modulation import add_gated, modulate
+from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice
 
@@ -51,6 +51,16 @@ class HunyuanTokens:
         """Where the second text begins in x or in the texts, counted from the end; 0: there is none."""
         return 0 if self.second is None else -self.second.count
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What modulates the video's tokens and what the texts', each B S C."""
+        return self.vector[:, :1], self.vector
+
+    @property
+    def clean(self) -> int:
+        """Where tokens with a second row begin in the video, counted from the end; 0: it has one row."""
+        return 0
+
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x, B L+T ..., into video and text; in one split, so that its gradient is written once."""
         video, text = x.split((self.video, x.shape[1] - self.video), dim=1)
@@ -60,6 +70,23 @@ class HunyuanTokens:
         """Return query, key and value of all tokens, B L+T N D, of normalised ones; the video is rotated."""
         query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
         return query, key, torch.cat([video[2], text[2]], dim=1)
+
+
+@dataclass(frozen=True)
+class TokensWithTurnedText(HunyuanTokens):
+    """Inputs of blocks that rotate texts too: `rotary` is that of all tokens."""
+
+    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+
+    @property
+    def video(self) -> int:
+        """Number of picture tokens, L."""
+        return self.rotary_of_picture.shape[-4]
+
+    def join(self, video: Heads, text: Heads) -> Heads:
+        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
+        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
+        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
 class EmbeddedText(NamedTuple):
@@ -143,27 +170,29 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         video, text = tokens.split_video(x)
-        shift1, scale1, gate1, *video_rows = self.modulation(False)(tokens.vector[:, :1])
-        text_shift1, text_scale1, text_gate1, *text_rows = self.modulation(True)(tokens.vector)
+        of_video, of_text = tokens.rows
+        shift1, scale1, gate1, *video_rows = self.modulation(False)(of_video)
+        text_shift1, text_scale1, text_gate1, *text_rows = self.modulation(True)(of_text)
 
-        h = modulate(self.norm(video), shift1, scale1, tokens.dtype)
+        h = modulate(self.norm(video), shift1, scale1, tokens.dtype, tokens.clean)
         mine = self.heads(h, False)
         h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
         joined = tokens.join(mine, self.heads(h, True))
         del h, mine
         video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
 
-        video = add_gated(video, gate1, self.project(video_seen, False))
+        video = add_gated(video, gate1, self.project(video_seen, False), tokens.clean)
         text = add_gated(text, text_gate1, self.project(text_seen, True), tokens.split)
         text = self.feed_forward(text, self.mlp(True), tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        video = self.feed_forward(video, self.mlp(False), tokens.dtype, 0, *video_rows)
-        return torch.cat([video, text], dim=1)
+        segments = split_segments(tokens.clean, video_rows, video)
+        parts = [self.feed_forward(part, self.mlp(False), tokens.dtype, 0, *rows) for part, *rows in segments]
+        return torch.cat([*parts, text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.modulation(False)(tokens.vector[:, :1])
-        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+        shift, scale, *_ = self.modulation(False)(tokens.rows[0])
+        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype, tokens.clean)
 
     def feed_forward(
         self,

@@ -51,13 +51,12 @@ class LuminaTokens:
 class TimeEmbedding(nn.Module):
     """Embed the time of each sample, 0 noise to 1 image: B -> B time_dim float32."""
 
-    def __init__(self, config: LuminaConfig) -> None:
+    def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
+        """hidden: width between the two layers; default: that of the embedding."""
         super().__init__()
-        self.freq_dim = config.freq_dim
+        self.freq_dim, hidden = config.freq_dim, hidden or config.time_dim
         self.mlp = nn.Sequential(
-            nn.Linear(config.freq_dim, config.time_dim),
-            nn.SiLU(),
-            nn.Linear(config.time_dim, config.time_dim),
+            nn.Linear(config.freq_dim, hidden), nn.SiLU(), nn.Linear(hidden, config.time_dim)
         )
 
     def forward(self, times: Tensor) -> Tensor:
@@ -90,7 +89,8 @@ class GroupedAttention(nn.Module):
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         served = self.num_heads // self.num_kv_heads
-        key, value = (one.repeat_interleave(served, dim=2) for one in (key, value))
+        if served > 1:
+            key, value = (one.repeat_interleave(served, dim=2) for one in (key, value))
         return attend(query, key, value, tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
@@ -103,7 +103,11 @@ class GroupedAttention(nn.Module):
             seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
             other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
             seen = second.combine(seen, other)
-        return in_own_dtype(self.out, seen.flatten(2))
+        return self.project(seen.flatten(2))
+
+    def project(self, seen: Tensor) -> Tensor:
+        """Return the output, B L C, of the heads' attention side by side, B L C."""
+        return in_own_dtype(self.out, seen)
 
 
 class FeedForward(nn.Module):
@@ -127,15 +131,23 @@ class JointTransformerBlock(nn.Module):
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()
-        self.attention = GroupedAttention(config)
+        self.attention = self.make_attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm1 = RMSNorm(config.dim, config.eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.eps)
         self.attention_norm2 = RMSNorm(config.dim, config.eps)
         self.ffn_norm2 = RMSNorm(config.dim, config.eps)
         if is_modulated:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, 4 * config.dim))
+            self.adaLN_modulation = self.make_modulation(config)
         self.is_modulated = is_modulated
+
+    def make_attention(self, config: LuminaConfig) -> nn.Module:
+        """Return the attention of the block."""
+        return GroupedAttention(config)
+
+    def make_modulation(self, config: LuminaConfig) -> nn.Sequential:
+        """Return the layers from the time to scales and gates; the last one is linear."""
+        return nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, 4 * config.dim))
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C
@@ -149,7 +161,10 @@ class JointTransformerBlock(nn.Module):
         """Return scale and gate of attention and of feed-forward, each B 1 C float32; None: none."""
         if not self.is_modulated:
             return (None,) * 4
-        made = in_own_dtype(self.adaLN_modulation[1], functional.silu(time)).float()
+        *before, last = self.adaLN_modulation
+        for layer in before:
+            time = layer(time)
+        made = in_own_dtype(last, time).float()
         scale1, gate1, scale2, gate2 = made.unsqueeze(1).chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 

@@ -38,11 +38,17 @@ class LuminaConfig:
     final_eps: float = 1e-6
 
     kind = "t2i"
+    first_place = 0  # of a caption's tokens
 
     @property
     def head_width(self) -> int:
         """Return the channels of a head."""
         return self.dim // self.num_heads
+
+    @property
+    def rotary_widths(self) -> tuple[int, int, int]:
+        """Return the channels of a head that encode the place in the caption, rows and columns."""
+        return (self.head_width // 3,) * 3
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Lumina(ModelOfPictures):
             prepared,
             prompts={0: texts},
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
-            rules=guidance_rules(request.extra),
+            rules=guidance_rules(request.extra, CFG_TRUNC_RATIO, RENORM_CFG),
             own_metadata={
                 "cfg_trunc_ratio": request.extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
                 "renorm_cfg": request.extra.get("renorm_cfg", str(RENORM_CFG)),
@@ -149,7 +149,7 @@ class Lumina(ModelOfPictures):
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising; FLUX and Chroma have the same autoencoder."""
         return SourceRules(
-            (IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "flux_kontext", "chroma"})
+            (IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "flux_kontext", "chroma", "z_image"})
         )
 
     def sections(
@@ -169,11 +169,11 @@ class Lumina(ModelOfPictures):
         yield encoders.vae.decode(latents)
 
 
-def guidance_rules(extra: Mapping[str, str]) -> GuidanceRules:
-    """Return a request's settings of Lumina's guidance. Raises OptionError for impossible ones."""
+def guidance_rules(extra: Mapping[str, str], usual_ratio: float, usual_limit: float) -> GuidanceRules:
+    """Return a request's settings of guidance. Raises OptionError for impossible ones."""
     try:
-        ratio = float(extra.get("cfg_trunc_ratio", CFG_TRUNC_RATIO))
-        limit = float(extra.get("renorm_cfg", RENORM_CFG))
+        ratio = float(extra.get("cfg_trunc_ratio", usual_ratio))
+        limit = float(extra.get("renorm_cfg", usual_limit))
     except ValueError as error:
         raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Give numbers") from None
     check_trunc_ratio(ratio, "--cfg_trunc_ratio (--ctr in a prompt line)")

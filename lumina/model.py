@@ -7,7 +7,7 @@ Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.p
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -28,34 +28,43 @@ class TokenLayout(NamedTuple):
     """The layout that decides the rotations of a batch's tokens."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
-    captions: tuple[int, ...]  # real tokens of each sample's caption; one number where all are equal
-    longest: int  # rows of the captions, padding included
+    captions: tuple[int, ...]  # tokens of each sample's caption; one number where all are equal
+    longest: int  # rows of the captions, with those that only longer ones have
 
 
 class LuminaModel(nn.Module):
     """Predict where noisy latents of pictures are to go, from a caption's states."""
 
     spec = DIT
+    block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
-        self.x_embedder = nn.Linear(config.patch_size**2 * config.in_dim, config.dim)
-        self.noise_refiner = nn.ModuleList(
-            JointTransformerBlock(config) for _ in range(config.noise_refiner_layers)
-        )
+        block = self.block_class
+        self.noise_refiner = nn.ModuleList(block(config) for _ in range(config.noise_refiner_layers))
         self.context_refiner = nn.ModuleList(
-            JointTransformerBlock(config, is_modulated=False) for _ in range(config.context_refiner_layers)
+            block(config, is_modulated=False) for _ in range(config.context_refiner_layers)
         )
-        self.t_embedder = TimeEmbedding(config)
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.text_dim, config.eps), nn.Linear(config.text_dim, config.dim)
         )
-        self.layers = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.num_layers))
-        self.final_layer = LuminaFinalLayer(config)
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
+        self.make_ends(config, nn.Linear(config.patch_size**2 * config.in_dim, config.dim))
         self._rotary = GridTable(self._make_table)
+
+    def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
+        """Set the layers of the time and those around the blocks. first: from patches to tokens."""
+        self.t_embedder = TimeEmbedding(config)
+        self.x_embedder = first
+        self.final_layer = LuminaFinalLayer(config)
+
+    @property
+    def last(self) -> LuminaFinalLayer:
+        """The last layer."""
+        return self.final_layer
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -88,32 +97,50 @@ class LuminaModel(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
-        time = self.t_embedder(times)
+        time = self.embed_time(times)
         tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
         (text, tokens), *others = [
             self._read_caption(**one, grid=grid, tokens_of=tokens_of)
             for one in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask)
         ]
 
-        image = in_own_dtype(self.x_embedder, patches).to(dtype)
-        of_image = tokens_of(rotary=tokens.rotary[..., : tokens.image, :, :, :], lengths=None)
+        image = self.embed_image(patches, dtype)
+        of_image = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, of_image)
         if not others:
             return torch.cat([image, text], dim=1), tokens
         ((second_text, beside),) = others
         assert tweaks.steer is not None  # it comes with a second text
-        second = SecondText(tokens.image, second_text.shape[1], beside.lengths, tweaks.steer)
+        second = SecondText(image.shape[1], second_text.shape[1], beside.lengths, tweaks.steer)
         tokens = replace(tokens, second=second, second_rotary=beside.rotary)
         return torch.cat([image, text, second_text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
         (rows, columns), patch = tokens.grid, self.config.patch_size
-        patches = self.final_layer(x[:, : tokens.image], tokens).float()
+        patches = self.last(x[:, : tokens.image], tokens).float()
         return rearrange(
             patches, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
         )
+
+    def embed_time(self, times: Tensor) -> Tensor:
+        """Return the embedded time: B -> B time_dim float32."""
+        time: Tensor = self.t_embedder(times)
+        return time
+
+    def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return image tokens B L C of patches B L P."""
+        return in_own_dtype(self.x_embedder, patches).to(dtype)
+
+    def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return caption tokens B T C of the language model's states B T text_dim. counts: of real ones."""
+        text = self.cap_embedder[0](caption.to(dtype))
+        return in_own_dtype(self.cap_embedder[1], text).to(dtype)
+
+    def count_tokens(self, real: int) -> int:
+        """Return the number of tokens of a text or an image with so many real ones."""
+        return real
 
     def _read_caption(
         self,
@@ -127,7 +154,8 @@ class LuminaModel(nn.Module):
         tokens_of: makes that of rotations and lengths. The image stands at the position behind the caption,
         so its rotations depend on the caption's length.
         """
-        longest, counts = real_tokens(caption_mask)
+        most, real = real_tokens(caption_mask)
+        counts, longest = tuple(map(self.count_tokens, real)), self.count_tokens(most)
         equal = len(set(counts)) == 1
         layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
         rotary = self._rotary.of(layout, caption.device)
@@ -135,10 +163,10 @@ class LuminaModel(nn.Module):
         def lengths_behind(before: int) -> Lengths | None:
             return None if equal else lengths_on([before + count for count in counts], caption.device)
 
-        both = tokens_of(rotary=rotary, lengths=lengths_behind(grid[0] * grid[1]))
-        alone = tokens_of(rotary=rotary[..., both.image :, :, :, :], lengths=lengths_behind(0))
-        text = self.cap_embedder[0](caption[:, :longest].to(both.dtype))
-        text = in_own_dtype(self.cap_embedder[1], text).to(both.dtype)
+        image = self.count_tokens(grid[0] * grid[1])
+        both = tokens_of(rotary=rotary, lengths=lengths_behind(image))
+        alone = tokens_of(rotary=rotary[..., image:, :, :, :], lengths=lengths_behind(0))
+        text = self.embed_caption(caption[:, :most], real, both.dtype)
         for block in self.context_refiner:
             text = block(text, alone)
         return text, both
@@ -146,10 +174,10 @@ class LuminaModel(nn.Module):
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of image and caption tokens: L+T 1 D/2 2, or B L+T 1 D/2 2.
 
-        Angles are float64, as trained. A caption's token j stands at (j, 0, 0), an image's at (number of the
-        caption's tokens, row, column).
+        Angles are float64, as trained. A caption's token j stands at (first_place + j, 0, 0), an image's at
+        (first_place + number of the caption's tokens, row, column), an image's padding at 0.
         """
-        widths = rotary_widths(self.config.head_width)
+        widths = self.config.rotary_widths
 
         def axis(positions: Sequence[int], width: int) -> Tensor:
             exact = torch.tensor(positions, dtype=torch.float64)
@@ -159,9 +187,12 @@ class LuminaModel(nn.Module):
             axis(range(size), width) for size, width in zip(layout.grid, widths[1:], strict=True)
         )
         still = [axis([0], width) for width in widths[1:]]
-        text = on_grid([axis(range(layout.longest), widths[0]), *still])
+        image, begin = layout.grid[0] * layout.grid[1], self.config.first_place
+        padding = on_grid([axis([0] * (self.count_tokens(image) - image), widths[0]), *still])
+        rest = torch.cat([padding, on_grid([axis(range(begin, begin + layout.longest), widths[0]), *still])])
         tables = [
-            torch.cat([on_grid([axis([count], widths[0]), rows, columns]), text]) for count in layout.captions
+            torch.cat([on_grid([axis([begin + count], widths[0]), rows, columns]), rest])
+            for count in layout.captions
         ]
         return (tables[0] if len(tables) == 1 else torch.stack(tables)).unsqueeze(-3)
 
@@ -174,11 +205,6 @@ class LuminaModel(nn.Module):
             )
         if mask.shape != caption.shape[:2]:
             raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(caption.shape[:2])}")
-
-
-def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """Return the channels of a head that encode the place in the caption, rows and columns: a third each."""
-    return (head_width // 3,) * 3
 
 
 def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -89,6 +89,7 @@ class AttentionChoice:
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # one sample at a time
+    in_float32: bool = False  # whatever the dtype of its inputs
 
 
 SDPA = AttentionChoice("sdpa")

@@ -8,6 +8,7 @@ baking: plain LoRAs from LoHas, LoKrs and DoRAs
 convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
+convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
 deltas: what a LoRA, LoHa or LoKr adds to a weight
 extract_lora_from_models: command: a LoRA from a fine-tuned Stable Diffusion checkpoint
 extracting: the low-rank change of a fine-tuned model

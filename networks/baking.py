@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dialects import join_parts
+from modules.checkpoints.dialects import cut_parts, join_parts
 from modules.checkpoints.dits import bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.console import count_of
@@ -23,9 +23,9 @@ from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.module_names import alias
-from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
-from networks.parts import fuse
+from networks.names.layouts import SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_whole, pieces_of
+from networks.writing import in_own_form
 
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
@@ -53,7 +53,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
     """
     # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
     is_dora = any(name.endswith(DORA) for name in lora.tensors)
-    own = fuse(lora.tensors, family=family) if is_dora and family is not None else lora.tensors
+    own = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
     modules = group_by_module({**own, **lora.text_tensors})
     found = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
     if not found:
@@ -176,7 +176,8 @@ def _of_network(checkpoint: Checkpoint, family: FamilyNames | None) -> dict[str,
     swapped = [
         part.ours for part in family.parts if part.index == SWAPPED and f"{part.theirs}.weight" in stored
     ]
-    return join_parts(stored, tensor_patterns(family), [f"{module}.weight" for module in swapped])
+    joined = join_parts(stored, tensor_patterns(family), [f"{module}.weight" for module in swapped])
+    return cut_parts(joined, joined_tensors(family))
 
 
 def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:

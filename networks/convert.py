@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks.baking import OTHER_KINDS, Baking, bake
 from networks.deltas import (
+    DORA,
     LORA,
     add_missing_alphas,
     group_by_module,
@@ -24,13 +26,18 @@ from networks.deltas import (
 from networks.key_formats import OURS, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
-from networks.module_names import FAMILIES, alias, choose_family, read_family, to_alias
-from networks.names.image import HUNYUAN_IMAGE
+from networks.module_names import FAMILIES, alias, choose_family, joined_path, read_family, to_alias
+from networks.names.image import HUNYUAN_IMAGE, Z_IMAGE
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.names.video import FRAMEPACK
 from networks.parts import fuse
-from networks.tool_options import ComfyConvertOptions, ConvertOptions, FluxConvertOptions
-from networks.writing import in_dialect, rename_to_aliases, texts_to_diffusers
+from networks.tool_options import (
+    ComfyConvertOptions,
+    ConvertOptions,
+    FluxConvertOptions,
+    ZImageConvertOptions,
+)
+from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
@@ -92,6 +99,56 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         ("tensors", f"{len(renamed)}, {len(renamed.keys() - stored.keys())} with another name"),
     ]
     show_box("The LoRA is converted", rows)
+
+
+def convert_z_image(options: ZImageConvertOptions) -> None:
+    """Write a LoRA of Z-Image for ComfyUI, whose queries, keys and values are one module, or the way back.
+
+    A joined LoRA has the sum of the three ranks, and as many times the alpha. Metadata stay; hashes are made
+    anew. Raises CheckpointError if nothing in the file is of the model, OptionError if a LoKr is to be joined
+    without --lokr_rank.
+    """
+    source = options.src_path
+    lora = read_lora(source)
+    tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
+    modules = group_by_module(tensors)
+    if choose_family((name.removeprefix(OURS) for name in modules), Z_IMAGE.name) is not Z_IMAGE:
+        raise CheckpointError(
+            f"{source} has no module of {Z_IMAGE.name}, only such as {list_some(sorted(modules), 3)}.\n"
+            "  Give a LoRA for Z-Image.",
+            source,
+        )
+    words = ""
+    if not options.reverse:
+        tensors, words = _bake_stacked(lora, tensors, options.lokr_rank)
+        tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
+    _save(options.dst_path, tensors, lora.metadata, [lora], words)
+
+
+def _bake_stacked(
+    lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None
+) -> tuple[Mapping[str, Tensor], str]:
+    """Make plain LoRAs of the LoHas and LoKrs for modules that are joined; return the tensors, and in words
+    the loss.
+    """
+    kinds = OTHER_KINDS - {DORA}
+    stacked = {
+        name: factors
+        for name, factors in group_by_module(tensors).items()
+        if factors.keys() & kinds and joined_path(name.removeprefix(OURS), Z_IMAGE) is None
+    }
+    if not stacked:
+        return tensors, ""
+    if rank is None:
+        raise OptionError(
+            f"{lora.path} is a LoHa or LoKr for queries, keys and values ({next(iter(stacked))}), which are "
+            "one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such as 64: "
+            "the best LoRA of that rank takes the place of each"
+        )
+    own = {f"{name}.{part}": one for name, factors in stacked.items() for part, one in factors.items()}
+    baked, words = bake(replace(lora, tensors=own), Z_IMAGE, Baking(rank, choose_device(None)))
+    rest = {name: one for name, one in tensors.items() if name not in own}
+    return {**rest, **baked.tensors}, words
 
 
 def convert_file(
@@ -192,7 +249,9 @@ def converted(
     say it better. Raises CheckpointError if no part of it can be written.
     """
     family = _family_of(lora, family_name)
-    native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
+    native = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    if family is not None and family.joined and target == "other":
+        native = fuse(native, family=family)
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         names = "aliases"
@@ -236,30 +295,28 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
 def _likely_family(lora: LoraFile) -> str | None:
     """Return the family that a file without metadata is probably for, if several have its names."""
-    if lora.dialect not in LIKELY_FAMILY:
-        return None
     inputs = {
         name.removeprefix(OURS): factors[LORA[0]].shape[1]
         for name, factors in lora.modules().items()
         if LORA[0] in factors
     }
     found = likely_family(inputs)
-    return LIKELY_FAMILY[lora.dialect] if found is None else found.name
+    return LIKELY_FAMILY.get(lora.dialect) if found is None else found.name
 
 
 def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
     """Return the family whose published models have as many blocks as these modules, and as wide ones.
 
-    inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
-    name their model; None if no family fits.
+    inputs: underscored name in diffusers' layout or ComfyUI's -> how many values the module takes. For files
+    that do not name their model; None if no family fits.
     """
     numbers: dict[str, int] = {}
     widths: set[int] = set()
     for name, width in inputs.items():
-        found = re.match(r"((?:single_)?transformer_blocks)_(\d+)_", name)
+        found = re.match(r"((?:single_)?transformer_blocks|layers)_(\d+)_", name)
         if found is not None:
             numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
-        if name.endswith(("attn_to_q", "attn_add_q_proj")):
+        if name.endswith(("attn_to_q", "attn_add_q_proj", "attention_qkv", "attention_to_q")):
             widths.add(width)
     fitting = [
         family

@@ -30,7 +30,6 @@ from networks.lora_network import prefix_of
 from networks.metadata import NETWORKS, add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
-from networks.parts import fuse
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import (
     FLUX_OUTPUTS,
@@ -39,7 +38,7 @@ from networks.tool_options import (
     MergeOptions,
     WholeMergeOptions,
 )
-from networks.writing import rename_to_aliases
+from networks.writing import in_own_form, rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -234,7 +233,7 @@ def _add_up(
     modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
     for use in uses:
         lora = use.lora
-        tensors = {**fuse(lora.tensors, family=lora.family()), **lora.text_tensors}
+        tensors = {**in_own_form(lora.tensors, lora.family()), **lora.text_tensors}
         for name, factors in group_by_module(tensors).items():
             if set(factors) - {"alpha"} != set(LORA):
                 raise CheckpointError(

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE
+from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 
 # of several with equal names the first is chosen, if nothing else tells
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, SD1, SDXL, SD2)
+FAMILIES = (
+    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
+    *(SD1, SDXL, SD2),
+)
 _DIGITS = re.compile(r"\d+")
 
 
@@ -47,11 +50,15 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
 
-    for family in FAMILIES:
-        is_named = version == family.name or architecture == family.architecture
-        if is_named or any(text.lower().startswith(family.versions) for text in (version, architecture)):
-            return family
-    return None
+    named = next((one for one in FAMILIES if version == one.name or architecture == one.architecture), None)
+    begun = [
+        (len(start), family)
+        for family in FAMILIES
+        for start in family.versions
+        if version.lower().startswith(start) or architecture.lower().startswith(start)
+    ]
+    # "flux_2_dev" begins with FLUX.1's "flux" too
+    return named or max(begun, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
@@ -78,6 +85,18 @@ def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for one of ours; return any other name unchanged."""
     found = _tables(family).to_foreign.find(name)
     return name if found is None else replace_dots(found)
+
+
+def joined_path(name: str, family: FamilyNames) -> str | None:
+    """Return the path of a module in the layout that stacks some of ours; None if it is stacked there.
+
+    name: underscored, ours, or that layout's for stacked modules.
+    """
+    tables = _tables(family)
+    if tables.own.find(name) is None:
+        return tables.cut.find(name)
+    is_stacked = any(_template(part.theirs).fullmatch(name) for part in family.joined)
+    return None if is_stacked else tables.to_foreign.find(name) or tables.own.find(name)
 
 
 @dataclass(frozen=True)
@@ -109,10 +128,13 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 
 @cache
 def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
-    """Return the parts of a module in the family's other layout, (path, part), in the order of their rows."""
+    """Return the parts of a module in the family's other layout, (path, part), in the order of their rows.
+
+    Of a module that the other layout stacks, they are ours.
+    """
     found = [
         (part.theirs.replace("{n}", match["n"]), part)
-        for part in family.parts
+        for part in (*family.parts, *family.joined)
         if (match := _template(part.ours).fullmatch(name)) is not None
     ]
     order = {REST: 101, BEFORE_REST: 100}
@@ -123,8 +145,9 @@ def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
     """Return a family's parts, with the aliases that are names of another family's own modules."""
     others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
-    aliases = [pair for pair in family.aliases if family.parts and replace_dots(pair[0]) in others]
-    return (*family.parts, *(WeightPart(theirs, ours) for theirs, ours in aliases))
+    cuts = family.parts or family.joined
+    aliases = [pair for pair in family.aliases if cuts and replace_dots(pair[0]) in others]
+    return (*family.parts, *family.joined, *(WeightPart(theirs, ours) for theirs, ours in aliases))
 
 
 @cache
@@ -162,7 +185,7 @@ class _Tables(NamedTuple):
     own: _Table  # under our names
     foreign: _Table  # under aliases -> ours
     to_foreign: _Table
-    cut: _Table  # parts, which stand for their own paths
+    cut: _Table  # parts and joined modules of the other layout, which stand for their own paths
 
 
 @cache
@@ -170,11 +193,12 @@ def _tables(family: FamilyNames) -> _Tables:
     # a parameter of ours may be the weight of a module there
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
+    joined = dict.fromkeys(part.ours for part in family.joined)
     return _Tables(
         _Table((path, path) for path in (*family.modules, *(ours for _, ours in parameters))),
         _Table(aliases),
         _Table((ours, theirs) for theirs, ours in aliases),
-        _Table((part.theirs, part.theirs) for part in family.parts),
+        _Table((path, path) for path in (*(part.theirs for part in family.parts), *joined)),
     )
 
 

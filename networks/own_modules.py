@@ -44,11 +44,12 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         spec = spec_of(unet)
         anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude)
         settings = replace(settings, exclude=(*settings.exclude, *anywhere))
-        candidates = _modules_below(unet, tuple(f"{name}." for name in spec.block_lists))
+        lists = (*spec.block_lists, *spec.lora_lists)
+        candidates = _modules_below(unet, tuple(f"{name}." for name in lists))
     else:
         there = dict(unet.named_children())
-        lists = [one for one in rules.indices.values() if one in there]
-        check_blocks(settings, {one: len(list(there[one].children())) for one in lists})
+        depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
+        check_blocks(settings, depths)
         targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
         starts = [targets, *((path,) for path, rank in outside if rank)]
@@ -211,7 +212,10 @@ OWN_MODULES = {
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
     # plain LoRAs under the names that other LoRA tuners have
     **dict.fromkeys(
-        ("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack", "networks.lora_qwen_image"),
+        (
+            *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
+            *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
+        ),
         OwnModule(),
     ),
     "networks.lora_flux": OwnModule(FLUX_RULES),

@@ -326,10 +326,22 @@ class FluxConvertOptions(Options):
 
 
 class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`."""
+    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`, and more for Z-Image's."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
         "safetensors file to write", positional=True, place="safetensors", spares="src_path"
     )
     reverse: bool = option("from ComfyUI's names to ours")
+
+
+class ZImageConvertOptions(ComfyConvertOptions):
+    """Options of `networks/convert_z_image_lora_to_comfy.py`."""
+
+    lokr_rank: int | None = option(
+        "rank of the plain LoRAs that take the place of LoHas and LoKrs for queries, keys and values, which "
+        "cannot be joined; more loses less",
+        least=1,
+        excludes="reverse",
+        hint="the way back leaves them as they are",
+    )

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from logging import getLogger
 
 import torch
 from torch import Tensor
@@ -20,11 +21,22 @@ from networks.deltas import (
 )
 from networks.key_formats import OTHER, OURS
 from networks.lora_products import diagonal_blocks, fused_heights
-from networks.module_names import diffusers_path, module_path, parts_of, to_alias
+from networks.module_names import (
+    alias,
+    diffusers_path,
+    joined_path,
+    module_path,
+    parts_of,
+    replace_dots,
+    to_alias,
+)
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.stable_diffusion import diffusers_path_of_text
+from networks.parts import fuse
 
+logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
+_STACKED = "it is part of a larger weight there, and only plain LoRAs can be joined"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
 # a LoRA in another dialect, and the modules that have no form there, each with the reason
@@ -59,8 +71,10 @@ def in_dialect(
         (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
     written, left_out = in_dialect(plain, family, "diffusers")
     others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
+    path_of = joined_path if family.joined else module_path
+    why = _STACKED if family.joined else _UNKNOWN
     whole, left_out = _write(
-        others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
+        others, OTHER, lambda name, factors: _alone(path_of(name, family), factors, why), _in_comfyui
     )
     return {**written, **whole}, left_out
 
@@ -221,6 +235,30 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     pieces = {path: rows_of(factors, slice(start, start + height)) for path, start, height in places}
     found = {path: piece for path, piece in pieces.items() if piece is not None}
     return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
+
+
+def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+    """Return our LoRA on the modules that the family's model has here: joined from parts, or taken apart."""
+    if family is not None and family.joined:
+        return take_apart(tensors, family)
+    return fuse(tensors, family=family) if family is None or family.parts else tensors
+
+
+def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
+    """Return our LoRA with the modules that another layout stacks or names otherwise as the family has them.
+
+    What cannot be cut stays as it is, with a warning.
+    """
+    apart: dict[str, Factors] = {}
+    for name, factors in group_by_module(rename_to_aliases(tensors, family, alias)).items():
+        paths = [OURS + replace_dots(path) for path, _ in parts_of(name.removeprefix(OURS), family)]
+        pieces = _cut(factors, paths) if paths else {name: factors}
+        if isinstance(pieces, str):
+            logger.warning(f"{name}: {pieces}; it stays whole")
+            pieces = {name: factors}
+        apart.update(pieces)
+    # copies: files cannot hold tensors that share memory
+    return {f"{name}.{part}": one.clone() for name, factors in apart.items() for part, one in factors.items()}
 
 
 def rename_to_aliases(

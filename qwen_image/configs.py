@@ -1,10 +1,11 @@
 """Qwen-Image as data: dimensions of its transformer, its source, latents, noise, names of parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
 from modules.contract.rules import ModelRelease
+from qwen_image.options import EDIT, EDIT_2509, EDIT_2511
 from wan.spec import PREVIEW_BIAS, PREVIEW_FACTORS
 
 QWEN_IMAGE = ModelRelease(
@@ -13,6 +14,10 @@ QWEN_IMAGE = ModelRelease(
     "apache-2.0",
     "https://www.apache.org/licenses/LICENSE-2.0",
 )
+EDIT_RELEASES = {
+    name: replace(QWEN_IMAGE, repositories=(f"Qwen/Qwen-Image-{repository}",))
+    for name, repository in {EDIT: "Edit", EDIT_2509: "Edit-2509", EDIT_2511: "Edit-2511"}.items()
+}
 PATCH = 2  # latent pixels along each side of a token
 
 

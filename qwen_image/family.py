@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import ModelOfPictures, picture_defaults, references_in, references_of
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
@@ -16,7 +17,7 @@ from modules.contract.data import (
     MediaBatch,
     MediaEncoders,
     SamplingDefaults,
-    name_texts,
+    name_text_and_mask,
 )
 from modules.contract.family import (
     DitSpec,
@@ -27,23 +28,37 @@ from modules.contract.family import (
     count_picture_tokens,
 )
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import IMAGE, LATENTS, GuidanceRules, ModelRelease, SourceRules
+from modules.contract.rules import (
+    IMAGE,
+    LATENTS,
+    GuidanceRules,
+    ModelRelease,
+    ReferenceRules,
+    SourceRules,
+)
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
-from modules.media.pixels import byte_clips
+from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
-from qwen_image.configs import DIT, LATENT, NOISE, PATCH, QWEN_IMAGE
+from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import QwenImageFiles, files_of
 from qwen_image.options import (
     NAME,
+    ORIGINAL,
     QwenImageGenerationOptions,
     QwenImageLatentCachingOptions,
+    QwenImageReferenceOptions,
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
+from qwen_image.references import AS_TRAINED, add_pictures, area_of, fill_size, read_anchor, read_reference
 from qwen_image.text_encoder import KEY, QWEN_USE
+from qwen_image.versions import VERSIONS, Version
 
+TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
+LATENTS_AGAIN = "qwen_image_cache_latents.py"
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = picture_defaults(25, 4.0, 1328)
@@ -57,27 +72,52 @@ class QwenImage(ModelOfPictures):
     """Description of Qwen-Image for one run, built by the `family_for_...` functions below."""
 
     files: QwenImageFiles
+    version: Version = VERSIONS[ORIGINAL]
     options: Any = NO_OPTIONS  # of a training
+    edit: QwenImageReferenceOptions = AS_TRAINED
 
-    name: str = field(default="qwen_image", init=False)
-    cache_tag: str = field(default="qi", init=False)
     lora_module: str = field(default="networks.lora_qwen_image", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    release: ModelRelease = field(default=QWEN_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
-    called: str = field(default=NAME, init=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the model in caches and LoRAs; releases that edit have one in common."""
+        return self.version.name
+
+    @property
+    def cache_tag(self) -> str:
+        """What names of caches end with."""
+        return self.version.cache_tag
+
+    @property
+    def called(self) -> str:
+        """Name of the release in messages."""
+        return self.version.called
+
+    @property
+    def release(self) -> ModelRelease:
+        """The release that is trained."""
+        return self.version.release
+
+    @property
+    def references(self) -> ReferenceRules | None:
+        """How it takes pictures to edit, if it does."""
+        return self.version.references
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         names = {
-            "architecture": "qwen-image",
+            "architecture": self.called.lower(),
             "implementation": "https://github.com/QwenLM/Qwen-Image",
             "model_type": "qwen_image",
         }
+        if self.references is not None:
+            names["task"] = self.called.lower().removeprefix("qwen-image-")
         return self.metadata_of(names)
 
     # encoding
@@ -87,11 +127,16 @@ class QwenImage(ModelOfPictures):
         return [self.files.qwen()]
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: normalised means, in the VAE's dtype."""
+        """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
+        dtype.
+        """
         vae, entries = encoders.vae, []
         for part in media.split_for(vae.device):
-            latents = vae.encode(byte_clips(part.frames)).to(vae.dtype)
-            entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
+            references = {f"{CONTROL}_{index}": one for index, one in enumerate(part.control)}
+            pictures = {"latents": part.frames, **references}
+            made = {name: vae.encode(to_pixels(frames)).to(vae.dtype) for name, frames in pictures.items()}
+            for index in range(len(part.frames)):
+                entries.append([CacheEntry({name: means[index].clone() for name, means in made.items()})])
         return entries
 
     # the network
@@ -101,25 +146,40 @@ class QwenImage(ModelOfPictures):
         return (self.files.dit_header().config.num_layers,)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states."""
-        remedy = "qwen_image_cache_text_encoder_outputs.py"
-        batch.check({KEY: remedy}, "the transformer")
+        """Return the conditions for training: the captions' states, and the references."""
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
-        batch.check_widths({KEY: width}, self.files.dit_path, f"{remedy} and Qwen2.5-VL (7B)")
-        return {KEY: batch.tensors[KEY]}
+        batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
+        self._check_template(batch)
+        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
+
+    def _check_template(self, batch: Batch) -> None:
+        """Raise CacheError for texts that were encoded for another release."""
+        use = self.version.use
+        for made in batch.made_by:
+            found = made.encoder.get("template", use.fingerprint)
+            if made.part == use.name and found != use.fingerprint:
+                others = [one.called for one in VERSIONS.values() if one.use.fingerprint == found]
+                raise CacheError(
+                    f"{made.path}: the caption was encoded for {' or '.join(others) or 'another model'}, "
+                    f"this training is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and "
+                    "to the training."
+                )
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict the velocity, B C 1 H W in float32.
 
-        cond: vl_embed, T D of each sample.
+        cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
-            **_name_text(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: _name_text(text, noisy.device)),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=references_in(cond, noisy.device),
+            clean_references=self.version.clean_references,
         )
         return velocity
 
@@ -129,16 +189,31 @@ class QwenImage(ModelOfPictures):
         """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
 
         Without a flow shift the noise levels are the release's, which follow the size; one that is given is a
-        plain shift. Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of
-        another kind.
+        plain shift. Raises OptionError if a size cannot be made or a picture cannot be edited,
+        CheckpointError if a file is missing or of another kind.
         """
-        prepared = self.settle_picture(request, 1.0, NEGATIVE)
-        prepared = replace(prepared, rules=GuidanceRules(token_side=PATCH))
+        if request.control_images and self.references is None:
+            raise OptionError(
+                f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
+                "edit, edit-2509 or edit-2511 with the transformer of that release, or leave it out"
+            )
+        prepared = self.settle_picture(fill_size(request), 1.0, NEGATIVE)
+        prepared = add_pictures(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
         if request.flow_shift is not None:
             return prepared
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        found: dict[str, Tensor | list[Tensor]] = {}
+        fits = self.edit.resize_control_to_image_size
+        target = (prepared.width, prepared.height) if fits else None
+        for index, path in enumerate(prepared.asked.control_images):
+            frames = read_reference(path, target, area=area_of(self.edit))[None, None]
+            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
+        return {0: found}
 
     @property
     def source(self) -> SourceRules:
@@ -147,7 +222,7 @@ class QwenImage(ModelOfPictures):
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(byte_clips(frames))
+        latents: Tensor = encoders.vae.encode(to_pixels(frames))
         return latents
 
     def sections(
@@ -163,42 +238,44 @@ class QwenImage(ModelOfPictures):
         """
         dtype = self.files.compute_dtype() or torch.float32
         drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype)
-        return (yield prompts[0].section(drawn.float(), inputs.get(0)))
+        section = prompts[0].section(drawn.float(), inputs.get(0))
+        first = inputs.get(0, {}).get(f"{CONTROL}_0")
+        if isinstance(first, Tensor):
+            section = replace(section, anchor=read_anchor(prepared, first, self.edit))
+        return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
 
 
-def _name_text(cond: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the network's arguments for texts of several lengths, and which of their rows are real."""
-    lengths = torch.tensor([len(rows) for rows in cond[KEY]])
-    found = name_texts(cond, {"text": KEY}, device)
-    mask = torch.arange(found["text"].shape[1]) < lengths[:, None]  # on the host, which reads it
-    return {**found, "text_mask": mask}
-
-
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:
     """Describe the family for qwen_image_cache_latents.py."""
-    return QwenImage(QwenImageFiles().add_vae(options.vae.file))
+    return QwenImage(QwenImageFiles().add_vae(options.vae.file), VERSIONS[options.version.name])
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> QwenImage:
     """Describe the family for qwen_image_cache_text_encoder_outputs.py."""
-    return QwenImage(QwenImageFiles().add_text(options.text))
+    version = VERSIONS[options.version.name]
+    return QwenImage(QwenImageFiles(text_use=version.use).add_text(options.text), version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
     """Describe the family for qwen_image_train_network.py."""
-    return QwenImage(files_of(options), options=options)
+    version = VERSIONS[options.version.name]
+    return QwenImage(files_of(options, version.use), version, options)
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
     """Describe the family for qwen_image_generate_image.py."""
-    files = files_of(options)
+    version, references = VERSIONS[options.version.name], options.references
+    use = version.use
+    if use.pictures is not None and not references.resize_control_to_official_size:
+        use = replace(use, pictures=replace(use.pictures, read=read_reference))
+    files = files_of(options, use)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
-    return QwenImage(files)
+    return QwenImage(files, version, edit=references)
 
 
 _: type[Family] = QwenImage

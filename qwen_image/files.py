@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from encoders.files import TransformerFiles
-from encoders.language_encoder import LanguageModelEncoder
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN25_VL, read_language_model
+from encoders.picture_prompts import read_vision_tower
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint
@@ -29,6 +30,7 @@ class QwenImageFiles(TransformerFiles):
     text_encoder_tokenizer: Path | None = None
     text_in_fp8: bool = False
     text_on_cpu: bool = False
+    text_use: LanguageUse = QWEN_USE
 
     format: ClassVar = FORMAT
 
@@ -54,7 +56,7 @@ class QwenImageFiles(TransformerFiles):
     def qwen(self) -> LanguageModelEncoder:
         """Return the language model; its file is opened when it is loaded."""
         return LanguageModelEncoder(
-            QWEN_USE,
+            self.text_use,
             self.text_encoder_path,
             self.beside(self.text_dtype),
             self.text_encoder_tokenizer,
@@ -76,6 +78,8 @@ class QwenImageFiles(TransformerFiles):
             path, takes = self.qwen().path, None if config is None else config.text_dim
             width = read_once(path, _text_width)
             check_state_width(QWEN25_VL.option, path, width, self.dit, takes, QWEN25_VL.files)
+            if self.text_use.pictures is not None:
+                read_once(path, _read_tower)
         if self.text_encoder_tokenizer is not None:
             QWEN_USE.source.files.check_given(self.text_encoder_tokenizer)
 
@@ -84,7 +88,11 @@ def _text_width(checkpoint: Checkpoint) -> int:
     return read_language_model(checkpoint, QWEN25_VL).config.dim
 
 
-def files_of(options: QwenImageModelOptions) -> QwenImageFiles:
+def _read_tower(checkpoint: Checkpoint) -> Any:
+    return read_vision_tower(checkpoint, QWEN25_VL)
+
+
+def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:
     """Return the files of a training or a generation."""
     dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    return QwenImageFiles(options.dit, dtype).add_vae(options.vae.file).add_text(options.text)
+    return QwenImageFiles(options.dit, dtype, text_use=use).add_vae(options.vae.file).add_text(options.text)

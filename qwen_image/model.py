@@ -4,8 +4,10 @@ Names of modules are the released ones, which are those of diffusers. Source: th
 2025, arXiv 2508.02324. `hunyuan_model.blocks` lists the steps in float32, and the order of tokens: the
 picture first, then the text. The released code has the text first; attention does not depend on the order.
 """
-# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D
+# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# C = N * D
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,8 +16,15 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import DoubleStreamBlock, EmbeddedText, Heads, HunyuanTokens, join_tokens
-from hunyuan_model.joining import gelu, turn_first
+from hunyuan_model.blocks import (
+    DoubleStreamBlock,
+    EmbeddedText,
+    Heads,
+    HunyuanTokens,
+    TokensWithTurnedText,
+    join_tokens,
+)
+from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
@@ -28,20 +37,21 @@ from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
 
 @dataclass(frozen=True)
-class QwenTokens(HunyuanTokens):
-    """Inputs of the blocks besides the tokens. `rotary` is that of all tokens: texts are rotated too."""
+class QwenTokens(TokensWithTurnedText):
+    """Inputs of the blocks; `vector` has a second row if references are clean: theirs."""
 
-    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+    # the rows of `rotary` of clean references; compiled code leaves their number open
+    rotary_of_clean: Tensor = field(kw_only=True)
 
     @property
-    def video(self) -> int:
-        """Number of picture tokens, L."""
-        return self.rotary_of_picture.shape[-4]
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What modulates the pictures' tokens, and what the texts'."""
+        return self.vector, self.vector[:, :1]
 
-    def join(self, video: Heads, text: Heads) -> Heads:
-        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
-        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
-        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
+    @property
+    def clean(self) -> int:
+        """Where the tokens of clean references begin among the pictures', counted from the end."""
+        return -self.rotary_of_clean.shape[-4]
 
 
 class QwenLayout(NamedTuple):
@@ -165,7 +175,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
@@ -197,46 +207,72 @@ class QwenImageModel(nn.Module):
         return self.get_parameter("transformer_blocks.0.attn.to_q.bias").dtype  # the weight may be in 8 bits
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        clean_references: bool = False,
     ) -> Tensor:
         """Velocity B Z 1 H W in float32.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
         B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
-        text has the names text and text_mask. Raises ValueError if sizes do not fit.
+        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
+        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
+        Raises ValueError if sizes do not fit.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks))
+        given = (noisy, timesteps, text, text_mask, tweaks, references, clean_references)
+        hidden = Hidden(*self.embed(*given))
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
-        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        clean_references: bool = False,
     ) -> tuple[Tensor, HunyuanTokens]:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        A second text comes behind the first one.
+        References come behind the picture, a second text behind the first one.
         """
-        if noisy.shape[1] != self.config.channels:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.channels}")
-        check_sizes(noisy, (1, PATCH, PATCH), text, text_mask)
+        pictures = (noisy, *references)
+        for one in pictures:
+            if one.shape[1] != self.config.channels:
+                raise ValueError(f"{one.shape[1]} input channels, the model takes {self.config.channels}")
+            check_sizes(one, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = rearrange(noisy, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
-        picture = in_own_dtype(self.img_in, patches).to(dtype)
-        grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
+        patches = [
+            rearrange(one, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH) for one in pictures
+        ]
+        embedded = [in_own_dtype(self.img_in, one).to(dtype) for one in patches]
+        sides = tuple((one.shape[-2] // PATCH, one.shape[-1] // PATCH) for one in pictures)
+        count, target = sum(one.shape[1] for one in embedded), embedded[0].shape[1]
         vector, texts = self.time_text_embed(timesteps), []
+        if has_clean := clean_references and len(pictures) > 1:
+            vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
         for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real(given["text_mask"], picture.shape[1], noisy.device)
+            longest, _, lengths = count_real(given["text_mask"], count, noisy.device)
             states = in_own_dtype(self.txt_in, self.txt_norm(given["text"][:, :longest].to(dtype)))
             texts.append(EmbeddedText(states.to(dtype), lengths, vector))
-        layout = QwenLayout((grid[1:],), tuple(one.tokens.shape[1] for one in texts))
+        layout = QwenLayout(sides, tuple(one.tokens.shape[1] for one in texts))
         rotary = self._rotary.of(layout, noisy.device)
-        inputs = {"grid": grid, "dtype": dtype, "attention": self.attention}
-        inputs |= {"rotary": rotary, "rotary_of_picture": rotary[: picture.shape[1]]}
-        return join_tokens([picture], texts, tweaks.steer, QwenTokens, **inputs)
+        inputs = {"grid": (1, *sides[0]), "dtype": dtype, "attention": self.attention, "rotary": rotary}
+        inputs |= {"rotary_of_picture": rotary[:count]}
+        inputs |= {"rotary_of_clean": rotary[target if has_clean else count : count]}
+        return join_tokens(embedded, texts, tweaks.steer, QwenTokens, **inputs)
 
-    def unembed(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
-        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.video], tokens)).float()
+        _, rows, columns = tokens.grid
+        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : rows * columns], tokens)).float()
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
 
     def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:

@@ -1,32 +1,49 @@
 """Qwen-Image's own options for caching, training and generation. Standard library only."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, not_needed, option, unsupported
+from modules.errors import OptionError
+from modules.options import (
+    FREE,
+    HABIT,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    option,
+    unsupported,
+)
 from modules.speed_options import VaeOptions, dit_dtype_option
 
 NAME = "Qwen-Image"
-EDITS = "editing of pictures is not built yet; --model_version original makes pictures from texts"
 LAYERS = "Qwen-Image-Layered, which makes transparent layers, is another network"
-NOT_BUILT = {
-    **dict.fromkeys(("edit", "edit-2509", "edit-2511"), EDITS),
-    "layered": f"{LAYERS} and is not built yet",
-}
+ORIGINAL, EDIT, EDIT_2509, EDIT_2511 = VERSIONS = ("original", "edit", "edit-2509", "edit-2511")
+MASK = "mask_path"  # a key of `Request.extra`
+MOST_KERNEL = 255  # latent pixels
 
 
 class QwenImageVersionOptions(Options):
     """Which release of Qwen-Image the files belong to; their tensors do not tell."""
 
     model_version: str | None = option(
-        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default",
-        choices=("original",),
-        refused=NOT_BUILT,
-        facts=NO_PIXELS,
+        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, or one that "
+        "edits pictures: edit (Qwen-Image-Edit), edit-2509 or edit-2511",
+        choices=VERSIONS,
+        refused={"layered": f"{LAYERS} and is not built yet"},
     )
-    edit = unsupported(EDITS, "the same as --model_version edit")
-    edit_plus = unsupported(EDITS, "the same as --model_version edit-2509")
+    edit: bool = option("the same as --model_version edit", excludes="model_version", facts=NO_PIXELS)
+    edit_plus: bool = option(
+        "the same as --model_version edit-2509", excludes=("model_version", "edit"), facts=NO_PIXELS
+    )
+
+    @property
+    def name(self) -> str:
+        """The release, of `VERSIONS`."""
+        return self.model_version or (EDIT_2509 if self.edit_plus else EDIT if self.edit else ORIGINAL)
 
 
 class QwenImageVaeOptions(Options):
@@ -76,13 +93,75 @@ class QwenImageModelOptions(Options, title=NAME):
     num_layers = not_needed("the file's tensors say how many layers it has.", type=int)
     vae: QwenImageVaeOptions = option(facts=FREE)
     text: QwenImageTextOptions = option(facts=FREE)
-    version: QwenImageVersionOptions = option(facts=FREE)
+    version: QwenImageVersionOptions = option(facts=HABIT)
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
     """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
 
     remove_first_image_from_target = unsupported(f"{LAYERS} and is not built yet")
+
+
+class QwenImageReferenceOptions(Options, title="pictures to edit"):
+    """How --control_image_path is taken, and which parts of the first of them stay."""
+
+    resize_control_to_official_size: bool = option(
+        "resize the pictures to about a megapixel in their own shape, as the model was trained (for the text "
+        "encoder smaller, from edit-2509 on); default: their own size, cut to multiples of 16",
+        excludes="resize_control_to_image_size",
+    )
+    resize_control_to_image_size: bool = option(
+        "resize the pictures to the size of the result, and crop them"
+    )
+    append_original_name: bool = option(
+        "add the name of the first picture to that of the result", facts=NO_PIXELS
+    )
+    mask_path: str | None = option(
+        "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
+        "must have the size of the result",
+        excludes="rcm_threshold",
+        facts=OF_REQUEST,
+    )
+    rcm_threshold: float | None = option(
+        "keep what an edit leaves alone in its place: at each step, what differs from the first picture by "
+        "less than this is set back to it; 0.01 to 0.1 is usual. That picture must have the size of the "
+        "result",
+        above=0,
+        below=math.inf,
+        hint="such as 0.05",
+    )
+    rcm_relative_threshold: bool = option(
+        "count --rcm_threshold in shares of the largest difference of the step; 0.1 to 0.5 is then usual",
+        only_with="rcm_threshold",
+    )
+    rcm_kernel_size: int = option(
+        "blur differences over so many latent pixels, an odd number; 1: not at all",
+        default=3,
+        least=1,
+        most=MOST_KERNEL,
+        only_with="rcm_threshold",
+    )
+    rcm_dilate_size: int = option(
+        "enlarge what is changed by so many latent pixels",
+        default=0,
+        least=0,
+        most=MOST_KERNEL,
+        only_with="rcm_threshold",
+    )
+    rcm_debug_save: bool = option(
+        "write what is changed at each step as NAME_rcm_STEP.png, white",
+        only_with="rcm_threshold",
+        facts=NO_PIXELS,
+    )
+
+    def __post_init__(self) -> None:
+        if self.rcm_kernel_size % 2 == 0:
+            raise OptionError(f"--rcm_kernel_size {self.rcm_kernel_size}: give an odd number, such as 3 or 5")
+        if self.rcm_relative_threshold and (self.rcm_threshold or 0) > 1:
+            raise OptionError(
+                f"--rcm_threshold {self.rcm_threshold:g} with --rcm_relative_threshold: give a share from 0 "
+                "to 1, such as 0.2"
+            )
 
 
 class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
@@ -94,27 +173,34 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     )
     automatic_prompt_lang_for_layered = unsupported(LAYERS, choices=("en", "cn"))
     output_layers = unsupported(LAYERS, type=int, default=4)
-    control_image_path = unsupported(EDITS, "pictures to edit", type=str, nargs="*")
-    mask_path = unsupported(EDITS, "what of the picture is edited", type=str)
-    resize_control_to_image_size = unsupported(EDITS)
-    resize_control_to_official_size = unsupported(EDITS)
-    append_original_name = unsupported(EDITS, "name results after the picture that is edited")
-    rcm_threshold = unsupported(EDITS, "keep what an edit leaves alone", type=float)
-    rcm_relative_threshold = unsupported(EDITS)
-    rcm_kernel_size = unsupported(EDITS, type=int, default=3)
-    rcm_dilate_size = unsupported(EDITS, type=int, default=0)
-    rcm_debug_save = unsupported(EDITS)
+    references: QwenImageReferenceOptions
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
-    return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
+    version = {"--model_version": _not_original(options.version)}
+    return {"--vae": options.vae.file.vae or "VAE_FILE", **version}, {
+        **_text_options(options.text),
+        **version,
+    }
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or "DIT_FILE", "--vae": options.vae.file.vae or "VAE_FILE"}
-    return {**files, **_text_options(options.text), "--dit_dtype": options.dit_dtype}
+    controls = sample.get("control_images") or ()
+    return {
+        **files,
+        **_text_options(options.text),
+        "--dit_dtype": options.dit_dtype,
+        "--model_version": _not_original(options.version),
+        "--control_image_path": controls,
+        "--resize_control_to_official_size": bool(controls),
+    }
+
+
+def _not_original(version: QwenImageVersionOptions) -> str | None:
+    return None if version.name == ORIGINAL else version.name
 
 
 def _text_options(text: QwenImageTextOptions) -> dict[str, Any]:

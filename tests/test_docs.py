@@ -17,6 +17,7 @@ from tests.faults.messages import succeed_here
 from tests.tiny.picture_project import (
     SIDE,
     lay_out_flux,
+    lay_out_flux_2,
     lay_out_hunyuan_image,
     lay_out_kontext,
     lay_out_lumina,
@@ -24,6 +25,7 @@ from tests.tiny.picture_project import (
     lay_out_qwen_image,
     lay_out_sdxl,
     lay_out_stable_diffusion,
+    lay_out_z_image,
 )
 from tests.tiny.project import (
     lay_out_models,
@@ -72,18 +74,24 @@ SMALLER = {  # appended, so that the last value wins
     ],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     **dict.fromkeys(
-        (f"{family}_train_network.py" for family in ("flux", "hunyuan_image", "lumina", "qwen_image")),
+        (
+            f"{family}_train_network.py"
+            for family in ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")
+        ),
         [*TRAINING, "--network_dim", "2"],
     ),
+    "zimage_train.py": TRAINING,
     "flux_generate_image.py": PICTURE,
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
     "flux_kontext_generate_image.py": [*PICTURE, "--no_resize_control"],
+    "flux_2_generate_image.py": PICTURE,
     "gen_img.py": ["--W", "64", "--H", "64", "--steps", "2"],
     "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
     "lumina_generate_image.py": PICTURE,
     "qwen_image_generate_image.py": PICTURE,
+    "zimage_generate_image.py": PICTURE,
     "lumina_minimal_inference.py": ["--image_width", "64", "--image_height", "64", "--steps", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
@@ -179,12 +187,14 @@ APART = {"README", "first_lora"}
 # pages about picture models, and the models that they use
 PICTURE_MODELS = {
     "flux": lay_out_flux,
+    "flux_2": lay_out_flux_2,
     "flux_kontext": lay_out_kontext,
     "gen_img": lay_out_stable_diffusion,
     "hunyuan_image": lay_out_hunyuan_image,
     "image_datasets": lay_out_flux,
     "lumina": lay_out_lumina,
     "qwen_image": lay_out_qwen_image,
+    "z_image": lay_out_z_image,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",

@@ -28,7 +28,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 
 # FramePack but for the order of sections, which tests/frame_pack has; FLUX but for its modulation, or for a
 # reference, which tests/parity has
-SLOW = {"framepack f1", "chroma", "kontext"}
+SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
@@ -237,8 +237,8 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
-CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "hunyuan_video", "framepack", "framepack one frame", "qwen_image")
-WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame")
+WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511")
+CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", *WHOLE_SLOW)
 WHOLE_CASES = [
     pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in WHOLE_SLOW else ())
     for each in FAMILIES

@@ -37,11 +37,13 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "framepack": ("--fp8_llm", "llama_vec"),
     "hunyuan_image": ("--fp8_vl", "vlm_embed"),
     "qwen_image": ("--fp8_vl", "vl_embed"),
+    "z_image": ("--fp8_llm", "llm_embed"),
     "flux": ("--fp8_t5", "t5_out"),
     "kontext": ("--fp8_t5", "t5_vec"),
+    "flux_2": ("--fp8_text_encoder", "ctx_vec"),
 }
 # of the first tests/frame_pack has what is its own
-SLOW = {"framepack", "lumina", "hunyuan_image", "flux", "kontext", "qwen_image"}
+SLOW = {"framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image", "z_image"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES

@@ -69,6 +69,9 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     network_args = not_needed(_NO_NETWORK, nargs="*")
     scale_weight_norms = not_needed(_NO_NETWORK, type=float)
     mem_eff_save = not_needed("files are always written tensor by tensor.")
+    block_swap_optimizer_patch_params = not_needed(
+        "the optimizer knows where the parameters of swapped blocks are."
+    )
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
+from modules.contract.data import FIRST_FRAME, LOSS_MASK, Batch
 from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
@@ -47,12 +47,9 @@ class NoisyBatch:
 
         names: of what the model can be told (`Described.fuller`).
         """
-        tensors = self.batch.tensors
-        if CAPTION in names:
-            tensors = {**tensors, **self.batch.undropped}
         has_first = FIRST_FRAME in names and self.noise.shape[2] > 1
         given = max(self.given_frames, int(has_first))
-        return replace(self, batch=replace(self.batch, tensors=tensors), given_frames=given)
+        return replace(self, batch=self.batch.tell(names), given_frames=given)
 
     def place_weights(self, errors: Tensor) -> Tensor | None:
         """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.

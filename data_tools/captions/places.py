@@ -230,6 +230,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
             "video_jsonl_file or image_jsonl_file over the same media."
         )
     media_only: dict[str, Any] = {"control_directory": None, "mask_directory": None, "class_tokens": None}
+    media_only["lists_controls"] = False
     tables = [
         dataclasses.replace(table, caption_extension=table.caption_extension or EXTENSION, **media_only)
         for table in config.datasets

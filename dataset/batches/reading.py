@@ -17,7 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.cache.files import CONTROL, EMPTY, FLIPPED, Entry, tensor_key
+from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
     CacheChecks,
@@ -33,9 +33,10 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
 from dataset.sources.folders import count_references
 from dataset.sources.frames import has_mask
+from dataset.sources.tables import count_named_references
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.console import count_of
-from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
+from modules.contract.data import CONTROL, LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
 from modules.errors import CacheError
 
 
@@ -314,12 +315,17 @@ def _latent_faults(
 
 def _reference_fault(item: TrainingItem, entry: Entry) -> str | None:
     """Return why latents of reference pictures are not what a table asks for. Pictures that are gone are no
-    fault.
+    fault, but those that a list no longer names.
     """
     table, rules = item.table, item.table.references
-    if rules is None or table.directory is None:
+    if rules is None:
         return None
     cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in entry.tensors)
+    if table.directory is None:
+        named = count_named_references(table, item.source_stem)
+        if named is None or min(named, rules.most) == cached:
+            return None
+        return f"it was made with {count_of(cached, 'reference picture')}, now {table.source} names {named}"
     if cached and table.control_directory is None:
         return f"it was made with reference pictures, {table.name} has no control_directory"
     if cached < rules.most:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from encoders.clip_l import CLIP_L
-from encoders.pictures import picture_defaults
+from encoders.pictures import picture_defaults, references_in, references_of
 from encoders.t5 import USE
 from flux.checkpoints import NAMES
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
@@ -27,6 +27,7 @@ from flux.kontext.options import (
 from flux.spec import FLUX_DIT, LATENT
 from modules.checkpoints.dits import DitHeader
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
@@ -38,12 +39,11 @@ from modules.contract.data import (
 from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared
 from modules.contract.rules import ModelRelease, ReferenceRules
-from modules.devices import choose_compute_dtype, send
-from modules.errors import CacheError, OptionError
+from modules.devices import choose_compute_dtype
+from modules.errors import OptionError
 from modules.media.buckets import Size, choose_image_bucket
 from modules.media.pixels import byte_clips
 
-REFERENCE = "latents_control"  # name in caches and conditions
 LATENTS_AGAIN = "flux_kontext_cache_latents.py"
 TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"
 CLIP = replace(
@@ -149,7 +149,7 @@ class Kontext(Flux):
         for reference in media.control:
             means = encoders.vae.encode(byte_clips(reference))
             entries = [
-                [replace(entry, tensors={**entry.tensors, REFERENCE: mean.clone()})]
+                [replace(entry, tensors={**entry.tensors, CONTROL: mean.clone()})]
                 for (entry,), mean in zip(entries, means, strict=True)
             ]
         return entries
@@ -164,20 +164,7 @@ class Kontext(Flux):
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
         texts: dict[str, Tensor | list[Tensor]] = {name: batch.tensor(name) for name in self.text_keys}
         texts[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        if REFERENCE in batch.tensors:
-            texts[REFERENCE] = self._reference(batch)
-        return texts
-
-    def _reference(self, batch: Batch) -> Tensor:
-        """Return the references of a batch, B C 1 h w. Raises CacheError for latents that are none."""
-        found = batch.tensor(REFERENCE)
-        channels, height, width = self.latent.channels, *found.shape[-2:]
-        if found.shape[1:-2] != (channels, 1) or height % PATCH or width % PATCH:
-            raise CacheError(
-                f"{batch.keys[0]}: {REFERENCE} in its cache is {'x'.join(map(str, found.shape[1:]))}, not "
-                f"{channels} channels of one picture with even sides. Cache again with {LATENTS_AGAIN}."
-            )
-        return found
+        return {**texts, **references_of(batch, self.latent.channels, PATCH, LATENTS_AGAIN)}
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
@@ -185,8 +172,7 @@ class Kontext(Flux):
 
     def picture_inputs(self, cond: Conditions, device: torch.device) -> Mapping[str, Any]:
         """Return the reference as the network's argument."""
-        found = cond.get(REFERENCE)
-        return {"references": [send(found, device)]} if isinstance(found, Tensor) else {}
+        return {"references": references_in(cond, device)}
 
     # generation
 
@@ -194,7 +180,7 @@ class Kontext(Flux):
         """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
         found: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.asked.control_images:
-            found[REFERENCE] = encoders.vae.encode(byte_clips(self._read_reference(path)))
+            found[CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
         return {0: found}
 
     def _read_reference(self, path: Path) -> Tensor:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -222,12 +222,19 @@ def attend(
 ) -> Tensor:
     """Compute softmax attention, scaled by 1/sqrt(D), in the inputs' dtype (under autocast in its dtype).
 
+    With `choice.in_float32` it is computed in float32, outside autocast, and returned in the inputs' dtype.
+
     query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time.
     lengths: how many tokens of each sample are real, for self-attention (L = S). Padding is not computed:
     its keys are ignored, its queries give zeros, and the gradients of both are zero. repeats: S float32, how
     many equal keys each key stands for; sdpa only, not together with lengths. Returns B L N D.
     Raises ValueError if the arguments do not go together.
     """
+    if choice.in_float32:
+        plain = replace(choice, in_float32=False)
+        with torch.autocast(query.device.type, enabled=False):
+            wide = attend(query.float(), key.float(), value.float(), plain, lengths, repeats)
+        return wide.to(value.dtype)
     backend = BACKENDS[choice.mode]
     if lengths is not None and query.shape[1] != key.shape[1]:
         raise ValueError(

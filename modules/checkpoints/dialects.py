@@ -21,6 +21,8 @@ from modules.errors import CheckpointError
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
 Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
+# pattern -> our names of the tensors that are stacked in it, each with as many rows, in their order
+Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,55 @@ def _join(parts: list[TensorSource]) -> TensorSource:
     names = tuple(name for part in parts for name in part.names)
     kept = all(part.as_fp8 is not None for part in parts)
     return TensorSource(names, build, as_fp8 if kept else None)
+
+
+def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
+    """Return sources of the tensors that a file has stacked by rows; other tensors keep their names.
+
+    An fp8 weight stays in fp8, each part with its rows of the scale.
+    """
+    sources: dict[str, TensorSource] = {}
+    for name, source in stored.items():
+        parts = _parts_in(name, cuts)
+        for index, part in enumerate(parts or (name,)):
+            sources[part] = _cut(source, index, len(parts)) if parts else source
+    return sources
+
+
+def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of our tensors from those of a file's, as `cut_parts` makes them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        parts = _parts_in(name, cuts) if shape else ()
+        found |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:])) if parts else {name: shape}
+    return found
+
+
+def _parts_in(name: str, cuts: Cuts) -> tuple[str, ...]:
+    for pattern, parts in cuts:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return tuple(map(found.expand, parts))
+    return ()
+
+
+def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
+    """Return the source of one of `count` equal parts of the rows of a tensor."""
+
+    def rows_of(whole: Tensor, height: int) -> Tensor:
+        # a scale may be for the whole weight; for blocks of rows it has a row for each
+        return whole if len(whole) % count or height % count else whole.chunk(count)[index]
+
+    def build(*tensors: Tensor) -> Tensor:
+        whole = source.make(tensors)
+        return rows_of(whole, len(whole)).contiguous()
+
+    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, scale = source.make_fp8(tensors)
+        part = rows_of(weight, len(weight)).contiguous()
+        return part, None if scale is None else rows_of(scale, len(weight))
+
+    return TensorSource(source.names, build, None if source.as_fp8 is None else as_fp8)
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class DitSpec:
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # parts of module paths in blocks on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
+    lora_lists: tuple[str, ...] = ()  # further lists of blocks that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -187,7 +188,7 @@ class Described(Protocol):
     def defaults(self) -> SamplingDefaults: ...
 
     @property
-    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME
+    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME, REFERENCE
     def fuller(self) -> tuple[str, ...]: ...
 
     @property

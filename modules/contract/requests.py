@@ -30,6 +30,8 @@ class Prompt:
     is_negative: bool = False  # set by families that read negative prompts in another way
     # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
     pictures: tuple[Path, ...] = ()
+    # width and height that each of these is to cover; None: as the encoder reads them
+    picture_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Prepared:
     first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     own: Any = None  # what only the family reads, in a record of its own
+    name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
     @property

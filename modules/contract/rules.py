@@ -93,6 +93,8 @@ class Projection:
 class GuidanceRules:
     """The rules of one request; the shared guidance applies them."""
 
+    # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
+    off_at: float = 1.0
     # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
     below_share: float | None = None
     # largest norm of a guided velocity, in norms of the positive one; None: no limit
@@ -103,6 +105,17 @@ class GuidanceRules:
 
 
 AS_PLAIN = GuidanceRules()
+
+
+@dataclass(frozen=True)
+class ConsistencyRules:
+    """Which parts of an edited picture count as changed, at each step; the others are set back."""
+
+    threshold: float  # mean difference over the channels of latents
+    is_relative: bool = False  # the threshold is a share of the largest difference
+    kernel_size: int = 3  # latent pixels that differences are blurred over, an odd number
+    dilate_size: int = 0  # latent pixels that changed parts grow by
+    saves: bool = False  # write what is changed at each step
 
 
 @dataclass(frozen=True)

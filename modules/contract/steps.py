@@ -4,10 +4,12 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modules.attention.attend import Steer
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.contract.rules import ConsistencyRules
 from modules.layers.rope import Slow
 
 
@@ -128,6 +130,20 @@ NO_TWEAKS = Tweaks()
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A clean picture that what is denoised is held to in the parts that do not change."""
+
+    latents: Tensor  # B C F H W
+    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
+    rules: ConsistencyRules | None = None
+
+    def to(self, device: torch.device) -> "Anchor":
+        """Return a copy on the device."""
+        changed = None if self.changed is None else self.changed.to(device)
+        return replace(self, latents=self.latents.to(device), changed=changed)
+
+
+@dataclass(frozen=True)
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
@@ -142,6 +158,7 @@ class Section:
     # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
     # tells the network
     given: Tensor | None = None
+    anchor: Anchor | None = None
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in

@@ -108,6 +108,13 @@ def _even_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
 
 
+def _thousandth_grid(steps: int, flow_shift: float) -> Schedule:
+    # evenly down to 1/1000, of which the last level is left out for 0
+    levels = torch.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1, dtype=torch.float32)[:-1]
+    sigmas = shift_sigmas(levels, flow_shift)
+    return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
+
+
 def _terminal_grid(steps: int, flow_shift: float) -> Schedule:
     # stretched after the shift, so that the last level before 0 is TERMINAL
     levels = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift)
@@ -145,6 +152,7 @@ _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
     "euler-trained": _trained_grid,
     "euler-terminal": _terminal_grid,
+    "euler-thousandth": _thousandth_grid,
     "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
     "unipc-bh1": _even_grid,
     "dpm++": partial(_whole_timesteps, 1.0),

@@ -35,8 +35,8 @@ class Solver(Protocol):
 
 
 def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solver:
-    """Make a new solver: "euler", "euler-trained", "euler-terminal", "unipc", "unipc-bh1", "dpm++", or one
-    that adds noise: "dpm++sde", "lcm".
+    """Make a new solver: "euler" (also "euler-trained", "euler-terminal", "euler-thousandth"), "unipc",
+    "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
 
     draw: where that noise comes from; it is called only by a step that adds some.
     Raises ValueError for another name, or if a solver that adds noise has no `draw`.
@@ -269,6 +269,7 @@ _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "euler": Euler,
     "euler-trained": Euler,
     "euler-terminal": Euler,
+    "euler-thousandth": Euler,
     "unipc": UniPC,
     "unipc-bh1": partial(UniPC, variant=BH1),
     "dpm++": DpmPlusPlus,

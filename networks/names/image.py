@@ -78,6 +78,61 @@ FLUX = FamilyNames(
     width=3072,
 )
 
+# FLUX.2 as Black Forest Labs publish it, which ComfyUI has too
+_FLUX_2_DOUBLE = tuple(
+    pair
+    for ours, mlp, out in (("img", "ff", "to_out.0"), ("txt", "ff_context", "to_add_out"))
+    for pair in (
+        (f"attn.{out}", f"{ours}_attn.proj"),
+        (f"{mlp}.linear_in", f"{ours}_mlp.0"),
+        (f"{mlp}.linear_out", f"{ours}_mlp.2"),
+    )
+)
+_FLUX_2_REST = (
+    *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
+    *(
+        (f"{name}.linear", f"{name}.lin")
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ),
+    *(
+        (f"time_guidance_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
+        for theirs, ours in (("timestep", "time_in"), ("guidance", "guidance_in"))
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    ),
+)
+
+FLUX_2 = FamilyNames(
+    "flux_2",
+    "flux-2",
+    parts=(
+        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
+        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_2_DOUBLE),
+        *renamed_parts(
+            "single_transformer_blocks.{n}.attn.",
+            "single_blocks.{n}.",
+            (("to_qkv_mlp_proj", "linear1"), ("to_out", "linear2")),
+        ),
+        *renamed_parts("", "", _FLUX_2_REST),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+    ),
+    # of norms, whose only tensor is called `scale`
+    parameters=tuple(
+        (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
+        for theirs, ours in (
+            ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
+            ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
+            ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
+        )
+        for x, word in (("q", "query"), ("k", "key"))
+    ),
+    versions=("flux_2", "flux-2", "flux2"),
+)
+
 # HunyuanImage-2.1, whose blocks are HunyuanVideo's
 _HUNYUAN_REST = (
     ("x_embedder.proj", "img_in.proj"),
@@ -152,6 +207,8 @@ LUMINA = FamilyNames(
         *renamed_parts("", "", _LUMINA_REST),
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
+    depths=(("layers", 26),),
+    width=2304,
 )
 
 # Qwen-Image, whose own layout is that of diffusers
@@ -175,4 +232,45 @@ QWEN_IMAGE = FamilyNames(
     versions=("qwen_image", "qwen-image", "qwenimage"),
     depths=(("transformer_blocks", 60),),
     width=3072,
+)
+
+# Z-Image, whose own layout is that of diffusers; ComfyUI has queries, keys and values in one
+Z_IMAGE = FamilyNames(
+    "z_image",
+    "z-image",
+    (
+        *(
+            (f"{block}attention.{theirs}", f"{block}attention.{ours}")
+            for block in _LUMINA_BLOCKS
+            for theirs, ours in (("out", "to_out.0"), ("q_norm", "norm_q"), ("k_norm", "norm_k"))
+        ),
+        ("x_embedder", "all_x_embedder.2-1"),
+        *(
+            (f"final_layer.{part}", f"all_final_layer.2-1.{part}")
+            for part in ("linear", "adaLN_modulation.1")
+        ),
+    ),
+    joined=tuple(
+        part
+        for block in _LUMINA_BLOCKS
+        for part in stacked_parts(f"{block}attention.to_{{x}}", f"{block}attention.qkv")
+    ),
+    further=(
+        *(
+            path
+            for block in _LUMINA_BLOCKS
+            for path in each(
+                block,
+                "attention.to_q attention.to_k attention.to_v feed_forward.w1 feed_forward.w2 "
+                "feed_forward.w3 attention_norm1 attention_norm2 ffn_norm1 ffn_norm2",
+            )
+        ),
+        *(f"{block}adaLN_modulation.0" for block in (_LUMINA_BLOCKS[0], _LUMINA_BLOCKS[2])),
+        *each("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
+    ),
+    converted_for="ComfyUI",
+    is_as_in_diffusers=True,
+    versions=("z_image", "z-image", "zimage"),
+    depths=(("layers", 30),),
+    width=3840,
 )

@@ -46,6 +46,8 @@ class FamilyNames:
     architecture: str  # as in `modelspec.architecture`, before its "/lora"
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
+    # of a layout that stacks some of our modules: `theirs` is ours here, `ours` the module that has its rows
+    joined: tuple[WeightPart, ...] = ()
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
     # the tool that reads LoRAs whole only once they are converted; "": all read them as they are saved
@@ -89,11 +91,9 @@ def each(start: str, endings: str) -> tuple[str, ...]:
     return tuple(start + ending for ending in endings.split())
 
 
-def stacked_parts(theirs: str, ours: str, letters: str = "qkv") -> tuple[WeightPart, ...]:
+def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
     """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
-    return tuple(
-        WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate(letters)
-    )
+    return tuple(WeightPart(theirs.replace("{x}", letter), ours, row) for row, letter in enumerate("qkv"))
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
@@ -108,6 +108,15 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
     """
     modules = [part.ours for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
+
+
+def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return (pattern, our replacements in the order of the rows) for weights that a checkpoint stacks."""
+    found: dict[str, list[str]] = {}
+    for part in names.joined:
+        pattern = re.escape(part.ours).replace(re.escape("{n}"), r"(\d+)") + r"\.weight"
+        found.setdefault(pattern, []).append(part.theirs.replace("{n}", r"\1") + ".weight")
+    return tuple((pattern, tuple(ours)) for pattern, ours in found.items())
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:

@@ -159,7 +159,7 @@ def test_a_picture_too_long_to_be_shown_is_refused(encoder: LanguageModelEncoder
 
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
-    half = replace(PICTURES, read=lambda path: read_rgb(path)[::2, ::2].contiguous(), shown=1)
+    half = replace(PICTURES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), shown=1)
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
     encoder = LanguageModelEncoder(replace(USE, pictures=half), path, torch.float32)
     encoder.load(CPU)

@@ -12,7 +12,7 @@ from torch import Tensor
 import convert_lora
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from tests.tiny import flux, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit
+from tests.tiny import flux, flux_2, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit, z_image
 
 # Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI
 
@@ -134,6 +134,7 @@ class Model:
     there: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # under those of ComfyUI
     is_hunyuan: bool = False
     parts: Callable[[Mapping[str, Tensor]], Places] = lambda state: {}
+    joins: bool = False  # queries, keys and values: only LoRAs and DoRAs of these can be joined
 
 
 def flux_parts(state: Mapping[str, Tensor]) -> Places:
@@ -155,7 +156,9 @@ MODELS = {
     "flux": Model(flux.tiny_state(), parts=flux_parts),
     "chroma": Model(flux.tiny_state("chroma"), parts=flux_parts),
     "lumina": Model(lumina.tiny_state()),
+    "flux_2": Model(flux_2.tiny_state()),
     "qwen_image": Model(qwen_image.tiny_state()),
+    "z_image": Model(z_image.tiny_state(), z_image.comfy_state, joins=True),
 }
 
 
@@ -214,6 +217,10 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
     write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "saved.safetensors"))])
     expected = {key: patch(key, one) - one for key, one in model.state.items()}
+    if model.joins and kind not in {"LoRA", "DoRA"}:
+        lost = [key for key in model.state if key.endswith(("to_q.weight", "to_k.weight", "to_v.weight"))]
+        assert all(expected[key].any() for key in lost if ".0." in key)
+        expected |= {key: torch.zeros_like(expected[key]) for key in lost}
 
     convert(tmp_path / "saved.safetensors", tmp_path / "other.safetensors")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -68,20 +69,40 @@ def theirs(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler) -> 
     return pipe
 
 
-@pytest.mark.parametrize("how", ["guided", "unguided", "plain shift"])
+def write_lightning(files: TinyQwenImage, path: Path) -> Path:
+    """Write a LoRA with names as those of lightx2v's LoRAs for few steps: bare paths and kohya's endings."""
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for name, weight in load_file(files.dit).items():
+        if name.startswith("transformer_blocks.") and weight.ndim == 2 and "_mod." not in name:
+            module = name.removesuffix(".weight")
+            tensors[f"{module}.lora_down.weight"] = torch.randn(RANK, weight.shape[1], generator=generator)
+            tensors[f"{module}.lora_up.weight"] = 0.1 * torch.randn(len(weight), RANK, generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(RANK / 2.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("how", ["guided", "unguided", "plain shift", "lightning"])
 @torch.no_grad()
 def test_pictures_equal_those_of_diffusers(files: TinyQwenImage, tmp_path: Path, how: str) -> None:
-    scale = 1.0 if how == "unguided" else 4.0
+    scale = 1.0 if how in {"unguided", "lightning"} else 4.0
     words = [*files.models, "--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--vae_dtype", "float32"]
     words += ["--image_size", str(HEIGHT), str(WIDTH), "--infer_steps", str(STEPS), "--seed", str(SEED)]
     words += ["--guidance_scale", str(scale), "--output_type", "latent_images"]
-    shift = ["--flow_shift", "3"] if how == "plain shift" else []
+    shift = ["--flow_shift", "3"] if how in {"plain shift", "lightning"} else []
+    lora = write_lightning(files, tmp_path / "lightning.safetensors") if how == "lightning" else None
+    words += [] if lora is None else ["--lora_weight", str(lora)]
 
     qwen_image_generate_image.main([*words, *shift, "--device", "cpu", "--save_path", str(tmp_path)])
 
     # of the distilled LoRAs for four and eight steps: one shift for all sizes, and no last level
     plain = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
     pipe = theirs(files, FlowMatchEulerDiscreteScheduler(**(plain if shift else SCHEDULER)))
+    if lora is not None:
+        unchanged = pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone()
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora()
+        assert not torch.equal(pipe.transformer.transformer_blocks[0].attn.to_q.weight, unchanged)
     asked = {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,
@@ -101,23 +122,38 @@ def test_pictures_equal_those_of_diffusers(files: TinyQwenImage, tmp_path: Path,
     assert (levels - pixels * 255).abs().max() < 0.51  # as near as bytes can be
 
 
-def read_items(folder: Path) -> list[Item]:
+@dataclass(frozen=True)
+class QwenItem(Item):
+    """An item with its references, each 16 1 h w."""
+
+    references: tuple[Tensor, ...] = ()
+
+
+def read_items(folder: Path, tag: str = "qi") -> list[QwenItem]:
     """What our caches hold, in the order of their names."""
-
-    def tensor(path: Path, start: str) -> Tensor:
-        (found,) = (value for name, value in load_file(path).items() if start in name)
-        return found
-
-    paths = sorted(folder.glob("*_qi.safetensors"))
-    texts = [folder / f"{path.name.rsplit('_', 2)[0]}_qi_te.safetensors" for path in paths]
-    return [
-        Item(tensor(path, "latents_1x6x6_"), tensor(text, "varlen_vl_embed_"))
-        for path, text in zip(paths, texts, strict=True)
-    ]
+    items = []
+    for path in sorted(folder.glob(f"*_{tag}.safetensors")):
+        (text,) = load_file(folder / f"{path.name.rsplit('_', 2)[0]}_{tag}_te.safetensors").values()
+        found = load_file(path)
+        references = [found.pop(name) for name in sorted(found) if name.startswith("latents_control_")]
+        (latents,) = found.values()
+        items.append(QwenItem(latents, text, references=tuple(references)))
+    return items
 
 
-def squared_error(dit: QwenImageTransformer2DModel, batch: Sequence[Item], step: int) -> Tensor:
+def modules_of(files: TinyQwenImage) -> dict[str, str]:
+    """The modules that a LoRA is on, by the names in its file."""
+    paths = [name.removesuffix(".weight") for name in load_file(files.dit) if name.endswith(".weight")]
+    return {
+        path.replace(".", "_"): path
+        for path in paths
+        if path.startswith("transformer_blocks.") and "_mod." not in path and ".norm_" not in path
+    }
+
+
+def squared_error(dit: QwenImageTransformer2DModel, batch: Sequence[QwenItem], step: int) -> Tensor:
     """The loss of micro-batch `step`, of diffusers' network."""
+    references = [torch.stack(one) for one in zip(*(item.references for item in batch), strict=True)]
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
     ratio = math.exp(0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256))
     normal = torch.special.ndtri(uniform_of(batch, step).clamp(min=1e-7))
@@ -134,14 +170,19 @@ def squared_error(dit: QwenImageTransformer2DModel, batch: Sequence[Item], step:
         ),
         "text_mask": torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch]),
     }
-    return (predict_with(dit, given) - pack(noise - latents)).square().mean()
+    return (predict_with(dit, given, references) - pack(noise - latents)).square().mean()
 
 
 def gradients(
-    files: TinyQwenImage, modules: dict[str, str], factors: Factors, batch: Sequence[Item], step: int
+    files: TinyQwenImage,
+    modules: dict[str, str],
+    factors: Factors,
+    batch: Sequence[QwenItem],
+    step: int,
+    clean_references: bool = False,
 ) -> Factors:
     """Of the loss of a batch, by the factors of a LoRA in diffusers' network."""
-    dit = in_diffusers(load_file(files.dit)).requires_grad_(False)
+    dit = in_diffusers(load_file(files.dit), clean_references).requires_grad_(False)
     with learning(dit, {name: [path] for name, path in modules.items()}, factors) as found:
         squared_error(dit, batch, step).backward()
         every = found()
@@ -173,15 +214,11 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(
     succeed_here("qwen_image_train_network.py", *words, folder=tmp_path)
 
     items = read_items(tmp_path / "cache")
-    paths = [name.removesuffix(".weight") for name in load_file(files.dit) if name.endswith(".weight")]
-    modules = {
-        path.replace(".", "_"): path
-        for path in paths
-        if path.startswith("transformer_blocks.") and "_mod." not in path and ".norm_" not in path
-    }
+    modules = modules_of(files)
     assert len(items) == 4
     assert len({len(item.text) for item in items}) > 1  # so that padding is masked
     assert len(modules) == 24
+    assert_latents(files, tmp_path, items)
     output = tmp_path / "out"
     assert_steps_of_descent(
         output,
@@ -191,6 +228,20 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(
         "qwen_image",
     )
     assert_same_effect(files, output / "lora.safetensors", tmp_path / "merged.safetensors")
+
+
+def assert_latents(files: TinyQwenImage, folder: Path, items: Sequence[Item]) -> None:
+    """What is cached of each picture is what diffusers' VAE makes of it, normalised."""
+    vae = theirs(files, FlowMatchEulerDiscreteScheduler(**SCHEDULER)).vae
+    mean, std = (
+        torch.tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    for path, item in zip(sorted((folder / "clips").glob("*.png")), items, strict=True):
+        pixels = torch.from_numpy(read_image(path)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        with torch.no_grad():
+            expected = (vae.encode(pixels).latent_dist.mode() - mean) / std
+        assert_equal(item.latents, expected[0], "cached latents")
 
 
 def test_two_steps_of_full_tuning_equal_those_computed_with_diffusers(

@@ -1,5 +1,7 @@
 """A tiny Qwen-Image, its inputs, and diffusers' network with the same weights."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
@@ -8,7 +10,7 @@ from qwen_image.model import QwenImageModel
 from tests.tiny.qwen_image import CONFIG, tiny_state
 
 
-def in_diffusers(state: dict[str, Tensor]) -> QwenImageTransformer2DModel:
+def in_diffusers(state: dict[str, Tensor], clean_references: bool = False) -> QwenImageTransformer2DModel:
     """diffusers' network with these weights, of the size of CONFIG."""
     width = CONFIG.dim // CONFIG.num_heads
     dit = QwenImageTransformer2DModel(
@@ -19,6 +21,7 @@ def in_diffusers(state: dict[str, Tensor]) -> QwenImageTransformer2DModel:
         num_attention_heads=CONFIG.num_heads,
         joint_attention_dim=CONFIG.text_dim,
         axes_dims_rope=(width // 8, 7 * width // 16, 7 * width // 16),
+        zero_cond_t=clean_references,
     )
     dit.load_state_dict(state)
     return dit.eval()
@@ -50,16 +53,19 @@ def pack(latents: Tensor) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
 
 
-def predict_with(dit: QwenImageTransformer2DModel, given: dict[str, Tensor]) -> Tensor:
+def predict_with(
+    dit: QwenImageTransformer2DModel, given: dict[str, Tensor], references: Sequence[Tensor] = ()
+) -> Tensor:
     """The velocity B L 4Z that diffusers' network makes of the inputs of ours."""
-    height, width = given["noisy"].shape[-2:]
+    pictures = (given["noisy"], *references)
+    tokens = [pack(one) for one in pictures]
     found = dit(
-        hidden_states=pack(given["noisy"]),
+        hidden_states=torch.cat(tokens, dim=1),
         encoder_hidden_states=given["text"],
         encoder_hidden_states_mask=given["text_mask"],
         timestep=given["timesteps"] / 1000,
-        img_shapes=[[(1, height // 2, width // 2)]] * len(given["noisy"]),
+        img_shapes=[[(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in pictures]] * len(given["noisy"]),
         return_dict=False,
     )[0]
     assert isinstance(found, Tensor)
-    return found
+    return found[:, : tokens[0].shape[1]]

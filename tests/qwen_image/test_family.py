@@ -103,13 +103,15 @@ def test_guidance_keeps_the_norm_of_each_token() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_version", "edit-2509"], "--model_version: edit-2509: editing of pictures is not built"),
         (["--model_version", "layered"], "--model_version: layered: Qwen-Image-Layered"),
-        (["--edit_plus"], "--edit_plus is not supported yet"),
-        (["--control_image_path", "a.png"], "--control_image_path is not supported yet"),
+        (["--output_layers", "3"], "--output_layers is not supported yet: Qwen-Image-Layered"),
+        (["--edit", "--edit_plus"], "--edit_plus and --edit exclude each other"),
+        (["--mask_path", "a.png", "--rcm_threshold", "0.1"], "--mask_path and --rcm_threshold exclude"),
+        (["--rcm_kernel_size", "4", "--rcm_threshold", "1"], "--rcm_kernel_size 4: give an odd number"),
+        (["--rcm_threshold", "2", "--rcm_relative_threshold"], "give a share from 0 to 1, such as 0.2"),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(
+def test_what_cannot_be_is_refused_by_name(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises((OptionError, SystemExit)) as refused:

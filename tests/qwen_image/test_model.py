@@ -6,7 +6,7 @@ import torch
 from modules.contract.steps import Away, Tweaks
 from tests.parity.running import assert_equal
 from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs, tiny_model
-from tests.tiny.qwen_image import tiny_state
+from tests.tiny.qwen_image import CONFIG, tiny_state
 
 
 @torch.no_grad()
@@ -17,6 +17,23 @@ def test_velocities_equal_those_of_diffusers() -> None:
     ours = tiny_model()(**given)
 
     assert_equal(pack(ours), predict_with(in_diffusers(tiny_state()), given), "velocity")
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("sizes", [[(6, 10)], [(6, 8), (2, 30)]], ids=str)
+@torch.no_grad()
+def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, int]], clean: bool) -> None:
+    """A long one moves the places of the text. clean: modulated with time 0, as in Edit-2511."""
+    given, generator = tiny_inputs(), torch.Generator().manual_seed(3)
+    references = [torch.randn(2, CONFIG.channels, 1, *size, generator=generator) for size in sizes]
+    model = tiny_model()
+
+    ours = model(**given, references=references, clean_references=clean)
+
+    assert_equal(pack(ours), predict_with(in_diffusers(tiny_state(), clean), given, references), "velocity")
+    other = model(**given, references=references, clean_references=not clean)
+    assert (ours - other).abs().max() > 0.01 * ours.abs().max()
+    assert torch.equal(model(**given, clean_references=True), model(**given))
 
 
 @torch.no_grad()

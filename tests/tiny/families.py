@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.tiny.flux import write_tiny_flux
+from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -22,6 +23,7 @@ from tests.tiny.project import (
 from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.z_image import write_tiny_z_image
 
 Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
@@ -202,18 +204,23 @@ def _flux(name: str, kind: str) -> TinyFamily:
     )
 
 
+def write_references(folder: Path) -> None:
+    """A reference for each of four pictures, and one for a generation."""
+    (folder / "control").mkdir(exist_ok=True)
+    for index in range(4):
+        write_image(folder / "control" / f"picture {index}.png", 48, 48)
+    with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write(f'control_directory = "{folder.as_posix()}/control"\n')
+    write_image(folder / "start.png", 64, 48)
+
+
 def _kontext() -> TinyFamily:
     """FLUX.1 Kontext, which learns and makes edits of a reference; it keeps its small size."""
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_flux(folder / "model")
         write_plain_pictures(folder)
-        (folder / "control").mkdir(exist_ok=True)
-        for index in range(4):
-            write_image(folder / "control" / f"picture {index}.png", 48, 48)
-        with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
-            file.write(f'control_directory = "{folder.as_posix()}/control"\n')
-        write_image(folder / "start.png", 64, 48)
+        write_references(folder)
 
     dataset = ["--dataset_config", "dataset.toml"]
     vae = ["--vae", "model/ae.safetensors", "--vae_dtype", "float32"]
@@ -235,6 +242,44 @@ def _kontext() -> TinyFamily:
         changed_habit=["--dit_dtype", "bfloat16"],
         train_whole="",
         sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png",
+    )
+
+
+def _flux_2() -> TinyFamily:
+    """FLUX.2 klein-base, which learns and makes edits of two references."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_flux_2(folder / "model")
+        write_plain_pictures(folder)
+        (folder / "control").mkdir(exist_ok=True)
+        for index in range(4):
+            for number in range(2):
+                write_image(folder / "control" / f"picture {index}_{number}.png", 48, 48)
+        with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+            file.write(f'control_directory = "{folder.as_posix()}/control"\n')
+        write_image(folder / "start.png", 64, 48)
+        write_image(folder / "end.png", 32, 48)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    version = ["--model_version", "klein-base-4b"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts, *version]
+    network = ["--network_module", "networks.lora_flux_2", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="flux_2",
+        prepare=prepare,
+        cache_latents=["flux_2_cache_latents.py", *dataset, *vae, *version],
+        cache_texts=["flux_2_cache_text_encoder_outputs.py", *dataset, *texts, *version],
+        train=["flux_2_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=[
+            *("flux_2_generate_image.py", *models, "--control_image_path", "start.png", "end.png"),
+            *("--negative_prompt", "dull"),
+        ],
+        another_run=["--model_version", "klein-4b"],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png --ci end.png",
     )
 
 
@@ -262,27 +307,57 @@ def _lumina() -> TinyFamily:
     )
 
 
-def _qwen_image() -> TinyFamily:
+def _qwen_image(version: str = "") -> TinyFamily:
+    """Qwen-Image, or a release that edits pictures."""
+
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_qwen_image(folder / "model")
+        write_tiny_qwen_image(folder / "model", edits=bool(version))
+        write_plain_pictures(folder)
+        if version:
+            write_references(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
+    release = ["--model_version", version] if version else []
+    pictures = ["--control_image_path", "start.png", "--resize_control_to_official_size"] if version else []
+    models = ["--dit", "model/dit.safetensors", *vae, *texts, *release]
+    network = ["--network_module", "networks.lora_qwen_image", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name=f"qwen_image {version}".rstrip(),
+        prepare=prepare,
+        cache_latents=["qwen_image_cache_latents.py", *dataset, *vae, *release],
+        cache_texts=["qwen_image_cache_text_encoder_outputs.py", *dataset, *texts, *release],
+        train=["qwen_image_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=["qwen_image_generate_image.py", *models, *pictures, "--negative_prompt", "dull"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="qwen_image_train.py",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull" + " --ci start.png" * bool(version),
+    )
+
+
+def _z_image() -> TinyFamily:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_z_image(folder / "model")
         write_plain_pictures(folder)
 
     dataset = ["--dataset_config", "dataset.toml"]
     vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
     texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
     models = ["--dit", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora_qwen_image", "--network_dim", "4", "--learning_rate", RATE]
+    network = ["--network_module", "networks.lora_zimage", "--network_dim", "4", "--learning_rate", RATE]
     return TinyFamily(
-        name="qwen_image",
+        name="z_image",
         prepare=prepare,
-        cache_latents=["qwen_image_cache_latents.py", *dataset, *vae],
-        cache_texts=["qwen_image_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=["qwen_image_train_network.py", *models, *dataset, "--sdpa", *network],
-        generate=["qwen_image_generate_image.py", *models, "--negative_prompt", "dull"],
+        cache_latents=["zimage_cache_latents.py", *dataset, *vae],
+        cache_texts=["zimage_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["zimage_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=["zimage_generate_image.py", *models, "--negative_prompt", "dull", "--guidance_scale", "3"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="qwen_image_train.py",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull",
+        train_whole="zimage_train.py",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
     )
 
 
@@ -365,9 +440,12 @@ FAMILIES = (
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),
     _kontext(),
+    _flux_2(),
     _lumina(),
     _hunyuan_image(),
     _qwen_image(),
+    _qwen_image("edit-2511"),
+    _z_image(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -389,12 +467,16 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
     elif family.name in {"flux", "kontext"}:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "flux_2":
+        write_tiny_flux_2(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "hunyuan_image":
         write_tiny_hunyuan_image(folder / "model", double_blocks=3, single_blocks=6)
-    elif family.name == "qwen_image":
-        write_tiny_qwen_image(folder / "model", num_layers=4)
+    elif family.name.startswith("qwen_image"):
+        write_tiny_qwen_image(folder / "model", edits="edit" in family.name, num_layers=4)
+    elif family.name == "z_image":
+        write_tiny_z_image(folder / "model", num_layers=4)
     elif family.name == "lumina":
         write_tiny_lumina(folder / "model", num_layers=4)
     else:

@@ -11,10 +11,11 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
-from tests.tiny import flux, guides, hunyuan_image, lumina, qwen_image, stable_diffusion
+from tests.tiny import flux, flux_2, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
+from tests.tiny.language_models import qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 from tests.tiny.post_upscaling import write_rrdb
 from tests.tiny.project import CAPTIONS, moving_square, write_image
@@ -47,6 +48,18 @@ def lay_out_kontext(folder: Path) -> None:
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 
+def lay_out_flux_2(folder: Path) -> None:
+    """FLUX.2 klein-base and what it needs; beside the folder what pictures are made from."""
+    flux_2.write_dit(folder, flux_2.tiny_state(dtype=torch.bfloat16), name="flux-2-klein-base-4b")
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    qwen = flux_2.write_text_encoder(folder / "qwen_3")
+    (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
 def lay_out_hunyuan_image(folder: Path) -> None:
     """HunyuanImage-2.1 and what it needs."""
     hunyuan_image.write_dit(folder, hunyuan_image.tiny_state(dtype=torch.bfloat16))
@@ -66,13 +79,28 @@ def lay_out_lumina(folder: Path) -> None:
     (gemma / "config.json").rename(folder / "config.json")
 
 
-def lay_out_qwen_image(folder: Path) -> None:
-    """Qwen-Image and what it needs."""
-    qwen_image.write_dit(folder, qwen_image.tiny_state(dtype=torch.bfloat16), name="qwen_image_bf16")
-    save(folder / "qwen_image_vae.safetensors", vae_tensors())
-    qwen = hunyuan_image.write_qwen(folder / "qwen_2.5_vl")
-    (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
+def lay_out_z_image(folder: Path) -> None:
+    """Z-Image and what it needs."""
+    for seed, name in enumerate(("z_image_bf16", "z_image_turbo_bf16")):
+        state = z_image.comfy_state(z_image.tiny_state(seed, dtype=torch.bfloat16))
+        z_image.write_dit(folder, state, name=name)
+    write_autoencoder(folder / "ae.safetensors")
+    qwen = z_image.write_qwen3(folder / "qwen_3")
+    (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
+    z_image.write_adapter(folder / "zimage_turbo_training_adapter_v2.safetensors")
+
+
+def lay_out_qwen_image(folder: Path) -> None:
+    """Qwen-Image, Edit-2511 and what they need; beside the folder pictures to edit, and a mask."""
+    for seed, name in enumerate(("qwen_image_bf16", "qwen_image_edit_2511_bf16")):
+        qwen_image.write_dit(folder, qwen_image.tiny_state(seed, torch.bfloat16), name=name)
+    save(folder / "qwen_image_vae.safetensors", vae_tensors())
+    write_qwen_tokenizer(folder / "qwen_2.5_vl")
+    write_model(folder / "qwen_2.5_vl_7b.safetensors", qwen25_vl())
+    (folder.parent / "control").mkdir()
+    for name in ("start", "scarf", "mask", "control/0", "control/1_0", "control/1_1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 
 def lay_out_sdxl(folder: Path) -> None:

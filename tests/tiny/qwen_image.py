@@ -11,6 +11,7 @@ from qwen_image.model import QwenImageModel
 from tests.tiny.dit_files import draw, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.hunyuan_image import TEXT_DIM, write_qwen
+from tests.tiny.language_models import qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.wan_encoders import vae_tensors
 
 CONFIG = QwenImageConfig(dim=64, ffn_dim=256, num_heads=2, num_layers=2, channels=16, text_dim=TEXT_DIM)
@@ -47,11 +48,16 @@ def write_dit(
     return write_dialect(folder / f"{name}.safetensors", state, dialect, dict)
 
 
-def write_tiny_qwen_image(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> TinyQwenImage:
+def write_tiny_qwen_image(
+    folder: Path, dtype: torch.dtype = torch.float32, edits: bool = False, **sizes: int
+) -> TinyQwenImage:
     """Write transformer, VAE and text encoder with its tokenizer below `folder`.
 
-    sizes: of the transformer.
+    edits: the text encoder sees pictures. sizes: of the transformer.
     """
     dit = write_dit(folder, tiny_state(dtype=dtype, **sizes), name="dit")
     vae = save(folder / "vae.safetensors", vae_tensors())
+    if edits:
+        tokenizer = write_qwen_tokenizer(folder / "text_encoder")
+        return TinyQwenImage(dit, vae, write_model(tokenizer / "model.safetensors", qwen25_vl()).parent)
     return TinyQwenImage(dit, vae, write_qwen(folder / "text_encoder"))

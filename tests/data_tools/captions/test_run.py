@@ -194,6 +194,17 @@ def test_a_list_gets_the_captions_that_it_lacks(tmp_path: Path, server: FakeServ
     assert all(text.endswith("in 4k.") and "zxc" not in text for text in (first, third))
 
 
+def test_a_list_of_edits_may_have_lines_without_a_reference(tmp_path: Path, server: FakeServer) -> None:
+    edited = '{"image_path": {}, "control_path": "gone.png", "control_path_1": "too.png"}'
+    config = make_list(tmp_path, [edited, '{"image_path": {}}', '{"image_path": {}, "caption": "x"}'])
+
+    run(config, server)
+
+    first, second, third = read_lines(tmp_path)
+    assert all(str(line["caption"]).startswith("caption") for line in (first, second))
+    assert (first["control_path"], third["caption"]) == ("gone.png", "x")
+
+
 def test_captions_that_several_tables_share_are_made_once(tmp_path: Path, server: FakeServer) -> None:
     config = make_folder(tmp_path)
     table = config.read_text(encoding="utf-8")

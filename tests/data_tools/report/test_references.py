@@ -9,8 +9,8 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from tests.data_tools.report.making import report
+from tests.dataset.edit_sets import SIZE, EditFamily, make_set, read_set
 from tests.dataset.making import make_image
-from tests.dataset.test_references import SIZE, EditFamily, make_set, read_set
 from tests.dataset.toy_family import options
 
 

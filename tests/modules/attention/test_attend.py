@@ -282,3 +282,20 @@ def test_a_trial_sees_wrong_results_and_missing_gradients(
 
     with pytest.raises((ArithmeticError, RuntimeError), match=error):
         try_out(AttentionChoice("flash"), CPU, torch.bfloat16, training=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_float32_is_that_of_wide_inputs(autocast: bool, padded: bool) -> None:
+    """Float16 overflows in some models: neither inputs nor autocast may narrow it."""
+    generator = torch.Generator().manual_seed(0)
+    narrow = [torch.randn(2, 6, 2, 16, generator=generator).bfloat16() for _ in range(3)]
+    lengths = lengths_on([6, 4], CPU) if padded else None
+    expected = attend(*(one.float() for one in narrow), lengths=lengths).bfloat16()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(*narrow, AttentionChoice("sdpa", in_float32=True), lengths)
+        plain = attend(*narrow, lengths=lengths)
+
+    assert torch.equal(found, expected)
+    assert not torch.equal(plain, expected)

@@ -1,0 +1,88 @@
+"""Hold parts of a picture to a reference while it is denoised: by a mask, or where both hardly differ."""
+# Letters: B batch, C channels, F H W frames, height and width of latents
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor
+
+from blissful_tuner.video_to_video import noisy_source
+from modules.contract.rules import ConsistencyRules
+from modules.contract.steps import Section, StepDone, Watcher
+from modules.flow.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
+    """Return latents B C F H W that are the noisy reference where the section's mask says that it stays.
+
+    step: of the schedule, whose noise level the latents have. Call behind each step.
+    """
+    anchor = section.anchor
+    if anchor is None or anchor.changed is None:
+        return latents
+    held = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(anchor.changed > 0, latents, held)
+
+
+def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
+    """Return latents B C F H W that are the noisy reference where both hardly differ.
+
+    Call before each step, once its velocity is known, so that small deviations do not add up.
+    """
+    anchor = section.anchor
+    if anchor is None or anchor.rules is None:
+        return latents
+    held = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(find_changes(latents - held, anchor.rules), latents, held)
+
+
+def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
+    """Return where a picture is changed: B 1 F H W bool.
+
+    difference: B C F H W, to the reference of the same noise. It is blurred, and its size is the mean over
+    the channels.
+    """
+    size = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)
+    threshold = rules.threshold * (size.max() if rules.is_relative else 1)
+    changed = size > threshold
+    if rules.dilate_size:
+        width, margin = 2 * rules.dilate_size + 1, rules.dilate_size
+        changed = functional.max_pool2d(changed.flatten(0, 2)[:, None].float(), width, 1, margin) > 0
+        changed = changed.view(size.shape)
+    return changed
+
+
+def blur(latents: Tensor, kernel_size: int) -> Tensor:
+    """Blur latents B C F H W over `kernel_size` pixels, an odd number, by a Gaussian.
+
+    Its width follows the size as in OpenCV; at the edges pixels repeat.
+    """
+    half = kernel_size // 2
+    if not half:
+        return latents
+    deviation = 0.3 * (half - 1) + 0.8
+    places = torch.arange(-half, half + 1, device=latents.device, dtype=latents.dtype)
+    row = torch.softmax(-(places**2) / (2 * deviation**2), dim=0)
+    planes = functional.pad(latents.flatten(0, 2)[:, None], (half,) * 4, mode="replicate")
+    rows = functional.conv2d(planes, row.view(1, 1, 1, -1))
+    return functional.conv2d(rows, row.view(1, 1, -1, 1)).view(latents.shape)
+
+
+def mask_saver(folder: Path, stem: str) -> Watcher:
+    """Return a watcher that writes what is changed at each step as a picture, if the rules say so."""
+
+    def save(done: StepDone) -> bool:
+        anchor, sigma = done.section.anchor, done.step.sigma
+        if anchor is not None and anchor.rules is not None and anchor.rules.saves:
+            held = (1 - sigma) * anchor.latents + sigma * done.section.noise
+            changed = find_changes(done.step.noisy - held, anchor.rules)[0, 0, 0]
+            path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
+            Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)
+        return False
+
+    return save

@@ -1,0 +1,21 @@
+"""Convert a LoRA of Z-Image to ComfyUI's names, or back.
+
+All options: python networks/convert_z_image_lora_to_comfy.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.families import plain_script
+from networks.tool_options import ZImageConvertOptions
+
+main = plain_script(__doc__, "networks.convert.convert_z_image", ZImageConvertOptions)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,145 @@
+"""Pictures to edit: their sizes, for the VAE and for the text encoder, and what of the first one stays."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from modules.contract.requests import Prepared, Prompt, Prompts, Request
+from modules.contract.rules import ConsistencyRules
+from modules.contract.steps import Anchor
+from modules.errors import MediaError, OptionError
+from modules.media.buckets import Size
+from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from qwen_image.options import MASK, QwenImageReferenceOptions
+
+# pixels of a picture as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
+# are multiples of OFFICIAL_STEP. Source: the released pipelines
+MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384
+OFFICIAL_STEP = 32
+STEP = 16  # of pictures that keep their size
+AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
+
+
+def official_size(size: Size, area: int) -> Size:
+    """Return width and height of about `area` pixels in the shape of `size`, multiples of OFFICIAL_STEP."""
+    width = math.sqrt(area * (size[0] / size[1]))
+    height = width / (size[0] / size[1])
+    return (
+        max(round(width / OFFICIAL_STEP), 1) * OFFICIAL_STEP,
+        max(round(height / OFFICIAL_STEP), 1) * OFFICIAL_STEP,
+    )
+
+
+def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
+    """Return the size that `read_reference` gives a picture of `size`."""
+    if target is not None:
+        return target
+    return (size[0] // STEP * STEP, size[1] // STEP * STEP) if area is None else official_size(size, area)
+
+
+def read_reference(path: Path, target: Size | None = None, *, area: int | None = None) -> Tensor:
+    """Read a picture as it is taken: H W 3 uint8.
+
+    target: resize it to cover this size, and crop. area: else stretch it to its official size of so many
+    pixels. None: it keeps its size, cut at the right and below to multiples of STEP. Raises MediaError if it
+    cannot be read, or nothing would be left.
+    """
+    frame = read_image(path)
+    height, width = frame.shape[:2]
+    if min(width, height) < STEP:
+        raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {STEP}")
+    size = taken_size((width, height), area, target)
+    if target is not None:
+        frame = resize_cover(frame, target)
+    elif area is not None:
+        frame = resize_frame(frame, size, "none" if size == (width, height) else "lanczos")
+    return torch.from_numpy(frame[: size[1], : size[0]].copy())
+
+
+def area_of(options: QwenImageReferenceOptions) -> int | None:
+    """Return the pixels of a picture's official size for the VAE; None if it has another one."""
+    return MEGAPIXEL if options.resize_control_to_official_size else None
+
+
+def fill_size(request: Request) -> Request:
+    """Return the request with the size that it does not say: a megapixel in the shape of its last picture."""
+    if request.width is not None or request.height is not None or not request.control_images:
+        return request
+    try:
+        width, height = official_size(image_size(request.control_images[-1]), MEGAPIXEL)
+    except MediaError:  # which says so when the pictures are checked
+        return request
+    return replace(request, width=width, height=height)
+
+
+def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
+    """Return the request with its pictures in all prompts, and in the names of its files if asked for.
+
+    Raises OptionError if the first picture cannot be held to, or the mask is missing.
+    """
+    paths, target = prepared.asked.control_images, None
+    if not paths:
+        return prepared
+    if options.resize_control_to_image_size:
+        target = prepared.width, prepared.height
+
+    def shown(prompt: Prompt | None) -> Prompt:
+        return replace(prompt or Prompt(""), pictures=paths, picture_size=target)
+
+    texts = prepared.prompts[0]
+    away = None if texts.away is None else shown(texts.away)
+    prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
+    mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
+    if mask is not None or rcm:
+        option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
+        size = taken_size(image_size(paths[0]), area_of(options), target)
+        if size != (prepared.width, prepared.height):
+            raise OptionError(
+                f"{option}: {paths[0]} is taken with {size[0]} x {size[1]} pixels, and the result has "
+                f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {size[1]} "
+                f"{size[0]}, or --resize_control_to_image_size"
+            )
+    own = dict(prepared.own_metadata)
+    if mask is not None:
+        if not Path(mask).is_file():
+            raise OptionError(f"--{MASK} {mask}: no such file. Correct the path")
+        own[MASK] = Path(mask).name
+    end = f"_{paths[0].stem}" if options.append_original_name else ""
+    return replace(prepared, prompts={0: prompts}, own_metadata=own, name_end=end)
+
+
+def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
+    """Return what the result is held to; None if that is not asked for.
+
+    latents: of the first picture, 1 C 1 h w.
+    """
+    mask, threshold = prepared.asked.extra.get(MASK), options.rcm_threshold
+    if mask is not None:
+        step = prepared.width // latents.shape[-1]
+        return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))
+    if threshold is None:
+        return None
+    rules = ConsistencyRules(
+        threshold,
+        options.rcm_relative_threshold,
+        options.rcm_kernel_size,
+        options.rcm_dilate_size,
+        options.rcm_debug_save,
+    )
+    return Anchor(latents, rules=rules)
+
+
+def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
+    """Read what is changed of a picture, white in the file: 1 1 1 h w float32, 1 there and 0 elsewhere.
+
+    size: width and height of the picture, which the mask is stretched to. Raises MediaError if it cannot be
+    read.
+    """
+    frame = resize_frame(read_image(path), size, "lanczos")
+    grey = torch.from_numpy(frame.copy()).float().mean(-1)
+    sides = size[1] // latent_step, size[0] // latent_step
+    return functional.interpolate((grey >= 127.5).float()[None, None], sides)[:, :, None]

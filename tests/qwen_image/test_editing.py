@@ -1,0 +1,303 @@
+"""What Qwen-Image-Edit makes of pictures: sizes, texts that see them, caches, what stays, and refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import qwen_image_generate_image
+from generation.anchors import blur, find_changes, hold_consistent, hold_masked
+from modules.contract.data import Batch, MadeBy
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import ConsistencyRules
+from modules.contract.steps import Anchor, Section
+from modules.errors import CacheError, OptionError
+from modules.flow.solvers import solver_for
+from qwen_image.family import QwenImage, family_for_generation
+from qwen_image.options import (
+    VERSIONS,
+    QwenImageGenerationOptions,
+    QwenImageReferenceOptions,
+    QwenImageVersionOptions,
+)
+from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
+from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.project import write_image
+from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyQwenImage:
+    return write_tiny_qwen_image(tmp_path_factory.mktemp("models"), edits=True)
+
+
+def family_of(files: TinyQwenImage, version: str = "edit-2509", **edit: Any) -> QwenImage:
+    options = QwenImageGenerationOptions.usual(
+        dit=files.dit,
+        version=QwenImageVersionOptions(model_version=version),
+        references=QwenImageReferenceOptions(**edit),
+    )
+    made = family_for_generation(options)
+    return replace(made, files=replace(made.files, vae=files.vae, text_encoder=files.text_encoder))
+
+
+def prepare(family: QwenImage, *paths: Path, **asked: Any) -> Prepared:
+    return family.prepare(Request("a hat", 1, control_images=paths, **asked))
+
+
+@pytest.mark.parametrize("size", [(131, 75), (1000, 1000), (333, 2000), (4000, 37)])
+@pytest.mark.parametrize("area", [MEGAPIXEL, SHOWN_AREA])
+def test_official_sizes_are_those_of_the_release(size: tuple[int, int], area: int) -> None:
+    expected = tuple(max(int(side), 32) for side in calculate_dimensions(area, size[0] / size[1]))
+    assert official_size(size, area) == expected
+
+
+def test_a_picture_is_stretched_or_cut_or_fitted(tmp_path: Path) -> None:
+    pixels = numpy.random.default_rng(1).integers(0, 256, (75, 131, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+
+    own = read_reference(tmp_path / "a.png")
+    official = read_reference(tmp_path / "a.png", area=SHOWN_AREA)
+    fitted = read_reference(tmp_path / "a.png", (64, 64))
+
+    assert torch.equal(own, torch.from_numpy(pixels[:64, :128].copy()))
+    expected = Image.fromarray(pixels).resize((512, 288), Image.Resampling.LANCZOS)
+    assert torch.equal(official, torch.from_numpy(numpy.array(expected)))
+    assert fitted.shape == (64, 64, 3)
+
+
+def test_every_text_of_a_request_sees_the_pictures(files: TinyQwenImage, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 64, 48)
+    paths = (tmp_path / "a.png", tmp_path / "a.png")
+
+    prepared = prepare(family_of(files), *paths, away_prompt="red")
+    fitted = prepare(family_of(files, resize_control_to_image_size=True), *paths, width=96, height=64)
+
+    texts = prepared.prompts[0]
+    found = [texts.positive, texts.negative, texts.blank, texts.away]
+    assert [one.pictures for one in found if one is not None] == [paths] * 4
+    assert fitted.prompts[0].positive.picture_size == (96, 64)
+    assert texts.positive.picture_size is None
+
+
+def test_a_size_that_is_not_said_is_a_megapixel_in_the_shape_of_the_last_picture(
+    files: TinyQwenImage, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "a.png", 64, 48)
+    write_image(tmp_path / "b.png", 48, 96)
+
+    prepared = prepare(family_of(files), tmp_path / "a.png", tmp_path / "b.png")
+
+    assert (prepared.width, prepared.height) == official_size((48, 96), MEGAPIXEL)
+
+
+def test_templates_are_those_of_the_releases() -> None:
+    """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
+    assert (QWEN_USE.dropped, EDIT_USE.dropped, PLUS_USE.dropped) == (34, 64, 64)
+    assert EDIT_USE.pictures is not None
+    assert PLUS_USE.pictures is not None
+    assert EDIT_USE.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    assert PLUS_USE.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert len({use.fingerprint for use in (QWEN_USE, EDIT_USE, PLUS_USE)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "version", "message"),
+    [
+        (["none.png"], "edit", r"--control_image_path .*none.png: no such file"),
+        (["text.png"], "edit", r"--ci.*text.png is no image.*Give an image file"),
+        (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
+        (["huge.png"], "edit", r"huge.png has more than the 134 million pixels that are read"),
+        (["good.png"] * 2, "edit", r"2 reference pictures, Qwen-Image-Edit takes 1 at most"),
+        (
+            ["good.png"],
+            "original",
+            r"--control_image_path: Qwen-Image makes pictures from texts alone.",
+        ),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_refused(
+    files: TinyQwenImage, tmp_path: Path, names: list[str], version: str, message: str
+) -> None:
+    (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
+    for name, size in {"dot": (1, 1), "good": (32, 32), "huge": (20000, 10000)}.items():
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+
+    with pytest.raises(OptionError, match=message):
+        prepare(family_of(files, version), *(tmp_path / name for name in names), width=32, height=32)
+
+
+def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyQwenImage, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 70, 48)
+    sized = {"width": 96, "height": 48}
+    family, mask = family_of(files, rcm_threshold=0.1), {"mask_path": str(tmp_path / "none.png")}
+
+    with pytest.raises(
+        OptionError, match=r"--rcm_threshold: .*a.png is taken with 64 x 48 .* --image_size 48 64"
+    ):
+        prepare(family, tmp_path / "a.png", **sized)
+    with pytest.raises(OptionError, match=r"--mask_path .*none.png: no such file"):
+        prepare(family_of(files), tmp_path / "a.png", width=64, height=48, extra=mask)
+
+
+def test_a_mask_is_white_where_the_picture_changes(tmp_path: Path) -> None:
+    mask = Image.new("L", (32, 16))
+    mask.paste(255, (16, 0, 32, 16))
+    mask.save(tmp_path / "mask.png")
+
+    found = read_mask(tmp_path / "mask.png", (64, 32), 8)
+
+    assert found.shape == (1, 1, 1, 4, 8)
+    assert found[0, 0, 0].sum(0).tolist() == [0, 0, 0, 0, 4, 4, 4, 4]
+
+
+def test_changes_are_found_blurred_and_enlarged() -> None:
+    difference = torch.zeros(1, 16, 1, 9, 9)
+    difference[..., 4, 4] = 1.0
+
+    def count(**rules: Any) -> int:
+        return int(find_changes(difference, ConsistencyRules(**rules)).sum())
+
+    assert count(threshold=0.5, kernel_size=1) == 1
+    assert count(threshold=0.01, kernel_size=3) == 9
+    assert count(threshold=0.5, kernel_size=1, dilate_size=2) == 25
+    assert count(threshold=0.9, kernel_size=3, is_relative=True) == 1
+    assert not find_changes(0 * difference, ConsistencyRules(0.2, is_relative=True)).any()
+    assert torch.allclose(blur(torch.ones(1, 2, 1, 5, 5), 5), torch.ones(1, 2, 1, 5, 5))
+
+
+def test_what_hardly_differs_is_set_back_before_a_step_and_what_a_mask_keeps_behind_it() -> None:
+    schedule = solver_for("euler", 4, 1.0).schedule
+    noise, clean = torch.randn(1, 2, 1, 4, 4), torch.ones(1, 2, 1, 4, 4)
+    level = float(schedule.sigmas[1])
+    held = (1 - level) * clean + level * noise
+    latents = held + 0.01
+    latents[..., 0, 0] += 1
+    mask = torch.zeros(1, 1, 1, 4, 4)
+    mask[..., 3] = 1
+
+    def section(**anchor: Any) -> Section:
+        return Section(noise, {}, anchor=Anchor(clean, **anchor))
+
+    kept = hold_consistent(section(rules=ConsistencyRules(0.1, kernel_size=1)), latents, schedule, 1)
+    masked = hold_masked(section(changed=mask), latents, schedule, 1)
+
+    assert torch.allclose(kept[..., 1:, :], held[..., 1:, :])
+    assert torch.equal(kept[..., 0, 0], latents[..., 0, 0])
+    assert torch.equal(masked[..., 3], latents[..., 3])
+    assert torch.allclose(masked[..., :3], held[..., :3])
+    assert torch.equal(hold_masked(section(changed=mask), latents, schedule, 4)[..., :3], clean[..., :3])
+    assert hold_consistent(Section(noise, {}), latents, schedule, 1) is latents
+
+
+def test_changed_parts_are_written_and_results_named_after_their_picture(
+    files: TinyQwenImage, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "my cat.png", 48, 32)
+    words = [
+        *files.models,
+        "--edit",
+        "--control_image_path",
+        str(tmp_path / "my cat.png"),
+        "--prompt",
+        "a hat",
+    ]
+    words += ["--image_size", "32", "48", "--infer_steps", "3", "--guidance_scale", "1", "--seed", "3"]
+    rcm = ["--rcm_threshold", "0.9", "--rcm_relative_threshold", "--rcm_debug_save"]
+
+    qwen_image_generate_image.main(
+        [*words, *rcm, "--append_original_name", "--save_path", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    qwen_image_generate_image.main([*words, "--save_path", str(tmp_path / "plain"), "--device", "cpu"])
+
+    made = sorted(path.name.partition("_3_")[2] for path in (tmp_path / "out").iterdir())
+    assert made == ["my cat.png", *(f"my cat_rcm_00{step}.png" for step in range(3))]
+    shown = [Image.open(path) for path in sorted((tmp_path / "out").glob("*_rcm_*.png"))]
+    assert {one.size for one in shown} == {(6, 4)}
+    kept = numpy.array(Image.open(next((tmp_path / "out").glob("*_my cat.png"))))
+    assert (kept != numpy.array(Image.open(next((tmp_path / "plain").iterdir())))).any()
+
+
+def project(folder: Path) -> TinyFamily:
+    family = next(each for each in FAMILIES if each.name == "qwen_image edit-2511")
+    family.prepare(folder)
+    return family
+
+
+def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    """They have no record of ours; the number of references differs; latents say `qwen_image` there."""
+    family = project(tmp_path)
+    (tmp_path / "control" / "picture 1.png").unlink()
+    for number in range(2):
+        write_image(tmp_path / "control" / f"picture 1_{number}.png", 32, 64)
+    (tmp_path / "control" / "picture 3.png").unlink()
+    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("qwen_image_edit_no_resize_control = true\n")
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    run = ("--max_train_steps", "4", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
+    succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
+    shapes = {}
+    for path in (tmp_path / "cache").iterdir():
+        tensors = load_file(path)
+        if path.name.endswith("_qie.safetensors"):
+            shapes[path.name[:9]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        save_file(tensors, path, {"architecture": "qwen_image"})
+    target = {"latents_1x6x6_float32": (16, 1, 6, 6)}
+    assert shapes["picture 0"] == target | {"latents_control_0_1x6x6_float32": (16, 1, 6, 6)}
+    assert shapes["picture 1"] == target | {
+        f"latents_control_{number}_1x8x4_float32": (16, 1, 8, 4) for number in range(2)
+    }
+    assert shapes["picture 3"] == target
+
+    succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
+
+    ours, theirs = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("ours", "theirs"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_path: Path) -> None:
+    """Those of `original` have other names; those of edit and edit-2509 the same, and another template."""
+    family = project(tmp_path)
+    plain = [one for one in family.train if one not in ("--model_version", "edit-2511")]
+    succeed_here(*family.cache_latents, folder=tmp_path)
+
+    name = "--output_name", "lora"
+    code, said = run_here(*plain, "--max_train_steps", "1", "--output_dir", "out", *name, folder=tmp_path)
+    assert_one_message(code, said, "qwen_image_cache_latents.py")
+
+    latents = torch.zeros(1, 16, 1, 4, 4)
+    made = MadeBy(tmp_path / "a_qie_te.safetensors", "vl", {"template": EDIT_USE.fingerprint})
+    batch = Batch({"latents": latents, "vl_embed": [torch.zeros(3, 64)]}, ("a",), ("a",), (made,))
+    family_of(files, "edit").batch_conditions(latents, batch)
+    with pytest.raises(CacheError, match=r"a_qie_te.*for Qwen-Image-Edit, this .* of Qwen-Image-Edit-2511"):
+        family_of(files, "edit-2511").batch_conditions(latents, batch)
+
+
+def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) -> None:
+    blind = write_tiny_qwen_image(tmp_path / "models")
+    write_image(tmp_path / "a.png", 32, 32)
+
+    with pytest.raises(Exception, match=r"has no vision tower, which prompts with pictures need. Give"):
+        prepare(family_of(blind), tmp_path / "a.png", width=32, height=32)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_commands_of_a_training_name_its_release(version: str) -> None:
+    from qwen_image.options import QwenImageTrainingOptions, caching_options, generation_options
+
+    options = QwenImageTrainingOptions.usual(version=QwenImageVersionOptions(model_version=version))
+    latents, texts = caching_options(options)
+    expected = None if version == "original" else version
+    assert (latents["--model_version"], texts["--model_version"]) == (expected, expected)
+    words = generation_options(options, {"control_images": (Path("a.png"),)})
+    assert words["--model_version"] == expected
+    assert words["--resize_control_to_official_size"]

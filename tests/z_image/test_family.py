@@ -1,0 +1,136 @@
+"""What Z-Image settles for a request: noise levels, guidance that counts from 0, and what it refuses."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zimage_generate_image
+from blissful_tuner.guidance import guidance_scales, plan_steps
+from blissful_tuner.guidance_formulas import NEGATIVE, POSITIVE
+from blissful_tuner.options import PLAIN_GUIDANCE
+from modules.contract.data import Batch
+from modules.contract.loading import Placement
+from modules.contract.requests import Prepared, Request
+from modules.errors import CacheError, OptionError
+from modules.flow.solvers import solver_for
+from modules.speed_options import AttentionChoice
+from tests.tiny.z_image import write_tiny_z_image
+from z_image.family import ZImage
+from z_image.files import ZImageFiles
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> ZImage:
+    files = write_tiny_z_image(tmp_path_factory.mktemp("models"))
+    return ZImage(ZImageFiles(files.dit, vae=files.vae, text_encoder=files.text_encoder))
+
+
+def prepare(family: ZImage, **asked: Any) -> Prepared:
+    return family.prepare(Request("a cat", 1, **asked))
+
+
+def sigmas_of(prepared: Prepared) -> Tensor:
+    return solver_for(prepared.solver, prepared.steps, prepared.flow_shift).schedule.sigmas
+
+
+def test_what_is_not_said_is_as_in_the_known_tuner(family: ZImage) -> None:
+    prepared = prepare(family)
+
+    assert (prepared.width, prepared.height, prepared.steps) == (1024, 1024, 25)
+    assert (prepared.guidance_scale, prepared.negative_prompt, prepared.flow_shift) == ((0.0,), "", 3.0)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 28])
+def test_noise_levels_end_at_a_thousandth_or_evenly(family: ZImage, steps: int) -> None:
+    tuner = torch.linspace(1, 0.001, steps + 1)[:-1]
+    even = torch.linspace(1, 1 / steps, steps)
+
+    for one, levels in ((family, tuner), (replace(family, even_steps=True), even)):
+        expected = torch.cat([3 * levels / (1 + 2 * levels), torch.zeros(1)])
+        torch.testing.assert_close(sigmas_of(prepare(one, steps=steps)), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_official_steps_are_even_ones_and_one_that_does_nothing(family: ZImage) -> None:
+    """linspace(1, 0, 9) of the released code: the ninth step goes from 0 to 0."""
+    levels = torch.linspace(1, 0, 9)
+
+    ours = sigmas_of(prepare(replace(family, even_steps=True), steps=8))
+
+    torch.testing.assert_close(ours, 3 * levels / (1 + 2 * levels))
+
+
+@pytest.mark.parametrize(("scale", "weight"), [(4.0, 5.0), (0.5, 1.5), (1.0, 2.0), (0.0, None), (-1.0, None)])
+def test_guidance_counts_from_0(family: ZImage, scale: float, weight: float | None) -> None:
+    prepared = prepare(family, guidance_scale=scale, steps=2)
+
+    assert guidance_scales(prepared, PLAIN_GUIDANCE) == [(weight, weight)]
+    assert prepared.guidance_scale == (max(scale, 0.0),)  # as it was asked, for metadata
+    generator = torch.Generator().manual_seed(0)
+    with_prompt, without = (torch.randn(1, 2, 1, 2, 2, generator=generator) for _ in range(2))
+    plan = plan_steps(prepared, PLAIN_GUIDANCE)[0][0]
+    guided = plan.combine({POSITIVE: with_prompt, NEGATIVE: without})
+    expected = with_prompt + max(scale, 0.0) * (with_prompt - without)
+    torch.testing.assert_close(guided, expected)
+    assert (NEGATIVE in plan.passes) is (weight is not None)  # else its text is not read either
+
+
+def test_a_schedule_counts_from_0_too(family: ZImage) -> None:
+    prepared = prepare(family, guidance_scale=3.0, steps=4, cfg_schedule="1, 2:0.5")
+
+    assert guidance_scales(prepared, PLAIN_GUIDANCE) == [(4.0, 1.5, None, None)]
+
+
+def test_truncation_and_normalisation_are_those_of_the_official_pipeline(family: ZImage) -> None:
+    prepared = prepare(family, extra={"cfg_trunc_ratio": "0.5", "renorm_cfg": "1.5"})
+
+    assert (prepared.rules.below_share, prepared.rules.norm_limit) == (0.5, 1.5)
+    assert (prepare(family).rules.below_share, prepare(family).rules.norm_limit) == (None, None)
+    with pytest.raises(OptionError, match="--cfg_trunc_ratio .* 2: give a share"):
+        prepare(family, extra={"cfg_trunc_ratio": "2"})
+
+
+def test_the_time_is_the_share_of_data_and_the_result_is_turned_round(family: ZImage) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def network(noisy: Tensor, times: Tensor, **text: Any) -> Tensor:
+        seen.update(times=times, mask=text["caption_mask"])
+        return noisy
+
+    noisy = torch.randn(2, 16, 1, 4, 4)
+    states = [torch.zeros(3, 8), torch.zeros(5, 8)]
+    found = family.predict(network, noisy, torch.tensor([1000.0, 250.0]), {"llm_embed": states})  # type: ignore[arg-type]
+
+    assert torch.equal(found, -noisy)
+    assert torch.equal(seen["times"], torch.tensor([0.0, 0.75]))
+    assert seen["mask"].sum(dim=1).tolist() == [3, 5]
+
+
+def test_attention_in_float32_is_refused_of_packages_that_lack_it(family: ZImage) -> None:
+    wide = replace(family, attends_in_float32=True)
+    cpu = torch.device("cpu")
+
+    dit = wide.load_dit(Placement(cpu))
+    assert dit.attention == AttentionChoice("sdpa", in_float32=True)
+    with pytest.raises(OptionError, match="--use_32bit_attention: FlashAttention 2 computes in 16 bits"):
+        wide.load_dit(Placement(cpu, attention=AttentionChoice("flash")))
+
+
+def test_the_help_says_where_guidance_counts_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        zimage_generate_image.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weight of the prompt, counted from 0, which turns guidance off" in said
+
+
+def test_a_text_cache_of_another_encoder_is_refused_with_what_to_do(family: ZImage) -> None:
+    latents = torch.zeros(1, 16, 1, 4, 4)
+    given: dict[str, Any] = {"latents": latents, "llm_embed": [torch.zeros(3, 8)]}
+    batch = Batch(given, ("a cat",), ("a.png",))
+
+    with pytest.raises(CacheError, match="8 numbers wide.*zimage_cache_text_encoder_outputs.py"):
+        family.batch_conditions(latents, batch)
+    with pytest.raises(CacheError, match="has no llm_embed"):
+        family.batch_conditions(latents, replace(batch, tensors={"latents": latents}))

@@ -1,0 +1,90 @@
+"""Checkpoints of the Z-Image transformer: the released names, which diffusers has too, and ComfyUI's."""
+
+from collections.abc import Mapping
+
+from encoders.autoencoder import FLUX_KIND
+from modules.checkpoints.dialects import (
+    DitShapes,
+    cut_parts,
+    other_kind,
+    parted_shapes,
+    rename_sources,
+    translate_name,
+)
+from modules.checkpoints.dits import DitFormat, DitHeader
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.loading import TensorSource
+from modules.errors import CheckpointError
+from networks.names.image import Z_IMAGE
+from networks.names.layouts import joined_tensors, tensor_patterns
+from z_image.configs import PATCH, ZImageConfig
+from z_image.model import PART, ZImageModel
+from z_image.options import NAME
+
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = (
+    "z_image_turbo_bf16.safetensors, z_image_bf16.safetensors, or the folder transformer of "
+    "Tongyi-MAI/Z-Image or Tongyi-MAI/Z-Image-Turbo"
+)
+MARK = "cap_pad_token"  # Lumina-Image-2.0 has none
+OTHERS = ("siglip_", "control_")  # tensors of Z-Image-Omni and of ControlNets
+# dialect -> a tensor that only it has
+DIALECTS = {"released": "layers.0.attention.to_q.weight", "comfy": "layers.0.attention.qkv.weight"}
+CUTS, NAMES = joined_tensors(Z_IMAGE), tensor_patterns(Z_IMAGE)
+
+
+def _our_name(name: str) -> str:
+    return translate_name(name, NAMES)
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
+    names = checkpoint.tensors
+    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    if dialect is None or MARK not in names or any(name.startswith(OTHERS) for name in names):
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    found = parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
+    config = _config(DitShapes(checkpoint.path, found, NAME))
+    return DitHeader(config, dialect, names[DIALECTS[dialect]].dtype)
+
+
+def _config(found: DitShapes) -> ZImageConfig:
+    dim, numbers = found.of(f"all_x_embedder.{PART}.weight")
+    (width,) = found.of("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = found.of("t_embedder.mlp.0.weight")
+    rows, columns = found.of("layers.0.attention.to_q.weight")
+    if rows != dim or columns != dim or dim % width or width % 16 or numbers % PATCH**2:
+        raise CheckpointError(
+            f"{found.path}: width {dim}, {rows} rows of queries, heads of {width} and patches of {numbers} "
+            f"numbers are not those of {WHAT}. Copy the file again.",
+            found.path,
+        )
+    if numbers != PATCH**2 * FLUX_KIND.channels:
+        raise CheckpointError(
+            f"{found.path} takes {numbers // PATCH**2} channels, {WHAT} {FLUX_KIND.channels}: it is a "
+            f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
+            found.path,
+        )
+    return ZImageConfig(
+        dim=dim,
+        ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
+        num_heads=dim // width,
+        num_kv_heads=dim // width,
+        num_layers=found.blocks("layers"),
+        noise_refiner_layers=found.blocks("noise_refiner"),
+        context_refiner_layers=found.blocks("context_refiner"),
+        in_dim=numbers // PATCH**2,
+        text_dim=found.of("cap_embedder.1.weight")[1],
+        time_dim=found.of("t_embedder.mlp.2.weight")[0],
+        time_hidden=hidden,
+        freq_dim=freq_dim,
+    )
+
+
+def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:
+    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), CUTS)
+
+
+# the last is in some community files; the model does not use it
+FORMAT = DitFormat(_header, lambda _: WHAT, ZImageModel, _sources, OPTION, ("norm_final.weight",))
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

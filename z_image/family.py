@@ -1,0 +1,201 @@
+"""Z-Image, described for the shared loops."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from encoders.autoencoder import SCALE, SHIFT
+from encoders.pictures import ModelOfPictures, picture_defaults
+from lumina.family import guidance_rules
+from modules.attention.attend import BACKENDS
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.loading import Placement
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.errors import OptionError
+from modules.options import NO_OPTIONS
+from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
+from z_image.files import ZImageFiles, files_of
+from z_image.options import (
+    CFG_TRUNC_RATIO,
+    NAME,
+    RENORM_CFG,
+    ZImageGenerationOptions,
+    ZImageLatentCachingOptions,
+    ZImageTextCachingOptions,
+    ZImageTrainingOptions,
+)
+from z_image.text_encoder import KEY, Z_IMAGE_USE
+
+FLOW_SHIFT = 3.0  # where nothing is said
+SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
+DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
+UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
+
+
+@dataclass(frozen=True)
+class ZImage(ModelOfPictures):
+    """Description of Z-Image for one run, built by the `family_for_...` functions below."""
+
+    files: ZImageFiles
+    options: Any = NO_OPTIONS  # of a training
+    attends_in_float32: bool = False
+    even_steps: bool = False  # the noise levels of diffusers
+
+    name: str = field(default="z_image", init=False)
+    cache_tag: str = field(default="zi", init=False)
+    lora_module: str = field(default="networks.lora_zimage", init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
+    release: ModelRelease = field(default=Z_IMAGE, init=False)
+    text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
+    called: str = field(default=NAME, init=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        names = {
+            "architecture": "z-image",
+            "implementation": "https://github.com/Tongyi-MAI/Z-Image",
+            "model_type": "z_image",
+        }
+        return self.metadata_of(names)
+
+    # encoding
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return Qwen3; its file is opened when it is loaded."""
+        return [self.files.qwen()]
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""
+        return [
+            [CacheEntry({"latents": one.tensors["latents"] / SCALE + SHIFT}) for one in entries]
+            for entries in super().encode_media(encoders, media)
+        ]
+
+    # the network
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of main layers; the file's header says it."""
+        return (self.files.dit_header().config.num_layers,)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer. Raises OptionError for attention in float32 of a package that has none."""
+        if self.attends_in_float32:
+            package = BACKENDS[placement.attention.mode].package
+            if package is not None and package.dtypes is not None:
+                raise OptionError(
+                    f"--use_32bit_attention: {package.name} computes in 16 bits only. Use torch's own "
+                    "attention, or leave the option out"
+                )
+            placement = replace(placement, attention=replace(placement.attention, in_float32=True))
+        return super().load_dit(placement, expert)
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: the captions' states."""
+        remedy = "zimage_cache_text_encoder_outputs.py"
+        batch.check({KEY: remedy}, "the transformer")
+        width = self.files.dit_header().config.text_dim
+        batch.check_widths({KEY: width}, self.files.dit_path, f"{remedy} and Qwen3 (4B)")
+        return {KEY: batch.tensors[KEY]}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity, B C 1 H W in float32: the network's own output points from noise to data.
+
+        cond: llm_embed, T D of each sample.
+        """
+        direction = dit(
+            noisy.squeeze(2),
+            1 - timesteps.float() / UNIT,
+            **name_text_and_mask(cond, "caption", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "caption", KEY, noisy.device)),
+        )
+        return -direction.unsqueeze(2)
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
+
+        Guidance scales count from 0, and below that there is no guidance either. Raises OptionError if a size
+        or a number cannot be, CheckpointError if a file is missing or of another kind.
+        """
+        prepared = self.settle_picture(request, FLOW_SHIFT)
+        extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
+        rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
+        return replace(
+            prepared,
+            solver=("euler" if self.even_steps else SOLVER) if is_euler else prepared.solver,
+            guidance_scale=tuple(max(scale, 0.0) for scale in prepared.guidance_scale),
+            rules=replace(rules, off_at=0.0),
+            own_metadata={
+                "cfg_trunc_ratio": extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
+                "renorm_cfg": extra.get("renorm_cfg", str(RENORM_CFG)),
+            },
+        )
+
+    @property
+    def source(self) -> SourceRules:
+        """Return the rules for starts of denoising; FLUX and Lumina have the same autoencoder."""
+        same = frozenset({"z_image", "flux", "flux_kontext", "chroma", "lumina"})
+        return SourceRules((IMAGE, LATENTS), NAME, False, same)
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
+        return super().encode_source(encoders, frames, seed) / LATENT.scale
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop. Noise is drawn in float32, as released."""
+        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width))
+        return (yield prompts[0].section(drawn, inputs.get(0)))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield encoders.vae.decode(latents)
+
+
+def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:
+    """Describe the family for zimage_cache_latents.py."""
+    return ZImage(ZImageFiles().add_vae(options.vae))
+
+
+def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
+    """Describe the family for zimage_cache_text_encoder_outputs.py."""
+    return ZImage(ZImageFiles().add_text(options.text))
+
+
+def family_for_training(options: ZImageTrainingOptions) -> ZImage:
+    """Describe the family for zimage_train_network.py and zimage_train.py."""
+    return ZImage(files_of(options), options, options.use_32bit_attention)
+
+
+def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
+    """Describe the family for zimage_generate_image.py."""
+    return ZImage(files_of(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
+
+
+_: type[Family] = ZImage

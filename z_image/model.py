@@ -1,0 +1,108 @@
+"""The transformer of Z-Image: the network of Lumina-Image-2.0 with other layers around the same steps.
+
+Names of modules are the released ones, which are those of diffusers. Source: the released code, and Cai et
+al. 2025, arXiv 2511.22699. `lumina.blocks` lists the steps in float32. Texts and pictures are padded with
+learned tokens, which take part in attention; only the rows that another sample's longer text adds to a batch
+are masked.
+"""
+# Letters: B batch, L picture tokens with padding, T text tokens with padding, C width of the model
+
+import torch
+from torch import Tensor, nn
+
+from lumina.blocks import GroupedAttention, Heads, JointTransformerBlock, LuminaFinalLayer, TimeEmbedding
+from lumina.configs import LuminaConfig
+from lumina.model import LuminaModel
+from modules.devices import numbers_on
+from modules.layers.norms import RMSNorm, in_own_dtype
+from z_image.configs import DIT, TIME_SCALE, TOKEN_STEP, ZImageConfig
+
+PART = "2-1"  # of the layers for patches of 2 x 2 latent pixels of one frame
+
+
+class ZImageAttention(GroupedAttention):
+    """Self-attention with queries, keys and values apart."""
+
+    def __init__(self, config: LuminaConfig) -> None:
+        nn.Module.__init__(self)
+        self.num_heads = self.num_kv_heads = config.num_heads
+        dim = config.dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(config.head_width, config.eps)
+        self.norm_k = RMSNorm(config.head_width, config.eps)
+
+    def heads(self, x: Tensor) -> Heads:
+        """Return query, key and value of tokens B L C, each B L N D; the first two normed."""
+        query, key, value = (
+            in_own_dtype(layer, x).unflatten(-1, (self.num_heads, -1))
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.norm_q(query), self.norm_k(key), value
+
+    def project(self, seen: Tensor) -> Tensor:
+        """Return the output, B L C, of the heads' attention side by side, B L C."""
+        return in_own_dtype(self.to_out[0], seen)
+
+
+class ZImageTransformerBlock(JointTransformerBlock):
+    """Attention and feed-forward, each normed before and after; the time is taken as it is embedded."""
+
+    def make_attention(self, config: LuminaConfig) -> nn.Module:
+        return ZImageAttention(config)
+
+    def make_modulation(self, config: LuminaConfig) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(config.time_dim, 4 * config.dim))
+
+
+class ZImageModel(LuminaModel):
+    """Predict where noisy latents of pictures are to go, from states of Qwen3."""
+
+    spec = DIT
+    block_class = ZImageTransformerBlock
+
+    def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
+        """Set the layers of the time, those around the blocks, and the tokens of padding."""
+        assert isinstance(config, ZImageConfig)
+        self.t_embedder = TimeEmbedding(config, config.time_hidden)
+        self.all_x_embedder = nn.ModuleDict({PART: first})
+        self.all_final_layer = nn.ModuleDict({PART: LuminaFinalLayer(config)})
+        self.x_pad_token = nn.Parameter(torch.empty(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
+
+    @property
+    def last(self) -> LuminaFinalLayer:
+        """The last layer."""
+        layer = self.all_final_layer[PART]
+        assert isinstance(layer, LuminaFinalLayer)
+        return layer
+
+    def embed_time(self, times: Tensor) -> Tensor:
+        """Return the embedded share of data: B -> B time_dim float32."""
+        return super().embed_time(times * TIME_SCALE)
+
+    def count_tokens(self, real: int) -> int:
+        """Return the number of tokens, with padding, of a text or a picture with so many real ones."""
+        return -(-real // TOKEN_STEP) * TOKEN_STEP
+
+    def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return picture tokens B L C of patches B P 4Z, padded."""
+        tokens = in_own_dtype(self.all_x_embedder[PART], patches).to(dtype)
+        return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
+
+    def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return text tokens B T C of states, padded behind the last real one. counts: of real states."""
+        tokens = super().embed_caption(caption, counts, dtype)
+        if min(counts) < tokens.shape[1]:
+            places = numbers_on(tokens.device, range(tokens.shape[1]))
+            is_real = places < numbers_on(tokens.device, counts)[:, None]
+            tokens = torch.where(is_real[..., None], tokens, self.cap_pad_token.to(dtype))
+        return _fill_up(tokens, self.cap_pad_token, self.count_tokens(tokens.shape[1]))
+
+
+def _fill_up(tokens: Tensor, pad: Tensor, length: int) -> Tensor:
+    """Return tokens B L C with copies of a token, 1 C, behind them up to a length."""
+    missing = length - tokens.shape[1]
+    if not missing:
+        return tokens
+    return torch.cat([tokens, pad.to(tokens.dtype).expand(len(tokens), missing, -1)], dim=1)

@@ -1,0 +1,109 @@
+"""Z-Image's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lumina.options import check_renorm, check_trunc_ratio
+from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
+from modules.speed_options import VaeOptions, dit_dtype_option
+
+NAME = "Z-Image"
+CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
+_VAE: Mapping[str, Any] = {"vae": {"help": "FLUX.1's autoencoder: file or folder"}}
+
+
+class ZImageTextOptions(Options):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3 (4B) text encoder: file or folder", often=True)
+    text_encoder_tokenizer: Path | None = option(
+        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
+    )
+    fp8_llm: bool = option(
+        "keep the linear layers of Qwen3 in fp8: half the memory, slightly different states"
+    )
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+
+class ZImageLatentCachingOptions(Options, title=NAME):
+    """Options of zimage_cache_latents.py besides the shared ones."""
+
+    vae: VaeOptions = option(settings=_VAE)
+
+
+class ZImageTextCachingOptions(Options, title=NAME):
+    """Options of zimage_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: ZImageTextOptions = option(settings={"text_encoder": {"required": True}})
+
+
+class ZImageModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_dtype: str | None = dit_dtype_option()
+    vae: VaeOptions = option(facts={**FREE, **OF_DECODING}, settings=_VAE)
+    text: ZImageTextOptions = option(facts=FREE)
+    use_32bit_attention: bool = option(
+        "compute attention in float32 in a model of 16 bits: slower; float16 overflows without"
+    )
+
+
+class ZImageTrainingOptions(ZImageModelOptions, title=NAME):
+    """Options of zimage_train_network.py and zimage_train.py besides the shared ones."""
+
+
+class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
+    """Options of zimage_generate_image.py besides the shared ones."""
+
+    even_steps: bool = option(
+        "noise levels evenly down to 0 before the shift, as diffusers has them; default: down to 1/1000, as "
+        "the known tuner",
+    )
+    cfg_trunc_ratio: float = option(
+        "share of data in the noisy picture, 0 to 1, from which on guidance is left out (--ctr in a prompt "
+        "line); cfg_truncation of the official pipeline",
+        default=CFG_TRUNC_RATIO,
+        facts=OF_REQUEST,
+    )
+    renorm_cfg: float = option(
+        "largest norm of a guided prediction, in norms of the one without guidance; 0: no limit (--rcfg in a "
+        "prompt line); cfg_normalization of the official pipeline",
+        default=RENORM_CFG,
+        facts=OF_REQUEST,
+    )
+    embedded_cfg_scale = not_needed(
+        "the model has no such input; --guidance_scale guides it.", type=float, default=2.5
+    )
+
+    def __post_init__(self) -> None:
+        check_trunc_ratio(self.cfg_trunc_ratio, "--cfg_trunc_ratio")
+        check_renorm(self.renorm_cfg, "--renorm_cfg")
+
+
+def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return {"--vae": options.vae.vae or "VAE_FILE"}, _text_options(options.text)
+
+
+def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
+        "--dit": options.dit or "DIT_FILE",
+        "--vae": options.vae.vae or "VAE_FILE",
+        **_text_options(options.text),
+        "--dit_dtype": options.dit_dtype,
+        "--use_32bit_attention": options.use_32bit_attention,
+    }
+
+
+def _text_options(text: ZImageTextOptions) -> dict[str, Any]:
+    return {
+        "--text_encoder": text.text_encoder or "QWEN3_FILE",
+        "--text_encoder_tokenizer": text.text_encoder_tokenizer,
+        "--fp8_llm": text.fp8_llm,
+    }

@@ -1,0 +1,13 @@
+"""Encode the pictures of a dataset with Z-Image's VAE, that of FLUX.1, for training.
+
+All options: python zimage_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("z_image", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,33 @@
+"""Generate images with Z-Image. All options: python zimage_generate_image.py --help"""
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.scripts import generation_script
+from lumina.options import EXTRAS
+
+DEFAULTS = ScriptDefaults(
+    fps=PICTURE_FPS,
+    guidance_scale=0.0,
+    guidance_from_zero=True,
+    infer_steps=25,
+    flow_shift=3.0,
+    sample_solver="vanilla",
+    media=frozenset(),
+    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    size=(1024, 1024),
+    pictures=True,
+    extras=EXTRAS,
+    line_options={
+        **IMAGE_GENERATION_OPTIONS,
+        "ctr": LineOption("cfg_trunc_ratio", str),
+        "rcfg": LineOption("renorm_cfg", str),
+    },
+    output_types=PICTURE_OUTPUTS,
+)
+main = generation_script("z_image", DEFAULTS, __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

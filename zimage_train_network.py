@@ -1,0 +1,10 @@
+"""Train a LoRA for Z-Image. All options: python zimage_train_network.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("z_image", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()
