@@ -3,7 +3,9 @@ of runs in which each process has all of it, to the bit.
 """
 
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -13,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from modules.media.reading import video_frames
-from tests.commands import run_in_processes
-from tests.faults.messages import succeed_here
+from tests.commands import ROOT, run_in_processes, run_script
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 from tests.tiny.project import write_dataset
 from tests.training.toy import same
@@ -41,7 +43,7 @@ class Shared:
         else:
             self.family.prepare(folder)
         (folder / "prompts.txt").write_text(
-            f"{self.family.sample_line}\n{self.family.sample_line} --s 3\n", encoding="utf-8"
+            f"{self.family.sample_line}\n{self.family.sample_line} --s 3 --d 8\n", encoding="utf-8"
         )
         succeed_here(*self.family.cache_latents, folder=folder)
         succeed_here(*self.family.cache_texts, folder=folder)
@@ -87,7 +89,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+def with_slow(ways: Iterable[str], daily: Collection[str]) -> list[Any]:
+    """Return the ways as cases; those beside `daily` are slow."""
+    return [way if way in daily else pytest.param(way, marks=pytest.mark.slow) for way in ways]
+
+
+@pytest.mark.parametrize("way", with_slow(WAYS, {"dora fp8", "module dropout"}))
 def test_the_lora_is_that_of_whole_models(project: Shared, way: str) -> None:
     expected = project.train(f"{way} whole", 2, *WAYS[way])
 
@@ -112,6 +119,7 @@ def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_mode
     assert scalars(ours / "logs") == scalars(theirs / "logs")
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_another_number_of_processes(project: Shared) -> None:
     def train(output: str, *shares: str) -> dict[str, Tensor]:
         usual = ("--validation_split", "0.25", "--save_state", "--overwrite")
@@ -138,14 +146,17 @@ def generate(project: Shared, output: str, processes: int, *words: object) -> li
     return [load_file(path)["latent"] for path in found]
 
 
+TEACACHE = ("--teacache_threshold", "0.5", "--teacache_coefficients", "1", "0", "--infer_steps", "6")
 GENERATIONS = {
     "prompt": ("--prompt", "a cat"),
     "fp8": ("--prompt", "a cat", "--fp8_scaled"),
     "file": ("--from_file", "prompts.txt", "--output_type", "both"),
+    "skipped layers": ("--prompt", "a cat", "--slg_mode", "original", "--slg_layers", "1"),
+    "teacache": ("--prompt", "a cat", *TEACACHE),
 }
 
 
-@pytest.mark.parametrize("way", GENERATIONS)
+@pytest.mark.parametrize("way", with_slow(GENERATIONS, {"file"}))
 def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
     expected = generate(project, f"{way} whole", 1, *GENERATIONS[way])
 
@@ -168,3 +179,66 @@ def test_every_family_trains_and_generates_with_shared_blocks(
     assert same(project.train("shared", 2, "--shard_base", *step), lora)
     whole, shared = (generate(project, f"made {count}", count, *prompt) for count in (1, 2))
     assert torch.equal(whole[0], shared[0])
+
+
+@pytest.mark.slow
+def test_prompts_are_asked_for_once(project: Shared) -> None:
+    """Lines come from standard input, which ends after them."""
+    expected = generate(project, "asked whole", 1, "--from_file", "prompts.txt")
+    answers = project.folder / "answers.py"
+    answers.write_text(ANSWERS.format(root=str(ROOT), script=project.family.generate[0]), encoding="utf-8")
+    words = (*SIZE, "--output_type", "latent", "--save_path", "asked", "--interactive", "--shard_base")
+
+    run_in_processes(2, str(answers), *project.family.generate[1:], *words, folder=project.folder)
+
+    found = [load_file(path)["latent"] for path in sorted((project.folder / "asked").glob("*.safetensors"))]
+    assert len(found) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+ANSWERS = """import io, os, runpy, sys
+sys.path.insert(0, {root!r})
+first = os.environ["RANK"] == "0"
+sys.stdin = open("prompts.txt", encoding="utf-8") if first else io.StringIO("must not be read")
+runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
+"""
+
+
+REFUSED = {
+    "swap": (("--blocks_to_swap", "1"), "--blocks_to_swap 1"),
+    "input layers": (("--img_in_txt_in_offloading",), "--img_in_txt_in_offloading"),
+    "foreign": (("--network_module", "lycoris.kohya"), "lycoris.kohya"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: str) -> None:
+    words, named = REFUSED[what]
+    command = (*project.family.train, *RUN, "--output_dir", "refused", "--shard_base", *words)
+
+    assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
+
+
+def test_whole_transformers_and_sheets_are_refused(project: Shared) -> None:
+    train = project.family.train[1 : project.family.train.index("--network_module")]
+    whole = (project.family.train_whole, *train, *RUN, "--output_dir", "refused", "--shard_base")
+    assert_one_message(*run_here(*whole, folder=project.folder), "--shard_base splits frozen weights")
+
+    sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
+    done = run_in_processes(2, *sheet, "--sheet", "seed=1,2", folder=project.folder, code=2)
+    assert all("--sheet and --shard_base" in one.stderr and "Traceback" not in one.stderr for one in done)
+
+
+def test_one_process_says_that_it_holds_the_model(project: Shared) -> None:
+    said = succeed_here(
+        *project.family.train, *RUN, "--output_dir", "alone", "--shard_base", folder=project.folder
+    )
+    assert "--shard_base has no effect with one process" in said
+
+
+@pytest.mark.slow
+def test_the_plan_counts_parts_for_two_processes(project: Shared) -> None:
+    done = run_script(
+        *project.family.train, *RUN, "--output_dir", "plan", "--shard_base", "--plan", folder=project.folder
+    )
+    assert "blocks split over 2 processes" in done.stdout
