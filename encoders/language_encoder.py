@@ -11,14 +11,17 @@ Source of the chat templates: the released tokenizers of Qwen3.
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from encoders.files import TransformerFiles
 from encoders.language_models import (
     LanguageModel,
     language_states,
@@ -32,6 +35,7 @@ from encoders.picture_prompts import (
     embed_pictures,
     load_vision_tower,
     read_pictures,
+    read_vision_tower,
 )
 from encoders.text_encoder import (
     FileTextEncoder,
@@ -42,14 +46,16 @@ from encoders.text_encoder import (
     fill_rows,
     merges_of,
 )
-from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.encoders import check_state_width
+from modules.checkpoints.model_files import inside, read_once, require_file
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
-from modules.devices import dtype_name
+from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
 from modules.planning.device_memory import spare_bytes
+from modules.speed_options import TextEncoderOptions
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +115,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for each release: it is a key
 class LanguageUse:
     """What a family takes from a language model: the text around prompts, and the states of which tokens."""
 
@@ -328,3 +334,72 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             text = "".join(use.write(index, count) for index, count in enumerate(own.counts, 1))
             written.append(one._replace(before=one.before + text, uncounted=sum(own.counts)))
         return self.encode_written(written, functools.partial(self.compute, pictures=shown))
+
+
+@dataclass(frozen=True)
+class LanguageModelFiles(TransformerFiles):
+    """Files of a model whose one text encoder is a language model."""
+
+    text_encoder: Path | None = None
+    text_encoder_tokenizer: Path | None = None
+    text_in_fp8: bool = False
+    text_on_cpu: bool = False
+
+    @property
+    @abstractmethod
+    def text_use(self) -> LanguageUse:
+        """What is taken from the language model."""
+
+    def add_text(self, options: TextEncoderOptions) -> Self:
+        """Return a copy with the options of the text encoder."""
+        return replace(
+            self,
+            text_encoder=options.text_encoder,
+            text_encoder_tokenizer=options.text_encoder_tokenizer,
+            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_in_fp8=options.in_fp8,
+            text_on_cpu=options.text_encoder_cpu,
+        )
+
+    @property
+    def text_encoder_path(self) -> Path:
+        model = self.text_use.model
+        return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
+
+    def language_model(self) -> LanguageModelEncoder:
+        """Return the language model; its file is opened when it is loaded."""
+        return LanguageModelEncoder(
+            self.text_use,
+            self.text_encoder_path,
+            self.beside(self.text_dtype),
+            self.text_encoder_tokenizer,
+            self.text_in_fp8,
+            self.text_on_cpu,
+        )
+
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the text encoder: `TransformerFiles.check_texts`."""
+        use, model = self.text_use, self.text_use.model
+        if self.text_encoder is not None or needed:
+            path, takes = self.language_model().path, None if config is None else config.text_dim
+            width = read_once(path, _width_reader(use))
+            check_state_width(model.option, path, width, self.dit, takes, model.files)
+            if use.pictures is not None:
+                read_once(path, _tower_reader(use))
+        if self.text_encoder_tokenizer is not None:
+            use.source.files.check_given(self.text_encoder_tokenizer)
+
+
+@functools.cache  # `read_once` compares functions
+def _width_reader(use: LanguageUse) -> Callable[[Checkpoint], int]:
+    """Return the function that reads how many numbers the joined states of a text encoder have."""
+
+    def read(checkpoint: Checkpoint) -> int:
+        return len(use.states) * read_language_model(checkpoint, use.model, use.states).config.dim
+
+    return read
+
+
+@functools.cache
+def _tower_reader(use: LanguageUse) -> Callable[[Checkpoint], Any]:
+    return lambda checkpoint: read_vision_tower(checkpoint, use.model)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
-from modules.speed_options import VaeOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "FLUX.2"
 MODEL_VERSIONS = ("klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b", "dev")
@@ -21,22 +21,12 @@ class Flux2VaeOptions(Options):
     file: VaeOptions = option(settings={"vae": {"help": "FLUX.2's autoencoder"}})
 
 
-class Flux2TextOptions(Options):
+class Flux2TextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option(
         "text encoder, file or folder: Mistral Small 3 (dev), Qwen3 4B or 8B (klein)", often=True
     )
-    text_encoder_tokenizer: Path | None = option(
-        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
-    )
-    text_encoder_dtype: str | None = option(
-        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
-    )
-    fp8_text_encoder: bool = option(
-        "keep the encoder's linear layers in fp8: half the memory, slightly different states"
-    )
-    text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
 
 def _version() -> Any:
@@ -85,7 +75,7 @@ def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict
     """Return the options of the commands that make missing caches of latents and of texts."""
     version = {"--model_version": options.model_version}
     latents = {"--vae": options.vae.file.vae or "VAE_FILE", **version}
-    return latents, {**_text_options(options.text), **version}
+    return latents, {**options.text.words("TEXT_ENCODER"), **version}
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,18 +84,10 @@ def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any])
     return {
         "--dit": options.dit or "DIT_FILE",
         "--vae": options.vae.file.vae or "VAE_FILE",
-        **_text_options(options.text),
+        **options.text.words("TEXT_ENCODER"),
         "--model_version": options.model_version,
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
         "--no_resize_control": bool(controls) and options.no_resize_control,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
-    }
-
-
-def _text_options(text: Flux2TextOptions) -> dict[str, Any]:
-    return {
-        "--text_encoder": text.text_encoder or "TEXT_ENCODER",
-        "--text_encoder_tokenizer": text.text_encoder_tokenizer,
-        "--fp8_text_encoder": text.fp8_text_encoder,
     }

@@ -4,6 +4,7 @@ Training has one flag for each back end of attention and other names for fp8 tha
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
 from modules.option_values import show_number
-from modules.options import FREE, HABIT, NO_PIXELS, Options, not_needed, option
+from modules.options import FREE, HABIT, NO_PIXELS, Options, not_needed, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
@@ -43,6 +44,32 @@ class VaeOptions(Options):
         if self.vae_spatial_tile_sample_min_size is not None:
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
+
+
+class TextEncoderOptions(Options):
+    """The language model that encodes texts, and how it runs. Families say which, and name its fp8."""
+
+    text_encoder: Path | None = option("text encoder: file or folder", often=True)
+    text_encoder_tokenizer: Path | None = option(
+        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
+    )
+    in_fp8: bool = option(
+        "keep the encoder's linear layers in fp8: half the memory, slightly different states",
+        name="fp8_text_encoder",
+    )
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+    def words(self, stand_in: str) -> dict[str, Any]:
+        """Return the options that encode texts in the same way. stand_in: for a file that is not given."""
+        fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
+        return {
+            "--text_encoder": self.text_encoder or stand_in,
+            "--text_encoder_tokenizer": self.text_encoder_tokenizer,
+            f"--{fp8}": self.in_fp8,
+        }
 
 
 def take_ae(args: argparse.Namespace) -> None:

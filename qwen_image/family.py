@@ -126,7 +126,7 @@ class QwenImage(ModelOfPictures):
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return Qwen2.5-VL's language model; its file is opened when it is loaded."""
-        return [self.files.qwen()]
+        return [self.files.language_model()]
 
     @property
     def media_identity(self) -> Mapping[str, str]:

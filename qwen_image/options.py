@@ -17,7 +17,7 @@ from modules.options import (
     option,
     unsupported,
 )
-from modules.speed_options import VaeOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "Qwen-Image"
 LAYERS = "Qwen-Image-Layered, which makes transparent layers, is another network"
@@ -55,20 +55,14 @@ class QwenImageVaeOptions(Options):
     )
 
 
-class QwenImageTextOptions(Options):
+class QwenImageTextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option("Qwen2.5-VL (7B) text encoder: file or folder", often=True)
-    text_encoder_tokenizer: Path | None = option(
-        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+    in_fp8: bool = option(
+        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
+        name="fp8_vl",
     )
-    text_encoder_dtype: str | None = option(
-        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
-    )
-    fp8_vl: bool = option(
-        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states"
-    )
-    text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
 
 class QwenImageLatentCachingOptions(Options, title=NAME):
@@ -180,7 +174,7 @@ def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], 
     """Return the options of the commands that make missing caches of latents and of texts."""
     version = {"--model_version": _not_original(options.version)}
     return {"--vae": options.vae.file.vae or "VAE_FILE", **version}, {
-        **_text_options(options.text),
+        **options.text.words("QWEN_FILE"),
         **version,
     }
 
@@ -191,7 +185,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
     controls = sample.get("control_images") or ()
     return {
         **files,
-        **_text_options(options.text),
+        **options.text.words("QWEN_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--model_version": _not_original(options.version),
         "--control_image_path": controls,
@@ -201,11 +195,3 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
 
 def _not_original(version: QwenImageVersionOptions) -> str | None:
     return None if version.name == ORIGINAL else version.name
-
-
-def _text_options(text: QwenImageTextOptions) -> dict[str, Any]:
-    return {
-        "--text_encoder": text.text_encoder or "QWEN_FILE",
-        "--text_encoder_tokenizer": text.text_encoder_tokenizer,
-        "--fp8_vl": text.fp8_vl,
-    }

@@ -80,7 +80,7 @@ class ZImage(ModelOfPictures):
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return Qwen3; its file is opened when it is loaded."""
-        return [self.files.qwen()]
+        return [self.files.language_model()]
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""

@@ -6,27 +6,21 @@ from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import VaeOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "Z-Image"
 CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
 _VAE: Mapping[str, Any] = {"vae": {"help": "FLUX.1's autoencoder: file or folder"}}
 
 
-class ZImageTextOptions(Options):
+class ZImageTextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option("Qwen3 (4B) text encoder: file or folder", often=True)
-    text_encoder_tokenizer: Path | None = option(
-        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+    in_fp8: bool = option(
+        "keep the linear layers of Qwen3 in fp8: half the memory, slightly different states",
+        name="fp8_llm",
     )
-    text_encoder_dtype: str | None = option(
-        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
-    )
-    fp8_llm: bool = option(
-        "keep the linear layers of Qwen3 in fp8: half the memory, slightly different states"
-    )
-    text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
 
 class ZImageLatentCachingOptions(Options, title=NAME):
@@ -87,7 +81,7 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
-    return {"--vae": options.vae.vae or "VAE_FILE"}, _text_options(options.text)
+    return {"--vae": options.vae.vae or "VAE_FILE"}, options.text.words("QWEN3_FILE")
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,15 +89,7 @@ def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]
     return {
         "--dit": options.dit or "DIT_FILE",
         "--vae": options.vae.vae or "VAE_FILE",
-        **_text_options(options.text),
+        **options.text.words("QWEN3_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--use_32bit_attention": options.use_32bit_attention,
-    }
-
-
-def _text_options(text: ZImageTextOptions) -> dict[str, Any]:
-    return {
-        "--text_encoder": text.text_encoder or "QWEN3_FILE",
-        "--text_encoder_tokenizer": text.text_encoder_tokenizer,
-        "--fp8_llm": text.fp8_llm,
     }
