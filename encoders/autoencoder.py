@@ -8,10 +8,11 @@ little: neighbours share a quarter, as in diffusers.
 Our modules have the names of the released ae.safetensors. diffusers' AutoencoderKL has its own.
 """
 
+import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -302,14 +303,16 @@ def load_autoencoder(
     return network
 
 
-def read_autoencoder_header(path: Path) -> AutoencoderConfig:
+def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
     """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
 
-    Only headers are read. Raises CheckpointError if it is missing, damaged or another model.
+    Only headers are read. option: that names the file, for messages. Raises CheckpointError if it is missing,
+    damaged or another model.
     """
-    return read_once(inside(path, "vae"), _config)
+    return read_once(inside(path, "vae"), _config_reader(option))
 
 
-def _config(checkpoint: Checkpoint) -> AutoencoderConfig:
-    plan: LoadPlan[AutoencoderConfig] = read_autoencoder(checkpoint)
-    return plan.config
+@functools.cache  # `read_once` knows a file by its reader
+def _config_reader(option: str) -> Callable[[Checkpoint], AutoencoderConfig]:
+    kind = replace(FLUX_KIND, option=option)
+    return lambda checkpoint: read_autoencoder(checkpoint, kind).config

@@ -81,7 +81,7 @@ class AutoencoderFiles(TransformerFiles):
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no such autoencoder."""
-        read_autoencoder_header(self.vae_path)
+        read_autoencoder_header(self.vae_path, self.vae_option)
 
 
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from blissful_tuner.options import PLAIN_GUIDANCE
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.errors import CacheError, OptionError
+from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
 from tests.tiny.z_image import write_tiny_z_image
@@ -106,6 +106,14 @@ def test_the_time_is_the_share_of_data_and_the_result_is_turned_round(family: ZI
     assert torch.equal(found, -noisy)
     assert torch.equal(seen["times"], torch.tensor([0.0, 0.75]))
     assert seen["mask"].sum(dim=1).tolist() == [3, 5]
+
+
+def test_a_file_that_is_no_autoencoder_is_named_with_the_option_of_this_model(family: ZImage) -> None:
+    files = replace(family.files, vae=family.files.dit)
+    with pytest.raises(
+        CheckpointError, match=r"it looks like a Z-Image transformer[^-]*--dit(.|\n)* to --vae"
+    ):
+        replace(family, files=files).prepare(Request("a cat", 1))
 
 
 def test_attention_in_float32_is_refused_of_packages_that_lack_it(family: ZImage) -> None:
