@@ -145,6 +145,7 @@ FAMILIES = {
         record="QwenImage",
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder QWEN_FILE",
+        repeated=("model_version", "edit", "edit_plus"),
     ),
     "z_image": FamilyEntry(
         "z_image",

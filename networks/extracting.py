@@ -189,6 +189,9 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
         u = basis @ small
     up, down = u[:, :rank] * s[:rank], vh[:rank]
     if quantile < 1:
+        # a decomposition leaves signs open, which the quantile of the values depends on
+        signs = down.gather(1, down.abs().argmax(dim=1, keepdim=True)).sign()
+        up, down = up * signs.T, down * signs
         # by sorting, as torch.quantile takes 16 million values at most
         ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
         place = quantile * (len(ordered) - 1)

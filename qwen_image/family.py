@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from encoders.pictures import ModelOfPictures, picture_defaults, references_in, references_of
 from modules.contract.data import (
     CONTROL,
+    LATENTS_MADE,
     Batch,
     CacheEntry,
     Conditions,
@@ -59,6 +60,7 @@ from qwen_image.versions import VERSIONS, Version
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_cache_latents.py"
+PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = picture_defaults(25, 4.0, 1328)
@@ -126,6 +128,11 @@ class QwenImage(ModelOfPictures):
         """Return Qwen2.5-VL's language model; its file is opened when it is loaded."""
         return [self.files.qwen()]
 
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """What cached latents depend on: the VAE, and the range of its input, which once was 0..255."""
+        return {**super().media_identity, **PIXELS}
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
         dtype.
@@ -150,14 +157,22 @@ class QwenImage(ModelOfPictures):
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
         batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-        self._check_template(batch)
+        self._check_records(batch)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
-    def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError for texts that were encoded for another release."""
+    def _check_records(self, batch: Batch) -> None:
+        """Raise CacheError for texts that were encoded for another release, and latents of other pixels.
+
+        Caches of other tools have no records.
+        """
         use = self.version.use
         for made in batch.made_by:
-            found = made.encoder.get("template", use.fingerprint)
+            if made.part == LATENTS_MADE and not PIXELS.items() <= made.encoder.items():
+                raise CacheError(
+                    f"{made.path}: an earlier version encoded these latents from pixels of a wrong range. "
+                    f"Cache again with {LATENTS_AGAIN}: it replaces them."
+                )
+            found = made.encoder.get(use.template_key, use.fingerprint)
             if made.part == use.name and found != use.fingerprint:
                 others = [one.called for one in VERSIONS.values() if one.use.fingerprint == found]
                 raise CacheError(

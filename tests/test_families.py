@@ -22,7 +22,10 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 
 # families whose saved LoRAs a tool reads only once they are converted, as their names say in networks/names
-CONVERTED_FOR = {"hunyuan": "comfyui", "skyreels": "comfyui", "framepack": "diffusers"}
+CONVERTED_FOR = {
+    **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
+    "framepack": "diffusers",
+}
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
 

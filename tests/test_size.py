@@ -31,7 +31,7 @@ BUDGET = {
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
-    "qwen_image": (1250, 10),
+    "qwen_image": (1300, 10),
     "scripts": (1340, 62),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
@@ -39,7 +39,7 @@ BUDGET = {
     "wan": (3660, 17),
     "z_image": (680, 8),
 }
-TESTS = 87600  # lines
+TESTS = 87750  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (161, 1133), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05

@@ -51,7 +51,8 @@ TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "flux_2", "k
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "qwen_image", "z_image")
+OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image")
+OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 

@@ -34,7 +34,7 @@ def test_every_layout_gives_the_same_weights_and_dimensions(tmp_path: Path, layo
     assert families.identify(path) == f"it is a FLUX.2 {kind} transformer (--dit)"
 
 
-@pytest.mark.parametrize("layout", ["fp8", "fp8_scaled"])
+@pytest.mark.parametrize("layout", ["fp8", "fp8_scaled", "fp8_weight_scale"])
 def test_files_in_8_bits_load(tmp_path: Path, layout: str) -> None:
     state = tiny_state("dev")
 

@@ -88,6 +88,9 @@ def test_factors_are_those_of_torchs_decomposition(tmp_path: Path, quantile: flo
         u, s, vh = torch.linalg.svd(tuned[name] - state[name], full_matrices=False)
         up, down = u[:, :rank] * s[:rank], vh[:rank]
         if quantile < 1:
+            # so that the largest number of each row of down is positive
+            signs = torch.stack([row[row.abs().argmax()].sign() for row in down])
+            up, down = up * signs, down * signs[:, None]
             limit = float(torch.quantile(torch.cat([up.flatten(), down.flatten()]), quantile))
             up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
         torch.testing.assert_close(found[module(name)], up @ down, rtol=1e-4, atol=1e-5)

@@ -353,7 +353,7 @@ def _z_image() -> TinyFamily:
         cache_latents=["zimage_cache_latents.py", *dataset, *vae],
         cache_texts=["zimage_cache_text_encoder_outputs.py", *dataset, *texts],
         train=["zimage_train_network.py", *models, *dataset, "--sdpa", *network],
-        generate=["zimage_generate_image.py", *models, "--negative_prompt", "dull", "--guidance_scale", "3"],
+        generate=["zimage_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
         train_whole="zimage_train.py",
