@@ -84,7 +84,7 @@ WAYS = {
     "dora fp8": ("--fp8_base", "--network_args", "dora_wd=True"),
     "checkpointing": ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
     "bf16": ("--mixed_precision", "bf16", "--gradient_checkpointing"),
-    "module dropout": ("--network_args", "module_dropout=0.7"),
+    "module dropout": ("--network_args", "module_dropout=0.93"),
     "loha": ("--network_module", "networks.loha"),
 }
 
