@@ -43,7 +43,7 @@ OF_OTHERS: Marks = (
     ("audio_time_embed.linear.weight", _LTX_2),
     ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
     ("audio_connector.learnable_registers", _OF_LTX_2),
-    ("latents_mean", _OF_LTX_2),
+    ("latents_mean", "a VAE of LTX-Video or LTX-2, which are not supported yet"),
     ("per_channel_statistics.mean-of-means", "a VAE of LTX-Video or LTX-2, which are not supported yet"),
     ("encoder.mid_block.attentions.0.proj_out.weight", f"the VAE of HunyuanVideo 1.5, {_NOT_YET}"),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
