@@ -134,7 +134,9 @@ def generate(project: Shared, output: str, processes: int, *words: object) -> li
     else:
         _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
         assert "INFO" not in other.stderr + other.stdout  # the first one talks
-    return [load_file(path)["latent"] for path in sorted((project.folder / output).glob("*.safetensors"))]
+    paths = (project.folder / output).glob("*.safetensors")
+    # by time: their names begin with the second, and end with words if that name is taken
+    return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
 
 GENERATIONS = {
