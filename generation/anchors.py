@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blissful_tuner.video_to_video import noisy_source
 from modules.contract.rules import ConsistencyRules
-from modules.contract.steps import Section, StepDone, Watcher
+from modules.contract.steps import Section, StepDone
 from modules.flow.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -73,16 +73,11 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
     return functional.conv2d(rows, row.view(1, 1, -1, 1)).view(latents.shape)
 
 
-def mask_saver(folder: Path, stem: str) -> Watcher:
-    """Return a watcher that writes what is changed at each step as a picture, if the rules say so."""
-
-    def save(done: StepDone) -> bool:
-        anchor, sigma = done.section.anchor, done.step.sigma
-        if anchor is not None and anchor.rules is not None and anchor.rules.saves:
-            held = (1 - sigma) * anchor.latents + sigma * done.section.noise
-            changed = find_changes(done.step.noisy - held, anchor.rules)[0, 0, 0]
-            path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
-            Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)
-        return False
-
-    return save
+def save_changes(done: StepDone, folder: Path, stem: str) -> None:
+    """Write what is changed at a step as a picture, if the rules say so."""
+    anchor, sigma = done.section.anchor, done.step.sigma
+    if anchor is not None and anchor.rules is not None and anchor.rules.saves:
+        held = (1 - sigma) * anchor.latents + sigma * done.section.noise
+        changed = find_changes(done.step.noisy - held, anchor.rules)[0, 0, 0]
+        path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
+        Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)

@@ -59,8 +59,10 @@ def denoise(
     one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
     other instead of equal-shaped conditions as one batch.
     """
-    schedule = solver.schedule
-    latents = hold_masked(section, hold_given(section, start.latents.float()), schedule, start.step)
+    schedule, is_anchored = solver.schedule, section.anchor is not None
+    latents = hold_given(section, start.latents.float())
+    if is_anchored:
+        latents = hold_masked(section, latents, schedule, start.step)
     num_steps = schedule.num_steps - start.step
     for made in range(num_steps):
         index = start.step + made
@@ -70,8 +72,11 @@ def denoise(
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
             return done.clean
-        latents = solver.step(index, velocity, hold_consistent(section, latents, schedule, index))
-        latents = hold_masked(section, hold_given(section, latents), schedule, index + 1)
+        if is_anchored:
+            latents = hold_consistent(section, latents, schedule, index)
+        latents = hold_given(section, solver.step(index, velocity, latents))
+        if is_anchored:
+            latents = hold_masked(section, latents, schedule, index + 1)
     return latents
 
 

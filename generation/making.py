@@ -18,7 +18,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
-from generation.anchors import mask_saver
+from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
 from generation.memory import Peaks
@@ -97,6 +97,7 @@ class GenerationRun:
     rewriter: PromptRewriter | None = None
     previews: LatentPreviews | None = None
     post: FrameTools | None = None  # what decoded frames go through
+    fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
@@ -244,7 +245,7 @@ def encode_all_inputs(
     if with_media:
         with run.session.media(images=True, again=run.options.output.decodes) as encoders:
             for job in with_media:
-                with failures.note_errors(job.label):
+                with failures.note_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
         run.session.drop_image_encoder()
     return inputs
@@ -264,7 +265,7 @@ def denoise_all(
     output, queue = run.options.output, Queue([job.prepared for job, _, _ in ready])
     for of_network, dit_at in networks:
         for job, texts, inputs in of_network:
-            with failures.note_errors(job.label):
+            with failures.note_errors(job.label, run.fatal):
                 queue.begin(job.label)
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
                 name = name_job(output, now, seed, prompt) + job.prepared.name_end
@@ -319,8 +320,10 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             show.append(on_made)
         bar: list[Bar] = []  # over the steps of each section
 
-        def advance(_: StepDone) -> bool:
+        def advance(done: StepDone) -> bool:
             bar[-1].update()
+            if done.section.anchor is not None:
+                save_changes(done, output.save_path, stem)
             return False
 
         def on_section(section: Section) -> None:
@@ -337,7 +340,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             bar.append(bars.enter_context(Bar(prepared.num_steps, section.label or "Denoising")))
 
-        yield [advance, mask_saver(output.save_path, stem), *watchers], on_section
+        yield [advance, *watchers], on_section
 
 
 def decode_all(

@@ -38,7 +38,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.dressing import shares_processes
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
@@ -151,19 +151,16 @@ def explain_lack(stays: str) -> Iterator[None]:
 
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
-def generate(family: Family, options: GenerationOptions) -> None:
+def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
     """Run the mode that the options select, in all processes if they share the transformer.
 
-    Raises UserError; with --from_file only after all lines that work are generated.
+    device: of this one of several processes, which have joined; None: as the options say. Raises UserError;
+    with --from_file only after all lines that work are generated.
     """
-    if options.speed.sharding.shard_base:
-        import_own("generation.together").generate_together(generate_on, family, options)
-    else:
-        generate_on(family, options, choose_device(options.device))
-
-
-def generate_on(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Run the mode that the options select on a device. Raises as `generate`."""
+    if device is None and options.speed.sharding.shard_base:
+        import_own("generation.together").generate_together(generate, family, options)
+        return
+    device = device or choose_device(options.device)
     if options.optimized and not options.latent_path:  # decoding runs no transformer
         options = leave_out_missing(family, options, device)
     if options.speed.fp16_accumulation:
@@ -196,6 +193,9 @@ def generate_on(family: Family, options: GenerationOptions, device: torch.device
     if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
         rewriter = PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted, rewriter, post=post)
+    if options.speed.sharding.shard_base:
+        # what befalls one process: it ends the others, which wait for its parts of the blocks
+        run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
@@ -347,7 +347,7 @@ def converse(run: GenerationRun) -> None:
             if is_blank(line):
                 continue
             failures = Failures()
-            with ring_after(run.options.output.bell), failures.note_errors("the prompt"):
+            with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
                 if run.options.sheet.is_asked:
                     make_sheets(run, {"the prompt": line}, failures)
                     continue

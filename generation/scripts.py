@@ -1,6 +1,7 @@
 """Make the generation scripts of a family: read its options, then hand it to the generation loop."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,13 +32,17 @@ def generation_script(
         if settle is not None:
             options, own = settle(options, own)
 
-        from generation.asking import ring_after
         from generation.run import generate  # torch loads here, after every option has been read
         from modules.devices import make_deterministic
 
         if getattr(own, "reproduce", False):
             make_deterministic()
-        with ring_after(options.output.bell and not options.interactive):
+        bell: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if options.output.bell and not options.interactive:
+            from generation.asking import ring_after
+
+            bell = ring_after(True)
+        with bell:
             (make or generate)(entry.make_family("generation", own), options)
 
     return Script(generate_with)

@@ -5,6 +5,7 @@ writes and talks; the others keep their latents in a folder that goes with them.
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,13 +36,16 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         generate(family, options, choose_device(options.device))
         return
     _check(family, options)
+    if options.latent_path or options.save_merged_model or options.speed.plan.is_asked:
+        if os.environ.get("RANK", "0") == "0":
+            generate(family, options, choose_device(options.device))
+        return
     device = join_processes(options.device)
     is_first = distributed.get_rank() == 0
-    is_alone = bool(options.latent_path or options.save_merged_model or options.speed.plan.is_asked)
     try:
         if is_first:
             generate(family, options, device)
-        elif not is_alone:
+        else:
             logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
             with tempfile.TemporaryDirectory() as folder:
                 generate(family, _without_files(options, Path(folder)), device)

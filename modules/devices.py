@@ -267,7 +267,9 @@ class Failures:
     _codes: set[int] = field(default_factory=set, init=False)
 
     @contextmanager
-    def note_errors(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    def note_errors(
+        self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
+    ) -> Iterator[None]:
         """Record an error of the block and go on, unless the error is `fatal`."""
         try:
             yield

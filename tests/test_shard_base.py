@@ -142,8 +142,9 @@ def generate(project: Shared, output: str, processes: int, *words: object) -> li
     else:
         _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
         assert "INFO" not in other.stderr + other.stdout  # the first one talks
-    found = sorted((project.folder / output).glob("*.safetensors"))
-    return [load_file(path)["latent"] for path in found]
+    paths = (project.folder / output).glob("*.safetensors")
+    # by time: their names begin with the second, and end with words if that name is taken
+    return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
 
 TEACACHE = ("--teacache_threshold", "0.5", "--teacache_coefficients", "1", "0", "--infer_steps", "6")
@@ -164,6 +165,19 @@ def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
 
     assert len(found) == len(expected) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_first_process_alone_does_what_runs_no_transformer(project: Shared) -> None:
+    """Also if it has to draw a seed, on which processes that run one agree."""
+    generate(project, "to decode", 1, "--prompt", "a cat")
+    (latents,) = (project.folder / "to decode").glob("*.safetensors")
+    command = (*project.family.generate, *SIZE[:-2], "--shard_base", "--save_path", "alone")
+    for words in (("--prompt", "a cat", "--plan", "24"), ("--latent_path", latents)):
+        first, other = run_in_processes(2, *command, *words, folder=project.folder)
+        assert "Error" not in first.stderr
+        assert not other.stderr + other.stdout
+
+    assert len(list((project.folder / "alone").glob("*.mp4"))) == 1
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def load_model(
     set_training(optimizer, True)
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     preserves = any(table.preserves_output for table in plan.config.datasets)
-    in_lockstep = plan.is_sharded and preserves
+    in_lockstep = plan.steps.in_lockstep and preserves
     rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     dits = ExpertNetworks(networks, loading.copies)
@@ -145,7 +145,8 @@ class Loading:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
-        shares = shared_blocks(options.speed.sharding, device)
+        sharding = options.speed.sharding
+        shares = shared_blocks(sharding, device) if sharding.shard_base else None
         dit = _load_dit(self.plan, family, index, host, shares)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
@@ -308,5 +309,5 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         sources=plan.sources,
         encoders=plan.encoders,
         texts=plan.texts,
-        in_lockstep=plan.is_sharded,
+        in_lockstep=plan.steps.in_lockstep,
     )

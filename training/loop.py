@@ -142,7 +142,7 @@ def _accumulate(
             batch = run.texts.add_to(micro_batch.data.batch)
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
-        if run.steps.is_repeat(index, run.feed.process):
+        if run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process):
             run.scaler.scale(0 * loss).backward()  # for the others, which gather the blocks from this process
             continue
         run.scaler.scale(loss).backward()
@@ -308,7 +308,7 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler.prompts:
-        was_stopped, together = False, run.steps.processes if run.plan.is_sharded else 1
+        was_stopped, together = False, run.steps.processes if run.steps.in_lockstep else 1
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(

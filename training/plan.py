@@ -73,11 +73,6 @@ class TrainingPlan:
     habits: dict[str, Any]
     changes: Mapping[str, str]
 
-    @property
-    def is_sharded(self) -> bool:
-        """Return whether the processes share the transformer's weights, so that they run equal passes."""
-        return self.steps.in_lockstep
-
 
 def make_plan(
     family: Family,

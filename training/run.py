@@ -168,5 +168,5 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         has_metadata,
         weights,
         options.preview,
-        plan.is_sharded,
+        plan.steps.in_lockstep,
     )

@@ -43,7 +43,8 @@ class StepPlan:
     first_epoch: int = 0
     first_position: int = 0
     first_step: int = 0
-    in_lockstep: bool = False  # all processes take equally many micro-batches in a step
+    # processes share the transformer, so that all take equally many micro-batches in a step
+    in_lockstep: bool = False
 
     @property
     def group_size(self) -> int:
@@ -85,7 +86,7 @@ class StepPlan:
 
         May be empty in the last group of an epoch, but not in lockstep: see `is_repeat`.
         """
-        own = [index for index in group if not self.is_repeat(index, process)]
+        own = [index for index in group if index % self.processes == process]
         lacks = self.in_lockstep and len(own) * self.processes < len(group)
         return [*own, group[-1]] if lacks else own
 
@@ -107,9 +108,10 @@ class StepPlan:
             # groups follow on each other, so that their shares are one range
             first = start + (process - start) % self.processes
             shares.append((number, range(first, end, self.processes)))
-            last = range(end - (end - start) % self.group_size, end)
-            repeats = [index for index in self.share(last, process) if self.is_repeat(index, process)]
-            shares += [(number, range(index, index + 1)) for index in repeats]
+            if self.in_lockstep:
+                last = range(end - (end - start) % self.group_size, end)
+                repeats = [index for index in self.share(last, process) if self.is_repeat(index, process)]
+                shares += [(number, range(index, index + 1)) for index in repeats]
         return Keys(tuple(shares))
 
 

@@ -102,14 +102,20 @@ class DitFormat(Generic[Config, Dit]):
         return self._read(bare_names(checkpoint))
 
     def _read(self, checkpoint: Checkpoint) -> DitHeader[Config]:
-        kind = kind_of(checkpoint.tensors, OF_OTHERS)
-        if kind is not None:
-            raise CheckpointError(
-                f"{checkpoint.path} is {kind}.\n  Give the transformer of a model that this script runs to "
-                f"{self.option}.",
-                checkpoint.path,
-            )
-        return self.read_bare(checkpoint)
+        # first, since some have all the tensors of a network of ours
+        kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
+        if kind is None:
+            try:
+                return self.read_bare(checkpoint)
+            except CheckpointError:
+                kind = kind_of(checkpoint.tensors, OF_OTHERS)  # behind other prefixes
+                if kind is None:
+                    raise
+        raise CheckpointError(
+            f"{checkpoint.path} is {kind}.\n  Give the transformer of a model that this script runs to "
+            f"{self.option}.",
+            checkpoint.path,
+        )
 
     def identify(self, path: Path) -> str | None:
         """Describe a file that is a transformer of this family; return None if it is not."""

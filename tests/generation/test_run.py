@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan_generate_video
+from generation import making
 from generation.asking import line_reader
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
@@ -96,6 +97,27 @@ def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
         assert words in str(caught.value)
     assert caught.value.exit_code == 1
     assert only(tmp_path / "out", "*").name.endswith("_5.mp4")
+
+
+@pytest.mark.parametrize("way", ["file", "conversation"])
+def test_what_befalls_one_of_the_processes_that_share_a_model_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Else it begins the next prompt, while the others wait for the blocks of this one."""
+    made: list[int] = []
+
+    def fail(*_: object) -> None:
+        made.append(1)
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(making, "make_latents", fail)
+    monkeypatch.setattr(builtins, "input", Typing("cat --d 1", "dog --d 2"))
+    words = ["--from_file", prompts(tmp_path, "cat", "dog")] if way == "file" else ["--interactive"]
+
+    with pytest.raises(UserError):
+        run(tmp_path / "out", "--shard_base", *words)
+
+    assert made == [1]
 
 
 def test_latents_stay_where_decoding_fails(tmp_path: Path) -> None:

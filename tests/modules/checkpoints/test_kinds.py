@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
     ("Krea2Transformer2DModel", ONE, "Krea 2"),
     ("LTX2VideoTransformer3DModel", ONE, "LTX-2"),
+    ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
     ("MiniMaxH3Transformer3DModel", ONE, "MiniMax-H3"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
     ("QwenImage21Transformer2DModel", ONE, "Qwen-Image-2.1, another network"),
