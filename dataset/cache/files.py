@@ -301,7 +301,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
-        shapes = {name: tuple(content[name]["shape"]) for name in sorted(content)}
+        shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
         end = max((one["data_offsets"][1] for one in content.values()), default=0)
         if end != size - start:
             raise ValueError(f"its tensors have {end} bytes, it has {size - start}")

@@ -155,6 +155,15 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         read_entry(path)
 
 
+def test_a_shape_that_is_no_numbers_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "clip_wan.safetensors"
+    write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
+    path.write_bytes(path.read_bytes().replace(b"[2,1,4,4]", b'["?",44]'.ljust(9)))
+
+    with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
+        read_header(path)
+
+
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     """So a run that was interrupted ends with the files of one that was not."""
     tensors = {
