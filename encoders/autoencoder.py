@@ -73,7 +73,7 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = count(sources, r"decoder\.up_blocks\.\d+")
         sources = rename_sources(sources, lambda name: _our_name(name, levels))
-    wrong = other_kind(checkpoint, "the autoencoder of FLUX", "--ae", RELEASE)
+    wrong = other_kind(checkpoint, "the autoencoder of FLUX", "--ae or --vae", RELEASE)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong
     as_matrices(sources, ATTENTION)
