@@ -22,14 +22,12 @@ from blissful_tuner.options import PromptOptions
 from modules.contract.requests import Prompt, Prompts, Spans
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.limits import MAX_NESTED, MAX_WILDCARD_CHARACTERS, MAX_WILDCARD_DRAWS, MAX_WILDCARD_ROUNDS
 from modules.text_files import bad_character, read_text
 
 logger = logging.getLogger(__name__)
 
 
-MOST_ROUNDS = 50  # of lines that draw from a file themselves
-MOST_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
-MOST_CHARACTERS = 1 << 22  # likewise
 MOST_WEIGHT = 1e9
 SHOWN = 12  # draws that are logged
 # a key neither begins nor ends with white space or _; single ones may stand in it
@@ -83,14 +81,16 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
-        if len(keys) == MOST_ROUNDS:
+        if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(
                 f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
-                f"{MOST_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
+                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
             )
-        if len(self.drawn) == MOST_DRAWS:
-            raise OptionError(f"--prompt_wildcards: {where} draws line number {MOST_DRAWS + 1:,} of a prompt")
+        if len(self.drawn) == MAX_WILDCARD_DRAWS:
+            raise OptionError(
+                f"--prompt_wildcards: {where} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
+            )
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -100,10 +100,10 @@ class Drawing:
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
         self.characters += len(line)
-        if self.characters > MOST_CHARACTERS:
+        if self.characters > MAX_WILDCARD_CHARACTERS:
             raise OptionError(
-                f"--prompt_wildcards: {where} makes a prompt of more than {MOST_CHARACTERS >> 20} million "
-                "characters. Draw fewer or shorter lines"
+                f"--prompt_wildcards: {where} makes a prompt of more than {MAX_WILDCARD_CHARACTERS >> 20} "
+                "million characters. Draw fewer or shorter lines"
             )
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
@@ -213,7 +213,6 @@ def _read_line(line: str, where: str) -> tuple[str, float]:
 #
 # Groups may be nested; nothing is drawn inside an alternative that is not chosen. Braces without a `|`
 # between them, and a brace without its partner, are plain text; so is what follows a backslash.
-MOST_NESTED = 50
 _MARKS = re.compile(r"\\[{}|]|[{}|]")
 _WEIGHT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)::")
 _ESCAPED = re.compile(r"\\([{}|])")
@@ -234,7 +233,7 @@ class _Group:
 def choose_alternatives(text: str, choose: Choose) -> str:
     """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
 
-    Raises OptionError if groups are nested more than MOST_NESTED deep, and as `choose`.
+    Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
     groups = _groups_of(text)
     starts = [group.start for group in groups]
@@ -284,9 +283,9 @@ def _groups_of(text: str) -> list[_Group]:
         while around and around[-1] < group.start:
             around.pop()
         around.append(group.end)
-        if len(around) > MOST_NESTED:
+        if len(around) > MAX_NESTED:
             raise OptionError(
-                f"--prompt_alternatives: braces are nested more than {MOST_NESTED} deep. Write the "
+                f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
                 "alternatives into files and use --prompt_wildcards"
             )
     return found

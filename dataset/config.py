@@ -74,6 +74,11 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
         ]
         return replace(config, datasets=tuple(of_images))
     problems = [
+        f"{table.name}: reference_dropout_rate: this model takes no reference pictures. Leave it out"
+        for table in config.datasets
+        if table.reference_dropout_rate
+    ]
+    problems += [
         f"{table.name}: {' and '.join(table.control_keys)}: this model fits control images to the size of "
         "their picture; the keys are for models that take reference pictures. Leave them out"
         for table in config.datasets

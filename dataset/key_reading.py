@@ -50,20 +50,12 @@ def parse_config(path: Path) -> dict[str, Any]:
             "file's path."
         ) from error
     try:
-        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, _no_repeats)
+        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise DatasetError(f'{path}: the top level must be an object with "datasets"')
     return content
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} occurs twice in one object")
-    return dict(pairs)
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def cache_family_latents(
     from dataset.caching.loop import run_latent_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
+    words += entry.repeat_options(own)
     following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
     made = entry.make_family("latent_caching", own)
     config = with_references(config, made.references)
@@ -51,7 +52,7 @@ def cache_family_texts(
 
     from dataset.caching.loop import run_text_caching  # torch loads here, after every option has been read
 
-    words = ["python", f"{entry.script}_train_network.py", *entry.training]
+    words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])
     made = entry.make_family("text_caching", own)
     config = with_references(config, made.references)

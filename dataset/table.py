@@ -170,6 +170,7 @@ class DatasetTable:
     # of reference pictures; with both, only larger ones are resized
     no_resize_control: bool = key(YES_NO, False, kinds=IMAGE)
     control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE)  # None: that of the picture
+    reference_dropout_rate: float = key(SHARE, 0.0, kinds=IMAGE)  # of batches, trained without them
     multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
@@ -363,7 +364,10 @@ CAPTION_DEFAULTS = {
 LEARNING_DEFAULTS = {
     **CAPTION_DEFAULTS,
     **CONTROL_DEFAULTS,
-    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
+    **{
+        name: KEYS[name].default
+        for name in ("caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight", "alpha_mask")
+    },
 }
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"

@@ -14,20 +14,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from downloads.hubs import RemoteFile, explain_status
 from modules.atomic_write import give_name
 from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
 from modules.errors import CheckpointError, DownloadError, OutputError
+from modules.file_locks import only_one
+from modules.limits import MAX_TOKENIZER_BYTES
 from modules.text_files import parse_json, read_content, read_text
 
 logger = logging.getLogger(__name__)
 
 TRIES = 6  # in a row that bring nothing
 FIRST_WAIT = 1.0  # seconds between the first two
-MOST_TOKENIZER_BYTES = 1 << 28  # the largest has 33 MB
 _PIECES = b"\x0a"  # a SentencePiece model begins with its first piece
 
 
@@ -121,12 +121,12 @@ def find_other_kind(path: Path, name: str) -> str | None:
                 return "it is not a file of torch"
             case "onnx" if not ONNX.match(start):
                 return "it is not an ONNX file"
-            case "json" if not isinstance(parse_json(read_text(path, MOST_TOKENIZER_BYTES)), dict):
+            case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
                 return "it is not a JSON table"
             case "model":
                 if not start.startswith(_PIECES):
                     return "it is not a SentencePiece model"
-                check_sentencepiece(read_content(path, MOST_TOKENIZER_BYTES))
+                check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
     except (CheckpointError, OSError, ValueError) as error:
         # the message names the file that nobody is to use; what it is comes first
         return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
@@ -135,19 +135,14 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
 @contextlib.contextmanager
 def _only_one_run(target: Path) -> Iterator[None]:
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
-        lock.acquire()
-    try:
+    lock = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_one(lock, waits=False))
+        except BlockingIOError:
+            logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
+            held.enter_context(only_one(lock))
         yield
-    finally:
-        lock.release()
-        if target.is_file():  # a run that waits for this lock finds the target and ends: nobody else needs it
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -> None:

@@ -11,6 +11,7 @@ Our modules have the names of the released ae.safetensors. diffusers' Autoencode
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,11 +39,23 @@ from modules.errors import CheckpointError
 from modules.layers.convolution import Compute, lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
 
-LATENT_CHANNELS = 16
 LEVELS = 4  # resolutions, each half of the one before: 8 pixels are one latent pixel
 GROUPS = 32  # in a group norm, as released; cannot be read from the tensors
-RELEASE = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
-CONFIG_CLASSES = {"AutoencoderKL"}  # in a config.json beside the file
+
+
+@dataclass(frozen=True)
+class AutoencoderKind:
+    """How the autoencoder of a model differs from others of its layers, and how messages call it."""
+
+    what: str = "the autoencoder of FLUX"
+    option: str = "--ae"
+    release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
+    channels: int = 16  # of the latents
+    is_quantised: bool = False  # whether a quant_conv follows the encoder, and another leads the decoder
+    classes: tuple[str, ...] = ("AutoencoderKL",)  # in a config.json beside the file
+
+
+FLUX_KIND = AutoencoderKind()
 
 DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see `_our_name`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
@@ -52,6 +65,8 @@ DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see 
     (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\.(.+)", r"\1.mid.attn_1.\2.\3"),
     (r"(encoder|decoder)\.mid_block\.attentions\.0\.(?:to_out\.0|proj)\.(.+)", r"\1.mid.attn_1.proj_out.\2"),
     (r"(encoder|decoder)\.conv_norm_out\.(.+)", r"\1.norm_out.\2"),
+    (r"(quant_conv\..+)", r"encoder.\1"),
+    (r"(post_quant_conv\..+)", r"decoder.\1"),
 )
 ATTENTION = r".+\.attn_1\.(q|k|v|proj_out)\.weight"  # 1x1 convolutions in files, linear layers here
 DIFFUSERS_LEVEL: Names = (  # inside a numbered level
@@ -62,8 +77,10 @@ DIFFUSERS_LEVEL: Names = (  # inside a numbered level
 SHORTCUT: Names = ((r"(.+)\.conv_shortcut\.(.+)", r"\1.nin_shortcut.\2"),)
 
 
-def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
-    """Plan how to load FLUX's autoencoder: released file, diffusers layout, or a part of an all-in-one file.
+def read_autoencoder(
+    checkpoint: Checkpoint, kind: AutoencoderKind = FLUX_KIND
+) -> LoadPlan[AutoencoderConfig]:
+    """Plan how to load an autoencoder: released file, diffusers layout, or a part of an all-in-one file.
 
     Raises CheckpointError for any other file.
     """
@@ -73,24 +90,26 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = count(sources, r"decoder\.up_blocks\.\d+")
         sources = rename_sources(sources, lambda name: _our_name(name, levels))
-    wrong = other_kind(checkpoint, "the autoencoder of FLUX", "--ae or --vae", RELEASE)
+    wrong = other_kind(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong
     as_matrices(sources, ATTENTION)
     shape = shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
-    if channels != LATENT_CHANNELS or "quant_conv.weight" in sources:
+    is_quantised = any(name in sources for name in ("quant_conv.weight", "encoder.quant_conv.weight"))
+    if (channels, is_quantised) != (kind.channels, kind.is_quantised):
         raise CheckpointError(
             f"{checkpoint.path}: this VAE has {channels} latent channels"
-            + (" and a quant_conv" if "quant_conv.weight" in sources else "")
-            + f", FLUX's has {LATENT_CHANNELS} and none. Give {RELEASE}.",
+            + (" and a quant_conv" if is_quantised else "")
+            + f", {kind.what} has {kind.channels} and {'one' if kind.is_quantised else 'none'}. "
+            f"Give {kind.release}.",
             checkpoint.path,
         )
     widths = tuple(
         shape(f"encoder.down.{level}.block.0.conv1.weight")[0]
-        for level in range(_levels(checkpoint, sources))
+        for level in range(_levels(checkpoint, sources, kind))
     )
-    groups = stated_groups(checkpoint, CONFIG_CLASSES) or GROUPS
+    groups = stated_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, widths, groups)
     config = AutoencoderConfig(
         channels,
@@ -99,7 +118,7 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
         count(sources, r"encoder\.down\.0\.block\.\d+"),
         count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
-    return LoadPlan(config, checkpoint, sources)
+    return LoadPlan(config, checkpoint, sources, ("bn.*",) if kind.is_quantised else ())
 
 
 def _our_name(name: str, levels: int) -> str:
@@ -122,14 +141,14 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def _levels(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> int:
+def _levels(checkpoint: Checkpoint, sources: Mapping[str, TensorSource], kind: AutoencoderKind) -> int:
     """Return the number of levels. Raises CheckpointError if it is not that of FLUX's autoencoder."""
     for start in (r"encoder\.down", r"decoder\.up"):
         found = count(sources, rf"{start}\.\d+")
         if found != LEVELS:
             raise CheckpointError(
                 f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
-                f"{LEVELS}. The file holds another model, or tensors are missing. Give {RELEASE}.",
+                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
                 checkpoint.path,
             )
     return LEVELS

@@ -16,7 +16,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dt
 from modules.checkpoints.encoders import dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import CAPTION, MediaEncoders, MediaTable
+from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
@@ -117,8 +117,8 @@ class OneTransformer(Protocol):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the caption that was dropped."""
-        return (CAPTION,)
+        """What a teacher is told besides: the caption that was dropped, and the reference pictures."""
+        return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""

@@ -148,8 +148,13 @@ class LanguageUse:
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
     @property
+    def template_key(self) -> str:
+        """Name of the template's fingerprint in records of caches: `LanguageModelEncoder.identity`."""
+        return f"{self.record or self.name}_template"
+
+    @property
     def fingerprint(self) -> str:
-        """What records of caches say of the template, as `template`."""
+        """What records of caches say of the template."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from encoders.files import OneTransformer, TransformerFiles
 from encoders.tiles import posterior_generator
 from modules.checkpoints.model_files import inside
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
@@ -83,17 +84,13 @@ class AutoencoderFiles(TransformerFiles):
         read_autoencoder_header(self.vae_path)
 
 
-# latents of a reference picture in caches and conditions; of several followed by _0, _1, ...
-REFERENCE = "latents_control"
-
-
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
     patch: latent pixels along a side of a token. remedy: what to cache again with. Raises CacheError for
     latents that are none.
     """
-    found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(REFERENCE)}
+    found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     for name, tensor in found.items():
         height, width = tensor.shape[-2:]
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
@@ -106,8 +103,8 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     """Return the latents of the reference pictures among conditions, in order, on the device."""
-    found = {name: value for name, value in cond.items() if name.startswith(REFERENCE)}
-    ordered = sorted(found, key=lambda name: int(name.removeprefix(REFERENCE).lstrip("_") or 0))
+    found = {name: value for name, value in cond.items() if name.startswith(CONTROL)}
+    ordered = sorted(found, key=lambda name: int(name.removeprefix(CONTROL).lstrip("_") or 0))
     return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
 
 

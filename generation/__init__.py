@@ -21,4 +21,5 @@ script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns
 sheets: clips side by side; sheets of varied options
+together: generate in processes that share the transformer
 """

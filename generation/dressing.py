@@ -14,7 +14,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, Expert
 from modules.devices import own_stream
-from modules.dressing import dress, swapped_weights
+from modules.dressing import dress, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
 from modules.offload.swap_plan import HostWeights
@@ -60,19 +60,21 @@ class DitLoader:
         uses = self.uses[expert] if self.uses else ()
         patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
         host = place or swapped_weights(family.dit, speed.swap, self.device)
+        shares = shared_blocks(speed.sharding, self.device)
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
             patch=patch,
             fp8=self.fp8,
             host=host,
+            blocks=shares,
             check=check,
         )
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         dit.eval().requires_grad_(False)
-        dress(dit, family.dit, self.device, speed.compilation.choice, host)
+        dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
         return dit
 
 

@@ -191,16 +191,22 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
-def family_of(path: Path, families: list[str]) -> str:
-    """Return the family that a LoRA file's metadata name. Raises OptionError if they name none."""
+def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
+    """Return the family that a LoRA file's metadata name. Raises OptionError if they name none.
+
+    families: their names -> further models that their scripts run.
+    """
     metadata: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # reading it as a LoRA says what is wrong
         metadata = read_safetensors_texts(path)
     said = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
-    words = re.sub(r"[^a-z]", "", said.lower())
-    for name in sorted(families, key=len, reverse=True):  # flux_kontext is no flux
-        if name.replace("_", "") in words:
-            return name
+    words = re.sub(r"[^a-z0-9]", "", said.lower())
+    letters = re.sub(r"\d", "", words)  # flux-1-kontext
+    names = {name: family for family, others in families.items() for name in (family, *others)}
+    for name in sorted(names, key=len, reverse=True):  # flux_kontext and flux_2 are no flux
+        bare = name.replace("_", "")
+        if bare in (letters if bare.isalpha() else words):
+            return names[name]
     raise OptionError(
         f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."
     )

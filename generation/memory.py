@@ -50,6 +50,7 @@ from modules.planning.memory_plan import (
     print_plan,
     resolve_swap,
     room_on,
+    sharing_processes,
     swaps_of,
     workspace,
 )
@@ -174,7 +175,7 @@ def rehearse_denoising(
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
     blocks = family.dit.blocks(dit)
     with rehearsing(dit) as ledger:
         watch_blocks(blocks, ledger)
@@ -207,7 +208,7 @@ def rehearse_denoising(
         place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
 
     def phase(count: int) -> Phase:
-        note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
+        note = swaps[count].words(count, "of buffers")
         parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, *turns.parts(held[WEIGHTS], swaps[count]), extra))
 
@@ -323,11 +324,12 @@ def advice(
             return predict(family, fp8, prepared, device, prediction.turns, room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
-    more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
+    can_swap = not speed.sharding.shard_base
+    more, last = advise(prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising")
     lines += more
     if last is not None:
-        left = gib(last.device(last.most))
-        lines.append(f"fewer frames or a smaller size: even --blocks_to_swap {last.most} leaves {left}")
+        even = f"even --blocks_to_swap {last.most} leaves" if can_swap else "what is above leaves"
+        lines.append(f"fewer frames or a smaller size: {even} {gib(last.device(last.most))}")
     return lines
 
 

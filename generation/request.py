@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_syntax import expand_texts, weigh_all
@@ -29,8 +31,13 @@ TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the 
 
 
 def draw_seed() -> int:
-    """A seed from the system's entropy."""
-    return secrets.randbelow(2**SEED_BITS)
+    """A seed from the system's entropy; processes that have joined get that of the first one."""
+    seed = secrets.randbelow(2**SEED_BITS)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return seed
+    from modules.offload.sharding import agree  # of no use to a single process
+
+    return agree(seed)
 
 
 def seed_of(text: str) -> int:

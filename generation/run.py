@@ -37,6 +37,7 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
+from modules.dressing import shares_processes
 from modules.errors import OptionError
 from modules.fp8.products import add_product
 from modules.installation import import_own
@@ -151,11 +152,18 @@ def explain_lack(stays: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions) -> None:
-    """Run the mode that the options select.
+    """Run the mode that the options select, in all processes if they share the transformer.
 
     Raises UserError; with --from_file only after all lines that work are generated.
     """
-    device = choose_device(options.device)
+    if options.speed.sharding.shard_base:
+        import_own("generation.together").generate_together(generate_on, family, options)
+    else:
+        generate_on(family, options, choose_device(options.device))
+
+
+def generate_on(family: Family, options: GenerationOptions, device: torch.device) -> None:
+    """Run the mode that the options select on a device. Raises as `generate`."""
     if options.optimized and not options.latent_path:  # decoding runs no transformer
         options = leave_out_missing(family, options, device)
     if options.speed.fp16_accumulation:
@@ -327,6 +335,9 @@ def converse(run: GenerationRun) -> None:
         ((letter, option.key) for letter, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
+    is_shared = shares_processes(run.options.speed.sharding)
+    if is_shared:
+        ask = import_own("generation.together").read_together(ask)
     said: dict[str, Any] = {}
     while True:
         try:
@@ -350,5 +361,7 @@ def converse(run: GenerationRun) -> None:
             sys.stdout.write("\n")
             return
         except KeyboardInterrupt:
+            if is_shared:  # the others are in the midst of the prompt
+                raise
             sys.stdout.write("\n")
             logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

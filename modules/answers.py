@@ -3,14 +3,14 @@
 import re
 
 from modules.control_codes import drop_control_codes
+from modules.limits import MAX_ANSWER_CHARACTERS
 
 # what models that think aloud say before their answer; a thought may have no end
 _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
-MOST_CHARACTERS = 4000  # of a prompt
 _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
-def take_answer(text: str, most_characters: int = MOST_CHARACTERS) -> str:
+def take_answer(text: str, most_characters: int = MAX_ANSWER_CHARACTERS) -> str:
     """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
     around it.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.control_codes import shorten
+from modules.limits import MAX_WAIT_SECONDS
 from modules.paths import protocol_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = 60.0  # seconds that a site may ask for
 TIMEOUTS = (20.0, 60.0)  # seconds to connect, and without any data
 PIECE = 1 << 16  # bytes; a broken connection loses the last one
 SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # a connection that brings less in that time is given up
@@ -107,7 +107,7 @@ def receive(
             failures, most = (0, have) if have >= most + PIECE else (failures + 1, most)
             if failures == tries:
                 raise
-            seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, LONGEST_WAIT))
+            seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, MAX_WAIT_SECONDS))
             logger.debug("%s: %s; again in %.1f s", path.name, error, seconds)
             wait(seconds)
 

@@ -4,9 +4,10 @@ Before it: weights are quantised and LoRAs merged while loading, and a LoRA that
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
@@ -14,7 +15,10 @@ from modules.contract.family import DitSpec
 from modules.offload.block_swap import swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
-from modules.speed_options import SwapOptions
+from modules.speed_options import ShardingOptions, SwapOptions
+
+if TYPE_CHECKING:  # it is loaded only where processes share a model
+    from modules.offload.sharding import ShardedBlocks
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,21 @@ def swapped_weights(
     return host_weights(plan, device, whole=whole)
 
 
+def shares_processes(sharding: ShardingOptions) -> bool:
+    """Return whether several processes have joined to share a transformer."""
+    has_joined = distributed.is_available() and distributed.is_initialized()
+    return sharding.shard_base and has_joined and distributed.get_world_size() > 1
+
+
+def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
+    """Return what keeps this process' part of each block, to load the network with; None if it keeps all."""
+    if not shares_processes(sharding):
+        return None
+    from modules.offload.sharding import ShardedBlocks
+
+    return ShardedBlocks(device)
+
+
 def dress(
     dit: nn.Module,
     spec: DitSpec,
@@ -44,10 +63,11 @@ def dress(
     host: HostWeights | None = None,
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
+    shares: "ShardedBlocks | None" = None,
 ) -> None:
-    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped ones.
+    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
 
-    host: as the network was loaded with.
+    host, shares: as the network was loaded with.
     Raises OptionError if the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
@@ -58,3 +78,5 @@ def dress(
         offload = offload_to_host(device) if checkpointing.inputs_on_host else None
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
     swap_blocks(dit, host, device)
+    if shares is not None:
+        shares.finish(dit)

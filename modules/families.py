@@ -12,7 +12,7 @@ from typing import Any
 from modules.command import as_typed, command_line
 from modules.installation import import_own
 from modules.option_values import option_words
-from modules.options import Options
+from modules.options import Options, option_values
 from modules.parser import parse_options
 
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
@@ -32,6 +32,8 @@ class FamilyEntry:
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
     texts: str = ""  # options of the files that encode texts, in a command that is shown
     training: tuple[str, ...] = ()  # likewise, of its training script
+    repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
+    others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
 
     @property
     def generation_script(self) -> str:
@@ -46,6 +48,11 @@ class FamilyEntry:
     def options_record(self, kind: str) -> Any:
         """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
         return getattr(self.options, f"{self.record}{kind}Options")
+
+    def repeat_options(self, own: Any) -> list[str]:
+        """Return the words of the options that the next command needs too. own: of the family."""
+        values = option_values(own)
+        return option_words({f"--{name}": values[name] for name in self.repeated})
 
     def caching_commands(
         self, own: Any, dataset_config: Path | None, switches: Sequence[str]
@@ -93,6 +100,7 @@ FAMILIES = {
         record="Flux",
         encoders=(("vae", "--ae", PICTURES),),
         texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
+        others=("chroma",),
     ),
     "flux_kontext": FamilyEntry(
         "flux.kontext",
@@ -102,6 +110,15 @@ FAMILIES = {
         record="Kontext",
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
+    ),
+    "flux_2": FamilyEntry(
+        "flux_2",
+        script="flux_2",
+        cache="flux_2_cache",
+        record="Flux2",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder TEXT_ENCODER",
+        repeated=("model_version",),
     ),
     "framepack": FamilyEntry(
         "frame_pack",
@@ -128,6 +145,7 @@ FAMILIES = {
         record="QwenImage",
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder QWEN_FILE",
+        repeated=("model_version", "edit", "edit_plus"),
     ),
     "z_image": FamilyEntry(
         "z_image",

@@ -279,6 +279,29 @@ class SwapOptions(Options):
         return self.blocks_to_swap or 0
 
 
+class ShardingOptions(Options):
+    """Whether processes share the weights of the transformer."""
+
+    shard_base: bool = option(
+        "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
+        "every block of the frozen transformer and gathers a block when it runs. Embeddings, LoRAs, text "
+        "encoders and the VAE are in every process",
+        often=True,
+    )
+
+    def check_beside(self, swap: SwapOptions) -> None:
+        """Raise OptionError if blocks would be swapped too."""
+        asked = {
+            f"--blocks_to_swap {swap.blocks_to_swap}": bool(swap.blocks_to_swap),
+            "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
+        }
+        for name in (name for name, is_given in asked.items() if self.shard_base and is_given):
+            raise OptionError(
+                f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
+                "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
+            )
+
+
 class PlanOptions(Options):
     """Whether to plan only, and for how much memory."""
 
@@ -307,9 +330,13 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
     attention: TrainingAttentionOptions = option(facts=FREE)
     fp8: TrainingFp8Options = option(facts=HABIT)
     swap: SwapOptions = option(facts=FREE)
+    sharding: ShardingOptions = option(facts=FREE)
     compilation: TrainingCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=FREE)
+
+    def __post_init__(self) -> None:
+        self.sharding.check_beside(self.swap)
 
 
 class GenerationSpeedOptions(Options, title="memory and speed"):
@@ -321,11 +348,15 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     )
     fp8: GenerationFp8Options
     swap: SwapOptions = option(facts=NO_PIXELS)  # equal to the bit
+    sharding: ShardingOptions = option(facts=NO_PIXELS)  # likewise
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=NO_PIXELS)
     by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what --optimized has turned on
     not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what is given instead
+
+    def __post_init__(self) -> None:
+        self.sharding.check_beside(self.swap)
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)

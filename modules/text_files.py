@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
-MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
-MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
+from modules.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_LINE_CHARACTERS, MAX_TEXT_BYTES
+
 _PIECE_BYTES = 1 << 20  # are read at once of a file that is larger than it said
-MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
 _LONG_KEY = re.compile(
@@ -31,12 +28,12 @@ _KINDS = (
 )
 
 
-def require_regular_file(path: Path) -> int:
+def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
     ever.
 
     Returns its size. Raises OSError whose `strerror` names its kind, as `open` does for a folder or a missing
-    file.
+    file, or says that it is larger than `limit_bytes`.
     """
     try:
         found = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
@@ -48,30 +45,46 @@ def require_regular_file(path: Path) -> int:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    if limit_bytes is not None and found.st_size > limit_bytes:
+        raise _too_large(path, limit_bytes)
     return found.st_size
+
+
+def _too_large(path: Path, limit_bytes: int) -> OSError:
+    text = f"it is larger than {limit_bytes >> 20} MiB, the most that is read"
+    return OSError(errno.EFBIG, text, str(path))
 
 
 def read_safetensors_texts(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
 
-    Raises OSError as `require_regular_file`, ValueError if the header is wrong.
+    Raises OSError as `require_regular_file`, ValueError as `read_tensor_header`.
     """
-    require_regular_file(path)
+    size = require_regular_file(path)
     with path.open("rb") as file:
-        start = file.read(8)
-        size = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= size <= MAX_HEADER_BYTES:
-            raise ValueError("it is no safetensors file, or its beginning is damaged")
-        content = file.read(size)
-    if len(content) < size:
-        raise ValueError(f"it is cut short: its header has {size} bytes, {len(content)} are there")
-    header = parse_json(content.decode("utf-8"))
-    if not isinstance(header, dict):
-        raise ValueError("its header is damaged")
-    found = header.get("__metadata__") or {}
-    if not isinstance(found, dict):
-        raise ValueError("its metadata are damaged")
-    return {str(key): str(text) for key, text in found.items()}
+        return read_tensor_header(file.read, size)[0]
+
+
+def read_tensor_header(
+    read: Callable[[int], bytes], size: int, first: int = 8, no_repeats: bool = False
+) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Return the metadata of a safetensors file, the entries of its tensors by name, and where data begin.
+
+    read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
+    if most headers are short. no_repeats: as of `parse_json`. Raises ValueError if the header is wrong;
+    entries are not looked at.
+    """
+    start = read(min(size, first))
+    end = 8 + int.from_bytes(start[:8], "little")
+    if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
+        raise ValueError(f"it claims {end - 8} bytes, the file has {size}")
+    if end > len(start):
+        start += read(end - len(start))
+    entries = parse_json(str(start[8:end], "utf-8"), no_repeats)
+    metadata = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("it is not a table of tensors")
+    return {str(key): str(text) for key, text in metadata.items()}, entries, end
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -89,7 +102,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
     most = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
-    size = min(require_regular_file(path) + 1, most)
+    size = require_regular_file(path, limit_bytes) + 1
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         content = piece = os.read(handle, size)
@@ -99,9 +112,7 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     finally:
         os.close(handle)
     if len(content) > limit_bytes:
-        raise OSError(
-            errno.EFBIG, f"it is larger than {limit_bytes >> 20} MiB, the most that is read", str(path)
-        )
+        raise _too_large(path, limit_bytes)
     return content
 
 
@@ -122,21 +133,31 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
             yield line
 
 
-def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the value of a JSON text. pairs: as `object_pairs_hook`.
+def parse_json(text: str, no_repeats: bool = False) -> Any:
+    """Return the value of a JSON text.
 
-    Raises ValueError, also if it is nested too deeply; the usual mistakes are explained.
+    Raises ValueError, also if it is nested too deeply or, with `no_repeats`, if an object has a key twice;
+    the usual mistakes are explained.
     """
     import json  # here, as below: all options import this file, few commands read such a text
 
     try:
-        content = json.loads(text, object_pairs_hook=pairs)
+        content = json.loads(text, object_pairs_hook=_unique if no_repeats else None)
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{error}{_explain_json(text[error.pos :], text[: error.pos])}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(content)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return content
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modules.devices import numbers_on
 from modules.fp8.weights import dequantise, is_fp8, scale_of
+from modules.offload.sharding import gather_weight
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 
@@ -97,7 +98,7 @@ class LoraLayer(nn.Module):
         self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
-            weight: Tensor = original.weight
+            weight = gather_weight(original.weight)
             weight = dequantise(weight, scale_of(original)) if is_fp8(weight.dtype) else weight
             norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
             self.dora_scale = nn.Parameter(norms.view(-1, 1))

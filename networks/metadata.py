@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.writing import save_tensors
 from modules.contract.rules import named_expert
+from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
@@ -134,8 +135,6 @@ def save_network(
 
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
-MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a file's settings together
-SECONDS = 0.5  # that a search for one path may take: a hostile one keeps Python's `re` busy for years
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
@@ -235,7 +234,7 @@ class PeftPatterns:
         found = [end for end in ends if end in self._places]
         for key, pattern in self._expressions.items():
             try:
-                if pattern.match(path, timeout=SECONDS):
+                if pattern.match(path, timeout=MAX_SEARCH_SECONDS):
                     found.append(key)
             except TimeoutError:
                 raise ValueError(f"the key {key!r} takes too long to search {path} for") from None

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
+from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 
 # of several with equal names the first is chosen, if nothing else tells
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE, SD1, SDXL, SD2)
+FAMILIES = (
+    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
+    *(SD1, SDXL, SD2),
+)
 _DIGITS = re.compile(r"\d+")
 
 
@@ -47,11 +50,15 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
 
-    for family in FAMILIES:
-        is_named = version == family.name or architecture == family.architecture
-        if is_named or any(text.lower().startswith(family.versions) for text in (version, architecture)):
-            return family
-    return None
+    named = next((one for one in FAMILIES if version == one.name or architecture == one.architecture), None)
+    begun = [
+        (len(start), family)
+        for family in FAMILIES
+        for start in family.versions
+        if version.lower().startswith(start) or architecture.lower().startswith(start)
+    ]
+    # "flux_2_dev" begins with FLUX.1's "flux" too
+    return named or max(begun, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:

@@ -214,7 +214,7 @@ OWN_MODULES = {
     **dict.fromkeys(
         (
             *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-            *("networks.lora_qwen_image", "networks.lora_zimage"),
+            *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
         ),
         OwnModule(),
     ),

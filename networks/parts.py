@@ -37,6 +37,11 @@ def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
     return slice(start, start + own) if 0 <= start <= whole - own else None
 
 
+def is_cut(part: WeightPart) -> bool:
+    """Return whether it has only some rows of our module."""
+    return part.index is not None and part.index != SWAPPED
+
+
 def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
     """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
 
@@ -60,6 +65,8 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
         heights = {
             one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules
         }
+        # families cut a module in different ways: a name for all of it that is not there is no part
+        heights = {one: rows for one, rows in heights.items() if rows is not None or is_cut(one.part)}
         found = _cut(factors, heights) if any(heights.values()) else {name: factors}
         if isinstance(found, str):
             logger.warning(f"{name}: {found}; it stays whole")
@@ -141,12 +148,13 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
         if known is None:
             likely[ours] = 0
             continue
-        if known.index is None or known.index == SWAPPED:  # it is no part, but all of it
+        if not is_cut(known):  # it is no part, but all of it
             likely[ours] = rows[known.index]
             continue
         unit = rows[known.index] // known.usual_height
-        likely[ours] = sum(rows.get(part.index) or unit * part.usual_height for part in siblings.values())
-        for part in siblings.values():
+        others = [part for part in siblings.values() if is_cut(part)]
+        likely[ours] = sum(rows.get(part.index) or unit * part.usual_height for part in others)
+        for part in others:
             if not rows.get(part.index) and part.usual_height > known.usual_height:
                 logger.info(
                     f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "

@@ -115,15 +115,15 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
 
 @contextmanager
 def write_behind(
-    write: Callable[[Iterator[T]], object], depth: int = DEPTH, last_wait: float = LAST_WAIT
+    write: Callable[[Iterator[T]], object], last_wait: float = LAST_WAIT
 ) -> Iterator[Callable[[T], None]]:
     """Call `write` in a thread with an iterator; yields a function that adds an item to that iterator.
 
-    At most `depth` items wait. `write` has returned when the block ends. Its errors are raised by the
+    At most DEPTH items wait. `write` has returned when the block ends. Its errors are raised by the
     function, or at the end of the block. If the block fails, the iterator raises Stopped, so that `write` can
     remove what it has made. last_wait: seconds that it gets to end if Ctrl-C comes when it has all items.
     """
-    pipe: Pipe[T] = Pipe(depth)
+    pipe: Pipe[T] = Pipe()
     errors: list[BaseException] = []
 
     def run() -> None:

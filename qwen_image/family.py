@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import REFERENCE, ModelOfPictures, picture_defaults, references_in, references_of
+from encoders.pictures import ModelOfPictures, picture_defaults, references_in, references_of
 from modules.contract.data import (
+    CONTROL,
+    LATENTS_MADE,
     Batch,
     CacheEntry,
     Conditions,
@@ -58,6 +60,7 @@ from qwen_image.versions import VERSIONS, Version
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_cache_latents.py"
+PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = picture_defaults(25, 4.0, 1328)
@@ -125,13 +128,18 @@ class QwenImage(ModelOfPictures):
         """Return Qwen2.5-VL's language model; its file is opened when it is loaded."""
         return [self.files.qwen()]
 
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """What cached latents depend on: the VAE, and the range of its input, which once was 0..255."""
+        return {**super().media_identity, **PIXELS}
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
         dtype.
         """
         vae, entries = encoders.vae, []
         for part in media.split_for(vae.device):
-            references = {f"{REFERENCE}_{index}": one for index, one in enumerate(part.control)}
+            references = {f"{CONTROL}_{index}": one for index, one in enumerate(part.control)}
             pictures = {"latents": part.frames, **references}
             made = {name: vae.encode(to_pixels(frames)).to(vae.dtype) for name, frames in pictures.items()}
             for index in range(len(part.frames)):
@@ -149,14 +157,22 @@ class QwenImage(ModelOfPictures):
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
         batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-        self._check_template(batch)
+        self._check_records(batch)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
-    def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError for texts that were encoded for another release."""
+    def _check_records(self, batch: Batch) -> None:
+        """Raise CacheError for texts that were encoded for another release, and latents of other pixels.
+
+        Caches of other tools have no records.
+        """
         use = self.version.use
         for made in batch.made_by:
-            found = made.encoder.get("template", use.fingerprint)
+            if made.part == LATENTS_MADE and not PIXELS.items() <= made.encoder.items():
+                raise CacheError(
+                    f"{made.path}: an earlier version encoded these latents from pixels of a wrong range. "
+                    f"Cache again with {LATENTS_AGAIN}: it replaces them."
+                )
+            found = made.encoder.get(use.template_key, use.fingerprint)
             if made.part == use.name and found != use.fingerprint:
                 others = [one.called for one in VERSIONS.values() if one.use.fingerprint == found]
                 raise CacheError(
@@ -211,7 +227,7 @@ class QwenImage(ModelOfPictures):
         target = (prepared.width, prepared.height) if fits else None
         for index, path in enumerate(prepared.asked.control_images):
             frames = read_reference(path, target, area=area_of(self.edit))[None, None]
-            found[f"{REFERENCE}_{index}"] = encoders.vae.encode(to_pixels(frames))
+            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: found}
 
     @property
@@ -238,7 +254,7 @@ class QwenImage(ModelOfPictures):
         dtype = self.files.compute_dtype() or torch.float32
         drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype)
         section = prompts[0].section(drawn.float(), inputs.get(0))
-        first = inputs.get(0, {}).get(f"{REFERENCE}_0")
+        first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first, self.edit))
         return (yield section)

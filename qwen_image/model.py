@@ -175,7 +175,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
@@ -269,7 +269,7 @@ class QwenImageModel(nn.Module):
         inputs |= {"rotary_of_clean": rotary[target if has_clean else count : count]}
         return join_tokens(embedded, texts, tweaks.steer, QwenTokens, **inputs)
 
-    def unembed(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : rows * columns], tokens)).float()

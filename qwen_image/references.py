@@ -1,5 +1,6 @@
 """Pictures to edit: their sizes, for the VAE and for the text encoder, and what of the first one stays."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame
 from qwen_image.options import MASK, QwenImageReferenceOptions
+
+logger = logging.getLogger(__name__)
 
 # pixels of a picture as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
 # are multiples of OFFICIAL_STEP. Source: the released pipelines
@@ -79,10 +82,14 @@ def fill_size(request: Request) -> Request:
 def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Return the request with its pictures in all prompts, and in the names of its files if asked for.
 
-    Raises OptionError if the first picture cannot be held to, or the mask is missing.
+    Raises OptionError if the first picture cannot be held to, or the mask cannot be read.
     """
     paths, target = prepared.asked.control_images, None
+    mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
+    if mask is not None:
+        _check_mask(Path(mask), bool(paths), rcm)
     if not paths:
+        _warn_unused(options)
         return prepared
     if options.resize_control_to_image_size:
         target = prepared.width, prepared.height
@@ -93,7 +100,6 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     texts = prepared.prompts[0]
     away = None if texts.away is None else shown(texts.away)
     prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
-    mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), area_of(options), target)
@@ -105,11 +111,38 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
             )
     own = dict(prepared.own_metadata)
     if mask is not None:
-        if not Path(mask).is_file():
-            raise OptionError(f"--{MASK} {mask}: no such file. Correct the path")
         own[MASK] = Path(mask).name
     end = f"_{paths[0].stem}" if options.append_original_name else ""
     return replace(prepared, prompts={0: prompts}, own_metadata=own, name_end=end)
+
+
+def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
+    """Raise OptionError if a mask has nothing to keep, or cannot be read. Reads its header."""
+    if not has_picture:
+        raise OptionError(
+            f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
+            "(--ci in a prompt line)"
+        )
+    if rcm:
+        raise OptionError(f"--{MASK} {path} (in a prompt line): leave --rcm_threshold out, which excludes it")
+    if not path.is_file():
+        raise OptionError(f"--{MASK} {path}: no such file. Correct the path")
+    try:
+        image_size(path)
+    except MediaError as error:
+        raise OptionError(f"--{MASK}: {str(error).rstrip('.')}. Give an image file.") from None
+
+
+def _warn_unused(options: QwenImageReferenceOptions) -> None:
+    """Warn of options for pictures to edit, of which there is none."""
+    given = {
+        "resize_control_to_official_size": options.resize_control_to_official_size,
+        "resize_control_to_image_size": options.resize_control_to_image_size,
+        "append_original_name": options.append_original_name,
+        "rcm_threshold": options.rcm_threshold is not None,
+    }
+    if unused := ", ".join(f"--{name}" for name, is_given in given.items() if is_given):
+        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:

@@ -27,6 +27,7 @@ from generation.prompt_lines import (
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
+from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
 from modules.options import option_values
 from modules.paths import MOST_OF_NAME
@@ -149,7 +150,6 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 # \{ and \}           braces that stay
 #
 # Groups may hold groups: the innermost are replaced first.
-MOST_VARIANTS = 10_000  # of one prompt that enumerates
 JOINER = ", "
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}", re.DOTALL)
 _COUNTS = re.compile(r"(?:(\d{1,9})|(\d{0,9})-(\d{0,9}))\$\$(?:((?:(?!\$\$)[^|])*)\$\$)?")
@@ -170,8 +170,8 @@ def expand(text: str, random: Random) -> list[str]:
     texts: dict[str, None] = {}
     for made, one in enumerate(_expansions(text, random), 1):
         texts[re.sub(r"\\([{}])", r"\1", one)] = None
-        if made > MOST_VARIANTS:
-            raise OptionError(f"{text[:60]!r} has more than {MOST_VARIANTS:,} variants. Leave some out")
+        if made > MAX_VARIANTS:
+            raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
     return list(texts)
 
 

@@ -22,6 +22,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.opening import open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
+from modules.limits import MAX_EMBEDDING_BYTES
 from stable_diffusion.contract import SDXL, ModelKind, TextTower
 from stable_diffusion.tokenizers import SIZE
 
@@ -32,7 +33,6 @@ XTI_OPTION = "--XTI_embeddings"
 _SAFETENSORS = (".safetensors", ".sft")
 # names of the vectors for each of several text encoders, in the order of the encoders
 _NAMES_OF_SEVERAL = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-MOST_BYTES = 1 << 26  # 64 MiB; 75 vectors of SDXL in float32 take 0.6 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,7 @@ def _is_rows(tensor: Tensor) -> bool:
         is_plain
         and tensor.is_floating_point()
         and tensor.ndim in (1, 2)
-        and 0 < tensor.numel() * tensor.element_size() <= MOST_BYTES
+        and 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES
     )
 
 
@@ -258,7 +258,7 @@ def _read_content(path: Path, option: str) -> Mapping[str, Any]:
     """Return a file's content. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
         raise CheckpointError(f"{option} {path}: there is no such file. Give files that are there.", path)
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MAX_EMBEDDING_BYTES:
         raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:
         with open_checkpoint(path) as checkpoint:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,34 @@ def run_python(
     if CAN_BE_WARM and environment is None and str(arguments[0]).endswith(".py"):
         return _checked(_run_warm([str(each) for each in arguments], folder), check)
     return run_program(sys.executable, *arguments, folder=folder, environment=environment, check=check)
+
+
+def run_in_processes(
+    count: int, script: str, *arguments: object, folder: Path, code: int = 0
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a root script as a launcher of several processes does; return what each of them said.
+
+    code: how all of them end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(ROOT / script), *map(str, arguments)]
+    everywhere = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as said:
+        started = []
+        for rank in range(count):
+            place = {**everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            files = Path(said) / f"out{rank}", Path(said) / f"err{rank}"
+            started.append((WarmProcess(command, folder, QUIET, *files, place), *files))
+        codes = [process.wait(timeout=MOST_SECONDS) for process, *_ in started]
+        texts = [[file.read_text(encoding="utf-8", errors="replace") for file in two] for _, *two in started]
+    done = [
+        subprocess.CompletedProcess(command, *each)
+        for each in zip(codes, *zip(*texts, strict=True), strict=True)
+    ]
+    assert codes == [code] * count, "\n".join(f"{one.returncode}\n{one.stderr[-3000:]}" for one in done)
+    return done
 
 
 def _run_warm(command: list[str], folder: Path | None) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,9 @@ WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
 # at the size that the others have the model makes no usable picture
 OUR_DEFAULTS = {
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
+    # follow --model_version, which leaves no choice there
+    ("flux_2_generate_image.py", "--infer_steps"),
+    ("flux_2_generate_image.py", "--guidance_scale"),
 }
 OTHER_DESTS = {"--image_size": "video_size"}  # what one record reads for pictures and videos
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}

@@ -17,6 +17,7 @@ from tests.faults.messages import succeed_here
 from tests.tiny.picture_project import (
     SIDE,
     lay_out_flux,
+    lay_out_flux_2,
     lay_out_hunyuan_image,
     lay_out_kontext,
     lay_out_lumina,
@@ -75,7 +76,7 @@ SMALLER = {  # appended, so that the last value wins
     **dict.fromkeys(
         (
             f"{family}_train_network.py"
-            for family in ("flux", "hunyuan_image", "lumina", "qwen_image", "zimage")
+            for family in ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")
         ),
         [*TRAINING, "--network_dim", "2"],
     ),
@@ -84,6 +85,7 @@ SMALLER = {  # appended, so that the last value wins
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
     "flux_kontext_generate_image.py": [*PICTURE, "--no_resize_control"],
+    "flux_2_generate_image.py": PICTURE,
     "gen_img.py": ["--W", "64", "--H", "64", "--steps", "2"],
     "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
@@ -185,6 +187,7 @@ APART = {"README", "first_lora"}
 # pages about picture models, and the models that they use
 PICTURE_MODELS = {
     "flux": lay_out_flux,
+    "flux_2": lay_out_flux_2,
     "flux_kontext": lay_out_kontext,
     "gen_img": lay_out_stable_diffusion,
     "hunyuan_image": lay_out_hunyuan_image,

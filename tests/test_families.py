@@ -240,8 +240,8 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
-CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "hunyuan_video", "framepack", "framepack one frame", "qwen_image")
-WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame")
+WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511")
+CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", *WHOLE_SLOW)
 WHOLE_CASES = [
     pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in WHOLE_SLOW else ())
     for each in FAMILIES

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "hunyuan_model": {"modules", "networks.names", "encoders"},
     "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
+    "flux_2": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
@@ -34,9 +35,10 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"control_codes", "errors", "flow", "interpreter", "limits", "seeds"}
         | {"private_torch"}
-        | {"text_encodings", "text_files", "varints", "version"},
+        | {"text_encodings", "varints", "version"},
+        {"text_files"},
         {"output_files", "paths"},
         {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
@@ -98,6 +100,7 @@ LIGHT_FILES = {
     "modules/control_codes.py",
     "modules/installation.py",
     "modules/interpreter.py",
+    "modules/limits.py",
     "modules/version.py",
     "modules/output_files.py",
     "modules/text_files.py",
@@ -143,7 +146,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_REACHED = 48_000  # lines that wan_train_network.py imports; the aim is 38,000
+MOST_REACHED = 48_600  # lines that wan_train_network.py imports; the aim is 38,000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

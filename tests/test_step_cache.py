@@ -43,7 +43,7 @@ class Project:
 
 NAMES = (
     *("wan t2v-1.3B", "hunyuan_video", "framepack"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("kontext", "qwen_image", "z_image")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("kontext", "flux_2", "qwen_image", "z_image")),
 )
 
 
@@ -86,7 +86,7 @@ def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: Projec
     is computed.
     """
     sections = 2 if "framepack" in project.family.name else 1
-    joined = project.family.name in {"hunyuan_video", "kontext"}
+    joined = project.family.name in {"hunyuan_video", "kontext", "flux_2"}
     off = 0 if project.family.name == "z_image" else 1  # whose scales count from 0
     for scale, branches in ((off, 1), (3, 1 if joined else 2)):
         _, said = project.one(tmp_path / str(scale), "--guidance_scale", scale, *BOLD)

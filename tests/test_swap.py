@@ -46,12 +46,13 @@ class Project:
         return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))]
 
 
-TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext"}  # of blocks
+TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "flux_2", "kontext"}  # of blocks
 
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "qwen_image", "z_image")
+OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image")
+OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 

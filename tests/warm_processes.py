@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 SERVER = Path(__file__).resolve().parent / "warm_server.py"
@@ -59,13 +60,17 @@ class WarmProcess:
         environment: Mapping[str, str],
         out: Path,
         err: Path,
+        place: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Start it. command: a script and its arguments. environment: added to this process's."""
+        """Start it. command: a script and its arguments. environment: added to this process's.
+
+        place: added too; libraries are loaded without it.
+        """
         self._asked = _server(tuple(sorted(environment.items()))).ask
         request = {
             "run": list(command),
             "folder": str(folder or Path.cwd()),
-            "environment": {**os.environ, **environment},
+            "environment": {**os.environ, **environment, **place},
             "out": str(out),
             "err": str(err),
         }

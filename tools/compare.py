@@ -26,8 +26,8 @@ from modules.parser import Parser, add_options
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    families = list(WITH_SCRIPTS)
-    add_options(parser, CompareOptions, settings={"family": {"choices": families}})
+    families = {name: entry.others for name, entry in WITH_SCRIPTS.items()}
+    add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     args, others = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     loras = expand_patterns(tuple(map(Path, args.lora)))
     high = expand_patterns(tuple(map(Path, args.lora_high_noise or ())), "--lora_high_noise") or None

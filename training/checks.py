@@ -51,6 +51,11 @@ def check_before_loading(
     if sampling is not None:
         sampling.check_given_files()
     check_experts(family, options)
+    if sampling is not None and options.speed.sharding.shard_base:
+        raise OptionError(
+            "--shard_base: samples by further transformers need networks that take turns, which are not "
+            "split over processes. Leave --sample_dit_other out"
+        )
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and isinstance(swap.blocks_to_swap, int):
@@ -77,6 +82,11 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         own = OWN_MODULES.get(module)
+        if own is None and options.speed.sharding.shard_base:
+            raise OptionError(
+                f"--shard_base with --network_module {module}: modules of other packages may read whole "
+                f"weights, and each process has parts of them. Use one of {', '.join(OWN_MODULES)}"
+            )
         if own is not None and own.rules is not None and module != family.lora_module:
             # its rules name layers of another model: only those that happen to be called the same would learn
             raise OptionError(

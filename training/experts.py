@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,6 +29,9 @@ from training.data.timesteps import check_reaches, levels_reached
 from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
+
+if TYPE_CHECKING:  # it is loaded only where processes share a model
+    from modules.offload.sharding import ShardedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +100,11 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
     experts, given, network = family.experts, options.by_expert, options.network
+    if len(experts) > 1 and options.speed.sharding.shard_base:
+        raise OptionError(
+            "--shard_base: transformers that take turns are not split over processes. Train one of them, or "
+            "use --offload_inactive_dit or --blocks_to_swap"
+        )
     if len(experts) == 1:
         if given.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
@@ -237,15 +246,16 @@ def dress(
     device: torch.device,
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
+    shares: "ShardedBlocks | None" = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and set up block swap. Call it after a LoRA was attached.
+    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it when a LoRA is attached.
 
     If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """
     on_host, checkpointing = loop.gradient_checkpointing_cpu_offload, None
     if loop.gradient_checkpointing:
         checkpointing = dressing.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
-    dressing.dress(dit, spec, device, compilation, host, checkpointing, in_pieces=on_host)
+    dressing.dress(dit, spec, device, compilation, host, checkpointing, on_host, shares)
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 
 

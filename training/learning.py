@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
 from modules.contract.family import Family
-from modules.contract.loading import HostPlace
+from modules.contract.loading import BlockPlace, HostPlace
 from modules.contract.rules import Expert
-from modules.dressing import swapped_weights
+from modules.dressing import shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
@@ -82,7 +82,9 @@ def load_model(
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     set_training(optimizer, True)
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    rule = LossRule(options.loss, options.predicted, trainable.as_base)
+    preserves = any(table.preserves_output for table in plan.config.datasets)
+    in_lockstep = plan.is_sharded and preserves
+    rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
@@ -143,7 +145,8 @@ class Loading:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
-        dit = _load_dit(self.plan, family, index, host)
+        shares = shared_blocks(options.speed.sharding, device)
+        dit = _load_dit(self.plan, family, index, host, shares)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
         given = read_adapter(options, expert, family.experts) if family is self.plan.family else None
@@ -155,7 +158,7 @@ class Loading:
                 for path, multiplier in options.samples.loras()
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
-        dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
+        dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts):
@@ -187,10 +190,13 @@ def _require_room(dit: nn.Module, device: torch.device) -> None:
         )
 
 
-def _load_dit(plan: TrainingPlan, family: Family, index: int, host: HostPlace | None) -> nn.Module:
+def _load_dit(
+    plan: TrainingPlan, family: Family, index: int, host: HostPlace | None, blocks: BlockPlace | None
+) -> nn.Module:
     """Load the network of an expert, frozen, merging --base_weights while loading.
 
-    One that is to be trained gets the training dtype. host: keeps weights in host memory.
+    One that is to be trained gets the training dtype. host: keeps weights in host memory. blocks: splits
+    them over processes.
     """
     expert = family.experts[index]
     network = network_for(plan.options, expert)
@@ -200,7 +206,7 @@ def _load_dit(plan: TrainingPlan, family: Family, index: int, host: HostPlace | 
     uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
     placement = placement_of(plan.options, plan.accelerator.device, plan.fp8)
-    dit = family.load_dit(replace(placement, patch=patch, host=host), index)
+    dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=blocks), index)
     if patch is not None:
         patch.check()
     check_dtype(family, plan.options, dtype_of(dit))
@@ -302,4 +308,5 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         sources=plan.sources,
         encoders=plan.encoders,
         texts=plan.texts,
+        in_lockstep=plan.is_sharded,
     )

@@ -132,7 +132,7 @@ def _accumulate(
     keys: tuple[str, ...] = ()
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.scaler.scale(row)
-    for _ in run.steps.share(group, run.feed.process):
+    for index in run.steps.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
         run.memory.see_batch(micro_batch.data.noise.numel())
@@ -142,6 +142,9 @@ def _accumulate(
             batch = run.texts.add_to(micro_batch.data.batch)
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
+        if run.steps.is_repeat(index, run.feed.process):
+            run.scaler.scale(0 * loss).backward()  # for the others, which gather the blocks from this process
+            continue
         run.scaler.scale(loss).backward()
         row[0] += loss.detach()
         if count > 1:
@@ -305,14 +308,14 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler.prompts:
-        was_stopped = False
+        was_stopped, together = False, run.steps.processes if run.plan.is_sharded else 1
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(
                     run.sample_dits.at,
                     run.autocast,
                     progress.sample_pending,
-                    lambda: run.stop.asked,
+                    lambda: is_any(run.stop.asked, together, run.device),
                 )
         except SamplingStopped:
             was_stopped = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
+from modules.contract.data import FIRST_FRAME, LOSS_MASK, Batch
 from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
@@ -47,12 +47,9 @@ class NoisyBatch:
 
         names: of what the model can be told (`Described.fuller`).
         """
-        tensors = self.batch.tensors
-        if CAPTION in names:
-            tensors = {**tensors, **self.batch.undropped}
         has_first = FIRST_FRAME in names and self.noise.shape[2] > 1
         given = max(self.given_frames, int(has_first))
-        return replace(self, batch=replace(self.batch, tensors=tensors), given_frames=given)
+        return replace(self, batch=self.batch.tell(names), given_frames=given)
 
     def place_weights(self, errors: Tensor) -> Tensor | None:
         """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.
@@ -106,6 +103,7 @@ class LossRule:
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
     teacher_weight: float = 0.0  # share of the errors against the base model as a teacher; 0: it is none
+    always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
 
 
 PLAIN_LOSS = LossRule()
@@ -186,11 +184,13 @@ def predict(
 
 def find_target(velocity: Tensor, batch: Batch, network: Callable[[], Tensor], rule: LossRule) -> Tensor:
     """Return the true velocity, or the base model's prediction for the samples that preserve its output."""
-    if not any(batch.preserved):
+    if not (any(batch.preserved) or rule.always_as_base):
         return velocity
     assert rule.as_base is not None  # the loop was told that there are such samples
     with torch.no_grad(), rule.as_base():
         known = network()
+    if not any(batch.preserved):
+        return velocity
     chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
     return torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
 

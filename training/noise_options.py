@@ -6,6 +6,7 @@ from modules.options import FREE, Options, option
 # mu of a shift that follows the size: how many tokens and mu there, at two places of a straight line
 SIZE_SHIFTS = {
     "flux_shift": ((256, 0.5), (4096, 1.15)),
+    "flux2_shift": ((256, 0.5), (4096, 1.15)),
     "qwen_shift": ((256, 0.5), (8192, 0.9)),
     "krea2_shift": ((256, 0.5), (6400, 1.15)),
 }
@@ -21,8 +22,6 @@ SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, *MIXTURES)
 # other samplers whose shift follows the size
 SIZE_SAMPLERS = ("nextdit_shift",)
 NOT_BUILT = {
-    "flux2_shift": "it counts the tokens of FLUX.2, whose latents are packed. Use flux_shift, which counts "
-    "those of this model",
     "ideogram4_shift": "its formula is not published. Use flux_shift or shift",
 }
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
@@ -35,7 +34,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     """Options of the distribution of timesteps and of the loss weights."""
 
     timestep_sampling: str = option(
-        "how timesteps are drawn; the shift of flux_shift, qwen_shift, krea2_shift and of the "
+        "how timesteps are drawn; the shift of flux_shift, flux2_shift, qwen_shift, krea2_shift and of the "
         "qinglong mixtures grows with width and height",
         default="sigma",
         choices=SAMPLERS,

@@ -118,6 +118,11 @@ class TrainingOptions(Options):
         return self.parts is not None
 
     @property
+    def can_swap(self) -> bool:
+        """Return whether blocks could wait in host memory."""
+        return self.whole_dit is None and not self.speed.sharding.shard_base
+
+    @property
     def is_fused(self) -> bool:
         """Return whether weights are stepped inside the backward pass."""
         asked = (self.whole_dit, self.parts)
@@ -134,6 +139,11 @@ class TrainingOptions(Options):
         return TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
+        if self.speed.sharding.shard_base:
+            raise OptionError(
+                "--shard_base splits frozen weights, and here they are trained. Train a LoRA "
+                "(the ..._train_network.py script), or use --fused_backward_pass and --full_bf16"
+            )
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(

@@ -73,6 +73,11 @@ class TrainingPlan:
     habits: dict[str, Any]
     changes: Mapping[str, str]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Return whether the processes share the transformer's weights, so that they run equal passes."""
+        return self.steps.in_lockstep
+
 
 def make_plan(
     family: Family,
@@ -149,6 +154,11 @@ def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerat
     """Start trackers and processes, and check the options against the device."""
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs)
+    if options.speed.sharding.shard_base and accelerator.num_processes == 1:
+        logger.warning(
+            "--shard_base has no effect with one process, which holds the whole model. Use accelerate launch "
+            "--multi_gpu --num_processes N"
+        )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
@@ -236,6 +246,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
         num_batches=order.num_batches,
         processes=processes,
         accumulation=loop.gradient_accumulation_steps,
+        in_lockstep=options.speed.sharding.shard_base and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

@@ -58,7 +58,8 @@ def show_preview(
     if options.loop.check:
         return _check(family, options, commands)
     if options.speed.plan.is_asked:
-        _plan(family, options, commands, sampling)
+        if os.environ.get("RANK", "0") == "0":  # one process tells
+            _plan(family, options, commands, sampling)
         return 0
     return None
 

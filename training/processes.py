@@ -6,7 +6,6 @@ Gradients are summed once per optimizer step, in flat buffers: the model needs n
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -47,10 +46,9 @@ def make_accelerator(
     for variable, name in SHARDING.items():  # before accelerate looks for the packages that split a model
         if os.environ.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
             raise OptionError(
-                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
-                "holds all of it. "
+                f"accelerate launch asks for {name} ({variable}): the loop here never hands it the model. "
                 "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again"
+                "config again. --shard_base splits the model over those processes"
             )
     folder = None
     if logs.logging_dir is not None:
@@ -161,7 +159,6 @@ def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
 
 
 PATIENCE = 3.0  # seconds within which those that live have noticed it too
-SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 CONSEQUENCE = "The run cannot go on without it; what was saved is untouched."
 
 
@@ -171,13 +168,6 @@ class LostProcessError(UserError):
     def __init__(self, message: str, is_told_here: bool) -> None:
         super().__init__(message)
         self.is_told_here = is_told_here
-
-
-def is_of_processes(error: BaseException) -> bool:
-    """Return whether an error is of the connection between processes."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
 
 
 def find_lost(rank: int, count: int) -> list[int] | None:

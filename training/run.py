@@ -11,6 +11,7 @@ import torch
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.control_codes import shorten
+from modules.offload.sharding import is_of_processes
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
 from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
@@ -20,7 +21,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
-from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes
+from training.processes import LostProcessError, describe_loss, find_lost
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
@@ -167,4 +168,5 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         has_metadata,
         weights,
         options.preview,
+        plan.is_sharded,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
@@ -79,6 +80,9 @@ class Sampler:
     previews: LatentPreviews | None = None
     # encodes texts again, with encoders that have learned; None: none does
     renew: Renew | None = None
+    # draws the seed of a sample that has none; processes that make it together agree on one
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
+    writes: bool = True  # else another process does, and this one only helps to make them
 
     def renewed_by(self, texts: LiveTexts) -> "Sampler":
         """Return a sampler that encodes texts with the encoders that learn, if there are some."""
@@ -101,7 +105,7 @@ class Sampler:
         for sample in self.samples:
             prepared = sample.prepared
             if not sample.is_seeded:
-                prepared = replace(prepared, seed=secrets.randbelow(1 << 32))
+                prepared = replace(prepared, seed=self.draw_seed())
             with autocast():
                 prompts = sample.prompts if self.renew is None else self.renew(sample.wanted, sample.prompts)
             with preview_clip(self.previews, prepared.fps) as (watchers, on_section), autocast():
@@ -115,6 +119,8 @@ class Sampler:
                     watchers=[watch, *watchers],
                     on_section=on_section,
                 )
+            if not self.writes:
+                continue
             seed = f"_{prepared.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
             paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}{self.weights}"))
@@ -171,8 +177,11 @@ def prepare_samples(
     has_metadata: bool = True,
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
+    together: bool = False,
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
+
+    together: all processes make every sample, and the first one writes it.
 
     Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
     used.
@@ -192,7 +201,8 @@ def prepare_samples(
     chosen = [
         (index, prepared, entry.get("seed") is not None)
         for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
-    ][process::processes]
+    ]
+    chosen = chosen if together else chosen[process::processes]
     if process == 0:
         _remove_leftovers(folder, name)
     requests = [prepared for _, prepared, _ in chosen]
@@ -210,7 +220,14 @@ def prepare_samples(
     previews = None
     if process == 0:  # one file for all: that of one process shows one sample after the other
         previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
-    return Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
+    sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
+    return replace(sampler, draw_seed=draw_together, writes=process == 0) if together else sampler
+
+
+def draw_together() -> int:
+    """Draw a seed in the first process; all must call it."""
+    (seed,) = broadcast_object_list([secrets.randbelow(1 << 32)])
+    return int(seed)
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:

@@ -2,8 +2,9 @@
 
 An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
 accumulation` of them; the last step of an epoch takes the rest. Process r of P works on those whose index is
-r modulo P. So two processes take the same steps as one process with twice the accumulation. `Progress` says
-where a run stands in its plan.
+r modulo P. So two processes take the same steps as one process with twice the accumulation. Processes in
+lockstep, which share a model, run equal passes: one that lacks a micro-batch in the last step of an epoch
+repeats the last one of all, with weight 0. `Progress` says where a run stands in its plan.
 """
 
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class StepPlan:
     first_epoch: int = 0
     first_position: int = 0
     first_step: int = 0
+    in_lockstep: bool = False  # all processes take equally many micro-batches in a step
 
     @property
     def group_size(self) -> int:
@@ -81,9 +83,15 @@ class StepPlan:
     def share(self, group: range, process: int) -> list[int]:
         """Return the micro-batches of `group` that process number `process` works on.
 
-        May be empty in the last group of an epoch.
+        May be empty in the last group of an epoch, but not in lockstep: see `is_repeat`.
         """
-        return [index for index in group if index % self.processes == process]
+        own = [index for index in group if not self.is_repeat(index, process)]
+        lacks = self.in_lockstep and len(own) * self.processes < len(group)
+        return [*own, group[-1]] if lacks else own
+
+    def is_repeat(self, index: int, process: int) -> bool:
+        """Return whether a micro-batch is another process' own, which this one may only repeat."""
+        return index % self.processes != process
 
     def keys(self, process: int, epoch: int, position: int, num_epochs: int | None = None) -> "Keys":
         """Return (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
@@ -99,6 +107,9 @@ class StepPlan:
             # groups follow on each other, so that their shares are one range
             first = start + (process - start) % self.processes
             shares.append((number, range(first, end, self.processes)))
+            last = range(end - (end - start) % self.group_size, end)
+            repeats = [index for index in self.share(last, process) if self.is_repeat(index, process)]
+            shares += [(number, range(index, index + 1)) for index in repeats]
         return Keys(tuple(shares))
 
 

@@ -82,6 +82,7 @@ class Validation:
     sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
     texts: LiveTexts = NO_TEXTS  # encoded in each validation
+    in_lockstep: bool = False  # all processes run equally many passes
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -99,16 +100,21 @@ class Validation:
         expert -> its network. The networks are in evaluation mode. All processes must call it and get the
         same numbers.
         """
-        items, levels = self.items[: self.rule.most][self.process :: self.processes], self.sigmas
+        chosen, levels = self.items[: self.rule.most], self.sigmas
+        items = chosen[self.process :: self.processes]
+        lacks = self.in_lockstep and len(items) * self.processes < len(chosen)
+        repeated = [chosen[-1]] if lacks else []
         experts = [expert_at(NUM_TIMESTEPS * sigma, self.family.experts) for sigma in levels]
         sums = torch.zeros(len(levels) + 1, dtype=torch.float64)
         sums[-1] = len(items)
         # all items by one network, then by the next: bringing one to the device takes longer than reading
-        for expert in sorted(set(experts)) if items else ():
+        for expert in sorted(set(experts)) if items or repeated else ():
             dit, places = dit_at(expert), [place for place, which in enumerate(experts) if which == expert]
             for item in items:
                 losses = self._losses(item, [levels[place] for place in places], dit, autocast)
                 sums[places] += torch.tensor(losses, dtype=torch.float64)
+            for item in repeated:  # for the others, which gather the blocks from this process
+                self._losses(item, [levels[place] for place in places], dit, autocast)
         if self.processes > 1:
             shared = sums.to(self.device)
             torch.distributed.all_reduce(shared)

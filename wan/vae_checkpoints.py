@@ -18,6 +18,7 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
+from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
@@ -59,6 +60,10 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+    refusal = other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
+    if kind_of(names, OF_OTHERS) is not None:  # a relative, whose layers have the same names
+        raise refusal
     if "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _flat_names(names)
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
@@ -68,8 +73,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
     ):
         translate = str
     else:
-        files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
-        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
+        raise refusal
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(

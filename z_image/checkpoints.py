@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from encoders.autoencoder import LATENT_CHANNELS
+from encoders.autoencoder import FLUX_KIND
 from modules.checkpoints.dialects import (
     DitShapes,
     cut_parts,
@@ -59,10 +59,10 @@ def _config(found: DitShapes) -> ZImageConfig:
             f"numbers are not those of {WHAT}. Copy the file again.",
             found.path,
         )
-    if numbers != PATCH**2 * LATENT_CHANNELS:
+    if numbers != PATCH**2 * FLUX_KIND.channels:
         raise CheckpointError(
-            f"{found.path} takes {numbers // PATCH**2} channels, {WHAT} {LATENT_CHANNELS}: it is a relative "
-            f"such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
+            f"{found.path} takes {numbers // PATCH**2} channels, {WHAT} {FLUX_KIND.channels}: it is a "
+            f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
             found.path,
         )
     return ZImageConfig(

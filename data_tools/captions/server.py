@@ -28,6 +28,7 @@ from data_tools.captions.options import ApiOptions, AskOptions
 from data_tools.captions.places import CaptionPlace
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
+from modules.limits import MAX_ANSWER_BYTES, MAX_WAIT_SECONDS
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,12 @@ KEY = "OPENAI_API_KEY"  # environment variable
 WORKERS, TIMEOUT = 4, 120.0
 CONNECT_SECONDS = 20.0
 TRIES = 6  # of a request
-LONGEST_WAIT = 60.0  # seconds between two
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
 REFUSED = {
     401: "the key is missing or wrong",
     403: "the key has no right to this",
     404: "it knows no such model or path",
 }
-MOST_BYTES = 1 << 24  # of an answer
 JPEG_QUALITY = 92
 NO_PROXIES: Any = {"http": None, "https": None}
 _NO_SERVER = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
@@ -154,7 +153,7 @@ class ApiServer:
                 return self._request(body)
             except _TryAgain as error:
                 reason, wanted = error.args
-            seconds = min(wanted if wanted >= 0 else self.first_wait * 2**number, LONGEST_WAIT)
+            seconds = min(wanted if wanted >= 0 else self.first_wait * 2**number, MAX_WAIT_SECONDS)
             if number + 1 < TRIES and reason not in self._told:
                 self._told.add(reason)
                 logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
@@ -226,8 +225,8 @@ class ApiServer:
                 content += piece
                 if time.monotonic() > end:  # the library's own time begins anew with each byte
                     raise requests.ReadTimeout
-                if len(content) > MOST_BYTES:
-                    raise NoCaptionError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
             try:
                 wait = float(answer.headers.get("Retry-After", "nan"))
             except ValueError:  # a date, or other words

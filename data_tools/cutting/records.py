@@ -15,6 +15,7 @@ from data_tools.cutting.clips import PlannedClip, VideoLook
 from data_tools.cutting.options import CuttingOptions
 from modules.atomic_write import make_storable, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
+from modules.limits import MAX_METADATA_BYTES
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
@@ -100,7 +101,7 @@ def read_records(output: Path) -> dict[str, CutRecord]:
 
 def _read_cut_record(path: Path) -> CutRecord:
     try:
-        content = parse_json(read_text(path, 1 << 28))
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
         if content.pop("version") != VERSION:
             raise ValueError("it is of another version")
         clips = tuple(

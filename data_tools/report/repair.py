@@ -8,8 +8,9 @@ from dataset.sources.captions import SHOWN, guess_captions, read_caption
 from dataset.sources.listing import find_sources
 from modules.atomic_write import write_bytes, write_text
 from modules.errors import DatasetError
+from modules.limits import MAX_CAPTION_BYTES
 from modules.text_encodings import EncodingGuess
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content
+from modules.text_files import bad_character, read_content
 
 BACKUP = ".bak"
 

@@ -205,6 +205,7 @@ def as_validated(table: DatasetTable) -> DatasetTable:
         augmentation=NO_AUGMENTATION,
         changes=changes,
         caption_dropout_rate=0.0,
+        reference_dropout_rate=0.0,
         prior_loss_weight=1.0,
     )
 
@@ -320,6 +321,12 @@ def choose_captions(
             which = EMPTY if is_dropped and drops else numbers.randrange(item.captions)
         chosen.append(which)
     return tuple(chosen)
+
+
+def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:
+    """Return whether a batch is trained without its reference pictures. number: of the micro-batch."""
+    rate = items[0].table.reference_dropout_rate
+    return rate > 0 and random.Random(derive_seed(seed, "references", number)).random() < rate
 
 
 def change_captions(

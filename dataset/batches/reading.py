@@ -17,7 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.cache.files import CONTROL, EMPTY, FLIPPED, Entry, tensor_key
+from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
     CacheChecks,
@@ -36,7 +36,7 @@ from dataset.sources.frames import has_mask
 from dataset.sources.tables import count_named_references
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.console import count_of
-from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
+from modules.contract.data import CONTROL, LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
 from modules.errors import CacheError
 
 

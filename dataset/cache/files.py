@@ -4,11 +4,9 @@ Names and tensors are those of existing tuners, so that files can be exchanged. 
 file's origin (see records.py).
 """
 
-import json
 import os
 import re
 import stat
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +17,13 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from modules.checkpoints.containers import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
+from modules.contract.data import CONTROL
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.text_files import read_tensor_header
 
 T = TypeVar("T")
 
@@ -34,7 +34,6 @@ NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know wheth
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
-CONTROL = "latents_control"  # keys of latents of control media; behind it `_0`, `_1`, ... of several
 FLIPPED = "_flipped"  # behind the key of mirrored latents
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
@@ -42,7 +41,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
-_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
 # latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
 _CACHE_NAME = re.compile(
     r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)\.safetensors"
@@ -177,18 +176,21 @@ def is_safe_name(name: str) -> bool:
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
-def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
+def tensor_name(
+    key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
+) -> str:
     """Return the name in a file of the tensor that is `key` in batches.
 
-    grid: F, H, W to write instead of the latents' own.
+    grid: F, H, W to write instead of the latents' own. has_frames: write F too.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
     if key.endswith("_mask"):
         return key
     if key == "latents" or key.startswith("latents_"):
-        frames, height, width = grid or tuple(tensor.shape[-3:])
-        return f"{key}_{frames}x{height}x{width}_{dtype_name(tensor.dtype)}"
+        sizes = grid or tuple(tensor.shape[-3:])
+        shown = "x".join(map(str, sizes if has_frames else sizes[1:]))
+        return f"{key}_{shown}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 
 
@@ -205,9 +207,9 @@ def tensor_key(name: str) -> str:
 
 
 def grid_in_name(name: str) -> Grid | None:
-    """Return F, H, W from the name of a tensor of latents."""
+    """Return F, H, W from the name of a tensor of latents; F is 1 if the name says H x W."""
     latents = _LATENT_NAME.fullmatch(name)
-    return None if latents is None else (int(latents[2]), int(latents[3]), int(latents[4]))
+    return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
 
 def _is_flat(name: str, tensor: Tensor) -> bool:
@@ -285,8 +287,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     """
     try:
         found = {name: _tensor(content) for name, content in deserialize(data)}
-        (length,) = struct.unpack_from("<Q", data)
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        metadata = read_tensor_header(lambda _: data, len(data))[0]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: found[name] for name in sorted(found)}
@@ -299,19 +300,12 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     read: returns the next of its bytes, as many as asked for. Raises CacheError if they are no safetensors.
     """
     try:
-        start = read(min(size, _FIRST_BYTES))
-        (length,) = struct.unpack_from("<Q", start)
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"its header claims {length} bytes of {size}")
-        if length + 8 > len(start):
-            start += read(length + 8 - len(start))
-        content = json.loads(str(start[8 : 8 + length], "utf-8"))
-        metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
-        shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
-        end = max((int(one["data_offsets"][1]) for one in content.values()), default=0)
-        if end != size - 8 - length:
-            raise ValueError(f"its tensors have {end} bytes, it has {size - 8 - length}")
-    except (struct.error, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
+        shapes = {name: tuple(content[name]["shape"]) for name in sorted(content)}
+        end = max((one["data_offsets"][1] for one in content.values()), default=0)
+        if end != size - start:
+            raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
     return Header(path, metadata, tuple(shapes), shapes)
 

@@ -27,12 +27,11 @@ from dataset.sources.frames import shrink_mask
 from modules.atomic_write import atomic_path
 from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.limits import MAX_ARRAY_BYTES, MAX_ARRAYS
 from modules.text_files import parse_json
 
 Array = NDArray[Any]
 
-MOST_BYTES = 1 << 30  # of one array; latents of 8192 x 8192 pixels take 64 MiB
-MOST_ARRAYS = 10_000
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
 _ERRORS = (
@@ -69,17 +68,15 @@ def list_arrays(path: Path) -> list[str]:
         return _names(file)
 
 
-def read_arrays(
-    path: Path, is_wanted: Callable[[str], bool], most_bytes: int = MOST_BYTES
-) -> dict[str, NpzArray]:
-    """Return the arrays of a file whose names are wanted. most_bytes: that an array may have.
+def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
+    """Return the arrays of a file whose names are wanted.
 
     Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
     """
     found = {}
     with _open(path) as file:
         for name in filter(is_wanted, _names(file)):
-            with _open_member(file, name, most_bytes) as member:
+            with _open_member(file, name) as member:
                 array = npy.read_array(member, allow_pickle=False)
                 if member.read(1):  # the end, where the checksum is compared
                     raise ValueError(f"{name} is longer than its header says")
@@ -117,14 +114,14 @@ def format_array(array: Array) -> bytes:
 
 def _names(file: zipfile.ZipFile) -> list[str]:
     names = [name.removesuffix(_MEMBER) for name in file.namelist() if name.endswith(_MEMBER)]
-    if len(names) > MOST_ARRAYS:
+    if len(names) > MAX_ARRAYS:
         raise ValueError(f"it has {len(names)} arrays")
     return names
 
 
-def _open_member(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> IO[bytes]:
+def _open_member(file: zipfile.ZipFile, name: str) -> IO[bytes]:
     size_bytes = file.getinfo(name + _MEMBER).file_size  # no more is read, whatever it unpacks to
-    if size_bytes > most_bytes:
+    if size_bytes > MAX_ARRAY_BYTES:
         raise ValueError(f"{name} has {size_bytes} bytes")
     return file.open(name + _MEMBER)
 

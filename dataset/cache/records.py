@@ -27,6 +27,7 @@ from dataset.sources.parquet import read_cell
 from dataset.table import SECTION_DEFAULTS
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
+from modules.limits import MAX_FRAMES
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
 
@@ -35,9 +36,8 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# what a record says of its item alone, in the text that `_guard` makes, besides captions
+# what a record of latents says of its item alone, in the text that `_guard` makes
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MOST_FRAMES = 10_000_000  # of a clip: days
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
@@ -112,26 +112,15 @@ def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]
     """Return what the record of a latent cache may have in common with others of its table, as texts that are
     equal if all but checksums and files is, and its files; None if it cannot be told apart that simply.
     """
-    parts = _parts(header)
-    if len(parts) != 5:
+    text = header.metadata.get(RECORD_KEY, "")
+    parts = _OF_ITEM.split(text)
+    if len(parts) != 5 or _crc(text) != header.metadata.get(CHECK_KEY):
         return None
     try:
         files = tuple(FileIdentity(**file) for file in json.loads(parts.pop(3)))
     except (ValueError, TypeError):
         return None
     return parts, files
-
-
-def shared_text_part(header: Header, caption: str) -> Sequence[str]:
-    """Return the same of a text cache of this caption; nothing if its record is damaged."""
-    return _parts(header, f'"caption": {json.dumps(caption, ensure_ascii=False)}, "crc32"')
-
-
-def _parts(header: Header, of_item: str = '"crc32"') -> list[str]:
-    text = header.metadata.get(RECORD_KEY, "")
-    if _crc(text) != header.metadata.get(CHECK_KEY):
-        return []
-    return _OF_ITEM.split(text.replace(of_item, '"crc32"'))
 
 
 def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
@@ -179,7 +168,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
 
 
 def _frames(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+    if type(value) is not int or not 0 <= value <= MAX_FRAMES:
         raise ValueError(f"a clip of {value!r} frames")
     return value
 

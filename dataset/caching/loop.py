@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,15 +73,14 @@ class Share:
 
 
 @contextlib.contextmanager
-def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
+def join_processes() -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
     Processes communicate through gloo, on the CPU, whatever device they encode on.
     Raises OptionError if the launcher's variables are incomplete.
     """
-    variables = os.environ if environment is None else environment
     rank, count, local_rank = (
-        next((int(variables[name]) for name in names if name in variables), None)
+        next((int(os.environ[name]) for name in names if name in os.environ), None)
         for names in (RANK, COUNT, LOCAL_RANK)
     )
     if count is None or count <= 1:
@@ -94,8 +93,9 @@ def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Sha
         )
     started_here = not dist.is_initialized()
     if started_here:
-        address = f"tcp://{variables.get('MASTER_ADDR', '127.0.0.1')}:{variables.get('MASTER_PORT', '29500')}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=PATIENCE)
+        host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+        where = f"tcp://{host}:{port}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Share(rank, count, local_rank or 0, group)

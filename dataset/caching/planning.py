@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.cache.files import CONTROL, Header, LatentName
+from dataset.cache.files import Header, LatentName
 from dataset.cache.records import (
     ClipFacts,
     FileIdentity,
@@ -30,7 +30,7 @@ from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.bars import Bar
-from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
+from modules.contract.data import CONTROL, LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size

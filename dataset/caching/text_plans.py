@@ -2,10 +2,10 @@
 unfinished files, and which are missing.
 """
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from dataset.cache.records import (
     FileIdentity,
     difference,
     is_unchanged,
-    shared_text_part,
     text_records,
     verify_tensors,
 )
@@ -153,43 +152,24 @@ class EncodingPlan:
     is_foreign: bool  # whether valid outputs have no record: another program made them
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextRecipe:
-    """How this run makes texts, and what it knows about their caches without reading them."""
+    """How this run makes texts."""
 
     encoders: Encoders
     skip_existing: bool  # outputs without a record count as valid if the caption is the same
     stores: Stores
     verify: bool = False  # read all values, however many entries there are
-    valid: set[tuple[object, ...]] = field(default_factory=set)  # what files found valid have in common
 
     def plan_all(self, files: Sequence[CaptionFile], workers: int = 1) -> list[EncodingPlan]:
         """Compare all texts with their files; return the plans of those that were read."""
         reads_values = self.verify or len(files) < MANY
         bar = Bar(len(files), "Comparing", "caption", shown=False)
-        plan = self.plan if reads_values else self._plan_by_shape
+        plan = partial(self._plan, reads_values=reads_values)
         with pause_collection():
             return [plan for plan in map_ahead(files, plan, workers, bar) if plan is not None]
 
-    def _plan_by_shape(self, file: CaptionFile) -> EncodingPlan | None:
-        """Return what `plan` does without reading values. Texts whose files differ in nothing but caption and
-        values are compared once.
-        """
-        if file.source is not None or self.stores.trusts:  # it has pictures, or is not to be read at all
-            return self.plan(file, reads_values=False)
-        shape: tuple[object, ...] = ()
-        with contextlib.suppress(CacheError):
-            header = self.stores.of_texts(file.table).read(file.file_name, is_whole=False).header
-            found = shared_text_part(header, file.caption or "")
-            shape = (file.table.index, str(file.settings), *found) if found else ()
-        if shape in self.valid:
-            return EncodingPlan(file, (), in_part=False, is_foreign=False)
-        plan = self.plan(file, reads_values=False)
-        if shape and plan == EncodingPlan(file, (), False, False) and len(self.valid) < MANY:
-            self.valid.add(shape)
-        return plan
-
-    def plan(self, file: CaptionFile, reads_values: bool = True) -> EncodingPlan | None:
+    def _plan(self, file: CaptionFile, reads_values: bool) -> EncodingPlan | None:
         """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
 
         reads_values: compare them with their checksums too. None: it is trusted to be right.
@@ -197,11 +177,11 @@ class TextRecipe:
         store, name = self.stores.of_texts(file.table), file.file_name
         if self.stores.trusts and store.is_shared(name) and store.stamp(name) is not None:
             return None
-        in_part: Mapping[str, bool] = {}
         _, right = self.find(file, reads_values=reads_values)
-        if len(right) < len(self.encoders):  # else the unfinished file, if there is one, is not needed
-            _, in_part = self.find(file, in_part=True)
-            _, right = self.find(file, reads_values=reads_values)  # another process may have finished it now
+        if len(right) == len(self.encoders):  # the unfinished file, if there is one, is not needed
+            return EncodingPlan(file, (), False, not all(right.values()))
+        _, in_part = self.find(file, in_part=True)
+        _, right = self.find(file, reads_values=reads_values)  # another process may have finished it now
         wrong = [encoder.name for encoder, _ in self.encoders if encoder.name not in right]
         missing = tuple(name for name in wrong if name not in in_part)
         return EncodingPlan(file, missing, len(missing) < len(wrong), not all(right.values()))
@@ -224,20 +204,22 @@ class TextRecipe:
             if store.stamp(name) is not None:  # else it is not there
                 logger.warning("%s. It is made again.", error)
             return None, right
-        # what a shared one does not say is not asked for: other programs keep no record
-        accepts = store.is_shared(name) or (self.skip_existing and not in_part and not file.settings)
         for encoder, identity in self.encoders:
             record = records.get(encoder.name)
             if record is None:
+                # what a shared one does not say is not asked for: other programs keep no record
+                accepts = store.is_shared(name) or (self.skip_existing and not in_part and not file.settings)
                 # whose tensors are of the same caption
                 theirs = entry.header.metadata.get("caption1", file.caption) == file.caption
                 if accepts and theirs and encoder.keys <= entry.header.keys:
                     right[encoder.name] = False
                 continue
-            changed = difference(record.encoder, identity) or difference(
-                {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
+            changed = (
+                difference(record.encoder, identity)
+                or difference({"caption": record.caption}, {"caption": file.caption})
+                or difference(record.settings, file.settings)
+                or _find_changed_reference(record.references, file)
             )
-            changed = changed or _find_changed_reference(record.references, file)
             if changed is not None:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue

@@ -276,8 +276,12 @@ class MediaWork:
         file = name.file_name(self._recipe.tag)
         for key, tensor in entry.tensors.items():
             require_finite(tensor, file, key)
-        named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
-        if self._family.latent.flat_in_caches:
+        spec = self._family.latent
+        named = {
+            tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
+            for key, tensor in entry.tensors.items()
+        }
+        if spec.flat_in_caches:
             named = {
                 name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
                 for name, tensor in named.items()

@@ -9,8 +9,9 @@ from dataset.config import DatasetTable
 from dataset.table import CaptionChanges
 from modules.contract.rules import TokenCount
 from modules.errors import DatasetError
+from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
 from modules.text_encodings import EncodingGuess, guess_encodings
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content, read_text
+from modules.text_files import bad_character, read_content, read_text
 
 
 def caption_path(media: Path, extension: str) -> Path:
@@ -19,7 +20,6 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
-MOST_CAPTIONS = 100  # of an item; each has a cache file
 
 
 def read_caption(path: Path) -> str | None:
@@ -67,9 +67,9 @@ def first_and_more(
     captions: tuple[str, ...] | None, where: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
     """Split captions into the first and the others. Raises DatasetError if there are too many."""
-    if captions and len(captions) > MOST_CAPTIONS:
+    if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
-            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
+            f"{where}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = true "
             "each line is one; leave it out if the lines are one text."
         )
     return (captions[0], captions[1:]) if captions else (None, ())

@@ -23,9 +23,10 @@ from modules.checkpoints.containers import load_pickled
 from modules.contract.data import LatentSpec
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DatasetError, MediaError
+from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
 from modules.paths import expand_path
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines, read_text
+from modules.text_files import bad_character, parse_json, read_lines, read_text
 
 PREPARED = "reelsmith_prepared.json"
 VERSION = 1

@@ -23,7 +23,8 @@ from dataset.sources.parquet import (
     parquet_parts,
 )
 from modules.errors import DatasetError
-from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines
+from modules.limits import MAX_CELL_CHARACTERS, MAX_COLUMNS
+from modules.text_files import parse_json, read_lines
 
 PARQUET, CSV, TSV, JSONL = "Parquet", "CSV", "TSV", "JSONL"
 FORMATS: Mapping[str, str] = {
@@ -34,8 +35,6 @@ FORMATS: Mapping[str, str] = {
 }
 BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # of Parquet, in memory at a time
 FIRST_LINES = 100  # of JSONL, whose keys are taken for the columns
-LONGEST_CELL = 131_072  # characters of a CSV cell; the standard library's own limit
-MOST_COLUMNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a file without their ends. Raises DatasetError as `read_columns`."""
     number = 0
     try:
-        for number, line in enumerate(read_lines(path, MAX_LINE_CHARACTERS), 1):  # noqa: B007
+        for number, line in enumerate(read_lines(path), 1):  # noqa: B007
             yield line
     except UnicodeDecodeError:
         raise not_utf8(path, number) from None
@@ -170,8 +169,8 @@ def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator
         except csv.Error as error:
             if "limit" in str(error):
                 raise DatasetError(
-                    f"{path}, line {number}: a cell has more than {LONGEST_CELL:,} characters. A quote that "
-                    "is not closed looks like that; correct it, or use JSONL or Parquet."
+                    f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. A "
+                    "quote that is not closed looks like that; correct it, or use JSONL or Parquet."
                 ) from None
             yield TableRow(path, "line", number, {}, f"it is not valid {kind}: {error}")
             continue
@@ -183,8 +182,8 @@ def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    if len(names) > MOST_COLUMNS:
-        raise DatasetError(f"{path} has {len(names):,} columns, at most {MOST_COLUMNS:,} are read")
+    if len(names) > MAX_COLUMNS:
+        raise DatasetError(f"{path} has {len(names):,} columns, at most {MAX_COLUMNS:,} are read")
     twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
     if twice is not None:
         raise DatasetError(f"{path}: the column {twice!r} is there twice; rename one of them")

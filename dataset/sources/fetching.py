@@ -16,20 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
-
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
 from dataset.sources.parquet import cell_suffix, read_cell
 from modules.atomic_write import atomic_path, check_space
 from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
 from modules.errors import MediaError, OutputError
+from modules.file_locks import only_one
+from modules.limits import MAX_DOWNLOAD_BYTES
 from modules.paths import hide_secrets, protocol_of, short_hash
 
 PREFIX = "reelsmith-extracted-"  # of folders of copies
 LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
 TRIES = 3  # in a row that bring nothing
 FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as long
-MOST_BYTES = 1 << 38  # of a file: 256 GiB
 NUM_LOCKS = 64  # files in a folder by which processes wait for one another
 # of fsspec: they reach for other addresses, or for parts of this machine, by what a file says
 INDIRECT = frozenset(
@@ -143,7 +142,7 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
     target.parent.mkdir(parents=True, exist_ok=True)
     # a few locks serve all files; the system frees one even if its process is killed
     number = int(short_hash(target.name), 16) % NUM_LOCKS
-    with FileLock(target.with_name(f".downloads-{number:02d}.lock")):
+    with only_one(target.with_name(f".downloads-{number:02d}.lock")):
         if target.is_file():  # another process has just finished it
             return
         with atomic_path(target) as temporary:
@@ -160,13 +159,15 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
                     ) from None
 
             try:
-                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MOST_BYTES, check=check)
+                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MAX_DOWNLOAD_BYTES, check=check)
             except RefusedBySite as refused:
                 raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
             except BrokenTry as error:
                 raise MediaError(f"{shown} cannot be downloaded: {error} ({TRIES} tries)") from None
-            if temporary.stat().st_size > MOST_BYTES:
-                raise MediaError(f"{shown} sends more than {MOST_BYTES >> 30} GiB; remove it from the table")
+            if temporary.stat().st_size > MAX_DOWNLOAD_BYTES:
+                raise MediaError(
+                    f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
+                )
 
 
 # --- what fsspec knows

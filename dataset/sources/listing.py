@@ -37,6 +37,7 @@ from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
+from modules.limits import MAX_PATTERN_NAMES
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, is_address, path_exists, protocol_of, split_address
@@ -200,7 +201,6 @@ def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Faul
 # --- tars
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_NAMES = 100_000  # that one pattern stands for
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
 
@@ -378,9 +378,9 @@ def expand_braces(pattern: str, where: str) -> list[str]:
                 first, last = int(limits[1]), int(limits[2])
                 width = len(limits[1]) if limits[1].startswith("0") else 0
                 options = range(first, last + 1) if first <= last else range(first, last - 1, -1)
-            if len(longer) + len(options) > MOST_NAMES:
+            if len(longer) + len(options) > MAX_PATTERN_NAMES:
                 raise DatasetError(
-                    f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names"
+                    f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
             longer += [f"{name[: found.start()]}{one:0>{width}}{name[found.end() :]}" for one in options]
         names = longer

@@ -17,12 +17,11 @@ from typing import Any
 
 from dataset.sources.media_source import ParquetCell
 from modules.errors import DatasetError, MediaError
+from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
 from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
 SUFFIXES = (".parquet", ".pq")
-LEAST_BYTES = 1 << 26  # that any file may unpack to
-MOST_TIMES = 1000  # its size, that a larger one may; texts that are all alike shrink that far
 ROW_BYTES, VALUE_BYTES = 256, 16  # in memory of a row, and of a value, besides what it says
 # bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
@@ -33,7 +32,6 @@ _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field in that struct
 _BINARY, _STRUCT = 8, 12  # kinds of fields
 _NUMBERS = (4, 5, 6)
 _SWITCHES = (1, 2)
-MOST_GROUP_BYTES = 1 << 31  # of a column in a row group, which is read as a whole
 _ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and hold, the same row group
 _MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of files whose name counts: they may be animations
 
@@ -91,7 +89,7 @@ class Unpacking:
     @staticmethod
     def of(path: Path) -> "Unpacking":
         """Begin for a file. Raises OSError if it is gone."""
-        return Unpacking(path, LEAST_BYTES + MOST_TIMES * path.stat().st_size)
+        return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
         """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
@@ -221,10 +219,10 @@ def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:
         for group in groups:
             sizes = [group.column(index) for index in range(group.num_columns)]
             size = sum(one.total_uncompressed_size for one in sizes if one.path_in_schema == column)
-            if size > MOST_GROUP_BYTES:
+            if size > MAX_GROUP_BYTES:
                 raise DatasetError(
                     f"{path}: a row group holds {size / 1e9:.1f} GB of {column}, at most "
-                    f"{MOST_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
+                    f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
                     "row_group_size=100."
                 )
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
@@ -263,7 +261,7 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
-        pages.most_bytes = min(pages.most_bytes, MOST_GROUP_BYTES)
+        pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)
         largest_value(file, pages, group, [column])
         found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:

@@ -22,8 +22,9 @@ from dataset.sources.media_source import (
 )
 from modules.control_codes import shorten
 from modules.errors import DatasetError
+from modules.limits import MAX_CAPTION_BYTES
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
-from modules.text_files import MAX_CAPTION_BYTES, bad_character
+from modules.text_files import bad_character
 
 MOST_SHOWN = 80  # characters of a path in a message
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other

@@ -24,6 +24,7 @@ from dataset.sources.media_source import Fault, MediaSource, ParquetCell, readab
 from dataset.sources.parquet import cell_column, cells_of, parquet_parts
 from dataset.sources.rows import RefusedAddress, RowReader, control_number
 from modules.errors import DatasetError
+from modules.limits import MAX_METADATA_BYTES
 from modules.media.reading import image_suffixes
 from modules.paths import check_length, expand_path, is_address
 from modules.text_files import bad_character, parse_json, read_text
@@ -36,7 +37,6 @@ PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
 MOST_SHOWN = 20  # columns in a message
-MOST_BYTES = 1 << 30  # of a metadata JSON: some million pictures
 SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
 
 
@@ -202,7 +202,7 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
 
 def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
     try:
-        content = parse_json(read_text(path, MOST_BYTES))
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
     except UnicodeDecodeError:
         raise not_utf8(path, 0) from None
     except OSError as error:

@@ -19,8 +19,9 @@ from typing import BinaryIO, NamedTuple
 
 from modules.atomic_write import write_text
 from modules.errors import DatasetError, OutputError
+from modules.limits import MAX_CAPTION_BYTES, MAX_TAR_HEADER_BYTES, MAX_TAR_NAME_BYTES
 from modules.paths import short_hash
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, require_regular_file
+from modules.text_files import bad_character, parse_json, require_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ LEAST_SAMPLES = 1000  # fewer are read from their tar each time
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
 BLOCK = tarfile.BLOCKSIZE
-MOST_HEADER_BYTES = 1 << 20  # of a long name or a pax header
-MOST_NAME = 1 << 12  # bytes
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -253,7 +252,7 @@ class _HeaderFile:
 
     def read(self, size: int) -> bytes:
         """Return as many bytes as are there, at most `size`. Raises TarDamage if these are too many."""
-        if not 0 <= size <= MOST_HEADER_BYTES:
+        if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")
         return self._file.read(size)
 
@@ -293,8 +292,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             if found.offset_data + found.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
             name = _without_times(file, found) if found.name[0].isdigit() else found.name
-            if len(name.encode()) > MOST_NAME:
-                raise TarDamage(f"a name at byte {found.offset:,} has more than {MOST_NAME:,} bytes")
+            if len(name.encode()) > MAX_TAR_NAME_BYTES:
+                raise TarDamage(f"a name at byte {found.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
             yield Member(name, found.offset_data, found.size)
     file.seek(tar.offset)
     block = file.read(BLOCK)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from encoders.clip_l import CLIP_L
-from encoders.pictures import REFERENCE, picture_defaults, references_in, references_of
+from encoders.pictures import picture_defaults, references_in, references_of
 from encoders.t5 import USE
 from flux.checkpoints import NAMES
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
@@ -27,6 +27,7 @@ from flux.kontext.options import (
 from flux.spec import FLUX_DIT, LATENT
 from modules.checkpoints.dits import DitHeader
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
@@ -148,7 +149,7 @@ class Kontext(Flux):
         for reference in media.control:
             means = encoders.vae.encode(byte_clips(reference))
             entries = [
-                [replace(entry, tensors={**entry.tensors, REFERENCE: mean.clone()})]
+                [replace(entry, tensors={**entry.tensors, CONTROL: mean.clone()})]
                 for (entry,), mean in zip(entries, means, strict=True)
             ]
         return entries
@@ -179,7 +180,7 @@ class Kontext(Flux):
         """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
         found: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.asked.control_images:
-            found[REFERENCE] = encoders.vae.encode(byte_clips(self._read_reference(path)))
+            found[CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
         return {0: found}
 
     def _read_reference(self, path: Path) -> Tensor:

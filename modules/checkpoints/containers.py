@@ -4,7 +4,6 @@ Each reader lists its tensors without reading them and lends one at a time, to b
 stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
 """
 
-import json
 import math
 import pickle
 import re
@@ -19,10 +18,8 @@ from torch import Tensor
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.text_files import require_regular_file
-
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
+from modules.limits import MAX_ELEMENTS, MAX_WRAPPERS
+from modules.text_files import read_tensor_header, require_regular_file
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -35,7 +32,6 @@ WRAPPERS = (
     *("params_ema", "params-ema", "params", "module", "model_state_dict", "ema"),
     *("model", "state_dict"),
 )
-MAX_WRAPPERS = 64  # in one file; far more than any has
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -145,7 +141,7 @@ class SafetensorsFile:
         self._file = path.open("rb")
         try:
             self.metadata = self._read_header(path.stat().st_size)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             self._file.close()
             raise CheckpointError(
                 f"{path} is damaged or incomplete: its header cannot be read ({error}). Download or copy it "
@@ -158,11 +154,7 @@ class SafetensorsFile:
 
     def _read_header(self, size: int) -> dict[str, str]:
         """Fill `tensors` and `_places`, return the metadata. Every number is checked against the others."""
-        length = int.from_bytes(self._file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"it claims {length} bytes, the file has {size}")
-        header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_drop_repeats)
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for halves of characters
         places = []
         for name, entry in header.items():
@@ -183,14 +175,14 @@ class SafetensorsFile:
             if end - begin != info.size_bytes:
                 raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
             places.append((begin, end, name))
-            self._places[name] = 8 + length + begin
+            self._places[name] = start + begin
         last = 0
         for begin, end, name in sorted(places):
             if begin != last:
                 raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
             last = end
-        if 8 + length + last != size:
-            raise ValueError(f"the file has {size} bytes, it describes {8 + length + last}")
+        if start + last != size:
+            raise ValueError(f"the file has {size} bytes, it describes {start + last}")
         return metadata
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
@@ -206,13 +198,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _drop_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("it has a name twice")
-    return content
 
 
 class TorchFile:

@@ -162,6 +162,7 @@ class DitFormat(Generic[Config, Dit]):
                 fp8=_fp8_layers(dit, checkpoint, sources, placement, spec),
                 host=placement.host,
                 check=placement.check,
+                filled=None if placement.blocks is None else placement.blocks.watch(dit),
             )
         return dit.eval()
 

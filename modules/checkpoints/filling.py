@@ -103,6 +103,7 @@ def load_module(
     fp8: Fp8Loading | None = None,
     host: HostPlace | None = None,
     check: Callable[[], None] | None = None,
+    filled: Callable[[str], None] | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
     and dtype.
@@ -112,9 +113,10 @@ def load_module(
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
     messages. host: keeps some of the tensors in host memory; they are made on the device all the same, where
     anything is to be computed. check: called before each tensor, in place of a progress bar; it may raise to
-    end the loading. Parameters come out with `requires_grad` off. On the meta device nothing is read. Raises
-    CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read, and
-    naming those with values that are NaN or infinite; OptionError if the device has no fp8.
+    end the loading. filled: called with each name once its tensor is there. Parameters come out with
+    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
+    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
+    infinite; OptionError if the device has no fp8.
     """
     if fp8 is not None and device.type == "mps":
         raise OptionError("Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu")
@@ -136,6 +138,8 @@ def load_module(
         if check is not None:
             check()
         filling.fill(name)
+        if filled is not None:
+            filled(name)
     filling.finish()
     if fp8 is not None and fp8.kept:
         logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))

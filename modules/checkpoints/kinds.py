@@ -5,10 +5,7 @@ from collections.abc import Iterable, Sequence
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
 # what trainers and exporters put before the names of one network
-_PREFIXES = (
-    *("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g."),
-    *("diffusion_model.", "net.", "vae.", "audio_vae."),
-)
+_PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 _CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
 
 _NOT_YET = "which is not supported yet"
@@ -18,6 +15,7 @@ _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than Hunyua
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
 _LTX_2 = f"the transformer of LTX-2, {_NOT_YET}"
 _OF_LTX_2 = f"a file of LTX-2, {_NOT_YET}"
+_OF_LTX = "a VAE of LTX-Video or LTX-2, which are not supported yet"
 _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
 
 # Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
@@ -43,9 +41,15 @@ OF_OTHERS: Marks = (
     ("audio_time_embed.linear.weight", _LTX_2),
     ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
     ("audio_connector.learnable_registers", _OF_LTX_2),
-    ("latents_mean", _OF_LTX_2),
-    ("per_channel_statistics.mean-of-means", "a VAE of LTX-Video or LTX-2, which are not supported yet"),
-    ("encoder.mid_block.attentions.0.proj_out.weight", f"the VAE of HunyuanVideo 1.5, {_NOT_YET}"),
+    ("latents_mean", _OF_LTX),
+    ("vae.per_channel_statistics.mean-of-means", _OF_LTX),
+    ("audio_vae.per_channel_statistics.mean-of-means", _OF_LTX),
+    ("per_channel_statistics.mean-of-means", _OF_LTX),
+    (
+        "encoder.mid_block.attentions.0.proj_out.weight",
+        f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
+    ),
+    ("decoder.up_blocks.2.upsampler.time_conv.weight", f"the VAE of Qwen-Image-2.1, {_NOT_YET}"),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
     ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
     ("x_embedder.proj.1.weight", _COSMOS),
@@ -85,12 +89,15 @@ OF_FAMILIES: Marks = (
     ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
     ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
     ("encoder.down.4.downsample.conv.weight", "the VAE of HunyuanImage-2.1 (--vae)"),
+    ("bn.running_mean", "the autoencoder of FLUX.2 (--vae)"),
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
     ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
     ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
     ("clean_x_embedder.proj.weight", "a FramePack transformer (--dit)"),
     ("byt5_in.fc1.weight", "a HunyuanImage 2.1 transformer"),
+    ("double_stream_modulation_img.lin.weight", "a FLUX.2 transformer (--dit)"),
+    ("double_stream_modulation_img.linear.weight", "a FLUX.2 transformer in diffusers layout (--dit)"),
     ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
     ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
     ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),

@@ -18,12 +18,12 @@ from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
 from modules.contract.rules import Place
 from modules.errors import CheckpointError
+from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH
 from modules.paths import explain_missing
-from modules.text_files import require_regular_file
+from modules.text_files import read_content, require_regular_file
 from modules.varints import read_varint
 
 SUFFIXES = (".json", ".model")
-MAX_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,10 @@ class TokenizerFiles:
 
     def read_bytes(self, file: Path) -> bytes:
         """Read a file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
-        self.check_bytes(file)
         try:
-            return file.read_bytes()
+            return read_content(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
-            raise self.unreadable(file, error) from error
+            raise self.unreadable(file, OSError(error.strerror)) from error
 
     def check_sentencepiece(self, model: bytes, origin: Path) -> None:
         """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text too much."""
@@ -143,14 +142,9 @@ class TokenizerFiles:
     def check_bytes(self, file: Path) -> None:
         """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
         try:
-            require_regular_file(file)
-            size = file.stat().st_size
+            require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise self.unreadable(file, OSError(error.strerror)) from error
-        if size > MAX_BYTES:
-            raise self.unreadable(
-                file, ValueError(f"it has {size >> 20} MiB, {MAX_BYTES >> 20} are the most")
-            )
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         """Return the error for a file that is not a tokenizer."""
@@ -208,14 +202,10 @@ def first_line(error: Exception) -> str:
 
 
 _PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
-# characters for one; those of the models here: 2 (CLIP), 18 (umT5, by Unicode's own tables)
-MOST_GROWTH = 256
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the normaliser of a tokenizer could make a text longer by more than MOST_GROWTH
-    times.
-    """
+    """Raise ValueError if a tokenizer's normaliser could make a text MAX_TOKENIZER_GROWTH times longer."""
     if tokenizer.normalizer is not None:
         _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
 
@@ -239,8 +229,10 @@ def piece_surfaces(encoded: bytes) -> list[str]:
 
 
 def _check(growth: float) -> None:
-    if growth > MOST_GROWTH:
-        raise ValueError(f"its normaliser makes {growth:.0f} characters of one, {MOST_GROWTH} are the most")
+    if growth > MAX_TOKENIZER_GROWTH:
+        raise ValueError(
+            f"its normaliser makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
+        )
 
 
 def _growth(normaliser: Mapping[str, Any]) -> float:

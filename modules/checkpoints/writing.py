@@ -11,9 +11,10 @@ from torch import Tensor
 
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
-from modules.checkpoints.containers import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
+from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.contract.loading import TensorInfo
 from modules.errors import OutputError
+from modules.limits import MAX_HEADER_BYTES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 

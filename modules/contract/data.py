@@ -1,6 +1,6 @@
 """The frozen records of data: latent spaces, and what caches, datasets and encoders hand to the loops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ LOSS_MASK = "reelsmith_loss_mask"
 
 # what a model can be told that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
+REFERENCE = "the reference pictures before dropout"
+# latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
+CONTROL = "latents_control"
 
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
@@ -77,11 +80,26 @@ class Batch:
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
     # which samples are to keep what the base model predicts for them; () where none is
     preserved: tuple[bool, ...] = ()
-    # tensors of the texts with the captions that were dropped, for a teacher; empty where none was
+    # tensors that were dropped, for a teacher: texts with the captions, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def without_references(self) -> "Batch":
+        """Return the batch with the latents of its reference pictures among what was dropped."""
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(CONTROL)}
+        kept = {name: value for name, value in self.tensors.items() if name not in dropped}
+        return replace(self, tensors=kept, undropped={**self.undropped, **dropped})
+
+    def tell(self, names: Collection[str]) -> "Batch":
+        """Return the batch with what was dropped. names: of what is told, among CAPTION and REFERENCE."""
+        told = {
+            name: value
+            for name, value in self.undropped.items()
+            if (REFERENCE if name.startswith(CONTROL) else CAPTION) in names
+        }
+        return replace(self, tensors={**self.tensors, **told})
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError where a tensor is not there.
@@ -242,6 +260,7 @@ class LatentSpec:
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
     # cache files hold a picture's latents as C H W, without the axis of its one frame
     flat_in_caches: bool = False
+    names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
 
     @property
     def is_of_pictures(self) -> bool:

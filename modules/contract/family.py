@@ -188,7 +188,7 @@ class Described(Protocol):
     def defaults(self) -> SamplingDefaults: ...
 
     @property
-    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME
+    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME, REFERENCE
     def fuller(self) -> tuple[str, ...]: ...
 
     @property

@@ -77,6 +77,13 @@ class HostPlace(Protocol):
     def finish(self) -> None: ...  # call when all are written; returns when those of other processes are too
 
 
+class BlockPlace(Protocol):
+    """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
+
+    # returns what is called with the name of each tensor that is filled
+    def watch(self, network: nn.Module) -> Callable[[str], None]: ...
+
+
 @dataclass(frozen=True)
 class Placement:
     """Hold where and how a network is loaded."""
@@ -93,5 +100,6 @@ class Placement:
     # how the linear layers of the blocks are kept in 8 bits; None: they are not
     fp8: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
+    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
     # called before each tensor, in place of showing how far loading is; may raise to end it
     check: Callable[[], None] | None = None

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import MediaError
-from modules.media.opening import MAX_PIXELS, av, open_image, reading
+from modules.limits import MAX_PIXELS
+from modules.media.opening import av, open_image, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}

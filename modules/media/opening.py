@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from modules.errors import InstallationError, MediaError
+from modules.limits import MAX_PIXELS
 from modules.text_files import require_regular_file
 
 # FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
@@ -53,10 +54,6 @@ _ALONE = {
     "enable_drefs": "0",
     "use_absolute_path": "0",
 }
-# above the pictures of 100-megapixel cameras; decoded with transparency, half a GiB, of which reading holds
-# two or three copies
-MAX_PIXELS = 1 << 27
-
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
+from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.decoding import (
     animation_durations,
@@ -42,7 +43,6 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those 
 # where in a frame's time at a new rate its picture is looked up, as a part of that time: away from the edges
 # of pictures at the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
-LONGEST_SHOWN = 60.0  # seconds of one picture; more is a damaged time, or a slide show
 
 PILLOW_METHODS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 OPENCV_METHODS = {
@@ -210,7 +210,7 @@ def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Fra
     """Yield the frames shown by a video file at `rate` frames a second, by their times.
 
     Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
-    `video_frames`, and if one is shown longer than LONGEST_SHOWN.
+    `video_frames`, and if one is shown longer than MAX_SHOWN_SECONDS.
     """
     count, begin, start, end = 0, 0.0, 0.0, 0.0
     shown: Frame | None = None
@@ -263,9 +263,9 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def _check_shown(path: Path, seconds: float) -> None:
-    if seconds > LONGEST_SHOWN:
+    if seconds > MAX_SHOWN_SECONDS:
         raise MediaError(
-            f"{path} shows one frame for {seconds:.0f} s, at most {LONGEST_SHOWN:.0f} s are played. Its "
+            f"{path} shows one frame for {seconds:.0f} s, at most {MAX_SHOWN_SECONDS:.0f} s are played. Its "
             "times are damaged, or it is a slide show: cut it, or convert it to a constant frame rate."
         )
 
@@ -277,7 +277,6 @@ logger = logging.getLogger(__name__)
 _OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
 # what a tool did to a finished file, counted on; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
-LONGEST = 1 << 18  # letters that are looked through
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
@@ -302,7 +301,7 @@ def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     left_out = [
         name
         for name, text in tags.items()
-        if _OF_PICTURES.search(name) or len(text) > LONGEST or _CODED.search(text)
+        if _OF_PICTURES.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
     ]
     if left_out:
         logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))

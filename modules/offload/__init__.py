@@ -1,8 +1,10 @@
-"""Fit a network into device memory: keep parts of it in host memory, and recompute activations.
+"""Fit a network into device memory: keep parts of it in host memory or in other processes, and
+recompute activations.
 
 block_swap: copy blocks from host memory before they run
 checkpointing: gradient checkpointing, of blocks and pieces of tokens
 host_memory: pinned and shared memory, copies, loaded networks
+sharding: split blocks over processes by FSDP
 swap_plan: choose which weights stay in host memory
 turns: networks take turns on a device
 """

@@ -167,13 +167,11 @@ class HostWeights:
         return {name: self.tensors[name] for name in names}
 
 
-def host_weights(
-    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ, whole: bool = False
-) -> HostWeights | None:
+def host_weights(plan: SwapPlan, device: torch.device, whole: bool = False) -> HostWeights | None:
     """Return the host memory for the weights that the plan keeps off the device; None if there are none.
 
     whole: for all weights.
     """
     if not (plan or whole):
         return None
-    return HostWeights(plan, device.type == "cuda", machine_of(environment), whole)
+    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), whole)

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.offload.sharding import launched_processes
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
     ADAPTER,
@@ -27,7 +29,13 @@ from modules.planning.dry_run import (
     Moment,
     round_up_bytes,
 )
-from modules.speed_options import Speed, SwapOptions, set_blocks_to_swap
+from modules.speed_options import (
+    GenerationSpeedOptions,
+    Speed,
+    SwapOptions,
+    TrainingSpeedOptions,
+    set_blocks_to_swap,
+)
 
 GIB = 1 << 30
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
@@ -123,14 +131,22 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 
 @dataclass(frozen=True)
 class Swapped:
-    """Effect of --blocks_to_swap on the weights, in bytes."""
+    """Effect of --blocks_to_swap or --shard_base on the weights, in bytes."""
 
     host: int  # of weights that leave the device
-    ring: int  # of slots on the device through which they are streamed
+    ring: int  # of slots on the device through which they are streamed, or where blocks are gathered
+    elsewhere: int = 0  # of weights that are in the other processes
+    processes: int = 1  # that share the weights
 
     @property
     def saved(self) -> int:
-        return self.host - self.ring
+        return self.host + self.elsewhere - self.ring
+
+    def words(self, blocks: int, ring: str) -> str:
+        """Return a note on the weights. blocks: that are swapped. ring: words on the slots."""
+        if self.processes > 1:
+            return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
+        return f"; {blocks} blocks swapped, {gib(self.ring)} {ring}" if self.host else ""
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
@@ -149,8 +165,29 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     return Swapped(size(plan.names(dit)), ring)
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions) -> list[Swapped]:
-    """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`."""
+GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is received in
+
+
+def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
+    """Return how many processes share the transformer; a plan without a launcher is for two."""
+    if not speed.sharding.shard_base:
+        return 1
+    launched = launched_processes()
+    return 2 if launched == 1 and speed.plan.is_asked else launched
+
+
+def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
+    """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`.
+
+    processes: that share the blocks; if there are several, none can be swapped.
+    """
+    if processes > 1:
+        blocks = [
+            sum(round_up_bytes(weight.nbytes) for weight in block.parameters())
+            for block in chain.from_iterable(spec.blocks(dit).values())
+        ]
+        total = sum(blocks)
+        return [Swapped(0, GATHERED * max(blocks, default=0), total - total // processes, processes)]
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     others = swap.img_in_txt_in_offloading, swap.block_swap_ring_size
     return [

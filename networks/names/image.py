@@ -78,6 +78,61 @@ FLUX = FamilyNames(
     width=3072,
 )
 
+# FLUX.2 as Black Forest Labs publish it, which ComfyUI has too
+_FLUX_2_DOUBLE = tuple(
+    pair
+    for ours, mlp, out in (("img", "ff", "to_out.0"), ("txt", "ff_context", "to_add_out"))
+    for pair in (
+        (f"attn.{out}", f"{ours}_attn.proj"),
+        (f"{mlp}.linear_in", f"{ours}_mlp.0"),
+        (f"{mlp}.linear_out", f"{ours}_mlp.2"),
+    )
+)
+_FLUX_2_REST = (
+    *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
+    *(
+        (f"{name}.linear", f"{name}.lin")
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ),
+    *(
+        (f"time_guidance_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
+        for theirs, ours in (("timestep", "time_in"), ("guidance", "guidance_in"))
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    ),
+)
+
+FLUX_2 = FamilyNames(
+    "flux_2",
+    "flux-2",
+    parts=(
+        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
+        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_2_DOUBLE),
+        *renamed_parts(
+            "single_transformer_blocks.{n}.attn.",
+            "single_blocks.{n}.",
+            (("to_qkv_mlp_proj", "linear1"), ("to_out", "linear2")),
+        ),
+        *renamed_parts("", "", _FLUX_2_REST),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+    ),
+    # of norms, whose only tensor is called `scale`
+    parameters=tuple(
+        (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
+        for theirs, ours in (
+            ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
+            ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
+            ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
+        )
+        for x, word in (("q", "query"), ("k", "key"))
+    ),
+    versions=("flux_2", "flux-2", "flux2"),
+)
+
 # HunyuanImage-2.1, whose blocks are HunyuanVideo's
 _HUNYUAN_REST = (
     ("x_embedder.proj", "img_in.proj"),

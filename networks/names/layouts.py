@@ -91,11 +91,9 @@ def each(start: str, endings: str) -> tuple[str, ...]:
     return tuple(start + ending for ending in endings.split())
 
 
-def stacked_parts(theirs: str, ours: str, letters: str = "qkv") -> tuple[WeightPart, ...]:
+def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
     """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
-    return tuple(
-        WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate(letters)
-    )
+    return tuple(WeightPart(theirs.replace("{x}", letter), ours, row) for row, letter in enumerate("qkv"))
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:

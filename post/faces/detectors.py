@@ -11,6 +11,7 @@ from modules.checkpoints.containers import PICKLE
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import half_where_fast
 from modules.errors import CheckpointError
+from modules.limits import MAX_PICKLE_BYTES
 from post.faces.boxes import Detector
 from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
 from post.faces.retinaface import FILES, load_retinaface, read_retinaface
@@ -19,7 +20,6 @@ from post.faces.yolo import YoloLayout, is_yunet, load_yolo, load_yunet, read_la
 logger = logging.getLogger(__name__)
 
 SIDE = 640  # of the copy of a large picture that is looked at
-MOST_OF_PICKLE = 1 << 22  # bytes of a pickled program's names that are looked through
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
@@ -96,10 +96,10 @@ def _refuse_pickled_yolo(path: Path, option: str) -> None:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
-                start = b"" if name is None else archive.open(name).read(MOST_OF_PICKLE)
+                start = b"" if name is None else archive.open(name).read(MAX_PICKLE_BYTES)
         else:
             with path.open("rb") as file:
-                start = file.read(MOST_OF_PICKLE)
+                start = file.read(MAX_PICKLE_BYTES)
                 start = start if start[:1] == PICKLE else b""
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         return  # said by what opens it next

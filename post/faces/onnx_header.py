@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import CheckpointError
-from modules.text_files import require_regular_file
+from modules.limits import (
+    MAX_ONNX_BYTES,
+    MAX_ONNX_DEPTH,
+    MAX_ONNX_FIELDS,
+    MAX_ONNX_SCALE,
+    MAX_ONNX_SIDE,
+    MAX_ONNX_VALUES,
+)
+from modules.text_files import read_content, require_regular_file
 from modules.varints import read_varint
 
-MOST_BYTES = 1 << 29  # the largest YOLOs have some 400 MB
-MOST_FIELDS = 1 << 20  # of all that is looked at; of a detector some ten thousand
-MOST_DEPTH = 4  # of graphs in graphs
-MOST_SIDE = 1 << 12  # pixels of the pictures that a file takes
-MOST_VALUES = 1 << 26  # that an operator makes of constants
-MOST_TIMES = 1 << 8  # that one enlarges by constants
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 # numbers of fields: of a model, a graph, a tensor, a value, its type, its shape, a note
 _GRAPH, _NOTES = 7, 14
@@ -84,13 +86,11 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
 def _read_bytes(path: Path, most: int | None = None) -> bytes:
     """Return the content of a file, or its first bytes. Raises CheckpointError."""
     try:
+        if most is None:
+            return read_content(path, MAX_ONNX_BYTES)
         require_regular_file(path)
-        if most is None and path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(
-                f"{path} has more than {MOST_BYTES >> 20} MiB, which no detector has.", path
-            )
         with path.open("rb") as file:
-            return file.read(-1 if most is None else most)
+            return file.read(most)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file.", path) from None
     except OSError as error:
@@ -111,7 +111,7 @@ def _read_model(content: memoryview) -> OnnxHeader:
     filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
     taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
     for name, shape in taken.items():
-        if any(size is not None and size > MOST_SIDE for size in shape):
+        if any(size is not None and size > MAX_ONNX_SIDE for size in shape):
             raise _RefusedError(f"its input {name} has the shape {list(shape)}")
     return OnnxHeader(taken, outputs, {_text(note.get(1)): _text(note.get(2)) for note in found})
 
@@ -125,7 +125,7 @@ class _Checks:
 
     def graph(self, graph: _Parts, depth: int = 0) -> None:
         """Raise _RefusedError if a graph has tensors elsewhere, or asks for more memory than a detector."""
-        if depth > MOST_DEPTH:
+        if depth > MAX_ONNX_DEPTH:
             raise _RefusedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
             self._tensor(self.parts(tensor))
@@ -139,7 +139,7 @@ class _Checks:
         kind = next(map(_text, node[_KIND]), "")
         inputs = list(map(_text, node[_NODE_INPUTS]))
         known = [self.constants[name] for name in inputs if name in self.constants]
-        if kind in _GROWING and max(known, default=0) > MOST_VALUES:
+        if kind in _GROWING and max(known, default=0) > MAX_ONNX_VALUES:
             raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
         if kind in _FOLDED and inputs and len(known) == len(inputs):
             self.constants |= dict.fromkeys(outputs, math.prod(known))
@@ -150,7 +150,7 @@ class _Checks:
         for graph in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
             self.graph(self.parts(graph), depth + 1)
         # 2**31 - 1: the end, of old files
-        if _product(one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1) > MOST_VALUES:
+        if _product(one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1) > MAX_ONNX_VALUES:
             raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
 
     def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
@@ -172,16 +172,16 @@ class _Checks:
             else:
                 data = b"".join(one for one in found if not isinstance(one, int))
                 product = _product(struct.unpack(f"<{count}{letter}", data))
-            product *= MOST_VALUES / MOST_TIMES if letter == "f" else 1
+            product *= MAX_ONNX_VALUES / MAX_ONNX_SCALE if letter == "f" else 1
             self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
-        """Return the values of the fields of a message; all messages together may have MOST_FIELDS."""
+        """Return the values of the fields of a message; all messages together may have MAX_ONNX_FIELDS."""
         found: _Parts = defaultdict(list)
         for number, value in _fields(message):
             self.fields += 1
-            if self.fields > MOST_FIELDS:
-                raise _RefusedError(f"it has more than {MOST_FIELDS:,} parts")
+            if self.fields > MAX_ONNX_FIELDS:
+                raise _RefusedError(f"it has more than {MAX_ONNX_FIELDS:,} parts")
             found[number].append(value)
         return found
 
@@ -236,7 +236,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
         while position < len(value):
             number, position = read_varint(value, position)
             numbers.append(number)
-            if len(numbers) > MOST_SIDE:
+            if len(numbers) > MAX_ONNX_SIDE:
                 raise ValueError("damaged")
     return numbers
 

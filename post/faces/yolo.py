@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
+from modules.limits import MAX_NOTE_CHARACTERS
 from post.faces.boxes import FoundFace, Numbers, best_of, shrunk
 from post.faces.onnx_header import OnnxHeader
 
@@ -30,7 +31,6 @@ BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
 FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
 TASKS = ("detect", "pose", "segment")
 CLASSES_SHOWN = 8
-LONGEST_NOTE = 1 << 20  # letters; one of a thousand classes has some 20 thousand
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _points(numbers: Numbers, each: int) -> Numbers | None:
 
 def _literal(text: str | None) -> Any:
     """Return the value of a note, which is written as a Python literal; None if it cannot be read."""
-    if len(text or "") > LONGEST_NOTE:
+    if len(text or "") > MAX_NOTE_CHARACTERS:
         return None
     try:
         return ast.literal_eval(text or "None")

@@ -13,6 +13,7 @@ from torch import nn
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
+from modules.limits import MAX_RAFT_ITERATIONS
 from modules.text_files import read_text
 from post.interpolation.flowformer import FlowFormer, read_flowformer
 from post.interpolation.layers import CHANNELS
@@ -126,7 +127,6 @@ OPTION = "--model"
 META = torch.device("meta")
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
-MOST_ITERATIONS = 200
 COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
 
 
@@ -225,8 +225,8 @@ def read_settings(path: Path | None) -> ModeSettings:
                 raise CheckpointError(f"{path}: {name} {found} is not supported, only {usual}.", path)
         low, high = arch.get("coord_range", USUAL.coordinates)
         iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
-        if not 1 <= iterations <= MOST_ITERATIONS:
-            raise ValueError(f"raft_iter {iterations} is not 1 to {MOST_ITERATIONS}")
+        if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
+            raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
         frequency, bias = sine.get("siren_w0", USUAL.frequency), hyponet.get("output_bias", USUAL.output_bias)
         return ModeSettings((float(low), float(high)), float(frequency), float(bias), iterations)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

@@ -18,6 +18,7 @@ from downloads.listing import describe_set
 from downloads.options import DownloadOptions
 from flux.configs import RELEASES
 from flux.kontext.family import KONTEXT_DEV
+from flux_2.versions import VERSIONS
 from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from generation.options import read_generation
 from hunyuan_image.configs import HUNYUAN_IMAGE
@@ -115,6 +116,9 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("z_image", "z-image-dit-comfy", None),
         ("qwen3_4b", "qwen3-4b", None),
         ("flux_dev", "flux1-dev-dit", None),
+        ("flux_2_dev", "flux2-dev-dit", None),
+        ("flux_2_klein_base_9b", "flux2-klein-9b-dit", None),
+        ("qwen3_8b", "qwen3-8b", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("gfpgan", "gfpgan-v1.4", None),
     ],
@@ -244,7 +248,8 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    image_releases = (*RELEASES.values(), KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2)
+    flux_2 = (version.release for version in VERSIONS.values())
+    image_releases = (*RELEASES.values(), *flux_2, KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2)
     for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]

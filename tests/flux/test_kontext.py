@@ -117,6 +117,26 @@ def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) ->
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_a_network_without_the_reference_learns_from_the_model_with_it(tmp_path: Path) -> None:
+    """At weight 1 all of the loss is the distance to the frozen model, here if both are told the same: 0."""
+    family = next(each for each in FAMILIES if each.name == "kontext")
+    family.prepare(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    run = ("--max_train_steps", "1", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
+    teacher = (*run, "--teacher", "base", "--teacher_weight", "1", "--output_name")
+
+    def learns(name: str) -> bool:
+        succeed_here(*family.train, *teacher, name, folder=tmp_path)
+        tensors = load_file(tmp_path / "out" / f"{name}.safetensors")
+        return any(tensor.any() for key, tensor in tensors.items() if "lora_up" in key)
+
+    assert not learns("same")
+    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("reference_dropout_rate = 1.0\n")
+    assert learns("without")
+
+
 def test_a_batch_needs_its_texts_and_a_reference_that_is_one(tmp_path: Path) -> None:
     family, latents = family_of(tmp_path), torch.zeros(1, 16, 1, 4, 4)
     texts = {"t5_vec": torch.zeros(1, 8, 48), "clip_l_pooler": torch.zeros(1, 24)}

@@ -377,6 +377,10 @@ def test_what_makes_no_comparison_is_refused(
         ({"ss_base_model_version": "wan2.1"}, "wan"),
         ({"modelspec.architecture": "hunyuan-video/lora"}, "hunyuan_video"),
         ({"ss_base_model_version": "framepack"}, "framepack"),
+        ({"ss_base_model_version": "chroma", "modelspec.architecture": "chroma/lora"}, "flux"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
+        ({"modelspec.architecture": "flux-1-kontext/lora"}, "flux_kontext"),
+        ({"ss_base_model_version": "flux_2_klein_4b"}, "flux_2"),
         ({"title": "x"}, None),
     ],
 )
@@ -385,9 +389,10 @@ def test_the_family_is_what_the_lora_says(
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata)
-    families = ["framepack", "hunyuan_video", "wan"]
+    families = dict.fromkeys(("framepack", "hunyuan_video", "wan", "flux_kontext", "flux_2"), ())
+    families |= {"flux": ("chroma",)}
     if family is None:
-        with pytest.raises(OptionError, match=re.escape("Give --family: framepack, hunyuan_video, wan")):
+        with pytest.raises(OptionError, match=re.escape("Give --family: framepack, hunyuan_video, wan, ")):
             family_of(path, families)
     else:
         assert family_of(path, families) == family

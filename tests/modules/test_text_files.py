@@ -22,11 +22,11 @@ from modules.atomic_write import (
 )
 from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError, OutputError
+from modules.limits import MAX_DEPTH
 from modules.option_values import read_literals
 from modules.output_files import check_output_file, check_output_name, refuse_replacing
 from modules.text_encodings import guess_encoding, guess_encodings
 from modules.text_files import (
-    MAX_DEPTH,
     bad_character,
     parse_json,
     parse_toml,

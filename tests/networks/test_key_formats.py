@@ -120,7 +120,7 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
 
 def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
     like = (
-        {"hunyuan_video", "hunyuan_image", "flux"},
+        {"hunyuan_video", "hunyuan_image", "flux", "flux_2"},
         {"sd1", "sd2", "sdxl"},
         {"framepack", "qwen_image"},  # both in diffusers' layout
         {"lumina", "z_image"},

@@ -19,7 +19,7 @@ from torch import nn
 from networks.apply import LIKELY_MODEL
 from networks.key_formats import family_of, module_of_tensor, to_native
 from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
-from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
+from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import FamilyNames, tensor_patterns
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
@@ -82,6 +82,7 @@ def test_diffusers_class_has_the_tensors_of_the_published_file(
         ("chroma1-dit", FLUX),
         ("hunyuanimage2.1-dit", HUNYUAN_IMAGE),
         ("lumina2-dit", LUMINA),
+        ("flux2-dev-dit", FLUX_2),
         ("qwen-image-dit", QWEN_IMAGE),
         ("z-image-dit", Z_IMAGE),
         ("hunyuanvideo-t2v-dit", HUNYUAN_VIDEO),

@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qwen_image_generate_image
+from dataset.cache.files import read_header
+from dataset.cache.records import latent_metadata, latent_record
 from generation.anchors import blur, find_changes, hold_consistent, hold_masked
 from modules.contract.data import Batch, MadeBy
 from modules.contract.requests import Prepared, Request
@@ -148,6 +150,28 @@ def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyQwenIma
         prepare(family_of(files), tmp_path / "a.png", width=64, height=48, extra=mask)
 
 
+def test_what_holds_to_a_picture_is_not_ignored_in_silence(
+    files: TinyQwenImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "a.png", 64, 48)
+    (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
+    sized: dict[str, Any] = {"width": 64, "height": 48}
+    masked = {"extra": {"mask_path": str(tmp_path / "a.png")}, **sized}
+    given = {"rcm_threshold": 0.1, "append_original_name": True, "resize_control_to_image_size": True}
+
+    for version in VERSIONS:
+        with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no picture to keep. Give"):
+            prepare(family_of(files, version), **masked)
+    with pytest.raises(OptionError, match=r"a.png \(in a prompt line\): leave --rcm_threshold out"):
+        prepare(family_of(files, rcm_threshold=0.1), tmp_path / "a.png", **masked)
+    masked["extra"] = {"mask_path": str(tmp_path / "text.png")}
+    with pytest.raises(OptionError, match=r"--mask_path: .*text.png is no image.*Give an image file"):
+        prepare(family_of(files), tmp_path / "a.png", **masked)
+    assert not caplog.records
+    prepare(family_of(files, **given), **sized)
+    assert "--resize_control_to_image_size, --append_original_name, --rcm_threshold: ignored" in caplog.text
+
+
 def test_a_mask_is_white_where_the_picture_changes(tmp_path: Path) -> None:
     mask = Image.new("L", (32, 16))
     mask.paste(255, (16, 0, 32, 16))
@@ -268,18 +292,61 @@ def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_pat
     """Those of `original` have other names; those of edit and edit-2509 the same, and another template."""
     family = project(tmp_path)
     plain = [one for one in family.train if one not in ("--model_version", "edit-2511")]
-    succeed_here(*family.cache_latents, folder=tmp_path)
+    said = succeed_here(*family.cache_latents, folder=tmp_path)
+    assert "text_encoder_outputs.py --text_encoder QWEN_FILE --model_version edit-2511" in said
 
     name = "--output_name", "lora"
     code, said = run_here(*plain, "--max_train_steps", "1", "--output_dir", "out", *name, folder=tmp_path)
     assert_one_message(code, said, "qwen_image_cache_latents.py")
 
     latents = torch.zeros(1, 16, 1, 4, 4)
-    made = MadeBy(tmp_path / "a_qie_te.safetensors", "vl", {"template": EDIT_USE.fingerprint})
+    (encoder,) = family_of(files, "edit").text_encoders()
+    made = MadeBy(tmp_path / "a_qie_te.safetensors", encoder.name, encoder.identity)
     batch = Batch({"latents": latents, "vl_embed": [torch.zeros(3, 64)]}, ("a",), ("a",), (made,))
     family_of(files, "edit").batch_conditions(latents, batch)
     with pytest.raises(CacheError, match=r"a_qie_te.*for Qwen-Image-Edit, this .* of Qwen-Image-Edit-2511"):
         family_of(files, "edit-2511").batch_conditions(latents, batch)
+
+
+def test_the_plan_counts_references_and_the_vision_tower(
+    files: TinyQwenImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png", 160, 160)
+    words = [*files.models, "--prompt", "a hat", "--image_size", "64", "64", "--plan", "8"]
+    words += ["--save_path", str(tmp_path / "out")]
+    path = str(tmp_path / "a.png")
+
+    qwen_image_generate_image.main(words)
+    plain = capsys.readouterr().out
+    qwen_image_generate_image.main([*words, "--edit_plus", "--control_image_path", path, path])
+    edited = capsys.readouterr().out
+
+    assert "text encoder vl" in plain
+    assert "images and videos" not in plain
+    assert "images and videos" in edited
+
+
+def test_latents_of_the_version_that_read_other_pixels_are_refused_and_made_anew(tmp_path: Path) -> None:
+    """Their records name the VAE alone."""
+    family = project(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    paths = sorted((tmp_path / "cache").glob("*_qie.safetensors"))
+    right = [path.read_bytes() for path in paths]
+    for path in paths:
+        header = read_header(path)
+        record = latent_record(header)
+        assert record is not None
+        record = replace(record, encoder={"vae": record.encoder["vae"]})
+        save_file(load_file(path), path, {**header.metadata, **latent_metadata(record)})
+    train = (*family.train, "--max_train_steps", "1", "--output_dir", "out", "--output_name", "lora")
+
+    code, said = run_here(*train, folder=tmp_path)
+    assert_one_message(code, said, "an earlier version encoded these latents", "qwen_image_cache_latents.py")
+    succeed_here(*family.cache_latents, "--skip_existing", folder=tmp_path)
+
+    assert [path.read_bytes() for path in paths] == right
+    succeed_here(*train, folder=tmp_path)
 
 
 def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) -> None:

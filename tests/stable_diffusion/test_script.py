@@ -16,8 +16,9 @@ from PIL import Image
 
 import gen_img
 from modules.errors import OptionError, UserError
+from modules.limits import MAX_VARIANTS
 from modules.media.reading import read_image, read_tags
-from stable_diffusion.lines import LINE_OPTIONS, MOST_VARIANTS, enumerates, expand, read_line, split_seeds
+from stable_diffusion.lines import LINE_OPTIONS, enumerates, expand, read_line, split_seeds
 from tests.commands import QUIET, ROOT
 from tests.stable_diffusion.loaded import make_pictures
 from tests.stable_diffusion.test_mistakes import write_good, write_lora, write_picture
@@ -373,7 +374,7 @@ def test_the_same_seed_chooses_the_same_in_each_combination() -> None:
 
 def test_more_combinations_than_any_run_makes_are_an_error() -> None:
     many = "{e$$" + "|".join(map(str, range(101))) + "}"
-    with pytest.raises(OptionError, match=f"more than {MOST_VARIANTS:,} variants. Leave some out"):
+    with pytest.raises(OptionError, match=f"more than {MAX_VARIANTS:,} variants. Leave some out"):
         expand(many * 2, Random(0))
     with pytest.raises(OptionError, match="variants"):
         expand("{e$$1-40$$" + "a|" * 60 + "}", Random(0))

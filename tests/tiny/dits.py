@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flux.model import FluxModel
 from flux.spec import dit_spec
+from flux_2.model import Flux2Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
@@ -18,7 +19,17 @@ from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
 from tests.networks.making import randomize
-from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit, z_image
+from tests.tiny import (
+    flux,
+    flux_2,
+    framepack_dit,
+    hunyuan_dit,
+    hunyuan_image,
+    lumina,
+    qwen_image,
+    wan_dit,
+    z_image,
+)
 from tests.tiny.loras import make_lora
 from wan.model import WanModel
 from z_image.model import ZImageModel
@@ -174,6 +185,22 @@ def _flux(kind: str) -> TinyDit:
     return TinyDit(f"flux {kind}", dit_spec(kind), make, "lora_flux", inputs)
 
 
+def _flux_2() -> TinyDit:
+    config = flux_2.CONFIGS["dev"]
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        return {
+            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "guidance": torch.linspace(1.0, 6.0, batch),
+        }
+
+    make = _maker(Flux2Model, config, partial(flux_2.tiny_state, "dev"), *TWO_LISTS)
+    return TinyDit("flux_2", Flux2Model.spec, make, "lora_flux_2", inputs)
+
+
 def _lumina() -> TinyDit:
     config = lumina.CONFIG
 
@@ -210,7 +237,8 @@ def _hunyuan_image() -> TinyDit:
     return TinyDit("hunyuan_image", HunyuanImageModel.spec, make, "lora_hunyuan_image", inputs)
 
 
-def _qwen_image() -> TinyDit:
+def _qwen_image(edits: bool = False) -> TinyDit:
+    """edits: with a reference that is modulated with time 0."""
     config = qwen_image.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
@@ -220,10 +248,17 @@ def _qwen_image() -> TinyDit:
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "text": torch.randn(batch, text, config.text_dim, generator=generator),
             "text_mask": _mask(batch, text),
+            **(references(batch) if edits else {}),
         }
 
+    def references(batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(8)
+        found = torch.randn(batch, config.channels, 1, 4, 6, generator=generator)
+        return {"references": [found], "clean_references": True}
+
     make = _maker(QwenImageModel, config, qwen_image.tiny_state, "num_layers")
-    return TinyDit("qwen_image", QwenImageModel.spec, make, "lora_qwen_image", inputs)
+    name = "qwen_image edit" if edits else "qwen_image"
+    return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", inputs)
 
 
 def _z_image() -> TinyDit:
@@ -244,7 +279,8 @@ def _z_image() -> TinyDit:
 
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image(), _qwen_image(), _z_image()),
+    *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
+    *(_qwen_image(edits=True), _z_image()),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.tiny.flux import write_tiny_flux
+from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -244,6 +245,44 @@ def _kontext() -> TinyFamily:
     )
 
 
+def _flux_2() -> TinyFamily:
+    """FLUX.2 klein-base, which learns and makes edits of two references."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_flux_2(folder / "model")
+        write_plain_pictures(folder)
+        (folder / "control").mkdir(exist_ok=True)
+        for index in range(4):
+            for number in range(2):
+                write_image(folder / "control" / f"picture {index}_{number}.png", 48, 48)
+        with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+            file.write(f'control_directory = "{folder.as_posix()}/control"\n')
+        write_image(folder / "start.png", 64, 48)
+        write_image(folder / "end.png", 32, 48)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    version = ["--model_version", "klein-base-4b"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts, *version]
+    network = ["--network_module", "networks.lora_flux_2", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="flux_2",
+        prepare=prepare,
+        cache_latents=["flux_2_cache_latents.py", *dataset, *vae, *version],
+        cache_texts=["flux_2_cache_text_encoder_outputs.py", *dataset, *texts, *version],
+        train=["flux_2_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=[
+            *("flux_2_generate_image.py", *models, "--control_image_path", "start.png", "end.png"),
+            *("--negative_prompt", "dull"),
+        ],
+        another_run=["--model_version", "klein-4b"],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png --ci end.png",
+    )
+
+
 def _lumina() -> TinyFamily:
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_lumina(folder / "model")
@@ -293,7 +332,7 @@ def _qwen_image(version: str = "") -> TinyFamily:
         generate=["qwen_image_generate_image.py", *models, *pictures, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="" if version else "qwen_image_train.py",
+        train_whole="qwen_image_train.py",
         sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull" + " --ci start.png" * bool(version),
     )
 
@@ -401,6 +440,7 @@ FAMILIES = (
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),
     _kontext(),
+    _flux_2(),
     _lumina(),
     _hunyuan_image(),
     _qwen_image(),
@@ -427,6 +467,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
     elif family.name in {"flux", "kontext"}:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "flux_2":
+        write_tiny_flux_2(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "hunyuan_image":

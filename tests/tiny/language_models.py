@@ -73,11 +73,12 @@ def filled(model: Any, seed: int = 5) -> Any:
     return model.eval()
 
 
-def qwen3() -> Any:
+def qwen3(layers: int = LAYERS, **sizes: int) -> Any:
     """The whole network, with its head."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return filled(Qwen3ForCausalLM(Qwen3Config(**QWEN3_CONFIG, tie_word_embeddings=False)))
+    told = {**QWEN3_CONFIG, "num_hidden_layers": layers, **sizes}
+    return filled(Qwen3ForCausalLM(Qwen3Config(**told, tie_word_embeddings=False)))
 
 
 def qwen25_vl(**rope: Any) -> Any:
@@ -97,11 +98,11 @@ def qwen25_vl(**rope: Any) -> Any:
     return filled(Qwen2_5_VLForConditionalGeneration(config))
 
 
-def mistral3() -> Any:
+def mistral3(layers: int = LAYERS) -> Any:
     """The language model of Mistral Small 3 with its head."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    return filled(MistralForCausalLM(MistralConfig(**MISTRAL_CONFIG)))
+    return filled(MistralForCausalLM(MistralConfig(**{**MISTRAL_CONFIG, "num_hidden_layers": layers})))
 
 
 def layouts(model: Any) -> dict[str, dict[str, Tensor]]:

@@ -34,11 +34,15 @@ def autoencoder_tensors(seed: int = 6, dtype: torch.dtype = torch.float32) -> di
     """FLUX's autoencoder with the names and shapes of ae.safetensors."""
     with torch.device("meta"):
         network = Autoencoder(autoencoder_config())
-    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
-    for name in tensors:
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
-            tensors[name] = tensors[name][..., None, None]
-    return tensors
+    return {name: tensor.to(dtype) for name, tensor in as_released(random_tensors(network, seed)).items()}
+
+
+def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an autoencoder as files have them: attention is made of 1x1 convolutions."""
+    is_matrix = re.compile(r"attn_1\.(q|k|v|proj_out)\.weight")
+    return {
+        name: tensor[..., None, None] if is_matrix.search(name) else tensor for name, tensor in state.items()
+    }
 
 
 def autoencoder_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

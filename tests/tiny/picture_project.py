@@ -11,7 +11,7 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
-from tests.tiny import flux, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
+from tests.tiny import flux, flux_2, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
@@ -43,6 +43,18 @@ def lay_out_kontext(folder: Path) -> None:
     """FLUX.1 Kontext and what it needs; beside the folder what pictures are made from."""
     lay_out_flux(folder)
     (folder / "flux1-dev.safetensors").rename(folder / "flux1-kontext-dev.safetensors")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_flux_2(folder: Path) -> None:
+    """FLUX.2 klein-base and what it needs; beside the folder what pictures are made from."""
+    flux_2.write_dit(folder, flux_2.tiny_state(dtype=torch.bfloat16), name="flux-2-klein-base-4b")
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    qwen = flux_2.write_text_encoder(folder / "qwen_3")
+    (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
     for name in ("start", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)

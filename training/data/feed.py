@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.items import CachingCommands
-from dataset.batches.order import BatchOrder, RunPlace, change_captions, choose_captions, choose_sides
+from dataset.batches.order import (
+    BatchOrder,
+    RunPlace,
+    change_captions,
+    choose_captions,
+    choose_sides,
+    drops_references,
+)
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
 from modules.contract.data import Batch, LatentSpec
@@ -193,6 +200,8 @@ class MicroBatches:
         batch = self.sources.read(
             items, self.latent, self.commands, self.checks, (seed, number), chosen, flips, dropped
         )
+        if drops_references(items, seed, number):
+            batch = batch.without_references()
         if self.sources.tables:
             steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)
             texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))

@@ -28,6 +28,7 @@ from training.noise_options import (
 )
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
+_FOUR_PIXELS = (1, 1, 1, 2, 2)  # latents, B C F H W, that are one token of most models
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
 
@@ -128,7 +129,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
 
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
-    Raises OptionError if a sampler follows the size and the family's shift does not.
+    Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
     """
     line = _line_of(options)
     if line is None:
@@ -138,6 +139,11 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
             "size. "
             "Use shift with --discrete_flow_shift"
+        )
+    if options.timestep_sampling == "flux2_shift" and noise.tokens(_FOUR_PIXELS) != 4:
+        raise OptionError(
+            "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
+            "which counts the tokens of this model"
         )
     return size_shift(noise.tokens(shape), *line)
 
@@ -174,7 +180,7 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = numbers
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * numbers)
-        case "shift" | "flux_shift" | "qwen_shift" | "krea2_shift":
+        case "shift" | "flux_shift" | "flux2_shift" | "qwen_shift" | "krea2_shift":
             t = _shifted(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
             t = _mixed(options, numbers, flow_shift)

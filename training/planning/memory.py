@@ -42,6 +42,7 @@ from modules.planning.memory_plan import (
     print_plan,
     resolve_swap,
     room_on,
+    sharing_processes,
     swaps_of,
     workspace,
 )
@@ -84,8 +85,7 @@ class StepPrediction:
         """Return the largest moment of a step with this many blocks swapped."""
         (place, moment), swap = largest(self.moments), self.swaps[blocks]
         notes = {WEIGHTS: self.weights, WORKING: place}
-        if swap.host:
-            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(swap.ring)} to pass through"
+        notes[WEIGHTS] += swap.words(blocks, "to pass through")
         if self.waiting:
             notes[KEPT] = "the rest waits in host memory"
         parts = [*parts_of(moment, swap, notes, self.waiting), *self._others(moment, swap)]
@@ -160,7 +160,10 @@ def predict(
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap)
+    weights, swaps = (
+        dtypes_of(dit),
+        swaps_of(dit, family.dit, options.speed.swap, sharing_processes(options.speed)),
+    )
     average, whole = 0, options.whole_dit
     if whole is not None and options.average.ema_decay is not None:
         parts, named = whole.name_parts, dit.named_parameters()
@@ -308,7 +311,7 @@ def advice(
         (line, partial(predict, family, changed, *kept))
         for line, changed in cheaper(prediction.options, prediction.others)
     ]
-    can_swap = prediction.options.whole_dit is None
+    can_swap = prediction.options.can_swap
     lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
     return lines if last is None else [*lines, *smaller(family.latent, last, room)]
 
@@ -341,7 +344,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
 
     Stops at the first that fits. before: with these savings.
     """
-    can_swap = before.options.whole_dit is None
+    can_swap = before.options.can_swap
     blocks = before.most if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, size, shape in shrunk(latent, before.shape):

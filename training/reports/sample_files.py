@@ -56,16 +56,16 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     return {index: path for index, (_, path) in sorted(newest.items())}
 
 
-def read_reduced(path: Path, side: int = SIDE) -> ReducedClip:
+def read_reduced(path: Path) -> ReducedClip:
     """Read a sample. Raises MediaError if it cannot be read."""
     if path.suffix == ".png":
-        return ReducedClip([reduce_frame(read_image(path), side)], 1.0)
+        return ReducedClip([reduce_frame(read_image(path), SIDE)], 1.0)
     frames: list[Frame] = []
     stride = 1
     for index, frame in enumerate(video_frames(path)):
         if index % stride:
             continue
-        frames.append(reduce_frame(frame, side))
+        frames.append(reduce_frame(frame, SIDE))
         if len(frames) > MOST_FRAMES:
             frames, stride = frames[::2], 2 * stride
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)

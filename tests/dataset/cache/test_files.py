@@ -97,6 +97,16 @@ def test_tensor_names_carry_sizes_and_dtype_and_batches_know_them_by_the_rest(
     assert tensor_key(name) == key
 
 
+@pytest.mark.parametrize("key", ["latents", "latents_control_0", "latents_control_12_flipped"])
+def test_names_of_pictures_may_leave_the_frames_out(key: str) -> None:
+    """As those of FLUX.2's caches."""
+    name = tensor_name(key, torch.zeros(128, 1, 6, 10), has_frames=False)
+
+    assert name == f"{key}_6x10_float32"
+    assert tensor_key(name) == key
+    assert grid_in_name(name) == (1, 6, 10)
+
+
 def test_the_grid_in_a_name_can_be_that_of_another_tensor() -> None:
     name = tensor_name("latents_clean_4x", torch.zeros(16, 16, 8, 8), grid=(9, 8, 8))
     assert name == "latents_clean_4x_9x8x8_float32"

@@ -118,7 +118,7 @@ def test_what_cannot_be_had_is_told_without_secrets_and_leaves_no_file(tmp_path:
         assert "pa55word" not in str(caught.value)
     assert len(site.asked) == 4  # what is missing stays so
     assert all(site.auth)
-    assert [path.name for path in (tmp_path / "kept").iterdir() if path.suffix != ".lock"] == []
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == []
 
 
 def test_a_site_cannot_pass_on_to_a_file_of_this_machine(tmp_path: Path, site: Site) -> None:

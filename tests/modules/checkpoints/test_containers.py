@@ -201,7 +201,7 @@ WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "it has a name twice"),
+        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "key .a. occurs twice"),
         (f'{{"a":{WHOLE},"b":{WHOLE}}}', "begin at byte 0, not 8"),
         (f'{{"__metadata__":["x"],"a":{WHOLE}}}', "header cannot be read"),
         (f'{{"\\ud800":{WHOLE}}}', "surrogates"),

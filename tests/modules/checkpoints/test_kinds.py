@@ -15,6 +15,7 @@ from modules.errors import CheckpointError
 from modules.installation import import_own
 from tests.faults.messages import assert_one_message, run_here
 from tests.manifests import write_hollow
+from tests.tiny.project import write_plain_pictures
 
 META = Placement(torch.device("meta"))
 HIDREAM = {
@@ -113,6 +114,25 @@ def test_every_family_refuses_another_model_by_its_name(
     assert module.FORMAT.identify(path) is None
     with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Give .*--"):
         module.FORMAT.load(path, META)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("AutoencoderKLQwenImage21", "the VAE of Qwen-Image-2.1, which is not supported yet"),
+        ("AutoencoderKLHunyuanVideo15", "the VAE of HunyuanVideo 1.5 or"),
+        ("AutoencoderKLLTX2Video", "a VAE of LTX-Video or LTX-2"),
+        ("AutoencoderKLLTX2Audio", "a VAE of LTX-Video or LTX-2"),
+    ],
+)
+def test_a_vae_of_another_model_is_one_message(tmp_path: Path, network: str, words: str) -> None:
+    shapes = {name: ("F32", tuple(one.shape)) for name, one in state_of(network, {}).items()}
+    write_hollow(tmp_path / "vae.safetensors", shapes)
+    write_plain_pictures(tmp_path)
+    for vae in ("qwen_image", "wan"):
+        command = [f"{vae}_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
+
+        assert_one_message(*run_here(*command, folder=tmp_path), words, "--vae")
 
 
 def test_a_script_says_in_one_message_what_a_file_is(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from tokenizers import Tokenizer, models
 from blissful_tuner.model_utility import main
 from modules.checkpoints.changing import existing_shards, gather, write_shards
 from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizers import MAX_BYTES, TokenizerFiles, check_sentencepiece
+from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.data import weigh_rows
 from modules.contract.loading import TensorInfo
 from modules.contract.rules import Place, token_weights
 from modules.errors import CheckpointError
+from modules.limits import MAX_TOKENIZER_BYTES
 from tests.tiny.wan_encoders import sentencepiece_model
 
 TENSORS = {
@@ -253,7 +254,7 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path: Path) -> N
         file.truncate(10 << 30)
 
     for read in (FILES.read, FILES.read_bytes):
-        with pytest.raises(CheckpointError, match=f"it has 10240 MiB, {MAX_BYTES >> 20} are the most"):
+        with pytest.raises(CheckpointError, match=f"larger than {MAX_TOKENIZER_BYTES >> 20} MiB"):
             read(tmp_path / "tokenizer.json")
 
 

@@ -91,7 +91,10 @@ def test_without_gradients_or_train_mode_blocks_run_once() -> None:
 # lengths one by one; Z-Image's are padded to equal lengths
 ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "framepack": (2, 0)}
 ATTENTIONS |= {"flux dev": (2, 0), "flux chroma": (2, 0), "lumina": (2, 0), "z_image": (1, 0)}
-ATTENTIONS |= dict.fromkeys(("hunyuan_image", "qwen_image"), ATTENTIONS["hunyuan t2v"])  # such blocks
+ATTENTIONS |= dict.fromkeys(
+    ("hunyuan_image", "qwen_image", "qwen_image edit"), ATTENTIONS["hunyuan t2v"]
+)  # such blocks
+ATTENTIONS["flux_2"] = (1, 0)  # all tokens count, so that samples are of one length
 LEARNS_BEFORE = {"lumina"}  # a LoRA is in its refiners too
 
 

@@ -211,7 +211,7 @@ def test_a_file_too_large_for_onnx_and_a_damaged_archive_are_refused(tmp_path: P
     large = write_yolo(tmp_path / "large.onnx")
     with large.open("r+b") as file:
         file.truncate(2**29 + 1)  # a hole: it takes no space
-    with pytest.raises(CheckpointError, match="more than 512 MiB"):
+    with pytest.raises(CheckpointError, match="larger than 512 MiB"):
         check_detector(large)
 
     with large.open("r+b") as file:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flux_2.configs import count_latents
 from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import OptionError
@@ -142,17 +143,27 @@ def test_shifts_follow_width_and_height_of_a_video_but_not_its_length(sampler: s
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("sampler", ["flux2_shift", "ideogram4_shift"])
-def test_a_sampler_without_a_meaning_here_is_refused_by_name(
-    sampler: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_shift_of_flux_2_counts_each_latent_pixel() -> None:
+    """A picture of 1024 x 768 pixels is 64 x 48 of its latents: 3072 tokens."""
+    made, normal = options("--timestep_sampling", "flux2_shift"), torch.tensor([-1.5, 0.0, 0.7])
+    noise = NoiseSpec(tokens=count_latents)
+
+    found = from_numbers(made, normal, noise, (1, 128, 1, 64, 48)).sigmas
+
+    ratio, t = math.exp(0.5 + (3072 - 256) * 0.65 / 3840), torch.sigmoid(normal)
+    torch.testing.assert_close(found, ratio * t / (1 + (ratio - 1) * t), atol=1e-6, rtol=0)
+    with pytest.raises(OptionError, match="flux2_shift: it counts each latent pixel.*Use flux_shift"):
+        draw(made, 10, torch.Generator().manual_seed(1), shape=(1, 16, 1, 64, 48))
+
+
+def test_a_sampler_without_a_meaning_here_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser()
     add_options(parser, TimestepOptions)
 
     with pytest.raises(SystemExit):
-        parser.parse_args(["--timestep_sampling", sampler])
+        parser.parse_args(["--timestep_sampling", "ideogram4_shift"])
 
-    assert "flux_shift" in capsys.readouterr().err.split(sampler)[-1]
+    assert "flux_shift" in capsys.readouterr().err.split("ideogram4_shift")[-1]
 
 
 def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:

@@ -1,0 +1,67 @@
+"""FLUX.2 as data: dimensions of its transformer, latents, noise, names of parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec, NoiseSpec
+
+AXES = 4  # of positions: picture, row, column, place in the text; a head's width is divided among them
+
+
+@dataclass(frozen=True)
+class Flux2Config:
+    """Dimensions of a FLUX.2 transformer, read from a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    double_blocks: int
+    single_blocks: int
+    channels: int  # of the latents, which are tokens
+    text_dim: int  # width of the joined states of the language model
+    freq_dim: int = 256
+    has_guidance: bool = False  # guidance is an input of the model
+    rope_theta: float = 2000.0
+    eps: float = 1e-6
+
+    @property
+    def kind(self) -> str:
+        """Return dev, whose guidance is an input, or klein."""
+        return "dev" if self.has_guidance else "klein"
+
+
+def count_latents(shape: Sequence[int]) -> int:
+    """Return the tokens of a picture: each of its latent pixels is one. shape: B C F H W."""
+    return shape[-2] * shape[-1]
+
+
+def count_swapped(blocks: int) -> tuple[int, int]:
+    """Return how many double and single blocks leave the device; a single block is half as large.
+
+    klein 4B has five double blocks and swaps 13 at most; the others have eight. One of each list stays.
+    """
+    double = min(blocks // 2, 4 if blocks <= 13 else 7)
+    return double, 2 * (blocks - double)
+
+
+# a square of 2 x 2 latent pixels of the autoencoder is one of 128 channels
+LATENT = LatentSpec(
+    channels=128,
+    stride=(1, 16, 16),
+    pixel_step=16,
+    frame_step=1,
+    flat_in_caches=True,
+    names_frames=False,
+)
+NOISE = NoiseSpec(tokens=count_latents)
+DIT = DitSpec(
+    block_lists=("double_blocks", "single_blocks"),
+    fp8_exclude=("norm",),
+    input_layers=("img_in", "txt_in"),
+    token_wise=("feed_forward",),
+    modulated_input="modulated_input",
+    swap_counts=count_swapped,
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_in.", "guidance_in."),
+)

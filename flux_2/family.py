@@ -1,0 +1,303 @@
+"""FLUX.2 dev and klein, described for the shared loops."""
+
+import logging
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.pictures import ModelOfPictures
+from flux_2.configs import DIT, LATENT, NOISE, count_latents
+from flux_2.files import Flux2Files, files_of
+from flux_2.options import (
+    NAME,
+    Flux2GenerationOptions,
+    Flux2LatentCachingOptions,
+    Flux2TextCachingOptions,
+    Flux2TrainingOptions,
+)
+from flux_2.text_encoders import KEY
+from flux_2.versions import VERSIONS
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_texts,
+)
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import IMAGE, LATENTS, ModelRelease, ReferenceRules, SourceRules
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.devices import send, send_ahead
+from modules.errors import CacheError
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+REFERENCE, GUIDANCE = "latents_control", "guidance"  # names in conditions; behind the first _0, _1, ...
+LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
+MOST_REFERENCES = 10  # as released
+# pixels of a reference, in area: of one alone, and of each of several. Source: the released code
+ALONE, AMONG_SEVERAL = 2024**2, 1024**2
+SAMPLE_STEPS = 20  # at most, of training samples
+
+
+@dataclass(frozen=True)
+class Flux2(ModelOfPictures):
+    """Description of FLUX.2 for one run, built by the `family_for_...` functions below.
+
+    Files do not tell klein from klein-base: --model_version does.
+    """
+
+    files: Flux2Files
+    trained_guidance: float = 1.0  # what training feeds the guidance input of dev
+    resizes_references: bool = True  # large ones are reduced; else each keeps its size
+    is_training: bool = False
+    options: Any = NO_OPTIONS  # of a training
+
+    lora_module: str = field(default="networks.lora_flux_2", init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    called: str = field(default=NAME, init=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the release's size in caches and LoRAs."""
+        return self.files.version.name
+
+    @property
+    def cache_tag(self) -> str:
+        """End of the names of cache files."""
+        return self.files.version.cache_tag
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from."""
+        return self.files.version.release
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation, or of training samples."""
+        usual = self.files.version.defaults
+        if not self.is_training:
+            return usual
+        return replace(usual, steps=min(usual.steps, SAMPLE_STEPS), width=256, height=256)
+
+    @property
+    def references(self) -> ReferenceRules:
+        """It edits pictures, or makes one from a text alone."""
+        return ReferenceRules(most=MOST_REFERENCES)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        version = self.files.version
+        names = {
+            "architecture": version.architecture,
+            "implementation": "https://github.com/black-forest-labs/flux2",
+            "model_type": version.name,
+        }
+        return self.metadata_of(names)
+
+    # encoding
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the language model; its file is opened when it is loaded."""
+        return [self.files.language_model()]
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: its posterior's mean, and those of its references."""
+        vae, entries = encoders.vae, []
+        for part in media.split_for(vae.device):
+            clips = {"latents": part.frames}
+            clips |= {f"{REFERENCE}_{number}": one for number, one in enumerate(part.control)}
+            found = {key: vae.encode(byte_clips(frames)) for key, frames in clips.items()}
+            for index in range(len(part.frames)):
+                entries.append([CacheEntry({key: each[index].clone() for key, each in found.items()})])
+        return entries
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: text, guidance (B), and the references."""
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        config, use = self.files.dit_header().config, self.files.version.use
+        remedy = f"{TEXTS_AGAIN} --model_version {self.files.model_version} and {use.model.what}"
+        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        found: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
+        if config.has_guidance:
+            found[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
+        return found | {name: self._reference(batch, name) for name in _reference_names(batch.tensors)}
+
+    def _reference(self, batch: Batch, name: str) -> Tensor:
+        """Return a reference of a batch, B C 1 h w. Raises CacheError for latents that are none."""
+        found = batch.tensor(name)
+        if found.shape[1:3] != (LATENT.channels, 1):
+            raise CacheError(
+                f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, found.shape[1:]))}, not "
+                f"{LATENT.channels} channels of one picture. Cache again with {LATENTS_AGAIN}."
+            )
+        return found
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity, B C 1 H W in float32.
+
+        cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on.
+        """
+        device, guidance = noisy.device, cond.get(GUIDANCE)
+        pictures = [cond[name] for name in _reference_names(cond)]
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **name_texts(cond, {"text": KEY}, device),
+            guidance=send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None,
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
+            references=[send(one, device) for one in pictures if isinstance(one, Tensor)],
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
+
+        Without a flow shift the noise levels are the release's, which follow the size and the number of
+        steps. Raises OptionError if a size or a reference cannot be used, CheckpointError if a file is
+        missing or of another kind.
+        """
+        version = self.files.version
+        if version.is_distilled and request.guidance_scale not in (None, 1.0):
+            logger.warning(
+                "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",
+                request.guidance_scale,
+                self.files.model_version,
+                "built in" if version.defaults.embedded_guidance is None else "--embedded_cfg_scale",
+            )
+            request = replace(request, guidance_scale=None)
+        prepared = self.settle_picture(request, 1.0, "")
+        if request.flow_shift is not None:
+            return prepared
+        tokens = count_latents(LATENT.shape(1, prepared.height, prepared.width))
+        return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the references, `latents_control_0` 1 C 1 h w, and so on: their posteriors' means."""
+        paths = prepared.asked.control_images
+        area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
+        return {
+            0: {
+                f"{REFERENCE}_{number}": encoders.vae.encode(byte_clips(read_reference(path, area)))
+                for number, path in enumerate(paths)
+            }
+        }
+
+    @property
+    def source(self) -> SourceRules:
+        """Return the rules for starts of denoising; all releases have the same autoencoder."""
+        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset(one.name for one in VERSIONS.values()))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        latents: Tensor = encoders.vae.encode(byte_clips(frames))
+        return latents
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop.
+
+        Noise is drawn in the transformer's dtype, as released.
+        """
+        dtype = self.files.compute_dtype() or torch.float32
+        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype).float()
+        conditions = dict(inputs.get(0, {}))
+        if prepared.embedded_guidance is not None:
+            conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
+        return (yield prompts[0].section(drawn, conditions))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield encoders.vae.decode(latents)
+
+
+def _reference_names(found: Conditions) -> list[str]:
+    """Return the names of references among conditions, in their order."""
+    numbers = sorted(int(name.rpartition("_")[2]) for name in found if name.startswith(f"{REFERENCE}_"))
+    return [f"{REFERENCE}_{number}" for number in numbers]
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """Return mu of the noise levels for a picture of so many tokens: their shift is e^mu.
+
+    It lies on a line between those for 10 and for 200 steps. Source: the released code of FLUX.2.
+    """
+    of_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return of_200
+    of_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (of_200 - of_10) / 190
+    return slope * steps + of_200 - 200 * slope
+
+
+def read_reference(path: Path, area: int | None) -> Tensor:
+    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
+
+    area: None keeps its size. Its sides become multiples of a latent pixel's. Source: the released code.
+    """
+    from modules.media.reading import read_image, resize_frame
+
+    frame, step = read_image(path), LATENT.pixel_step
+    height, width = frame.shape[:2]
+    if area is not None and height * width > area:
+        scale = math.sqrt(area / (height * width))
+        height, width = max(int(height * scale), step), max(int(width * scale), step)
+        frame = resize_frame(frame, (width, height), "lanczos")
+    top, left = height % step // 2, width % step // 2
+    cut = frame[top : top + height // step * step, left : left + width // step * step]
+    return torch.from_numpy(cut[None, None].copy())
+
+
+def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
+    """Describe the family for flux_2_cache_latents.py."""
+    return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
+    """Describe the family for flux_2_cache_text_encoder_outputs.py."""
+    return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
+
+
+def family_for_training(options: Flux2TrainingOptions) -> Flux2:
+    """Describe the family for flux_2_train_network.py."""
+    return Flux2(
+        files_of(options),
+        trained_guidance=options.embedded_guidance,
+        resizes_references=not options.no_resize_control,
+        is_training=True,
+        options=options,
+    )
+
+
+def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
+    """Describe the family for flux_2_generate_image.py."""
+    return Flux2(files_of(options), resizes_references=not options.no_resize_control)
+
+
+_: type[Family] = Flux2

@@ -1,0 +1,292 @@
+"""The transformer of FLUX.2: double and single blocks over pictures and the states of a language model.
+
+All blocks of a kind share one modulation; feed-forwards are SwiGLU; there are no biases. Module names follow
+the published checkpoints. Source: the released code of FLUX.2. `hunyuan_model.blocks` lists the steps in
+float32, and the order of tokens: the picture, its references, then the text. The released code has the text
+first; attention does not depend on the order.
+"""
+# Letters: B batch, L picture tokens, with those of references, T text tokens, S 1 or 2 texts, N heads, D head
+# width, C = N * D, F width of a feed-forward
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from flux_2.configs import AXES, DIT, Flux2Config
+from hunyuan_model.blocks import (
+    DoubleStreamBlock,
+    EmbeddedText,
+    Heads,
+    HunyuanTokens,
+    TokensWithTurnedText,
+    attend_turned,
+    join_tokens,
+    split_heads,
+)
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.layers.modulation import add_gated, modulate
+from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
+from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
+
+GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
+APART = 10  # places between a picture and its references on the first axis
+# rows of all modulations: of pictures and texts in double blocks, of single blocks; then the embedding
+PICTURE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
+
+
+class RowsOfAll(nn.Module):
+    """Take the shifts, scales and gates of a block from the rows of all modulations."""
+
+    def __init__(self, rows: slice) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        # vector: B S 16 C float32 -> tensors B S C
+        return vector[:, :, self.rows].unbind(2)
+
+
+class SharedModulation(nn.Module):
+    """Compute the shifts, scales and gates of all blocks of a kind: B C -> B count C float32."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(dim, count * dim, bias=False)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
+
+
+class WaveEmbedding(nn.Module):
+    """Embed a number per sample, from its sinusoid: B E -> B C float32."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, dim, bias=False)
+        self.out_layer = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, waves)))
+
+
+class PairNorm(nn.Module):
+    """Norms of queries and keys, of each head by itself."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        width = config.dim // config.num_heads
+        self.query_norm, self.key_norm = ScaleNorm(width, config.eps), ScaleNorm(width, config.eps)
+
+
+class StreamAttention(nn.Module):
+    """The layers around attention of one of the two streams."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.norm = PairNorm(config)
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def heads_of(self, x: Tensor) -> Heads:
+        """Return query, key and value of B T C, each B T N D."""
+        return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
+
+
+def gate_half(hidden: Tensor) -> Tensor:
+    """Return SiLU(first half) * second half: B L 2F -> B L F."""
+    gate, value = hidden.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+
+class GatedMlp(nn.Sequential):
+    """Two layers, the first of which makes values and their gates."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        first = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        super().__init__(first, nn.Identity(), nn.Linear(config.ffn_dim, config.dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, second = self
+        return in_own_dtype(second, gate_half(in_own_dtype(first, x)))
+
+
+class Flux2DoubleBlock(DoubleStreamBlock):
+    """Block in which picture and text have separate weights and share one attention."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__(config.dim, config.eps)
+        self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
+        self.img_mlp, self.txt_mlp = GatedMlp(config), GatedMlp(config)
+        self.img_rows, self.txt_rows = RowsOfAll(PICTURE_ROWS), RowsOfAll(TEXT_ROWS)
+
+    def modulation(self, is_text: bool) -> nn.Module:
+        return self.txt_rows if is_text else self.img_rows
+
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        return (self.txt_attn if is_text else self.img_attn).heads_of(x)
+
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
+
+    def mlp(self, is_text: bool) -> nn.Module:
+        return self.txt_mlp if is_text else self.img_mlp
+
+
+class Flux2SingleBlock(nn.Module):
+    """Block in which picture and text share all weights; attention and feed-forward run in parallel."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.widths = (dim, dim, dim, 2 * config.ffn_dim)
+        self.pre_norm = Float32LayerNorm(dim, config.eps)
+        self.rows = RowsOfAll(SINGLE_ROWS)
+        self.linear1 = nn.Linear(dim, sum(self.widths), bias=False)
+        self.norm = PairNorm(config)
+        self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        shift, scale, gate = self.rows(tokens.vector)
+        h = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, tokens.dtype, tokens.split))
+        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
+        seen = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        made = in_own_dtype(self.linear2, torch.cat([seen, gate_half(hidden)], dim=-1))
+        return add_gated(x, gate, made, tokens.split)
+
+
+class Flux2FinalLayer(nn.Module):
+    """Final norm, modulated by the embedding, and projection to the channels of a latent pixel."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.norm_final = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, config.channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        vector = functional.silu(tokens.vector[:, :1, EMBEDDING_ROW])
+        shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+
+
+class Flux2Model(nn.Module):
+    """Predict the velocity of noisy latents of a picture from states of a language model."""
+
+    spec = DIT
+
+    def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.img_in = nn.Linear(config.channels, dim, bias=False)
+        self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
+        self.time_in = WaveEmbedding(config.freq_dim, dim)
+        if config.has_guidance:
+            self.guidance_in = WaveEmbedding(config.freq_dim, dim)
+        self.double_stream_modulation_img = SharedModulation(dim, 6)
+        self.double_stream_modulation_txt = SharedModulation(dim, 6)
+        self.single_stream_modulation = SharedModulation(dim, 3)
+        self.double_blocks = nn.ModuleList(Flux2DoubleBlock(config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(Flux2SingleBlock(config) for _ in range(config.single_blocks))
+        self.final_layer = Flux2FinalLayer(config)
+        widths = (dim // config.num_heads // AXES,) * AXES
+        self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        # other weights may be in 8 bits
+        return self.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").dtype
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        guidance: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Velocity B Z 1 H W in float32.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
+        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
+        look at it. tweaks: ideas that change this call; their second text has the name text. references:
+        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
+        not fit.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, text, guidance, tweaks, references))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        guidance: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, HunyuanTokens]:
+        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+
+        References come behind the picture, a second text behind the first one.
+        """
+        for one in (noisy, *references):
+            if one.shape[1] != self.config.channels or one.shape[2] != 1:
+                raise ValueError(
+                    f"latents of {tuple(one.shape[1:3])}: {self.config.channels} channels, 1 frame"
+                )
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        pictures = [
+            in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype)
+            for one in (noisy, *references)
+        ]
+        vector = self._embed_numbers(timesteps, guidance if tweaks.embedded_guidance else None)
+        given = tweaks.texts(len(noisy), text=text)
+        texts = [
+            EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector) for each in given
+        ]
+        # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
+        grids = [
+            Grid((1, *one.shape[-2:], 1), first=APART * place)
+            for place, one in enumerate((noisy, *references))
+        ]
+        grids += [Grid((1, 1, 1, one.tokens.shape[1])) for one in texts]
+        rotary = self._rotary.of(tuple(grids), noisy.device)
+        length = sum(one.shape[1] for one in pictures)
+        inputs = {"grid": (1, *noisy.shape[-2:]), "dtype": dtype, "attention": self.attention}
+        inputs |= {"rotary": rotary, "rotary_of_picture": rotary[:length]}
+        return join_tokens(pictures, texts, tweaks.steer, TokensWithTurnedText, **inputs)
+
+    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
+        _, rows, columns = tokens.grid
+        made = self.final_layer(x[:, : rows * columns], tokens).float()
+        return made.transpose(1, 2).unflatten(2, (1, rows, columns))
+
+    def _embed_numbers(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
+        """Return the rows of all modulations and the embedding that they are made of, B 1 16 C float32."""
+        # float32 angles: those of a large guidance are rounded, and so they were in training
+        vector = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
+        if self.config.has_guidance and guidance is not None:
+            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
+            vector = vector + self.guidance_in(scaled)
+        rows = [
+            self.double_stream_modulation_img(vector),
+            self.double_stream_modulation_txt(vector),
+            self.single_stream_modulation(vector),
+            vector.unsqueeze(1),
+        ]
+        return torch.cat(rows, dim=1).unsqueeze(1)

@@ -1,0 +1,111 @@
+"""FLUX.2's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
+from modules.speed_options import VaeOptions, dit_dtype_option
+
+NAME = "FLUX.2"
+MODEL_VERSIONS = ("klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b", "dev")
+_OWN_SIZE = (
+    "keep the size of each reference, cut to multiples of 16; default: larger ones are reduced to 1024 x "
+    "1024 pixels in area, one alone to 2024 x 2024"
+)
+
+
+class Flux2VaeOptions(Options):
+    """Path of FLUX.2's autoencoder and how it runs."""
+
+    file: VaeOptions = option(settings={"vae": {"help": "FLUX.2's autoencoder"}})
+
+
+class Flux2TextOptions(Options):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option(
+        "text encoder, file or folder: Mistral Small 3 (dev), Qwen3 4B or 8B (klein)", often=True
+    )
+    text_encoder_tokenizer: Path | None = option(
+        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
+    )
+    fp8_text_encoder: bool = option(
+        "keep the encoder's linear layers in fp8: half the memory, slightly different states"
+    )
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+
+def _version() -> Any:
+    about = "release of the model, which says how texts are read and guided"
+    return option(about, default="dev", choices=MODEL_VERSIONS, facts=IDENTITY)
+
+
+class Flux2LatentCachingOptions(Options, title=NAME):
+    """Options of flux_2_cache_latents.py besides the shared ones."""
+
+    vae: Flux2VaeOptions
+    model_version: str = _version()
+
+
+class Flux2TextCachingOptions(Options, title=NAME):
+    """Options of flux_2_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: Flux2TextOptions = option(settings={"text_encoder": {"required": True}})
+    model_version: str = _version()
+
+
+class Flux2TrainingOptions(Options, title=NAME):
+    """Options of flux_2_train_network.py besides the shared ones."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Flux2VaeOptions = option(facts=FREE)
+    text: Flux2TextOptions = option(facts=FREE)
+    model_version: str = _version()
+    embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
+    no_resize_control: bool = option(f"of samples: {_OWN_SIZE}", facts=FREE)
+
+
+class Flux2GenerationOptions(Options, title=NAME):
+    """Options of flux_2_generate_image.py besides the shared ones."""
+
+    dit: Path | None = option("transformer checkpoint", often=True)
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Flux2VaeOptions = option(facts=OF_DECODING)
+    text: Flux2TextOptions
+    model_version: str = _version()
+    no_resize_control: bool = option(_OWN_SIZE, facts=OF_REQUEST)
+
+
+def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    version = {"--model_version": options.model_version}
+    latents = {"--vae": options.vae.file.vae or "VAE_FILE", **version}
+    return latents, {**_text_options(options.text), **version}
+
+
+def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    controls = sample.get("control_images") or ()
+    return {
+        "--dit": options.dit or "DIT_FILE",
+        "--vae": options.vae.file.vae or "VAE_FILE",
+        **_text_options(options.text),
+        "--model_version": options.model_version,
+        "--dit_dtype": options.dit_dtype,
+        "--control_image_path": controls,
+        "--no_resize_control": bool(controls) and options.no_resize_control,
+        "--embedded_cfg_scale": sample.get("embedded_guidance"),
+    }
+
+
+def _text_options(text: Flux2TextOptions) -> dict[str, Any]:
+    return {
+        "--text_encoder": text.text_encoder or "TEXT_ENCODER",
+        "--text_encoder_tokenizer": text.text_encoder_tokenizer,
+        "--fp8_text_encoder": text.fp8_text_encoder,
+    }

@@ -1,0 +1,79 @@
+"""The releases of FLUX.2: names in caches and LoRAs, text encoder, and settings of a generation, as data."""
+
+from dataclasses import dataclass, replace
+
+from encoders.language_encoder import LanguageUse
+from encoders.pictures import picture_defaults
+from flux_2.text_encoders import MISTRAL_USE, QWEN3_4B_USE, QWEN3_8B_USE
+from modules.contract.data import SamplingDefaults
+from modules.contract.rules import ModelRelease
+
+GUIDANCE = 4.0  # of dev as an input of the model, of klein-base by a second pass
+_HUB = "https://huggingface.co/black-forest-labs/{}/blob/main/LICENSE.md"
+_OF_DEV = ("FLUX [dev] Non-Commercial License", "other", _HUB.format("FLUX.2-dev"))
+_OF_9B = ("FLUX Non-Commercial License", "other", _HUB.format("FLUX.2-klein-9B"))
+_APACHE = ("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+
+
+@dataclass(frozen=True)
+class Flux2Version:
+    """Facts about a release that its transformer does not show."""
+
+    cache_tag: str
+    name: str  # in caches, samples and LoRAs
+    architecture: str  # modelspec.architecture
+    use: LanguageUse
+    release: ModelRelease
+    defaults: SamplingDefaults
+    dim: int  # width of the released transformer
+    is_distilled: bool  # guidance by a second pass does not belong to it
+
+
+def _release(name: str, licence: tuple[str, str, str]) -> ModelRelease:
+    return ModelRelease((f"black-forest-labs/{name}",), *licence)
+
+
+DEV = Flux2Version(
+    cache_tag="f2d",
+    name="flux_2_dev",
+    architecture="flux-2-dev",
+    use=MISTRAL_USE,
+    release=_release("FLUX.2-dev", _OF_DEV),
+    defaults=picture_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
+    dim=6144,
+    is_distilled=True,
+)
+KLEIN_4B = Flux2Version(
+    cache_tag="f2k4b",
+    name="flux_2_klein_4b",
+    architecture="flux-2-klein-4b",
+    use=QWEN3_4B_USE,
+    release=_release("FLUX.2-klein-4B", _APACHE),
+    defaults=picture_defaults(4, 1.0, 1024),
+    dim=3072,
+    is_distilled=True,
+)
+KLEIN_9B = replace(
+    KLEIN_4B,
+    cache_tag="f2k9b",
+    name="flux_2_klein_9b",
+    architecture="flux-2-klein-9b",
+    use=QWEN3_8B_USE,
+    release=_release("FLUX.2-klein-9B", _OF_9B),
+    dim=4096,
+)
+BASE = picture_defaults(50, GUIDANCE, 1024)
+VERSIONS = {
+    "klein-4b": KLEIN_4B,
+    "klein-base-4b": replace(
+        KLEIN_4B, release=_release("FLUX.2-klein-base-4B", _APACHE), defaults=BASE, is_distilled=False
+    ),
+    "klein-9b": KLEIN_9B,
+    "klein-base-9b": replace(
+        KLEIN_9B,
+        release=_release("FLUX.2-klein-base-9B", _OF_9B),
+        defaults=BASE,
+        is_distilled=False,
+    ),
+    "dev": DEV,
+}

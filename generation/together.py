@@ -1,0 +1,101 @@
+"""Generate in several processes that share the transformer (--shard_base).
+
+All make every prompt from the same noise, as a block is gathered from all of them. The first one decodes,
+writes and talks; the others keep their latents in a folder that goes with them.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
+from generation.options import GenerationOptions, PostOptions
+from modules.contract.family import Family
+from modules.devices import choose_device
+from modules.errors import OptionError, UserError
+from modules.offload.sharding import LAUNCH, agree, is_of_processes, join_processes, launched_processes
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[Family, GenerationOptions, torch.device], None]
+
+
+def generate_together(generate: Generate, family: Family, options: GenerationOptions) -> None:
+    """Run `generate` in all processes of the launcher; in the first one alone if it runs no transformer.
+
+    Raises UserError as `generate` does, and if another process was lost.
+    """
+    if launched_processes() == 1:
+        logger.warning("--shard_base has no effect with one process, which holds the model. Use %s", LAUNCH)
+        generate(family, options, choose_device(options.device))
+        return
+    _check(family, options)
+    device = join_processes(options.device)
+    is_first = distributed.get_rank() == 0
+    is_alone = bool(options.latent_path or options.save_merged_model or options.speed.plan.is_asked)
+    try:
+        if is_first:
+            generate(family, options, device)
+        elif not is_alone:
+            logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
+            with tempfile.TemporaryDirectory() as folder:
+                generate(family, _without_files(options, Path(folder)), device)
+    except Exception as error:
+        if not is_of_processes(error):
+            raise
+        if is_first:
+            raise UserError(
+                "another process of this run was lost: it was killed, or ended by an error. Run the command "
+                f"again. torch says: {error}"
+            ) from None
+        raise SystemExit(1) from None  # the first one tells why
+    finally:
+        distributed.destroy_process_group()
+
+
+def read_together(ask: Callable[[], str]) -> Callable[[], str]:
+    """Return a function that asks for a line in the first process and returns it in all of them."""
+
+    def read() -> str:
+        line: str | None = None
+        if distributed.get_rank() == 0:
+            try:
+                line = ask()
+            except EOFError:
+                line = None
+        line = agree(line)
+        if line is None:
+            raise EOFError
+        return line
+
+    return read
+
+
+def _check(family: Family, options: GenerationOptions) -> None:
+    """Raise OptionError for what processes that share a model cannot do."""
+    if len(family.experts) > 1:
+        raise OptionError(
+            "--shard_base: transformers that take turns are not split over processes. Use "
+            "--offload_inactive_dit, --lazy_loading or --blocks_to_swap with one process"
+        )
+    if options.sheet.is_asked:
+        raise OptionError(
+            "--sheet and --shard_base cannot be used together: a sheet switches LoRAs in the whole weights. "
+            "Use --from_file with a line for each, or leave --shard_base out"
+        )
+
+
+def _without_files(options: GenerationOptions, folder: Path) -> GenerationOptions:
+    """Return the options of a process that writes nothing but latents, into a folder of its own."""
+    return replace(
+        options,
+        output=replace(options.output, save_path=folder, output_type="latent", save_last_frame=False),
+        post=PostOptions(),
+        preview=NO_PREVIEW,
+        rewriting=PromptRewriteOptions(),
+    )

@@ -1,0 +1,63 @@
+"""All limits on what comes from outside: files, texts and answers that others made. Standard library only.
+
+The readers that apply them to whole files are in `text_files`; a reader of a format applies those of its
+format. Limits of options and of keys stand in their declarations.
+"""
+
+# files of text
+MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
+MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
+MAX_METADATA_BYTES = 1 << 30  # of a JSON list of pictures: some million
+MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
+MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
+
+# checkpoints and what stands beside them
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
+MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
+MAX_WRAPPERS = 64  # dictionaries around the tensors of one file; far more than any has
+MAX_TOKENIZER_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
+MAX_TOKENIZER_GROWTH = 256  # characters for one; those in use: 2 (CLIP), 18 (umT5, by Unicode's own tables)
+MAX_EMBEDDING_BYTES = 1 << 26  # 64 MiB; 75 vectors of SDXL in float32 take 0.6 MiB
+MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a LoRA's settings together
+MAX_SEARCH_SECONDS = 0.5  # for one path with them: a hostile one keeps Python's `re` busy for years
+MAX_RAFT_ITERATIONS = 200  # of an optical flow
+MAX_PICKLE_BYTES = 1 << 22  # of a pickled program's names that are looked through
+MAX_NOTE_CHARACTERS = 1 << 20  # of a detector; one of a thousand classes has some 20 thousand
+MAX_ONNX_BYTES = 1 << 29  # the largest YOLOs have some 400 MB
+MAX_ONNX_FIELDS = 1 << 20  # of all that is looked at; of a detector some ten thousand
+MAX_ONNX_DEPTH = 4  # of graphs in graphs
+MAX_ONNX_SIDE = 1 << 12  # pixels of the pictures that a file takes
+MAX_ONNX_VALUES = 1 << 26  # that an operator makes of constants
+MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
+
+# pictures and videos
+MAX_PIXELS = 1 << 27  # above 100-megapixel cameras; with transparency half a GiB, held two or three times
+MAX_SHOWN_SECONDS = 60.0  # of one picture; more is a damaged time, or a slide show
+MAX_TAG_CHARACTERS = 1 << 18  # of a text in a file's metadata that is looked through
+
+# data sets
+MAX_CAPTIONS = 100  # of an item; each has a cache file
+MAX_PATTERN_NAMES = 100_000  # that one pattern stands for
+MAX_COLUMNS = 10_000  # of a table
+MAX_CELL_CHARACTERS = 131_072  # of CSV; the standard library's own limit
+MIN_UNPACKED_BYTES = 1 << 26  # that any Parquet file may unpack to,
+MAX_UNPACKED_TIMES = 1000  # its size, that a larger one may; texts that are all alike shrink that far
+MAX_GROUP_BYTES = 1 << 31  # of a column in a row group of Parquet, which is read as a whole
+MAX_TAR_HEADER_BYTES = 1 << 20  # of a long name or a pax header
+MAX_TAR_NAME_BYTES = 1 << 12
+MAX_ARRAY_BYTES = 1 << 30  # in an npz file; latents of 8192 x 8192 pixels take 64 MiB
+MAX_ARRAYS = 10_000
+MAX_FRAMES = 10_000_000  # of a clip, as a cache says it: days
+
+# addresses and servers
+MAX_DOWNLOAD_BYTES = 1 << 38  # 256 GiB, of a file in a table
+MAX_WAIT_SECONDS = 60.0  # that a site may ask for
+MAX_ANSWER_BYTES = 1 << 24  # of a server that captions
+MAX_ANSWER_CHARACTERS = 4000  # of a prompt that a language model writes
+
+# prompts
+MAX_WILDCARD_ROUNDS = 50  # of lines that draw from a file themselves
+MAX_WILDCARD_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
+MAX_WILDCARD_CHARACTERS = 1 << 22  # likewise
+MAX_NESTED = 50  # alternatives in alternatives
+MAX_VARIANTS = 10_000  # of one prompt that enumerates

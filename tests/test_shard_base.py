@@ -1,0 +1,170 @@
+"""Runs whose processes share the transformer, from the command lines of the families: their files are those
+of runs in which each process has all of it, to the bit.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from modules.media.reading import video_frames
+from tests.commands import run_in_processes
+from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily, write_deep
+from tests.tiny.project import write_dataset
+from tests.training.toy import same
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
+
+USUAL = "wan t2v-1.3B"
+OTHERS = [family.name for family in FAMILIES if family.name != USUAL]
+RUN = (
+    *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--no_page"),
+    *("--learning_rate", "1e-2", "--max_train_steps", "3"),
+)
+
+
+class Shared:
+    """A project of a family, and its runs in several processes."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
+        self.folder = folder
+        if name == USUAL:
+            write_deep(self.family, folder)
+            write_dataset(folder, frames="5")
+        else:
+            self.family.prepare(folder)
+        (folder / "prompts.txt").write_text(
+            f"{self.family.sample_line}\n{self.family.sample_line} --s 3\n", encoding="utf-8"
+        )
+        succeed_here(*self.family.cache_latents, folder=folder)
+        succeed_here(*self.family.cache_texts, folder=folder)
+
+    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
+        """Return the tensors of the LoRA."""
+        command = (*self.family.train, *RUN, "--output_dir", output, *words)
+        if processes == 1:
+            succeed_here(*command, folder=self.folder)
+        else:
+            run_in_processes(processes, *command, folder=self.folder)
+        return load_file(self.folder / output / "x.safetensors")
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """Return all validation losses that a run has logged."""
+    (log,) = folder.rglob("*tfevents*")
+    events = EventAccumulator(str(log.parent)).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("validation")]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+def frames_in(folder: Path) -> Tensor:
+    """Return the frames of all clips in a folder, by the order of their names: N F H W 3."""
+    clips = [list(video_frames(path)) for path in sorted(folder.glob("*.mp4"))]
+    return torch.from_numpy(numpy.array(clips))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(USUAL, tmp_path_factory.mktemp("two cards"))
+
+
+WAYS = {
+    "plain": (),
+    "dora": ("--network_args", "dora_wd=True"),
+    "fp8": ("--fp8_base", "--fp8_scaled"),
+    "dora fp8": ("--fp8_base", "--network_args", "dora_wd=True"),
+    "checkpointing": ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
+    "bf16": ("--mixed_precision", "bf16", "--gradient_checkpointing"),
+    "module dropout": ("--network_args", "module_dropout=0.7"),
+    "loha": ("--network_module", "networks.loha"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_lora_is_that_of_whole_models(project: Shared, way: str) -> None:
+    expected = project.train(f"{way} whole", 2, *WAYS[way])
+
+    assert same(project.train(f"{way} shared", 2, "--shard_base", *WAYS[way]), expected)
+
+
+def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_models(project: Shared) -> None:
+    """Of three micro-batches the second process lacks one in each epoch, and it has no clip to validate."""
+    words = (
+        *("--gradient_accumulation_steps", "2", "--validation_split", "0.25", "--save_state"),
+        *("--validate_every_n_steps", "1", "--logging_dir", "logs", "--gradient_checkpointing"),
+        *("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "2", "--sample_at_first"),
+    )
+    whole = project.train("odd whole", 2, *words, "--logging_dir", "odd whole/logs")
+    logs = "--logging_dir", "odd shared/logs"
+
+    assert same(project.train("odd shared", 2, "--shard_base", *words, *logs), whole)
+
+    ours, theirs = (project.folder / f"odd {name}" for name in ("shared", "whole"))
+    assert len(frames_in(ours / "sample")) == 4  # each once
+    assert torch.equal(frames_in(ours / "sample"), frames_in(theirs / "sample"))
+    assert scalars(ours / "logs") == scalars(theirs / "logs")
+
+
+def test_a_run_is_resumed_by_another_number_of_processes(project: Shared) -> None:
+    def train(output: str, *shares: str) -> dict[str, Tensor]:
+        usual = ("--validation_split", "0.25", "--save_state", "--overwrite")
+        resume = ("--resume", f"{output}/x-state")
+        project.train(output, 2, *usual, *shares, "--max_train_steps", 1)
+        project.train(output, 1, *usual, *resume, "--gradient_accumulation_steps", 2)
+        return project.train(output, 2, *usual, *shares, *resume, "--max_train_steps", 5)
+
+    assert same(train("resumed shared", "--shard_base"), train("resumed whole"))
+
+
+SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3", "--seed", "5")
+
+
+def generate(project: Shared, output: str, processes: int, *words: object) -> list[Tensor]:
+    """Return the latents of all that is made."""
+    command = (*project.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
+    if processes == 1:
+        succeed_here(*command, folder=project.folder)
+    else:
+        _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
+        assert "INFO" not in other.stderr + other.stdout  # the first one talks
+    found = sorted((project.folder / output).glob("*.safetensors"))
+    return [load_file(path)["latent"] for path in found]
+
+
+GENERATIONS = {
+    "prompt": ("--prompt", "a cat"),
+    "fp8": ("--prompt", "a cat", "--fp8_scaled"),
+    "file": ("--from_file", "prompts.txt", "--output_type", "both"),
+}
+
+
+@pytest.mark.parametrize("way", GENERATIONS)
+def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
+    expected = generate(project, f"{way} whole", 1, *GENERATIONS[way])
+
+    found = generate(project, f"{way} shared", 2, *GENERATIONS[way])
+
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_trains_and_generates_with_shared_blocks(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project = Shared(name, tmp_path_factory.mktemp("two cards"))
+    step = ("--max_train_steps", 2)
+    prompt = ("--prompt", "a cat")
+
+    lora = project.train("whole", 2, *step)
+    assert same(project.train("shared", 2, "--shard_base", *step), lora)
+    whole, shared = (generate(project, f"made {count}", count, *prompt) for count in (1, 2))
+    assert torch.equal(whole[0], shared[0])
