@@ -142,7 +142,7 @@ _TOOLS = {
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
     ),
     "networks": (
-        *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy"),
+        *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }

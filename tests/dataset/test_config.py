@@ -42,6 +42,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "frame_sample": 1,
         "max_frames": 129,
         "fp_latent_window_size": 9,
+        "lists_controls": True,
         "changes": CaptionChanges(),
         "augmentation": Augmentation(),
     }
