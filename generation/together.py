@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
-from generation.options import GenerationOptions, PostOptions
+from generation.options import GenerationOptions
 from modules.contract.family import Family
 from modules.devices import choose_device
 from modules.errors import OptionError, UserError
@@ -92,6 +92,11 @@ def _check(family: Family, options: GenerationOptions) -> None:
             "--sheet and --shard_base cannot be used together: a sheet switches LoRAs in the whole weights. "
             "Use --from_file with a line for each, or leave --shard_base out"
         )
+    if options.post.tools:  # a line that it can do nothing with would be left out by the first process alone
+        raise OptionError(
+            "--post and --shard_base cannot be used together. Run the tools on the finished files, with the "
+            "scripts in blissful_tuner/"
+        )
 
 
 def _without_files(options: GenerationOptions, folder: Path) -> GenerationOptions:
@@ -99,7 +104,6 @@ def _without_files(options: GenerationOptions, folder: Path) -> GenerationOption
     return replace(
         options,
         output=replace(options.output, save_path=folder, output_type="latent", save_last_frame=False),
-        post=PostOptions(),
         preview=NO_PREVIEW,
         rewriting=PromptRewriteOptions(),
     )

@@ -233,14 +233,16 @@ def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: s
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
 
 
-def test_whole_transformers_and_sheets_are_refused(project: Shared) -> None:
+def test_whole_transformers_sheets_and_tools_are_refused(project: Shared) -> None:
     train = project.family.train[1 : project.family.train.index("--network_module")]
     whole = (project.family.train_whole, *train, *RUN, "--output_dir", "refused", "--shard_base")
     assert_one_message(*run_here(*whole, folder=project.folder), "--shard_base splits frozen weights")
 
     sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
-    done = run_in_processes(2, *sheet, "--sheet", "seed=1,2", folder=project.folder, code=2)
-    assert all("--sheet and --shard_base" in one.stderr and "Traceback" not in one.stderr for one in done)
+    for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x")):
+        done = run_in_processes(2, *sheet, *words, folder=project.folder, code=2)
+        named = f"{words[0]} and --shard_base"
+        assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
 
 
 def test_one_process_says_that_it_holds_the_model(project: Shared) -> None:
