@@ -52,11 +52,11 @@ def assert_near(found: Tensor, expected: Tensor, near: float = NEAR) -> None:
     assert (found - expected).abs().max() <= near * expected.abs().max()
 
 
-def one_of(value: Any, sample: int) -> Any:
-    """An argument of a network for one sample of a batch."""
-    if isinstance(value, list):
-        return [one_of(each, sample) for each in value]
-    return value[sample : sample + 1] if isinstance(value, Tensor) else value
+def one_of(name: str, value: Any, sample: int) -> Any:
+    """An argument of a network for one sample of a batch; references are batches."""
+    if name == "references":
+        return [each[sample : sample + 1] for each in value]
+    return value[sample : sample + 1] if isinstance(value, (Tensor, list)) else value
 
 
 @of_each_that_hides
@@ -66,7 +66,7 @@ def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding(dit: T
     together = model(**inputs)
 
     for sample in range(2):
-        alone = {name: one_of(value, sample) for name, value in inputs.items()}
+        alone = {name: one_of(name, value, sample) for name, value in inputs.items()}
         for name, mask in masks_of(inputs).items():
             length = max(int(mask[sample].sum()), 1)  # an empty text is a row that nobody sees
             for each in (text_of(inputs, name), f"{name}_mask"):
