@@ -42,8 +42,11 @@ class Project:
 
 
 NAMES = (
-    *("wan t2v-1.3B", "hunyuan_video", "framepack"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("kontext", "flux_2", "qwen_image", "z_image")),
+    *("wan t2v-1.3B", "hunyuan_video"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("framepack", "kontext", "flux_2", "qwen_image", "z_image")
+    ),
 )
 
 

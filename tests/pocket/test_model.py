@@ -104,6 +104,7 @@ def test_guidance_draws_prompts_further_apart(tmp_path: Path) -> None:
     assert distance(5) > 1.1 * distance(1)
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     prompts = dict.fromkeys(range(1, 9), "a circle moving left")
     free = Counter(

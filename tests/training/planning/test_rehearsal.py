@@ -183,7 +183,9 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
 
 
 @pytest.mark.parametrize(
-    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
+    "checkpointing",
+    [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]],
+    ids=["all kept", "checkpointing"],
 )
 def test_a_hunyuan_step_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
@@ -203,7 +205,7 @@ def test_a_hunyuan_step_takes_what_was_predicted(
             *("--optimizer_type", "Adafactor", "--full_bf16", "--fused_backward_pass"),
             *("--optimizer_args", "relative_step=False"),
         ],
-        ["--optimizer_type", "AdamW", "--full_bf16"],
+        pytest.param(["--optimizer_type", "AdamW", "--full_bf16"], marks=pytest.mark.slow),
     ],
     ids=["adamw", "adafactor, fused backward, bf16", "adamw, bf16"],
 )
