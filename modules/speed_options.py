@@ -307,7 +307,7 @@ class SwapOptions(Options):
 
 
 class ShardingOptions(Options):
-    """Whether processes share the weights of the transformer."""
+    """What processes share: the weights of the transformer, the tokens of a clip."""
 
     shard_base: bool = option(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
@@ -315,6 +315,32 @@ class ShardingOptions(Options):
         "encoders and the VAE are in every process",
         often=True,
     )
+    context_parallel: int = option(
+        "of the processes, N share the tokens of each clip: each has a part of the tokens between attention, "
+        "and all tokens of a part of the heads in it. 1: none",
+        default=1,
+        least=1,
+        metavar="N",
+        often=True,
+    )
+
+    @property
+    def is_asked(self) -> bool:
+        """Return whether several processes work on the same micro-batch or prompt."""
+        return self.shard_base or self.context_parallel > 1
+
+    def groups_of(self, processes: int, passes: int = 1) -> int:
+        """Return how many groups of processes have micro-batches of their own.
+
+        passes: processes that share the passes of a step. Raises OptionError if they cannot be grouped so.
+        """
+        peers = self.context_parallel * passes
+        if processes % peers:
+            raise OptionError(
+                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of {peers}. "
+                f"Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
+            )
+        return processes // peers
 
     def check_beside(self, swap: SwapOptions) -> None:
         """Raise OptionError if blocks would be swapped too."""

@@ -284,7 +284,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
             reads_dropped=plan.options.frozen.teacher is not None and CAPTION in plan.family.fuller,
         ),
         plan.steps,
-        accelerator.process_index,
+        plan.steps.number_of(accelerator.process_index),
         loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
         encoders=plan.encoders,
@@ -300,8 +300,8 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         options.timesteps,
         plan.commands,
         accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
+        plan.steps.number_of(accelerator.process_index),
+        plan.steps.processes,
         loss,
         image_rule(asked, options.timesteps)
         if options.is_for_images

@@ -85,7 +85,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     with run.adapter.turned(is_on=True):
         row, keys = _accumulate(run, group, micro_batches)
     run.stepping.begin(reached)
-    is_alone = run.steps.processes == 1
+    is_alone = run.steps.everyone == 1
     here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
         wishes = [run.stop.asked, *here]
@@ -130,6 +130,7 @@ def _accumulate(
     count = len(run.experts)
     row = torch.zeros(WISHES.stop + (2 * count if count > 1 else 0), device=run.device)
     keys: tuple[str, ...] = ()
+    parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.scaler.scale(row)
     for index in run.steps.share(group, run.feed.process):
@@ -141,14 +142,14 @@ def _accumulate(
         with run.autocast():
             batch = run.texts.add_to(micro_batch.data.batch)
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
-        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
+        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / parts
         if run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process):
             run.scaler.scale(0 * loss).backward()  # for the others, which gather the blocks from this process
             continue
         run.scaler.scale(loss).backward()
         row[0] += loss.detach()
         if count > 1:
-            row[WISHES.stop + expert] += loss.detach() * len(group)
+            row[WISHES.stop + expert] += loss.detach() * parts
             row[WISHES.stop + count + expert] += 1
         keys += micro_batch.data.batch.keys
     return row, keys
@@ -188,7 +189,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
     if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
-    if run.steps.processes > 1:
+    if run.steps.everyone > 1:
         run.stop.agreed = run.stop.agreed or step.row[WISHES][0] > 0
     report = replace(
         step,
@@ -308,7 +309,7 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler.prompts:
-        was_stopped, together = False, run.steps.processes if run.steps.in_lockstep else 1
+        was_stopped, together = False, run.steps.everyone if run.steps.in_lockstep else 1
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(
@@ -319,7 +320,7 @@ def _sample(run: TrainingRun) -> None:
                 )
         except SamplingStopped:
             was_stopped = True
-        if is_any(was_stopped, run.steps.processes, run.device):
+        if is_any(was_stopped, run.steps.everyone, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return

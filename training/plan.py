@@ -236,12 +236,13 @@ def _find_items(
 
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
     """Plan the steps of the run; epochs, if given, replace steps."""
-    loop = options.loop
+    loop, sharding = options.loop, options.speed.sharding
     steps = StepPlan(
         num_batches=order.num_batches,
-        processes=processes,
+        processes=sharding.groups_of(processes),
+        peers=sharding.context_parallel,
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=options.speed.sharding.shard_base and processes > 1,
+        in_lockstep=sharding.is_asked and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

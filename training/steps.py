@@ -2,9 +2,10 @@
 
 An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
 accumulation` of them; the last step of an epoch takes the rest. Process r of P works on those whose index is
-r modulo P. So two processes take the same steps as one process with twice the accumulation. Processes in
-lockstep, which share a model, run equal passes: one that lacks a micro-batch in the last step of an epoch
-repeats the last one of all, with weight 0. `Progress` says where a run stands in its plan.
+r modulo P; where processes share the tokens of a clip, a group of them counts as one process here. So two
+processes take the same steps as one process with twice the accumulation. Processes in lockstep, which share a
+model, run equal passes: one that lacks a micro-batch in the last step of an epoch repeats the last one of
+all, with weight 0. `Progress` says where a run stands in its plan.
 """
 
 from collections.abc import Iterator
@@ -45,6 +46,16 @@ class StepPlan:
     first_step: int = 0
     # processes share the transformer, so that all take equally many micro-batches in a step
     in_lockstep: bool = False
+    peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
+
+    @property
+    def everyone(self) -> int:
+        """Return the number of processes, each counted by itself."""
+        return self.processes * self.peers
+
+    def number_of(self, rank: int) -> int:
+        """Return which of `processes` one of everyone belongs to."""
+        return rank // self.peers
 
     @property
     def group_size(self) -> int:
