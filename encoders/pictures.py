@@ -1,6 +1,6 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -82,6 +82,22 @@ class AutoencoderFiles(TransformerFiles):
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no such autoencoder."""
         read_autoencoder_header(self.vae_path, self.vae_option)
+
+
+def encode_pictures(
+    media: MediaBatch, device: torch.device, encode: Callable[[Tensor], Tensor]
+) -> list[list[CacheEntry]]:
+    """Return the cache entry of each picture, with its references as `latents_control_0`, ...
+
+    encode: B 1 H W 3 uint8 -> latents B C 1 h w.
+    """
+    entries = []
+    for part in media.split_for(device):
+        references = {f"{CONTROL}_{number}": one for number, one in enumerate(part.control)}
+        made = {name: encode(frames) for name, frames in {"latents": part.frames, **references}.items()}
+        for index in range(len(part.frames)):
+            entries.append([CacheEntry({name: each[index].clone() for name, each in made.items()})])
+    return entries
 
 
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:

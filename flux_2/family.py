@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures
+from encoders.pictures import ModelOfPictures, encode_pictures, references_in, references_of
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
 from flux_2.options import (
@@ -23,6 +23,7 @@ from flux_2.options import (
 from flux_2.text_encoders import KEY
 from flux_2.versions import VERSIONS
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
@@ -36,14 +37,13 @@ from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, Tex
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import IMAGE, LATENTS, ModelRelease, ReferenceRules, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import send, send_ahead
-from modules.errors import CacheError
+from modules.devices import send_ahead
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-REFERENCE, GUIDANCE = "latents_control", "guidance"  # names in conditions; behind the first _0, _1, ...
+GUIDANCE = "guidance"  # its name in conditions
 LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
 MOST_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
@@ -118,14 +118,8 @@ class Flux2(ModelOfPictures):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: its posterior's mean, and those of its references."""
-        vae, entries = encoders.vae, []
-        for part in media.split_for(vae.device):
-            clips = {"latents": part.frames}
-            clips |= {f"{REFERENCE}_{number}": one for number, one in enumerate(part.control)}
-            found = {key: vae.encode(byte_clips(frames)) for key, frames in clips.items()}
-            for index in range(len(part.frames)):
-                entries.append([CacheEntry({key: each[index].clone() for key, each in found.items()})])
-        return entries
+        vae = encoders.vae
+        return encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
 
     # the network
 
@@ -138,17 +132,7 @@ class Flux2(ModelOfPictures):
         found: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
         if config.has_guidance:
             found[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return found | {name: self._reference(batch, name) for name in _reference_names(batch.tensors)}
-
-    def _reference(self, batch: Batch, name: str) -> Tensor:
-        """Return a reference of a batch, B C 1 h w. Raises CacheError for latents that are none."""
-        found = batch.tensor(name)
-        if found.shape[1:3] != (LATENT.channels, 1):
-            raise CacheError(
-                f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, found.shape[1:]))}, not "
-                f"{LATENT.channels} channels of one picture. Cache again with {LATENTS_AGAIN}."
-            )
-        return found
+        return found | references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -158,14 +142,13 @@ class Flux2(ModelOfPictures):
         cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on.
         """
         device, guidance = noisy.device, cond.get(GUIDANCE)
-        pictures = [cond[name] for name in _reference_names(cond)]
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_texts(cond, {"text": KEY}, device),
             guidance=send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None,
             tweaks=tweaks.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
-            references=[send(one, device) for one in pictures if isinstance(one, Tensor)],
+            references=references_in(cond, device),
         )
         return velocity
 
@@ -199,7 +182,7 @@ class Flux2(ModelOfPictures):
         area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
         return {
             0: {
-                f"{REFERENCE}_{number}": encoders.vae.encode(byte_clips(read_reference(path, area)))
+                f"{CONTROL}_{number}": encoders.vae.encode(byte_clips(read_reference(path, area)))
                 for number, path in enumerate(paths)
             }
         }
@@ -235,12 +218,6 @@ class Flux2(ModelOfPictures):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
-
-
-def _reference_names(found: Conditions) -> list[str]:
-    """Return the names of references among conditions, in their order."""
-    numbers = sorted(int(name.rpartition("_")[2]) for name in found if name.startswith(f"{REFERENCE}_"))
-    return [f"{REFERENCE}_{number}" for number in numbers]
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

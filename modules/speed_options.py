@@ -337,8 +337,8 @@ class ShardingOptions(Options):
         peers = self.context_parallel * passes
         if processes % peers:
             raise OptionError(
-                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of {peers}. "
-                f"Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
+                f"--context_parallel {self.context_parallel}: {processes} processes do not make groups of "
+                f"{peers}. Start a multiple of it: accelerate launch --multi_gpu --num_processes {peers}"
             )
         return processes // peers
 

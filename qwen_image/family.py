@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, picture_defaults, references_in, references_of
+from encoders.pictures import (
+    ModelOfPictures,
+    encode_pictures,
+    picture_defaults,
+    references_in,
+    references_of,
+)
 from modules.contract.data import (
     CONTROL,
     LATENTS_MADE,
@@ -137,14 +143,8 @@ class QwenImage(ModelOfPictures):
         """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
         dtype.
         """
-        vae, entries = encoders.vae, []
-        for part in media.split_for(vae.device):
-            references = {f"{CONTROL}_{index}": one for index, one in enumerate(part.control)}
-            pictures = {"latents": part.frames, **references}
-            made = {name: vae.encode(to_pixels(frames)).to(vae.dtype) for name, frames in pictures.items()}
-            for index in range(len(part.frames)):
-                entries.append([CacheEntry({name: means[index].clone() for name, means in made.items()})])
-        return entries
+        vae = encoders.vae
+        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from encoders.pictures import references_in
 from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu, read_reference
 from flux_2.files import Flux2Files
 from flux_2.versions import VERSIONS
@@ -172,11 +173,12 @@ def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) ->
 def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, dev: TinyFlux2) -> None:
     family, latents = family_of(klein), torch.zeros(1, 128, 1, 3, 3)
     given: dict[str, Any] = {"ctx_vec": torch.zeros(1, 512, 192)}
-    pictures = {f"latents_control_{number}": latents for number in (10, 2, 1)}
+    pictures = {f"latents_control_{number}": torch.full_like(latents, number) for number in (10, 2, 1)}
 
     found = family.batch_conditions(latents, Batch({**given, **pictures}, ("",), ("a",)))
 
-    assert list(found) == ["ctx_vec", "latents_control_1", "latents_control_2", "latents_control_10"]
+    assert set(found) == {"ctx_vec", *pictures}
+    assert [one.flatten()[0] for one in references_in(found, latents.device)] == [1, 2, 10]
     trained = replace(family_of(dev), trained_guidance=1.5)
     assert trained.batch_conditions(latents, Batch(given, ("",), ("a",)))["guidance"] == torch.tensor([1.5])
     with pytest.raises(
