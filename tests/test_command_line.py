@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
 WIDER_CHOICES = {
+    "--log_with",
     *("--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend", "--target"),
     "--save_precision",
 }

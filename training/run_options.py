@@ -229,6 +229,10 @@ def _split_multiplier(given: Path) -> tuple[Path, float]:
     return Path(name), multiplier
 
 
+NEEDS_FOLDER = ("tensorboard", "aim")  # trackers that write into --logging_dir
+TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
+
+
 class LogOptions(Options, title="logs"):
     """Options of where loss curves go."""
 
@@ -236,17 +240,18 @@ class LogOptions(Options, title="logs"):
         "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
     )
     log_with: str | None = option(
-        "tensorboard when not given and --logging_dir is", choices=("tensorboard", "wandb", "all")
+        "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
+        choices=(*TRACKERS, "all"),
     )
     log_prefix: str | None = option("start of the run folder's name, before its date")
     log_tracker_name: str | None = option(
-        "name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given"
+        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given"
     )
     wandb_run_name: str | None = option("name of the run in wandb")
     log_tracker_config: Path | None = option(
         "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
         place="there",
-        hint="a TOML file with a table [wandb] or [tensorboard]",
+        hint="a TOML file with a table [wandb] or of another tracker",
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", facts=SECRET
@@ -258,9 +263,10 @@ class LogOptions(Options, title="logs"):
     )
 
     def __post_init__(self) -> None:
-        if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
+        writes = [name for name in self.trackers if name in NEEDS_FOLDER]
+        if writes and self.logging_dir is None:
             raise OptionError(
-                f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
+                f"--log_with {self.log_with} needs --logging_dir: the folder for {writes[0]}'s files"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Report a run: a progress bar, and TensorBoard or wandb through accelerate's trackers.
+"""Report a run: a progress bar, and TensorBoard, wandb or others through accelerate's trackers.
 
 Only the main process reports. Numbers that a step leaves on the device are read one step later, so that the
 host never waits for them. They are one row: the loss; what processes wish (`WISHES`); if there are several
@@ -303,8 +303,8 @@ class Logs:
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 self._to_tensorboard(tracker.writer, values, step)
-            else:
-                tracker.log(dict(values), step=step)
+            else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
+                tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
     def _to_tensorboard(self, writer: Any, values: Mapping[str, float], step: int) -> None:
         """Pass values to TensorBoard's writing thread.
@@ -360,7 +360,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise UserError(
                 f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
-                "[wandb] or [tensorboard]"
+                f"[{' or '.join(options.trackers)}]"
             )
     return tables
 

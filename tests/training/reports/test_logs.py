@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD
 from tqdm import tqdm
@@ -130,6 +132,43 @@ def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
     file.write_text("name = 1")
     with pytest.raises(UserError, match="outside a table"):
         tracker_arguments(given)
+
+
+OTHERS = ("trackio", "aim", "mlflow", "swanlab", "comet_ml")
+
+
+@pytest.mark.usefixtures("_fresh_processes")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_dashboards_get_the_numbers_and_their_arguments(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the package, as accelerate calls it."""
+    package = MagicMock(__version__="9.0", __spec__=None)
+    package.search_experiments.return_value = []
+    package.utils.validation.MAX_PARAM_VAL_LENGTH = package.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 100
+    monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType(name)])
+    file = tmp_path / "t.toml"
+    argument = "run_name" if name == "mlflow" else "experiment"
+    file.write_text(f'[{name}]\n{argument} = "mine"\n')
+    given = options(
+        "--log_with", name, "--log_tracker_config", str(file), "--logging_dir", str(tmp_path)
+    ).logs
+    check_trackers(given)
+    accelerator = make_accelerator(PLAIN, given)
+
+    with Logs(accelerator, given, 4, config={"max_train_steps": 4}) as logs:
+        logs.values({"loss/epoch": 0.5, "lr/d*lr/unet": 0.25}, 3)
+
+    calls = str(package.mock_calls)
+    assert f"{argument}='mine'" in calls
+    for part in ("'max_train_steps': 4", "loss/epoch", "0.5", "lr/d-lr/unet", "0.25", "step=3"):
+        assert part in calls, (part, calls)
+
+
+def test_what_writes_into_a_folder_needs_one() -> None:
+    with pytest.raises(OptionError, match="--log_with aim needs --logging_dir"):
+        options("--log_with", "aim")
 
 
 @pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")
