@@ -227,14 +227,25 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if blocks is not None:
         downs = factors[LORA[0]].chunk(len(paths))
         alpha = torch.tensor(strength(factors) * (len(factors[LORA[0]]) // len(paths)))
-        return {
-            path: {LORA[0]: down, LORA[1]: up, "alpha": alpha}
-            for path, down, up in zip(paths, downs, blocks, strict=True)
-        }
+        return _active(
+            {
+                path: {LORA[0]: down, LORA[1]: up, "alpha": alpha}
+                for path, down, up in zip(paths, downs, blocks, strict=True)
+            }
+        )
     places = zip(paths, itertools.accumulate(heights, initial=0), heights, strict=False)
     pieces = {path: rows_of(factors, slice(start, start + height)) for path, start, height in places}
     found = {path: piece for path, piece in pieces.items() if piece is not None}
-    return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
+    return _active(found) if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
+
+
+def _active(pieces: Pieces) -> Pieces:
+    """Return the parts that change something, or all if none does: one that a LoRA was joined without is zero
+    in the whole.
+    """
+    return {
+        path: one for path, one in pieces.items() if one[LORA[1]].any() or not one.keys() <= {*LORA, "alpha"}
+    } or pieces
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
