@@ -377,13 +377,16 @@ class LanguageModelFiles(TransformerFiles):
             self.text_on_cpu,
         )
 
+    def text_width(self) -> int:
+        """Return how many numbers the joined states of the text encoder have."""
+        return read_once(self.language_model().path, _width_reader(self.text_use))
+
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoder: `TransformerFiles.check_texts`."""
         use, model = self.text_use, self.text_use.model
         if self.text_encoder is not None or needed:
             path, takes = self.language_model().path, None if config is None else config.text_dim
-            width = read_once(path, _width_reader(use))
-            check_state_width(model.option, path, width, self.dit, takes, model.files)
+            check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
             if use.pictures is not None:
                 read_once(path, _tower_reader(use))
         if self.text_encoder_tokenizer is not None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,19 @@ class Flux2Files(LanguageModelFiles):
     def text_use(self) -> LanguageUse:
         """What is taken from the language model."""
         return self.version.use
+
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the text encoder; without a transformer it is compared with those of the releases."""
+        super().check_texts(config, needed)
+        if config is None and self.text_encoder is not None:
+            width = self.text_width()
+            fit = [name for name, one in VERSIONS.items() if one.text_dim == width]
+            if fit and self.model_version not in fit:
+                model = self.text_use.model
+                raise OptionError(
+                    f"{model.option} {self.text_encoder} is the text encoder of --model_version "
+                    f"{' and '.join(fit)}, not of {self.model_version}. Give {model.files} or that version"
+                )
 
     def dit_header(self) -> DitHeader[Flux2Config]:
         """Read dimensions, dialect and dtype of the file. Raises OptionError for another release's."""
