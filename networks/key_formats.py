@@ -232,7 +232,7 @@ def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
 
 
 def name_by_ratios(modules: Mapping[str, Factors]) -> str | None:
-    """Return the family's name that alone has weights of such shapes under such names; None: there is none."""
+    """Return the name of the family that alone has weights of such shapes under such names, if any."""
     for family in FAMILIES:
         known = dict(family.ratios)
         expected = {name: ratio for name in modules for end, ratio in known.items() if name.endswith(end)}
