@@ -14,7 +14,6 @@ from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import inside, read_once
-from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 
 
@@ -78,6 +77,5 @@ class Flux2Files(LanguageModelFiles):
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
     """Return the files of a training or a generation."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = Flux2Files(options.dit, dtype, model_version=options.model_version)
+    files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

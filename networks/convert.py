@@ -290,15 +290,12 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
 def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
     """Return whose names a LoRA's modules have. name: of the family that the caller expects."""
     made = read_family(lora.metadata)
-    hint = (name or _likely_family(lora)) if made is None else made.name
+    hint = (name_by_ratios(lora.modules()) or name or _likely_family(lora)) if made is None else made.name
     return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
 
 
 def _likely_family(lora: LoraFile) -> str | None:
     """Return the family that a file without metadata is probably for, if several have its names."""
-    by_ratios = name_by_ratios(lora.modules())
-    if by_ratios is not None:
-        return by_ratios
     inputs = {
         name.removeprefix(OURS): factors[LORA[0]].shape[1]
         for name, factors in lora.modules().items()

@@ -234,12 +234,11 @@ def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
 def name_by_ratios(modules: Mapping[str, Factors]) -> str | None:
     """Return the name of the family that alone has weights of such shapes under such names, if any."""
     for family in FAMILIES:
-        known = dict(family.ratios)
-        expected = {name: ratio for name in modules for end, ratio in known.items() if name.endswith(end)}
-        sizes = {name: _size_of(modules[name]) for name in expected}
-        if expected and all(
-            one is not None and max(one) == expected[name] * min(one) for name, one in sizes.items()
-        ):
+        found = [
+            (one, by) for name, one in modules.items() for end, by in family.ratios if name.endswith(end)
+        ]
+        sizes = [(_size_of(one) or (0, 1), by) for one, by in found]
+        if sizes and all(max(size) == by * min(size) for size, by in sizes):
             return family.name
     return None
 

@@ -132,11 +132,7 @@ FLUX_2 = FamilyNames(
     ),
     versions=("flux_2", "flux-2", "flux2"),
     # FLUX.1's are 7, 5, 4 and 4
-    ratios=(
-        ("_linear1", 9),
-        ("_linear2", 4),
-        *((f"{x}_mlp_{y}", r) for x in ("img", "txt") for y, r in ((0, 6), (2, 3))),
-    ),
+    ratios=(("_linear1", 9), ("_linear2", 4), ("_mlp_0", 6), ("_mlp_2", 3)),
 )
 
 # HunyuanImage-2.1, whose blocks are HunyuanVideo's
