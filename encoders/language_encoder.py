@@ -136,9 +136,6 @@ class LanguageUse:
     pad: str | None = None
     pads_left: bool = False
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
-    weighed: bool = (
-        True  # the weights of a prompt's parts multiply its states (not if it is padded on the left)
-    )
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
     record: str = ""  # what its facts in cache records begin with; "": the name
@@ -190,7 +187,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.name, self.source, self.most = use.name, use.source, use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
-        self.weighed = use.states_key if use.weighed else ""
+        self.weighed, self.pads_left = use.states_key, use.pads_left
 
     @property
     def state(self) -> str | None:
