@@ -43,6 +43,10 @@ class TransformerFiles(ABC):
     vae_option: ClassVar[str] = "--vae"
     usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
 
+    def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
+        """Return a copy with the options of the transformer. dtype: of --dit_dtype."""
+        return replace(self, dit=dit, dit_dtype=choose_compute_dtype(dtype, "--dit_dtype", None))
+
     def add_vae(self, options: VaeOptions) -> Self:
         """Return a copy with the options of the VAE."""
         dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)

@@ -136,9 +136,6 @@ class LanguageUse:
     pad: str | None = None
     pads_left: bool = False
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
-    weighed: bool = (
-        True  # the weights of a prompt's parts multiply its states (not if it is padded on the left)
-    )
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
     record: str = ""  # what its facts in cache records begin with; "": the name
@@ -190,7 +187,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.name, self.source, self.most = use.name, use.source, use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
-        self.weighed = use.states_key if use.weighed else ""
+        self.weighed, self.pads_left = use.states_key, use.pads_left
 
     @property
     def state(self) -> str | None:
@@ -377,13 +374,16 @@ class LanguageModelFiles(TransformerFiles):
             self.text_on_cpu,
         )
 
+    def text_width(self) -> int:
+        """Return how many numbers the joined states of the text encoder have."""
+        return read_once(self.language_model().path, _width_reader(self.text_use))
+
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoder: `TransformerFiles.check_texts`."""
         use, model = self.text_use, self.text_use.model
         if self.text_encoder is not None or needed:
             path, takes = self.language_model().path, None if config is None else config.text_dim
-            width = read_once(path, _width_reader(use))
-            check_state_width(model.option, path, width, self.dit, takes, model.files)
+            check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
             if use.pictures is not None:
                 read_once(path, _tower_reader(use))
         if self.text_encoder_tokenizer is not None:

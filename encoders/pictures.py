@@ -107,12 +107,13 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
     latents that are none.
     """
     found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
+    sides = " with even sides" if patch > 1 else ""
     for name, tensor in found.items():
         height, width = tensor.shape[-2:]
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
             raise CacheError(
                 f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "
-                f"{channels} channels of one picture with even sides. Cache again with {remedy}."
+                f"{channels} channels of one picture{sides}. Cache again with {remedy}."
             )
     return found
 

@@ -241,6 +241,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     source: TokenizerSource
     most: int  # tokens of a prompt that are kept, without those that are dropped
     weighed: str = ""  # key of the states that the weights of parts multiply; "": none
+    pads_left: bool = False  # the states of a short prompt are the last ones of `most`
     tells_cuts: ClassVar[bool] = False  # log each prompt that is too long
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
@@ -353,9 +354,17 @@ class FileTextEncoder(ABC, Generic[Network]):
         if not self.weighed:
             return results
         return [
-            _weigh(found, self.weighed, weights_within(one, tokens, dropped)) if one.spans else found
+            self._weigh(found, weights_within(one, tokens, dropped)) if one.spans else found
             for found, one, tokens in zip(results, written, kept, strict=True)
         ]
+
+    def _weigh(self, found: Conditions, weights: Sequence[float]) -> Conditions:
+        if self.pads_left:
+            weights = [1.0] * (self.most - len(weights)) + [*weights]
+        states: Any = found[self.weighed]
+        if isinstance(states, Tensor):
+            return {**found, self.weighed: weigh_rows(states, weights)}
+        return {**found, self.weighed: [weigh_rows(one, weights) for one in states]}
 
     def free(self) -> None:
         """Release the encoder and its memory."""
@@ -369,10 +378,3 @@ def weights_within(written: Written, tokens: Tokens, dropped: int) -> list[float
     own = [place if place is not None and place[0] in inside else None for place in tokens.places[dropped:]]
     shifted = [(first + start, last + start, weight) for first, last, weight in written.spans]
     return token_weights(written.text, own, shifted)
-
-
-def _weigh(found: Conditions, key: str, weights: Sequence[float]) -> Conditions:
-    states: Any = found[key]
-    if isinstance(states, Tensor):
-        return {**found, key: weigh_rows(states, weights)}
-    return {**found, key: [weigh_rows(one, weights) for one in states]}

@@ -48,7 +48,7 @@ from modules.contract.requests import (
 )
 from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import choose_compute_dtype, send_ahead
+from modules.devices import send_ahead
 from modules.errors import CacheError
 from modules.options import NO_OPTIONS
 
@@ -295,8 +295,7 @@ def family_for_generation(options: FluxGenerationOptions) -> Flux:
 
 
 def _files(options: FluxTrainingOptions | FluxGenerationOptions) -> FluxFiles:
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = FluxFiles(options.dit, dtype, says_chroma=options.model_type == SAYS_CHROMA)
+    files = FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae).add_text(options.text)
 
 

@@ -21,7 +21,7 @@ from flux_2.options import (
     Flux2TrainingOptions,
 )
 from flux_2.text_encoders import KEY
-from flux_2.versions import VERSIONS
+from flux_2.versions import DEV, VERSIONS
 from modules.contract.data import (
     CONTROL,
     Batch,
@@ -162,6 +162,14 @@ class Flux2(ModelOfPictures):
         missing or of another kind.
         """
         version = self.files.version
+        usual = DEV.defaults.embedded_guidance  # that of the script, whatever the release
+        if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, usual):
+            logger.warning(
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored: --model_version %s has no input "
+                "for it",
+                request.embedded_guidance,
+                self.files.model_version,
+            )
         if version.is_distilled and request.guidance_scale not in (None, 1.0):
             logger.warning(
                 "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",

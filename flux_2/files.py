@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +14,6 @@ from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import inside, read_once
-from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 
 
@@ -35,6 +34,19 @@ class Flux2Files(LanguageModelFiles):
     def text_use(self) -> LanguageUse:
         """What is taken from the language model."""
         return self.version.use
+
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the text encoder; without a transformer it is compared with those of the releases."""
+        super().check_texts(config, needed)
+        if config is None and self.text_encoder is not None:
+            width = self.text_width()
+            fit = [name for name, one in VERSIONS.items() if one.text_dim == width]
+            if fit and self.model_version not in fit:
+                model = self.text_use.model
+                raise OptionError(
+                    f"{model.option} {self.text_encoder} is the text encoder of --model_version "
+                    f"{' and '.join(fit)}, not of {self.model_version}. Give {model.files} or that version"
+                )
 
     def dit_header(self) -> DitHeader[Flux2Config]:
         """Read dimensions, dialect and dtype of the file. Raises OptionError for another release's."""
@@ -65,6 +77,5 @@ class Flux2Files(LanguageModelFiles):
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
     """Return the files of a training or a generation."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = Flux2Files(options.dit, dtype, model_version=options.model_version)
+    files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

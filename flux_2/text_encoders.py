@@ -38,7 +38,6 @@ MISTRAL_USE = LanguageUse(
     states=(10, 20, 30),
     pad="<pad>",
     pads_left=True,
-    weighed=False,
     at_once=1,
 )
 QWEN3_4B_USE = LanguageUse(

@@ -26,6 +26,7 @@ class Flux2Version:
     release: ModelRelease
     defaults: SamplingDefaults
     dim: int  # width of the released transformer
+    text_dim: int  # of its texts
     is_distilled: bool  # guidance by a second pass does not belong to it
 
 
@@ -41,6 +42,7 @@ DEV = Flux2Version(
     release=_release("FLUX.2-dev", _OF_DEV),
     defaults=picture_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
     dim=6144,
+    text_dim=15360,
     is_distilled=True,
 )
 KLEIN_4B = Flux2Version(
@@ -51,6 +53,7 @@ KLEIN_4B = Flux2Version(
     release=_release("FLUX.2-klein-4B", _APACHE),
     defaults=picture_defaults(4, 1.0, 1024),
     dim=3072,
+    text_dim=7680,
     is_distilled=True,
 )
 KLEIN_9B = replace(
@@ -61,6 +64,7 @@ KLEIN_9B = replace(
     use=QWEN3_8B_USE,
     release=_release("FLUX.2-klein-9B", _OF_9B),
     dim=4096,
+    text_dim=12288,
 )
 BASE = picture_defaults(50, GUIDANCE, 1024)
 VERSIONS = {

@@ -42,7 +42,6 @@ from modules.contract.rules import (
     SourceRules,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import choose_compute_dtype
 from modules.options import NO_OPTIONS
 
 TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys
@@ -177,16 +176,17 @@ def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanI
 
 def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_train_network.py."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = HunyuanImageFiles(options.dit, dtype, "--pretrained_model_name_or_path")
+    files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
+        options.dit, options.dit_dtype
+    )
     files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, defaults=SAMPLES, options=options)
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_generate_image.py."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = HunyuanImageFiles(options.dit, dtype).add_rows(options.vae).add_text(options.text)
+    files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
+    files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)
 
 

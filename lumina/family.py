@@ -43,7 +43,6 @@ from modules.contract.rules import (
     SourceRules,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
 
@@ -193,15 +192,17 @@ def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
     """Describe the family for lumina_train_network.py."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    return Lumina(LuminaFiles(options.dit, dtype).add_vae(options.vae).add_text(options.text), options)
+    return Lumina(_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
     """Describe the family for lumina_generate_image.py."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = LuminaFiles(options.dit, dtype).add_vae(options.vae).add_text(options.text)
-    return Lumina(replace(files, system_prompt_in_negative=options.add_system_prompt_to_negative_prompt))
+    in_negative = options.add_system_prompt_to_negative_prompt
+    return Lumina(replace(_files(options), system_prompt_in_negative=in_negative))
+
+
+def _files(options: LuminaTrainingOptions | LuminaGenerationOptions) -> LuminaFiles:
+    return LuminaFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae).add_text(options.text)
 
 
 _: type[Family] = Lumina

@@ -31,7 +31,7 @@ from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
-from networks.parts import part_rows
+from networks.parts import is_cut, part_rows
 
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
@@ -100,6 +100,9 @@ class Change:
         """
         own, whole = self.shape()[0], len(weight)
         heights = (own, whole) if relative.is_part else (whole, own)
+        if is_cut(relative.part) and heights[0] >= heights[1]:
+            parts = "it is a part of the weight" if relative.is_part else "the weight is a part of it"
+            raise RuntimeError(f"{relative.name} has {own} rows, the weight {whole}, although {parts}")
         rows = part_rows(relative.part, *heights)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)

@@ -23,7 +23,7 @@ from networks.deltas import (
     add_missing_alphas,
     group_by_module,
 )
-from networks.key_formats import OURS, dialect_in_words
+from networks.key_formats import OURS, dialect_in_words, name_by_ratios
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
 from networks.module_names import FAMILIES, alias, choose_family, joined_path, read_family, to_alias
@@ -171,10 +171,11 @@ def convert_file(
     refuse_replacing("--output", output, checkpoint_paths(source))
     lora = read_lora(source, by_expert=True, with_texts=True)
     made = read_family(lora.metadata)
-    if family_name is not None and made is not None and made.name != family_name:
+    name, says = (name_by_ratios(lora.modules()), "sizes") if made is None else (made.name, "metadata")
+    if family_name is not None and name not in (None, family_name):
         # layers of the same names have other sizes there: they would be cut in the wrong places
         raise CheckpointError(
-            f"{source} is a LoRA for {made.name}, as its metadata say, not for {family_name}.\n"
+            f"{source} is a LoRA for {name}, as its {says} say, not for {family_name}.\n"
             "  Convert it with convert_lora.py, which knows all models.",
             source,
         )
@@ -289,7 +290,7 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
 def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
     """Return whose names a LoRA's modules have. name: of the family that the caller expects."""
     made = read_family(lora.metadata)
-    hint = (name or _likely_family(lora)) if made is None else made.name
+    hint = (name_by_ratios(lora.modules()) or name or _likely_family(lora)) if made is None else made.name
     return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
 
 

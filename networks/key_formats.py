@@ -225,18 +225,33 @@ def _in_clip_layer(found: re.Match[str]) -> str:
 
 def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family of a LoRA's modules by their names, and by sizes if several have these names."""
-    family = choose_family(name.removeprefix(OURS) for name in modules)
+    family = choose_family((name.removeprefix(OURS) for name in modules), name_by_ratios(modules))
     if family is None or not family.text_width:
         return family
     return family_by_text_width(modules) or family
 
 
+def name_by_ratios(modules: Mapping[str, Factors]) -> str | None:
+    """Return the name of the family that alone has weights of such shapes under such names, if any."""
+    for family in FAMILIES:
+        found = [
+            (one, by) for name, one in modules.items() for end, by in family.ratios if name.endswith(end)
+        ]
+        sizes = [(_size_of(one) or (0, 1), by) for one, by in found]
+        if sizes and all(max(size) == by * min(size) for size, by in sizes):
+            return family.name
+    return None
+
+
+def _size_of(factors: Factors) -> tuple[int, int] | None:
+    """Return rows and columns of the change of a weight; None if only the bias changes."""
+    sizes = {part: one for part, one in factors.items() if part != "alpha"}
+    delta = weight_delta(sizes, torch.device("meta"))
+    return None if delta is None else (len(delta), delta.numel() // len(delta))
+
+
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
-    widths = set()
-    for name, factors in modules.items():
-        if name.endswith(("attn2_to_k", "attn2_to_v")):
-            sizes = {part: one for part, one in factors.items() if part != "alpha"}
-            delta = weight_delta(sizes, torch.device("meta"))
-            widths |= set() if delta is None else {delta.numel() // len(delta)}
+    sizes = [_size_of(one) for name, one in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
+    widths = {size[1] for size in sizes if size is not None}
     return next((one for one in FAMILIES if {one.text_width} == widths), None)

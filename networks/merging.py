@@ -24,7 +24,7 @@ from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
-from networks.key_formats import OURS, family_of
+from networks.key_formats import OURS, family_of, name_by_ratios
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
 from networks.metadata import NETWORKS, add_hashes
@@ -305,7 +305,7 @@ def _made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metada
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
     made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
-    hint = "flux" if made is None else made.name
+    hint = name_by_ratios(group_by_module(tensors)) or "flux" if made is None else made.name
     family = choose_family(in_dit, hint) or made
     if made is None and family is not None and family.text_width:
         family = family_of(group_by_module(tensors))

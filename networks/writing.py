@@ -227,14 +227,19 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if blocks is not None:
         downs = factors[LORA[0]].chunk(len(paths))
         alpha = torch.tensor(strength(factors) * (len(factors[LORA[0]]) // len(paths)))
-        return {
-            path: {LORA[0]: down, LORA[1]: up, "alpha": alpha}
-            for path, down, up in zip(paths, downs, blocks, strict=True)
-        }
-    places = zip(paths, itertools.accumulate(heights, initial=0), heights, strict=False)
-    pieces = {path: rows_of(factors, slice(start, start + height)) for path, start, height in places}
-    found = {path: piece for path, piece in pieces.items() if piece is not None}
-    return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
+        pairs = zip(downs, blocks, strict=True)
+        cut: list[Factors | None] = [{LORA[0]: down, LORA[1]: up, "alpha": alpha} for down, up in pairs]
+    else:
+        starts = itertools.accumulate(heights, initial=0)
+        places = zip(starts, heights, strict=False)
+        cut = [rows_of(factors, slice(start, start + height)) for start, height in places]
+    found = {path: one for path, one in zip(paths, cut, strict=True) if one is not None}
+    if len(found) < len(paths):
+        return "its magnitudes belong to the whole weight"
+    # the whole is zero in the rows of a part that it was joined without
+    return {
+        path: one for path, one in found.items() if one[LORA[1]].any() or one.keys() - {*LORA, "alpha"}
+    } or found
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

@@ -3,10 +3,9 @@
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
-files: paths of a run, each checked against its option
+files: releases as data; paths of a run, each checked against its option
 model: double blocks over picture and text tokens
 options: own options for caching, training and generation
 references: pictures to edit: sizes, masks, what of them stays
 text_encoder: what is taken from Qwen2.5-VL, as data
-versions: releases as data: what each takes beside a text
 """

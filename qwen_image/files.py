@@ -1,4 +1,7 @@
-"""Files of a Qwen-Image run: paths and dtypes, and the check that each fits its option."""
+"""Qwen-Image's releases as data, and the files of a run: paths and dtypes, each checked against its option.
+
+Transformers of the releases look alike: the option says which one it is.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +11,43 @@ import torch
 
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from modules.checkpoints.model_files import inside, read_once
-from modules.devices import choose_compute_dtype
+from modules.contract.rules import ModelRelease, ReferenceRules
 from qwen_image.checkpoints import FORMAT
-from qwen_image.options import NAME, QwenImageModelOptions
-from qwen_image.text_encoder import QWEN_USE
+from qwen_image.configs import EDIT_RELEASES, QWEN_IMAGE
+from qwen_image.options import EDIT, EDIT_2509, EDIT_2511, NAME, ORIGINAL, QwenImageModelOptions
+from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
 from wan.spec import LATENT as WAN_LATENT
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
+
+MOST = 10  # pictures to edit; trained with up to three
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a release takes beside a text."""
+
+    name: str  # of the model in caches and saved files
+    cache_tag: str
+    called: str  # in messages
+    release: ModelRelease
+    use: LanguageUse
+    references: ReferenceRules | None = None
+    clean_references: bool = False  # their tokens are modulated with time 0
+
+
+def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
+    rules = ReferenceRules(most, seen_by_text=True)
+    called = f"{NAME}-{option.capitalize()}"
+    return Version("qwen_image_edit", "qie", called, EDIT_RELEASES[option], use, rules, clean_references)
+
+
+VERSIONS = {
+    ORIGINAL: Version("qwen_image", "qi", NAME, QWEN_IMAGE, QWEN_USE),
+    EDIT: _edits(EDIT, EDIT_USE, 1),
+    EDIT_2509: _edits(EDIT_2509, PLUS_USE, MOST),
+    EDIT_2511: _edits(EDIT_2511, PLUS_USE, MOST, clean_references=True),
+}
 
 
 @dataclass(frozen=True)
@@ -40,5 +73,5 @@ class QwenImageFiles(LanguageModelFiles):
 
 def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:
     """Return the files of a training or a generation."""
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    return QwenImageFiles(options.dit, dtype, text_use=use).add_vae(options.vae.file).add_text(options.text)
+    files = QwenImageFiles(text_use=use).add_dit(options.dit, options.dit_dtype)
+    return files.add_vae(options.vae.file).add_text(options.text)

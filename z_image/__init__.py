@@ -3,7 +3,6 @@
 checkpoints: transformer files: released names, and ComfyUI's
 configs: dimensions of a transformer, latents, names of parts
 family: Z-Image, described for the shared loops
-files: paths of a run, each checked against its option
 model: Lumina-Image-2.0's blocks with padding of learned tokens
 options: own options for caching, training and generation
 text_encoder: what is taken from Qwen3, as data

@@ -2,12 +2,13 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
 from modules.attention.attend import BACKENDS
 from modules.contract.data import (
@@ -27,14 +28,15 @@ from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
+from z_image.checkpoints import FORMAT, OPTION
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
-from z_image.files import ZImageFiles, files_of
 from z_image.options import (
     CFG_TRUNC_RATIO,
     NAME,
     RENORM_CFG,
     ZImageGenerationOptions,
     ZImageLatentCachingOptions,
+    ZImageModelOptions,
     ZImageTextCachingOptions,
     ZImageTrainingOptions,
 )
@@ -44,6 +46,21 @@ FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
 DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
+
+
+@dataclass(frozen=True)
+class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
+    """Files of a run with FLUX.1's autoencoder and Qwen3."""
+
+    dit_option: str = OPTION
+
+    format: ClassVar = FORMAT
+    vae_option: ClassVar[str] = "--vae"
+
+    @property
+    def text_use(self) -> LanguageUse:
+        """What is taken from the language model."""
+        return Z_IMAGE_USE
 
 
 @dataclass(frozen=True)
@@ -190,12 +207,16 @@ def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
     """Describe the family for zimage_train_network.py and zimage_train.py."""
-    return ZImage(files_of(options), options, options.use_32bit_attention)
+    return ZImage(_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
     """Describe the family for zimage_generate_image.py."""
-    return ZImage(files_of(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
+    return ZImage(_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
+
+
+def _files(options: ZImageModelOptions) -> ZImageFiles:
+    return ZImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae).add_text(options.text)
 
 
 _: type[Family] = ZImage

@@ -230,7 +230,7 @@ def family_for_generation(options: KontextGenerationOptions) -> Kontext:
 
 
 def _kontext_files(options: KontextTrainingOptions | KontextGenerationOptions) -> KontextFiles:
-    files = KontextFiles(options.dit, choose_compute_dtype(options.dit_dtype, "--dit_dtype", None))
+    files = KontextFiles().add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_encoders(options.text)
 
 

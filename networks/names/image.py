@@ -131,6 +131,8 @@ FLUX_2 = FamilyNames(
         for x, word in (("q", "query"), ("k", "key"))
     ),
     versions=("flux_2", "flux-2", "flux2"),
+    # FLUX.1's are 7, 5, 4 and 4
+    ratios=(("_linear1", 9), ("_linear2", 4), ("_mlp_0", 6), ("_mlp_2", 3)),
 )
 
 # HunyuanImage-2.1, whose blocks are HunyuanVideo's

@@ -75,6 +75,9 @@ class FamilyNames:
     text_width: int = (
         0  # of what its cross-attention takes, by which families with equal names are told apart
     )
+    # (end of an underscored name, how many times as long one side of the weight is as the other), by which
+    # another family with equal names in our layout is told apart
+    ratios: tuple[tuple[str, int], ...] = ()
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
     further: tuple[str, ...] = ()  # our paths that no other layout has

@@ -56,7 +56,7 @@ SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-4B")
 BEFORE, AFTER = qwen3_chat(thinks=True)
 Z_IMAGE = LanguageUse("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
 QWEN_IMAGE = LanguageUse("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
-KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask", weighed=False)
+KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask")
 MISTRAL_SOURCE = TokenizerSource(
     TokenizerFiles("--text_encoder_tokenizer", ("tokenizer.json",), "", "mistralai/Mistral", (".",)),
     adds_own=False,
@@ -68,7 +68,6 @@ FLUX2 = LanguageUse(
     states=(1, 2, 3),
     pad="<pad>",
     pads_left=True,
-    weighed=False,
 )
 WHOLE = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "mistral3": mistral3}
 USES = {"qwen3": Z_IMAGE, "qwen25_vl": QWEN_IMAGE, "mistral3": FLUX2}

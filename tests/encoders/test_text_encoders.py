@@ -1,6 +1,7 @@
 """What all text encoders have in common: order, counting and cutting, weights of parts, identity, memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encoders.language_encoder import LanguageModelEncoder
 from encoders.t5 import T5TextEncoder
 from encoders.text_encoder import FileTextEncoder
+from flux_2.text_encoders import MISTRAL_USE
 from frame_pack.text_encoders import FramePackClip, FramePackLlama
 from hunyuan_image.text_encoders import QwenTextEncoder
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder, PromptTemplate
@@ -19,6 +22,7 @@ from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import write_llama_tokenizer, write_text_encoders
 from tests.tiny.hunyuan_image import write_qwen
+from tests.tiny.language_models import mistral3, write_mistral_tokenizer, write_model
 from tests.tiny.lumina import write_gemma
 from tests.tiny.picture_encoders import write_t5xxl
 from tests.tiny.wan_encoders import T5_FILE, t5_tensors, write_tokenizer
@@ -74,6 +78,13 @@ def make_gemma(folder: Path) -> GemmaTextEncoder:
     return GemmaTextEncoder(write_gemma(folder), torch.float32, system_prompt="Draw.", max_tokens=40)
 
 
+def make_mistral(folder: Path) -> LanguageModelEncoder:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "model.safetensors", mistral3())
+    use = replace(MISTRAL_USE, states=(1, 2), most=128)
+    return LanguageModelEncoder(use, folder, torch.float32, write_mistral_tokenizer(folder))
+
+
 KINDS: dict[str, Callable[[Path], Any]] = {
     "umT5": make_umt5,
     "umT5 by pieces": lambda folder: make_umt5(folder, "spiece.model"),
@@ -85,6 +96,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "FramePack's CLIP-L": make_pooled_clip,
     "Qwen": make_qwen,
     "Gemma": make_gemma,
+    "Mistral": make_mistral,
 }
 
 
@@ -156,6 +168,8 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
     first, last = (int(number) for number in changed.nonzero()[[0, -1], 0])
     assert changed[first : last + 1].all()
     assert doubled[first]
+    if encoder.pads_left:
+        assert not doubled[: encoder.most - encoder.token_counter()(TEXT).tokens].any()
 
 
 def test_identity_follows_the_files(encoder: Encoder, tmp_path: Path, request: pytest.FixtureRequest) -> None:

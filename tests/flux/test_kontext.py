@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
 from generation.expert_memory import largest_of
@@ -19,7 +18,7 @@ from modules.contract.steps import Tweaks
 from modules.errors import CacheError, OptionError
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.tiny.families import FAMILIES
+from tests.foreign_caches import family_called, train_with_and_without_records
 from tests.tiny.flux import tiny_state, write_dit
 from tests.tiny.project import write_image
 
@@ -86,40 +85,24 @@ def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path
 
 
 def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
-    """They have the same tensors under the same names, and no record of ours; one has no reference."""
-    family = next(each for each in FAMILIES if each.name == "kontext")
+    """One picture has no reference."""
+    family = family_called("kontext")
     family.prepare(tmp_path)
     write_image(tmp_path / "control" / "picture 0.png", 70, 80)
     (tmp_path / "control" / "picture 3.png").unlink()
-    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
-        file.write("no_resize_control = true\n")
-    succeed_here(*family.cache_latents, folder=tmp_path)
-    succeed_here(*family.cache_texts, folder=tmp_path)
-    run = ("--max_train_steps", "4", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
-    succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
-    shapes = {}
-    for path in (tmp_path / "cache").iterdir():
-        with safe_open(path, "pt") as file:
-            metadata = {key: text for key, text in file.metadata().items() if "reelsmith" not in key}
-        tensors = load_file(path)
-        if not path.stem.endswith("_te"):
-            assert metadata["architecture"] == "flux_kontext"
-            shapes[path.name[:9]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata)
+
+    found = train_with_and_without_records(family, tmp_path, "flux_kontext")
+
+    shapes = {name[:9]: one for name, one in found.items() if not name.endswith("_te.safetensors")}
     target = {"latents_1x6x6_float32": (16, 6, 6)}
     assert shapes["picture 0"] == target | {"latents_control_1x10x8_float32": (16, 10, 8)}
     assert shapes["picture 1"] == target | {"latents_control_1x6x6_float32": (16, 6, 6)}
     assert shapes["picture 3"] == target
 
-    succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
-
-    ours, theirs = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("ours", "theirs"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-
 
 def test_a_network_without_the_reference_learns_from_the_model_with_it(tmp_path: Path) -> None:
     """At weight 1 all of the loss is the distance to the frozen model, here if both are told the same: 0."""
-    family = next(each for each in FAMILIES if each.name == "kontext")
+    family = family_called("kontext")
     family.prepare(tmp_path)
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)

@@ -11,8 +11,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from encoders.pictures import references_in
 from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu, read_reference
@@ -23,8 +21,8 @@ from modules.contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from tests.faults.messages import succeed_here
+from tests.foreign_caches import family_called, train_with_and_without_records
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.families import FAMILIES
 from tests.tiny.flux_2 import (
     TinyFlux2,
     tiny_state,
@@ -101,6 +99,16 @@ def test_guidance_that_a_distilled_model_does_not_take_is_ignored_with_a_warning
     assert f"the guidance scale 4 is ignored: --model_version {version} is distilled" in caplog.text
 
 
+@pytest.mark.parametrize(("asked", "is_told"), [(4.0, False), (3.0, True)])
+def test_embedded_guidance_that_klein_does_not_take_is_ignored_with_a_warning(
+    klein: TinyFlux2, asked: float, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prepare(family_of(klein), embedded_guidance=asked).embedded_guidance is None
+
+    said = "the embedded guidance 3 (--embedded_cfg_scale) is ignored: --model_version klein-base-4b has no"
+    assert (said in caplog.text) is is_told
+
+
 @pytest.mark.parametrize(("steps", "width", "height"), [(4, 1024, 1024), (50, 512, 768), (28, 1536, 1024)])
 def test_noise_levels_are_those_of_the_release(klein: TinyFlux2, steps: int, width: int, height: int) -> None:
     prepared = prepare(family_of(klein), steps=steps, width=width, height=height)
@@ -134,25 +142,14 @@ def test_a_reference_is_reduced_and_cut_as_in_diffusers(tmp_path: Path, size: tu
 
 
 def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
-    """They have the same tensors under the same names, and no record of ours; one has one reference."""
-    family = next(each for each in FAMILIES if each.name == "flux_2")
+    """One picture has one reference."""
+    family = family_called("flux_2")
     family.prepare(tmp_path)
     write_image(tmp_path / "control" / "picture 0_0.png", 70, 80)
     (tmp_path / "control" / "picture 3_1.png").unlink()
-    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
-        file.write("no_resize_control = true\n")
-    succeed_here(*family.cache_latents, folder=tmp_path)
-    succeed_here(*family.cache_texts, folder=tmp_path)
-    run = ("--max_train_steps", "4", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
-    succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
-    shapes = {}
-    for path in (tmp_path / "cache").iterdir():
-        with safe_open(path, "pt") as file:
-            metadata = {key: text for key, text in file.metadata().items() if "reelsmith" not in key}
-        tensors = load_file(path)
-        shapes[path.name] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        assert metadata["architecture"] == "flux_2_klein_4b"
-        save_file(tensors, path, metadata)
+
+    shapes = train_with_and_without_records(family, tmp_path, "flux_2_klein_4b")
+
     assert shapes["picture 0_0048x0048_f2k4b.safetensors"] == {
         "latents_3x3_float32": (128, 3, 3),
         "latents_control_0_5x4_float32": (128, 5, 4),
@@ -163,11 +160,6 @@ def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) ->
         "latents_control_0_3x3_float32",
     }
     assert shapes["picture 0_f2k4b_te.safetensors"] == {"ctx_vec_float32": (512, 192)}
-
-    succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
-
-    ours, theirs = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("ours", "theirs"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, dev: TinyFlux2) -> None:
@@ -188,32 +180,16 @@ def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, d
     with pytest.raises(CacheError, match=r"8 numbers wide.*--model_version klein-base-4b and a Qwen3"):
         family.batch_conditions(latents, Batch({"ctx_vec": torch.zeros(1, 512, 8)}, ("",), ("a",)))
     wrong = {**given, "latents_control_0": torch.zeros(1, 16, 1, 3, 3)}
-    with pytest.raises(CacheError, match=r"a: latents_control_0 in its cache is 16x1x3x3.*flux_2_cache_lat"):
+    with pytest.raises(
+        CacheError, match=r"a: latents_control_0 .* is 16x1x3x3, .* one picture. Cache.* flux_2_"
+    ):
         family.batch_conditions(latents, Batch(wrong, ("",), ("a",)))
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["none.png"], r"--control_image_path .*none.png: no such file"),
-        (["text.png"], r"--ci.*text.png is no image.*Give an image file"),
-        (["dot.png"], r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
-        (["huge.png"], r"huge.png has more than the 134 million pixels that are read. Make the picture sm"),
-        (
-            ["good.png"] * 11,
-            rf"11 reference pictures, FLUX.2 takes {MOST_REFERENCES} at most. Leave out .*good",
-        ),
-    ],
-)
-def test_a_reference_that_cannot_be_used_is_refused(
-    klein: TinyFlux2, tmp_path: Path, names: list[str], message: str
-) -> None:
-    (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
-    for name, size in {"dot": (1, 1), "good": (32, 32), "huge": (20000, 10000)}.items():
-        Image.new("1", size).save(tmp_path / f"{name}.png")
-
-    with pytest.raises(OptionError, match=message):
-        prepare(family_of(klein), control_images=tuple(tmp_path / name for name in names))
+def test_more_references_than_it_was_made_for_are_refused(klein: TinyFlux2, tmp_path: Path) -> None:
+    write_image(tmp_path / "good.png", 32, 32)
+    with pytest.raises(OptionError, match=rf"11 reference pictures, FLUX.2 takes {MOST_REFERENCES} at most"):
+        prepare(family_of(klein), control_images=(tmp_path / "good.png",) * 11)
 
 
 def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, tmp_path: Path) -> None:
@@ -234,6 +210,12 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
     mistral = write_text_encoder(tmp_path / "mistral", "dev")
     with pytest.raises(CheckpointError, match=r"not a Qwen3 language model.*(.|\n)*--text_encoder"):
         prepare(family_of(replace(klein, text_encoder=mistral)))
+    qwen = write_hollow(tmp_path / "qwen.safetensors", tensor_list("qwen3-4b"))
+    of_9b = Flux2Files(text_encoder=qwen, model_version="klein-9b")
+    with pytest.raises(
+        OptionError, match=r"qwen.* is the text encoder of --model_version klein-4b and klein-b"
+    ):
+        of_9b.check()  # as before captions are encoded
     short = write_model(tmp_path / "short" / "model.safetensors", mistral3(12))
     with pytest.raises(CheckpointError, match=r"has only 12 layers, 30 are needed. Give mistral_3_small"):
         prepare(family_of(replace(dev, text_encoder=short)))

@@ -304,6 +304,13 @@ def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Pat
         CheckpointError, match="is a LoRA for hunyuan_image, as its metadata say, not for flux"
     ):
         convert_flux_lora.main([*words, "--src_path", str(other), "--dst_path", str(output)])
+    factors = {"lora_down": torch.ones(2, 4 * 8), "lora_up": torch.ones(8, 2)}
+    nameless = {f"lora_unet_single_blocks_0_linear2.{part}.weight": one for part, one in factors.items()}
+    save_file(nameless, tmp_path / "nameless.safetensors")
+    with pytest.raises(CheckpointError, match="is a LoRA for flux_2, as its sizes say, not for flux"):
+        convert_flux_lora.main(
+            [*words, "--src_path", str(tmp_path / "nameless.safetensors"), "--dst_path", str(output)]
+        )
     models = ["--models", str(flux), str(other), "--ratios", "1", "1"]
     with pytest.raises(CheckpointError, match="is for hunyuan_image, .* for flux"):
         flux_merge_lora.main([*models, "--save_to", str(output)])

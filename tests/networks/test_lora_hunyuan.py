@@ -270,3 +270,49 @@ def test_a_part_of_another_size_is_refused(tmp_path: Path) -> None:
         match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]",
     ):
         patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
+
+
+@pytest.mark.parametrize(
+    ("module", "weight"),
+    [
+        ("double_blocks_0_img_attn_qkv", "transformer_blocks.0.attn.to_q.weight"),
+        ("double_blocks_0_img_attn_qkv", "transformer_blocks.0.attn.to_k.weight"),
+        ("transformer_blocks_0_attn_to_q", "double_blocks.0.img_attn_qkv.weight"),
+    ],
+)
+def test_a_whole_with_the_rows_of_a_part_and_the_reverse_are_refused(
+    tmp_path: Path, module: str, weight: str
+) -> None:
+    factors = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(24, 2)}
+    tensors = {f"lora_unet_{module}.{part}": tensor for part, tensor in factors.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "hunyuan_video"})
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
+
+    with pytest.raises(CheckpointError, match=rf"x.safetensors: .*{weight}.*{module} has 24 rows, .* 24, al"):
+        patch(weight, torch.zeros(24, 8))
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "targets"),
+    [
+        ("flux_2", "transformer_blocks.0.attn.to_k", ("default", "diffusers")),
+        ("z_image", "layers.0.attention.to_k", ("other", "default", "diffusers")),
+    ],
+)
+def test_parts_that_a_file_never_had_do_not_come_out_of_the_whole(
+    tmp_path: Path, family: str, part: str, targets: tuple[str, ...]
+) -> None:
+    factors = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2)}
+    tensors = {f"transformer.{part}.{factor}": tensor for factor, tensor in factors.items()}
+    source = tmp_path / "x.safetensors"
+    save_file(tensors, source, {"ss_base_model_version": family})
+
+    for target in targets:
+        convert_file(source, tmp_path / f"{target}.safetensors", target)
+        source = tmp_path / f"{target}.safetensors"
+
+    whole = load_file(tmp_path / f"{targets[0]}.safetensors")
+    assert any(tensor.shape == (24, 2) for tensor in whole.values())
+    back = load_file(source)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())

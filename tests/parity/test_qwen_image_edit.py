@@ -196,10 +196,11 @@ def test_a_mask_keeps_the_rest_as_in_diffusers(
 
 
 @pytest.mark.parametrize("version", ["edit-2509", "edit-2511"])
+@pytest.mark.usefixtures("own_sizes")
 def test_two_steps_of_training_equal_those_computed_with_diffusers(
-    files: TinyQwenImage, tmp_path: Path, version: str
+    files: TinyQwenImage, pictures: list[Path], tmp_path: Path, version: str
 ) -> None:
-    """With two references of other sizes for each picture."""
+    """With two references of other sizes for each picture. And diffusers' pipeline reads the LoRA."""
     write_plain_pictures(tmp_path, batch_size=4)
     (tmp_path / "control").mkdir()
     for index in range(4):
@@ -227,3 +228,12 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(
         lambda factors, step: gradients(files, modules, factors, shuffled(items, step), step, clean),
         "qwen_image",
     )
+    lora, unguided = output / "lora.safetensors", ["--guidance_scale", "1"]
+    words = [*unguided, "--lora_weight", str(lora)]
+    made = ours(files, tmp_path / "made", version, pictures[:2], *words, size=(HEIGHT, WIDTH))
+    pipe, images = theirs(files, version), [Image.open(path) for path in pictures[:2]]
+    pipe.load_lora_weights(lora)
+    assert_same(made, pipe, images, true_cfg_scale=1.0)
+    pipe.unload_lora_weights()
+    with pytest.raises(AssertionError):
+        assert_same(made, pipe, images, true_cfg_scale=1.0)

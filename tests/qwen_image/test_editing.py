@@ -31,7 +31,8 @@ from qwen_image.options import (
 from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
 from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.foreign_caches import family_called, train_with_and_without_records
+from tests.tiny.families import TinyFamily
 from tests.tiny.project import write_image
 from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
 
@@ -251,41 +252,28 @@ def test_changed_parts_are_written_and_results_named_after_their_picture(
 
 
 def project(folder: Path) -> TinyFamily:
-    family = next(each for each in FAMILIES if each.name == "qwen_image edit-2511")
+    family = family_called("qwen_image edit-2511")
     family.prepare(folder)
     return family
 
 
 def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
-    """They have no record of ours; the number of references differs; latents say `qwen_image` there."""
+    """The number of references differs; latents say `qwen_image`, as there."""
     family = project(tmp_path)
     (tmp_path / "control" / "picture 1.png").unlink()
     for number in range(2):
         write_image(tmp_path / "control" / f"picture 1_{number}.png", 32, 64)
     (tmp_path / "control" / "picture 3.png").unlink()
-    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
-        file.write("qwen_image_edit_no_resize_control = true\n")
-    succeed_here(*family.cache_latents, folder=tmp_path)
-    succeed_here(*family.cache_texts, folder=tmp_path)
-    run = ("--max_train_steps", "4", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
-    succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
-    shapes = {}
-    for path in (tmp_path / "cache").iterdir():
-        tensors = load_file(path)
-        if path.name.endswith("_qie.safetensors"):
-            shapes[path.name[:9]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        save_file(tensors, path, {"architecture": "qwen_image"})
+
+    found = train_with_and_without_records(family, tmp_path, "qwen_image")
+
+    shapes = {name[:9]: one for name, one in found.items() if not name.endswith("_te.safetensors")}
     target = {"latents_1x6x6_float32": (16, 1, 6, 6)}
     assert shapes["picture 0"] == target | {"latents_control_0_1x6x6_float32": (16, 1, 6, 6)}
     assert shapes["picture 1"] == target | {
         f"latents_control_{number}_1x8x4_float32": (16, 1, 8, 4) for number in range(2)
     }
     assert shapes["picture 3"] == target
-
-    succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
-
-    ours, theirs = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("ours", "theirs"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_path: Path) -> None:

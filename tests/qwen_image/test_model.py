@@ -1,9 +1,8 @@
-"""The Qwen-Image transformer against diffusers' in float32, and what a batch may not change."""
+"""The Qwen-Image transformer against diffusers' in float32."""
 
 import pytest
 import torch
 
-from modules.contract.steps import Away, Tweaks
 from tests.parity.running import assert_equal
 from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs, tiny_model
 from tests.tiny.qwen_image import CONFIG, tiny_state
@@ -34,34 +33,6 @@ def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, 
     other = model(**given, references=references, clean_references=not clean)
     assert (ours - other).abs().max() > 0.01 * ours.abs().max()
     assert torch.equal(model(**given, clean_references=True), model(**given))
-
-
-@torch.no_grad()
-def test_a_sample_alone_equals_itself_in_a_batch() -> None:
-    given, model = tiny_inputs(), tiny_model()
-    real = int(given["text_mask"][1].sum())
-
-    alone = model(
-        **{name: tensor[1:, :real] if "text" in name else tensor[1:] for name, tensor in given.items()}
-    )
-
-    assert_equal(alone, model(**given)[1:], "alone", 1e-5)
-
-
-@torch.no_grad()
-def test_a_second_text_that_does_not_count_changes_nothing() -> None:
-    """Its tokens stand behind those of the first text, at places of their own."""
-    given, model = tiny_inputs(), tiny_model()
-    other = {name: tensor[:1, :4] for name, tensor in tiny_inputs(text=4).items() if "text" in name}
-
-    steered = model(**given, tweaks=Tweaks(away=Away(other, lambda first, second: first)))
-    mixed = model(**given, tweaks=Tweaks(away=Away(other, lambda first, second: second)))
-
-    assert_equal(steered, model(**given), "first", 1e-5)
-    alone = model(
-        **{**given, **{name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in other.items()}}
-    )
-    assert (mixed - alone).abs().max() < (steered - alone).abs().max()
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -195,6 +195,7 @@ def _flux_2() -> TinyDit:
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "text": torch.randn(batch, text, config.text_dim, generator=generator),
             "guidance": torch.linspace(1.0, 6.0, batch),
+            "references": [torch.randn(batch, config.channels, 1, 2, 3, generator=generator)],
         }
 
     make = _maker(Flux2Model, config, partial(flux_2.tiny_state, "dev"), *TWO_LISTS)

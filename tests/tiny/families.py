@@ -2,9 +2,10 @@
 user would type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
@@ -31,6 +32,7 @@ WriteClips = Callable[[Path], None]
 OUTPUT = [
     *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
 ]
+VAE, TEXTS = ["--vae", "model/vae.safetensors"], ["--text_encoder", "model/text_encoder"]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
 
 
@@ -172,43 +174,68 @@ def _framepack(
     )
 
 
-def _flux(name: str, kind: str) -> TinyFamily:
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_flux(folder / "model", kind)
-        write_plain_pictures(folder)
+def _pictures(
+    name: str,
+    scripts: str,
+    lora: str,
+    write: Callable[[Path], object],
+    *,
+    vae: Command,
+    texts: Command,
+    dit: str = "--dit",
+    release: Sequence[str] = (),
+    training: Sequence[str] = ("--sdpa",),
+    making: Sequence[str] = (),
+    line: str = "",
+    **others: Any,
+) -> TinyFamily:
+    """A family of pictures, in float32. scripts: how their names begin. write: its models, and its data where
+    they are more than four pictures. dit: the option of the transformer. release: options of all scripts.
+    others: fields that differ.
+    """
 
-    ae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
-    clip = [] if kind == "chroma" else ["--clip_l", "model/clip_l.safetensors"]
-    mask = ["--model_type", "chroma", "--apply_t5_attn_mask"] if kind == "chroma" else []
-    # float32, as the tiny transformer
-    texts = [*clip, "--t5xxl", "model/t5xxl_fp16.safetensors", *mask, "--text_encoder_dtype", "float32"]
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_plain_pictures(folder, side=32 if name == "hunyuan_image" else 48)
+        write(folder)
+
     dataset = ["--dataset_config", "dataset.toml"]
-    network = ["--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", RATE]
-    raw = ["--model_prediction_type", "raw", "--network_train_unet_only"]
-    model = "model/dit.safetensors"
-    return TinyFamily(
+    vae, texts = [*vae, "--vae_dtype", "float32"], [*texts, "--text_encoder_dtype", "float32"]
+    models = ["model/dit.safetensors", *vae, *texts, *release]
+    network = ["--network_module", f"networks.{lora}", "--network_dim", "4", "--learning_rate", RATE]
+    usual = TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=["flux_cache_latents.py", *dataset, *ae],
-        cache_texts=["flux_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=[
-            "flux_train_network.py",
-            *("--pretrained_model_name_or_path", model, *ae, *texts, *dataset, "--sdpa"),
-            *(*raw, *network),
-        ],
-        generate=["flux_generate_image.py", "--dit", model, *ae, *texts, "--negative_prompt", "dull"],
+        cache_latents=[f"{scripts}_cache_latents.py", *dataset, *vae, *release],
+        cache_texts=[f"{scripts}_cache_text_encoder_outputs.py", *dataset, *texts, *release],
+        train=[f"{scripts}_train_network.py", dit, *models, *dataset, *training, *network],
+        generate=[f"{scripts}_generate_image.py", dit, *models, *making, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
         train_whole="",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull",
+        sample_line=f"a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull {line}".strip(),
     )
+    return replace(usual, **others)
 
 
-def write_references(folder: Path) -> None:
-    """A reference for each of four pictures, and one for a generation."""
+def _flux(name: str, kind: str) -> TinyFamily:
+    clip = [] if kind == "chroma" else ["--clip_l", "model/clip_l.safetensors"]
+    mask = ["--model_type", "chroma", "--apply_t5_attn_mask"] if kind == "chroma" else []
+    made = _pictures(
+        *(name, "flux", "lora_flux", lambda folder: write_tiny_flux(folder / "model", kind)),
+        vae=["--ae", "model/ae.safetensors"],
+        texts=[*clip, "--t5xxl", "model/t5xxl_fp16.safetensors", *mask],
+        training=["--sdpa", "--model_prediction_type", "raw", "--network_train_unet_only"],
+    )
+    first, _, *train = made.train
+    return replace(made, train=[first, "--pretrained_model_name_or_path", *train])
+
+
+def write_references(folder: Path, endings: Sequence[str] = ("",)) -> None:
+    """References for each of four pictures, one for each ending of their names, and one for a generation."""
     (folder / "control").mkdir(exist_ok=True)
     for index in range(4):
-        write_image(folder / "control" / f"picture {index}.png", 48, 48)
+        for ending in endings:
+            write_image(folder / "control" / f"picture {index}{ending}.png", 48, 48)
     with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
         file.write(f'control_directory = "{folder.as_posix()}/control"\n')
     write_image(folder / "start.png", 64, 48)
@@ -217,177 +244,91 @@ def write_references(folder: Path) -> None:
 def _kontext() -> TinyFamily:
     """FLUX.1 Kontext, which learns and makes edits of a reference; it keeps its small size."""
 
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+    def write(folder: Path) -> None:
         write_tiny_flux(folder / "model")
-        write_plain_pictures(folder)
         write_references(folder)
 
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae = ["--vae", "model/ae.safetensors", "--vae_dtype", "float32"]
     texts = ["--text_encoder1", "model/t5xxl_fp16.safetensors", "--text_encoder2", "model/clip_l.safetensors"]
-    texts += ["--text_encoder_dtype", "float32"]
-    models = ["--dit", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", RATE]
-    return TinyFamily(
-        name="kontext",
-        prepare=prepare,
-        cache_latents=["flux_kontext_cache_latents.py", *dataset, *vae],
-        cache_texts=["flux_kontext_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=["flux_kontext_train_network.py", *models, *dataset, "--sdpa", *network, "--no_resize_control"],
-        generate=[
-            *("flux_kontext_generate_image.py", *models, "--control_image_path", "start.png"),
-            *("--no_resize_control", "--negative_prompt", "dull"),
-        ],
-        another_run=[],
-        changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png",
+    return _pictures(
+        *("kontext", "flux_kontext", "lora_flux", write),
+        vae=["--vae", "model/ae.safetensors"],
+        texts=texts,
+        training=["--sdpa", "--no_resize_control"],
+        making=["--control_image_path", "start.png", "--no_resize_control"],
+        line="--ci start.png",
     )
 
 
 def _flux_2() -> TinyFamily:
     """FLUX.2 klein-base, which learns and makes edits of two references."""
 
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+    def write(folder: Path) -> None:
         write_tiny_flux_2(folder / "model")
-        write_plain_pictures(folder)
-        (folder / "control").mkdir(exist_ok=True)
-        for index in range(4):
-            for number in range(2):
-                write_image(folder / "control" / f"picture {index}_{number}.png", 48, 48)
-        with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
-            file.write(f'control_directory = "{folder.as_posix()}/control"\n')
-        write_image(folder / "start.png", 64, 48)
+        write_references(folder, ("_0", "_1"))
         write_image(folder / "end.png", 32, 48)
 
-    dataset = ["--dataset_config", "dataset.toml"]
-    version = ["--model_version", "klein-base-4b"]
-    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
-    models = ["--dit", "model/dit.safetensors", *vae, *texts, *version]
-    network = ["--network_module", "networks.lora_flux_2", "--network_dim", "4", "--learning_rate", RATE]
-    return TinyFamily(
-        name="flux_2",
-        prepare=prepare,
-        cache_latents=["flux_2_cache_latents.py", *dataset, *vae, *version],
-        cache_texts=["flux_2_cache_text_encoder_outputs.py", *dataset, *texts, *version],
-        train=["flux_2_train_network.py", *models, *dataset, "--sdpa", *network],
-        generate=[
-            *("flux_2_generate_image.py", *models, "--control_image_path", "start.png", "end.png"),
-            *("--negative_prompt", "dull"),
-        ],
+    return _pictures(
+        *("flux_2", "flux_2", "lora_flux_2", write),
+        vae=VAE,
+        texts=TEXTS,
+        release=["--model_version", "klein-base-4b"],
+        making=["--control_image_path", "start.png", "end.png"],
+        line="--ci start.png --ci end.png",
         another_run=["--model_version", "klein-4b"],
-        changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png --ci end.png",
     )
 
 
 def _lumina() -> TinyFamily:
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_lumina(folder / "model")
-        write_plain_pictures(folder)
-
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--gemma2", "model/gemma2", "--text_encoder_dtype", "float32", "--system_prompt", "Draw."]
-    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora_lumina", "--network_dim", "4", "--learning_rate", RATE]
-    return TinyFamily(
-        name="lumina",
-        prepare=prepare,
-        cache_latents=["lumina_cache_latents.py", *dataset, *vae],
-        cache_texts=["lumina_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=["lumina_train_network.py", *models, *dataset, "--network_train_unet_only", *network],
-        generate=["lumina_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
-        another_run=[],
-        changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    return _pictures(
+        *("lumina", "lumina", "lora_lumina", lambda folder: write_tiny_lumina(folder / "model")),
+        dit="--pretrained_model_name_or_path",
+        vae=["--ae", "model/ae.safetensors"],
+        texts=["--gemma2", "model/gemma2", "--system_prompt", "Draw."],
+        training=["--network_train_unet_only"],
+        making=["--flow_shift", "5"],
+        line="--fs 5",
     )
 
 
 def _qwen_image(version: str = "") -> TinyFamily:
     """Qwen-Image, or a release that edits pictures."""
 
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+    def write(folder: Path) -> None:
         write_tiny_qwen_image(folder / "model", edits=bool(version))
-        write_plain_pictures(folder)
         if version:
             write_references(folder)
 
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
-    release = ["--model_version", version] if version else []
-    pictures = ["--control_image_path", "start.png", "--resize_control_to_official_size"] if version else []
-    models = ["--dit", "model/dit.safetensors", *vae, *texts, *release]
-    network = ["--network_module", "networks.lora_qwen_image", "--network_dim", "4", "--learning_rate", RATE]
-    return TinyFamily(
-        name=f"qwen_image {version}".rstrip(),
-        prepare=prepare,
-        cache_latents=["qwen_image_cache_latents.py", *dataset, *vae, *release],
-        cache_texts=["qwen_image_cache_text_encoder_outputs.py", *dataset, *texts, *release],
-        train=["qwen_image_train_network.py", *models, *dataset, "--sdpa", *network],
-        generate=["qwen_image_generate_image.py", *models, *pictures, "--negative_prompt", "dull"],
-        another_run=[],
-        changed_habit=["--dit_dtype", "bfloat16"],
+    return _pictures(
+        *(f"qwen_image {version}".rstrip(), "qwen_image", "lora_qwen_image", write),
+        vae=VAE,
+        texts=TEXTS,
+        release=["--model_version", version] if version else [],
+        making=["--control_image_path", "start.png", "--resize_control_to_official_size"] if version else [],
+        line="--ci start.png" * bool(version),
         train_whole="qwen_image_train.py",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull" + " --ci start.png" * bool(version),
     )
 
 
 def _z_image() -> TinyFamily:
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_z_image(folder / "model")
-        write_plain_pictures(folder)
-
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
-    models = ["--dit", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora_zimage", "--network_dim", "4", "--learning_rate", RATE]
-    return TinyFamily(
-        name="z_image",
-        prepare=prepare,
-        cache_latents=["zimage_cache_latents.py", *dataset, *vae],
-        cache_texts=["zimage_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=["zimage_train_network.py", *models, *dataset, "--sdpa", *network],
-        generate=["zimage_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
-        another_run=[],
-        changed_habit=["--dit_dtype", "bfloat16"],
+    return _pictures(
+        *("z_image", "zimage", "lora_zimage", lambda folder: write_tiny_z_image(folder / "model")),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--flow_shift", "5"],
+        line="--fs 5",
         train_whole="zimage_train.py",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
     )
 
 
 def _hunyuan_image() -> TinyFamily:
-    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_hunyuan_image(folder / "model")
-        write_plain_pictures(folder, side=32)
-
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--text_encoder", "model/text_encoder", "--byt5", "model/byt5.safetensors"]
-    texts += ["--text_encoder_dtype", "float32"]
-    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
-    network = [
-        *("--network_module", "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", RATE)
-    ]
-    return TinyFamily(
-        name="hunyuan_image",
-        prepare=prepare,
-        cache_latents=["hunyuan_image_cache_latents.py", *dataset, *vae],
-        cache_texts=["hunyuan_image_cache_text_encoder_outputs.py", *dataset, *texts],
-        train=[
-            *("hunyuan_image_train_network.py", *models, *dataset, "--sdpa"),
-            *("--network_train_unet_only", *network),
-        ],
-        generate=["hunyuan_image_generate_image.py", *models, "--negative_prompt", "dull"],
-        another_run=[],
-        changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="",
-        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    return _pictures(
+        *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
+        lambda folder: write_tiny_hunyuan_image(folder / "model"),
+        dit="--pretrained_model_name_or_path",
+        vae=VAE,
+        texts=[*TEXTS, "--byt5", "model/byt5.safetensors"],
+        training=["--sdpa", "--network_train_unet_only"],
+        line="--fs 5",
     )
 
 

@@ -18,8 +18,7 @@ from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
 from tests.tiny.z_image import write_tiny_z_image
-from z_image.family import ZImage
-from z_image.files import ZImageFiles
+from z_image.family import ZImage, ZImageFiles
 
 
 @pytest.fixture(scope="module")
