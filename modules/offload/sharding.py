@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -38,7 +37,6 @@ T = TypeVar("T")
 
 _NAME = "_sharding"  # under which a network carries its own
 PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
-SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
 
 
@@ -160,13 +158,6 @@ def join_processes(device: str | None, environment: Mapping[str, str] = os.envir
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
     return chosen
-
-
-def is_of_processes(error: BaseException) -> bool:
-    """Return whether an error is of the connection between processes."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
 
 
 def agree(value: T) -> T:
