@@ -209,7 +209,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         make_folder(run.options.output.save_path, "--save_path")
     if not run.options.interactive or run.options.sheet.is_asked:
         tell_unused_sources(run.options.request.source, jobs)
-    if not run.options.interactive:
+    if run.options.output.writes and not run.options.interactive:
         show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)

@@ -86,6 +86,24 @@ def test_training_goes_on_after_a_process_was_killed_as_if_it_had_not_been(
     assert told(tmp_path / "out" / "x-state") == told(undisturbed / "x-state")
 
 
+def test_generation_ends_with_one_message_and_the_second_process_never_writes(
+    scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
+    script, *words = scripts.generate
+    words = [str(ROOT / script), *words, "--save_path", str(tmp_path / "out"), "--shard_base"]
+    counted = tmp_path / "counted.json"
+    commands = [[str(DYING), "before_rename", "2", *words], [str(DYING), "count", str(counted), *words]]
+
+    with start_processes(commands, project) as started:
+        assert started[0].wait(timeout=300) == KILLED
+        assert started[1].wait(timeout=MOST_SECONDS) == 1
+        said = started[1].done().stderr
+    assert said.count("LostProcessError: process 0 (counted from 0) was lost") == 1
+    assert "Start the same command again" in said
+    assert not any(json.loads(counted.read_text(encoding="utf-8")).values())
+    assert len(list((tmp_path / "out").glob("*_latent.safetensors"))) == 1  # finished before
+
+
 WATCHED = """
 import os, sys, time
 from torch import distributed
