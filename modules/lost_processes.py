@@ -17,7 +17,8 @@ import re
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, MutableMapping
 from types import TracebackType
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from modules.errors import UserError
 SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 KEY = "reelsmith/others"  # in the processes' common store: the port of process 0, and a password
 HERE, OVER, LOST = "here", "over", "lost"  # first words of lines
+ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `meet_anew`
+PAUSE = 0.1  # seconds until a question is repeated
 KILLED, SILENT = "killed", "silent"
 AGAIN = "Start the same command again."
 
@@ -168,6 +171,38 @@ class OtherProcesses:
             f"process {lost} (counted from 0) was lost: it was killed, for example because memory was full, "
             f"or ended by an error. {end}"
         )
+
+
+def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have processes that torchrun may restart meet at a port that no earlier attempt knew.
+
+    torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712); the
+    numbers of attempts differ between machines. So each process asks process 0 with a word of its own. All
+    must call it before they join.
+    """
+    may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
+        return
+    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
+        asked = [f"{ASKED}/{other}" for other in range(1, count)]
+        for key in asked:  # of an earlier attempt; who has asked already does so again
+            store.delete_key(key)
+        for key in asked:
+            store.set(f"{ANSWERED}/{store.get(key).decode()}", port)
+    else:
+        word = secrets.token_hex(8)
+        answer = f"{ANSWERED}/{word}"
+        while not store.check([answer]):
+            store.set(f"{ASKED}/{rank}", word)
+            time.sleep(PAUSE)
+        port = store.get(answer).decode()
+    environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
 
 
 def _is_of_processes(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from modules.devices import allow_fp16_accumulation, set_cuda_precision
 from modules.errors import OptionError
+from modules.installation import import_own
 from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def make_accelerator(
                 "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
                 "config again. --shard_base splits the model over those processes"
             )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import_own("modules.lost_processes").meet_anew()
     folder = None
     if logs.logging_dir is not None:
         folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"

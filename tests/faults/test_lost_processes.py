@@ -2,18 +2,23 @@
 message; and the same command again ends where it would have ended.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
-from tests.commands import ROOT, run_in_processes, start_processes
+from modules.lost_processes import meet_anew
+from tests.commands import QUIET, ROOT, run_in_processes, start_processes
 from tests.faults.runs import DYING, WAN, Scripts, assert_same_tensors, assert_whole, told
 from tests.warm_processes import WarmProcess
 
@@ -23,6 +28,8 @@ MOST_SECONDS = 30  # that the others live on after a kill
 WAYS = {"whole": (), "shared": ("--shard_base",)}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
+Passed = dict[str, tuple[Path, list[dict[str, int]]]]  # of each way
+
 
 def command(scripts: Scripts, output: Path, way: str) -> list[str]:
     """A training of two processes; without a page, of which a process that is done may still be writing."""
@@ -31,9 +38,7 @@ def command(scripts: Scripts, output: Path, way: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def passed(
-    scripts: Scripts, project: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, list[dict[str, int]]]]:
+def passed(scripts: Scripts, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     """Of each way what a training that nothing happened to wrote, and how often its processes passed which
     point.
     """
@@ -58,7 +63,7 @@ INSTANTS = [(way, number) for way in WAYS for number in range(10)]
 def test_training_goes_on_after_a_process_was_killed_as_if_it_had_not_been(
     scripts: Scripts,
     project: Path,
-    passed: dict[str, tuple[Path, list[dict[str, int]]]],
+    passed: Passed,
     tmp_path: Path,
     way: str,
     number: int,
@@ -102,6 +107,69 @@ def test_generation_ends_with_one_message_and_the_second_process_never_writes(
     assert "Start the same command again" in said
     assert not any(json.loads(counted.read_text(encoding="utf-8")).values())
     assert len(list((tmp_path / "out").glob("*_latent.safetensors"))) == 1  # finished before
+
+
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3",
+    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0 --max_restarts 3",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_that_restarts_the_processes_needs_no_hand(
+    scripts: Scripts, project: Path, passed: Passed, tmp_path: Path, way: str, launcher: str
+) -> None:
+    undisturbed, _ = passed[way]
+    words = command(scripts, tmp_path / "out", way)
+    with subprocess.Popen(
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), *words],
+        cwd=project,
+        env={**os.environ, **QUIET},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "out" / "x-step00000003.safetensors").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(random.choice(children)), signal.SIGKILL)
+            _, said = process.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("LostProcessError: ") == 1
+    assert_same_tensors(tmp_path / "out" / "x.safetensors", undisturbed / "x.safetensors")
+    assert told(tmp_path / "out" / "x-state") == told(undisturbed / "x-state")
+
+
+def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def meet(rank: int) -> str:
+        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        environment |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        meet_anew(environment)
+        assert environment["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+        return environment["MASTER_PORT"]
+
+    ports = []
+    with ThreadPoolExecutor() as pool:
+        for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+            waiting = []
+            for rank in order:
+                waiting.append(pool.submit(meet, rank))
+                time.sleep(0.3)
+            (port,) = {one.result(timeout=60) for one in waiting}
+            ports.append(port)
+    assert len({*ports, str(store.port)}) == 4
 
 
 WATCHED = """
