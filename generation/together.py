@@ -18,7 +18,7 @@ from generation.script_options import NOTHING
 from modules.contract.family import Family
 from modules.devices import choose_device
 from modules.errors import OptionError
-from modules.lost_processes import OtherProcesses
+from modules.lost_processes import OtherProcesses, meet_anew
 from modules.offload.sharding import LAUNCH, agree, join_processes, launched_processes
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
         return
+    meet_anew()
     device = join_processes(options.device)
     if distributed.get_rank() > 0:
         logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do

@@ -98,7 +98,7 @@ class OtherProcesses:
             if not self._tells:
                 raise SystemExit(LostProcessError.exit_code) from None
             said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
-            raise LostProcessError(f"{self._describe()} torch says: {said}\n  {self.advice()}") from None
+            raise LostProcessError(self._describe(f" torch says: {said}")) from None
 
     def _beat(self) -> None:
         while not self._over.wait(self._pace.beat):
@@ -145,7 +145,7 @@ class OtherProcesses:
             return
         try:
             if self._tells:
-                text = plain_message(f"{LostProcessError.__name__}: {self._describe()}\n  {self.advice()}")
+                text = plain_message(f"{LostProcessError.__name__}: {self._describe()}")
                 os.write(2, f"\n{text}\n".encode())  # the main thread may hold the stream
         finally:
             os._exit(LostProcessError.exit_code)  # the main thread waits in C++, which no exception reaches
@@ -157,20 +157,22 @@ class OtherProcesses:
         is_lost = self._lost is not None and self._lost[0] == self._rank - local
         return local == int(is_lost)
 
-    def _describe(self) -> str:
-        end = "The run cannot go on without it; what was saved is untouched."
-        if self._lost is None:
-            return f"another process of this run was lost: it was killed, or ended by an error. {end}"
-        lost, how = self._lost
-        if how == SILENT:
-            return (
-                f"process {lost} (counted from 0) has not answered for {self._pace.silence:g} seconds: it is "
-                f"stopped, or its machine cannot be reached. {end}"
+    def _describe(self, more: str = "") -> str:
+        """Return what happened, with `more` behind it, and how to go on."""
+        text = "another process of this run was lost: it was killed, or ended by an error"
+        if self._lost is not None:
+            lost, how = self._lost
+            text = f"process {lost} (counted from 0) " + (
+                f"has not answered for {self._pace.silence:g} seconds: it is stopped, or its machine cannot "
+                "be reached"
+                if how == SILENT
+                else "was lost: it was killed, for example because memory was full, or ended by an error"
             )
-        return (
-            f"process {lost} (counted from 0) was lost: it was killed, for example because memory was full, "
-            f"or ended by an error. {end}"
-        )
+        try:
+            advice = self.advice()
+        except OSError:  # the folder to look into is gone with a machine
+            advice = AGAIN
+        return f"{text}. The run cannot go on without it; what was saved is untouched.{more}\n  {advice}"
 
 
 def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -29,7 +29,6 @@ from torch import Tensor, distributed, nn
 from modules.contract.steps import Tweaks
 from modules.devices import choose_device
 from modules.errors import OptionError
-from modules.lost_processes import meet_anew
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 logger = logging.getLogger(__name__)
@@ -157,7 +156,6 @@ def join_processes(device: str | None, environment: Mapping[str, str] = os.envir
     chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
     # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    meet_anew()
     distributed.init_process_group(backend, timeout=PATIENCE)
     return chosen
 

@@ -111,7 +111,8 @@ def test_generation_ends_with_one_message_and_the_second_process_never_writes(
 
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3",
-    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0 --max_restarts 3",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --max_restarts 3 "
+    "--main_process_port 0",
 }
 
 

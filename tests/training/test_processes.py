@@ -208,8 +208,7 @@ def test_a_killed_process_is_told_in_one_message_with_the_command_that_goes_on(
     text = said[survivor]
     assert "Traceback" not in text
     assert text.count("LostProcessError: ") == 1
-    # who was lost is known only while what the others met through lives: a launcher, here process 0
-    assert ("process 1 (counted from 0) was lost" if killed == 1 else "another process of this run") in text
+    assert f"process {killed} (counted from 0) was lost" in text
     assert "--resume latest-or-fail" in text
 
 
