@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from modules.devices import allow_fp16_accumulation, set_cuda_precision
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.offload.sharding import refuse_other_splits
 from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)
@@ -24,13 +25,6 @@ logger = logging.getLogger(__name__)
 # minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
 # share of a data set to be encoded, takes some process longer
 USUAL_TIMEOUT = 24 * 60
-# what the launcher sets from its config -> what it then asks for
-SHARDING = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 
 
 def make_accelerator(
@@ -41,13 +35,7 @@ def make_accelerator(
     started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
     support this precision or a tracker is not installed.
     """
-    for variable, name in SHARDING.items():  # before accelerate looks for the packages that split a model
-        if os.environ.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
-            raise OptionError(
-                f"accelerate launch asks for {name} ({variable}): the loop here never hands it the model. "
-                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again. --shard_base splits the model over those processes"
-            )
+    refuse_other_splits()  # before accelerate looks for the packages that split a model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import_own("modules.lost_processes").meet_anew()
     folder = None
