@@ -205,10 +205,11 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
                 run.rewriter.free()
             free_memory(run.session.device)
     requests = [job.prepared for job in jobs]
-    make_folder(run.options.output.save_path, "--save_path")
+    if run.options.output.writes:
+        make_folder(run.options.output.save_path, "--save_path")
     if not run.options.interactive or run.options.sheet.is_asked:
         tell_unused_sources(run.options.request.source, jobs)
-    if not run.options.interactive:
+    if run.options.output.writes and not run.options.interactive:
         show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
@@ -269,8 +270,9 @@ def denoise_all(
                 queue.begin(job.label)
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
                 name = name_job(output, now, seed, prompt) + job.prepared.name_end
-                stem_of = own_stem(output.save_path, name)
-                with stem_of if job.stem is None else nullcontext(job.stem) as stem:
+                is_named = job.stem is not None or not output.writes
+                stem_of = nullcontext(job.stem or "") if is_named else own_stem(output.save_path, name)
+                with stem_of as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -291,6 +293,8 @@ def denoise_all(
                             "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
                             "training diverged, a strength or a guidance that is far too high"
                         )
+                    if not output.writes:
+                        continue
                     preview = output.save_path / f"{stem}{PREVIEW_SUFFIX}"  # keeps its name
                     metadata = job.metadata or run.metadata(job.prepared)
                     stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])  # taken meanwhile, maybe
@@ -322,7 +326,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
         def advance(done: StepDone) -> bool:
             bar[-1].update()
-            if done.section.anchor is not None:
+            if done.section.anchor is not None and output.writes:
                 save_changes(done, output.save_path, stem)
             return False
 

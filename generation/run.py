@@ -41,6 +41,7 @@ from modules.dressing import shares_processes
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.installation import import_own
+from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
@@ -157,6 +158,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     device: of this one of several processes, which have joined; None: as the options say. Raises UserError;
     with --from_file only after all lines that work are generated.
     """
+    refuse_other_splits()
     if device is None and options.speed.sharding.shard_base:
         import_own("generation.together").generate_together(generate, family, options)
         return

@@ -69,6 +69,7 @@ class RequestOptions(Options, title="what to make"):
 
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
+NOTHING = "nothing"  # of a process that makes what another one writes; not to be typed
 OUTPUT_TYPES = {
     "video": "a video",
     "images": "PNG files",
@@ -145,7 +146,12 @@ class OutputOptions(Options, title="output"):
     @property
     def decodes(self) -> bool:
         """Whether pixels are part of the result."""
-        return self.output_type != "latent"
+        return self.output_type not in {"latent", NOTHING}
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.output_type != NOTHING
 
 
 def output_help(types: Sequence[str]) -> str:

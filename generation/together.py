@@ -1,25 +1,25 @@
 """Generate in several processes that share the transformer (--shard_base).
 
 All make every prompt from the same noise, as a block is gathered from all of them. The first one decodes,
-writes and talks; the others keep their latents in a folder that goes with them.
+writes and talks; the others write nothing.
 """
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import distributed
 
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
 from generation.options import GenerationOptions
+from generation.script_options import NOTHING
 from modules.contract.family import Family
 from modules.devices import choose_device
-from modules.errors import OptionError, UserError
-from modules.offload.sharding import LAUNCH, agree, is_of_processes, join_processes, launched_processes
+from modules.errors import OptionError
+from modules.lost_processes import OtherProcesses, meet_anew
+from modules.offload.sharding import LAUNCH, agree, join_processes, launched_processes
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +40,14 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
         return
+    meet_anew()
     device = join_processes(options.device)
-    is_first = distributed.get_rank() == 0
+    if distributed.get_rank() > 0:
+        logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
+        options = _without_files(options)
     try:
-        if is_first:
+        with OtherProcesses(distributed.get_rank(), distributed.get_world_size()) as others, others.explain():
             generate(family, options, device)
-        else:
-            logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
-            with tempfile.TemporaryDirectory() as folder:
-                generate(family, _without_files(options, Path(folder)), device)
-    except Exception as error:
-        if not is_of_processes(error):
-            raise
-        if is_first:
-            raise UserError(
-                "another process of this run was lost: it was killed, or ended by an error. Run the command "
-                f"again. torch says: {error}"
-            ) from None
-        raise SystemExit(1) from None  # the first one tells why
     finally:
         distributed.destroy_process_group()
 
@@ -99,11 +89,11 @@ def _check(family: Family, options: GenerationOptions) -> None:
         )
 
 
-def _without_files(options: GenerationOptions, folder: Path) -> GenerationOptions:
-    """Return the options of a process that writes nothing but latents, into a folder of its own."""
+def _without_files(options: GenerationOptions) -> GenerationOptions:
+    """Return the options of a process that writes nothing."""
     return replace(
         options,
-        output=replace(options.output, save_path=folder, output_type="latent", save_last_frame=False),
+        output=replace(options.output, output_type=NOTHING, save_last_frame=False),
         preview=NO_PREVIEW,
         rewriting=PromptRewriteOptions(),
     )

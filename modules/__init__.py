@@ -25,6 +25,7 @@ installation: checkout or package, imports by name
 interpreter: refuse a Python that cannot run Reelsmith
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside
+lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
 offload/: keep parts in host memory, recompute activations

@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
@@ -58,33 +59,42 @@ def run_in_processes(
 
     code: how all of them end.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     command = [str(ROOT / script), *map(str, arguments)]
-    everywhere = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": port}
-    with tempfile.TemporaryDirectory() as said:
-        started = []
-        for rank in range(count):
-            place = {**everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            files = Path(said) / f"out{rank}", Path(said) / f"err{rank}"
-            started.append((WarmProcess(command, folder, QUIET, *files, place), *files))
-        codes = [process.wait(timeout=MOST_SECONDS) for process, *_ in started]
-        texts = [[file.read_text(encoding="utf-8", errors="replace") for file in two] for _, *two in started]
-    done = [
-        subprocess.CompletedProcess(command, *each)
-        for each in zip(codes, *zip(*texts, strict=True), strict=True)
-    ]
+    with start_processes([command] * count, folder) as started:
+        for process in started:
+            process.wait(timeout=MOST_SECONDS)
+        done = [process.done() for process in started]
+    codes = [one.returncode for one in done]
     assert codes == [code] * count, "\n".join(f"{one.returncode}\n{one.stderr[-3000:]}" for one in done)
     return done
 
 
+@contextmanager
+def start_processes(commands: Sequence[Sequence[str]], folder: Path) -> Iterator[list[WarmProcess]]:
+    """Start a script as each process of a launcher; those that run at the end of the block are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = str(len(commands))
+    everywhere = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    started: list[WarmProcess] = []
+    with tempfile.TemporaryDirectory() as said:
+        try:
+            for rank, command in enumerate(commands):
+                place = {**everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+                files = Path(said) / f"out{rank}", Path(said) / f"err{rank}"
+                started.append(WarmProcess(command, folder, QUIET, *files, place))
+            yield started
+        finally:
+            for process in started:
+                process.kill()
+
+
 def _run_warm(command: list[str], folder: Path | None) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as said:
-        out, err = Path(said) / "out", Path(said) / "err"
-        code = WarmProcess(command, folder, QUIET, out, err).wait(timeout=MOST_SECONDS)
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in (out, err)]
-    return subprocess.CompletedProcess([sys.executable, *command], code, *texts)
+        process = WarmProcess(command, folder, QUIET, Path(said) / "out", Path(said) / "err")
+        process.wait(timeout=MOST_SECONDS)
+        return process.done()
 
 
 def run_program(

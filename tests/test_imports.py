@@ -45,6 +45,7 @@ FLOORS = {
         {"compile_options"},
         {"speed_options"},
         {"command", "console", "environment", "fp8"},
+        {"lost_processes"},
         {"downloading", "parser"},
         {"families"},
         {"console_options"},

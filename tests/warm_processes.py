@@ -76,6 +76,7 @@ class WarmProcess:
         }
         self.pid: int = self._asked(request)["pid"]
         self.returncode: int | None = None
+        self._command, self._said = [sys.executable, *command], (out, err)
 
     def poll(self) -> int | None:
         """Return the exit code, None while it runs."""
@@ -93,6 +94,11 @@ class WarmProcess:
             if end is not None and time.monotonic() > end:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
             time.sleep(PAUSE)
+
+    def done(self) -> subprocess.CompletedProcess[str]:
+        """Return how it ended and what it said, once it has."""
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in self._said]
+        return subprocess.CompletedProcess(self._command, self.returncode or 0, *texts)
 
     def send_signal(self, number: int) -> None:
         """Send a signal unless it has ended."""

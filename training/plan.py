@@ -19,6 +19,7 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.products import add_product
+from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from training.caching_inside import find_live_texts, prepare_sources
@@ -72,6 +73,7 @@ class TrainingPlan:
     identity: dict[str, Any]
     habits: dict[str, Any]
     changes: Mapping[str, str]
+    others: Any  # `OtherProcesses` of several processes; None of one
 
 
 def make_plan(
@@ -89,6 +91,11 @@ def make_plan(
     config = read_config(options, family)  # a fault in it is told before anything is started
     accelerator, fp8 = _join_processes(family, options)
     is_main, device = accelerator.is_main_process, accelerator.device
+    others = None
+    if accelerator.num_processes > 1:
+        watch = import_own("modules.lost_processes").OtherProcesses
+        others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
+        held.enter_context(others.explain())
     _hold_name(options.saving, is_main, held)
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
@@ -142,6 +149,7 @@ def make_plan(
         identity=identity,
         habits=habits,
         changes=changes,
+        others=others,
     )
 
 

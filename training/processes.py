@@ -1,12 +1,10 @@
-"""Join the processes of a run, sum their gradients, and find one that was lost.
+"""Join the processes of a run, and sum their gradients.
 
 Gradients are summed once per optimizer step, in flat buffers: the model needs no wrapper.
 """
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
@@ -14,11 +12,12 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch.nn import Parameter
 
 from modules.devices import allow_fp16_accumulation, set_cuda_precision
-from modules.errors import OptionError, UserError
+from modules.errors import OptionError
+from modules.installation import import_own
+from modules.offload.sharding import refuse_other_splits
 from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)
@@ -26,13 +25,6 @@ logger = logging.getLogger(__name__)
 # minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
 # share of a data set to be encoded, takes some process longer
 USUAL_TIMEOUT = 24 * 60
-# what the launcher sets from its config -> what it then asks for
-SHARDING = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 
 
 def make_accelerator(
@@ -43,13 +35,9 @@ def make_accelerator(
     started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
     support this precision or a tracker is not installed.
     """
-    for variable, name in SHARDING.items():  # before accelerate looks for the packages that split a model
-        if os.environ.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
-            raise OptionError(
-                f"accelerate launch asks for {name} ({variable}): the loop here never hands it the model. "
-                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again. --shard_base splits the model over those processes"
-            )
+    refuse_other_splits()  # before accelerate looks for the packages that split a model
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import_own("modules.lost_processes").meet_anew()
     folder = None
     if logs.logging_dir is not None:
         folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
@@ -156,58 +144,3 @@ def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
         size += parameter.numel()
     if bucket:
         yield bucket
-
-
-PATIENCE = 3.0  # seconds within which those that live have noticed it too
-CONSEQUENCE = "The run cannot go on without it; what was saved is untouched."
-
-
-class LostProcessError(UserError):
-    """Another process of the run was lost. One of the living processes reports it."""
-
-    def __init__(self, message: str, is_told_here: bool) -> None:
-        super().__init__(message)
-        self.is_told_here = is_told_here
-
-
-def find_lost(rank: int, count: int) -> list[int] | None:
-    """Return the processes that do not answer; None if the first, which knows them, does not.
-
-    Each process that noticed the loss calls it. rank: of this process.
-    """
-    with _impatient() as store:
-        if store is None:
-            return None
-        with contextlib.suppress(RuntimeError):
-            store.set(_key(rank), "here")
-            time.sleep(PATIENCE)
-            return [other for other in range(count) if not store.check([_key(other)])]
-    return None
-
-
-def describe_loss(lost: list[int] | None) -> str:
-    """Return the message on the processes that `find_lost` found."""
-    if not lost:
-        return f"another process of this run was lost: it was killed, or ended by an error. {CONSEQUENCE}"
-    which = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
-    verb, what = ("was", "it was") if len(lost) == 1 else ("were", "they were")
-    return (
-        f"{which} (counted from 0) {verb} lost: {what} killed, for example because memory was full, or ended "
-        f"by an error. {CONSEQUENCE}"
-    )
-
-
-def _key(rank: int) -> str:
-    return f"reelsmith/lived/{rank}"
-
-
-@contextlib.contextmanager
-def _impatient() -> Iterator[distributed_c10d.Store | None]:
-    """Yield the processes' common store, which waits for seconds instead of a day; None without it."""
-    try:
-        store = distributed_c10d._get_default_store()
-    except (RuntimeError, ValueError):
-        yield None
-        return
-    store.set_timeout(timedelta(seconds=PATIENCE))
-    yield store

@@ -10,18 +10,15 @@ import torch
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
-from modules.control_codes import shorten
-from modules.offload.sharding import is_of_processes
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
-from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
+from training.following import NO_SCRIPTS, FamilyScripts, make_reporter, plan_next_steps
 from training.learning import load_model
 from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
-from training.processes import LostProcessError, describe_loss, find_lost
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
@@ -53,10 +50,6 @@ def train_network(
     try:
         with prepare_run(family, options, commands, scripts, sampling) as run:
             train(run)
-    except LostProcessError as error:
-        if error.is_told_here:
-            raise
-        raise SystemExit(error.exit_code) from None  # another process tells it
     except torch.OutOfMemoryError as error:
         raise too_little(
             error,
@@ -80,6 +73,8 @@ def prepare_run(
         accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
         sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
         following = plan_next_steps(plan, scripts, sampler)
+        if plan.others is not None:
+            plan.others.advice = following.after_loss
         swap, watch = prepare_memory(plan)
         memory = watch or NoMemoryWatch()
         texts.load(accelerator.device)
@@ -105,27 +100,11 @@ def prepare_run(
         run.saver = make_saver(run, publish, uploads.publish_state)
         with contextlib.closing(uploads), logs, reporter:
             show_start(run, file_dtype(options, run.dits.networks[0]))
-            with _watch_others(plan, following):
+            with contextlib.nullcontext() if plan.others is None else plan.others.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.events_told, following)
-
-
-@contextlib.contextmanager
-def _watch_others(plan: TrainingPlan, following: NextSteps) -> Iterator[None]:
-    """Raise LostProcessError in place of torch's error when another process of the run was lost."""
-    rank, count = plan.accelerator.process_index, plan.accelerator.num_processes
-    try:
-        yield
-    except Exception as error:
-        if count == 1 or not is_of_processes(error):
-            raise
-        lost = find_lost(rank, count)
-        first = min({*range(count)} - {*(lost or ())}, default=rank)
-        said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
-        text = f"{describe_loss(lost)} torch says: {said}\n  {following.after_loss()}"
-        raise LostProcessError(text, lost is None or rank == first) from None
 
 
 def _set_earlier_aside(plan: TrainingPlan) -> None:

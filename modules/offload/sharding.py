@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -38,8 +37,18 @@ T = TypeVar("T")
 
 _NAME = "_sharding"  # under which a network carries its own
 PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
-SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
+# what accelerate's launcher sets -> what it then asks for, and the option here that does it
+_SHARD, _CONTEXT = "--shard_base, which splits the model", "--context_parallel N, which splits the tokens"
+OTHER_SPLITS = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARD),
+    "ACCELERATE_USE_FSDP": ("accelerate's FSDP", _SHARD),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM (tensor and pipeline parallelism)", _SHARD),
+    "PARALLELISM_CONFIG_TP_SIZE": ("tensor parallelism", _SHARD),
+    "PARALLELISM_CONFIG_CP_SIZE": ("accelerate's context parallelism (ring attention)", _CONTEXT),
+    "PARALLELISM_CONFIG_SP_SIZE": ("DeepSpeed's sequence parallelism", _CONTEXT),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", f"{_SHARD}, or {_CONTEXT}"),
+}
 
 
 class ShardedBlocks:
@@ -142,6 +151,21 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1"))
 
 
+def refuse_other_splits(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise OptionError if accelerate's launcher was told to split the model in a way of its own.
+
+    It does so when a script hands it the model, and the loops here never do: nothing would be split.
+    """
+    for variable, (name, ours) in OTHER_SPLITS.items():
+        value, least = environment.get(variable, "0").lower(), 1 if "_USE_" in variable else 2
+        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= least):
+            raise OptionError(
+                f"accelerate launch asks for {name} ({variable}={environment[variable]}): the loops here "
+                f"never hand it the model. Choose plain multi-GPU ({LAUNCH}, or run accelerate config again) "
+                f"and give {ours} over those processes"
+            )
+
+
 def join_processes(device: str | None, environment: Mapping[str, str] = os.environ) -> torch.device:
     """Join the launcher's processes, and return the device of this one. device: as --device has it.
 
@@ -160,13 +184,6 @@ def join_processes(device: str | None, environment: Mapping[str, str] = os.envir
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
     return chosen
-
-
-def is_of_processes(error: BaseException) -> bool:
-    """Return whether an error is of the connection between processes."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
 
 
 def agree(value: T) -> T:

@@ -1,9 +1,11 @@
 """Device, precision and processes."""
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from modules.errors import OptionError
 from tests.commands import QUIET, ROOT
@@ -50,20 +54,37 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
         make_accelerator(options("fp16"))
 
 
-@pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
-)
+USUAL = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+CONFIG = ("--use_parallelism_config",)
+LAUNCHED = {  # options of the launcher -> what it asks for, and what does it here
+    ("--use_fsdp",): ("accelerate's FSDP", "--shard_base"),
+    ("--use_megatron_lm",): ("Megatron-LM (tensor and pipeline parallelism)", "--shard_base"),
+    (*CONFIG, "--parallelism_config_tp_size", "2"): ("tensor parallelism", "--shard_base"),
+    (*CONFIG, "--parallelism_config_cp_size", "2"): ("ring attention", "--context_parallel N"),
+    (*CONFIG, "--parallelism_config_sp_size", "2"): ("sequence parallelism", "--context_parallel N"),
+    CONFIG: ("a parallelism config", "--shard_base"),
+}
+
+
+@pytest.mark.parametrize("words", LAUNCHED)
 def test_a_launcher_that_would_split_the_model_is_refused(
-    monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+    monkeypatch: pytest.MonkeyPatch, words: Sequence[str]
 ) -> None:
-    """Also where the package that would do so is not installed: accelerate would end in a traceback."""
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(
-        OptionError, match=rf"accelerate launch asks for {name} .*accelerate launch --multi_gpu"
-    ):
+    """Also without the package that would split: accelerate ends in a traceback."""
+    given = launch_command_parser().parse_args([*USUAL, *words, "script.py"])
+    for name, value in prepare_multi_gpu_env(given).items():
+        if "ACCELERATE_USE" in name or "PARALLELISM" in name:
+            monkeypatch.setenv(name, value)
+    name, ours = LAUNCHED[tuple(words)]
+    with pytest.raises(OptionError, match=rf"asks for .*{re.escape(name)}.* give {ours}"):
         make_accelerator(options())
-    monkeypatch.setenv(variable, "false")
-    assert make_accelerator(options()).num_processes == 1
+
+
+def test_deepspeed_is_refused_unless_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, is_asked in (("true", True), ("1", True), ("false", False)):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", value)
+        with pytest.raises(OptionError, match=r"DeepSpeed .*--shard_base") if is_asked else nullcontext():
+            make_accelerator(options())
 
 
 @pytest.fixture
@@ -208,8 +229,7 @@ def test_a_killed_process_is_told_in_one_message_with_the_command_that_goes_on(
     text = said[survivor]
     assert "Traceback" not in text
     assert text.count("LostProcessError: ") == 1
-    # who was lost is known only while what the others met through lives: a launcher, here process 0
-    assert ("process 1 (counted from 0) was lost" if killed == 1 else "another process of this run") in text
+    assert f"process {killed} (counted from 0) was lost" in text
     assert "--resume latest-or-fail" in text
 
 

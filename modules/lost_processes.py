@@ -1,0 +1,252 @@
+"""Notice that another process of a run died or stopped, and end this one with a message.
+
+    with OtherProcesses(rank, count) as others:  # in every process, after they have joined
+        others.advice = ...  # how to go on
+        with others.explain():
+            ...  # passes that need all processes
+
+Process 0 has a connection to each of the others, and both ends send a line every few seconds. A connection
+that breaks belongs to a process that ended, a silent one to a process that is stopped or cannot be reached.
+Threads do this, so that a long pass, a compilation or a save counts as life, and a process that waits for the
+others in C++, where no exception reaches it, ends too.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from types import TracebackType
+from typing import NamedTuple
+
+from torch import distributed
+from torch.distributed import distributed_c10d
+
+from modules.command import plain_message
+from modules.control_codes import shorten
+from modules.errors import UserError
+
+SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
+KEY = "reelsmith/others"  # in the processes' common store: the port of process 0, and a password
+HERE, OVER, LOST = "here", "over", "lost"  # first words of lines
+ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `meet_anew`
+PAUSE = 0.1  # seconds until a question is repeated
+KILLED, SILENT = "killed", "silent"
+AGAIN = "Start the same command again."
+
+
+class Pace(NamedTuple):
+    """Times in seconds."""
+
+    beat: float = 5.0  # between two signs of life
+    silence: float = 60.0  # without one: stopped. C code that holds Python's lock stops its threads too
+    grace: float = 5.0  # for an error of this process, or one of torch, that tells more
+
+
+USUAL = Pace()
+
+
+class LostProcessError(UserError):
+    """Another process of the run was lost."""
+
+
+class OtherProcesses:
+    """The other processes of a run, watched until the block ends."""
+
+    def __init__(self, rank: int, count: int, pace: Pace = USUAL) -> None:
+        """Connect the processes; all of them must call it. Raises UserError if one cannot be reached."""
+        self.advice: Callable[[], str] = lambda: AGAIN
+        self._rank, self._pace = rank, pace
+        self._lost: tuple[int, str] | None = None  # which, and how
+        self._noticed, self._over = threading.Event(), threading.Event()
+        self._links = _connect(rank, count, pace)
+        for other, link in self._links.items():
+            threading.Thread(target=self._listen, args=(other, link), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def __enter__(self) -> "OtherProcesses":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if error is None:  # else it ends early, and the others notice that the connection breaks
+            self._send(OVER)
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)  # not closed: its thread reads
+
+    @contextlib.contextmanager
+    def explain(self) -> Iterator[None]:
+        """Raise LostProcessError in place of torch's error if another process was lost.
+
+        It is raised in one process of each machine; others raise SystemExit.
+        """
+        try:
+            yield
+        except BaseException as error:
+            is_of_processes = _is_of_processes(error)
+            if is_of_processes:
+                self._noticed.wait(self._pace.grace)
+            self._over.set()  # from here on this thread ends the process
+            if not is_of_processes:
+                raise
+            if not self._tells:
+                raise SystemExit(LostProcessError.exit_code) from None
+            said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
+            raise LostProcessError(self._describe(f" torch says: {said}")) from None
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._pace.beat):
+            self._send(HERE)
+
+    def _send(self, line: str) -> None:
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # its thread notices
+                link.sendall(f"{line}\n".encode())
+
+    def _listen(self, other: int, link: socket.socket) -> None:
+        """Read what another process sends until it is done or lost."""
+        missed, rest = 0, b""
+        link.settimeout(self._pace.beat)
+        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, goes on afterwards
+        while missed * self._pace.beat < self._pace.silence:
+            try:
+                found = link.recv(1024)
+            except TimeoutError:
+                missed += 1
+                continue
+            except OSError:
+                found = b""
+            if not found:
+                return self._end(other, KILLED)
+            missed = 0
+            *lines, rest = (rest + found).split(b"\n")
+            for word, *words in (line.decode().split() for line in lines):
+                if word == OVER:
+                    return None
+                if word == LOST:
+                    return self._end(int(words[0]), words[1])
+        return self._end(other, SILENT)
+
+    def _end(self, lost: int, how: str) -> None:
+        """End this process, unless it ends by itself first."""
+        if self._over.is_set() or self._noticed.is_set():
+            return
+        self._lost = lost, how
+        self._noticed.set()
+        if self._rank == 0:
+            self._send(f"{LOST} {lost} {how}")
+        if self._over.wait(self._pace.grace):
+            return
+        try:
+            if self._tells:
+                text = plain_message(f"{LostProcessError.__name__}: {self._describe()}")
+                os.write(2, f"\n{text}\n".encode())  # the main thread may hold the stream
+        finally:
+            os._exit(LostProcessError.exit_code)  # the main thread waits in C++, which no exception reaches
+
+    @property
+    def _tells(self) -> bool:
+        """Whether this process is the first of its machine that was not lost."""
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        is_lost = self._lost is not None and self._lost[0] == self._rank - local
+        return local == int(is_lost)
+
+    def _describe(self, more: str = "") -> str:
+        """Return what happened, with `more` behind it, and how to go on."""
+        text = "another process of this run was lost: it was killed, or ended by an error"
+        if self._lost is not None:
+            lost, how = self._lost
+            text = f"process {lost} (counted from 0) " + (
+                f"has not answered for {self._pace.silence:g} seconds: it is stopped, or its machine cannot "
+                "be reached"
+                if how == SILENT
+                else "was lost: it was killed, for example because memory was full, or ended by an error"
+            )
+        try:
+            advice = self.advice()
+        except OSError:  # the folder to look into is gone with a machine
+            advice = AGAIN
+        return f"{text}. The run cannot go on without it; what was saved is untouched.{more}\n  {advice}"
+
+
+def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have processes that torchrun may restart meet at a port that no earlier attempt knew.
+
+    torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712); the
+    numbers of attempts differ between machines. So each process asks process 0 with a word of its own. All
+    must call it before they join.
+    """
+    may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
+        return
+    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
+        asked = [f"{ASKED}/{other}" for other in range(1, count)]
+        for key in asked:  # of an earlier attempt; who has asked already does so again
+            store.delete_key(key)
+        for key in asked:
+            store.set(f"{ANSWERED}/{store.get(key).decode()}", port)
+    else:
+        word = secrets.token_hex(8)
+        answer = f"{ANSWERED}/{word}"
+        while not store.check([answer]):
+            store.set(f"{ASKED}/{rank}", word)
+            time.sleep(PAUSE)
+        port = store.get(answer).decode()
+    environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+
+
+def _is_of_processes(error: BaseException) -> bool:
+    """Return whether an error is of the connection between processes."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
+
+
+def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
+    """Connect process 0 with all others; return the other ends by rank."""
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)  # then no port is open to others
+    host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # where torch's own store is, too
+    store = distributed_c10d._get_default_store()
+    if rank > 0:
+        port, password = store.get(KEY).decode().split()
+        try:
+            link = socket.create_connection((host, int(port)), pace.silence)
+        except OSError as error:
+            raise UserError(
+                f"process {rank} cannot reach process 0 at {host}, port {port}: {error}. The machines of a "
+                "run need all ports of each other, as torch does too"
+            ) from None
+        link.sendall(f"{password} {rank:6}".encode())
+        return {0: link}
+    is_dual = not is_one_machine and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    links = dict[int, socket.socket]()
+    place = (host if is_one_machine else "", 0)
+    with socket.create_server(place, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
+        password = secrets.token_hex(8)
+        store.set(KEY, f"{server.getsockname()[1]} {password}")
+        server.settimeout(pace.silence)
+        while len(links) < count - 1:
+            try:
+                link, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(other) for other in range(1, count) if other not in links)
+                raise UserError(f"no connection from process {missing} (counted from 0)") from None
+            link.settimeout(pace.grace)
+            with contextlib.suppress(OSError):
+                told, _, other = link.recv(len(password) + 7).decode("latin-1").partition(" ")
+                if told == password:
+                    links[int(other)] = link
+    return links
