@@ -199,16 +199,19 @@ def test_every_family_trains_and_generates_with_shared_blocks(
 
 
 @pytest.mark.slow
-def test_prompts_are_asked_for_once(project: Shared) -> None:
+@pytest.mark.parametrize("by", ["--shard_base", "--cfg_parallel"])
+def test_prompts_are_asked_for_once(project: Shared, by: str) -> None:
     """Lines come from standard input, which ends after them."""
-    expected = generate(project, "asked whole", 1, "--from_file", "prompts.txt")
+    expected = generate(project, f"told {by}", 1, "--from_file", "prompts.txt")
     answers = project.folder / "answers.py"
     answers.write_text(ANSWERS.format(root=str(ROOT), script=project.family.generate[0]), encoding="utf-8")
-    words = (*SIZE, "--output_type", "latent", "--save_path", "asked", "--interactive", "--shard_base")
+    words = (*SIZE, "--output_type", "latent", "--save_path", f"asked {by}", "--interactive", by)
 
     run_in_processes(2, str(answers), *project.family.generate[1:], *words, folder=project.folder)
 
-    found = [load_file(path)["latent"] for path in sorted((project.folder / "asked").glob("*.safetensors"))]
+    found = [
+        load_file(path)["latent"] for path in sorted((project.folder / f"asked {by}").glob("*.safetensors"))
+    ]
     assert len(found) == 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
