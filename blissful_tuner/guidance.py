@@ -19,6 +19,7 @@ from blissful_tuner.guidance_formulas import (
     Momentum,
     Pass,
     PassPlan,
+    RunPasses,
     Velocities,
     active_steps,
     add_skipped_layers,
@@ -30,6 +31,7 @@ from blissful_tuner.guidance_formulas import (
     perp_neg,
     projected,
     rescale,
+    run_passes,
     watched,
 )
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
@@ -44,10 +46,14 @@ Number = TypeVar("Number", int, float)
 
 
 def make_guidance(
-    prepared: Prepared, options: GuidanceOptions, experts: Sequence[Expert] = ONE_EXPERT
+    prepared: Prepared,
+    options: GuidanceOptions,
+    experts: Sequence[Expert] = ONE_EXPERT,
+    run: RunPasses = run_passes,
 ) -> Guidance:
     """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
+    run: runs the passes of a step.
     Raises OptionError if the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
@@ -63,7 +69,7 @@ def make_guidance(
             return torch.zeros_like(step.noisy)
         if not asked or asked[0][0] is not section:
             asked[:] = [(section, nag_tweaks(options.nag, section) if options.nag.is_on else NO_TWEAKS)]
-        return plan.combine(make_passes(plan, predict, section, asked[0][1], join))
+        return plan.combine(make_passes(plan, predict, section, asked[0][1], join, run))
 
     return guide
 

@@ -20,6 +20,9 @@ from modules.contract.rules import Projection
 from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Tweaks
 
 JoinTweaks = Callable[[Tweaks, Tweaks], Tweaks]  # those of a pass, those of all passes -> both together
+Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
+Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
+RunPasses = Callable[[Calls, Predict, Section], Made]
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,30 @@ class PassPlan:
         return velocity if self.factor == 1 else velocity * self.factor
 
 
+def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
+    """Run all passes here: those with the same tweaks are one call of `predict`, which may batch them."""
+    return {
+        (tweaks, key): velocity
+        for tweaks, together in calls.items()
+        for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
+    }
+
+
 def make_passes(
-    plan: PassPlan, predict: Predict, section: Section, of_positive: Tweaks, join: JoinTweaks
+    plan: PassPlan,
+    predict: Predict,
+    section: Section,
+    of_positive: Tweaks,
+    join: JoinTweaks,
+    run: RunPasses = run_passes,
 ) -> Velocities:
     """Run the passes of a step and return their velocities.
 
-    Passes with the same tweaks are one call of `predict`, which may batch them; two passes with the same
-    conditions and tweaks are one. of_positive: further tweaks of the passes that take the positive
-    conditions. join: returns the same object whenever it is given the same ones, as `Tweaks.turn` requires.
+    Two passes with the same conditions and tweaks are one. of_positive: further tweaks of the passes that
+    take the positive conditions. join: returns the same object whenever it is given the same ones, as
+    `Tweaks.turn` requires.
     """
-    calls: dict[Tweaks, dict[int, Conditions]] = {}  # the conditions of each by their identity
+    calls: dict[Tweaks, dict[int, Conditions]] = {}
     place: dict[Pass, tuple[Tweaks, int]] = {}
     for one in plan.passes:
         conditions = getattr(section, one.text)
@@ -93,11 +110,7 @@ def make_passes(
             tweaks = join(tweaks, of_positive)
         calls.setdefault(tweaks, {})[id(conditions)] = conditions
         place[one] = tweaks, id(conditions)
-    made = {
-        (tweaks, key): velocity
-        for tweaks, together in calls.items()
-        for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
-    }
+    made = run(calls, predict, section)
     return {one: made[where] for one, where in place.items()}
 
 

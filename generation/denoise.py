@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import fit_frames, noisy_source
@@ -165,12 +166,14 @@ def make_latents(
     watchers: Sequence[Watcher] = (),
     split: bool = True,
     on_section: OnSection | None = None,
+    run: RunPasses = run_passes,
 ) -> Tensor:
     """Make the latents of one request. Returns B C F H W in model space, float32, on the device.
 
     prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
     timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
     `denoise`. on_section: called before each section is denoised; the network may leave its device meanwhile.
+    run: runs the passes of a step.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -193,7 +196,7 @@ def make_latents(
             solver = solver_for(
                 prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
             )
-            guidance = make_guidance(prepared, guidance_options, family.experts)
+            guidance = make_guidance(prepared, guidance_options, family.experts, run)
             start, source = LoopStart(section.noise), prepared.asked.source
             if section.source is not None and source is not None:
                 step = prepared.first_step

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import plan_steps
+from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
@@ -98,6 +99,8 @@ class GenerationRun:
     previews: LatentPreviews | None = None
     post: FrameTools | None = None  # what decoded frames go through
     fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
+    run_passes: RunPasses = run_passes  # of a step
+    processes: int = 1  # that share the passes of a step
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
@@ -189,10 +192,17 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    if run.options.forces_split:
+    if run.options.forces_split or run.processes > 1:
         plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, run.options.guidance))]
-        if any(plan.most_together > 1 for plan in plans):
+        if run.options.forces_split and any(plan.most_together > 1 for plan in plans):
             logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
+        most = max((len(plan.passes) for plan in plans), default=run.processes)
+        if most < run.processes:
+            logger.warning(
+                "--cfg_parallel: the largest number of passes in a step is %d, which makes %d processes no "
+                "faster than %d",
+                *(most, run.processes, most),
+            )
     start = time.monotonic()
     if run.rewriter is not None:  # freed before anything else loads
         run.rewriter.load(run.session.device)
@@ -286,6 +296,7 @@ def denoise_all(
                             watchers,
                             run.options.splits_guidance,
                             on_section,
+                            run.run_passes,
                         ).to(CPU)
                     if not bool(is_finite(latents)):
                         raise UserError(

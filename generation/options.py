@@ -189,8 +189,8 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether the guidance passes run one after the other."""
-        return self.split_uncond or self.forces_split
+        """Whether the guidance passes of a process run one after the other."""
+        return self.split_uncond or self.forces_split or self.speed.cfg_parallel
 
     @property
     def forces_split(self) -> bool:

@@ -402,6 +402,12 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     fp8: GenerationFp8Options
     swap: SwapOptions = option(facts=NO_PIXELS)  # equal to the bit
     sharding: ShardingOptions = option(facts=NO_PIXELS)  # likewise
+    cfg_parallel: bool = option(
+        "with several processes (accelerate launch --multi_gpu --num_processes N): they share the passes of "
+        "each step, such as the one with the prompt and the one with the negative prompt. Each has the whole "
+        "transformer, or with --shard_base a part of it",
+        often=True,
+    )
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=NO_PIXELS)
@@ -410,6 +416,12 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     def __post_init__(self) -> None:
         self.sharding.check_beside(self.swap)
+
+    @property
+    def shared_by(self) -> tuple[str, ...]:
+        """Return the options by which several processes make each prompt together, as they are typed."""
+        given = {"--shard_base": self.sharding.shard_base, "--cfg_parallel": self.cfg_parallel}
+        return tuple(name for name, is_given in given.items() if is_given)
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)

@@ -3,7 +3,7 @@ of runs in which each process has all of it, to the bit.
 """
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ RUN = (
 class Shared:
     """A project of a family, and its runs in several processes."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, trains: bool = True) -> None:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
         if name == USUAL:
@@ -45,8 +45,9 @@ class Shared:
         (folder / "prompts.txt").write_text(
             f"{self.family.sample_line}\n{self.family.sample_line} --s 3 --d 8\n", encoding="utf-8"
         )
-        succeed_here(*self.family.cache_latents, folder=folder)
-        succeed_here(*self.family.cache_texts, folder=folder)
+        if trains:
+            succeed_here(*self.family.cache_latents, folder=folder)
+            succeed_here(*self.family.cache_texts, folder=folder)
 
     def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
         """Return the tensors of the LoRA."""
@@ -134,14 +135,16 @@ def test_a_run_is_resumed_by_another_number_of_processes(project: Shared) -> Non
 SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3", "--seed", "5")
 
 
-def generate(project: Shared, output: str, processes: int, *words: object) -> list[Tensor]:
-    """Return the latents of all that is made."""
+def generate(
+    project: Shared, output: str, processes: int, *words: object, by: Sequence[str] = ("--shard_base",)
+) -> list[Tensor]:
+    """Return the latents of all that is made. by: how several processes share the work."""
     command = (*project.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
     if processes == 1:
         succeed_here(*command, folder=project.folder)
     else:
-        _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
-        assert "INFO" not in other.stderr + other.stdout  # the first one talks
+        _, *others = run_in_processes(processes, *command, *by, folder=project.folder)
+        assert all("INFO" not in one.stderr + one.stdout for one in others)  # the first one talks
     paths = (project.folder / output).glob("*.safetensors")
     # by time: their names begin with the second, and end with words if that name is taken
     return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
@@ -196,16 +199,19 @@ def test_every_family_trains_and_generates_with_shared_blocks(
 
 
 @pytest.mark.slow
-def test_prompts_are_asked_for_once(project: Shared) -> None:
+@pytest.mark.parametrize("by", ["--shard_base", "--cfg_parallel"])
+def test_prompts_are_asked_for_once(project: Shared, by: str) -> None:
     """Lines come from standard input, which ends after them."""
-    expected = generate(project, "asked whole", 1, "--from_file", "prompts.txt")
+    expected = generate(project, f"told {by}", 1, "--from_file", "prompts.txt")
     answers = project.folder / "answers.py"
     answers.write_text(ANSWERS.format(root=str(ROOT), script=project.family.generate[0]), encoding="utf-8")
-    words = (*SIZE, "--output_type", "latent", "--save_path", "asked", "--interactive", "--shard_base")
+    words = (*SIZE, "--output_type", "latent", "--save_path", f"asked {by}", "--interactive", by)
 
     run_in_processes(2, str(answers), *project.family.generate[1:], *words, folder=project.folder)
 
-    found = [load_file(path)["latent"] for path in sorted((project.folder / "asked").glob("*.safetensors"))]
+    found = [
+        load_file(path)["latent"] for path in sorted((project.folder / f"asked {by}").glob("*.safetensors"))
+    ]
     assert len(found) == 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 

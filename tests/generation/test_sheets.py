@@ -359,6 +359,7 @@ def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path
         (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
         (("--prompt", "a", "--post", "upscaler model=x"), "--post has no meaning"),
         (("--prompt", "a", "--shard_base"), "--shard_base has no meaning"),
+        (("--prompt", "a", "--cfg_parallel"), "--cfg_parallel has no meaning"),
         (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a finite number"),
         (("--prompt", "a", "--lora_multiplier", *("1" * 70)), "64 are the most"),
         (("--prompt", "a", "--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
