@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
 from modules.option_values import show_number
-from modules.options import FREE, HABIT, NO_PIXELS, Options, not_needed, option, option_name
+from modules.options import FREE, HABIT, NO_PIXELS, SETTING, Options, not_needed, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
@@ -322,6 +322,7 @@ class ShardingOptions(Options):
         least=1,
         metavar="N",
         often=True,
+        facts=SETTING,
     )
 
     @property
@@ -337,8 +338,8 @@ class ShardingOptions(Options):
         peers = self.context_parallel * passes
         if processes % peers:
             raise OptionError(
-                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of {peers}. "
-                f"Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
+                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of "
+                f"{peers}. Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
             )
         return processes // peers
 
