@@ -130,7 +130,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
-        "--shard_base": options.speed.sharding.shard_base,
+        **dict.fromkeys(options.speed.sharding.shared_by, True),
         f"--output_type {options.output.output_type}": options.output.output_type not in taken,
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,

@@ -37,7 +37,7 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
-from modules.dressing import shares_processes
+from modules.dressing import have_joined
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.installation import import_own
@@ -157,7 +157,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     device: of this one of several processes, which have joined; None: as the options say. Raises UserError;
     with --from_file only after all lines that work are generated.
     """
-    if device is None and options.speed.sharding.shard_base:
+    if device is None and options.speed.sharding.is_asked:
         import_own("generation.together").generate_together(generate, family, options)
         return
     device = device or choose_device(options.device)
@@ -193,8 +193,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
         rewriter = PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted, rewriter, post=post)
-    if options.speed.sharding.shard_base:
-        # what befalls one process: it ends the others, which wait for its parts of the blocks
+    if options.speed.sharding.is_asked:
+        # what befalls one process: it ends the others, which wait for its parts of the blocks or tokens
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -335,7 +335,7 @@ def converse(run: GenerationRun) -> None:
         ((letter, option.key) for letter, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
-    is_shared = shares_processes(run.options.speed.sharding)
+    is_shared = have_joined()
     if is_shared:
         ask = import_own("generation.together").read_together(ask)
     said: dict[str, Any] = {}

@@ -1,6 +1,7 @@
-"""Generate in several processes that share the transformer (--shard_base).
+"""Generate in several processes that share the transformer (--shard_base) or the tokens of a clip
+(--context_parallel).
 
-All make every prompt from the same noise, as a block is gathered from all of them. The first one decodes,
+All make every prompt from the same noise, as blocks and tokens are gathered from all of them. The first one decodes,
 writes and talks; the others keep their latents in a folder that goes with them.
 """
 
@@ -31,6 +32,13 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
     Raises UserError as `generate` does, and if another process was lost.
     """
+    sharding = options.speed.sharding
+    if sharding.groups_of(launched_processes()) > 1 and sharding.context_parallel > 1:
+        raise OptionError(
+            f"--context_parallel {sharding.context_parallel}: {launched_processes()} processes would make each "
+            f"prompt {launched_processes() // sharding.context_parallel} times. Give --context_parallel "
+            f"{launched_processes()}, or start {sharding.context_parallel} processes"
+        )
     if launched_processes() == 1:
         logger.warning("--shard_base has no effect with one process, which holds the model. Use %s", LAUNCH)
         generate(family, options, choose_device(options.device))
@@ -40,7 +48,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
         return
-    device = join_processes(options.device)
+    device = join_processes(options.device, sharding.shared_by[0])
     is_first = distributed.get_rank() == 0
     try:
         if is_first:
@@ -81,20 +89,22 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _check(family: Family, options: GenerationOptions) -> None:
-    """Raise OptionError for what processes that share a model cannot do."""
-    if len(family.experts) > 1:
+    """Raise OptionError for what processes that make a prompt together cannot do."""
+    sharding = options.speed.sharding
+    asked = " and ".join(sharding.shared_by)
+    if len(family.experts) > 1 and sharding.shard_base:
         raise OptionError(
             "--shard_base: transformers that take turns are not split over processes. Use "
             "--offload_inactive_dit, --lazy_loading or --blocks_to_swap with one process"
         )
     if options.sheet.is_asked:
         raise OptionError(
-            "--sheet and --shard_base cannot be used together: a sheet switches LoRAs in the whole weights. "
-            "Use --from_file with a line for each, or leave --shard_base out"
+            f"--sheet and {asked} cannot be used together: a sheet is made by one process, which has the "
+            f"whole weights. Use --from_file with a line for each, or leave {asked} out"
         )
     if options.post.tools:  # a line that it can do nothing with would be left out by the first process alone
         raise OptionError(
-            "--post and --shard_base cannot be used together. Run the tools on the finished files, with the "
+            f"--post and {asked} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"
         )
 

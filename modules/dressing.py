@@ -40,10 +40,15 @@ def swapped_weights(
     return host_weights(plan, device, whole=whole)
 
 
+def have_joined() -> bool:
+    """Return whether this process works together with others."""
+    has_joined = distributed.is_available() and distributed.is_initialized()
+    return has_joined and distributed.get_world_size() > 1
+
+
 def shares_processes(sharding: ShardingOptions) -> bool:
     """Return whether several processes have joined to share a transformer."""
-    has_joined = distributed.is_available() and distributed.is_initialized()
-    return sharding.shard_base and has_joined and distributed.get_world_size() > 1
+    return sharding.shard_base and have_joined()
 
 
 def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":

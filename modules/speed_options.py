@@ -326,9 +326,16 @@ class ShardingOptions(Options):
     )
 
     @property
+    def shared_by(self) -> tuple[str, ...]:
+        """Return the options by which processes share something, as they are typed."""
+        shared = f"--context_parallel {self.context_parallel}"
+        given = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
+        return tuple(name for name, is_given in given.items() if is_given)
+
+    @property
     def is_asked(self) -> bool:
         """Return whether several processes work on the same micro-batch or prompt."""
-        return self.shard_base or self.context_parallel > 1
+        return bool(self.shared_by)
 
     def groups_of(self, processes: int, passes: int = 1) -> int:
         """Return how many groups of processes have micro-batches of their own.

@@ -17,7 +17,7 @@ from modules.errors import OptionError
 from modules.offload.mesh import ProcessGrid, device_mesh
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
-_NAME = "_shares_tokens"  # under which a network carries that it does
+_NAME = "_token_group"  # under which a network carries the processes that share its tokens
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
@@ -34,7 +34,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
         )
     group = device_mesh(grid, device).get_group("context")
     set_runner(network, functools.partial(_run_part, runner_of(network), group))
-    setattr(network, _NAME, True)
+    setattr(network, _NAME, group)
 
 
 def has_shared_tokens(network: nn.Module) -> bool:

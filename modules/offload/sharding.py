@@ -142,19 +142,22 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1"))
 
 
-def join_processes(device: str | None, environment: Mapping[str, str] = os.environ) -> torch.device:
+def join_processes(
+    device: str | None, asked: str = "--shard_base", environment: Mapping[str, str] = os.environ
+) -> torch.device:
     """Join the launcher's processes, and return the device of this one. device: as --device has it.
+
+    asked: the option that wants them, for messages.
 
     Raises OptionError if the machine has fewer GPUs than processes.
     """
     kind, local = choose_device(device).type, int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
-            f"--device {device} with --shard_base: each process has a GPU of its own. Give cuda, or leave it "
-            "out"
+            f"--device {device} with {asked}: each process has a GPU of its own. Give cuda, or leave it out"
         )
     if kind not in {"cpu", "cuda"}:
-        raise OptionError(f"--shard_base: processes do not share a model on {kind}. Use CUDA GPUs")
+        raise OptionError(f"{asked}: processes do not share a model on {kind}. Use CUDA GPUs")
     chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
     # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
