@@ -1,8 +1,8 @@
 """Generate in several processes that share the transformer (--shard_base) or the tokens of a clip
 (--context_parallel).
 
-All make every prompt from the same noise, as blocks and tokens are gathered from all of them. The first one decodes,
-writes and talks; the others keep their latents in a folder that goes with them.
+All make every prompt from the same noise, as blocks and tokens are gathered from all of them. The first one
+decodes, writes and talks; the others keep their latents in a folder that goes with them.
 """
 
 import logging
@@ -32,14 +32,14 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
     Raises UserError as `generate` does, and if another process was lost.
     """
-    sharding = options.speed.sharding
-    if sharding.groups_of(launched_processes()) > 1 and sharding.context_parallel > 1:
+    sharding, launched = options.speed.sharding, launched_processes()
+    times, peers = sharding.groups_of(launched), sharding.context_parallel
+    if times > 1 and peers > 1:
         raise OptionError(
-            f"--context_parallel {sharding.context_parallel}: {launched_processes()} processes would make each "
-            f"prompt {launched_processes() // sharding.context_parallel} times. Give --context_parallel "
-            f"{launched_processes()}, or start {sharding.context_parallel} processes"
+            f"--context_parallel {peers}: {launched} processes would make each prompt {times} times. Give "
+            f"--context_parallel {launched}, or start {peers} processes"
         )
-    if launched_processes() == 1:
+    if launched == 1:
         logger.warning("--shard_base has no effect with one process, which holds the model. Use %s", LAUNCH)
         generate(family, options, choose_device(options.device))
         return

@@ -7,6 +7,7 @@ the number of processes, and gradients are summed over them.
 """
 
 import functools
+from itertools import chain
 
 import torch
 from torch import distributed, nn
@@ -15,9 +16,8 @@ from modules.attention.token_part import TokenPart
 from modules.contract.steps import Tweaks
 from modules.errors import OptionError
 from modules.offload.mesh import ProcessGrid, device_mesh
-from modules.run_blocks import Hidden, Runner, runner_of, set_runner
-
-_NAME = "_token_group"  # under which a network carries the processes that share its tokens
+from modules.offload.sharding import TOKEN_GROUP, TOKEN_PART
+from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
@@ -34,12 +34,10 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
         )
     group = device_mesh(grid, device).get_group("context")
     set_runner(network, functools.partial(_run_part, runner_of(network), group))
-    setattr(network, _NAME, group)
-
-
-def has_shared_tokens(network: nn.Module) -> bool:
-    """Return whether several processes run the network's blocks on parts of the tokens."""
-    return hasattr(network, _NAME)
+    setattr(network, TOKEN_GROUP, group)
+    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
+        for layer in block.modules():
+            setattr(layer, TOKEN_PART, grid.context_rank)
 
 
 def _run_part(
