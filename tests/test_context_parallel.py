@@ -1,25 +1,199 @@
-"""Runs whose processes share the tokens of a clip, from the command lines of the families."""
+"""Runs whose processes share the tokens of a clip, from the command lines of the families: what they make is
+that of one process, but for the order of sums.
+"""
 
+import math
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.test_shard_base import USUAL, Shared
-from tests.training.toy import same
+from modules.attention.token_part import TokenPart
+from tests.commands import run_in_processes
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.test_shard_base import (
+    GENERATIONS,
+    OTHERS,
+    RUN,
+    SIZE,
+    USUAL,
+    Shared,
+    frames_in,
+    scalars,
+    with_slow,
+)
+from tests.tiny.project import write_dataset
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan_encoders import CLIP_DIM
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
+KINDS = {
+    "wan t2v-1.3B": "t2v",
+    "wan i2v-14B": "i2v",
+    "wan flf2v-14B": "flf2v",
+    "wan t2v-1.3B-FC": "fun-control",
+    "wan i2v-14B-FC": "fun-control-v1.1",
+    "wan ti2v-5B": "ti2v",
+}
+STEPS = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_steps", "4")
+JOINT = "hunyuan_video"
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    return Shared(USUAL, tmp_path_factory.mktemp("tokens of two cards"))
+
+class Wide(Shared):
+    """A project whose transformer has heads enough, and its runs in processes that share the tokens."""
+
+    def __init__(self, name: str, folder: Path, heads: int = 2) -> None:
+        super().__init__(name, folder)
+        if name in KINDS:
+            state = tiny_state(KINDS[name], dim=128 * heads, num_layers=4, image_dim=CLIP_DIM)
+            write_dit(folder / "model", state, name="dit")
+        self.most = 3 if name == "z_image" else 2
+
+    def cut_oddly(self, batch_size: int = 1) -> None:
+        """Use clips of 27 tokens."""
+        write_dataset(self.folder, size=48, frames="9", batch_size=batch_size)
+        succeed_here(*self.family.cache_latents, folder=self.folder)
+
+    def shared(self, output: str, processes: int, *words: object, peers: int = 0) -> dict[str, Tensor]:
+        """Return the LoRA of a training; of `peers` processes, or all, for each micro-batch."""
+        shares = ("--context_parallel", peers or processes) if processes > 1 else ()
+        return self.train(output, processes, *STEPS, *shares, *words)
+
+    def generate(self, output: str, processes: int, *words: object, peers: int = 0) -> list[Tensor]:
+        """Return the latents of a generation."""
+        command = (*self.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
+        if processes == 1:
+            succeed_here(*command, folder=self.folder)
+        else:
+            shares = ("--context_parallel", peers or processes)
+            _, *others = run_in_processes(processes, *command, *shares, folder=self.folder)
+            assert not any("INFO" in other.stderr + other.stdout for other in others)  # the first one talks
+        paths = sorted((self.folder / output).glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        return [load_file(path)["latent"] for path in paths]
 
 
-def test_peers_draw_equal_batches_and_their_gradients_are_those_of_one_process(project: Shared) -> None:
-    expected = project.train("alone", 1, "--validation_split", "0.25", "--validate_every_n_steps", "1")
+def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference of two LoRAs, as a share of the largest number that was 0 untrained."""
+    assert found.keys() == expected.keys()
+    learned = max(tensor.abs().max() for name, tensor in expected.items() if "up" in name)
+    return float(max((found[name] - tensor).abs().max() for name, tensor in expected.items()) / learned)
 
-    found = project.train(
-        "shared", 2, "--context_parallel", "2", "--validation_split", "0.25", "--validate_every_n_steps", "1"
+
+def error_of_latents(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference as a share of the largest number."""
+    assert len(found) == len(expected) > 0
+    return max(
+        float((ours - theirs).abs().max() / theirs.abs().max())
+        for ours, theirs in zip(found, expected, strict=True)
     )
 
-    assert same(found, expected)
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    project = Wide(USUAL, tmp_path_factory.mktemp("tokens of two cards"))
+    project.cut_oddly()
+    return project
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    """Texts stand among the tokens; those of a batch have different lengths."""
+    project = Wide(JOINT, tmp_path_factory.mktemp("joint tokens"))
+    project.cut_oddly(batch_size=2)
+    return project
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 27])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_each_token_has_one_place_whatever_the_segments(length: int, count: int) -> None:
+    parts = [TokenPart(length, index, count, None) for index in range(count)]
+    x, table = torch.arange(length)[None, :, None], torch.arange(length)[:, None, None, None]
+
+    assert torch.equal(torch.cat([part.take(x) for part in parts], dim=1), x)
+    for some in range(length + 1):
+        assert sum(part.of_first(some) for part in parts) == some
+        assert sum(part.of_last(some) for part in parts) == some
+        behind = torch.cat([part.rows(table[some:], some) for part in parts])
+        assert torch.equal(behind, table[some:])
+        for part in parts:
+            assert len(part.rows(table[:some])) == part.of_first(some)
+
+
+WAYS = {
+    "plain": (),
+    "checkpointing": ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
+    "kept attention": ("--gradient_checkpointing", "--gradient_checkpointing_keep", "attention"),
+    "dora": ("--network_args", "dora_wd=True"),
+    "loha": ("--network_module", "networks.loha"),
+    "fp8": ("--fp8_base", "--fp8_scaled", "--blocks_to_swap", "2"),
+    "dropout": ("--network_args", "rank_dropout=0.5", "module_dropout=0.5"),
+    "compiled": ("--compile", "--compile_backend", "eager", "--compile_fullgraph"),
+    "split blocks": ("--shard_base",),
+}
+
+
+@pytest.mark.parametrize("way", with_slow(WAYS, {"dropout"}))
+def test_the_lora_is_that_of_one_process(project: Wide, way: str) -> None:
+    words = WAYS[way]
+    alone = () if way in {"compiled", "split blocks"} else words
+
+    expected = project.shared(f"{way} alone", 1, *alone)
+
+    assert error_of(project.shared(f"{way} shared", 2, *words), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "words", [("--gradient_checkpointing",), pytest.param(("--split_attn",), marks=pytest.mark.slow)]
+)
+def test_texts_of_different_lengths_among_the_tokens_change_nothing(
+    joint: Wide, words: tuple[str, ...]
+) -> None:
+    name = "".join(words)
+    expected = joint.shared(f"{name} alone", 1, *words)
+
+    assert error_of(joint.shared(f"{name} shared", 2, *words), expected) < 1e-6
+
+
+def test_validation_and_samples_are_those_of_one_process(project: Wide) -> None:
+    words = (
+        *("--validation_split", "0.25", "--validate_every_n_steps", "1", "--sample_prompts", "prompts.txt"),
+        *("--sample_every_n_steps", "2", "--max_train_steps", "2"),
+    )
+    for count in (1, 2):
+        project.shared(f"sampled {count}", count, *words, "--logging_dir", f"sampled {count}/logs")
+
+    alone, shared = (project.folder / f"sampled {count}" for count in (1, 2))
+    expected, found = frames_in(alone / "sample"), frames_in(shared / "sample")
+    assert expected.shape == found.shape  # each once
+    assert (expected.int() - found.int()).abs().max() <= 1
+    for name, losses in scalars(alone / "logs").items():
+        assert scalars(shared / "logs")[name] == pytest.approx(losses, rel=1e-6)
+
+
+MADE = {
+    **{way: words for way, words in GENERATIONS.items() if way != "fp8"},
+    "second text": ("--prompt", "a cat", "--nag_scale", "5", "--nag_prompt", "a dog in the snow"),
+    "long": ("--prompt", "a cat", "--riflex_index", "1"),
+}
+
+
+@pytest.mark.parametrize("way", with_slow(MADE, {"teacache"}))
+def test_a_generation_is_that_of_one_process(project: Wide, way: str) -> None:
+    words = (*MADE[way], "--video_size", "48", "48", "--video_length", "9")
+    expected = project.generate(f"{way} whole", 1, *words)
+
+    assert error_of_latents(project.generate(f"{way} shared", 2, *words), expected) < 2e-6
+
+
+@pytest.mark.parametrize("way", with_slow(MADE, {"second text"}))
+def test_a_generation_with_texts_among_the_tokens_is_that_of_one_process(joint: Wide, way: str) -> None:
+    if way in {"file", "long"}:
+        pytest.skip("tells nothing new of texts")
+    words = MADE[way]
+    expected = joint.generate(f"{way} whole", 1, *words)
+
+    assert error_of_latents(joint.generate(f"{way} shared", 2, *words), expected) < 2e-6
