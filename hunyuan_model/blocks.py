@@ -23,7 +23,7 @@ from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.attention.token_part import TokenPart
+    from modules.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # a place behind all tokens
@@ -317,9 +317,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
         attend(of(query), of(key), of(value), tokens.attention, lengths)
         for of, lengths in ((second.without, tokens.lengths), (second.alone, second.lengths))
     )
-    return (second.combine(seen, other) if part is None else second.combine_part(seen, other, part)).flatten(
-        2
-    )
+    return (second.combine(seen, other) if part is None else part.combine(seen, other, second)).flatten(2)
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:

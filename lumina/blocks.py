@@ -23,7 +23,7 @@ from modules.layers.rope import rotate, sinusoid
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.attention.token_part import TokenPart
+    from modules.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -111,7 +111,7 @@ class GroupedAttention(nn.Module):
             assert tokens.second_rotary is not None
             seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
             other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
-            seen = second.combine(seen, other) if part is None else second.combine_part(seen, other, part)
+            seen = second.combine(seen, other) if part is None else part.combine(seen, other, second)
         return self.project(seen.flatten(2))
 
     def project(self, seen: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.attention.token_part import TokenPart
+    from modules.offload.context import TokenPart
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modules.attention.token_part import TokenPart
+from modules.offload.context import TokenPart
 from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
 from tests.commands import run_in_processes

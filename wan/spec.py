@@ -17,7 +17,7 @@ from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanTask
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.attention.token_part import TokenPart
+    from modules.offload.context import TokenPart
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (

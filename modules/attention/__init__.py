@@ -2,5 +2,4 @@
 
 attend: the only entry: back ends, packages, packed samples
 sdpa: torch's scaled_dot_product_attention, with the best kernels
-token_part: the tokens that a process has, and their exchange
 """

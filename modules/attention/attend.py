@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from modules.attention.sdpa import cudnn_note, sdpa
 from modules.devices import dtype_name, numbers_on
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice, flag_of
-
-if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.attention.token_part import TokenPart
 
 # Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
 
@@ -380,15 +377,3 @@ class SecondText:
         """Return the attention of all tokens, B L+T+T' N D, from their attention with either text alone."""
         steered = self.steer(first[:, : self.before], second[:, : self.before])
         return torch.cat([steered, first[:, self.before :], second[:, self.before :]], dim=1)
-
-    def combine_part(self, first: Tensor, second: Tensor, part: "TokenPart") -> Tensor:
-        """Do as `combine` with attention of a part of the heads; return all heads of a part of the tokens.
-
-        What steers looks at all heads of a token.
-        """
-        behind = torch.cat([first[:, self.before :], second[:, self.before :]], dim=1)
-        seen, other = (
-            part.gather_heads(torch.cat([one[:, : self.before], behind], dim=1)) for one in (first, second)
-        )
-        here = part.of_first(self.before)
-        return torch.cat([self.steer(seen[:, :here], other[:, :here]), seen[:, here:]], dim=1)
