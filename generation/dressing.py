@@ -14,7 +14,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, Expert
 from modules.devices import own_stream
-from modules.dressing import dress, shared_blocks, swapped_weights
+from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
 from modules.offload.swap_plan import HostWeights
@@ -75,6 +75,7 @@ class DitLoader:
             patch.check()
         dit.eval().requires_grad_(False)
         dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
+        share_tokens(dit, speed.sharding, self.device)
         return dit
 
 

@@ -1,8 +1,9 @@
-"""Generate in several processes that share the transformer (--shard_base) or the passes of each step
-(--cfg_parallel).
+"""Generate in several processes that share the transformer (--shard_base), the tokens of a clip
+(--context_parallel) or the passes of each step (--cfg_parallel).
 
-All make every prompt from the same noise, as a block is gathered from all of them, and the velocity of a pass
-from the process that runs it. The first one decodes, writes and talks; the others write nothing.
+All make every prompt from the same noise, as blocks and tokens are gathered from all of them, and the
+velocity of a pass from the process that runs it. The first one decodes, writes and talks; the others write
+nothing.
 """
 
 import logging
@@ -36,8 +37,15 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
     Raises UserError as `generate` does, and if another process was lost.
     """
-    if launched_processes() == 1:
-        asked = " and ".join(options.speed.shared_by)
+    speed, launched = options.speed, launched_processes()
+    times, peers = speed.sharding.groups_of(launched), speed.sharding.context_parallel
+    if times > 1 and peers > 1 and not speed.cfg_parallel:
+        raise OptionError(
+            f"--context_parallel {peers}: {launched} processes would make each prompt {times} times. Give "
+            f"--context_parallel {launched}, or start {peers} processes"
+        )
+    if launched == 1:
+        asked = " and ".join(speed.shared_by)
         logger.warning("%s has no effect with one process, which does all. Use %s", asked, LAUNCH)
         generate(family, options, choose_device(options.device))
         return

@@ -7,9 +7,10 @@ checkpoints.
 """
 # Letters: B batch, L video tokens, T text tokens, T' of a second text, N heads, D head width, C = N * D
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -21,7 +22,11 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice
 
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
+
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
+NOWHERE = sys.maxsize  # a place behind all tokens
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class HunyuanTokens:
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs of the blocks for a part of the tokens."""
+        return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
     def video(self) -> int:
@@ -49,7 +59,11 @@ class HunyuanTokens:
     @property
     def split(self) -> int:
         """Where the second text begins in x or in the texts, counted from the end; 0: there is none."""
-        return 0 if self.second is None else -self.second.count
+        if self.second is None:
+            return 0
+        if self.part is None:
+            return -self.second.count
+        return -self.part.of_last(self.second.count) or NOWHERE
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -77,6 +91,10 @@ class TokensWithTurnedText(HunyuanTokens):
     """Inputs of blocks that rotate texts too: `rotary` is that of all tokens."""
 
     rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+
+    def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs of the blocks for a part of the tokens."""
+        return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
     @property
     def video(self) -> int:
@@ -289,14 +307,17 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     query, key, value: B L+T N D, those of the video rotated.
     """
-    second = tokens.second
+    second, part = tokens.second, tokens.part
+    if part is not None:
+        query, key, value = part.gather_tokens(query, key, value)
     if second is None:
-        return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
+        seen = attend(query, key, value, tokens.attention, tokens.lengths)
+        return (seen if part is None else part.gather_heads(seen)).flatten(2)
     seen, other = (
         attend(of(query), of(key), of(value), tokens.attention, lengths)
         for of, lengths in ((second.without, tokens.lengths), (second.alone, second.lengths))
     )
-    return second.combine(seen, other).flatten(2)
+    return (second.combine(seen, other) if part is None else part.combine(seen, other, second)).flatten(2)
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:

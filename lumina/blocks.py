@@ -8,7 +8,8 @@ checkpoints.
 # Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys, D head width, C = N * D
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as functional
@@ -20,6 +21,9 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
 from modules.layers.rope import rotate, sinusoid
 from modules.speed_options import AttentionChoice
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -41,6 +45,11 @@ class LuminaTokens:
     attention: AttentionChoice
     second: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs of the blocks for a part of the tokens, which are rotated all together."""
+        return replace(self, part=part)
 
     @property
     def image(self) -> int:
@@ -88,26 +97,34 @@ class GroupedAttention(nn.Module):
         """Return the attention of tokens, B L N D, from heads whose queries and keys are not rotated yet."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
-        served = self.num_heads // self.num_kv_heads
-        if served > 1:
-            key, value = (one.repeat_interleave(served, dim=2) for one in (key, value))
-        return attend(query, key, value, tokens.attention, lengths)
+        return attend(query, *_serve(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
-        heads, second = self.heads(x), tokens.second
+        heads, second, part = self.heads(x), tokens.second, tokens.part
+        if part is not None:
+            heads = part.gather_tokens(heads[0], *_serve(*heads))
         if second is None:
             seen = self.look(heads, tokens.rotary, tokens, tokens.lengths)
+            seen = seen if part is None else part.gather_heads(seen)
         else:
             assert tokens.second_rotary is not None
             seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
             other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
-            seen = second.combine(seen, other)
+            seen = second.combine(seen, other) if part is None else part.combine(seen, other, second)
         return self.project(seen.flatten(2))
 
     def project(self, seen: Tensor) -> Tensor:
         """Return the output, B L C, of the heads' attention side by side, B L C."""
         return in_own_dtype(self.out, seen)
+
+
+def _serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return heads of keys and values for each head of queries, B L N D, of B L K D."""
+    served = query.shape[2] // key.shape[2]
+    if served == 1:
+        return key, value
+    return key.repeat_interleave(served, dim=2), value.repeat_interleave(served, dim=2)
 
 
 class FeedForward(nn.Module):

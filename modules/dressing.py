@@ -60,6 +60,20 @@ def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBl
     return ShardedBlocks(device)
 
 
+def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.device) -> None:
+    """Have a network run its blocks on this process' part of the tokens, if processes share them.
+
+    Call it last. Raises OptionError if they cannot share this network's tokens.
+    """
+    if sharding.context_parallel == 1:
+        return
+    from modules.offload import context, mesh
+
+    groups = sharding.groups_of(distributed.get_world_size())
+    grid = mesh.ProcessGrid(distributed.get_rank(), groups, context=sharding.context_parallel)
+    context.share_tokens(network, grid, device)
+
+
 def dress(
     dit: nn.Module,
     spec: DitSpec,

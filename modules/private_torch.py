@@ -22,6 +22,7 @@ __all__ = [
     "disable_dynamo",
     "disable_modes",
     "dynamo",
+    "exchange_rows",
     "has_cpp_compiler",
     "has_triton",
     "has_triton_package",
@@ -45,6 +46,16 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **set
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:
     """Move each value that share of the way to its end, all by few kernels."""
     torch._foreach_lerp_(values, list(ends), share)
+
+
+def exchange_rows(x: Tensor, group: Any) -> Tensor:
+    """Send row i of x, P ..., to process i of a group; return the rows that the P processes send, P ...
+
+    Differentiable. The result may be on its way until it is used.
+    """
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(x, None, None, group)
 
 
 def release_host_cache() -> None:

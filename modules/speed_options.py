@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
 from modules.option_values import show_number
-from modules.options import FREE, HABIT, NO_PIXELS, Options, not_needed, option, option_name
+from modules.options import FREE, HABIT, NO_PIXELS, SETTING, Options, not_needed, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
@@ -322,12 +322,20 @@ class ShardingOptions(Options):
         least=1,
         metavar="N",
         often=True,
+        facts=SETTING,
     )
+
+    @property
+    def shared_by(self) -> tuple[str, ...]:
+        """Return the options by which processes share something, as they are typed."""
+        shared = f"--context_parallel {self.context_parallel}"
+        given = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
+        return tuple(name for name, is_given in given.items() if is_given)
 
     @property
     def is_asked(self) -> bool:
         """Return whether several processes work on the same micro-batch or prompt."""
-        return self.shard_base or self.context_parallel > 1
+        return bool(self.shared_by)
 
     def groups_of(self, processes: int, passes: int = 1) -> int:
         """Return how many groups of processes have micro-batches of their own.
@@ -337,8 +345,8 @@ class ShardingOptions(Options):
         peers = self.context_parallel * passes
         if processes % peers:
             raise OptionError(
-                f"--context_parallel {self.context_parallel}: {processes} processes do not make groups of "
-                f"{peers}. Start a multiple of it: accelerate launch --multi_gpu --num_processes {peers}"
+                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of "
+                f"{peers}. Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
             )
         return processes // peers
 
@@ -420,8 +428,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     @property
     def shared_by(self) -> tuple[str, ...]:
         """Return the options by which several processes make each prompt together, as they are typed."""
-        given = {"--shard_base": self.sharding.shard_base, "--cfg_parallel": self.cfg_parallel}
-        return tuple(name for name, is_given in given.items() if is_given)
+        return (*self.sharding.shared_by, *(["--cfg_parallel"] if self.cfg_parallel else []))
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from modules.contract.steps import DitAt, Turn, Tweaks
 from modules.offload.block_swap import swap_of
-from modules.offload.sharding import agree, gather_block, is_sharded
+from modules.offload.sharding import agree_among, gather_block, is_sharded
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 # Letters: B batch, L tokens, C width
@@ -91,7 +91,7 @@ class StepCache:
         branch = branches[turn.which]
         self.passes += 1
         skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, tweaks))
-        if agree(skips) if is_sharded(dit) else skips:  # a device may differ in the last digit
+        if agree_among(dit, skips):  # a device may differ in the last digit
             assert branch.residual is not None
             self.skipped += 1
             hidden.x = hidden.x + branch.residual

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modules.devices import numbers_on
 from modules.fp8.weights import dequantise, is_fp8, scale_of
-from modules.offload.sharding import gather_weight
+from modules.offload.sharding import TOKEN_PART, gather_weight
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 
@@ -46,18 +46,17 @@ class DropoutSeed:
 
     value: int | None = None
 
-    def derive(self, layer: int, kind: str) -> int:
-        """Return the seed of one layer's mask.
+    def derive(self, layer: int, kind: str, part: int = 0) -> int:
+        """Return the seed of one layer's mask. part: which one of the tokens it is for.
 
         If no value is set, each call draws one from torch's global generator.
         """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
-        return derive_seed(value, layer, kind)
+        return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
-    def tables(self, layers: int, device: torch.device) -> Tensor:
+    def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
         """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64, in one copy."""
-        seeds = [[halves(self.derive(layer, kind)) for kind in KINDS] for layer in range(layers)]
-        return numbers_on(device, seeds)
+        return numbers_on(device, [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers])
 
 
 class LoraLayer(nn.Module):
@@ -237,16 +236,21 @@ class LoraLayer(nn.Module):
             squares = self.squares + 2 * self.scale * mixed + self.scale**2 * own
             return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
 
+    def seed_of(self, kind: str) -> int:
+        """Return the seed of a mask: processes that share tokens drop equal modules and ranks only."""
+        part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
+        return self.seed.derive(self.index, kind, part)
+
     def _skips(self) -> bool:
         share = self.dropouts.module
-        return share > 0 and (self.seed.derive(self.index, "module") & _32_BITS) < share * (_32_BITS + 1)
+        return share > 0 and (self.seed_of("module") & _32_BITS) < share * (_32_BITS + 1)
 
     def _halves(self, kind: str) -> Halves:
         """Return the halves of a mask's seed; as tensors in compiled code."""
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high
-        return halves(self.seed.derive(self.index, kind))
+        return halves(self.seed_of(kind))
 
     def _drop(self, hidden: Tensor) -> Tensor:
         if self.dropouts.neuron > 0:

@@ -123,7 +123,7 @@ class OwnNetwork(nn.Module):
         """Seed all dropout masks until the next call; call before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
-            tables = self._seed.tables(len(self.layers), self.layers[0].lora_down.weight.device)
+            tables = self._seed.tables(self.layers, self.layers[0].lora_down.weight.device)
             for layer, table in zip(self.layers, tables.unbind(), strict=True):
                 layer.seed_table = table
 

@@ -8,8 +8,8 @@ picture first, then the text. The released code has the text first; attention do
 # C = N * D
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
+    NOWHERE,
     DoubleStreamBlock,
     EmbeddedText,
     Heads,
@@ -35,6 +36,9 @@ from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
+
 
 @dataclass(frozen=True)
 class QwenTokens(TokensWithTurnedText):
@@ -42,6 +46,11 @@ class QwenTokens(TokensWithTurnedText):
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
     rotary_of_clean: Tensor = field(kw_only=True)
+
+    def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs of the blocks for a part of the tokens."""
+        of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
+        return replace(super().cut(part), rotary_of_clean=of_clean)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -51,7 +60,7 @@ class QwenTokens(TokensWithTurnedText):
     @property
     def clean(self) -> int:
         """Where the tokens of clean references begin among the pictures', counted from the end."""
-        return -self.rotary_of_clean.shape[-4]
+        return -self.rotary_of_clean.shape[-4] or NOWHERE
 
 
 class QwenLayout(NamedTuple):

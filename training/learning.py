@@ -12,7 +12,7 @@ from modules.contract.data import CAPTION
 from modules.contract.family import Family
 from modules.contract.loading import BlockPlace, HostPlace
 from modules.contract.rules import Expert
-from modules.dressing import shared_blocks, swapped_weights
+from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
@@ -160,6 +160,7 @@ class Loading:
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
+        share_tokens(dit, sharding, device)
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts):

@@ -48,7 +48,10 @@ class SelfAttention(nn.Module):
         q = rotate(self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(in_own_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
         v = in_own_dtype(self.v, x).unflatten(-1, heads)
-        seen = _attend(q, k, v, tokens)  # B L N D
+        if tokens.part is None:
+            seen = _attend(q, k, v, tokens)  # B L N D
+        else:
+            seen = tokens.part.gather_heads(_attend(*tokens.part.gather_tokens(q, k, v), tokens))
         return in_own_dtype(self.o, seen.flatten(2))
 
 

@@ -4,7 +4,8 @@ Names are for code that acts on a transformer from outside; inputs are texts, ti
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -14,6 +15,9 @@ from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanTask
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
@@ -99,6 +103,11 @@ class WanTokens:
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    def cut(self, part: "TokenPart") -> "WanTokens":
+        """Return the inputs of the blocks for a part of the tokens."""
+        return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)
 
 
 def see_one(seen: Tensor) -> Tensor:

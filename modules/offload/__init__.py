@@ -3,6 +3,7 @@ recompute activations.
 
 block_swap: copy blocks from host memory before they run
 checkpointing: gradient checkpointing, of blocks and pieces of tokens
+context: share the tokens of a clip among processes
 host_memory: pinned and shared memory, copies, loaded networks
 mesh: how processes are grouped
 sharding: split blocks over processes by FSDP

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import chain, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAME = "_sharding"  # under which a network carries its own
+TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
+TOKEN_GROUP = "_token_group"  # under which it carries the processes that share its tokens
 PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
 # what accelerate's launcher sets -> what it then asks for, and the option here that does it
@@ -127,6 +129,14 @@ def is_sharded(network: nn.Module) -> bool:
     return hasattr(network, _NAME)
 
 
+def agree_among(network: nn.Module, value: T) -> T:
+    """Return the value of the first of the processes that run the network together; all of them call it."""
+    if is_sharded(network):
+        return agree(value)
+    group = network.__dict__.get(TOKEN_GROUP)
+    return value if group is None else agree(value, group)
+
+
 def gather_block(block: nn.Module) -> None:
     """Have a block whole in this process until its next pass ends; all processes must call it."""
     block.unshard()  # type: ignore[operator]
@@ -189,9 +199,12 @@ def join_processes(
     return chosen
 
 
-def agree(value: T) -> T:
-    """Return the value that the first process gives. All must call it, after `join_processes`."""
-    values: list[Any] = [value]
-    distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
+    """Return the value that the first process gives, of all or of a group.
+
+    All must call it, after `join_processes`.
+    """
+    first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
+    distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
     found: T = values[0]
     return found

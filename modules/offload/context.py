@@ -1,0 +1,153 @@
+"""Share the tokens of a clip among processes: each runs the blocks on a part of them (--context_parallel).
+
+All processes embed the whole clip; then each takes a run of its tokens, runs the blocks, and gathers the runs
+of all. In attention among tokens it has all of them in their order, with a part of the heads: an exchange
+before it and one behind it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepSpeed-Ulysses).
+
+What is before and behind the blocks is computed in every process, of equal inputs, and so is the loss. Each
+divides its loss by the number of processes, and gradients are summed over them.
+"""
+# Letters: B batch, L all tokens, l tokens of this process, P processes, N heads, n = N / P, D head width,
+# C = N * D
+
+import functools
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from modules.attention.attend import SecondText
+from modules.contract.steps import Tweaks
+from modules.errors import OptionError
+from modules.offload.mesh import ProcessGrid, device_mesh
+from modules.offload.sharding import TOKEN_GROUP, TOKEN_PART
+from modules.private_torch import exchange_rows
+from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+
+def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
+    """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
+
+    Raises OptionError if the heads cannot be divided among them.
+    """
+    heads = network.config.num_heads  # type: ignore[union-attr]
+    if heads % grid.context:
+        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]  # type: ignore[operator]
+        raise OptionError(
+            f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
+            f"this transformer's attention. Give {' or '.join(fitting) or 1}"
+        )
+    group = device_mesh(grid, device).get_group("context")
+    set_runner(network, functools.partial(_run_part, runner_of(network), group))
+    setattr(network, TOKEN_GROUP, group)
+    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
+        for layer in block.modules():
+            setattr(layer, TOKEN_PART, grid.context_rank)
+
+
+def _run_part(
+    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
+) -> None:
+    """Run the blocks on this process' part of the tokens by the runner that was set before."""
+    tokens = hidden.tokens
+    part = TokenPart(hidden.x.shape[1], group.rank(), group.size(), group)
+    hidden.x, hidden.tokens = part.take(hidden.x), tokens.cut(part)
+    inner(dit, hidden, tweaks)
+    hidden.x, hidden.tokens = part.join(hidden.x), tokens
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """One of P runs of L tokens; all have equal sizes, but the last ones may be shorter or empty."""
+
+    length: int  # L
+    index: int  # of this part, from 0
+    count: int  # P
+    group: Any  # of the processes, in the order of the parts
+
+    @property
+    def size(self) -> int:
+        """Return the tokens of a part that is not shorter."""
+        return -(-self.length // self.count)
+
+    @property
+    def run(self) -> slice:
+        """Return which tokens these are."""
+        return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
+
+    def of_first(self, count: int) -> int:
+        """Return how many of the first `count` tokens are here."""
+        return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
+
+    def of_last(self, count: int) -> int:
+        """Return how many of the last `count` tokens are here."""
+        return self.run.stop - self.run.start - self.of_first(self.length - count)
+
+    def rows(self, table: Tensor, before: int = 0) -> Tensor:
+        """Return the rotations of these tokens; those behind the table have none.
+
+        table: ... L' 1 D/2 2, of tokens behind the first `before`.
+        """
+        start, stop = (max(place - before, 0) for place in (self.run.start, self.run.stop))
+        return table[..., start:stop, :, :, :]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return these tokens of B L C, in memory of their own."""
+        return x[:, self.run].clone()
+
+    def join(self, x: Tensor) -> Tensor:
+        """Return the tokens of all processes, B L C, of those here, B l C."""
+        joined: Tensor = _Join.apply(x, self)
+        return joined
+
+    def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Return all tokens of this process' heads, each B L n D, of all heads of its tokens, B l N D."""
+        sent = (self._fill_up(one).unflatten(2, (self.count, -1)).movedim(2, 0).contiguous() for one in heads)
+        received = [exchange_rows(one, self.group) for one in sent]  # P B size n D, all on their way at once
+        return tuple(one.movedim(0, 1).flatten(1, 2)[:, : self.length] for one in received)
+
+    def gather_heads(self, seen: Tensor) -> Tensor:
+        """Return all heads of this process' tokens, B l N D, of all tokens of its heads, B L n D."""
+        missing = self.count * self.size - self.length
+        whole = pad(seen, (0, 0, 0, 0, 0, missing)) if missing else seen
+        sent = whole.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
+        received = exchange_rows(sent, self.group)  # P B size n D
+        return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
+
+    def combine(self, seen: Tensor, other: Tensor, second: SecondText) -> Tensor:
+        """Return the attention of these tokens, B l N D, from that with either text alone, of n heads.
+
+        seen, other: as `SecondText.combine` takes them. What steers looks at all heads of a token.
+        """
+        texts = torch.cat([seen[:, second.before :], other[:, second.before :]], dim=1)
+        seen, other = (
+            self.gather_heads(torch.cat([one[:, : second.before], texts], dim=1)) for one in (seen, other)
+        )
+        here = self.of_first(second.before)
+        return torch.cat([second.steer(seen[:, :here], other[:, :here]), seen[:, here:]], dim=1)
+
+    def _fill_up(self, x: Tensor) -> Tensor:
+        """Return B size ... of B l ..., with zeros behind it."""
+        missing = self.size - x.shape[1]
+        return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
+
+
+class _Join(torch.autograd.Function):
+    """All processes compute the same of the joined tokens, so that each knows the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:
+        ctx.part = part
+        sent = part._fill_up(x).contiguous()
+        joined = sent.new_empty(part.count, *sent.shape)
+        distributed.all_gather_into_tensor(joined.view(-1, *sent.shape[1:]), sent, group=part.group)
+        return joined.movedim(0, 1).flatten(1, 2)[:, : part.length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.part.run] * ctx.part.count, None
