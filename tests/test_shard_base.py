@@ -2,8 +2,10 @@
 of runs in which each process has all of it, to the bit.
 """
 
+import re
 import sys
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.training.toy import same
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
 USUAL = "wan t2v-1.3B"
+UNET_ONLY = "--network_train_unet_only"
 OTHERS = [family.name for family in FAMILIES if family.name != USUAL]
 RUN = (
     *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--no_page"),
@@ -34,7 +37,7 @@ RUN = (
 class Shared:
     """A project of a family, and its runs in several processes."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, caches_texts: bool = True) -> None:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
         if name == USUAL:
@@ -46,7 +49,8 @@ class Shared:
             f"{self.family.sample_line}\n{self.family.sample_line} --s 3 --d 8\n", encoding="utf-8"
         )
         succeed_here(*self.family.cache_latents, folder=folder)
-        succeed_here(*self.family.cache_texts, folder=folder)
+        if caches_texts:
+            succeed_here(*self.family.cache_texts, folder=folder)
 
     def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
         """Return the tensors of the LoRA."""
@@ -140,8 +144,10 @@ def generate(project: Shared, output: str, processes: int, *words: object) -> li
     if processes == 1:
         succeed_here(*command, folder=project.folder)
     else:
-        _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
-        assert "INFO" not in other.stderr + other.stdout  # the first one talks
+        first, *others = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
+        assert all("INFO" not in other.stderr + other.stdout for other in others)  # the first one talks
+        # of the text encoder, and of the transformer
+        assert len(re.findall("blocks of .* are split over", first.stderr)) == 2
     paths = (project.folder / output).glob("*.safetensors")
     # by time: their names begin with the second, and end with words if that name is taken
     return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
@@ -178,6 +184,36 @@ def test_the_first_process_alone_does_what_runs_no_transformer(project: Shared) 
         assert not other.stderr + other.stdout
 
     assert len(list((project.folder / "alone").glob("*.mp4"))) == 1
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Gemma encodes its captions while training, and learns."""
+    project = Shared("lumina", tmp_path_factory.mktemp("two cards"), caches_texts=False)
+    both = [word for word in project.family.train if word != UNET_ONLY]
+    project.family = replace(project.family, train=both)
+    return project
+
+
+@pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_training_that_encodes_captions_is_that_of_whole_models(pictures: Shared, learns: bool) -> None:
+    """A text encoder that learns is in every process, the others are split: these encode for each in turn."""
+    words = () if learns else (UNET_ONLY,)
+    expected = pictures.train(f"live {learns} whole", 2, *words)
+
+    assert same(pictures.train(f"live {learns} shared", 2, "--shard_base", *words), expected)
+
+
+def test_a_lora_is_added_to_a_text_encoder_that_is_split(pictures: Shared) -> None:
+    lora = pictures.train("both", 1, "--max_train_steps", 1, "--learning_rate", 1)
+    assert any(name.startswith("lora_te") for name in lora)
+    words = ("--prompt", "a cat", "--lora_weight", "both/x.safetensors")
+    (plain,) = generate(pictures, "without", 1, *words[:2])
+
+    (whole,), (shared,) = (generate(pictures, f"with {count}", count, *words) for count in (1, 2))
+
+    assert torch.equal(whole, shared)
+    assert not torch.equal(whole, plain)
 
 
 @pytest.mark.slow
