@@ -300,7 +300,8 @@ def load_language_model(
     fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
     then used as they are. room: bytes free on the device; layers that do not fit stay in host memory, and
     each is copied to the device before it runs. None: all fit. blocks: takes each layer. model, states,
-    final_norm: as for `read_language_model`. Raises CheckpointError if the file is damaged or holds another model.
+    final_norm: as for `read_language_model`. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm)

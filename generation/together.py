@@ -82,10 +82,12 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 def _check(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError for what processes that share a model cannot do."""
-    if len(family.experts) > 1:
+    turns = {"--offload_inactive_dit": options.experts.offload_inactive_dit}
+    turns["--lazy_loading"] = options.experts.lazy_loading
+    for option in (option for option, is_given in turns.items() if is_given and len(family.experts) > 1):
         raise OptionError(
-            "--shard_base: transformers that take turns are not split over processes. Use "
-            "--offload_inactive_dit, --lazy_loading or --blocks_to_swap with one process"
+            f"{option} and --shard_base cannot be used together: each process has a part of both transformers, "
+            "and they stay on the devices. Leave one of the two options out"
         )
     if options.sheet.is_asked:
         raise OptionError(

@@ -21,6 +21,7 @@ from tests.commands import ROOT, run_in_processes, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 from tests.tiny.project import write_dataset
+from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.toy import same
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
@@ -42,6 +43,7 @@ class Shared:
         self.folder = folder
         if name == USUAL:
             write_deep(self.family, folder)
+            write_dit(folder / "model", tiny_state("t2v", num_layers=4, seed=1), name="dit_high")
             write_dataset(folder, frames="5")
         else:
             self.family.prepare(folder)
@@ -52,13 +54,17 @@ class Shared:
         if caches_texts:
             succeed_here(*self.family.cache_texts, folder=folder)
 
-    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
-        """Return the tensors of the LoRA."""
+    def run(self, processes: int, output: str, *words: object) -> None:
+        """Train a LoRA."""
         command = (*self.family.train, *RUN, "--output_dir", output, *words)
         if processes == 1:
             succeed_here(*command, folder=self.folder)
         else:
             run_in_processes(processes, *command, folder=self.folder)
+
+    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
+        """Return the tensors of the LoRA."""
+        self.run(processes, output, *words)
         return load_file(self.folder / output / "x.safetensors")
 
 
@@ -90,6 +96,8 @@ WAYS = {
     "bf16": ("--mixed_precision", "bf16", "--gradient_checkpointing"),
     "module dropout": ("--network_args", "module_dropout=0.93"),
     "loha": ("--network_module", "networks.loha"),
+    "lokr": ("--network_module", "networks.lokr", "--network_args", "factor=4"),
+    "compiled": ("--compile", "--gradient_checkpointing", "--max_train_steps", "1"),
 }
 
 
@@ -146,8 +154,8 @@ def generate(project: Shared, output: str, processes: int, *words: object) -> li
     else:
         first, *others = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
         assert all("INFO" not in other.stderr + other.stdout for other in others)  # the first one talks
-        # of the text encoder, and of the transformer
-        assert len(re.findall("blocks of .* are split over", first.stderr)) == 2
+        split = 2 + ("--dit_high_noise" in words)  # the text encoder, and each transformer
+        assert len(re.findall("blocks of .* are split over", first.stderr)) == split
     paths = (project.folder / output).glob("*.safetensors")
     # by time: their names begin with the second, and end with words if that name is taken
     return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
@@ -217,17 +225,55 @@ def test_a_lora_is_added_to_a_text_encoder_that_is_split(pictures: Shared) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_family_trains_and_generates_with_shared_blocks(
-    name: str, tmp_path_factory: pytest.TempPathFactory
+    name: str, count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    project = Shared(name, tmp_path_factory.mktemp("two cards"))
+    project = Shared(name, tmp_path_factory.mktemp("cards"))
     step = ("--max_train_steps", 2)
     prompt = ("--prompt", "a cat")
 
-    lora = project.train("whole", 2, *step)
-    assert same(project.train("shared", 2, "--shard_base", *step), lora)
-    whole, shared = (generate(project, f"made {count}", count, *prompt) for count in (1, 2))
+    lora = project.train("whole", count, *step)
+    assert same(project.train("shared", count, "--shard_base", *step), lora)
+    whole, shared = (generate(project, f"made {number}", number, *prompt) for number in (1, count))
+    assert torch.equal(whole[0], shared[0])
+
+
+@pytest.mark.parametrize("scales", ["cast", "tensor", "rows", "blocks"])
+def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path, scales: str) -> None:
+    """Of all but blocks of a row with 8-bit products, which commands refuse on a CPU."""
+    done = run_in_processes(2, "tests/modules/offload/fp8_blocks.py", scales, folder=tmp_path)
+    assert [one.stdout.splitlines()[-1] for one in done] == ["equal True True"] * 2
+
+
+BOTH = (
+    *("--task", "t2v-A14B", "--dit_high_noise", "model/dit_high.safetensors"),
+    *("--timestep_boundary", "500"),
+)
+
+
+@pytest.mark.parametrize("way", with_slow(("one network", "a network each"), {"one network"}))
+def test_two_transformers_train_as_whole_ones(project: Shared, way: str) -> None:
+    """At most places the batches of the processes are for different ones."""
+    words = (*BOTH, "--gradient_accumulation_steps", "2")
+    files = ["x.safetensors"]
+    if way == "a network each":
+        words, files = (*words, "--lora_per_expert"), ["x_low_noise.safetensors", "x_high_noise.safetensors"]
+    for output, more in ((f"{way} whole", ()), (f"{way} shared", ("--shard_base",))):
+        project.run(2, output, *words, *more)
+
+    for file in files:
+        whole, shared = (load_file(project.folder / f"{way} {name}" / file) for name in ("whole", "shared"))
+        assert same(shared, whole)
+
+
+def test_two_transformers_generate_as_in_one_process(project: Shared) -> None:
+    whole, shared = (
+        generate(project, f"experts {count}", count, "--prompt", "a cat", "--flow_shift", "1", *BOTH)
+        for count in (1, 2)
+    )
+
     assert torch.equal(whole[0], shared[0])
 
 

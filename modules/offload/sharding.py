@@ -95,8 +95,8 @@ class ShardedBlocks:
     def _split(self, block: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes with the
-        # weights, as gloo gathers 8 bits beside another dtype alone
+        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes with
+        # the weights, as gloo gathers weights in 8 bits only beside another dtype
         _, *vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2] or [None]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors})
 
@@ -116,7 +116,7 @@ class _Root(nn.Module):
 
 
 def _gather_alone(block: nn.Module, _: object) -> None:
-    """Gather a block before it runs; FSDP2 itself would keep the block received before until this one is here."""
+    """Gather a block before it runs; FSDP2 would keep what it received for the block before until then."""
     block.unshard(async_op=True)  # type: ignore[operator]
 
 
