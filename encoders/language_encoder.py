@@ -239,13 +239,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         On a CUDA device with too little room some of its layers stay in host memory.
         """
         use, room, tower = self.use, None, None
+        blocks = None if self.on_cpu else self.blocks  # of processes that compute elsewhere
         if use.pictures is not None:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
-        if device.type == "cuda":
+        if device.type == "cuda" and blocks is None:
             room = spare_bytes(device)
         network = load_language_model(
             *(self.path, use.model, device, self.dtype),
-            *(use.states, use.final_norm, self.in_fp8, room),
+            *(use.states, use.final_norm, self.in_fp8, room, blocks),
         )
         if tower is not None:
             network.visual = tower

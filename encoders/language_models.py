@@ -22,6 +22,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
+from modules.contract.loading import BlockPlace
 from modules.devices import send_ahead
 from modules.errors import CheckpointError
 from modules.offload.block_swap import swap_blocks
@@ -292,13 +293,15 @@ def load_language_model(
     final_norm: bool = False,
     in_fp8: bool = False,
     room: int | None = None,
+    blocks: BlockPlace | None = None,
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
     fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
     then used as they are. room: bytes free on the device; layers that do not fit stay in host memory, and
-    each is copied to the device before it runs. None: all fit. model, states, final_norm: as for
-    `read_language_model`. Raises CheckpointError if the file is damaged or holds another model.
+    each is copied to the device before it runs. None: all fit. blocks: takes each layer. model, states,
+    final_norm: as for `read_language_model`. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm)
@@ -310,7 +313,7 @@ def load_language_model(
                 "%s does not fit on the device: %d of its %d layers (%.1f GB) come from host memory each time"
             )
             logger.info(text, what, swapped, plan.config.num_layers, swapped * layer / 1e9)
-        network = load_planned(plan, build_language_model, device, dtype, what, in_fp8, host)
+        network = load_planned(plan, build_language_model, device, dtype, what, in_fp8, host, blocks)
     swap_blocks(network, host, device)
     return network
 

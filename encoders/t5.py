@@ -135,7 +135,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load the network; gradients flow through 8-bit weights too."""
-        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8)
+        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8, self.blocks)
 
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int

@@ -28,6 +28,7 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
+from modules.contract.loading import BlockPlace
 from modules.contract.steps import NO_TWEAKS
 from modules.devices import dtype_name, send_ahead
 from modules.errors import CheckpointError
@@ -231,13 +232,14 @@ class PositionTable(nn.Module):
         return by_distance.unfold(1, length, 1).flip(1)  # query i takes the window that begins at distance -i
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class T5Tokens:
     """The prompts that the rows of `Hidden.x` belong to."""
 
     lengths: Sequence[int]  # of the prompts; they sum to L
     visible: Sequence[int]  # how many tokens of each prompt attention sees, from its first
-    bias: Tensor | None  # N n n for the longest prompt, if all blocks share one table
+    # N n n for the longest prompt, of the last block that has a table: all blocks may share the first one's
+    bias: Tensor | None = None
 
 
 class T5Block(nn.Module):
@@ -252,11 +254,10 @@ class T5Block(nn.Module):
         self.pos_embedding = PositionTable(config) if has_table else None
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
-        bias = tokens.bias
-        if bias is None:
-            assert self.pos_embedding is not None
-            bias = self.pos_embedding(max(tokens.lengths))
-        x = _within_float16(x + self.attn(self.norm1(x), bias, tokens))
+        if self.pos_embedding is not None:
+            tokens.bias = self.pos_embedding(max(tokens.lengths))
+        assert tokens.bias is not None
+        x = _within_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
         return _within_float16(x + self.ffn(self.norm2(x)))
 
 
@@ -298,7 +299,7 @@ class T5Network(nn.Module):
         padding. None: all.
         """
         lengths = [len(prompt) for prompt in ids]
-        tokens = T5Tokens(lengths, lengths if visible is None else visible, self._bias(max(lengths)))
+        tokens = T5Tokens(lengths, lengths if visible is None else visible)
         hidden = Hidden(self.token_embedding(torch.cat(list(ids))), tokens)
         run_blocks(self, hidden, NO_TWEAKS)
         return list(self.norm(hidden.x).split(lengths))
@@ -312,14 +313,6 @@ class T5Network(nn.Module):
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
         return torch.stack(self(list(ids.to(self.device)), visible))
 
-    def _bias(self, length: int) -> Tensor | None:
-        """Return the attention bias that all blocks share, N n n; None if each has its own."""
-        if not self.config.shares_positions:
-            return None
-        first = self.blocks[0].pos_embedding
-        assert isinstance(first, PositionTable)
-        return first(length)
-
 
 def load_t5(
     path: Path,
@@ -327,19 +320,20 @@ def load_t5(
     kind: T5Kind,
     dtype: torch.dtype | None = None,
     in_fp8: bool = False,
+    blocks: BlockPlace | None = None,
 ) -> T5Network:
     """Load an encoder of that kind.
 
     dtype: compute dtype; None: that of the file, and bfloat16 for fp8. in_fp8: keep the linear layers in 8
-    bits; an fp8 file's weights are then used as they are, otherwise they are dequantized. Raises
-    CheckpointError if the file is damaged or holds another model.
+    bits; an fp8 file's weights are then used as they are, otherwise they are dequantized. blocks: takes
+    each block. Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         compute = dtype or _compute_dtype(stored, device)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device, compute, what, in_fp8)
+        t5 = load_planned(plan, T5Network, device, compute, what, in_fp8, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5
 

@@ -116,6 +116,7 @@ class TurnRules:
     keep: bool = False  # they are needed again after the phase, for the next prompt
     never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
     lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
+    together: bool = False  # all stay, as each process has a part of them (--shard_base)
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
@@ -237,8 +238,8 @@ class DitTurns:
 
     def _may_stay(self, working: int, coming: int) -> bool:
         """Whether an expert that works may stay on the device beside one that comes, which is as large."""
-        if self.rules.lazy:
-            return False
+        if self.rules.lazy or self.rules.together:
+            return self.rules.together
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
             room = self.host_room()

@@ -37,7 +37,7 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
-from modules.dressing import have_joined
+from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.installation import import_own
@@ -249,7 +249,12 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         for option in (option for option, is_given in given.items() if is_given):
             logger.warning("%s is ignored because a single transformer takes no turns", option)
         rules = TurnRules()
-    return Session(family, loader.device, loader, keep, load_aside=loader.aside, rules=rules)
+    sharding, aside, blocks = options.speed.sharding, loader.aside, None
+    if sharding.shard_base:
+        blocks = shared_blocks(sharding, loader.device)
+    if blocks is not None:
+        rules, aside = replace(rules, together=True), None
+    return Session(family, loader.device, loader, keep, load_aside=aside, rules=rules, blocks=blocks)
 
 
 def make_prompt(run: GenerationRun) -> None:

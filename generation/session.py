@@ -20,7 +20,8 @@ from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import Family, TextEncoder
+from modules.contract.family import Family, TextEncoder, can_divide
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.contract.steps import DitAt, EncodedPrompts
 from modules.devices import free_memory
@@ -67,6 +68,7 @@ class Session:
     load_aside: LoadAside | None = None  # loads an expert into host memory, ahead of its time
     text_loras: TextLoras | None = None
     rules: TurnRules = TurnRules()  # how experts share the device; `keep` says whether they stay
+    blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
     # bytes of the device, where something was let in beside the DiT
     most_beside: int = field(default=0, init=False)
     _known: Texts = field(default_factory=dict)
@@ -95,6 +97,9 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
+            for encoder in self._text_encoders if self.blocks is not None else ():
+                if can_divide(encoder):
+                    encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.tell_unused(self._text_encoders)
         new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in self._known]

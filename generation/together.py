@@ -143,10 +143,13 @@ def _check(family: Family, options: GenerationOptions) -> None:
                 "each pass by itself, and processes that gather blocks have to run the same ones. Leave one "
                 "of the three out"
             )
-    if len(family.experts) > 1 and speed.sharding.shard_base:
+    turns = {"--offload_inactive_dit": options.experts.offload_inactive_dit}
+    turns["--lazy_loading"] = options.experts.lazy_loading
+    is_split = len(family.experts) > 1 and speed.sharding.shard_base
+    for option in (option for option, is_given in turns.items() if is_given and is_split):
         raise OptionError(
-            "--shard_base: transformers that take turns are not split over processes. Use "
-            "--offload_inactive_dit, --lazy_loading or --blocks_to_swap with one process"
+            f"{option} and --shard_base cannot be used together: each process has a part of both transformers, "
+            "and they stay on the devices. Leave one of the two options out"
         )
     if options.sheet.is_asked:
         raise OptionError(

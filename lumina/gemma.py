@@ -16,6 +16,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.encoders import SPIECE_MODEL, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
+from modules.contract.loading import BlockPlace
 from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,16 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[GemmaConfig]:
     return LoadPlan(plan, own, sources, unused)
 
 
-def load_gemma(path: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_gemma(
+    path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
+) -> nn.Module:
     """Load Gemma 2 up to the state before its last layer, on the device. fp8 weights are multiplied out.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    blocks: takes each layer. Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
-        gemma = load_planned(read_gemma(checkpoint), build_gemma, device, dtype, f"Gemma 2 ({OPTION})")
+        plan, what = read_gemma(checkpoint), f"Gemma 2 ({OPTION})"
+        gemma = load_planned(plan, build_gemma, device, dtype, what, blocks=blocks)
     _fill_computed(gemma, device)
     return gemma
 

@@ -96,7 +96,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     def load_network(self, device: torch.device) -> nn.Module:
         """Load Gemma 2."""
-        gemma = load_gemma(self.path, device, self.dtype)
+        gemma = load_gemma(self.path, device, self.dtype, self.blocks)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
         if self.system_prompt:
             logger.info("system prompt: %s", self.system_prompt)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.contract.family import TextEncoder, can_learn
 from modules.errors import CheckpointError
+from modules.offload.sharding import gather_weight, set_weight
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
 from networks.loading import LoraUse, list_some
@@ -82,7 +83,8 @@ class TextLoras:
                         "for the DiT alone.",
                         uses[0].lora.path,
                     )
-                parameter.copy_(patch(name, parameter.data))
+                if patch.touches(name):
+                    set_weight(parameter, patch(name, gather_weight(parameter.data)))
         patch.check()
         self._done.add(encoder.network)
 

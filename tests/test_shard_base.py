@@ -2,8 +2,10 @@
 of runs in which each process has all of it, to the bit.
 """
 
+import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from tests.commands import ROOT, run_in_processes, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 from tests.tiny.project import write_dataset
+from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.toy import same
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
 USUAL = "wan t2v-1.3B"
+UNET_ONLY = "--network_train_unet_only"
 OTHERS = [family.name for family in FAMILIES if family.name != USUAL]
 RUN = (
     *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--no_page"),
@@ -34,11 +38,12 @@ RUN = (
 class Shared:
     """A project of a family, and its runs in several processes."""
 
-    def __init__(self, name: str, folder: Path, trains: bool = True) -> None:
+    def __init__(self, name: str, folder: Path, trains: bool = True, caches_texts: bool = True) -> None:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
         if name == USUAL:
             write_deep(self.family, folder)
+            write_dit(folder / "model", tiny_state("t2v", num_layers=4, seed=1), name="dit_high")
             write_dataset(folder, frames="5")
         else:
             self.family.prepare(folder)
@@ -47,15 +52,20 @@ class Shared:
         )
         if trains:
             succeed_here(*self.family.cache_latents, folder=folder)
+        if trains and caches_texts:
             succeed_here(*self.family.cache_texts, folder=folder)
 
-    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
-        """Return the tensors of the LoRA."""
+    def run(self, processes: int, output: str, *words: object) -> None:
+        """Train a LoRA."""
         command = (*self.family.train, *RUN, "--output_dir", output, *words)
         if processes == 1:
             succeed_here(*command, folder=self.folder)
         else:
             run_in_processes(processes, *command, folder=self.folder)
+
+    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
+        """Return the tensors of the LoRA."""
+        self.run(processes, output, *words)
         return load_file(self.folder / output / "x.safetensors")
 
 
@@ -87,6 +97,8 @@ WAYS = {
     "bf16": ("--mixed_precision", "bf16", "--gradient_checkpointing"),
     "module dropout": ("--network_args", "module_dropout=0.93"),
     "loha": ("--network_module", "networks.loha"),
+    "lokr": ("--network_module", "networks.lokr", "--network_args", "factor=4"),
+    "compiled": ("--compile", "--gradient_checkpointing", "--max_train_steps", "1"),
 }
 
 
@@ -143,8 +155,11 @@ def generate(
     if processes == 1:
         succeed_here(*command, folder=project.folder)
     else:
-        _, *others = run_in_processes(processes, *command, *by, folder=project.folder)
+        first, *others = run_in_processes(processes, *command, *by, folder=project.folder)
         assert all("INFO" not in one.stderr + one.stdout for one in others)  # the first one talks
+        split = 2 + ("--dit_high_noise" in words)  # the text encoder, and each transformer
+        found = len(re.findall("blocks of .* are split over", first.stderr))
+        assert found == (split if "--shard_base" in by else 0)
     paths = (project.folder / output).glob("*.safetensors")
     # by time: their names begin with the second, and end with words if that name is taken
     return [load_file(path)["latent"] for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
@@ -183,18 +198,86 @@ def test_the_first_process_alone_does_what_runs_no_transformer(project: Shared) 
     assert len(list((project.folder / "alone").glob("*.mp4"))) == 1
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Gemma encodes its captions while training, and learns."""
+    project = Shared("lumina", tmp_path_factory.mktemp("two cards"), caches_texts=False)
+    both = [word for word in project.family.train if word != UNET_ONLY]
+    project.family = replace(project.family, train=both)
+    return project
+
+
+@pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_training_that_encodes_captions_is_that_of_whole_models(pictures: Shared, learns: bool) -> None:
+    """A text encoder that learns is in every process, the others are split: these encode for each in turn."""
+    words = () if learns else (UNET_ONLY,)
+    expected = pictures.train(f"live {learns} whole", 2, *words)
+
+    assert same(pictures.train(f"live {learns} shared", 2, "--shard_base", *words), expected)
+
+
+def test_a_lora_is_added_to_a_text_encoder_that_is_split(pictures: Shared) -> None:
+    lora = pictures.train("both", 1, "--max_train_steps", 1, "--learning_rate", 1)
+    assert any(name.startswith("lora_te") for name in lora)
+    words = ("--prompt", "a cat", "--lora_weight", "both/x.safetensors")
+    (plain,) = generate(pictures, "without", 1, *words[:2])
+
+    (whole,), (shared,) = (generate(pictures, f"with {count}", count, *words) for count in (1, 2))
+
+    assert torch.equal(whole, shared)
+    assert not torch.equal(whole, plain)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_family_trains_and_generates_with_shared_blocks(
-    name: str, tmp_path_factory: pytest.TempPathFactory
+    name: str, count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    project = Shared(name, tmp_path_factory.mktemp("two cards"))
+    project = Shared(name, tmp_path_factory.mktemp("cards"))
     step = ("--max_train_steps", 2)
     prompt = ("--prompt", "a cat")
 
-    lora = project.train("whole", 2, *step)
-    assert same(project.train("shared", 2, "--shard_base", *step), lora)
-    whole, shared = (generate(project, f"made {count}", count, *prompt) for count in (1, 2))
+    lora = project.train("whole", count, *step)
+    assert same(project.train("shared", count, "--shard_base", *step), lora)
+    whole, shared = (generate(project, f"made {number}", number, *prompt) for number in (1, count))
+    assert torch.equal(whole[0], shared[0])
+
+
+@pytest.mark.parametrize("scales", ["cast", "tensor", "rows", "blocks"])
+def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path, scales: str) -> None:
+    """Of all but blocks of a row with 8-bit products, which commands refuse on a CPU."""
+    done = run_in_processes(2, "tests/modules/offload/fp8_blocks.py", scales, folder=tmp_path)
+    assert [one.stdout.splitlines()[-1] for one in done] == ["equal True True"] * 2
+
+
+BOTH = (
+    *("--task", "t2v-A14B", "--dit_high_noise", "model/dit_high.safetensors"),
+    *("--timestep_boundary", "500"),
+)
+
+
+@pytest.mark.parametrize("way", with_slow(("one network", "a network each"), {"one network"}))
+def test_two_transformers_train_as_whole_ones(project: Shared, way: str) -> None:
+    """At most places the batches of the processes are for different ones."""
+    words = (*BOTH, "--gradient_accumulation_steps", "2")
+    files = ["x.safetensors"]
+    if way == "a network each":
+        words, files = (*words, "--lora_per_expert"), ["x_low_noise.safetensors", "x_high_noise.safetensors"]
+    for output, more in ((f"{way} whole", ()), (f"{way} shared", ("--shard_base",))):
+        project.run(2, output, *words, *more)
+
+    for file in files:
+        whole, shared = (load_file(project.folder / f"{way} {name}" / file) for name in ("whole", "shared"))
+        assert same(shared, whole)
+
+
+def test_two_transformers_generate_as_in_one_process(project: Shared) -> None:
+    whole, shared = (
+        generate(project, f"experts {count}", count, "--prompt", "a cat", "--flow_shift", "1", *BOTH)
+        for count in (1, 2)
+    )
+
     assert torch.equal(whole[0], shared[0])
 
 

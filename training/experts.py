@@ -100,10 +100,10 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
     experts, given, network = family.experts, options.by_expert, options.network
-    if len(experts) > 1 and options.speed.sharding.shard_base:
+    if len(experts) > 1 and given.offload_inactive_dit and options.speed.sharding.shard_base:
         raise OptionError(
-            "--shard_base: transformers that take turns are not split over processes. Train one of them, or "
-            "use --offload_inactive_dit or --blocks_to_swap"
+            "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of both "
+            "transformers, and they stay on the devices. Leave one of the two options out"
         )
     if len(experts) == 1:
         if given.lora_per_expert:

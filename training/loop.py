@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -133,26 +133,37 @@ def _accumulate(
     parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.scaler.scale(row)
-    for index in run.steps.share(group, run.feed.process):
+    for place, index in enumerate(run.steps.share(group, run.feed.process)):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
         run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
-        dit = run.dits.at(expert)
         with run.autocast():
             batch = run.texts.add_to(micro_batch.data.batch)
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
-        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / parts
-        if run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process):
-            run.scaler.scale(0 * loss).backward()  # for the others, which gather the blocks from this process
-            continue
-        run.scaler.scale(loss).backward()
-        row[0] += loss.detach()
-        if count > 1:
-            row[WISHES.stop + expert] += loss.detach() * parts
-            row[WISHES.stop + count + expert] += 1
-        keys += micro_batch.data.batch.keys
+        is_repeat = run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process)
+        for which in _experts_at(run, group, place, expert):
+            dit = run.dits.at(which)
+            loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / parts
+            if is_repeat or which != expert:
+                # for the others, which gather the blocks from this process
+                run.scaler.scale(0 * loss).backward()
+                continue
+            run.scaler.scale(loss).backward()
+            row[0] += loss.detach()
+            if count > 1:
+                row[WISHES.stop + expert] += loss.detach() * parts
+                row[WISHES.stop + count + expert] += 1
+            keys += micro_batch.data.batch.keys
     return row, keys
+
+
+def _experts_at(run: TrainingRun, group: range, place: int, own: int) -> Sequence[int]:
+    """Return the experts that a micro-batch is run by: its own; in lockstep those of all processes now."""
+    if len(run.experts) == 1 or not run.steps.in_lockstep:
+        return (own,)
+    now = [run.steps.share(group, process)[place] for process in range(run.steps.processes)]
+    return sorted({run.feed.batches.expert_of((run.progress.epoch, index)) for index in now})
 
 
 def _seed(run: TrainingRun, number: int) -> None:

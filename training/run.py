@@ -10,6 +10,8 @@ import torch
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
+from modules.contract.loading import BlockPlace
+from modules.dressing import shared_blocks
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
 from training.following import NO_SCRIPTS, FamilyScripts, make_reporter, plan_next_steps
@@ -77,7 +79,7 @@ def prepare_run(
             plan.others.advice = following.after_loss
         swap, watch = prepare_memory(plan)
         memory = watch or NoMemoryWatch()
-        texts.load(accelerator.device)
+        texts.load(accelerator.device, _shared_blocks(plan))
         held.callback(texts.free)
         logs = Logs(
             accelerator,
@@ -118,6 +120,15 @@ def _set_earlier_aside(plan: TrainingPlan) -> None:
     plan.accelerator.wait_for_everyone()  # before any writes samples there
 
 
+def _shared_blocks(plan: TrainingPlan) -> BlockPlace | None:
+    """Return what splits text encoders over processes that run equal passes; None if each has them whole."""
+    return (
+        shared_blocks(plan.options.speed.sharding, plan.accelerator.device)
+        if plan.steps.in_lockstep
+        else None
+    )
+
+
 def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
     """Encode the texts and images of the samples.
 
@@ -148,4 +159,5 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         weights,
         options.preview,
         plan.steps.in_lockstep,
+        _shared_blocks(plan),
     )

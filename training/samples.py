@@ -22,6 +22,7 @@ from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
 from modules.contract.rules import expert_at
 from modules.contract.steps import EncodedPrompts, StepDone
@@ -178,10 +179,11 @@ def prepare_samples(
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
     together: bool = False,
+    blocks: BlockPlace | None = None,
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
-    together: all processes make every sample, and the first one writes it.
+    together: all processes make every sample, and the first one writes it. blocks: then splits text encoders.
 
     Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
     used.
@@ -206,7 +208,7 @@ def prepare_samples(
     if process == 0:
         _remove_leftovers(folder, name)
     requests = [prepared for _, prepared, _ in chosen]
-    session = Session(family, device, _no_dit, keep=False)
+    session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
     texts = session.texts(wanted)
     with session.media(images=True, again=True) as encoders:

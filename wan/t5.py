@@ -101,7 +101,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load umT5."""
-        return load_t5(self.path, device, UMT5, in_fp8=self.in_fp8)
+        return load_t5(self.path, device, UMT5, in_fp8=self.in_fp8, blocks=self.blocks)
 
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int

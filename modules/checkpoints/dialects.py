@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modules.checkpoints.filling import encoder_loading, load_module, on_meta_device
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
-from modules.contract.loading import HostPlace, TensorSource
+from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 
 Config = TypeVar("Config")
@@ -43,12 +43,13 @@ def load_planned(
     what: str,
     in_fp8: bool = False,
     host: HostPlace | None = None,
+    blocks: BlockPlace | None = None,
 ) -> Network:
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
     build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
     a single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. host: as for
-    `load_module`. Raises CheckpointError as `load_module`.
+    `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -64,7 +65,10 @@ def load_planned(
         what=what,
         fp8=fp8,
         host=host,
+        filled=None if blocks is None else blocks.watch(network),
     )
+    if blocks is not None:
+        blocks.finish(network)
     return network.eval()
 
 

@@ -26,7 +26,7 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.loading import Placement
+from modules.contract.loading import BlockPlace, Placement
 from modules.contract.requests import Prepared, Prompt, Request
 from modules.contract.rules import CountTokens, Expert, ModelRelease, ReferenceRules, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -164,6 +164,17 @@ class LayeredEncoder(TextEncoder, Protocol):
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
     """Return whether a text encoder is a `LayeredEncoder`; like `can_learn` it opens no file."""
     return hasattr(encoder, "waiting_bytes")
+
+
+class DividedEncoder(TextEncoder, Protocol):
+    """A text encoder whose blocks can be split over processes, which then have to encode the same texts."""
+
+    blocks: BlockPlace | None  # set before `load`
+
+
+def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
+    """Return whether a text encoder is a `DividedEncoder`; like `can_learn` it opens no file."""
+    return hasattr(encoder, "blocks")
 
 
 class Described(Protocol):

@@ -83,6 +83,8 @@ class BlockPlace(Protocol):
     # returns what is called with the name of each tensor that is filled
     def watch(self, network: nn.Module) -> Callable[[str], None]: ...
 
+    def finish(self, network: nn.Module) -> None: ...  # call it last: then the network runs
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -7,7 +7,8 @@
 
 torch's FSDP2 does the work: each process keeps an equal number of rows of each weight, a block is gathered
 while the one before it computes, and what was gathered is freed after the block, so that two whole blocks
-are there at a time. What is outside the blocks stays whole. Frozen weights have no gradients to send.
+are there at a time; one on a CPU, which gathers and computes by turns. What is outside the blocks stays
+whole. Frozen weights have no gradients to send.
 
 All processes have to run the same passes in the same order, each with gradients or each without, as a block
 is gathered from all of them.
@@ -18,10 +19,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from itertools import chain, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,7 +33,7 @@ from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 
 _NAME = "_sharding"  # under which a network carries its own
 TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
@@ -85,18 +85,20 @@ class ShardedBlocks:
         for block in blocks:
             if not isinstance(block, FSDPModule):  # one that was not loaded with this place
                 self._split(block)
-        inside = set(chain.from_iterable(block.parameters() for block in blocks))
-        fully_shard(
-            network,
-            mesh=self._mesh,
-            reshard_after_forward=True,
-            ignored_params={*network.parameters()} - inside,
-        )
-        for block, following in pairwise(blocks):
-            block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+        root = _Root(blocks)
+        fully_shard(root, mesh=self._mesh)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if (
+                self._mesh.device_type == "cpu"
+            ):  # it gathers and computes by turns: blocks ahead only take memory
+                block.register_forward_pre_hook(_gather_alone, prepend=True)
+                block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
+            elif following is not None:
+                block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+        network.forward = functools.partial(_run_inside, root, network.forward)
         set_runner(network, functools.partial(_run_all, runner_of(network)))
         setattr(network, _NAME, self)
-        total = sum(parameter.nbytes for parameter in inside)
+        total = sum(parameter.nbytes for parameter in root.parameters())
         logger.info(
             "%d blocks of %.2f GB are split over %d processes", len(blocks), total / 1e9, self._mesh.size()
         )
@@ -104,7 +106,33 @@ class ShardedBlocks:
     def _split(self, block: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes with
+        # the weights, as gloo gathers weights in 8 bits only beside another dtype
+        _, *vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2] or [None]
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors})
+
+
+class _Root(nn.Module):
+    """Hold all blocks, as FSDP2 wants a module around them, and run a function.
+
+    FSDP2 moves the inputs of this module to the device, but some inputs of a network belong on the host.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def _gather_alone(block: nn.Module, _: object) -> None:
+    """Gather a block before it runs; FSDP2 would keep what it received for the block before until then."""
+    block.unshard(async_op=True)  # type: ignore[operator]
+
+
+def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    return root(functools.partial(forward, *args, **named))
 
 
 def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
@@ -154,6 +182,21 @@ def gather_weight(weight: Tensor) -> Tensor:
     whole = mine.new_empty(count * size)
     distributed.all_gather_into_tensor(whole, mine)
     return whole[: weight.nbytes].view(weight.dtype).view(weight.shape)
+
+
+def set_weight(weight: Tensor, whole: Tensor) -> None:
+    """Set a weight in place: of one that is split, this process' part."""
+    if hasattr(weight, "to_local"):
+        weight, rows = weight.to_local(), -(-len(whole) // distributed.get_world_size())
+        whole = whole[distributed.get_rank() * rows :][: len(weight)]
+    weight.copy_(whole)
+
+
+def take_turns(work: Callable[[U], T], own: U) -> T:
+    """Return `work(own)`, which all processes do for each of them, one after the other; all must call it."""
+    given: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(given, own)
+    return [work(one) for one in given][distributed.get_rank()]
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:

@@ -6,7 +6,6 @@ micro-batch's number, as that of noise and timesteps. Text encoders stay loaded 
 vary, if they learn, or if there are no caches; every process encodes the captions of its own micro-batches.
 """
 
-import contextlib
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,12 @@ from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.frames import shrink_mask
 from dataset.table import NO_AUGMENTATION, DatasetTable
 from modules.contract.data import LOSS_MASK, Batch, Conditions, LatentSpec
-from modules.contract.family import LearningEncoder, TextEncoder
+from modules.contract.family import LearningEncoder, TextEncoder, can_divide
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Prompts
 from modules.contract.steps import EncodedPrompts
 from modules.errors import DatasetError
+from modules.offload.sharding import take_turns
 from modules.seeds import derive_seed
 
 
@@ -141,9 +142,11 @@ class LiveTexts:
         """Return the names of the tensors that they make."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
-    def load(self, device: torch.device) -> None:
-        """Load all encoders, frozen."""
+    def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
+        """Load all encoders, frozen. blocks: splits over processes those that do not learn."""
         for encoder in self.encoders:
+            if blocks is not None and can_divide(encoder) and not self._learns(encoder):
+                encoder.blocks = blocks
             encoder.load(device)
         for encoder in self.learning:
             encoder.network.requires_grad_(False)
@@ -196,9 +199,15 @@ class LiveTexts:
         return replace(known, **made)
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
-        learns = any(encoder is one for one in self.learning)
-        with contextlib.nullcontext() if learns else torch.no_grad():
+        if self._learns(encoder):
             return encoder.encode(prompts)
+        with torch.no_grad():
+            if can_divide(encoder) and encoder.blocks is not None:
+                return take_turns(encoder.encode, prompts)
+            return encoder.encode(prompts)
+
+    def _learns(self, encoder: TextEncoder) -> bool:
+        return any(encoder is one for one in self.learning)
 
 
 NO_TEXTS = LiveTexts(())  # all texts come from caches

@@ -1,0 +1,80 @@
+"""Run in two processes: blocks in 8 bits, split and whole; print whether outputs and gradients are equal.
+
+python tests/modules/offload/fp8_blocks.py cast, tensor, rows or blocks
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch  # noqa: E402  # found from here on
+from torch import Tensor, distributed, nn  # noqa: E402
+
+from modules.contract.family import DitSpec  # noqa: E402
+from modules.contract.steps import NO_TWEAKS  # noqa: E402
+from modules.fp8.weights import attach, quantise  # noqa: E402
+from modules.offload.sharding import ShardedBlocks  # noqa: E402
+from modules.run_blocks import Hidden, run_blocks  # noqa: E402
+from modules.speed_options import Quantisation  # noqa: E402
+from tests.fp8_reference import emulated_product  # noqa: E402
+
+WIDTH, TOKENS = 32, 24
+
+
+class Block(nn.Module):
+    def __init__(self, scales: str) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        if scales == "blocks":  # as files may have them: two in each row
+            parts, quantisation = self.linear.weight.data.view(WIDTH, 2, -1), Quantisation("rows")
+            scale = parts.abs().amax(-1, keepdim=True) / 448
+            weight = (parts / scale).to(torch.float8_e4m3fn).view(WIDTH, WIDTH)
+            attach(self.linear, weight, scale, quantisation)
+        else:
+            quantisation = Quantisation(scales, product=emulated_product)
+            attach(self.linear, *quantise(self.linear.weight.data, quantisation), quantisation)
+
+    def forward(self, x: Tensor, _: Any) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+class Network(nn.Module):
+    spec = DitSpec(block_lists=("blocks",))
+
+    def __init__(self, scales: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(scales) for _ in range(3))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = Hidden(x, None)
+        run_blocks(self, hidden, NO_TWEAKS)
+        return hidden.x
+
+
+def main(scales: str) -> None:
+    """Compare both."""
+    distributed.init_process_group("gloo")
+    whole, split = Network(scales), Network(scales)
+    ShardedBlocks(torch.device("cpu")).finish(split)
+    kept = split.blocks[0].get_submodule("linear").get_parameter("weight")
+    assert kept.to_local().numel() * 2 == kept.numel()  # type: ignore[attr-defined]
+    torch.manual_seed(1 + distributed.get_rank())
+    found = []
+    x = torch.randn(1, TOKENS, WIDTH)
+    for network in (whole, split):
+        given = x.clone().requires_grad_()
+        out = network(given)
+        out.square().sum().backward()
+        found += [out, given.grad]
+    print("equal", torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))  # noqa: T201
+    sys.stdout.flush()
+    os._exit(0)  # gloo may abort at the interpreter's end
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
