@@ -25,7 +25,7 @@ from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, replace_dots
-from networks.names.image import QWEN_IMAGE
+from networks.names.image import FLUX_2, QWEN_IMAGE
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.text_loras import TensorPiece, is_whole, pieces_of
@@ -67,15 +67,17 @@ class BlockWeights(NamedTuple):
 
 
 FLUX = BlockWeights(
-    "FLUX.1 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
+    "FLUX.1, FLUX.2 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
 )
 QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.0.img_mod.1.weight")
 
 
 def extract_flux(options: ExtractOptions) -> None:
-    """Write the LoRA of a FLUX.1 or Chroma model, as `_extract_blocks`."""
+    """Write the LoRA of a FLUX.1, FLUX.2 or Chroma model, as `_extract_blocks`."""
 
     def names_of(original: Checkpoint) -> tuple[str, str, str]:
+        if "double_stream_modulation_img.lin.weight" in original.tensors:
+            return ("networks.lora_flux_2", FLUX_2.name, FLUX_2.architecture)
         is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
         return ("networks.lora_flux", *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
 

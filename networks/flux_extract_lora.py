@@ -1,4 +1,4 @@
-"""Extract a LoRA from a fine-tuned FLUX.1 or Chroma model.
+"""Extract a LoRA from a fine-tuned FLUX.1, FLUX.2 or Chroma model.
 
 All options: python networks/flux_extract_lora.py --help
 """

@@ -244,10 +244,13 @@ def name_by_ratios(modules: Mapping[str, Factors]) -> str | None:
 
 
 def _size_of(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of the change of a weight; None if only the bias changes."""
+    """Return rows and columns of the change of a weight; None if there is none, or factors are damaged."""
     sizes = {part: one for part, one in factors.items() if part != "alpha"}
-    delta = weight_delta(sizes, torch.device("meta"))
-    return None if delta is None else (len(delta), delta.numel() // len(delta))
+    try:
+        delta = weight_delta(sizes, torch.device("meta"))
+    except (KeyError, RuntimeError, IndexError):  # such files are described too
+        return None
+    return None if delta is None or not delta.numel() else (len(delta), delta.numel() // len(delta))
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:

@@ -3,7 +3,7 @@
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
-files: releases as data; paths of a run, each checked against its option
+files: releases as data; paths of a run, each checked
 model: double blocks over picture and text tokens
 options: own options for caching, training and generation
 references: pictures to edit: sizes, masks, what of them stays

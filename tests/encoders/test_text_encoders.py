@@ -81,7 +81,7 @@ def make_gemma(folder: Path) -> GemmaTextEncoder:
 def make_mistral(folder: Path) -> LanguageModelEncoder:
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model.safetensors", mistral3())
-    use = replace(MISTRAL_USE, states=(1, 2), most=128)
+    use = replace(MISTRAL_USE, states=(1, 2))
     return LanguageModelEncoder(use, folder, torch.float32, write_mistral_tokenizer(folder))
 
 

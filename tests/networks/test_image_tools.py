@@ -17,13 +17,15 @@ from networks import (
     flux_extract_lora,
     flux_merge_lora,
 )
+from networks.apply import LoraPatch
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
-from networks.loading import read_lora
-from networks.names.image import FLUX
+from networks.loading import LoraUse, read_lora
+from networks.names.image import FLUX, FLUX_2
 from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
+from tests.tiny.flux_2 import tiny_state
 
 CASE, TENSORS = read_case("flux_lora_tools")
 CPU = torch.device("cpu")
@@ -225,6 +227,24 @@ def test_a_lora_is_extracted_as_recorded(tmp_path: Path, quantile: float) -> Non
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata.items() >= CASE["extract"]["metadata_without_model_spec"].items()
+
+
+def test_a_lora_of_flux_2_is_extracted_as_one(tmp_path: Path) -> None:
+    state, changed = tiny_state(), "single_blocks.0.linear1.weight"
+    tuned = {**state, changed: state[changed] + torch.arange(64.0) / 64}
+    paths = [tmp_path / f"{name}.safetensors" for name in ("model", "tuned", "lora")]
+    save_file(state, paths[0])
+    save_file(tuned, paths[1])
+    words = zip(("--model_org", "--model_tuned", "--save_to"), map(str, paths), strict=True)
+
+    flux_extract_lora.main(
+        [*(word for pair in words for word in pair), "--dim", "2", "--clamp_quantile", "1"]
+    )
+
+    made = read_lora(paths[2])
+    assert (made.metadata["ss_base_model_version"], made.family()) == ("flux_2", FLUX_2)
+    patch = LoraPatch([LoraUse(made)])
+    torch.testing.assert_close(patch(changed, state[changed]), tuned[changed], atol=1e-4, rtol=1e-4)
 
 
 def test_the_randomised_decomposition_finds_what_the_whole_one_finds() -> None:

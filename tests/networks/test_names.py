@@ -234,3 +234,13 @@ def test_the_second_encoder_of_flux_is_t5() -> None:
     found = to_native({name: torch.zeros(1, 1), _IN_UNET["flux"]: torch.zeros(1, 1)})
 
     assert set(found.texts) == {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"}
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"down": (2, 8)}, {"down": (2, 8), "up": (2, 3)}, {"down": (2, 8), "up": (0, 2)}]
+)
+def test_damaged_factors_tell_no_family_by_their_sizes(shapes: dict[str, tuple[int, int]]) -> None:
+    factors = {f"lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+
+    assert family_of({"lora_unet_single_blocks_0_linear2": factors}) is HUNYUAN_VIDEO
+    assert family_of({"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": factors}) is SD1
