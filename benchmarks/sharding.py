@@ -1,4 +1,5 @@
-"""Measure the host memory of a training whose processes share the transformer (--shard_base).
+"""Measure the host memory of a training whose processes share the transformer (--shard_base), or what is
+swapped of it (--blocks_to_swap).
 
     python benchmarks/sharding.py
 
@@ -6,16 +7,21 @@ A random Wan2.1 of about 370 MB in float32, with 40 blocks as 14B has, is loaded
 by one process with all of it and by two that share it, on the CPU. Of each process the most resident bytes
 are counted, less those that it has after a training of a tiny model, which loads all libraries. glibc is
 told to give freed memory back, as it keeps holes of blocks that were gathered. Nothing is timed.
+
+Swapped weights of two processes are one copy: of all memory that both have together (a shared page counts
+once), less what each needs beside those weights, the most at once is compared with the weights.
 """
 
 import contextlib
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,9 +30,13 @@ sys.path[0] = str(ROOT)
 from benchmarks import process_memory  # noqa: E402  # found from here on
 from modules.parser import Parser  # noqa: E402
 
-WORKER = "--worker"  # in front of a command that is run in this process
+WORKER = "--worker"  # in front of a command that is run in this process and measured
+PLAIN = "--plain"  # in front of one that is watched from outside
 AIM = 0.6  # of the bytes of one process
-SIZES = {"dim": 384, "ffn_dim": 1536, "num_heads": 3, "num_layers": 40}
+AIM_SWAPPED = 1.1  # of the swapped weights
+BLOCKS, SWAPPED = 40, 38
+PAUSE = 0.05  # seconds between two looks
+SIZES = {"dim": 384, "ffn_dim": 1536, "num_heads": 3, "num_layers": BLOCKS}
 TINY, LARGE = "model/dit.safetensors", "model/large.safetensors"
 FREES = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 RUN = (
@@ -39,7 +49,9 @@ def main() -> None:
     """Measure both, and print what a process takes."""
     if sys.argv[1:2] == [WORKER]:
         measure(sys.argv[2:])
-        return
+    if sys.argv[1:2] == [PLAIN]:
+        run_script(sys.argv[2:])
+        os._exit(0)  # gloo may abort at the interpreter's end
     Parser(description=__doc__).parse_args()
     process_memory.require_linux()
     with tempfile.TemporaryDirectory() as name:
@@ -47,10 +59,20 @@ def main() -> None:
         (alone,) = run(Path(name), 1, [*command, "--output_dir", "alone"])
         shared = run(Path(name), 2, [*command, "--output_dir", "shared", "--shard_base"])
         size = (Path(name) / LARGE).stat().st_size
+        weights = swapped_bytes(Path(name) / LARGE)
+        words = ["--blocks_to_swap", str(SWAPPED)]
+        one, two = (
+            watch(Path(name), count, [*command, "--output_dir", f"{count}", *words]) for count in (1, 2)
+        )
     print(f"{size / 1e6:.0f} MB of weights; one process {alone / 1e6:.0f} MB")
     for rank, most in enumerate(shared):
         print(f"process {rank} of 2: {most / 1e6:.0f} MB, {most / alone:.2f} of one (aim: {AIM})")
-    raise SystemExit(max(shared) > AIM * alone)
+    share = (two - 2 * (one - weights)) / weights
+    print(
+        f"{weights / 1e6:.0f} MB of swapped weights; one process {one / 1e6:.0f} MB, two {two / 1e6:.0f} MB"
+    )
+    print(f"two processes hold {share:.2f} of the weights (aim: {AIM_SWAPPED})")
+    raise SystemExit(max(shared) > AIM * alone or share > AIM_SWAPPED)
 
 
 def prepare(folder: Path) -> list[str]:
@@ -69,14 +91,57 @@ def prepare(folder: Path) -> list[str]:
 
 def run(folder: Path, count: int, command: list[str]) -> list[int]:
     """Return the bytes that each of so many processes takes for a command."""
+    started = start(folder, count, [WORKER, *command])
+    said = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit("a training failed: its message is above")
+    return [int(json.loads(text.splitlines()[-1])["bytes"]) for text in said]
+
+
+def watch(folder: Path, count: int, command: list[str]) -> int:
+    """Return the most bytes that so many processes have at once for a command, together."""
+    large = [LARGE if word == TINY else word for word in command]
+    started, most = start(folder, count, [PLAIN, *large]), 0
+    while any(process.poll() is None for process in started):
+        with contextlib.suppress(OSError):  # one that has just ended
+            most = max(most, sum(map(proportional_bytes, started)))
+        time.sleep(PAUSE)
+    if any(process.returncode for process in started):
+        raise SystemExit("a training failed: its message is above")
+    return most
+
+
+def proportional_bytes(process: subprocess.Popen[str]) -> int:
+    """Return the bytes of a process that no file on a disk has, its share of those that others have too."""
+    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(size) * 1024 for size in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text))
+
+
+def swapped_bytes(path: Path) -> int:
+    """Return the bytes of the weights in host memory."""
+    from modules.checkpoints.opening import open_checkpoint
+    from modules.offload.swap_plan import plan_list
+
+    starts = tuple(f"blocks.{index}." for index in plan_list("blocks", BLOCKS, SWAPPED).streamed)
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
+        return sum(
+            info.size_bytes
+            for name, info in checkpoint.tensors.items()
+            if name.startswith(starts) and name.endswith(".weight") and len(info.shape) == 2
+        )
+
+
+def start(folder: Path, count: int, words: list[str]) -> list[subprocess.Popen[str]]:
+    """Start this script in so many processes, as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     usual = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port, **FREES}
     usual |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}
-    started = [
+    usual |= {"LOCAL_WORLD_SIZE": str(count)}
+    return [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), WORKER, *command],
+            [sys.executable, str(Path(__file__).resolve()), *words],
             cwd=folder,
             env={**usual, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else usual,
             stdout=subprocess.PIPE,
@@ -84,10 +149,6 @@ def run(folder: Path, count: int, command: list[str]) -> list[int]:
         )
         for rank in range(count)
     ]
-    said = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit("a training failed: its message is above")
-    return [int(json.loads(text.splitlines()[-1])["bytes"]) for text in said]
 
 
 def measure(command: list[str]) -> None:

@@ -187,7 +187,7 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
         return
     rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)
+    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     if rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch import distributed
 
 from modules.lost_processes import meet_anew
 from tests.commands import QUIET, ROOT, run_in_processes, start_processes
@@ -151,7 +151,7 @@ def test_a_launcher_that_restarts_the_processes_needs_no_hand(
 
 
 def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def meet(rank: int) -> str:
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
