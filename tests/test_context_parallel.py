@@ -2,6 +2,7 @@
 that of one process, but for the order of sums.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ KINDS = {
 }
 STEPS = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_steps", "4")
 JOINT = "hunyuan_video"
+ZERO = re.compile("lora_up|hada_w2_a")  # of tensors that are 0 untrained
 
 
 class Wide(Shared):
@@ -77,10 +79,13 @@ class Wide(Shared):
 
 
 def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest difference of two LoRAs, as a share of the largest number that was 0 untrained."""
+    """Return the largest difference of two LoRAs beyond the last digit, as a share of the largest number
+    that was 0 untrained.
+    """
     assert found.keys() == expected.keys()
-    learned = max(tensor.abs().max() for name, tensor in expected.items() if "up" in name)
-    return float(max((found[name] - tensor).abs().max() for name, tensor in expected.items()) / learned)
+    learned = max(float(tensor.abs().max()) for name, tensor in expected.items() if ZERO.search(name))
+    errors = ((found[name] - tensor).abs() - 2e-7 * tensor.abs() for name, tensor in expected.items())
+    return max(float(error.max()) for error in errors) / learned
 
 
 def error_of_latents(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -177,7 +182,7 @@ def test_validation_and_samples_are_those_of_one_process(project: Wide) -> None:
 MADE = {
     **{way: words for way, words in GENERATIONS.items() if way != "fp8"},
     "second text": ("--prompt", "a cat", "--nag_scale", "5", "--nag_prompt", "a dog in the snow"),
-    "long": ("--prompt", "a cat", "--riflex_index", "1"),
+    "long": ("--prompt", "a cat", "--riflex_index", "1", "--rope_func", "comfy"),
 }
 
 
@@ -189,10 +194,8 @@ def test_a_generation_is_that_of_one_process(project: Wide, way: str) -> None:
     assert error_of_latents(project.generate(f"{way} shared", 2, *words), expected) < 2e-6
 
 
-@pytest.mark.parametrize("way", with_slow(MADE, {"second text"}))
+@pytest.mark.parametrize("way", with_slow(sorted(MADE.keys() - {"file", "long"}), {"second text"}))
 def test_a_generation_with_texts_among_the_tokens_is_that_of_one_process(joint: Wide, way: str) -> None:
-    if way in {"file", "long"}:
-        pytest.skip("tells nothing new of texts")
     words = MADE[way]
     expected = joint.generate(f"{way} whole", 1, *words)
 

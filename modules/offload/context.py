@@ -107,7 +107,7 @@ class TokenPart:
     def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
         """Return all tokens of this process' heads, each B L n D, of all heads of its tokens, B l N D."""
         sent = (self._fill_up(one).unflatten(2, (self.count, -1)).movedim(2, 0).contiguous() for one in heads)
-        received = [exchange_rows(one, self.group) for one in sent]  # P B size n D, all on their way at once
+        received = _Exchange.apply(self.group.group_name, *sent)  # each P B size n D
         return tuple(one.movedim(0, 1).flatten(1, 2)[:, : self.length] for one in received)
 
     def gather_heads(self, seen: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class TokenPart:
         missing = self.count * self.size - self.length
         whole = pad(seen, (0, 0, 0, 0, 0, missing)) if missing else seen
         sent = whole.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
-        received = exchange_rows(sent, self.group)  # P B size n D
+        (received,) = _Exchange.apply(self.group.group_name, sent)  # P B size n D
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
     def combine(self, seen: Tensor, other: Tensor, second: SecondText) -> Tensor:
@@ -134,6 +134,20 @@ class TokenPart:
         """Return B size ... of B l ..., with zeros behind it."""
         missing = self.size - x.shape[1]
         return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
+
+
+class _Exchange(torch.autograd.Function):
+    """Send row i of each tensor, P ..., to process i of a group, and return the rows that they send."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return exchange_rows(tensors, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *exchange_rows([one.contiguous() for one in gradients], ctx.group)
 
 
 class _Join(torch.autograd.Function):

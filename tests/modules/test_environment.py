@@ -138,7 +138,7 @@ NAMES = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._subclasses.fake_tensor.unset_fake_temporarily",
-    "torch.distributed._functional_collectives.all_to_all_single_autograd",
+    "torch.ops._c10d_functional",
     "torch.ops.aten._local_scalar_dense",
     "torch.ops.aten._local_scalar_dense.default",
     "torch.utils._python_dispatch.TorchDispatchMode",
