@@ -86,8 +86,8 @@ def _check(family: Family, options: GenerationOptions) -> None:
     turns["--lazy_loading"] = options.experts.lazy_loading
     for option in (option for option, is_given in turns.items() if is_given and len(family.experts) > 1):
         raise OptionError(
-            f"{option} and --shard_base cannot be used together: each process has a part of both transformers, "
-            "and they stay on the devices. Leave one of the two options out"
+            f"{option} and --shard_base cannot be used together: each process has a part of both "
+            "transformers, and they stay on the devices. Leave one of the two options out"
         )
     if options.sheet.is_asked:
         raise OptionError(

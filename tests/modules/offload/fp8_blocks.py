@@ -1,6 +1,6 @@
 """Run in two processes: blocks in 8 bits, split and whole; print whether outputs and gradients are equal.
 
-    python tests/modules/offload/fp8_blocks.py cast, tensor, rows or blocks
+python tests/modules/offload/fp8_blocks.py cast, tensor, rows or blocks
 """
 
 import os
