@@ -51,6 +51,7 @@ from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
@@ -165,6 +166,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
 
     tells_cuts = True
+    blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ from modules.checkpoints.model_files import inside, read_once
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.loading import BlockPlace
 from modules.devices import dtype_name
 
 # Letters: L tokens of a prompt with its padding, C = width of the model
@@ -96,6 +97,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"
+    blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
         self,

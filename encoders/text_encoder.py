@@ -21,7 +21,6 @@ from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles, piece_surfaces, token_places
 from modules.contract.data import Conditions, weigh_rows
-from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.errors import CheckpointError
@@ -245,7 +244,6 @@ class FileTextEncoder(ABC, Generic[Network]):
     pads_left: bool = False  # the states of a short prompt are the last ones of `most`
     tells_cuts: ClassVar[bool] = False  # log each prompt that is too long
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
-    blocks: BlockPlace | None = None  # splits the network, if it is large
 
     def __init__(self, path: Path, tokenizer: Path | None) -> None:
         """Set up the encoder; `load` reads the files. tokenizer: of its option; None looks for it."""

@@ -19,7 +19,16 @@ from modules.contract.requests import Prepared
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
 from modules.planning.dry_run import WEIGHTS, quiet
-from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room, Swapped, gib
+from modules.planning.memory_plan import (
+    NAMES,
+    MemoryPart,
+    MemoryPlan,
+    Phase,
+    Room,
+    Swapped,
+    gib,
+    sharing_processes,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class ExpertTurns:
         """
         if self.count < 2:
             return ()
+        if self.rules.together:
+            return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.elsewhere)),)
         note = "each is loaded when its steps begin"
         if not self.rules.lazy:
             note = "in host memory, if it has room; else they are loaded again"
@@ -71,7 +82,7 @@ class ExpertTurns:
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
         """Return remarks on the free memory for experts. room: of the device. host: bytes. None: unknown."""
-        if self.count < 2:
+        if self.count < 2 or self.rules.together:
             return []
         lines = []
         weights = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
@@ -97,7 +108,8 @@ ALONE = ExpertTurns()  # of a model with one transformer
 def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
     """Return who works when as these requests are made one after the other, each --num_videos times."""
     given = options.experts
-    rules = TurnRules(options.interactive, given.offload_inactive_dit, given.lazy_loading)
+    together = sharing_processes(options.speed) > 1
+    rules = TurnRules(options.interactive, given.offload_inactive_dit, given.lazy_loading, together)
     order = plan_turns(family, [*requests] * options.num_videos)
     return ExpertTurns(tuple(order), rules, options.speed.fp8.quantisation is not None)
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
@@ -15,7 +15,7 @@ from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_o
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.family import Family, TextEncoder, is_layered
+from modules.contract.family import Family, TextEncoder, can_divide, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
@@ -55,6 +55,7 @@ from modules.planning.memory_plan import (
     workspace,
 )
 from modules.private_torch import FakeTensor
+from modules.run_blocks import spec_of
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -139,18 +140,29 @@ def rehearse_texts(
     wanted = wanted_texts(prepared, options.guidance)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
+    processes = sharing_processes(options.speed)
     for encoder in family.text_encoders():
         encoder.load(META)
         with rehearsing(encoder) as ledger:
             found = [encoder.encode([text])[0] for text in outputs]
             phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
-        if room is not None and phase.device > room.usable:
+        if processes > 1 and can_divide(encoder):
+            phase = split_over(phase, encoder.network, options, processes)
+        elif room is not None and phase.device > room.usable:
             phase = wait_on_host(phase, encoder, room)
         phases.append(phase)
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(make_solid(conditions))
 
     return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
+
+
+def split_over(phase: Phase, network: nn.Module, options: GenerationOptions, processes: int) -> Phase:
+    """Return the phase of a text encoder whose blocks are split over processes."""
+    (split,) = swaps_of(network, spec_of(network), options.speed.swap, processes)
+    weights, *others = phase.parts
+    note = split.words(0, "").removeprefix("; ")
+    return Phase(phase.name, (replace(weights, device=weights.device - split.saved, note=note), *others))
 
 
 def wait_on_host(phase: Phase, encoder: TextEncoder, room: Room) -> Phase:

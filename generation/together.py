@@ -148,8 +148,8 @@ def _check(family: Family, options: GenerationOptions) -> None:
     is_split = len(family.experts) > 1 and speed.sharding.shard_base
     for option in (option for option, is_given in turns.items() if is_given and is_split):
         raise OptionError(
-            f"{option} and --shard_base cannot be used together: each process has a part of both transformers, "
-            "and they stay on the devices. Leave one of the two options out"
+            f"{option} and --shard_base cannot be used together: each process has a part of both "
+            "transformers, and they stay on the devices. Leave one of the two options out"
         )
     if options.sheet.is_asked:
         raise OptionError(

@@ -20,6 +20,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt
 from modules.devices import dtype_name
 
@@ -51,6 +52,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
     weighed = "hidden_state"
     tells_cuts = True
+    blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
         self,

@@ -177,9 +177,9 @@ GENERATIONS = {
 
 @pytest.mark.parametrize("way", with_slow(GENERATIONS, {"file"}))
 def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
-    expected = generate(project, f"{way} whole", 1, *GENERATIONS[way])
+    expected = generate(project, f"made {way} whole", 1, *GENERATIONS[way])
 
-    found = generate(project, f"{way} shared", 2, *GENERATIONS[way])
+    found = generate(project, f"made {way} shared", 2, *GENERATIONS[way])
 
     assert len(found) == len(expected) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -311,6 +311,7 @@ REFUSED = {
     "swap": (("--blocks_to_swap", "1"), "--blocks_to_swap 1"),
     "input layers": (("--img_in_txt_in_offloading",), "--img_in_txt_in_offloading"),
     "foreign": (("--network_module", "lycoris.kohya"), "lycoris.kohya"),
+    "turns": ((*BOTH, "--offload_inactive_dit"), "--offload_inactive_dit"),
 }
 
 
@@ -322,13 +323,14 @@ def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: s
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
 
 
-def test_whole_transformers_sheets_and_tools_are_refused(project: Shared) -> None:
+def test_whole_transformers_sheets_tools_and_turns_are_refused(project: Shared) -> None:
     train = project.family.train[1 : project.family.train.index("--network_module")]
     whole = (project.family.train_whole, *train, *RUN, "--output_dir", "refused", "--shard_base")
     assert_one_message(*run_here(*whole, folder=project.folder), "--shard_base splits frozen weights")
 
     sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
-    for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x")):
+    turns = ("--lazy_loading", *BOTH)
+    for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x"), turns):
         done = run_in_processes(2, *sheet, *words, folder=project.folder, code=2)
         named = f"{words[0]} and --shard_base"
         assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)

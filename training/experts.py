@@ -102,8 +102,8 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
     experts, given, network = family.experts, options.by_expert, options.network
     if len(experts) > 1 and given.offload_inactive_dit and options.speed.sharding.shard_base:
         raise OptionError(
-            "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of both "
-            "transformers, and they stay on the devices. Leave one of the two options out"
+            "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of "
+            "both transformers, and they stay on the devices. Leave one of the two options out"
         )
     if len(experts) == 1:
         if given.lora_per_expert:

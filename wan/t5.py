@@ -17,6 +17,7 @@ from encoders.t5_network import T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
 from wan.encoder_checkpoints import UMT5
@@ -84,6 +85,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     most = MAX_TOKENS
     weighed = "t5"
     embedding = "token_embedding.weight"
+    blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
         """Set up the encoder, in the dtype of its file. in_fp8: keep the linear layers in 8 bits."""

@@ -171,6 +171,9 @@ class DividedEncoder(TextEncoder, Protocol):
 
     blocks: BlockPlace | None  # set before `load`
 
+    @property
+    def network(self) -> nn.Module: ...  # once loaded; its `spec` names its blocks
+
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
     """Return whether a text encoder is a `DividedEncoder`; like `can_learn` it opens no file."""

@@ -87,10 +87,9 @@ class ShardedBlocks:
                 self._split(block)
         root = _Root(blocks)
         fully_shard(root, mesh=self._mesh)
+        is_host = self._mesh.device_type == "cpu"
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            if (
-                self._mesh.device_type == "cpu"
-            ):  # it gathers and computes by turns: blocks ahead only take memory
+            if is_host:  # it gathers and computes by turns: blocks ahead would only take memory
                 block.register_forward_pre_hook(_gather_alone, prepend=True)
                 block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
             elif following is not None:
@@ -106,8 +105,8 @@ class ShardedBlocks:
     def _split(self, block: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes with
-        # the weights, as gloo gathers weights in 8 bits only beside another dtype
+        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
+        # with the weights, as gloo gathers weights in 8 bits only beside another dtype
         _, *vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2] or [None]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors})
 
