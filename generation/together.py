@@ -35,7 +35,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         logger.warning("--shard_base has no effect with one process, which holds the model. Use %s", LAUNCH)
         generate(family, options, choose_device(options.device))
         return
-    _check(family, options)
+    check_together(family, options)
     if options.latent_path or options.save_merged_model or options.speed.plan.is_asked:
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
@@ -80,7 +80,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
     return read
 
 
-def _check(family: Family, options: GenerationOptions) -> None:
+def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError for what processes that share a model cannot do."""
     if len(family.experts) > 1:
         raise OptionError(

@@ -1,0 +1,87 @@
+"""What processes really send in a run is what the arithmetic of the plan says (docs/speed.md)."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from modules.families import FAMILIES
+from modules.planning.communication import Division, WorkCounter, count_traffic
+from networks.options import NetworkOptions
+from tests.commands import ROOT, run_in_processes
+from tests.test_shard_base import RUN, USUAL, Shared
+from tests.training.planning.test_rehearsal import wan_batch
+from training.options import read_training
+from training.planning.memory import predict
+from training.planning.several_cards import count_work
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
+
+# collective -> bytes of the tensor that it makes, sums or deals out, of all calls of a run
+COUNTED = """import collections, json, os, runpy, sys
+sys.path.insert(0, {root!r})
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+NAMES = {{"_allgather_base_": "all-gather", "allreduce_": "all-reduce", "alltoall_base_": "all-to-all",
+    "all_gather_into_tensor": "all-gather", "all_reduce": "all-reduce", "all_to_all_single": "all-to-all"}}
+sent = collections.Counter()
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {{}}))
+        space, _, name = func.name().partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            made = tree_leaves(args[0] if space == "c10d" else result)
+            sent[NAMES.get(name.partition(".")[0], name)] += sum(tensor.nbytes for tensor in made)
+        return result
+try:
+    with Counting():
+        runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
+finally:
+    with open("sent%s.json" % os.environ["RANK"], "w") as file:
+        json.dump(sent, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    made = Shared(USUAL, tmp_path_factory.mktemp("sent"))
+    script = COUNTED.format(root=str(ROOT), script=made.family.train[0])
+    (made.folder / "counted.py").write_text(script, encoding="utf-8")
+    with contextlib.chdir(made.folder):
+        yield made
+
+
+CHECKPOINTED = ("--gradient_checkpointing", "--mixed_precision", "bf16")
+TWICE = ("--gradient_accumulation_steps", "2")
+ROWS = {
+    "whole models": (Division(2), TWICE),
+    "shared blocks": (Division(2, shards=True), ("--shard_base", *CHECKPOINTED, *TWICE)),
+    "shared blocks in fp8": (Division(2, shards=True), ("--shard_base", "--fp8_base", "--fp8_scaled")),
+    # SEAM: --context_parallel adds its row here: (Division(2, context=2), ("--context_parallel", "2"))
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
+    division, words = ROWS[row]
+    command = (*project.family.train, *RUN, "--output_dir", row, *words, "--max_train_steps", "2")
+    entry, counter = FAMILIES["wan"], WorkCounter()
+    options, own = read_training(None, entry.options_record("Training"), command[1:], NetworkOptions)
+    batch = wan_batch(1, (2, 4, 4))  # as the clips of the project, 5 frames of 32 x 32
+    family, cpu = entry.make_family("training", own), torch.device("cpu")
+    prediction = predict(family, options, batch, cpu, watch=counter.watch)
+    expected = count_traffic(count_work(prediction, counter), division)
+
+    run_in_processes(
+        division.processes, str(project.folder / "counted.py"), *command[1:], folder=project.folder
+    )
+
+    for rank in range(division.processes):
+        sent = json.loads((project.folder / f"sent{rank}.json").read_text(encoding="utf-8"))
+        assert {name: sent.get(name, 0) for name in expected} == {
+            name: 2 * size for name, size in expected.items()
+        }
+        assert set(sent) - set(expected) <= {"broadcast_", "barrier"}  # at the start and the end
