@@ -13,7 +13,8 @@ from modules.planning.communication import Division, WorkCounter, count_traffic
 from networks.options import NetworkOptions
 from tests.commands import ROOT, run_in_processes
 from tests.test_shard_base import RUN, USUAL, Shared
-from tests.training.planning.test_rehearsal import wan_batch
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.training.planning.test_rehearsal import noisy
 from training.options import read_training
 from training.planning.memory import predict
 from training.planning.several_cards import count_work
@@ -48,19 +49,22 @@ finally:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     made = Shared(USUAL, tmp_path_factory.mktemp("sent"))
+    write_dit(made.folder / "model", tiny_state("t2v", dim=256, num_layers=4), name="dit")  # of two heads
     script = COUNTED.format(root=str(ROOT), script=made.family.train[0])
     (made.folder / "counted.py").write_text(script, encoding="utf-8")
     with contextlib.chdir(made.folder):
         yield made
 
 
-CHECKPOINTED = ("--gradient_checkpointing", "--mixed_precision", "bf16")
+CHECKPOINTED = ("--gradient_checkpointing",)
 TWICE = ("--gradient_accumulation_steps", "2")
 ROWS = {
     "whole models": (Division(2), TWICE),
     "shared blocks": (Division(2, shards=True), ("--shard_base", *CHECKPOINTED, *TWICE)),
     "shared blocks in fp8": (Division(2, shards=True), ("--shard_base", "--fp8_base", "--fp8_scaled")),
-    # SEAM: --context_parallel adds its row here: (Division(2, context=2), ("--context_parallel", "2"))
+    # SEAM: rows for --context_parallel, to be added with the option:
+    # "shared tokens": (Division(2, context=2), ("--context_parallel", "2")),
+    # "both": (Division(2, True, 2), ("--shard_base", "--context_parallel", "2", *CHECKPOINTED, *TWICE)),
 }
 
 
@@ -70,7 +74,8 @@ def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
     command = (*project.family.train, *RUN, "--output_dir", row, *words, "--max_train_steps", "2")
     entry, counter = FAMILIES["wan"], WorkCounter()
     options, own = read_training(None, entry.options_record("Training"), command[1:], NetworkOptions)
-    batch = wan_batch(1, (2, 4, 4))  # as the clips of the project, 5 frames of 32 x 32
+    # as the clips of the project, 5 frames of 32 x 32; a text of as many tokens would pass for one of them
+    batch = noisy({"latents": torch.zeros(1, 16, 2, 4, 4), "t5": [torch.zeros(20, 32)]})
     family, cpu = entry.make_family("training", own), torch.device("cpu")
     prediction = predict(family, options, batch, cpu, watch=counter.watch)
     expected = count_traffic(count_work(prediction, counter), division)
@@ -84,4 +89,6 @@ def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
         assert {name: sent.get(name, 0) for name in expected} == {
             name: 2 * size for name, size in expected.items()
         }
-        assert set(sent) - set(expected) <= {"broadcast_", "barrier"}  # at the start and the end
+        # at the start and the end; and what sends nothing
+        others = {"broadcast_", "barrier", "wait_tensor", "_wrap_tensor_autograd"}
+        assert set(sent) - set(expected) <= others

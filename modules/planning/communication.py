@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
+from modules.contract.steps import Tweaks
 from modules.planning.dry_run import (
     ATTENTION,
     IN_BLOCKS,
@@ -25,7 +26,8 @@ from modules.planning.dry_run import (
     extrapolate,
 )
 from modules.planning.memory_plan import BlockWeights, Swapped
-from modules.private_torch import TorchDispatchMode, tree_leaves
+from modules.private_torch import TorchDispatchMode
+from modules.run_blocks import Hidden, runner_of, set_runner
 
 ALL_GATHER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "all-reduce", "all-to-all"
 # What ways are compared with, not measured: a fast consumer card in 16 bits, and PCIe 4 x16
@@ -34,7 +36,7 @@ BYTES_A_SECOND = 25e9
 EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is sent, one arrives
 
 WORK = "work"  # the place in a rehearsal's moments that holds no bytes of memory, but these amounts:
-OPERATIONS, ATTENDED, OUTPUTS, PASSES = "operations", "attended", "outputs", "passes"
+OPERATIONS, ATTENDED, JOINED, PASSES = "operations", "attended", "joined", "passes"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Work:
     # more where they are computed again, and the gradients of the four
     attended: int
     largest: int  # bytes of the queries of one attention
+    tokens: int  # bytes of the tokens of a pass as they leave the blocks
     heads: int  # the largest number that divides the heads of every self-attention
-    outputs: int  # bytes of the network's outputs for a micro-batch
+    joined: int  # the same of all passes of a micro-batch
     passes: int  # of a micro-batch through all blocks; the way back is one
     blocks: tuple[BlockWeights, ...]
     gradients: int = 0  # bytes that are summed over the processes once a step
@@ -68,20 +71,20 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.heads = 0, 0
+        self.largest, self.tokens, self.heads = 0, 0, 0
         self.amounts: Mapping[str, int] = {}  # of the rehearsed step with all blocks
         self._counted: Counter[str] = Counter()
 
     def watch(self, dit: nn.Module) -> Extrapolate:
         """Count a network's work from now on. Returns the function to extrapolate its rehearsal with."""
+        inner = runner_of(dit)
 
-        def note(_: nn.Module, __: Any, output: Any) -> None:
-            self._counted[PASSES] += 1
-            self._counted[OUTPUTS] += sum(
-                one.nbytes for one in tree_leaves(output) if isinstance(one, Tensor)
-            )
+        def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+            inner(dit, hidden, tweaks)
+            self.tokens = max(self.tokens, hidden.x.nbytes)
+            self._counted.update({PASSES: 1, JOINED: hidden.x.nbytes})
 
-        dit.register_forward_hook(note)
+        set_runner(dit, run)
         return self._extrapolate
 
     def _extrapolate(
@@ -107,8 +110,9 @@ class WorkCounter(TorchDispatchMode):
             operations=counted[OPERATIONS],
             attended=counted.get(ATTENDED, 0),
             largest=self.largest,
+            tokens=self.tokens,
             heads=self.heads,
-            outputs=counted[OUTPUTS],
+            joined=counted[JOINED],
             passes=counted[PASSES] + backward,
             blocks=tuple(blocks),
             gradients=gradients,
@@ -158,9 +162,9 @@ def count_traffic(work: Work, division: Division) -> dict[str, int]:
     """Return the bytes of a step by collective, in one process."""
     processes, context, count = division.processes, division.context, work.micro_batches
     gathered = work.passes * gathered_bytes(work.blocks, processes) if division.shards else 0
-    outputs, attended = (work.outputs, work.attended // context) if context > 1 else (0, 0)
+    joined, attended = (work.joined, work.attended // context) if context > 1 else (0, 0)
     return {
-        ALL_GATHER: count * (gathered + outputs),
+        ALL_GATHER: count * (gathered + joined),
         ALL_REDUCE: work.gradients if processes > 1 else 0,
         ALL_TO_ALL: count * attended,
     }
@@ -178,7 +182,7 @@ def estimate_time(work: Work, division: Division, swapped: Swapped) -> tuple[flo
     if division.shards:
         weights += others * work.passes * gathered_bytes(work.blocks, processes)
     waited = (
-        peers * (work.attended / context + work.outputs) + 2 * others * work.gradients / work.micro_batches
+        peers * (work.attended / context + work.joined) + 2 * others * work.gradients / work.micro_batches
     )
     computing = work.operations / context / OPERATIONS_A_SECOND
     seconds = max(computing, weights / BYTES_A_SECOND) + waited / BYTES_A_SECOND
@@ -188,14 +192,14 @@ def estimate_time(work: Work, division: Division, swapped: Swapped) -> tuple[flo
 def divide_tokens(moments: Mapping[str, Moment], context: int, work: Work) -> dict[str, Moment]:
     """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
 
-    Outside the blocks it works on all tokens. Tokens that stay whole inside, such as those of a text that is
-    only looked at, count as divided: they are few.
+    Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
+    such as those of a text that is only looked at, count as divided: they are few.
     """
     buffers = EXCHANGED * work.largest // context
 
     def part(place: str, moment: Moment) -> Moment:
         if not place.startswith(IN_BLOCKS):
-            return {**moment, KEPT: moment.get(KEPT, 0) // context}
+            return {**moment, KEPT: moment.get(KEPT, 0) // context + work.tokens}
         parted = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
         return {**moment, **parted, WORKING: parted[WORKING] + buffers}
 

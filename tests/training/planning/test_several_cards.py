@@ -46,7 +46,7 @@ def test_work_is_counted_by_closed_forms(tmp_path: Path) -> None:
     assert work.attended == LAYERS * 3 * 4 * tokens * DIM * 2
     assert (work.heads, work.largest) == (config.num_heads, tokens * DIM * 2)
     assert (work.passes, work.micro_batches) == (2, 3)
-    assert work.outputs == 16 * 4 * tokens * 4
+    assert work.joined == work.tokens == tokens * DIM * 4  # in float32
     # products of weights and tokens forward, again, and for the gradient of the tokens; LoRAs are thin
     attention, feed_forward = 4 * DIM * DIM, 2 * DIM * config.ffn_dim
     to_text = 2 * 2 * TEXT * DIM * DIM  # keys and values of the texts of two clips
