@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -11,8 +12,8 @@ import torch
 from modules.families import FAMILIES
 from modules.planning.communication import Division, WorkCounter, count_traffic
 from networks.options import NetworkOptions
-from tests.commands import ROOT, run_in_processes
-from tests.test_shard_base import RUN, USUAL, Shared
+from tests.commands import ROOT, run_in_processes, run_script
+from tests.test_shard_base import RUN, SIZE, USUAL, Shared
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.planning.test_rehearsal import noisy
 from training.options import read_training
@@ -92,3 +93,25 @@ def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
         # at the start and the end; and what sends nothing
         others = {"broadcast_", "barrier", "wait_tensor", "_wrap_tensor_autograd"}
         assert set(sent) - set(expected) <= others
+
+
+@pytest.mark.parametrize(
+    ("kind", "launcher", "more"),
+    [
+        ("train", "accelerate launch --multi_gpu --num_processes 2", (*RUN, "--output_dir", "planned")),
+        ("generate", "python", (*SIZE, "--prompt", "a cat", "--save_path", "planned")),
+    ],
+)
+def test_a_plan_ends_with_the_command_of_a_way_that_fits(
+    project: Shared, kind: str, launcher: str, more: tuple[str, ...]
+) -> None:
+    words = [str(word) for word in (*getattr(project.family, kind), *more)]
+
+    done = run_script(*words, "--plan", "2x24", folder=project.folder)
+
+    *_, title, command = done.stdout.rstrip().splitlines()
+    assert title.startswith("The cheapest that fits")
+    typed = [word.removeprefix(f"{ROOT}/") for word in shlex.split(command)]
+    assert typed == [*launcher.split(), *words]
+    assert done.stdout.count("  fits  ") == 4  # the transformer has two heads
+    assert not (project.folder / "planned").exists()

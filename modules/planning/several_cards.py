@@ -155,7 +155,10 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         f"{BYTES_A_SECOND / GB:g} GB/s between cards: they compare ways, no more."
     )
     if best is None:
-        lines.append("No way fits. Give fewer frames, a smaller picture, or more or larger cards.")
+        lines.append(
+            f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
+            f"{room.total / GIB:g} to see what makes it smaller, or use more or larger cards."
+        )
     else:
         fastest = min((way for way in ways if way.fits), key=lambda way: (way.seconds, way.received))
         each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
