@@ -103,7 +103,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     """
     options, family = generation_family(row, path, high)
     prepared, prompts, inputs = random_request(row, family)
-    plan, _ = rehearse_denoising(
+    plan = rehearse_denoising(
         family, options, prepared, prompts, inputs, workspace(device, is_training=False)
     )
     experts = len(family.experts)
@@ -121,7 +121,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
         )
 
     first = prepared if experts > 1 else replace(prepared, steps=max(prepared.steps - 2, 1))
-    planned = plan(options.speed.swap.number).device + (experts - 1) * bytes_of(path)
+    planned = plan.phase(options.speed.swap.number).device + (experts - 1) * bytes_of(path)
     return Bench(
         *(make(prepared), make(first), *call_operations(row, options, family), planned, loading),
         per=prepared.steps,

@@ -20,6 +20,7 @@ sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns
+several_cards: the ways in which several cards make clips
 sheets: clips side by side; sheets of varied options
 together: generate in processes that share the transformer
 """

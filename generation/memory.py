@@ -21,28 +21,32 @@ from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.errors import MemoryPlanError, OptionError
+from modules.installation import import_own
 from modules.planning.device_memory import host_room
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
     WORKING,
     Counts,
+    Extrapolate,
     Ledger,
     Moment,
     dry_run,
-    extrapolate,
     keep_blocks,
     largest,
     modules_in,
     place,
+    plainly,
     quiet,
     watch_blocks,
 )
 from modules.planning.memory_plan import (
+    BlockWeights,
     MemoryPart,
     MemoryPlan,
     Phase,
     Room,
+    Swapped,
     advise,
     dtypes_of,
     gib,
@@ -52,6 +56,7 @@ from modules.planning.memory_plan import (
     room_on,
     sharing_processes,
     swaps_of,
+    weights_by_block,
     workspace,
 )
 from modules.private_torch import FakeTensor
@@ -72,22 +77,58 @@ class Peaks:
 
 
 @dataclass(frozen=True)
+class DenoisingPrediction:
+    """The memory of denoising, before any block is swapped, and the effect of swapping."""
+
+    moments: Mapping[str, Moment]
+    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    weights: str  # their dtypes
+    blocks: tuple[BlockWeights, ...]
+    preview: int  # bytes that a preview takes between two steps
+    turns: ExpertTurns
+    extra: MemoryPart
+
+    @property
+    def most(self) -> int:
+        """Return the largest number of blocks that can be swapped."""
+        return len(self.swaps) - 1
+
+    def phase(self, count: int) -> Phase:
+        """Return the largest moment with this number of blocks swapped."""
+        (where, held), swap = largest(self.moments), self.swaps[count]
+        weights = held[WEIGHTS]
+        if self.preview > sum(held.values()) - weights:  # between steps there are weights alone
+            where, held = "decoding a preview", {WEIGHTS: weights, WORKING: self.preview}
+        note = self.weights + swap.words(count, "of buffers")
+        parts = parts_of(held, swap, {WEIGHTS: note, WORKING: where})
+        return Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
+
+
+@dataclass(frozen=True)
 class PhasePrediction:
     """Phases of one request; the transformer's is a function of the number of swapped blocks."""
 
     before: tuple[Phase, ...]  # texts and inputs
     after: tuple[Phase, ...]  # decoding
-    denoising: Callable[[int], Phase]
-    most: int  # blocks that can be swapped
-    turns: ExpertTurns = ALONE  # of the whole run
+    denoising: DenoisingPrediction
+
+    @property
+    def most(self) -> int:
+        """Return the largest number of blocks that can be swapped."""
+        return self.denoising.most
+
+    @property
+    def swaps(self) -> Sequence[Swapped]:
+        """Return the effect of each number of swapped blocks."""
+        return self.denoising.swaps
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
         """Return the plan of all phases with this number of blocks swapped."""
-        return MemoryPlan((*self.before, self.denoising(blocks), *self.after), tuple(remarks))
+        return MemoryPlan((*self.before, self.denoising.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
         """Return the device memory of denoising with this number of blocks swapped, in bytes."""
-        return self.denoising(blocks).device
+        return self.denoising.phase(blocks).device
 
 
 def predict(
@@ -97,12 +138,14 @@ def predict(
     device: torch.device,
     turns: ExpertTurns | None = None,
     room: Room | None = None,
+    watch: Callable[[nn.Module], Extrapolate] = plainly,
 ) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
     Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
     those of this request alone. room: layers of text encoders that it has no place for wait in host memory.
+    watch: `WorkCounter.watch`, if the work of the step is to be counted.
     """
     extra = workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra, room)
@@ -115,9 +158,9 @@ def predict(
     else:
         inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
     turns = turns or turns_of(family, options, [prepared])
-    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
+    denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
     after = (rehearse_decoding(family, prepared, extra),) if options.output.decodes else ()
-    return PhasePrediction(tuple(before), after, denoising, most, turns)
+    return PhasePrediction(tuple(before), after, denoising)
 
 
 @contextmanager
@@ -181,14 +224,16 @@ def rehearse_denoising(
     inputs: Mapping[int, Conditions],
     extra: MemoryPart,
     turns: ExpertTurns = ALONE,
-) -> tuple[Callable[[int], Phase], int]:
-    """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
+    watch: Callable[[nn.Module], Extrapolate] = plainly,
+) -> DenoisingPrediction:
+    """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
-    blocks = family.dit.blocks(dit)
+    blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
+    extended = watch(dit)
     with rehearsing(dit) as ledger:
         watch_blocks(blocks, ledger)
         section = on_device(
@@ -210,21 +255,12 @@ def rehearse_denoising(
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
-        moments = extrapolate(measure, tuple(map(len, blocks.values())))
-    place_name, moment = largest(moments)
-    held, preview, path = dict(moment), 0, options.preview.preview_vae
+        moments = extended(measure, tuple(map(len, blocks.values())))
+    preview, path = 0, options.preview.preview_vae
     if path is not None:  # what it takes between two steps
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-    if preview > sum(moment.values()) - moment.get(WEIGHTS, 0):  # between steps there are weights alone
-        place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
-
-    def phase(count: int) -> Phase:
-        note = swaps[count].words(count, "of buffers")
-        parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
-        return Phase("denoising", (*parts, *turns.parts(held[WEIGHTS], swaps[count]), extra))
-
-    return phase, len(swaps) - 1
+    return DenoisingPrediction(moments, swaps, weights, sizes, preview, turns, extra)
 
 
 def heaviest_step(
@@ -281,13 +317,17 @@ def make_solid(conditions: Conditions) -> Conditions:
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
-    room = room_on(device, options.speed.plan.plan)
+    cards, size = options.speed.plan.cards
+    room = room_on(device, size)
+    if cards > 1:
+        import_own("generation.several_cards").plan_ways(family, options, device, cards, room)
+        return
     with quiet():
         prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)
 
     def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        made, denoising = prediction.plan(blocks), prediction.denoising(blocks)
-        more = prediction.turns.remarks(made, denoising, room, host_room())
+        made, denoising = prediction.plan(blocks), prediction.denoising
+        more = denoising.turns.remarks(made, denoising.phase(blocks), room, host_room())
         return replace(made, remarks=(*remarks, *more))
 
     print_plan(
@@ -333,7 +373,7 @@ def advice(
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            return predict(family, fp8, prepared, device, prediction.turns, room)
+            return predict(family, fp8, prepared, device, prediction.denoising.turns, room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     can_swap = not speed.sharding.shard_base

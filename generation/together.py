@@ -49,7 +49,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         logger.warning("%s has no effect with one process, which does all. Use %s", asked, LAUNCH)
         generate(family, options, choose_device(options.device))
         return
-    _check(family, options)
+    check_together(family, options)
     if options.latent_path or options.save_merged_model or options.speed.plan.is_asked:
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
@@ -126,7 +126,7 @@ def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGr
     return ProcessGrid(rank, groups, passes, sharding.context_parallel)
 
 
-def _check(family: Family, options: GenerationOptions) -> None:
+def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError for what processes that make prompts together cannot do."""
     speed, asked = options.speed, " and ".join(options.speed.shared_by)
     if speed.cfg_parallel:

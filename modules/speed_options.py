@@ -5,6 +5,7 @@ Training has one flag for each back end of attention and other names for fp8 tha
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,16 +364,26 @@ class ShardingOptions(Options):
             )
 
 
-class PlanOptions(Options):
-    """Whether to plan only, and for how much memory."""
+def cards_or_size(text: str) -> str:
+    """Parse the value of --plan, GIB or NxGIB. Raises ArgumentTypeError if it is neither."""
+    if re.fullmatch(r"([1-9]\d{0,3}x(?=.*[1-9]))?\d{1,6}(\.\d+)?", text.strip().lower()) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
+            "for the card of this machine"
+        )
+    return text.strip().lower()
 
-    plan: float | None = option(  # 0: this machine's card; None: run
-        "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size",
+
+class PlanOptions(Options):
+    """Whether to plan only, and for which cards."""
+
+    plan: str | None = option(  # 0: this machine's card; None: run
+        "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size; "
+        "2xGIB: the ways to use two of them, and the cheapest that fits",
+        type=cards_or_size,
         nargs="?",
-        const=0.0,
+        const="0",
         metavar="GIB",
-        least=0,
-        hint="the GiB of a card, or no number for this machine's card",
         often=True,
     )
 
@@ -380,6 +391,12 @@ class PlanOptions(Options):
     def is_asked(self) -> bool:
         """Return whether to print the plan and exit."""
         return self.plan is not None
+
+    @property
+    def cards(self) -> tuple[int, float]:
+        """Return how many cards to plan for, and the GiB of each; 0 GiB: as much as this machine's card."""
+        count, _, size = (self.plan or "0").rpartition("x")
+        return int(count or 1), float(size)
 
 
 _READ_IN_PIECES = not_needed("safetensors files are read in pieces, never mapped")

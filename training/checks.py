@@ -67,12 +67,12 @@ def check_before_loading(
         }
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps)
-    _check_networks(family, options)
+    check_networks(family, options)
     _check_samples(sampling or family, options)
     _check_room(family, options)
 
 
-def _check_networks(family: Family, options: TrainingOptions) -> None:
+def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}

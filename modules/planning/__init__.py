@@ -1,7 +1,9 @@
 """The memory of a run, predicted before it starts.
 
+communication: what processes send each other, and how long
 device_memory: measure a CUDA device's memory and its peak
 dry_run: run real code without data, count bytes
 kernels: stand-ins for fused kernels in a dry run
 memory_plan: peaks of memory by part, as a table
+several_cards: compare the ways to use several cards
 """

@@ -304,6 +304,7 @@ def _nth(index: int, count: int) -> str:
 
 
 SECOND, BEFORE_LAST = "second", "last but one"
+IN_BLOCKS = "forward of ", "backward of "  # how the places begin in which a block works
 
 
 Counts = tuple[int, ...]  # blocks in each list
@@ -336,6 +337,14 @@ def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Count
                     grown = more[name].get(kind, 0) - found[name].get(kind, 0)
                     moment[kind] += (count - base[index]) * grown
     return {name: dict(moment) for name, moment in moments.items()}
+
+
+Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[str, Moment]]
+
+
+def plainly(_: nn.Module) -> Extrapolate:
+    """Return `extrapolate`: of the network nothing else is noticed."""
+    return extrapolate
 
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:

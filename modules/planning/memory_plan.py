@@ -182,18 +182,31 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     processes: that share the blocks; if there are several, none can be swapped.
     """
     if processes > 1:
-        blocks = [
-            sum(round_up_bytes(weight.nbytes) for weight in block.parameters())
-            for block in chain.from_iterable(spec.blocks(dit).values())
-        ]
-        total = sum(blocks)
-        return [Swapped(0, GATHERED * max(blocks, default=0), total - total // processes, processes)]
+        return [share_blocks(weights_by_block(dit, spec), processes)]
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     others = swap.img_in_txt_in_offloading, swap.block_swap_ring_size
     return [
         plan_swapped_bytes(dit, SwapPlan(spec, count, *others))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
     ]
+
+
+BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block
+
+
+def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
+    """Return the weights of each block, in the order in which the blocks run."""
+    return tuple(
+        tuple((len(weight) if weight.ndim else 1, weight.nbytes) for weight in block.parameters())
+        for block in chain.from_iterable(spec.blocks(dit).values())
+    )
+
+
+def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
+    """Return the effect of --shard_base."""
+    whole = [sum(round_up_bytes(size) for _, size in block) for block in blocks]
+    total = sum(whole)
+    return Swapped(0, GATHERED * max(whole, default=0), total - total // processes, processes)
 
 
 NAMES = {

@@ -114,9 +114,9 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
     """Of both passes of a step, also later, when each finds what the step before has left."""
     family, options = tiny_generation(tmp_path)
     texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
-    plain, _ = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
+    plain = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
     request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
-    phase, most = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
+    predicted = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     noise, other = torch.zeros(1, 16, 3, 8, 12), dict(TEXT)
@@ -131,14 +131,14 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
                 predict = predictor(family, dit_at, Step(step, 4, 1.0, 1000.0 - step, noise + step), True)
                 _ = predict(TEXT), predict(other)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
-    assert phase(0).device == pytest.approx(real, rel=0.02)
-    assert phase(most).device < phase(0).device
+    assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
+    assert predicted.phase(predicted.most).device < predicted.phase(0).device
     if cache is None:
         return
     tokens = 3 * 4 * 6 * family.files.dit_header().config.dim
     # the input of the blocks in float32, the other pass's residual in 16 bits; what is compared of both
     kept = tokens * (4 + 2 + (2 * 2 if isinstance(cache, TeaCache) else 0))
-    assert phase(0).device - plain(0).device == pytest.approx(kept, rel=0.25)
+    assert predicted.phase(0).device - plain.phase(0).device == pytest.approx(kept, rel=0.25)
 
 
 ROWS, COLUMNS, SECTIONS = 8, 12, 2
@@ -177,7 +177,7 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     }
     inputs = dict.fromkeys(range(SECTIONS), image)
 
-    phase, most = rehearse_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
+    predicted = rehearse_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, HOST))), HOST)
@@ -192,9 +192,9 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
         predict = predictor(family, lambda _: dit, step, options.split_uncond)
         make_guidance(request, options.guidance)(step, predict, section)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
-    assert phase(0).device == pytest.approx(real, rel=0.02)
-    assert most == 4  # both lists keep a block: 2 and 5 are swapped
-    assert phase(most).device < phase(0).device
+    assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
+    assert predicted.most == 4  # both lists keep a block: 2 and 5 are swapped
+    assert predicted.phase(predicted.most).device < predicted.phase(0).device
 
 
 def made_for(folder: Path, *more: str) -> tuple[FramePack, GenerationOptions]:

@@ -241,9 +241,7 @@ def test_a_generation_takes_what_the_plan_says(
     prepared = settle(request, family.defaults, (832, 480, 33), flow_shift=3.0, usual_negative="")
     texts: list[Any] = [{"t5": [torch.randn(256, config.text_dim)]} for _ in range(2)]
     prompts = {0: EncodedPrompts(*texts)}
-    plan, _ = rehearse_denoising(
-        family, options, prepared, prompts, {0: {}}, workspace(cuda, is_training=False)
-    )
+    plan = rehearse_denoising(family, options, prepared, prompts, {0: {}}, workspace(cuda, is_training=False))
     dit = dit_loader(family, (), cuda, options)(0)
     with torch.no_grad():
         for _ in range(2):
@@ -252,6 +250,6 @@ def test_a_generation_takes_what_the_plan_says(
                 family, lambda _: dit, prepared, prompts, {0: {}}, cuda, split=options.split_uncond
             )
     assert latents.isfinite().all()
-    expected = plan(options.speed.swap.number).device
+    expected = plan.phase(options.speed.swap.number).device
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=TOLERANCE)

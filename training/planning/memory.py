@@ -3,12 +3,13 @@
 import logging
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
 import torch
+from torch import nn
 
 from dataset.batches.items import CachingCommands, TrainingItem, with_reference_sizes
 from dataset.batches.order import count_repeats, repeat_items
@@ -16,6 +17,7 @@ from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
+from modules.installation import import_own
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.dry_run import (
     BATCH,
@@ -25,11 +27,14 @@ from modules.planning.dry_run import (
     OPTIMIZER,
     WEIGHTS,
     WORKING,
+    Extrapolate,
     Moment,
     largest,
+    plainly,
     quiet,
 )
 from modules.planning.memory_plan import (
+    BlockWeights,
     MemoryPart,
     MemoryPlan,
     Phase,
@@ -44,6 +49,7 @@ from modules.planning.memory_plan import (
     room_on,
     sharing_processes,
     swaps_of,
+    weights_by_block,
     workspace,
 )
 from modules.speed_options import SwapOptions
@@ -75,6 +81,8 @@ class StepPrediction:
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    block_weights: tuple[BlockWeights, ...]
+    gradients: int  # bytes that processes would sum
     workspace: MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
@@ -128,6 +136,10 @@ class StepPrediction:
         moments = {place: part(place, moment) for place, moment in self.moments.items()}
         return replace(self, moments=moments, waiting=round(self.waiting * share))
 
+    def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
+        """Return the plan of a step with this many blocks swapped."""
+        return MemoryPlan((self.phase(blocks),), tuple(remarks))
+
     def device(self, blocks: int) -> int:
         """Return the bytes of the device with this many blocks swapped."""
         return self.phase(blocks).device
@@ -151,8 +163,10 @@ def predict(
     device: torch.device,
     sampled: int = 0,
     texts: LiveTexts = NO_TEXTS,
+    watch: Callable[[nn.Module], Extrapolate] = plainly,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
+    watch: `WorkCounter.watch`, if the work of the step is to be counted.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
@@ -164,6 +178,7 @@ def predict(
         dtypes_of(dit),
         swaps_of(dit, family.dit, options.speed.swap, sharing_processes(options.speed)),
     )
+    block_weights = weights_by_block(dit, family.dit)
     average, whole = 0, options.whole_dit
     if whole is not None and options.average.ema_decay is not None:
         parts, named = whole.name_parts, dit.named_parameters()
@@ -175,7 +190,7 @@ def predict(
         with quiet():
             for encoder in texts.encoders:
                 encoder.load(META)
-            moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
+            moments, waiting, gradients = rehearse(family, options, dit, noisy_batch, texts, watch)
     finally:
         texts.free()
     return StepPrediction(
@@ -187,6 +202,8 @@ def predict(
         waiting,
         weights,
         swaps,
+        block_weights,
+        gradients,
         workspace(device, is_training=True),
         average,
         len(family.experts) - 1,
@@ -244,6 +261,12 @@ def plan_training(
     sampled: transformers that only samples need. sources: where batches are read from.
     """
     noisy_batch = read_largest(family, options, items, commands, sources)
+    cards, size = options.speed.plan.cards
+    room = room_on(device, size)
+    if cards > 1:
+        several = import_own("training.planning.several_cards")
+        several.plan_ways(family, options, noisy_batch, device, cards, room, sampled, texts)
+        return
     prediction = predict(family, options, noisy_batch, device, sampled, texts)
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
@@ -254,13 +277,13 @@ def plan_training(
             if options.speed.fp8.quantisation is None:
                 smaller = f"--fp8_base --fp8_scaled halves that. Or {smaller}"
             room = f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."
-            return MemoryPlan((phase,), (*remarks, *compiled, room))
-        return MemoryPlan((phase,), (*remarks, *compiled))
+            return prediction.plan(blocks, (*remarks, *compiled, room))
+        return prediction.plan(blocks, (*remarks, *compiled))
 
     print_plan(
         prediction,
         options.speed.swap,
-        room_on(device, options.speed.plan.plan),
+        room,
         plan,
         lambda room: advice(family, prediction, noisy_batch, room, device),
     )

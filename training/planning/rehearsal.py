@@ -5,7 +5,7 @@ It runs the code of the real step and counts the device's bytes at every place.
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,14 @@ from modules.planning.dry_run import (
     TEXTS,
     WORKING,
     Counts,
+    Extrapolate,
     Ledger,
     Moment,
     dry_run,
-    extrapolate,
     keep_blocks,
     modules_in,
     place,
+    plainly,
     watch_blocks,
 )
 from modules.private_torch import disable_modes
@@ -179,18 +180,21 @@ def rehearse(
     dit: nn.Module,
     noisy_batch: NoisyBatch,
     texts: LiveTexts = NO_TEXTS,
-) -> tuple[dict[str, Moment], int]:
-    """Return the largest moment at each place of a training step, and the bytes that wait on the host.
+    watch: Callable[[nn.Module], Extrapolate] = plainly,
+) -> tuple[dict[str, Moment], int, int]:
+    """Return the largest moment at each place of a training step, the bytes that wait on the host, and those
+    of all gradients.
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
-    afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too.
+    afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
+    see `modules.planning.communication`.
     """
     with dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger, texts)
         found = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
-        found |= extrapolate(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
-        return found, rehearsal.waiting
+        found |= watch(dit)(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        return found, rehearsal.waiting, sum(parameter.nbytes for parameter in rehearsal.parameters)
 
 
 def dress_trainable(

@@ -95,7 +95,7 @@ def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
 
 
 def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> dict[str, Moment]:
-    found, _ = rehearse(family, options, family.load_dit(placement(options, "meta")), batch)
+    found, *_ = rehearse(family, options, family.load_dit(placement(options, "meta")), batch)
     return found
 
 

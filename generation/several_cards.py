@@ -1,0 +1,53 @@
+"""Compare the ways in which several cards can make clips: `--plan 2x24` of a generation script."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from generation.expert_memory import all_requests
+from generation.memory import PhasePrediction, predict, predict_largest
+from generation.options import GenerationOptions
+from generation.together import check_together
+from modules.contract.family import Family
+from modules.planning.communication import Division, WorkCounter, divide_tokens
+from modules.planning.dry_run import quiet
+from modules.planning.memory_plan import Room, share_blocks
+from modules.planning.several_cards import Rehearsed, print_ways, with_sharding
+
+
+def plan_ways(
+    family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
+) -> None:
+    """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
+    alone = replace(options, speed=with_sharding(options.speed, False))
+    with quiet():
+        prepared, _ = predict_largest(family, alone, all_requests(family, alone), device, room)
+
+    def rehearsed(options: GenerationOptions, *words: str) -> Rehearsed:
+        counter = WorkCounter()
+        with quiet():
+            prediction = predict(family, options, prepared, device, room=room, watch=counter.watch)
+        work = counter.work(prediction.denoising.blocks)
+
+        def divide(division: Division) -> PhasePrediction:
+            if division.shards:
+                check_together(family, replace(options, speed=with_sharding(options.speed, True)))
+            steps = prediction.denoising
+            moments, swaps = steps.moments, steps.swaps
+            if division.context > 1:
+                moments = divide_tokens(moments, division.context, work)
+            if division.shards:
+                swaps = [share_blocks(steps.blocks, division.processes)]
+            return replace(prediction, denoising=replace(steps, moments=moments, swaps=swaps))
+
+        return Rehearsed(words, work, True, divide)
+
+    def runs() -> Iterator[Rehearsed]:
+        yield rehearsed(alone)
+        speed = alone.speed
+        if speed.fp8.quantisation is None:
+            fp8 = replace(speed, fp8=replace(speed.fp8, fp8_scaled=True))
+            yield rehearsed(replace(alone, speed=fp8), "--fp8_scaled")
+
+    print_ways(runs(), cards, room, is_training=False)

@@ -1,0 +1,219 @@
+"""Compare the ways to use several cards: `--plan 2x24`."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from modules.command import as_typed
+from modules.control_codes import escape_control_codes
+from modules.errors import OptionError
+from modules.installation import find_script
+from modules.offload.sharding import LAUNCH
+from modules.planning.communication import (
+    BYTES_A_SECOND,
+    OPERATIONS_A_SECOND,
+    Division,
+    Work,
+    estimate_time,
+)
+from modules.planning.memory_plan import GIB, MemoryPlan, Room, Swappable, Swapped, gib, show, smallest_swap
+from modules.speed_options import Speed
+
+# options that a way decides -> how many words follow; --plan may have one
+DECIDED = {"--shard_base": 0, "--blocks_to_swap": 1, "--context_parallel": 1, "--plan": 1}
+GB = 1e9
+
+
+class Divided(Swappable, Protocol):
+    """A prediction of a run, for one of the cards that share it."""
+
+    @property
+    def swaps(self) -> Sequence[Swapped]: ...
+
+    def plan(self, blocks: int, /) -> MemoryPlan: ...
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A run on one card, rehearsed, and how to divide it."""
+
+    words: tuple[str, ...]  # options that the command lacks
+    work: Work
+    can_swap: bool
+    # the prediction for a card of such a division; raises OptionError if the run cannot be divided so
+    divide: Callable[[Division], Divided]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to use the cards; without a plan one that is refused."""
+
+    words: tuple[str, ...]  # options that it adds to the command
+    division: Division
+    at_once: int  # micro-batches, or clips of a generation
+    memory: MemoryPlan | None = None
+    host: int = 0  # bytes of all processes
+    fits: bool = False
+    seconds: float = 0.0  # of a micro-batch, or of a step of a clip
+    received: float = 0.0  # bytes of a card meanwhile
+    refusal: str = ""
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """Return what ways are compared by: the time that all cards take for a clip, and bytes."""
+        return self.seconds / self.at_once, self.received
+
+
+def with_sharding(speed: Speed, shards: bool) -> Speed:
+    """Return the options with or without --shard_base, and with no block swapped."""
+    return replace(
+        speed,
+        sharding=replace(speed.sharding, shard_base=shards),
+        swap=replace(speed.swap, blocks_to_swap=None),
+    )
+
+
+def divisions_of(cards: int, is_training: bool) -> Iterator[Division]:
+    """Yield how cards can divide a run, from the one that exchanges least.
+
+    A generation makes one clip at a time if its processes share anything.
+    """
+    contexts = [count for count in range(2, cards + 1) if cards % count == 0]
+    if not is_training:
+        contexts = [cards]
+    for shards in (False, True):
+        yield Division(cards, shards)
+        for context in contexts:
+            yield Division(cards, shards, context)
+
+
+def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
+    """Yield the ways for a number of equal cards. room: of each."""
+    for division in divisions_of(cards, is_training):
+        words = ("--shard_base",) * division.shards
+        if division.context > 1:
+            words = (*words, "--context_parallel", str(division.context))
+        at_once = cards // division.context
+        if division.shards and not is_training:
+            at_once = 1
+        way = Way(words, division, at_once)
+        heads = rehearsed.work.heads
+        try:
+            if heads % division.context:
+                raise OptionError(f"{heads} heads of attention are not divisible by {division.context}")
+            prediction = rehearsed.divide(division)
+        except OptionError as error:
+            yield replace(way, refusal=str(error))
+            continue
+        yield _planned(way, prediction, 0, rehearsed.work, room, is_training)
+        if words or not rehearsed.can_swap:
+            continue
+        # as few as fit; if none are too many, all that can be
+        blocks = smallest_swap(prediction, room.usable)
+        if blocks != 0 and prediction.most:
+            blocks = blocks or prediction.most
+            swapping = ("--blocks_to_swap", str(blocks))
+            yield _planned(
+                replace(way, words=swapping), prediction, blocks, rehearsed.work, room, is_training
+            )
+
+
+def _planned(way: Way, prediction: Divided, blocks: int, work: Work, room: Room, is_training: bool) -> Way:
+    memory, swapped = prediction.plan(blocks), prediction.swaps[blocks]
+    processes = way.division.processes
+    # the processes of a launcher share a copy of swapped blocks
+    host = processes * memory.host - (processes - 1) * swapped.host * is_training
+    seconds, received = estimate_time(work, way.division, swapped)
+    fits = memory.device <= room.usable
+    return replace(way, memory=memory, host=host, fits=fits, seconds=seconds, received=received)
+
+
+def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
+    """Print the ways for cards, and the cheapest that fits with the parts of its memory.
+
+    runs: with the options of the command, then with more and more that save memory: if nothing fits, the
+    next one is looked at.
+    """
+    ways, added = list[Way](), tuple[str, ...]()
+    for run in runs:
+        ways, added = list(find_ways(run, cards, room, is_training)), run.words
+        if any(way.fits for way in ways):
+            break
+    plans = [way.memory for way in ways if way.memory is not None]
+    best = min((way for way in ways if way.fits), key=lambda way: way.cost, default=None)
+    memory = min(plans, key=lambda plan: plan.device) if best is None else best.memory
+    assert memory is not None
+    lines = [f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors:"]
+    if added:
+        lines = [f"{lines[0][:-1]}, with {' '.join(added)}, as nothing fits without:"]
+    lines += table_of(ways, is_training)
+    lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
+    lines.append(
+        f"The seconds are arithmetic for {OPERATIONS_A_SECOND / 1e12:g} TFLOP/s and "
+        f"{BYTES_A_SECOND / GB:g} GB/s between cards: they compare ways, no more."
+    )
+    if best is None:
+        lines.append(
+            f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
+            f"{room.total / GIB:g} to see what makes it smaller, or use more or larger cards."
+        )
+    else:
+        fastest = min((way for way in ways if way.fits), key=lambda way: (way.seconds, way.received))
+        each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
+        named = {f"The cheapest that fits{each}:": best, "One clip is made soonest by:": fastest}
+        for title, way in list(named.items())[: 1 if is_training or fastest is best else 2]:
+            lines += [title, f"  {command_of(way, added, sys.argv, is_training)}"]
+    show(memory, escape_control_codes("\n".join(lines)))
+
+
+def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
+    """Return the lines of a table of ways, by their words."""
+    rows = [("way", "GiB a card", "host", "", "seconds", "at once", "GB received")]
+    for way in ways:
+        if way.memory is not None:
+            rows.append(
+                (
+                    " ".join(way.words) or "the whole model on each",
+                    gib(way.memory.device),
+                    gib(way.host),
+                    "fits" if way.fits else "no",
+                    f"{way.seconds:.3g}",
+                    str(way.at_once),
+                    f"{way.received / GB:.3g}",
+                )
+            )
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    seconds = "a batch" if is_training else "a step of a clip"
+    rows[0] = (*rows[0][:-1], f"{rows[0][-1]}  (each for {seconds})")
+    return [
+        "  ".join(
+            word.ljust(width) if index == 0 else word.rjust(width)
+            for index, (word, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
+    """Return the command to type for a way. added: options that it lacks. argv: of the one that planned."""
+    script = Path(argv[0]).name
+    words = [str(find_script(script) or script), *_undecided(argv[1:]), *added, *way.words]
+    if not is_training and way.at_once > 1:
+        return as_typed(["python", *words])
+    return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])
+
+
+def _undecided(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without the options that a way decides."""
+    kept, following = list[str](), 0
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if following and not word.startswith("--"):
+            following -= 1
+            continue
+        following = 0 if equals else DECIDED.get(name, 0)
+        if name not in DECIDED:
+            kept.append(word)
+    return kept

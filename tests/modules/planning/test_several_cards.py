@@ -1,0 +1,190 @@
+"""Bytes and ways of several cards, on numbers that can be counted by hand."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from modules.errors import OptionError
+from modules.planning.communication import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    BYTES_A_SECOND,
+    OPERATIONS_A_SECOND,
+    Division,
+    Work,
+    count_traffic,
+    estimate_time,
+)
+from modules.planning.memory_plan import GIB, MemoryPart, MemoryPlan, Phase, Room, Swapped, share_blocks
+from modules.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
+from modules.speed_options import PlanOptions, cards_or_size
+
+# two blocks: 3 rows of 8 bytes and 4 of 2; 3 rows are 4 for two processes and 6 for three of two rows
+BLOCKS = (((3, 24), (4, 8)),) * 2
+WORK = Work(
+    operations=10**12,
+    attended=4000,
+    largest=500,
+    heads=12,
+    tokens=30,
+    joined=60,
+    passes=3,
+    blocks=BLOCKS,
+    gradients=700,
+    micro_batches=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("division", "gathered", "summed", "dealt"),
+    [
+        (Division(1), 0, 0, 0),
+        (Division(2), 0, 700, 0),
+        (Division(2, shards=True), 2 * 3 * 2 * (32 + 8), 700, 0),
+        (Division(3, shards=True), 2 * 3 * 2 * (24 + 12), 700, 0),
+        (Division(4, context=2), 2 * 60, 700, 2 * 2000),
+        (Division(4, shards=True, context=4), 2 * (3 * 2 * (32 + 8) + 60), 700, 2 * 1000),
+    ],
+)
+def test_the_bytes_of_a_step_by_collective(
+    division: Division, gathered: int, summed: int, dealt: int
+) -> None:
+    assert count_traffic(WORK, division) == {ALL_GATHER: gathered, ALL_REDUCE: summed, ALL_TO_ALL: dealt}
+
+
+def test_weights_come_while_blocks_compute_and_the_rest_is_waited_for() -> None:
+    sums = 2 * 1 / 2 * 700 / 2  # there and back, of a micro-batch
+    second = 10**12 / OPERATIONS_A_SECOND
+    assert estimate_time(WORK, Division(2), Swapped(0, 0))[1] == sums
+    assert estimate_time(WORK, Division(2, context=2), Swapped(0, 0))[1] == sums + (2000 + 60) / 2
+    hidden, received = estimate_time(WORK, Division(2, shards=True), Swapped(0, 0, 1, 2))
+    assert received == sums + 3 * 80 / 2
+    assert hidden == pytest.approx(second + sums / BYTES_A_SECOND, rel=1e-12)
+
+    seconds, received = estimate_time(WORK, Division(2), Swapped(10**12, 0))  # longer than it computes
+    assert received == 3 * 10**12 + sums
+    assert seconds == received / BYTES_A_SECOND > second
+
+
+def test_a_part_of_every_block_stays_and_three_blocks_are_gathered() -> None:
+    blocks = (((1024, 1 << 20),),) * 8
+    assert share_blocks(blocks, 4) == Swapped(0, 3 << 20, 6 << 20, 4)
+
+
+@dataclass(frozen=True)
+class Card:
+    """So many GiB, of which every swapped block saves one."""
+
+    gib: float
+    most: int = 3
+
+    @property
+    def swaps(self) -> Sequence[Swapped]:
+        return [Swapped(blocks * GIB, 0) for blocks in range(self.most + 1)]
+
+    def device(self, blocks: int) -> int:
+        return int((self.gib - blocks) * GIB)
+
+    def plan(self, blocks: int) -> MemoryPlan:
+        part = MemoryPart("weights", self.device(blocks), 2 * GIB + self.swaps[blocks].host)
+        return MemoryPlan((Phase("training step", (part,)),))
+
+
+def run(gib: float, *words: str, heads: int = 12, is_whole: bool = False) -> Rehearsed:
+    """Of which half is weights, and half is tokens; a batch takes a second."""
+    work = replace(WORK, operations=10**14, heads=heads, blocks=(((2, int(gib / 2 * GIB)),),))
+
+    def divide(division: Division) -> Card:
+        if division.shards and is_whole:
+            raise OptionError("--shard_base splits frozen weights")
+        weights = 1 / division.processes if division.shards else 1
+        return Card(gib / 2 * (weights + 1 / division.context))
+
+    return Rehearsed(words, work, not is_whole, divide)
+
+
+def room(gib: float) -> Room:
+    """Of which nearly so much can be used."""
+    return Room("a card", int((gib + 0.6) / 0.97 * GIB), int((gib + 0.6) / 0.97 * GIB))
+
+
+def test_every_way_has_its_memory_on_card_and_host() -> None:
+    found = {" ".join(way.words): way for way in find_ways(run(20), 4, room(18.5), is_training=True)}
+
+    both = "--shard_base --context_parallel 4"
+    sizes = {words: way.memory.device / GIB for words, way in found.items() if way.memory}
+    assert sizes == {
+        **{"": 20, "--context_parallel 2": 15, "--context_parallel 4": 12.5, "--blocks_to_swap 2": 18},
+        **{"--shard_base": 12.5, "--shard_base --context_parallel 2": 7.5, both: 5},
+    }
+    assert [words for words, way in found.items() if not way.fits] == [""]
+    assert found["--blocks_to_swap 2"].host == (4 * 2 + 2) * GIB  # a copy of the blocks for all
+    assert {words: way.at_once for words, way in found.items()}[both] == 1
+    assert found["--context_parallel 2"].at_once == 2
+
+
+def test_a_generation_that_shares_anything_makes_one_clip_at_a_time() -> None:
+    found = {" ".join(way.words): way for way in find_ways(run(20), 4, room(18.5), is_training=False)}
+
+    assert {words: way.at_once for words, way in found.items()} == {
+        **{"": 4, "--blocks_to_swap 2": 4, "--shard_base": 1, "--context_parallel 4": 1},
+        "--shard_base --context_parallel 4": 1,
+    }
+    assert found["--blocks_to_swap 2"].host == 4 * (2 + 2) * GIB
+
+
+@pytest.mark.parametrize(
+    ("runs", "gib", "words", "said"),
+    [
+        ([run(20)], 30, "", ""),
+        ([run(20)], 18.5, " --blocks_to_swap 2", ""),
+        ([run(20)], 16, " --shard_base", ""),
+        ([run(20)], 12, " --shard_base --context_parallel 2", ""),
+        ([run(40), run(20, "--fp8_base")], 12, " --fp8_base --shard_base --context_parallel 2", "with --fp8"),
+        ([run(20, heads=5)], 12, None, "5 heads of attention are not divisible by 2"),
+        ([run(20, is_whole=True)], 16, " --context_parallel 2", "splits frozen weights"),
+        ([run(20), run(19)], 5, None, "No way fits: training step takes 9.50 GiB at least"),
+    ],
+)
+def test_the_cheapest_that_fits_is_shown_with_its_command(
+    runs: list[Rehearsed],
+    gib: float,
+    words: str | None,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["wan_train_network.py", "--dit", "x", "--plan", "2x24", "--seed=1"])
+
+    print_ways(runs, 2, room(gib), is_training=True)
+
+    text = capsys.readouterr().out
+    assert said in text
+    command = "accelerate launch --multi_gpu --num_processes 2 wan_train_network.py --dit x --seed=1"
+    assert text.rstrip().endswith(command + words if words is not None else "larger cards.")
+
+
+@pytest.mark.parametrize(
+    "asked", [("--plan", "2x24"), ("--plan=2x24",), ("--shard_base", "--blocks_to_swap", "4", "--plan")]
+)
+def test_a_command_keeps_what_no_way_decides(asked: tuple[str, ...]) -> None:
+    way = Way((), Division(2), at_once=2)
+    argv = ["wan_generate_video.py", *asked, "--prompt", "a cat"]
+    typed = command_of(way, (), argv, is_training=False)
+    assert typed == "python wan_generate_video.py --prompt 'a cat'"
+
+
+@pytest.mark.parametrize(
+    ("text", "cards"), [("0", (1, 0)), ("24", (1, 24)), ("1x24", (1, 24)), ("4X79.5", (4, 79.5))]
+)
+def test_cards_are_a_number_and_a_size(text: str, cards: tuple[int, float]) -> None:
+    assert PlanOptions(plan=cards_or_size(text)).cards == cards
+
+
+@pytest.mark.parametrize("text", ["2x", "x24", "0x24", "2x0", "2x0.0", "-1", "two", "2x24x2", "inf"])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="2x24 for two"):
+        cards_or_size(text)

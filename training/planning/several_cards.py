@@ -1,0 +1,68 @@
+"""Compare the ways in which several cards can train: `--plan 2x24` of a training script."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from modules.contract.family import Family
+from modules.planning.communication import Division, Work, WorkCounter, divide_tokens
+from modules.planning.memory_plan import Room, share_blocks
+from modules.planning.several_cards import Rehearsed, print_ways, with_sharding
+from training.checks import check_networks
+from training.data.live import LiveTexts
+from training.experts import check_experts
+from training.loss import NoisyBatch
+from training.options import TrainingOptions
+from training.planning.memory import StepPrediction, cheaper, predict
+from training.reports.logs import WISHES
+
+NUMBERS = 4 * WISHES.stop  # bytes of a step's row, which is summed as the gradients are
+
+
+def count_work(prediction: StepPrediction, counter: WorkCounter) -> Work:
+    """Return the work of a step of one process. counter: of the prediction."""
+    row = NUMBERS + 8 * prediction.others
+    accumulated = prediction.options.loop.gradient_accumulation_steps
+    return counter.work(prediction.block_weights, 1, prediction.gradients + row, accumulated)
+
+
+def plan_ways(
+    family: Family,
+    options: TrainingOptions,
+    noisy_batch: NoisyBatch,
+    device: torch.device,
+    cards: int,
+    room: Room,
+    sampled: int,
+    texts: LiveTexts,
+) -> None:
+    """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
+
+    def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
+        counter = WorkCounter()
+        prediction = predict(family, options, noisy_batch, device, sampled, texts, counter.watch)
+        work = count_work(prediction, counter)
+
+        def divide(division: Division) -> StepPrediction:
+            moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
+            if division.context > 1:
+                moments = divide_tokens(moments, division.context, work)
+            if division.shards:
+                asked = replace(options, speed=with_sharding(options.speed, True))
+                check_experts(family, asked)
+                check_networks(family, asked)
+                swaps = [share_blocks(prediction.block_weights, division.processes)]
+            return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)
+
+        return Rehearsed(words, work, options.can_swap, divide)
+
+    def runs() -> Iterator[Rehearsed]:
+        alone = replace(options, speed=with_sharding(options.speed, False))
+        yield rehearsed(alone, ())
+        words: tuple[str, ...] = ()
+        for line, changed in cheaper(alone, len(family.experts) - 1):
+            words = (*words, *line.split())
+            yield rehearsed(changed, words)
+
+    print_ways(runs(), cards, room, is_training=True)
