@@ -112,7 +112,8 @@ class SharedPasses:
                 mine = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
                 if self._in_lockstep or self._rank < len(at_once):
                     tweaks, key = at_once[self._rank % len(at_once)]
-                    mine.copy_(*predict(calls[tweaks][key], tweaks=tweaks))
+                    (velocity,) = predict(calls[tweaks][key], tweaks=tweaks)
+                    mine.copy_(velocity)
                 found = mine.new_empty(self.processes * len(mine), *mine.shape[1:])
                 distributed.all_gather_into_tensor(found, mine, self._group)
                 made.update(zip(at_once, found.chunk(self.processes), strict=False))
