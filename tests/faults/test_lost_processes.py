@@ -109,6 +109,31 @@ def test_generation_ends_with_one_message_and_the_second_process_never_writes(
     assert len(list((tmp_path / "out").glob("*_latent.safetensors"))) == 1  # finished before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("what", ["training", "generation"])
+def test_a_process_that_is_stopped_ends_the_others_within_100_seconds(
+    scripts: Scripts, project: Path, tmp_path: Path, what: str, lost: int
+) -> None:
+    out = tmp_path / "out"
+    words = [*command(scripts, out, "whole"), "--max_train_epochs", "10000"]
+    if what == "generation":
+        script, *given = scripts.generate
+        words = [str(ROOT / script), *given, "--save_path", str(out), "--shard_base"]
+        (project / "many.txt").write_text("a cat --w 32 --h 32 --f 5 --s 2\n" * 2000, encoding="utf-8")
+        words[words.index("prompts.txt")] = "many.txt"
+    with start_processes([words, words], project) as started:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("*.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(started[lost].pid, signal.SIGSTOP)
+        assert started[1 - lost].wait(timeout=100) == 1
+        said = started[1 - lost].done().stderr
+    assert said.count(f"LostProcessError: process {lost} (counted from 0) has not answered for 60 s") == 1
+    assert "Traceback" not in said
+
+
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3",
     "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --max_restarts 3 "
