@@ -342,3 +342,11 @@ def test_the_plan_counts_parts_for_two_processes(project: Shared) -> None:
         *project.family.train, *RUN, "--output_dir", "plan", "--shard_base", "--plan", folder=project.folder
     )
     assert "blocks split over 2 processes" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_generation_counts_parts_of_all_large_networks(project: Shared) -> None:
+    command = (*project.family.generate, *SIZE, "--save_path", "plan", "--prompt", "a cat", "--plan", "24")
+    said = run_script(*command, *BOTH, "--flow_shift", "1", "--shard_base", folder=project.folder).stdout
+    assert said.count("blocks split over 2 processes") == 2  # the text encoder, and the transformer at work
+    assert "idle experts" in said
