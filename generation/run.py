@@ -249,11 +249,11 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         for option in (option for option, is_given in given.items() if is_given):
             logger.warning("%s is ignored because a single transformer takes no turns", option)
         rules = TurnRules()
-    sharding, aside, blocks = options.speed.sharding, loader.aside, None
-    if sharding.shard_base:
-        blocks = shared_blocks(sharding, loader.device)
+    sharding = options.speed.sharding
+    blocks = shared_blocks(sharding, loader.device) if sharding.shard_base else None
+    aside = loader.aside if blocks is None else None
     if blocks is not None:
-        rules, aside = replace(rules, together=True), None
+        rules = replace(rules, together=True)
     return Session(family, loader.device, loader, keep, load_aside=aside, rules=rules, blocks=blocks)
 
 

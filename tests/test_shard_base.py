@@ -244,11 +244,11 @@ def test_every_family_trains_and_generates_with_shared_blocks(
     assert torch.equal(whole[0], shared[0])
 
 
-@pytest.mark.parametrize("scales", ["cast", "tensor", "rows", "blocks"])
-def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path, scales: str) -> None:
+def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path) -> None:
     """Of all but blocks of a row with 8-bit products, which commands refuse on a CPU."""
-    done = run_in_processes(2, "tests/modules/offload/fp8_blocks.py", scales, folder=tmp_path)
-    assert [one.stdout.splitlines()[-1] for one in done] == ["equal True True"] * 2
+    kinds = ("cast", "tensor", "rows", "blocks")
+    done = run_in_processes(2, "tests/modules/offload/fp8_blocks.py", *kinds, folder=tmp_path)
+    assert [one.stdout.splitlines() for one in done] == [[f"{kind} True True" for kind in kinds]] * 2
 
 
 BOTH = (
@@ -349,3 +349,11 @@ def test_the_plan_counts_parts_for_two_processes(project: Shared) -> None:
         *project.family.train, *RUN, "--output_dir", "plan", "--shard_base", "--plan", folder=project.folder
     )
     assert "blocks split over 2 processes" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_generation_counts_parts_of_all_large_networks(project: Shared) -> None:
+    command = (*project.family.generate, *SIZE, "--save_path", "plan", "--prompt", "a cat", "--plan", "24")
+    said = run_script(*command, *BOTH, "--flow_shift", "1", "--shard_base", folder=project.folder).stdout
+    assert said.count("blocks split over 2 processes") == 2  # the text encoder, and the transformer at work
+    assert "idle experts" in said

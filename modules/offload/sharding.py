@@ -107,8 +107,8 @@ class ShardedBlocks:
 
         # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
         # with the weights, as gloo gathers weights in 8 bits only beside another dtype
-        _, *vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2] or [None]
-        fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors})
+        vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
 
 
 class _Root(nn.Module):

@@ -1,7 +1,4 @@
-"""Run in two processes: blocks in 8 bits, split and whole; print whether outputs and gradients are equal.
-
-python tests/modules/offload/fp8_blocks.py cast, tensor, rows or blocks
-"""
+"""Run in two processes blocks in 8 bits, split and whole; print whether outputs and gradients are equal."""
 
 import os
 import sys
@@ -56,9 +53,8 @@ class Network(nn.Module):
         return hidden.x
 
 
-def main(scales: str) -> None:
-    """Compare both."""
-    distributed.init_process_group("gloo")
+def compare(scales: str) -> None:
+    """Compare both for a kind of scales."""
     whole, split = Network(scales), Network(scales)
     ShardedBlocks(torch.device("cpu")).finish(split)
     kept = split.blocks[0].get_submodule("linear").get_parameter("weight")
@@ -71,10 +67,12 @@ def main(scales: str) -> None:
         out = network(given)
         out.square().sum().backward()
         found += [out, given.grad]
-    print("equal", torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))  # noqa: T201
-    sys.stdout.flush()
-    os._exit(0)  # gloo may abort at the interpreter's end
+    equal = torch.equal(found[0], found[2]), torch.equal(found[1], found[3])
+    print(scales, *equal, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    distributed.init_process_group("gloo")
+    for kind in sys.argv[1:]:
+        compare(kind)
+    os._exit(0)  # gloo may abort at the interpreter's end
