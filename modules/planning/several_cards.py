@@ -140,6 +140,8 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         if any(way.fits for way in ways):
             break
     plans = [way.memory for way in ways if way.memory is not None]
+    if not plans:
+        raise OptionError(ways[0].refusal)
     best = min((way for way in ways if way.fits), key=lambda way: way.cost, default=None)
     memory = min(plans, key=lambda plan: plan.device) if best is None else best.memory
     assert memory is not None

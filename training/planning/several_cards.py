@@ -13,6 +13,7 @@ from training.checks import check_networks
 from training.data.live import LiveTexts
 from training.experts import check_experts
 from training.loss import NoisyBatch
+from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.planning.memory import StepPrediction, cheaper, predict
 from training.reports.logs import WISHES
@@ -46,6 +47,8 @@ def plan_ways(
 
         def divide(division: Division) -> StepPrediction:
             moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
+            if options.is_fused:
+                check_fused_backward(options.optimizer.optimizer_type, cards)
             if division != Division(cards):
                 asked = replace(options, speed=with_division(options.speed, division))
                 check_experts(family, asked)
