@@ -8,7 +8,7 @@ Attention and RMSNorm are the stand-ins of modules/planning/kernels.py.
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from modules.planning.communication import count_operations
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 OURS_BUT_NOT_THE_MODEL = tuple(
@@ -94,7 +95,7 @@ class Counting(TorchDispatchMode):
         reads = self._spans(inputs[1:] if WRITTEN_ONLY.match(name) else inputs)
         writes = self._spans(outputs)
         phase, line = where()
-        work = _work(func, args, kwargs, result)
+        work = count_operations(func, args, kwargs, result)
         group = _group(name, inputs, outputs)
         self.operations.append(Operation(phase, group, name, line, work, reads, writes))
         return result
@@ -141,21 +142,6 @@ def _group(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> str:
     if name.startswith("aten::_to_copy"):
         return CAST if not inputs or inputs[0].dtype != outputs[0].dtype else COPY
     return COPY if COPIES.match(name) else ELEMENTWISE
-
-
-def _work(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> float:
-    """Return the floating-point operations of a product or an attention; 0 for others."""
-    name = func.name()
-    if name.startswith("planned::attention"):
-        query, key = args[1:3] if "backward" in name else args[:2]
-        batch, length, heads, width = query.shape
-        # backward: the products q k and p v again as five; arXiv 2307.08691
-        return (10.0 if "backward" in name else 4.0) * batch * length * key.shape[1] * heads * width
-    aten = torch.ops.aten
-    in_place = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch does not count
-    packet = func._overloadpacket
-    count = flop_registry.get(in_place.get(packet, packet))
-    return float(count(*args, **kwargs, out_val=result)) if count is not None else 0.0
 
 
 def where() -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -12,34 +13,38 @@ from generation.together import check_together
 from modules.contract.family import Family
 from modules.planning.communication import Division, WorkCounter, divide_tokens
 from modules.planning.dry_run import quiet
-from modules.planning.memory_plan import Room, share_blocks
-from modules.planning.several_cards import Rehearsed, print_ways, with_sharding
+from modules.planning.memory_plan import Room
+from modules.planning.several_cards import Rehearsed, print_ways, with_division
 
 
 def plan_ways(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
 ) -> None:
     """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
-    alone = replace(options, speed=with_sharding(options.speed, False))
+    alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device, room)
 
     def rehearsed(options: GenerationOptions, *words: str) -> Rehearsed:
         counter = WorkCounter()
         with quiet():
-            prediction = predict(family, options, prepared, device, room=room, watch=counter.watch)
-        work = counter.work(prediction.denoising.blocks)
+            whole = predict(family, options, prepared, device, room=room, watch=counter.watch)
+        work = counter.work(whole.denoising.blocks)
+
+        @cache
+        def shared() -> PhasePrediction:
+            asked = replace(options, speed=with_division(options.speed, Division(cards, shards=True)))
+            with quiet():
+                return predict(family, asked, prepared, device, room=room)
 
         def divide(division: Division) -> PhasePrediction:
-            if division.shards:
-                check_together(family, replace(options, speed=with_sharding(options.speed, True)))
+            if division != Division(cards):
+                check_together(family, replace(options, speed=with_division(options.speed, division)))
+            prediction = shared() if division.shards else whole
             steps = prediction.denoising
-            moments, swaps = steps.moments, steps.swaps
             if division.context > 1:
-                moments = divide_tokens(moments, division.context, work)
-            if division.shards:
-                swaps = [share_blocks(steps.blocks, division.processes)]
-            return replace(prediction, denoising=replace(steps, moments=moments, swaps=swaps))
+                steps = replace(steps, moments=divide_tokens(steps.moments, division.context, work))
+            return replace(prediction, denoising=steps)
 
         return Rehearsed(words, work, True, divide)
 

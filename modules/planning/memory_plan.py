@@ -169,11 +169,14 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
-    """Return how many processes share the transformer; a plan without a launcher is for two."""
+    """Return how many processes share the transformer.
+
+    A plan without a launcher is for the cards that --plan tells, and for two if it tells none.
+    """
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
-    return 2 if launched == 1 and speed.plan.is_asked else launched
+    return max(2, speed.plan.cards[0]) if launched == 1 and speed.plan.is_asked else launched
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:

@@ -11,6 +11,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import find_script
 from modules.offload.sharding import LAUNCH
+from modules.options import override_options
 from modules.planning.communication import (
     BYTES_A_SECOND,
     OPERATIONS_A_SECOND,
@@ -66,13 +67,10 @@ class Way:
         return self.seconds / self.at_once, self.received
 
 
-def with_sharding(speed: Speed, shards: bool) -> Speed:
-    """Return the options with or without --shard_base, and with no block swapped."""
-    return replace(
-        speed,
-        sharding=replace(speed.sharding, shard_base=shards),
-        swap=replace(speed.swap, blocks_to_swap=None),
-    )
+def with_division(speed: Speed, division: Division) -> Speed:
+    """Return the options of a process of a division, which swaps no block."""
+    given = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
+    return override_options(speed, given)
 
 
 def divisions_of(cards: int, is_training: bool) -> Iterator[Division]:
@@ -142,6 +140,8 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         if any(way.fits for way in ways):
             break
     plans = [way.memory for way in ways if way.memory is not None]
+    if not plans:
+        raise OptionError(ways[0].refusal)
     best = min((way for way in ways if way.fits), key=lambda way: way.cost, default=None)
     memory = min(plans, key=lambda plan: plan.device) if best is None else best.memory
     assert memory is not None

@@ -8,11 +8,12 @@ import torch
 from modules.contract.family import Family
 from modules.planning.communication import Division, Work, WorkCounter, divide_tokens
 from modules.planning.memory_plan import Room, share_blocks
-from modules.planning.several_cards import Rehearsed, print_ways, with_sharding
+from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from training.checks import check_networks
 from training.data.live import LiveTexts
 from training.experts import check_experts
 from training.loss import NoisyBatch
+from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.planning.memory import StepPrediction, cheaper, predict
 from training.reports.logs import WISHES
@@ -46,19 +47,22 @@ def plan_ways(
 
         def divide(division: Division) -> StepPrediction:
             moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
+            if options.is_fused:
+                check_fused_backward(options.optimizer.optimizer_type, cards)
+            if division != Division(cards):
+                asked = replace(options, speed=with_division(options.speed, division))
+                check_experts(family, asked)
+                check_networks(family, asked)
             if division.context > 1:
                 moments = divide_tokens(moments, division.context, work)
             if division.shards:
-                asked = replace(options, speed=with_sharding(options.speed, True))
-                check_experts(family, asked)
-                check_networks(family, asked)
-                swaps = [share_blocks(prediction.block_weights, division.processes)]
+                swaps = [share_blocks(prediction.block_weights, cards)]
             return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)
 
         return Rehearsed(words, work, options.can_swap, divide)
 
     def runs() -> Iterator[Rehearsed]:
-        alone = replace(options, speed=with_sharding(options.speed, False))
+        alone = replace(options, speed=with_division(options.speed, Division(1)))
         yield rehearsed(alone, ())
         words: tuple[str, ...] = ()
         for line, changed in cheaper(alone, len(family.experts) - 1):

@@ -167,6 +167,14 @@ def test_the_cheapest_that_fits_is_shown_with_its_command(
     assert text.rstrip().endswith(command + words if words is not None else "larger cards.")
 
 
+def test_a_run_of_one_process_is_refused() -> None:
+    def divide(_: Division) -> Card:
+        raise OptionError("--fused_backward_pass with 2 processes")
+
+    with pytest.raises(OptionError, match="with 2 processes"):
+        print_ways([Rehearsed((), WORK, False, divide)], 2, room(20), is_training=True)
+
+
 @pytest.mark.parametrize(
     "asked", [("--plan", "2x24"), ("--plan=2x24",), ("--shard_base", "--blocks_to_swap", "4", "--plan")]
 )
