@@ -2,6 +2,7 @@
 that of one process, but for the order of sums.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from modules.offload.context import TokenPart
 from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
-from tests.commands import run_in_processes
+from tests.commands import ROOT, run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_shard_base import (
     GENERATIONS,
@@ -237,6 +238,45 @@ def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
         change = (weight - before[tensor]).abs().max() if tensor in before else 0
         error = (shared[tensor] - weight).abs().max()
         assert error <= 1e-4 * change + 3e-7 * weight.abs().max(), tensor
+
+
+COUNTED = """import collections, json, os, runpy, sys
+sys.path.insert(0, {root!r})
+from modules.private_torch import TorchDispatchMode
+sent = collections.Counter()
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), named=None):
+        name = str(operator).split(".")[1]
+        if name in ("all_to_all_single", "_allgather_base_"):
+            sent[name] += args[name == "_allgather_base_"].nbytes
+        return operator(*args, **(named or {{}}))
+try:
+    with Counting():
+        runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
+finally:
+    with open("sent" + os.environ["RANK"], "w") as file:
+        json.dump(sent, file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--gradient_checkpointing",)])
+def test_each_block_exchanges_its_heads_and_tokens_and_the_last_gathers_them(
+    project: Wide, words: tuple[str, ...]
+) -> None:
+    """Of 27 tokens of 256 numbers a process sends 14, the last one with one of padding."""
+    script, *arguments = project.family.train
+    counted = project.folder / "counted.py"
+    counted.write_text(COUNTED.format(root=str(ROOT), script=script), encoding="utf-8")
+    command = (str(counted), *arguments, *RUN, *STEPS, "--output_dir", "counted", *words)
+
+    run_in_processes(2, *command, "--context_parallel", "2", folder=project.folder)
+
+    steps, blocks, tokens = 4, 4, 14 * 256 * 4
+    passes = 3 if words else 2  # forward, perhaps again, backward
+    expected = {"all_to_all_single": steps * blocks * passes * 4 * tokens, "_allgather_base_": steps * tokens}
+    for rank in range(2):
+        assert json.loads((project.folder / f"sent{rank}").read_text(encoding="utf-8")) == expected
 
 
 FOUR = {
