@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
@@ -52,7 +53,12 @@ def run_python(
 
 
 def run_in_processes(
-    count: int, script: str, *arguments: object, folder: Path, code: int = 0
+    count: int,
+    script: str,
+    *arguments: object,
+    folder: Path,
+    code: int = 0,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run a root script as a launcher of several processes does; return what each of them said.
 
@@ -62,7 +68,8 @@ def run_in_processes(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [str(ROOT / script), *map(str, arguments)]
-    everywhere = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": port}
+    size = str(count)
+    everywhere = {**environment, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as said:
         started = []
         for rank in range(count):
