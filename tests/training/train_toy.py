@@ -2,8 +2,8 @@
 
 With TOY_EXPERTS=1 the model has two transformers.
 With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch; with
-TOY_WHOLE_DIT=1 the DiT itself learns; with TOY_PAGE=1 it writes its page. With TOY_KILL_AT=n the process kills
-itself when it has written its part of the n-th state.
+TOY_WHOLE_DIT=1 the DiT itself learns; with TOY_PAGE=1 it writes its page. With TOY_KILL_AT=n the process
+kills itself when it has written its part of the n-th state.
 """
 
 import os

@@ -184,10 +184,16 @@ def _empty_moment(
 
 
 def _tensors_of_files(saved: SavedState) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return shapes and dtypes of the tensors in a state's files; none if it has no files."""
+    """Return shapes and dtypes of the tensors in a state's files; none if it has no files.
+
+    Raises CheckpointError if rows are missing: `load` would leave these as they are.
+    """
     if not saved.files:
         return {}
     found: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    for name, each in found.items():
+        if sum(chunk.sizes.numel() for chunk in each.chunks) != each.size.numel():
+            raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")
     return {name: (each.size, each.properties.dtype) for name, each in found.items()}
 
 
