@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.devices import DTYPES
+from modules.errors import OptionError
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from networks.loading import TRAINED_FOR
@@ -204,6 +205,11 @@ def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
 
 
 def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+    if run.trainable.split:
+        raise OptionError(
+            f"--resume {saved.folder}: the state of another program is not split over processes. Resume it "
+            "without --shard_base and save a state, which can be split"
+        )
     module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
     load_module(module, saved.network)
     run.average.begin()

@@ -66,6 +66,11 @@ class Trainable:
             for name, parameter in module.named_parameters()
         }
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """Return the weights that all parameters are, or are rows of."""
+        return [self.split.get(parameter, parameter) for parameter in self.parameters]
+
     def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """Return those that each process has whole, with a gradient of its own."""
         return [parameter for parameter in parameters if parameter not in self.split]

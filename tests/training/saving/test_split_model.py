@@ -210,7 +210,18 @@ def test_what_cannot_be_split_is_refused_by_name(caches: Path) -> None:
     with pytest.raises(OptionError, match="--shard_base with --mixed_precision fp16"):
         toy.toy_options(caches, "--shard_base", "--mixed_precision", "fp16", whole_dit=True)
     require_package("Prodigy")
-    environment = {"TOY_WHOLE_DIT": "1"}
-    command = ("tests/training/train_toy.py", caches, "--shard_base", "--optimizer_type", "Prodigy")
-    for done in run_in_processes(2, *command, folder=caches, environment=environment, code=1):
-        assert "--shard_base with --optimizer_type Prodigy: it finds one learning rate" in done.stderr
+    foreign = caches / "foreign"
+    foreign.mkdir()
+    save_file(dict(initial_weights()), foreign / "model.safetensors")
+    command = ("tests/training/train_toy.py", caches, "--shard_base")
+    for words, said in {
+        (
+            "--optimizer_type",
+            "Prodigy",
+        ): "--shard_base with --optimizer_type Prodigy: it finds one learning rate",
+        ("--resume", foreign): "without --shard_base and save a state",
+        ("--fused_backward_pass",): "--fused_backward_pass with 2 processes",
+    }.items():
+        environment = {"TOY_WHOLE_DIT": "1"}
+        for done in run_in_processes(2, *command, *words, folder=caches, environment=environment, code=1):
+            assert said in done.stderr
