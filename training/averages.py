@@ -142,8 +142,7 @@ def make_average(
 ) -> WeightAverage:
     """Begin the average that the options ask for. A whole model's lies in host memory.
 
-    keeps: whether this process writes files or samples with it; a whole model's is kept by those alone, if it
-    is not split.
+    keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
     Raises OptionError if the optimizer averages by itself.
     """
     if options.ema_decay is None:
@@ -154,7 +153,7 @@ def make_average(
             "Leave it out"
         )
     is_whole = any(module in dits for module in trainable.modules.values())
-    if is_whole and not (keeps or trainable.split):
+    if is_whole and not keeps:
         return WeightAverage(options)
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
     return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)

@@ -94,6 +94,7 @@ def load_model(
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
+    keeps_average = accelerator.is_main_process or plan.splits_model
     triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
     run = TrainingRun(
         plan=plan,
@@ -107,7 +108,7 @@ def load_model(
         schedule=schedule,
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
+        average=make_average(options.average, networks, trainable, optimizer, keeps_average),
         texts=plan.texts,
         feed=_make_feed(plan),
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
@@ -154,7 +155,7 @@ class Loading:
         sharding = options.speed.sharding
         shares = shared_blocks(sharding, device) if sharding.shard_base else None
         dit = _load_dit(self.plan, family, index, host, shares)
-        if shares is not None and options.whole_dit is not None:
+        if shares is not None and self.plan.splits_model:
             shares.split(dit)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
@@ -232,7 +233,7 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     if options.network is None:
         assert options.whole_dit is not None  # one of the two is there
         train = train_dit
-        if plan.steps.in_lockstep:
+        if plan.splits_model:
             from training.saving.split_model import train_split_dit as train
         learners.append(train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
         return

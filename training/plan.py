@@ -74,6 +74,11 @@ class TrainingPlan:
     habits: dict[str, Any]
     changes: Mapping[str, str]
 
+    @property
+    def splits_model(self) -> bool:
+        """Return whether the whole model is trained, and its blocks are split over the processes."""
+        return self.options.whole_dit is not None and shares_processes(self.options.speed.sharding)
+
 
 def make_plan(
     family: Family,

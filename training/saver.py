@@ -59,8 +59,8 @@ def make_saver(
     publish: is given the file and the model card.
     """
     plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
-    is_first, is_shared = plan.accelerator.is_main_process, bool(trainable.split)
-    if not (is_first or is_shared):
+    is_first = plan.accelerator.is_main_process
+    if not (is_first or plan.splits_model):
         return NoSaver()
     family = plan.family
     run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
@@ -95,7 +95,7 @@ def make_saver(
 
         publish_state = publish
     write: Callable[[Path, SavedState], None] = write_state
-    if is_shared:
+    if plan.splits_model:
         from training.saving.split_model import write_split_state
 
         write = write_split_state
@@ -172,7 +172,7 @@ def restore(run: TrainingRun) -> None:
 
 
 def _restore_own(run: TrainingRun, saved: SavedState) -> None:
-    if saved.files or run.trainable.split:
+    if saved.files or run.plan.splits_model:
         from training.saving.split_model import fill_state
 
         own = {name: module.state_dict() for name, module in run.trainable.modules.items()}
@@ -205,7 +205,7 @@ def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
 
 
 def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
-    if run.trainable.split:
+    if run.plan.splits_model:
         raise OptionError(
             f"--resume {saved.folder}: the state of another program is not split over processes. Resume it "
             "without --shard_base and save a state, which can be split"

@@ -101,6 +101,19 @@ def test_a_run_goes_on_in_any_number_of_processes(caches: Path, counts: tuple[in
     assert toy.same(*averages)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["head", "blocks.0"])
+def test_a_model_of_which_a_part_learns_goes_on(caches: Path, name: str) -> None:
+    """Also if nothing that learns is split."""
+    words = (*AVERAGED, "--trainable_modules", name)
+    expected = train(caches, 1, "whole", *words)
+
+    train(caches, 2, f"some {name}", *words, "--shard_base", "--max_train_steps", STEP)
+    found = train(caches, 2, f"some {name}", *words, "--shard_base", "--resume", "latest-or-fail")
+
+    assert toy.same(found, expected)
+
+
 def test_a_kill_while_a_state_is_written_leaves_the_one_before(caches: Path) -> None:
     words = (*UNCLIPPED, "--save_every_n_steps", STEP, "--save_state", "--shard_base")
     expected = train(caches, 2, "undisturbed", *words)
