@@ -165,7 +165,8 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
     mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
     whole = mine.new_empty(count * mine.numel())
-    distributed.all_gather_into_tensor(whole, mine)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(whole, mine)
     return whole[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
 
 

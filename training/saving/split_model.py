@@ -33,7 +33,7 @@ from modules.offload.sharding import as_split, gather_rows, is_split, rows_here,
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import Trainable, train_dit
 
-FILE_BYTES = 256 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
+FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
 OPTIMIZER = "optimizer"  # beside the parts of a state
 
 
