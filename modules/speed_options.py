@@ -312,8 +312,8 @@ class ShardingOptions(Options):
 
     shard_base: bool = option(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
-        "every block of the frozen transformer and of large text encoders, and gathers a block when it "
-        "runs. Embeddings, LoRAs and the VAE are in every process",
+        "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
+        "when it runs. Embeddings, LoRAs and the VAE are in every process",
         often=True,
     )
     context_parallel: int = option(

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
@@ -53,14 +54,19 @@ def run_python(
 
 
 def run_in_processes(
-    count: int, script: str, *arguments: object, folder: Path, code: int = 0
+    count: int,
+    script: str,
+    *arguments: object,
+    folder: Path,
+    code: int = 0,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run a root script as a launcher of several processes does; return what each of them said.
 
     code: how all of them end.
     """
     command = [str(ROOT / script), *map(str, arguments)]
-    with start_processes([command] * count, folder) as started:
+    with start_processes([command] * count, folder, environment) as started:
         for process in started:
             process.wait(timeout=MOST_SECONDS)
         done = [process.done() for process in started]
@@ -70,13 +76,15 @@ def run_in_processes(
 
 
 @contextmanager
-def start_processes(commands: Sequence[Sequence[str]], folder: Path) -> Iterator[list[WarmProcess]]:
+def start_processes(
+    commands: Sequence[Sequence[str]], folder: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[list[WarmProcess]]:
     """Start a script as each process of a launcher; those that run at the end of the block are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     count = str(len(commands))
-    everywhere = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    everywhere = {**environment, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     started: list[WarmProcess] = []
     with tempfile.TemporaryDirectory() as said:
         try:

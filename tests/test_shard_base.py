@@ -55,17 +55,24 @@ class Shared:
         if trains and caches_texts:
             succeed_here(*self.family.cache_texts, folder=folder)
 
-    def run(self, processes: int, output: str, *words: object) -> None:
-        """Train a LoRA."""
-        command = (*self.family.train, *RUN, "--output_dir", output, *words)
+    @property
+    def train_whole(self) -> list[str]:
+        """Return the command that trains the transformer itself."""
+        models = self.family.train[1 : self.family.train.index("--network_module")]
+        return [self.family.train_whole, *models]
+
+    def run(self, processes: int, output: str, *words: object, is_whole: bool = False) -> None:
+        """Train a LoRA, or the transformer."""
+        usual = self.train_whole if is_whole else self.family.train
+        command = (*usual, *RUN, "--output_dir", output, *words)
         if processes == 1:
             succeed_here(*command, folder=self.folder)
         else:
             run_in_processes(processes, *command, folder=self.folder)
 
-    def train(self, output: str, processes: int, *words: object) -> dict[str, Tensor]:
-        """Return the tensors of the LoRA."""
-        self.run(processes, output, *words)
+    def train(self, output: str, processes: int, *words: object, is_whole: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of the LoRA, or of the transformer."""
+        self.run(processes, output, *words, is_whole=is_whole)
         return load_file(self.folder / output / "x.safetensors")
 
 
@@ -130,6 +137,31 @@ def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_mode
     assert len(frames_in(ours / "sample")) == 4  # each once
     assert torch.equal(frames_in(ours / "sample"), frames_in(theirs / "sample"))
     assert scalars(ours / "logs") == scalars(theirs / "logs")
+
+
+WHOLE = [family.name for family in FAMILIES if family.train_whole]
+DAILY = {USUAL}
+
+
+@pytest.mark.parametrize("name", with_slow(WHOLE, DAILY))
+def test_a_whole_transformer_that_is_split_is_that_of_one_process(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """To the order of sums: gradients of what all blocks are given, as texts, are summed in each block first.
+
+    What a resumed run saves is equal to the bit. Samples are made on the way.
+    """
+    project = Shared(name, tmp_path_factory.mktemp("two cards"))
+    words = ("--optimizer_type", "SGD", "--max_train_steps", 2)
+    more = ("--gradient_checkpointing", "--shard_base", "--sample_prompts", "prompts.txt", "--save_state")
+    more += ("--sample_every_n_steps", 1, "--save_every_n_steps", 1)
+    expected = project.train("whole", 1, *words, "--gradient_accumulation_steps", 2, is_whole=True)
+
+    found = project.train("split", 2, *words, *more, is_whole=True)
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-6)
+    resume = ("--resume", "split/x-step00000001-state")
+    assert same(project.train("resumed", 2, *words, *more, *resume, is_whole=True), found)
 
 
 @pytest.mark.slow
@@ -323,11 +355,7 @@ def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: s
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
 
 
-def test_whole_transformers_sheets_tools_and_turns_are_refused(project: Shared) -> None:
-    train = project.family.train[1 : project.family.train.index("--network_module")]
-    whole = (project.family.train_whole, *train, *RUN, "--output_dir", "refused", "--shard_base")
-    assert_one_message(*run_here(*whole, folder=project.folder), "--shard_base splits frozen weights")
-
+def test_sheets_tools_and_turns_are_refused(project: Shared) -> None:
     sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
     turns = ("--lazy_loading", *BOTH)
     for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x"), turns):

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
+from modules.offload.sharding import as_split
 from modules.private_torch import lerp_each
 from training.learning_options import AverageOptions
 from training.optimizers.optimizer import is_schedule_free
@@ -44,6 +45,7 @@ class WeightAverage:
         self.decay, self.every, self.on_host = options.ema_decay or 0.0, options.ema_update_every, on_host
         self._dits, self._parameters = dits, [] if trainable is None else trainable.parameters
         names = {} if trainable is None else trainable.names
+        self._split = {} if trainable is None else trainable.split
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps, self.values = 0, list[Tensor]()
         self.begin()
@@ -86,7 +88,11 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the average by the names of the weights, not copied: for a state."""
-        return dict(zip(self._names, self.values, strict=True))
+        split = (self._split.get(weight) for weight in self._parameters)
+        return {
+            name: value if weight is None else as_split(weight, value)
+            for name, value, weight in zip(self._names, self.values, split, strict=True)
+        }
 
     def described(self) -> dict[str, Any] | None:
         """Return the facts of a state besides the tensors; None if no average is kept."""

@@ -38,7 +38,13 @@ from training.experts import (
 from training.loss import LossRule
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
+from training.optimizers.stepping import (
+    FusedBackward,
+    ParameterSteps,
+    StepAfterBackward,
+    steps_alone,
+    steps_numbers,
+)
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -88,6 +94,7 @@ def load_model(
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
+    keeps_average = accelerator.is_main_process or plan.splits_model
     triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
     run = TrainingRun(
         plan=plan,
@@ -101,7 +108,7 @@ def load_model(
         schedule=schedule,
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
+        average=make_average(options.average, networks, trainable, optimizer, keeps_average),
         texts=plan.texts,
         feed=_make_feed(plan),
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
@@ -148,6 +155,8 @@ class Loading:
         sharding = options.speed.sharding
         shares = shared_blocks(sharding, device) if sharding.shard_base else None
         dit = _load_dit(self.plan, family, index, host, shares)
+        if shares is not None and self.plan.splits_model:
+            shares.split(dit)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
         given = read_adapter(options, expert, family.experts) if family is self.plan.family else None
@@ -224,7 +233,10 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     options, device = plan.options, plan.accelerator.device
     if options.network is None:
         assert options.whole_dit is not None  # one of the two is there
-        learners.append(train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
+        train = train_dit
+        if plan.splits_model:
+            from training.saving.split_model import train_split_dit as train
+        learners.append(train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
         return
     given = network_for(options, expert) or options.network
     texts = plan.texts
@@ -246,16 +258,18 @@ def _make_stepping(
 ) -> StepAfterBackward | FusedBackward:
     """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm, parameters = plan.options, plan.options.optimizer.max_grad_norm, trainable.parameters
-    alone = None
-    if options.is_fused or (options.whole_dit is not None and options.whole_dit.full_bf16):
-        if steps_alone(type(optimizer)):
-            alone = ParameterSteps(optimizer, trainable.names, plan.progress)
+    alone, kind = None, type(optimizer)
+    gathers = bool(trainable.split) and not steps_numbers(kind)
+    if options.is_fused or gathers or (options.whole_dit is not None and options.whole_dit.full_bf16):
+        if steps_alone(kind):
+            alone = ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
         else:
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
-        return StepAfterBackward(optimizer, parameters, max_norm, scaler, trainable.before_step, alone)
+        before, split = trainable.before_step, trainable.split
+        return StepAfterBackward(optimizer, parameters, max_norm, scaler, before, alone, split)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "

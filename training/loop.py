@@ -90,7 +90,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     if not is_alone:
         wishes = [run.stop.asked, *here]
         row[WISHES] = numbers_on(run.device, wishes, torch.float32)
-        row = sum_over_processes(reached, row)
+        row = sum_over_processes(run.trainable.whole(reached), row)
     norm = run.stepping.finish().detach().float()  # of the gradients before clipping
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -139,16 +139,16 @@ class TrainingOptions(Options):
         return TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
-        if self.speed.sharding.shard_base:
-            raise OptionError(
-                "--shard_base splits frozen weights, and here they are trained. Train a LoRA "
-                "(the ..._train_network.py script), or use --fused_backward_pass and --full_bf16"
-            )
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
+            )
+        if self.speed.sharding.shard_base and precision == "fp16":
+            raise OptionError(
+                "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and "
+                "cannot tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
             )
         if self.speed.fp8.fp8_base:
             raise OptionError(

@@ -17,6 +17,7 @@ from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
+from modules.dressing import shares_processes
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.installation import import_own
@@ -26,7 +27,7 @@ from training.caching_inside import find_live_texts, prepare_sources
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import BatchSources, LiveTexts
 from training.experts import check_computing, note_experts
-from training.optimizers.stepping import check_fused_backward
+from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
 from training.reports.logs import check_trackers
@@ -74,6 +75,11 @@ class TrainingPlan:
     habits: dict[str, Any]
     changes: Mapping[str, str]
     others: Any  # `OtherProcesses` of several processes; None of one
+
+    @property
+    def splits_model(self) -> bool:
+        """Return whether the whole model is trained, and its blocks are split over the processes."""
+        return self.options.whole_dit is not None and shares_processes(self.options.speed.sharding)
 
 
 def make_plan(
@@ -170,6 +176,8 @@ def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerat
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.whole_dit is not None and shares_processes(options.speed.sharding):
+        check_split(options.optimizer.optimizer_type)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     return accelerator, fp8

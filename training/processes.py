@@ -5,7 +5,7 @@ Gradients are summed once per optimizer step, in flat buffers: the model needs n
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 
 import torch
@@ -89,11 +89,18 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
+def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
-    For bf16 gradients torch itself would round it to 3 digits.
+    For bf16 gradients torch itself would round it to 3 digits. split: parameters of which each process has
+    some rows; then all must call it.
     """
+    if split:
+        parameters = list(parameters)
+        parts = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
+        torch.distributed.all_reduce(parts)
+        rest = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
+        return (parts + rest.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)

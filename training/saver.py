@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.devices import DTYPES
+from modules.errors import OptionError
 from modules.offload.block_swap import settle_all
+from modules.offload.sharding import as_split
 from networks.loading import TRAINED_FOR
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import FrozenModelOptions
@@ -33,10 +35,11 @@ from training.optimizers.optimizer import (
     restore_foreign_optimizer,
     restore_optimizer,
 )
+from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, listed_settings, own_values
-from training.saving.files import NoSaver, Publish, Saver
+from training.saving.files import NoSaver, Publish, Saver, SharingSaver
 from training.saving.hub import write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
@@ -56,7 +59,8 @@ def make_saver(
     publish: is given the file and the model card.
     """
     plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
-    if not plan.accelerator.is_main_process:
+    is_first = plan.accelerator.is_main_process
+    if not (is_first or plan.splits_model):
         return NoSaver()
     family = plan.family
     run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
@@ -79,24 +83,35 @@ def make_saver(
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
     card = None
-    if options.hub.huggingface_repo_id is not None:
+    if options.hub.huggingface_repo_id is not None and is_first:
         prompts = [prompt for prompt in run.sampler.prompts if prompt]
         is_lora = options.network is not None
         card = write_card(
             plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
         )
-    saver = Saver(
+    if not is_first:  # the first one passes on what all have written
+
+        def publish(*_: object) -> None: ...
+
+        publish_state = publish
+    write: Callable[[Path, SavedState], None] = write_state
+    if plan.splits_model:
+        from training.saving.split_model import write_split_state
+
+        write = write_split_state
+    saver = (Saver if is_first else SharingSaver)(
         options.saving,
         plan.names,
         write_file,
-        lambda folder: write_state(folder, take_state(run)),
+        lambda folder: write(folder, take_state(run)),
         lambda path: publish(path, card),
         publish_state,
         write_average if run.average.values else None,
     )
-    saver.remove_leftovers()
-    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
-    saver.tidy_epochs(progress.epoch)
+    if is_first:
+        saver.remove_leftovers()
+        saver.tidy_steps(progress.step)  # what a run that was killed had no time for
+        saver.tidy_epochs(progress.epoch)
     return saver
 
 
@@ -120,13 +135,19 @@ def take_state(run: TrainingRun) -> SavedState:
     }
     if average := run.average.tensors():
         parts[AVERAGE] = average
+    kept = optimizer_state(run.optimizer, run.trainable.names)
+    for name, weight in _stepped_rows(run).items():
+        values = kept["states"].get(name, {})
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim:
+                values[key] = as_split(weight, value)
     return SavedState(
         Path(),
         plan.progress,
         plan.identity,
         plan.habits,
         parts,
-        optimizer_state(run.optimizer, run.trainable.names),
+        kept,
         run.schedule.state_dict(),
         run.scaler.state_dict(),
         run.average.described(),
@@ -151,6 +172,11 @@ def restore(run: TrainingRun) -> None:
 
 
 def _restore_own(run: TrainingRun, saved: SavedState) -> None:
+    if saved.files or run.plan.splits_model:
+        from training.saving.split_model import fill_state
+
+        own = {name: module.state_dict() for name, module in run.trainable.modules.items()}
+        fill_state(saved, own | {AVERAGE: run.average.tensors()}, _stepped_rows(run), run.device)
     for name, module in run.trainable.modules.items():
         load_module(module, saved.parts[name])
     kept, is_changed = saved.optimizer, bool(run.plan.changes)
@@ -170,7 +196,20 @@ def _restore_own(run: TrainingRun, saved: SavedState) -> None:
     run.average.restore(saved)
 
 
+def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
+    """Return the split weights, by name, of which the optimizer keeps what belongs to their rows here."""
+    if not steps_numbers(type(run.optimizer)):
+        return {}
+    names = run.trainable.names
+    return {names[parameter]: weight for parameter, weight in run.trainable.split.items()}
+
+
 def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+    if run.plan.splits_model:
+        raise OptionError(
+            f"--resume {saved.folder}: the state of another program is not split over processes. Resume it "
+            "without --shard_base and save a state, which can be split"
+        )
     module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
     load_module(module, saved.network)
     run.average.begin()

@@ -72,7 +72,7 @@ def saved_bytes(
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
-    plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
+    plan, options, steps, parameters = run.plan, run.options, run.steps, run.trainable.weights
     network, whole, saving, samples = options.network, options.whole_dit, options.saving, options.samples
     if network is not None:
         rank = f"rank {network.network_dim or DEFAULT_RANK}"

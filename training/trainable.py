@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Trainable:
     tied: Sequence[TrainableNetwork] = ()  # in further DiTs; they compute with the same parameters
     max_norm: float | None = None  # of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
+    # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
+    split: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -57,11 +59,21 @@ class Trainable:
     @property
     def names(self) -> dict[Tensor, str]:
         """Return the name of each parameter: part, dot, name in the module."""
+        rows = {weight: part for part, weight in self.split.items()}
         return {
-            parameter: f"{part}.{name}"
+            rows.get(parameter, parameter): f"{part}.{name}"
             for part, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Return the weights that all parameters are, or are rows of."""
+        return [self.split.get(parameter, parameter) for parameter in self.parameters]
+
+    def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Return those that each process has whole, with a gradient of its own."""
+        return [parameter for parameter in parameters if parameter not in self.split]
 
     @property
     def all_networks(self) -> tuple[TrainableNetwork, ...]:

@@ -67,15 +67,20 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return whole.getvalue()
 
 
+def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names in the order of a file: largest element size first, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
 def _lay_out(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, what: Path | str
 ) -> tuple[list[str], bytes]:
     """Return the names in the order of the file, and its header.
 
-    Order: largest element size first, then by name. Header: 8 bytes of length, then JSON padded with spaces
+    Header: 8 bytes of length, then JSON padded with spaces
     to a multiple of 8. Source: huggingface.co/docs/safetensors. Raises OutputError if it is too large.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = order_of(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:

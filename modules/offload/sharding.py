@@ -1,4 +1,4 @@
-"""Split the blocks of a frozen transformer over processes: each keeps a part and gathers a block to run it.
+"""Split the blocks of a transformer over processes: each keeps a part and gathers a block to run it.
 
     shares = ShardedBlocks(device)  # in every process, after they have joined
     dit = family.load_dit(Placement(device, blocks=shares))  # of each block its part stays, once it is filled
@@ -8,7 +8,8 @@
 torch's FSDP2 does the work: each process keeps an equal number of rows of each weight, a block is gathered
 while the one before it computes, and what was gathered is freed after the block, so that two whole blocks
 are there at a time; one on a CPU, which gathers and computes by turns. What is outside the blocks stays
-whole. Frozen weights have no gradients to send.
+whole. Frozen weights have no gradients to send; those of trained weights are summed in each backward pass,
+and a process is given the rows that it keeps.
 
 All processes have to run the same passes in the same order, each with gradients or each without, as a block
 is gathered from all of them.
@@ -77,16 +78,28 @@ class ShardedBlocks:
 
         return note
 
+    def split(self, network: nn.Module) -> None:
+        """Split the blocks that were not loaded with this place."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for block in _blocks_of(network).values():
+            if not isinstance(block, FSDPModule):
+                self._split(block)
+
     def finish(self, network: nn.Module) -> None:
         """Make the network gather its blocks. Call it last, in place of `swap_blocks`."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
+        self.split(network)
         blocks = list(_blocks_of(network).values())
-        for block in blocks:
-            if not isinstance(block, FSDPModule):  # one that was not loaded with this place
-                self._split(block)
         root = _Root(blocks)
         fully_shard(root, mesh=self._mesh)
+        runner = runner_of(network)
+        if any(parameter.requires_grad for parameter in root.parameters()):
+            runner = functools.partial(_keep_no_copies, runner)
+            for block in blocks:  # sums: the loss is divided by the micro-batches of all processes
+                block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+                block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         is_host = self._mesh.device_type == "cpu"
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if is_host:  # it gathers and computes by turns: blocks ahead would only take memory
@@ -95,7 +108,7 @@ class ShardedBlocks:
             elif following is not None:
                 block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
         network.forward = functools.partial(_run_inside, root, network.forward)
-        set_runner(network, functools.partial(_run_all, runner_of(network)))
+        set_runner(network, functools.partial(_run_all, runner))
         setattr(network, _NAME, self)
         total = sum(parameter.nbytes for parameter in root.parameters())
         logger.info(
@@ -151,6 +164,16 @@ def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> N
     inner(dit, hidden, tweaks)
 
 
+def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run the blocks without autocast's cache: it would hold copies of all trained weights in the end."""
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        inner(dit, hidden, tweaks)
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)
+
+
 def is_sharded(network: nn.Module) -> bool:
     """Return whether a network's blocks are split over processes."""
     return hasattr(network, _NAME)
@@ -171,16 +194,65 @@ def gather_block(block: nn.Module) -> None:
 
 def gather_weight(weight: Tensor) -> Tensor:
     """Return a weight whole, in any dtype, if it is split: then all processes must call it."""
-    if not hasattr(weight, "to_local"):
-        return weight
-    part, count = weight.to_local(), distributed.get_world_size()
+    return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
+
+
+def rows_here(weight: Any) -> Tensor:
+    """Return the rows that this process has of a split weight."""
+    rows: Tensor = weight.to_local().detach()
+    return rows
+
+
+def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor whole of which each process has the rows that it has of a split weight."""
+    count = distributed.get_world_size()
     rows = -(-weight.shape[0] // count)  # of each process but the last ones
-    size = rows * math.prod(weight.shape[1:]) * weight.dtype.itemsize
-    mine = torch.zeros(size, dtype=torch.uint8, device=part.device)
+    row = math.prod(weight.shape[1:]) * part.dtype.itemsize
+    mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
     mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
-    whole = mine.new_empty(count * size)
-    distributed.all_gather_into_tensor(whole, mine)
-    return whole[: weight.nbytes].view(weight.dtype).view(weight.shape)
+    whole = mine.new_empty(count * mine.numel())
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(whole, mine)
+    return whole[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
+
+
+def is_split(weight: Tensor) -> bool:
+    """Return whether this process has a weight in part."""
+    return hasattr(weight, "to_local")
+
+
+def rows_of(weight: Any, whole: Tensor) -> Tensor:
+    """Return the rows of a whole tensor that this process has of a split weight, not copied."""
+    mesh, count = weight.device_mesh, rows_here(weight).shape[0]
+    first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+    return whole.narrow(0, min(first, weight.shape[0] - count), count)
+
+
+def as_split(weight: Any, part: Tensor) -> Tensor:
+    """Return the rows that this process has of another tensor as one that is split like a weight."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = weight.device_mesh
+    if mesh.device_type != part.device.type:  # nothing is sent between processes, it only says which rows
+        mesh = DeviceMesh(part.device.type, mesh.mesh)
+    shape = {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(part, mesh, weight.placements, run_check=False, **shape)
+
+
+def trained_rows(weight: Any) -> nn.Parameter:
+    """Return the rows of a split weight as a plain parameter, in the same memory.
+
+    It is given the gradients, so that an optimizer steps it as any other.
+    """
+    part = nn.Parameter(rows_here(weight))
+
+    def take(weight: Any) -> None:
+        gradient, weight.grad = weight.grad.to_local(), None
+        part.grad = gradient if part.grad is None else part.grad.add_(gradient)
+
+    weight.register_post_accumulate_grad_hook(take)
+    return part
 
 
 def set_weight(weight: Tensor, whole: Tensor) -> None:

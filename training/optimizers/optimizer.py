@@ -277,7 +277,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
 def restore_optimizer(
     optimizer: Optimizer, names: Mapping[Tensor, str], saved: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Bring the optimizer into the state that was saved, on the device where steps are computed.
+    """Bring the optimizer into the state that was saved, on the device where steps are computed; empty that.
 
     Raises CheckpointError if the parameters are not those of the state.
     """
@@ -293,7 +293,7 @@ def restore_optimizer(
     ]
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
-        kept = saved["states"].get(names[parameter])
+        kept = saved["states"].pop(names[parameter], None)  # two copies of one at a time
         if kept is None:
             continue
         # of what was on the host only step counters stay there: a run on the CPU has all of it there

@@ -5,14 +5,17 @@ differentiated by then, so nothing needs the old value any more) the gradient is
 stepped, the gradient freed. Besides weights and optimizer state only the largest gradient needs memory.
 Without clipping the result equals that of the usual order, to the bit.
 
+Of a weight that is split over processes each steps its rows. An optimizer that looks at a whole weight, as
+Adafactor, is shown one whole weight after the other, by all processes.
+
 A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
 undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, the nearer
 number being the more likely: right on average. The optimizer sees float32 weights, so its moments are float32
 too. The random bits are a function of seed, step and parameter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -21,30 +24,26 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.errors import OptionError
+from modules.offload.sharding import gather_rows, rows_of
 from modules.seeds import derive_seed
 from training.optimizers.optimizer import find_optimizer
 from training.processes import fill_missing_gradients, norm_of_gradients
 from training.steps import Progress
 
-# package -> classes whose step of a parameter depends on that parameter, its gradient and its own state alone
-ALONE: Mapping[str, frozenset[str]] = {
+# package -> classes whose step of each number depends on it, on its gradient and on what is kept of it alone
+BY_NUMBER: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
-            *(
-                "ASGD",
-                "Adadelta",
-                "Adafactor",
-                "Adagrad",
-                "Adam",
-                "AdamW",
-                "Adamax",
-                "Muon",
-                "NAdam",
-                "RAdam",
-            ),
+            *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
             *("RMSprop", "Rprop", "SGD"),
         }
     ),
+    "lion_pytorch": frozenset({"Lion"}),
+    "schedulefree": frozenset({"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}),
+}
+# package -> classes whose step of a parameter depends on that parameter, its gradient and its own state alone
+ALONE: Mapping[str, frozenset[str]] = {
+    "torch": BY_NUMBER["torch"] | {"Adafactor", "Muon"},
     "transformers": frozenset({"Adafactor"}),
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
@@ -64,6 +63,8 @@ class ParameterSteps:
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
     progress: Progress  # seed and step, for rounding
+    # rows of a weight, and the weight; gathered to step it unless the optimizer steps each number by itself
+    split: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
     @cached_property
     def _group_indices(self) -> dict[Parameter, int]:
@@ -78,18 +79,25 @@ class ParameterSteps:
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
         """Step one parameter by its gradient."""
-        if parameter.dtype != torch.bfloat16:
+        value, gradient, weight = parameter.detach(), parameter.grad, self.split.get(parameter)
+        assert gradient is not None
+        gathers = not steps_numbers(type(self.optimizer))
+        if gathers and weight is not None:
+            value, gradient = gather_rows(value, weight), gather_rows(gradient, weight)
+        elif parameter.dtype != torch.bfloat16:
             self._step(parameter, parameter)
             return
-        assert parameter.grad is not None
-        precise, state = Parameter(parameter.float()), self.optimizer.state
-        precise.grad = parameter.grad.float()
+        precise, state = Parameter(value.float()), self.optimizer.state
+        precise.grad = gradient.float()
         if parameter in state:
             state[precise] = state.pop(parameter)
         self._step(parameter, precise)
         if precise in state:
             state[parameter] = state.pop(precise)
-        parameter.copy_(stochastic_bfloat16(precise.detach(), self._generator(parameter)))
+        value = precise.detach()
+        if parameter.dtype == torch.bfloat16:
+            value = stochastic_bfloat16(value, self._generator(parameter), None if gathers else weight)
+        parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
         """Step the optimizer as if it had only this parameter, with the settings of the parameter's group."""
@@ -108,13 +116,17 @@ class ParameterSteps:
         return torch.Generator(parameter.device).manual_seed(seed)
 
 
-def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
+def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
     """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
 
     The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
-    cut off. NaN stays NaN. generator: on the device of the values.
+    cut off. NaN stays NaN. generator: on the device of the values. weight: split, of which the values are the
+    rows of this process; they are rounded as if they were whole.
     """
-    noise = torch.randint(_LOW_16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    shape = (values if weight is None else weight).shape
+    noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
+    if weight is not None:
+        noise = rows_of(weight, noise)
     # all bits of a GPU's NaN are set: a sum would run over, into a zero
     noise.masked_fill_(values.isnan(), 0)
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
@@ -128,6 +140,14 @@ def steps_alone(kind: Callable[..., Optimizer]) -> bool:
     return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
+def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
+    """Return whether the optimizer class steps each number without looking at the others of its weight.
+
+    False if that is not known.
+    """
+    return kind.__name__ in BY_NUMBER.get(kind.__module__.partition(".")[0], frozenset())
+
+
 @dataclass(frozen=True)
 class StepAfterBackward:
     """Clip all gradients together and step all weights, once a step's gradients are summed."""
@@ -138,6 +158,7 @@ class StepAfterBackward:
     scaler: torch.amp.GradScaler
     before: Callable[[], None]  # called once gradients are clipped
     alone: ParameterSteps | None = None  # steps the weights one after the other
+    split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def begin(self, reached: Sequence[Parameter]) -> None:
         """Set missing gradients of the weights that a step changes to zero."""
@@ -146,7 +167,7 @@ class StepAfterBackward:
     def finish(self) -> Tensor:
         """Clip and step. Returns the norm of all gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
-        norm = norm_of_gradients(self.parameters)
+        norm = norm_of_gradients(self.parameters, self.split)
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         self.before()
@@ -204,11 +225,31 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
             "before any weight is stepped. Use one process, or leave it out"
         )
-    kind = find_optimizer(optimizer_type)
-    if not steps_alone(kind):
-        known = (reason for ending, reason in TOGETHER.items() if kind.__name__.lower().endswith(ending))
-        reason = next(known, "it is not known to step each weight by itself")
+    if not steps_alone(find_optimizer(optimizer_type)):
+        _refuse("--fused_backward_pass", optimizer_type)
+
+
+def check_split(optimizer_type: str) -> None:
+    """Raise OptionError if a transformer that is split over processes cannot be trained with an optimizer, or
+    with this torch.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise OptionError(
-            f"--fused_backward_pass with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, "
-            "AdamW8bit or Lion, or leave --fused_backward_pass out"
+            f"--shard_base with a whole transformer: torch {torch.__version__} only averages its gradients. "
+            "Update torch"
         )
+    kind = find_optimizer(optimizer_type)
+    if not (steps_numbers(kind) or steps_alone(kind)):
+        _refuse("--shard_base", optimizer_type)
+
+
+def _refuse(option: str, optimizer_type: str) -> None:
+    name = find_optimizer(optimizer_type).__name__.lower()
+    known = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
+    reason = next(known, "it is not known to step each weight by itself")
+    raise OptionError(
+        f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "
+        f"Lion, or leave {option} out"
+    )

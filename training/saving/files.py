@@ -174,6 +174,14 @@ class Saver:
             self.publish_state(state)
 
 
+class SharingSaver(Saver):
+    """Give the first process this process' part of what that one saves."""
+
+    def tidy_steps(self, step: int) -> None: ...
+
+    def tidy_epochs(self, epoch: int) -> None: ...
+
+
 class NoSaver:
     """Save nothing, in processes that are not the main one."""
 

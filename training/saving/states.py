@@ -10,19 +10,21 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from modules.atomic_write import atomic_folder, check_space, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
+from modules.offload.sharding import is_split
 from modules.text_files import parse_json, read_text, require_regular_file
 from training.steps import Progress
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 FILE, CHECKSUM = "state.pt", "state.crc32"
 RECORD = "state.json"  # of a state of before version 2
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
+SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -52,6 +55,8 @@ class SavedState:
     scaler: dict[str, Any] | None = None
     average: dict[str, Any] | None = None  # what goes with the tensors of the weights' average
     settings: dict[str, Any] = field(default_factory=dict)  # any resumed run may change these
+    # of tensors that were split over processes, with their checksums
+    files: dict[str, int] = field(default_factory=dict)
 
     def release(self) -> None:
         """Free the tensors. Windows cannot replace or remove a folder while a file in it is mapped."""
@@ -73,10 +78,16 @@ class ForeignState:
         self.optimizer.clear()
 
 
-def write_state(folder: Path, state: SavedState) -> None:
-    """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails."""
-    content = {"version": VERSION, "progress": asdict(state.progress)}
-    content |= {name: value for name, value in vars(state).items() if name not in {"folder", *content}}
+def write_state(
+    folder: Path, state: SavedState, add_files: Callable[[Path], dict[str, int]] | None = None
+) -> None:
+    """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails.
+
+    add_files: writes further files, and returns their checksums.
+    """
+    content = {"version": SPLIT_VERSION if add_files else VERSION, "progress": asdict(state.progress)}
+    skipped = {"folder", "files", *content}
+    content |= {name: value for name, value in vars(state).items() if name not in skipped}
     content = {
         name: value if name == "parts" else plain_state(value, name) for name, value in content.items()
     }
@@ -86,6 +97,8 @@ def write_state(folder: Path, state: SavedState) -> None:
     }
     check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
+        if add_files is not None:
+            content["files"] = add_files(temporary)
         with (temporary / FILE).open("wb") as file:
             try:
                 torch.save(content, file)  # one tensor after the other, from any device
@@ -109,6 +122,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with one_error(folder):
         content = _content(folder, is_checked=True)
+        if "files" in content:
+            _check_files(folder, content["files"])
         return SavedState(folder, Progress(**content.pop("progress")), **content)
 
 
@@ -203,11 +218,12 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
-    for name, tensor in tensors.items():
+    whole = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}  # others are in place
+    for name, tensor in whole.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
-    module.load_state_dict(tensors)
+    module.load_state_dict(whole, strict=len(whole) == len(tensors))
 
 
 def shorten_value(value: Any) -> str:
@@ -234,7 +250,7 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
     ):
         raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE)
-    if content.pop("version") != VERSION:
+    if content.pop("version") not in {VERSION, SPLIT_VERSION}:
         raise CheckpointError(
             f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
         )
@@ -317,6 +333,22 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
         "average": described.get("ema"),
         "settings": described.get("settings", {}),
     }
+
+
+def share_of_files(folder: Path) -> list[Path]:
+    """Return the files of split tensors in a state whose checksums are this process' to take."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    if not distributed.is_initialized():
+        return paths
+    return paths[distributed.get_rank() :: distributed.get_world_size()]
+
+
+def _check_files(folder: Path, sums: Mapping[str, int]) -> None:
+    """Raise ValueError in all processes if a file of a state is missing or damaged. All must call it."""
+    found = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
+    for name in sums.keys() | dict(found):
+        if dict(found).get(name) != sums.get(name):
+            raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
 
 
 def file_checksum(path: Path) -> int:
