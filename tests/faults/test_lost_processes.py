@@ -164,7 +164,8 @@ def test_a_launcher_that_restarts_the_processes_needs_no_hand(
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(random.choice(children)), signal.SIGKILL)
+            ours = [one for one in children if words[0] in Path(f"/proc/{one}/cmdline").read_text()]
+            os.kill(int(random.choice(ours)), signal.SIGKILL)
             _, said = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
