@@ -193,7 +193,7 @@ def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> Non
             waiting = []
             for rank in order:
                 waiting.append(pool.submit(meet, rank))
-                time.sleep(0.3)
+                time.sleep(0.1)
             (port,) = {one.result(timeout=60) for one in waiting}
             ports.append(port)
     assert len({*ports, str(store.port)}) == 4
