@@ -165,7 +165,7 @@ def test_a_launcher_that_restarts_the_processes_needs_no_hand(
                 time.sleep(0.01)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             ours = [one for one in children if words[0] in Path(f"/proc/{one}/cmdline").read_text()]
-            os.kill(int(random.choice(ours)), signal.SIGKILL)
+            os.kill(int(ours[way == "whole"]), signal.SIGKILL)  # in order of rank
             _, said = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
