@@ -15,6 +15,7 @@ import contextlib
 import os
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -95,6 +96,7 @@ class OtherProcesses:
             self._over.set()  # from here on this thread ends the process
             if not is_of_processes:
                 raise
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: first this is told
             if not self._tells:
                 raise SystemExit(LostProcessError.exit_code) from None
             said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)

@@ -164,7 +164,8 @@ def test_a_launcher_that_restarts_the_processes_needs_no_hand(
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(random.choice(children)), signal.SIGKILL)
+            ours = [one for one in children if words[0] in Path(f"/proc/{one}/cmdline").read_text()]
+            os.kill(int(ours[way == "whole"]), signal.SIGKILL)  # in order of rank
             _, said = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -192,7 +193,7 @@ def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> Non
             waiting = []
             for rank in order:
                 waiting.append(pool.submit(meet, rank))
-                time.sleep(0.3)
+                time.sleep(0.1)
             (port,) = {one.result(timeout=60) for one in waiting}
             ports.append(port)
     assert len({*ports, str(store.port)}) == 4
