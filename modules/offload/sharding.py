@@ -34,7 +34,8 @@ from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 logger = logging.getLogger(__name__)
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 _NAME = "_sharding"  # under which a network carries its own
 PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
