@@ -248,7 +248,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             room = spare_bytes(device)
         network = load_language_model(
             *(self.path, use.model, device, self.dtype),
-            *(use.states, use.final_norm, self.in_fp8, room, blocks),
+            *(use.states, use.final_norm, self.in_fp8, room),
+            blocks=blocks,
         )
         if tower is not None:
             network.visual = tower

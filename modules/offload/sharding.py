@@ -34,7 +34,8 @@ from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 logger = logging.getLogger(__name__)
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 _NAME = "_sharding"  # under which a network carries its own
 TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
