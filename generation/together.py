@@ -21,6 +21,7 @@ from modules.contract.family import Family
 from modules.devices import choose_device
 from modules.errors import OptionError, UserError
 from modules.offload.sharding import LAUNCH, agree, is_of_processes, join_processes, launched_processes
+from modules.speed_options import ShardingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +33,19 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
     Raises UserError as `generate` does, and if another process was lost.
     """
-    sharding, launched = options.speed.sharding, launched_processes()
-    times, peers = sharding.groups_of(launched), sharding.context_parallel
-    if times > 1 and peers > 1:
-        raise OptionError(
-            f"--context_parallel {peers}: {launched} processes would make each prompt {times} times. Give "
-            f"--context_parallel {launched}, or start {peers} processes"
-        )
-    if launched == 1:
+    runs_none = bool(options.latent_path or options.save_merged_model or options.speed.plan.is_asked)
+    if not runs_none:
+        _check_groups(options.speed.sharding, launched_processes())
+    if launched_processes() == 1:
         logger.warning("--shard_base has no effect with one process, which holds the model. Use %s", LAUNCH)
         generate(family, options, choose_device(options.device))
         return
     _check(family, options)
-    if options.latent_path or options.save_merged_model or options.speed.plan.is_asked:
+    if runs_none:
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
         return
-    device = join_processes(options.device, sharding.shared_by[0])
+    device = join_processes(options.device, options.speed.sharding.shared_by[0])
     is_first = distributed.get_rank() == 0
     try:
         if is_first:
@@ -86,6 +83,16 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
         return line
 
     return read
+
+
+def _check_groups(sharding: ShardingOptions, processes: int) -> None:
+    """Raise OptionError unless all processes share the tokens of a clip, or none do."""
+    times, peers = sharding.groups_of(processes), sharding.context_parallel
+    if times > 1 and peers > 1:
+        raise OptionError(
+            f"--context_parallel {peers}: {processes} processes would make each prompt {times} times. Give "
+            f"--context_parallel {processes}, or start {peers} processes"
+        )
 
 
 def _check(family: Family, options: GenerationOptions) -> None:

@@ -48,7 +48,7 @@ def make_accelerator(
             raise OptionError(
                 f"accelerate launch asks for {name} ({variable}): the loop here never hands it the model. "
                 "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again. --shard_base splits the model over those processes"
+                "config again. --shard_base splits the model over those processes, --context_parallel a clip"
             )
     folder = None
     if logs.logging_dir is not None:
