@@ -38,19 +38,16 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     Raises UserError as `generate` does, and if another process was lost.
     """
     speed, launched = options.speed, launched_processes()
-    times, peers = speed.sharding.groups_of(launched), speed.sharding.context_parallel
-    if times > 1 and peers > 1 and not speed.cfg_parallel:
-        raise OptionError(
-            f"--context_parallel {peers}: {launched} processes would make each prompt {times} times. Give "
-            f"--context_parallel {launched}, or start {peers} processes"
-        )
+    runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_asked)
+    if not runs_none:
+        _check_groups(options, launched)
     if launched == 1:
         asked = " and ".join(speed.shared_by)
         logger.warning("%s has no effect with one process, which does all. Use %s", asked, LAUNCH)
         generate(family, options, choose_device(options.device))
         return
     check_together(family, options)
-    if options.latent_path or options.save_merged_model or options.speed.plan.is_asked:
+    if runs_none:
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, choose_device(options.device))
         return
@@ -125,6 +122,22 @@ def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGr
     passes = max(processes // sharding.context_parallel, 1)
     groups = sharding.groups_of(processes, passes)
     return ProcessGrid(rank, groups, passes, sharding.context_parallel)
+
+
+def _check_groups(options: GenerationOptions, processes: int) -> None:
+    """Raise OptionError unless all processes share the tokens of a clip or the passes of a step, or none do."""
+    sharding = options.speed.sharding
+    times, peers = sharding.groups_of(processes), sharding.context_parallel
+    if times > 1 and peers > 1 and not options.speed.cfg_parallel:
+        raise OptionError(
+            f"--context_parallel {peers}: {processes} processes would make each prompt {times} times. Give "
+            f"--context_parallel {processes}, or start {peers} processes"
+        )
+    if peers > 1 and options.rewriting.prompt_rewrite is not None:
+        raise OptionError(
+            "--prompt_rewrite and --context_parallel cannot be used together: one process rewrites, and all "
+            "need the same text. Rewrite first, and give the prompt that the log shows"
+        )
 
 
 def check_together(family: Family, options: GenerationOptions) -> None:

@@ -101,7 +101,8 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
-        heads, second, part = self.heads(x), tokens.second, tokens.part
+        heads: tuple[Tensor, ...] = self.heads(x)
+        second, part = tokens.second, tokens.part
         if part is not None:
             heads = part.gather_tokens(heads[0], *_serve(*heads))
         if second is None:

@@ -324,6 +324,9 @@ def test_what_tokens_cannot_be_shared_by_is_refused_by_name(project: Wide) -> No
         said = run_here(*command, "2", folder=project.folder)
         assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
 
+    for command in (train, make):
+        succeed_here(*command, "2", "--plan", "24", folder=project.folder)
+
     for words, named in (
         ((*make, "3"), "3: each process computes an equal part of the 2 heads"),
         ((*make, "3", "--sheet", "seed=1,2"), "--sheet and --context_parallel 3 cannot be used together"),

@@ -48,10 +48,11 @@ class SelfAttention(nn.Module):
         q = rotate(self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(in_own_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
         v = in_own_dtype(self.v, x).unflatten(-1, heads)
-        if tokens.part is None:
-            seen = _attend(q, k, v, tokens)  # B L N D
-        else:
-            seen = tokens.part.gather_heads(_attend(*tokens.part.gather_tokens(q, k, v), tokens))
+        part = tokens.part
+        if part is not None:
+            q, k, v = part.gather_tokens(q, k, v)
+        seen = _attend(q, k, v, tokens)  # B L N D
+        seen = seen if part is None else part.gather_heads(seen)
         return in_own_dtype(self.o, seen.flatten(2))
 
 

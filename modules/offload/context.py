@@ -34,9 +34,10 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
 
     Raises OptionError if the heads cannot be divided among them.
     """
-    heads = network.config.num_heads  # type: ignore[union-attr]
+    config: Any = network.config
+    heads: int = config.num_heads
     if heads % grid.context:
-        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]  # type: ignore[operator]
+        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]
         raise OptionError(
             f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
             f"this transformer's attention. Give {' or '.join(fitting) or 1}"
