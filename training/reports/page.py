@@ -5,7 +5,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class PageFacts:
     unchanged: Sequence[tuple[str, str]]
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
+    listens: bool = False  # to files that ask for something, see `TriggerFiles`
 
 
 @dataclass
@@ -105,20 +106,51 @@ def write_training_page(
 
     Raises OutputError if that fails.
     """
+    values = page_values(facts, story, clips, step, standing, kind)
+    write_page(path, TEMPLATE, f"{facts.name}: training", values)
+
+
+def page_values(
+    facts: PageFacts,
+    story: Story,
+    clips: ClipStore,
+    step: int,
+    standing: str,
+    kind: str = "",
+    most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
+) -> dict[str, Any]:
+    """Return the values of the template, as of `write_training_page`. most: columns and rows of samples."""
     best = story.best_file(facts.folder)
-    values = {
+    return {
+        "live": None,
         "facts": facts,
         "standing": {"step": step, "text": standing, "kind": kind},
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": _tiles(facts, story, step),
-        "grid": _grid(story, clips),
+        "grid": _grid(story, clips, *most),
         "charts": _charts(story),
         "files": _files(story, facts.folder, best),
         "advice": describe_best(story, best),
         "memory": facts.memory(),
         "commands": facts.commands(None if best is None else facts.folder / best, kind == "good"),
     }
-    write_page(path, TEMPLATE, f"{facts.name}: training", values)
+
+
+def told_facts(story: Story, folder: Path, name: str) -> PageFacts:
+    """Return the facts that a history tells, for a page that its run does not write."""
+    start = story.start
+    commands = [PageCommand(*texts) for texts in story.commands if len(texts) == len(fields(PageCommand))]
+    return PageFacts(
+        name,
+        start.model if start else "",
+        folder,
+        start.total_steps if start else max(story.loss, default=0),
+        start.changed if start else [],
+        start.unchanged if start else [],
+        lambda best, is_finished: commands,
+        lambda: [(line[0], line[-1]) for line in story.memory if line],
+        start is not None and start.listens,
+    )
 
 
 def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
@@ -137,13 +169,13 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
+def _grid(story: Story, clips: ClipStore, most_columns: int, most_prompts: int) -> dict[str, Any]:
     rows = [story.samples[key] for key in sorted(story.samples)]
     lowest = story.lowest
     best = None if lowest is None else lowest[0]
-    columns = choose_columns(rows, best, MOST_COLUMNS)
+    columns = choose_columns(rows, best, most_columns)
     prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
-    shown = sorted(prompts)[:MOST_PROMPTS]
+    shown = sorted(prompts)[:most_prompts]
     best_column = (
         min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
     )
@@ -169,7 +201,6 @@ def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
         ],
         "times": len(rows),
         "prompts": len(prompts),
-        "most_columns": MOST_COLUMNS,
     }
 
 
