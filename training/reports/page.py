@@ -66,10 +66,13 @@ class ClipStore:
 
     folder: Path
     now: Callable[[], float] = time.monotonic
+    embeds: bool = True  # else the page loads the files themselves, when they are in view
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
         """Return the clip, or why there is none. After the deadline, only clips that are there are given."""
+        if not self.embeds:
+            return link_clip(link("sample", name), f"{prompt}, step {step}")
         if name not in self.clips:
             if self.now() > deadline:
                 return "shown when the page is written next"
@@ -86,6 +89,14 @@ class ClipStore:
             self.clips[name] = embed_clip(clip.frames, clip.fps, text, side, has_controls=False)
             if len(self.clips[name]) <= MOST_CLIP_BYTES:
                 break
+
+
+def link_clip(address: str, text: str) -> Markup:
+    """Return the tag of a sample that a script loads once it is in view. text: for who cannot see it."""
+    tag = '<img id="{0}" data-src="{0}" alt="{1}">'
+    if address.endswith(".mp4"):
+        tag = '<video id="{0}" data-src="{0}" aria-label="{1}" muted loop playsinline preload="none"></video>'
+    return Markup(tag).format(address, text)
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -128,7 +139,7 @@ def page_values(
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": _tiles(facts, story, step),
         "grid": _grid(story, clips, *most),
-        "charts": _charts(story),
+        "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, facts.folder, best),
         "advice": describe_best(story, best),
         "memory": facts.memory(),
@@ -217,8 +228,9 @@ def link(*parts: str) -> str:
     return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
-def _charts(story: Story) -> list[Markup]:
-    curves = _curves({"loss": story.loss}, SMOOTHING)
+def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
+    """Return the diagrams of a run. most: points of a curve, about."""
+    curves = _curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
         losses = [story.validations[step] for step in steps]
@@ -230,19 +242,21 @@ def _charts(story: Story) -> list[Markup]:
     bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
     charts = (
         Chart(curves, "step", "loss", "Loss"),
-        Chart(_curves(experts, SMOOTHING), "step", "loss", "Loss of each transformer"),
-        Chart(_curves(rates), "step", "learning rate", "Learning rate"),
-        Chart(_curves({"seconds": story.seconds}), "step", "seconds", "Seconds per step"),
-        Chart(_curves(bands, has_dots=True), "step", "loss", "Validation loss by noise"),
+        Chart(_curves(experts, most, SMOOTHING), "step", "loss", "Loss of each transformer"),
+        Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
+        Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
+        Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
-    return [draw_chart(chart) for chart in charts if chart.curves]
+    return [chart for chart in charts if chart.curves]
 
 
-def _curves(named: Mapping[str, Points], smoothing: float = 0.0, has_dots: bool = False) -> list[Curve]:
+def _curves(
+    named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
+) -> list[Curve]:
     """Return the curves that have points; of short ones each point counts, and may get a dot."""
     curves = []
     for name, points in named.items():
-        bins = join_bins(points)
+        bins = join_bins(points, most)
         is_binned = any(each.values > 1 for each in bins)
         curves.append(
             Curve(
@@ -268,10 +282,10 @@ class StepBin(NamedTuple):
     highest: float
 
 
-def join_bins(points: Points) -> list[StepBin]:
-    """Return means and extremes over at most MOST_BINS equal ranges of steps, by step."""
+def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
+    """Return means and extremes over about `most` equal ranges of steps, by step."""
     width = 1
-    while points and max(points) // width >= MOST_BINS:
+    while points and (max(points) - min(points)) // width >= most:
         width *= 2
     ranges = defaultdict[int, list[tuple[int, float]]](list)
     for step, value in points.items():

@@ -1,0 +1,211 @@
+"""Make the pages of runs, their curves as JSON and what is said of a file; write a run as one page."""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from markupsafe import Markup
+
+from browser.runs import RUNNING, STATES, Glance, OpenHistory, Runs, tell_left, tell_state
+from modules.control_codes import escape_control_codes, shorten
+from modules.errors import OptionError
+from modules.pages.page import render_page
+from modules.text_files import read_safetensors_texts
+from training.reports.history import Points, Story
+from training.reports.page import (
+    TEMPLATE,
+    ClipStore,
+    list_charts,
+    page_values,
+    told_facts,
+    write_training_page,
+)
+from training.reports.sample_files import FOLDER as SAMPLES
+
+HERE = Path(__file__).resolve().parent
+MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
+MOST_POINTS = 1500  # of a curve; zooming shows more
+MOST_MESSAGES = 500
+MOST_TEXT = 4000  # characters of a value of a file's metadata
+# what a page may load: itself, and data of its own
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "media-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
+)
+SORTS = {
+    "newest": lambda run: -run.changed,
+    "name": lambda run: (run.name.lower(), -run.changed),
+    "loss": lambda run: run.loss,
+    "progress": lambda run: -run.step / max(run.total_steps, 1),
+}
+
+
+def select_runs(found: Sequence[Glance], asked: Mapping[str, str]) -> list[Glance]:
+    """Return the runs that a list is asked for, in its order. asked: text, family, state and sort."""
+    words = asked.get("text", "").lower().split()
+    chosen = [
+        run
+        for run in found
+        if all(word in f"{run.name} {run.model} {run.history.parent}".lower() for word in words)
+        and asked.get("family") in (None, "", run.model)
+        and asked.get("state") in (None, "", run.state)
+    ]
+    return sorted(chosen, key=SORTS.get(asked.get("sort", ""), SORTS["newest"]))
+
+
+def list_page(runs: Runs, asked: Mapping[str, str]) -> str:
+    """Return the page of all runs."""
+    found = runs.look()
+    values = {
+        "runs": select_runs(found, asked),
+        "count": len(found),
+        "running": sum(run.state == RUNNING for run in found),
+        "families": sorted({run.model for run in found if run.model}),
+        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort")},
+        "states": STATES,
+        "sorts": list(SORTS),
+        "roots": runs.roots,
+    }
+    return render_page(HERE / "runs.html", "Runs", values, POLICY)
+
+
+def _tell(run: Glance, shown: OpenHistory) -> tuple[int, str, str, str]:
+    """Return step, standing, its kind, and state of a run as it is now."""
+    story, ending = shown.story, run.ending
+    step = max([*story.loss][-1:] or [max(story.starts, default=0)])
+    state = tell_state(story.start, ending, run.changed)
+    if ending is not None:
+        return step, *ending, state
+    if state == RUNNING:
+        return step, state, "", state
+    return step, f"died after step {step:,}, without a word", "bad", state
+
+
+def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
+    """Return the page of a run. Raises OSError if its history cannot be read."""
+    shown = runs.open(run)
+    step, standing, kind, state = _tell(run, shown)
+    facts = _facts(run, shown.story)
+    clips = ClipStore(run.history.parent / SAMPLES, embeds=False)
+    values = page_values(facts, shown.story, clips, step, standing, kind, MOST_SAMPLES)
+    seconds = [each for each in [*shown.story.seconds.values()][-20:] if each is not None]
+    values["live"] = {
+        "id": run.id,
+        "left": tell_left(facts.total_steps - step, statistics.median(seconds) if seconds else None)
+        if state == RUNNING
+        else "",
+        "can_ask": can_write and facts.listens and state == RUNNING,
+        "others": [(one.id, one.name) for one in runs.look() if one.id != run.id],
+        "messages": shown.story.messages[-MOST_MESSAGES:],
+    }
+    return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def _facts(run: Glance, story: Story) -> Any:
+    facts = told_facts(story, run.history.parent, run.name)
+    return facts if story.start else replace(facts, model=run.model, total_steps=run.total_steps)
+
+
+def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a page of a run asks for again and again: its curves, if they are not those that it has.
+
+    asked: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
+    the history cannot be read, ValueError if the steps are no numbers.
+    """
+    shown = runs.open(run)
+    story = shown.story
+    step, standing, kind, state = _tell(run, shown)
+    events = (len(story.samples), len(story.saved), len(story.messages), len(story.validations), state)
+    page = hashlib.blake2s(repr((*events, story.memory, kind)).encode(), digest_size=8).hexdigest()
+    low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
+    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{step}-{low}-{high}"
+    news = {"key": key, "page": page, "state": state, "step": step, "standing": standing, "name": run.name}
+    if asked.get("have") != key:
+        charts = list_charts(_narrow(story, low, high), MOST_POINTS)
+        news["charts"] = [asdict(chart) for chart in charts]
+    return news
+
+
+def _narrow(story: Story, low: float, high: float) -> Story:
+    """Return a story with the curves within these steps."""
+
+    def cut(points: Points) -> Points:
+        return {step: value for step, value in points.items() if low <= step <= high}
+
+    if math.isinf(low) and math.isinf(high):
+        return story
+    curves = {name: cut(points) for name, points in (("loss", story.loss), ("seconds", story.seconds))}
+    rates, experts, bands = (
+        {name: cut(points) for name, points in named.items()}
+        for named in (story.rates, story.experts, story.bands)
+    )
+    return replace(story, **curves, rates=rates, experts=experts, bands=bands)  # type: ignore[arg-type]
+
+
+def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
+    """Return a file that the page of a run links: a saved file or a sample. None if there is no such one."""
+    story = runs.open(run).story
+    folder = run.history.parent
+    samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
+    is_known = name in story.saved or name in samples
+    return folder / name if is_known and runs.is_inside(folder / name) else None
+
+
+class FileNotes:
+    """Tell hash and metadata of files, each hashed once."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[str, int, int], str] = {}
+
+    def tell(self, path: Path) -> str:
+        """Return a piece of a page. Raises OSError if the file cannot be read."""
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        if key not in self._hashes:
+            with path.open("rb") as file:
+                self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            texts = read_safetensors_texts(path)
+        except ValueError:
+            texts = {}
+        rows = {"SHA-256": self._hashes[key]}
+        rows |= {name: escape_control_codes(shorten(text, MOST_TEXT)) for name, text in sorted(texts.items())}
+        line = Markup("<tr><td>{}</td><td>{}</td></tr>")
+        return Markup("<table>{}</table>").format(Markup("").join(line.format(*row) for row in rows.items()))
+
+
+def export_run(runs: Runs, path: Path) -> None:
+    """Write the only run as a page that needs no server. Raises OptionError if there is none, or several."""
+    found = runs.look()
+    if len(found) != 1:
+        names = ", ".join(str(run.history) for run in found[:5])
+        problem = (
+            f"there are {len(found)} runs below it: give the history of one, {names}"
+            if found
+            else "no run there"
+        )
+        raise OptionError(f"--export {path}: {problem}")
+    (run,) = found
+    try:
+        shown = runs.open(run)
+    except OSError as error:
+        raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
+    step, standing, kind, _ = _tell(run, shown)
+    clips = ClipStore(run.history.parent / SAMPLES)
+    write_training_page(path, _facts(run, shown.story), shown.story, clips, step, standing, kind)
+
+
+def as_json(value: Any) -> bytes:
+    """Return JSON; what is no number there is null."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def decode_name(text: str) -> str:
+    """Return a file's name from the last part of an address."""
+    return unquote(text, errors="surrogateescape")
