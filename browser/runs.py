@@ -200,8 +200,8 @@ def _last_row(data: Any, key: str, least: int) -> Row | None:
 
 
 def _thin(values: Sequence[float]) -> Sequence[float]:
-    """Return means of neighbours, SPOTS at most."""
-    width = max(1, -(-len(values) // SPOTS))
+    """Return means of neighbours, fewer than two times SPOTS."""
+    width = max(1, len(values) // SPOTS)
     return [statistics.fmean(values[index : index + width]) for index in range(0, len(values), width)]
 
 

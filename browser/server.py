@@ -188,7 +188,9 @@ def make_app(runs: Runs, host: str = "localhost", token: str | None = None, read
     ]
     machine = socket.gethostname().lower()
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
-    return Gate(Starlette(routes=routes), names, token)  # type: ignore[arg-type]
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False  # to an address that the request's host would be a part of
+    return Gate(app, names, token)  # type: ignore[arg-type]
 
 
 def _missing() -> Response:

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
     "project": {"modules", "dataset", "downloads", "training"},
+    "browser": {"modules", "training.reports"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
@@ -137,7 +138,10 @@ SCRIPTS = sorted(
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
-    "tools": (*("caption_dataset", "compare", "convert_cache", "dataset_report", "download", "split_video"),),
+    "tools": (
+        *("caption_dataset", "compare", "convert_cache", "dataset_report", "download", "run_browser"),
+        "split_video",
+    ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
     ),

@@ -93,19 +93,21 @@ class Story:
         """Add the content of a line."""
         step = row["step"]
         if "loss" in row:
-            self.loss[step], self.seconds[step] = row["loss"], row.get("seconds")
+            self.loss[step], self.seconds[step] = _number(row["loss"]), _number(row.get("seconds"))
             for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
                 for name, value in (values or {}).items():
-                    curves.setdefault(name, {})[step] = value
+                    curves.setdefault(name, {})[step] = _number(value)
         elif "validation" in row:
-            for name, loss in row["validation"].items():
+            for name, value in row["validation"].items():
+                loss = _number(value)
                 if name != LOSS:
                     self.bands.setdefault(name, {})[step] = loss
                 elif loss is not None:
                     self.validations[step] = loss
         elif "samples" in row:
-            texts = ({int(index): text for index, text in row[key].items()} for key in SAMPLE_TEXTS)
-            self.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
+            texts = ({int(index): str(text) for index, text in row[key].items()} for key in SAMPLE_TEXTS)
+            mark = str(row["samples"])
+            self.samples[step, mark] = SampleRow(step, mark, *texts)
         elif "saved" in row:
             self.saved[row["saved"]] = step
         elif "message" in row:
@@ -229,7 +231,7 @@ def describe_process() -> dict[str, Any]:
     """Return what this process can be found by: its machine, its number, and when it began."""
     import psutil  # comes with accelerate
 
-    born = psutil.Process().create_time()
+    born = round(psutil.Process().create_time())
     return {"machine": identify_machine(), "number": os.getpid(), "born": born}
 
 
@@ -297,6 +299,11 @@ def parse_row(line: bytes) -> Row | None:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     return row
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a line, which may have been edited: None if it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _finite(value: Any) -> Any:
