@@ -10,28 +10,22 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil  # comes with accelerate
+
+from modules.atomic_write import identify_machine
 from modules.console import in_words
-from training.reports.history import (
-    END,
-    HIGHEST,
-    PREDICTED,
-    Row,
-    Start,
-    Story,
-    history_name,
-    is_living,
-    parse_row,
-)
+from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, parse_row
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
+SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
@@ -43,6 +37,23 @@ STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
     r'<progress value="(\d+)" max="(\d+)">'
 )
+
+
+def history_name(path: Path) -> str:
+    """Return the --output_name of the run that a history is of."""
+    return path.name.removesuffix(END)
+
+
+def is_living(process: Mapping[str, Any]) -> bool | None:
+    """Return whether a process that `describe_process` described is there; None if it is not of here."""
+    if process.get("machine") != identify_machine():
+        return None
+    try:
+        found = psutil.Process(process["number"])
+        is_same = abs(found.create_time() - process["born"]) < SAME_SECONDS
+        return is_same and found.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, ValueError, TypeError, LookupError, OverflowError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ def run_browser(options: BrowserOptions) -> None:
         return
     token = options.read_token()
     try:
+        import starlette  # noqa: F401
         import uvicorn
 
         from browser.server import make_app

@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from markupsafe import Markup
 
@@ -21,9 +21,11 @@ from training.reports.history import Points, Story
 from training.reports.page import (
     TEMPLATE,
     ClipStore,
+    PageCommand,
+    PageFacts,
+    link,
     list_charts,
     page_values,
-    told_facts,
     write_training_page,
 )
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -87,13 +89,45 @@ def _tell(run: Glance, shown: OpenHistory) -> tuple[int, str, str, str]:
     return step, f"died after step {step:,}, without a word", "bad", state
 
 
+@dataclass
+class LinkedClips:
+    """Give the grid its clips as tags that a script fills once they are in view."""
+
+    now: Callable[[], float] = time.monotonic
+    clips: dict[str, Markup] = field(default_factory=dict)
+
+    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup:
+        """Return the tag of a sample, with words for those who cannot see it."""
+        tag = '<img id="{0}" data-src="{0}" alt="{1}">'
+        if name.endswith(".mp4"):
+            how = "muted loop playsinline preload='none'"
+            tag = f'<video id="{{0}}" data-src="{{0}}" aria-label="{{1}}" {how}></video>'
+        return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
+
+
+def told_facts(story: Story, folder: Path, name: str) -> PageFacts:
+    """Return the facts that a history tells, for a page that its run does not write."""
+    start = story.start
+    commands = [PageCommand(*texts) for texts in story.commands if len(texts) == len(fields(PageCommand))]
+    return PageFacts(
+        name,
+        start.model if start else "",
+        folder,
+        start.total_steps if start else max(story.loss, default=0),
+        start.changed if start else [],
+        start.unchanged if start else [],
+        lambda best, is_finished: commands,
+        lambda: [(line[0], line[-1]) for line in story.memory if line],
+        start is not None and start.listens,
+    )
+
+
 def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     """Return the page of a run. Raises OSError if its history cannot be read."""
     shown = runs.open(run)
     step, standing, kind, state = _tell(run, shown)
     facts = _facts(run, shown.story)
-    clips = ClipStore(run.history.parent / SAMPLES, embeds=False)
-    values = page_values(facts, shown.story, clips, step, standing, kind, MOST_SAMPLES)
+    values = page_values(facts, shown.story, LinkedClips(), step, standing, kind, MOST_SAMPLES)
     seconds = [each for each in [*shown.story.seconds.values()][-20:] if each is not None]
     values["live"] = {
         "id": run.id,
@@ -107,7 +141,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     return render_page(TEMPLATE, run.name, values, POLICY)
 
 
-def _facts(run: Glance, story: Story) -> Any:
+def _facts(run: Glance, story: Story) -> PageFacts:
     facts = told_facts(story, run.history.parent, run.name)
     return facts if story.start else replace(facts, model=run.model, total_steps=run.total_steps)
 
@@ -204,8 +238,3 @@ def export_run(runs: Runs, path: Path) -> None:
 def as_json(value: Any) -> bytes:
     """Return JSON; what is no number there is null."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
-
-
-def decode_name(text: str) -> str:
-    """Return a file's name from the last part of an address."""
-    return unquote(text, errors="surrogateescape")

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 END = "-history.jsonl"
-SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
 MOST_WAITING = 2000  # lines in memory
 LOSS = "validation/loss"
 AVERAGE_MARK = re.compile("-ema")
@@ -222,31 +221,12 @@ def history_path(folder: Path, name: str) -> Path:
     return folder / f"{name}{END}"
 
 
-def history_name(path: Path) -> str:
-    """Return the --output_name of the run that a history is of."""
-    return path.name.removesuffix(END)
-
-
 def describe_process() -> dict[str, Any]:
     """Return what this process can be found by: its machine, its number, and when it began."""
     import psutil  # comes with accelerate
 
     born = round(psutil.Process().create_time())
     return {"machine": identify_machine(), "number": os.getpid(), "born": born}
-
-
-def is_living(process: Mapping[str, Any]) -> bool | None:
-    """Return whether a process that `describe_process` described is there; None if it is not of here."""
-    import psutil
-
-    if process.get("machine") != identify_machine():
-        return None
-    try:
-        found = psutil.Process(process["number"])
-        is_same = abs(found.create_time() - process["born"]) < SAME_SECONDS
-        return is_same and found.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError, TypeError, LookupError, OverflowError):
-        return False
 
 
 def read_session(path: Path) -> int | None:

@@ -5,10 +5,10 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -60,19 +60,26 @@ class PageFacts:
     listens: bool = False  # to files that ask for something, see `TriggerFiles`
 
 
+class Clips(Protocol):
+    """Give the clips of the grid."""
+
+    now: Callable[[], float]
+    clips: dict[str, Markup]  # that are kept, by the names of their files
+
+    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
+        """Return the clip, or why there is none."""
+
+
 @dataclass
 class ClipStore:
     """Hold the reduced clips of the grid, each encoded once."""
 
     folder: Path
     now: Callable[[], float] = time.monotonic
-    embeds: bool = True  # else the page loads the files themselves, when they are in view
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
         """Return the clip, or why there is none. After the deadline, only clips that are there are given."""
-        if not self.embeds:
-            return link_clip(link("sample", name), f"{prompt}, step {step}")
         if name not in self.clips:
             if self.now() > deadline:
                 return "shown when the page is written next"
@@ -89,14 +96,6 @@ class ClipStore:
             self.clips[name] = embed_clip(clip.frames, clip.fps, text, side, has_controls=False)
             if len(self.clips[name]) <= MOST_CLIP_BYTES:
                 break
-
-
-def link_clip(address: str, text: str) -> Markup:
-    """Return the tag of a sample that a script loads once it is in view. text: for who cannot see it."""
-    tag = '<img id="{0}" data-src="{0}" alt="{1}">'
-    if address.endswith(".mp4"):
-        tag = '<video id="{0}" data-src="{0}" aria-label="{1}" muted loop playsinline preload="none"></video>'
-    return Markup(tag).format(address, text)
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -124,7 +123,7 @@ def write_training_page(
 def page_values(
     facts: PageFacts,
     story: Story,
-    clips: ClipStore,
+    clips: Clips,
     step: int,
     standing: str,
     kind: str = "",
@@ -147,23 +146,6 @@ def page_values(
     }
 
 
-def told_facts(story: Story, folder: Path, name: str) -> PageFacts:
-    """Return the facts that a history tells, for a page that its run does not write."""
-    start = story.start
-    commands = [PageCommand(*texts) for texts in story.commands if len(texts) == len(fields(PageCommand))]
-    return PageFacts(
-        name,
-        start.model if start else "",
-        folder,
-        start.total_steps if start else max(story.loss, default=0),
-        start.changed if start else [],
-        start.unchanged if start else [],
-        lambda best, is_finished: commands,
-        lambda: [(line[0], line[-1]) for line in story.memory if line],
-        start is not None and start.listens,
-    )
-
-
 def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
     """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
 
@@ -180,7 +162,7 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def _grid(story: Story, clips: ClipStore, most_columns: int, most_prompts: int) -> dict[str, Any]:
+def _grid(story: Story, clips: Clips, most_columns: int, most_prompts: int) -> dict[str, Any]:
     rows = [story.samples[key] for key in sorted(story.samples)]
     lowest = story.lowest
     best = None if lowest is None else lowest[0]
