@@ -29,6 +29,7 @@ SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
+LAST = 8 << 10  # bytes of its end that tell the step and its seconds
 SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
 LOSS = re.compile(rb'"step": (\d+), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": ([\d.]+(?:e[-+]?\d+)?)')
@@ -172,7 +173,7 @@ def _glance(path: Path, status: os.stat_result, data: Any) -> Glance:
     ):
         rows[0] = None  # it was resumed after it had ended
     story = Story.of(filter(None, [rows[1], rows[2], rows[3], rows[0]]))
-    found = LOSS.findall(tail)
+    found = LOSS.findall(tail[-LAST:])
     spots = (
         LOSS.findall(data)
         if size <= WHOLE
@@ -182,7 +183,7 @@ def _glance(path: Path, status: os.stat_result, data: Any) -> Glance:
             if (spot := LOSS.search(data[place : place + SPOT])) is not None
         ]
     )
-    seconds = [float(each) for each in SECONDS.findall(tail[-(8 << 10) :])]
+    seconds = [float(each) for each in SECONDS.findall(tail[-LAST:])]
     samples = [row.files for row in story.samples.values() if row.files]
     told = None if story.start else read_page_status(path)
     step = int(found[-1][0]) if found else max(story.starts, default=0)

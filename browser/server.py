@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from browser.runs import RUNNING, Glance, Runs
-from browser.views import HERE, POLICY, FileNotes, as_json, file_of, list_page, run_page, tell_news
+from browser.views import HERE, POLICY, FileNotes, as_json, file_of, list_page, mark_list, run_page, tell_news
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,11 @@ def make_app(runs: Runs, host: str = "localhost", token: str | None = None, read
         return runs.find(request.path_params["id"])
 
     def show_list(request: Request) -> Response:
-        return HTMLResponse(_encode(list_page(runs, request.query_params)))
+        found, asked = runs.look(), request.query_params
+        mark = f'"{mark_list(found, asked)}"'
+        if request.headers.get("if-none-match") == mark:
+            return Response(status_code=304, headers={"etag": mark})
+        return HTMLResponse(_encode(list_page(runs, found, asked)), headers={"etag": mark})
 
     def show_run(request: Request) -> Response:
         run = find(request)

@@ -31,6 +31,7 @@ from training.reports.page import (
 from training.reports.sample_files import FOLDER as SAMPLES
 
 HERE = Path(__file__).resolve().parent
+MOST_RUNS = 200  # of a list, until all are asked for
 MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
 MOST_POINTS = 1500  # of a curve; zooming shows more
 MOST_MESSAGES = 500
@@ -61,15 +62,22 @@ def select_runs(found: Sequence[Glance], asked: Mapping[str, str]) -> list[Glanc
     return sorted(chosen, key=SORTS.get(asked.get("sort", ""), SORTS["newest"]))
 
 
-def list_page(runs: Runs, asked: Mapping[str, str]) -> str:
-    """Return the page of all runs."""
-    found = runs.look()
+def mark_list(found: Sequence[Glance], asked: Mapping[str, str]) -> str:
+    """Return a text that changes with the page of all runs."""
+    told = [(run.id, run.changed, run.state) for run in found]
+    return hashlib.blake2s(repr((told, sorted(asked.items()))).encode(), digest_size=12).hexdigest()
+
+
+def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> str:
+    """Return the page of all runs. found: what `Runs.look` gave."""
+    chosen = select_runs(found, asked)
     values = {
-        "runs": select_runs(found, asked),
+        "runs": chosen if asked.get("all") else chosen[:MOST_RUNS],
+        "chosen": len(chosen),
         "count": len(found),
         "running": sum(run.state == RUNNING for run in found),
         "families": sorted({run.model for run in found if run.model}),
-        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort")},
+        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort", "all")},
         "states": STATES,
         "sorts": list(SORTS),
         "roots": runs.roots,

@@ -31,6 +31,8 @@ def test_every_route_answers(served: Served) -> None:
     assert listed.status == 200
     assert listed.text.count('<li id="r') == 2
     assert served.ask("/?text=x&state=finished&family=wan&sort=name").text.count('<li id="r') == 1
+    same = {"If_None_Match": listed.headers["etag"]}
+    assert (served.ask("/", **same).status, served.ask("/?text=x", **same).status) == (304, 200)
     page = served.ask(served.of("x"))
     assert page.status == 200
     for shown in ("a &lt;b&gt;cat", "finished", "10 of 10", "the disk is nearly full", "--seed"):
