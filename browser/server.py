@@ -4,24 +4,21 @@ import hmac
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import HERE, POLICY, FileNotes, as_json, file_of, list_page, mark_list, run_page, tell_news
 
 logger = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 COOKIE = "reelsmith"
 KINDS = ("sample", "save", "stop")  # of requests to a run, see training/training_run.py
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
@@ -43,12 +40,12 @@ class Gate:
     by another's tables of names is refused too, as its pages would be of our origin.
     """
 
-    app: App
+    app: ASGIApp
     names: frozenset[str]  # that the server is called by; addresses always are
     token: str | None
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -116,7 +113,9 @@ class Gate:
         return True
 
 
-def make_app(runs: Runs, host: str = "localhost", token: str | None = None, read_only: bool = False) -> App:
+def make_app(
+    runs: Runs, host: str = "localhost", token: str | None = None, read_only: bool = False
+) -> ASGIApp:
     """Return the application. host: what it is called by, besides addresses and this machine's name."""
     notes = FileNotes()
 
@@ -194,7 +193,7 @@ def make_app(runs: Runs, host: str = "localhost", token: str | None = None, read
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
-    return Gate(app, names, token)  # type: ignore[arg-type]
+    return Gate(app, names, token)
 
 
 def _missing() -> Response:

@@ -63,8 +63,10 @@ class PageFacts:
 class Clips(Protocol):
     """Give the clips of the grid."""
 
-    now: Callable[[], float]
     clips: dict[str, Markup]  # that are kept, by the names of their files
+
+    def now(self) -> float:
+        """Return the time that a deadline is compared with."""
 
     def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
         """Return the clip, or why there is none."""
