@@ -254,20 +254,22 @@ class Runs:
         self._folders: dict[Path, tuple[int, list[Path], list[Path]]] = {}  # time, folders in it, histories
         self._glances: dict[str, tuple[tuple[int, int, int], Glance]] = {}
         self._open: dict[Path, OpenHistory] = {}
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()  # of all that is known here, stories too
 
     def look(self) -> list[Glance]:
         """Return all runs, the newest first."""
-        with self._lock:
+        with self.lock:
             found: dict[str, tuple[tuple[int, int, int], Glance]] = {}
             for path in dict.fromkeys(path for root in self.roots for path in self._walk(root, DEEPEST)):
                 with contextlib.suppress(OSError):
-                    status = path.lstat()
-                    mark, key = (status.st_mtime_ns, status.st_size, status.st_ino), str(path)
-                    known = self._glances.get(key)
-                    found[key] = known if known and known[0] == mark else (mark, read_glance(path, status))
+                    found[str(path)] = self._glance(path)
             self._glances = found
             return sorted((one for _, one in found.values()), key=lambda one: -one.changed)
+
+    def _glance(self, path: Path) -> tuple[tuple[int, int, int], Glance]:
+        status, known = path.lstat(), self._glances.get(str(path))
+        mark = status.st_mtime_ns, status.st_size, status.st_ino
+        return known if known and known[0] == mark else (mark, read_glance(path, status))
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         """Yield histories. A folder that has not changed is not listed again."""
@@ -286,15 +288,19 @@ class Runs:
             yield from self._walk(inner, depth - 1)
 
     def find(self, id: str) -> Glance | None:
-        """Return the run of this id."""
-        known = {one.id: one for _, one in self._glances.values()}
-        if id not in known or not known[id].history.is_file():
-            known = {one.id: one for one in self.look()}
-        return known.get(id)
+        """Return the run of this id, as it is now."""
+        with self.lock:
+            known = {one.id: path for path, (_, one) in self._glances.items()}
+            if id not in known:
+                known = {one.id: str(one.history) for one in self.look()}
+            with contextlib.suppress(OSError, KeyError):
+                found = self._glances[known[id]] = self._glance(Path(known[id]))
+                return found[1]
+        return None
 
     def open(self, run: Glance) -> OpenHistory:
         """Return the content of a run as it is now. Raises OSError if it cannot be read."""
-        with self._lock:
+        with self.lock:
             shown = self._open.pop(run.history, None) or OpenHistory(run.history)
             shown.refresh()
             self._open[run.history] = shown  # the newest last

@@ -145,9 +145,13 @@ def make_app(
             return PlainTextResponse("from and to are numbers of steps.", 400)
 
     def show_about(request: Request) -> Response:
-        run = find(request)
-        path = None if run is None else file_of(runs, run, request.path_params["name"])
-        return _missing() if path is None else HTMLResponse(_encode(notes.tell(path)))
+        with runs.lock:
+            run = find(request)
+            path = None if run is None else file_of(runs, run, request.path_params["name"])
+        try:
+            return _missing() if path is None else HTMLResponse(_encode(notes.tell(path)))  # takes a while
+        except OSError:
+            return _missing()
 
     def show_file(request: Request) -> Response:
         run = find(request)
@@ -174,7 +178,8 @@ def make_app(
     def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
         def answer(request: Request) -> Response:
             try:
-                return show(request)
+                with runs.lock:
+                    return show(request)
             except OSError:
                 return _missing()
 
@@ -186,7 +191,7 @@ def make_app(
         Route("/run/{id}/", guard(show_run)),
         Route("/run/{id}/news", guard(show_news)),
         Route("/run/{id}/ask", ask, methods=["POST"]),
-        Route("/run/{id}/about/{name:path}", guard(show_about)),
+        Route("/run/{id}/about/{name:path}", show_about),
         Route("/run/{id}/{name:path}", guard(show_file)),
     ]
     machine = socket.gethostname().lower()

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from browser.runs import RUNNING, STATES, Glance, OpenHistory, Runs, tell_left, tell_state
+from browser.runs import RUNNING, STATES, Glance, Runs, tell_left, tell_state
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
 from modules.pages.page import render_page
@@ -25,6 +25,7 @@ from training.reports.page import (
     PageFacts,
     link,
     list_charts,
+    list_tiles,
     page_values,
     write_training_page,
 )
@@ -35,6 +36,7 @@ MOST_RUNS = 200  # of a list, until all are asked for
 MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
 MOST_POINTS = 1500  # of a curve; zooming shows more
 MOST_MESSAGES = 500
+SEEN = 20  # steps that the time left is told by
 MOST_TEXT = 4000  # characters of a value of a file's metadata
 # what a page may load: itself, and data of its own
 POLICY = (
@@ -85,16 +87,32 @@ def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> 
     return render_page(HERE / "runs.html", "Runs", values, POLICY)
 
 
-def _tell(run: Glance, shown: OpenHistory) -> tuple[int, str, str, str]:
-    """Return step, standing, its kind, and state of a run as it is now."""
-    story, ending = shown.story, run.ending
-    step = max([*story.loss][-1:] or [max(story.starts, default=0)])
-    state = tell_state(story.start, ending, run.changed)
-    if ending is not None:
-        return step, *ending, state
-    if state == RUNNING:
-        return step, state, "", state
-    return step, f"died after step {step:,}, without a word", "bad", state
+@dataclass(frozen=True)
+class Standing:
+    """Hold how a run stands now."""
+
+    facts: PageFacts
+    step: int
+    text: str
+    kind: str  # good or bad, see `write_training_page`
+    state: str
+    left: str  # words on the time left
+
+    @classmethod
+    def of(cls, run: Glance, story: Story) -> "Standing":
+        """Return how the run of a history stands."""
+        facts = told_facts(story, run.history.parent, run.name)
+        if story.start is None:  # an older version's, whose page tells some of it
+            facts = replace(facts, model=run.model, total_steps=run.total_steps)
+        ending = story.ending or (None if story.start else run.ending)
+        state = tell_state(story.start, ending, run.changed)
+        step = next(reversed(story.loss or story.starts or {0: None}))
+        text, kind = ending or (f"died after step {step:,}, without a word", "bad")
+        if state == RUNNING:
+            text, kind = state, ""
+        seconds = [each for each in [*story.seconds.values()][-SEEN:] if each is not None]
+        left = tell_left(facts.total_steps - step, statistics.median(seconds) if seconds else None)
+        return cls(facts, step, text, kind, state, f"· {left} left" if left and state == RUNNING else "")
 
 
 @dataclass
@@ -132,26 +150,17 @@ def told_facts(story: Story, folder: Path, name: str) -> PageFacts:
 
 def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     """Return the page of a run. Raises OSError if its history cannot be read."""
-    shown = runs.open(run)
-    step, standing, kind, state = _tell(run, shown)
-    facts = _facts(run, shown.story)
-    values = page_values(facts, shown.story, LinkedClips(), step, standing, kind, MOST_SAMPLES)
-    seconds = [each for each in [*shown.story.seconds.values()][-20:] if each is not None]
+    story = runs.open(run).story
+    now = Standing.of(run, story)
+    values = page_values(now.facts, story, LinkedClips(), now.step, now.text, now.kind, MOST_SAMPLES)
     values["live"] = {
         "id": run.id,
-        "left": tell_left(facts.total_steps - step, statistics.median(seconds) if seconds else None)
-        if state == RUNNING
-        else "",
-        "can_ask": can_write and facts.listens and state == RUNNING,
+        "left": now.left,
+        "can_ask": can_write and now.facts.listens and now.state == RUNNING,
         "others": [(one.id, one.name) for one in runs.look() if one.id != run.id],
-        "messages": shown.story.messages[-MOST_MESSAGES:],
+        "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
-
-
-def _facts(run: Glance, story: Story) -> PageFacts:
-    facts = told_facts(story, run.history.parent, run.name)
-    return facts if story.start else replace(facts, model=run.model, total_steps=run.total_steps)
 
 
 def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
@@ -162,15 +171,25 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
     """
     shown = runs.open(run)
     story = shown.story
-    step, standing, kind, state = _tell(run, shown)
-    events = (len(story.samples), len(story.saved), len(story.messages), len(story.validations), state)
-    page = hashlib.blake2s(repr((*events, story.memory, kind)).encode(), digest_size=8).hexdigest()
+    now = Standing.of(run, story)
+    events = [
+        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
+    ]
+    page = hashlib.blake2s(repr((events, story.memory, now.text)).encode(), digest_size=8).hexdigest()
     low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
-    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{step}-{low}-{high}"
-    news = {"key": key, "page": page, "state": state, "step": step, "standing": standing, "name": run.name}
+    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.step}-{low}-{high}"
+    news = {
+        "key": key,
+        "page": page,
+        "state": now.state,
+        "step": now.step,
+        "left": now.left,
+        "name": run.name,
+    }
     if asked.get("have") != key:
         charts = list_charts(_narrow(story, low, high), MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
+        news["tiles"] = list_tiles(now.facts, story, now.step)
     return news
 
 
@@ -235,12 +254,12 @@ def export_run(runs: Runs, path: Path) -> None:
         raise OptionError(f"--export {path}: {problem}")
     (run,) = found
     try:
-        shown = runs.open(run)
+        story = runs.open(run).story
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
-    step, standing, kind, _ = _tell(run, shown)
+    now = Standing.of(run, story)
     clips = ClipStore(run.history.parent / SAMPLES)
-    write_training_page(path, _facts(run, shown.story), shown.story, clips, step, standing, kind)
+    write_training_page(path, now.facts, story, clips, now.step, now.text, now.kind)
 
 
 def as_json(value: Any) -> bytes:

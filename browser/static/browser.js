@@ -237,9 +237,15 @@ async function ask() {
     if (isNew.length) draw();
     const ours = answers[0]?.[1];
     if (!ours) return 15000;
-    const mark = `${ours.page} ${Math.floor(ours.step / Math.max(1, ours.step / 200))}`;
-    if (page !== null && page !== mark) htmx.trigger(document.body, "fresh");
-    page = mark;
+    if (page !== null && page !== ours.page) htmx.trigger(document.body, "fresh");
+    page = ours.page;
+    $("remaining").textContent = ours.left;
+    document.querySelector("progress").value = ours.step;
+    all(".tile").forEach((tile, at) => {
+      if (ours.tiles?.[at]?.[0] !== tile.firstChild.data) return;
+      tile.querySelector("b").textContent = ours.tiles[at][1];
+      tile.lastChild.data = `${ours.tiles[at][2]} `;
+    });
     return ours.state === "running" ? 3000 : 15000;
   }
   htmx.trigger(document.body, "fresh");

@@ -138,7 +138,7 @@ def page_values(
         "facts": facts,
         "standing": {"step": step, "text": standing, "kind": kind},
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": _tiles(facts, story, step),
+        "tiles": list_tiles(facts, story, step),
         "grid": _grid(story, clips, *most),
         "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, facts.folder, best),
@@ -283,7 +283,8 @@ def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
     return bins
 
 
-def _tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
+def list_tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top of the page: label, value and a note."""
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
     tiles = [("Step", f"{at_step:,} of {facts.total_steps:,}", since)]
