@@ -173,7 +173,7 @@ def _glance(path: Path, status: os.stat_result, data: Any) -> Glance:
     ):
         rows[0] = None  # it was resumed after it had ended
     story = Story.of(filter(None, [rows[1], rows[2], rows[3], rows[0]]))
-    found = LOSS.findall(tail[-LAST:])
+    found = LOSS.findall(tail[-LAST:]) or LOSS.findall(tail)  # long lines may follow the last step
     spots = (
         LOSS.findall(data)
         if size <= WHOLE
