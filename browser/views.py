@@ -124,10 +124,7 @@ class LinkedClips:
 
     def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup:
         """Return the tag of a sample, with words for those who cannot see it."""
-        tag = '<img id="{0}" data-src="{0}" alt="{1}">'
-        if name.endswith(".mp4"):
-            how = "muted loop playsinline preload='none'"
-            tag = f'<video id="{{0}}" data-src="{{0}}" aria-label="{{1}}" {how}></video>'
+        tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
         return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
 
 

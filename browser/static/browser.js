@@ -10,15 +10,18 @@ let began = performance.now();
 // ---- clips: those in view are loaded, and all play at the same place
 const seen = new Set();
 const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
-  if (isIntersecting) {
-    seen.add(target);
-    if (target.getAttribute("src") !== target.dataset.src) target.src = target.dataset.src;
-    target.preload = "auto";
-  } else if (seen.delete(target)) {
-    target.removeAttribute("src");
-    if (target.load) target.load();
-  }
+  target.firstChild?.removeAttribute("src"); // ends its loading
+  target.firstChild?.remove();
+  if (isIntersecting) target.append(show(target.dataset.src, ""));
 }), { rootMargin: "200px" });
+
+function show(address, text) {
+  const media = document.createElement(address.endsWith(".mp4") ? "video" : "img");
+  Object.assign(media, { src: address, muted: true, loop: true, playsInline: true, alt: text });
+  media.setAttribute(text ? "aria-label" : "aria-hidden", text || "true"); // its box has a label
+  seen.add(media);
+  return media;
+}
 
 function watch() {
   all("[data-src]").filter((clip) => !clip.watched).forEach((clip) => {
@@ -74,12 +77,7 @@ function fill(select, samples, chosen) {
 function showPair() {
   for (const side of ["left", "right"]) {
     const address = $(side).value, box = document.querySelector(side === "left" ? ".pair .a" : ".pair .b");
-    const media = document.createElement(address.endsWith(".mp4") ? "video" : "img");
-    Object.assign(media, { src: address, muted: true, loop: true, playsInline: true });
-    media.setAttribute("aria-label", $(side).selectedOptions[0].text);
-    all("video", box).forEach((old) => seen.delete(old));
-    box.replaceChildren(media);
-    if (media.play) seen.add(media);
+    box.replaceChildren(show(address, $(side).selectedOptions[0].text));
   }
   $("open").href = $("right").value;
   moveLine();
@@ -134,7 +132,7 @@ document.addEventListener("input", (event) => {
   if (event.target.id === "line") moveLine();
   if (["smooth", "log"].includes(event.target.id)) draw();
 });
-$("beside")?.addEventListener("close", () => all(".pair video").forEach((clip) => { seen.delete(clip); clip.pause(); }));
+$("beside")?.addEventListener("close", () => all(".pair > div").forEach((box) => box.replaceChildren()));
 
 // ---- curves
 const place = $("plots");
