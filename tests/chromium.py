@@ -50,3 +50,12 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
 def _note_request(page: Any, url: str, own: str) -> None:
     if not url.startswith(("data:", "file:", "/".join(own.split("/")[:3]))):
         page.problems.append(f"request: {url}")
+
+
+def wait_until(page: Any, expression: str) -> None:
+    """Wait until an expression is true; Playwright's own waiting needs pages that may evaluate texts."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {expression}")

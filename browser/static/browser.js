@@ -12,7 +12,11 @@ const seen = new Set();
 const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
   target.firstChild?.removeAttribute("src"); // ends its loading
   target.firstChild?.remove();
-  if (isIntersecting) target.append(show(target.dataset.src, ""));
+  if (!isIntersecting) return;
+  const media = show(target.dataset.src, ""), grid = target.closest(".grid");
+  const shape = () => grid?.style.setProperty("--shape", `${media.videoWidth ?? media.naturalWidth} / ${media.videoHeight ?? media.naturalHeight}`);
+  media.addEventListener(media.play ? "loadedmetadata" : "load", shape, { once: true });
+  target.append(media);
 }), { rootMargin: "200px" });
 
 function show(address, text) {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.browser.serving import Served, serve_runs
-from tests.chromium import open_page
+from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.run import train_network
 from training.training_run import EVERY_SECONDS
@@ -105,12 +105,12 @@ def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTrainin
     with open_page(f"{served.url}{served.of('x')}") as page:
         times = "[...document.querySelectorAll('.grid tbody:last-child video')].map(clip => clip.currentTime)"
         page.locator(".grid").scroll_into_view_if_needed()
-        page.wait_for_function(f"{times}.length > 2 && Math.min(...{times}.slice(0, 3)) > 0")
-        page.wait_for_function(f"(now => Math.max(...now) - Math.min(...now) < 0.2)({times}.slice(0, 3))")
+        wait_until(page, f"{times}.length > 2 && Math.min(...{times}.slice(0, 3)) > 0")
+        wait_until(page, f"(now => Math.max(...now) - Math.min(...now) < 0.2)({times}.slice(0, 3))")
         page.click("#play")
         page.evaluate("$('scrub').value = 0.5; $('scrub').dispatchEvent(new Event('input', {bubbles: true}))")
-        page.wait_for_function(f"new Set({times}.slice(0, 3).map(time => time.toFixed(2))).size === 1")
-        page.wait_for_function("document.querySelector('.grid video').paused")
+        wait_until(page, f"new Set({times}.slice(0, 3).map(time => time.toFixed(2))).size === 1")
+        wait_until(page, "document.querySelector('.grid video').paused")
 
         page.locator(".grid td a").nth(2).click()
         box = page.locator("#line").bounding_box()
@@ -136,7 +136,7 @@ def test_pages_fit_and_no_text_is_small(
     training.finish()
     for address in ("/", served.of("x")):
         with open_page(f"{served.url}{address}", width=width, color_scheme=scheme) as page:
-            page.wait_for_function("!document.getElementById('plots') || plots.length > 2")
+            wait_until(page, "!document.getElementById('plots') || plots.length > 2")
             assert page.evaluate("document.documentElement.scrollWidth") == width
             texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
             sizes = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
