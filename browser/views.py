@@ -203,7 +203,8 @@ def _narrow(story: Story, low: float, high: float) -> Story:
         {name: cut(points) for name, points in named.items()}
         for named in (story.rates, story.experts, story.bands)
     )
-    return replace(story, **curves, rates=rates, experts=experts, bands=bands)  # type: ignore[arg-type]
+    validations = {step: loss for step, loss in story.validations.items() if low <= step <= high}
+    return replace(story, **curves, rates=rates, experts=experts, bands=bands, validations=validations)
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
