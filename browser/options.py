@@ -30,7 +30,10 @@ class BrowserOptions(Options, title="browser"):
     token: Path | None = option("file with a secret word; who does not have it sees nothing", place="file")
     read_only: bool = option("show no buttons and write no file")
     export: Path | None = option(
-        "write one run as a page that needs no server, and end", metavar="FILE", place="new file"
+        "write one run as a page that needs no server, and end",
+        metavar="FILE",
+        place="new file",
+        excludes=("host", "port", "token", "read_only"),
     )
 
     def __post_init__(self) -> None:

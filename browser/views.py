@@ -198,13 +198,21 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
     if math.isinf(low) and math.isinf(high):
         return story
-    curves = {name: cut(points) for name, points in (("loss", story.loss), ("seconds", story.seconds))}
     rates, experts, bands = (
         {name: cut(points) for name, points in named.items()}
         for named in (story.rates, story.experts, story.bands)
     )
     validations = {step: loss for step, loss in story.validations.items() if low <= step <= high}
-    return replace(story, **curves, rates=rates, experts=experts, bands=bands, validations=validations)
+    loss, seconds = cut(story.loss), cut(story.seconds)
+    return replace(
+        story,
+        loss=loss,
+        seconds=seconds,
+        rates=rates,
+        experts=experts,
+        bands=bands,
+        validations=validations,
+    )
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:

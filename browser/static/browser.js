@@ -94,15 +94,14 @@ function moveLine() {
 async function samplesOf(row, prompt) {
   const titles = all(".grid thead th").map((title) => title.firstChild.data.trim());
   const ours = [...row.cells].map((cell, at) => [titles[at], cell.querySelector("a")?.getAttribute("href")]);
-  const other = $("with")?.value;
   const theirs = [];
-  if (other) {
+  for (const [other, name] of others) {
     const page = new DOMParser().parseFromString(await (await fetch(`/run/${other}/`)).text(), "text/html");
     const heads = all(".grid thead th", page).map((title) => title.firstChild.data.trim());
     all(".grid tbody", page).filter((body) => body.querySelector(".prompt").textContent.trim() === prompt).forEach((body) => {
       [...body.rows[1].cells].forEach((cell, at) => {
         const link = cell.querySelector("a");
-        if (link) theirs.push([`${$("with").selectedOptions[0].text}, ${heads[at]}`, `/run/${other}/${link.getAttribute("href").slice(2)}`]);
+        if (link) theirs.push([`${name}, ${heads[at]}`, `/run/${other}/${link.getAttribute("href").slice(2)}`]);
       });
     });
   }
@@ -130,7 +129,11 @@ document.addEventListener("click", async (event) => {
 
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
-  if (event.target.id === "with") drawAnew();
+  if (event.target.id !== "with") return;
+  const { value, selectedOptions: [{ text }] } = event.target;
+  if (value) others.set(value, text);
+  else others.clear();
+  drawAnew();
 });
 document.addEventListener("input", (event) => {
   if (event.target.id === "line") moveLine();
@@ -141,6 +144,7 @@ $("beside")?.addEventListener("close", () => all(".pair > div").forEach((box) =>
 // ---- curves
 const place = $("plots");
 const INKS = ["--ink-1", "--ink-2", "--ink-3", "--ink-4", "--ink-5", "--ink-6"];
+const others = new Map(); // id -> name of runs beside this one
 const told = new Map(); // id of a run -> its last news
 let plots = [], zoom = null;
 
@@ -228,7 +232,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { pl
 let page = null;
 async function ask() {
   if (place) {
-    const ids = [place.dataset.run, ...($("with")?.value ? [$("with").value] : [])];
+    const ids = [place.dataset.run, ...others.keys()];
     const answers = await Promise.all(ids.map(async (id) => {
       const query = new URLSearchParams({ have: told.get(id)?.key ?? "", ...(zoom ? { from: zoom[0], to: zoom[1] } : {}) });
       const answer = await fetch(`/run/${id}/news?${query}`);

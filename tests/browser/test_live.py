@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.serving import Served, serve_runs
+from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.run import train_network
@@ -148,3 +148,26 @@ def test_pages_fit_and_no_text_is_small(
             )
             assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
             assert page.problems == []
+
+
+def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_path: Path) -> None:
+    for name in "xyz":
+        write_run(tmp_path, name, 10)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}") as page:
+        for name in "yz":
+            wait_until(page, "plots.length > 1")
+            page.select_option("#with", label=name)
+        labels = "plots[0].plot.series.map(one => one.label)"
+        wait_until(page, f"{labels}.includes('z: loss')")
+        assert page.evaluate(labels) == ["step", *(f"{name}: loss" for name in "xyz")]
+
+        page.locator("#plots .u-over").first.scroll_into_view_if_needed()
+        box = page.locator("#plots .u-over").first.bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.28, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.72, box["y"] + 60, steps=4)
+        page.mouse.up()
+        wait_until(page, "JSON.stringify([...plots[0].plot.data[0]]) === '[4,5,6,7]'")
+        page.check("#log")
+        assert page.evaluate("plots.map(one => one.plot.scales.y.distr)") == [3, 3, 1]
+        assert page.problems == []

@@ -178,6 +178,7 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) ->
         (["nothing"], "no such folder"),
         (["--export", "x.txt"], "ends in .html"),
         (["--export", "x.html", ".", "."], "give its folder"),
+        (["--export", "x.html", "--port", "80"], "exclude each other"),
         (["--token", "short.txt"], "at least 16"),
     ],
 )
