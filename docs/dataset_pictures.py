@@ -1,6 +1,6 @@
 """Make docs/dataset_page.png, a page of tools/dataset_report.py: python docs/dataset_pictures.py
 
-Its clips are drawn. It is photographed in a headless Chromium, as tests/browser.py finds it.
+Its clips are drawn. It is photographed in a headless Chromium, as tests/chromium.py finds it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from PIL import Image  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
-from tests.browser import open_page  # noqa: E402
+from tests.chromium import open_page  # noqa: E402
 from tests.data_tools.cutting.films import landscape  # noqa: E402
 from tests.pictures import picture  # noqa: E402
 from tools import dataset_report  # noqa: E402

@@ -125,7 +125,7 @@ def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGr
 
 
 def _check_groups(options: GenerationOptions, processes: int) -> None:
-    """Raise OptionError unless all processes share the tokens of a clip or the passes of a step, or none do."""
+    """Raise OptionError unless all processes share a clip's tokens or a step's passes, or none do."""
     sharding = options.speed.sharding
     times, peers = sharding.groups_of(processes), sharding.context_parallel
     if times > 1 and peers > 1 and not options.speed.cfg_parallel:

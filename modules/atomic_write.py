@@ -286,13 +286,13 @@ _PROC = Path("/proc")
 
 def temporary_name(path: Path) -> Path:
     """Return a new temporary path in the folder of `path`."""
-    mark = f"{_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
+    mark = f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
     return path.with_name(f".{path.name}.{mark}.tmp")
 
 
 def _least_age(temporary: re.Match[str], older_seconds: float) -> float:
     """Return how many seconds a leftover must have been unchanged. older_seconds: if nothing is known."""
-    is_ours = temporary["machine"] is not None and int(temporary["machine"], 16) == _machine()
+    is_ours = temporary["machine"] is not None and int(temporary["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there
         return older_seconds
     try:
@@ -306,7 +306,7 @@ def _least_age(temporary: re.Match[str], older_seconds: float) -> float:
 
 
 @functools.cache
-def _machine() -> int:
+def identify_machine() -> int:
     """Return a number that identifies this boot of the machine and this container."""
     words = [platform.node()]
     try:

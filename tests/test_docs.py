@@ -52,7 +52,7 @@ NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^`
 RAY = "cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
-NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", RAY, *ON_GPU)
+NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 # --overwrite: other commands of a page read what was laid out under the same name
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0", "--overwrite"]

@@ -14,34 +14,35 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
-    "blissful_tuner": (3550, 21),
+    "blissful_tuner": (3570, 21),
+    "browser": (1000, 6),
     "data_tools": (5970, 32),
     "dataset": (12280, 49),
     "downloads": (800, 7),
-    "encoders": (3690, 15),
-    "flux": (1750, 13),
-    "flux_2": (1150, 10),
+    "encoders": (3700, 15),
+    "flux": (1740, 13),
+    "flux_2": (1180, 10),
     "frame_pack": (3010, 20),
-    "generation": (5390, 23),
+    "generation": (5630, 24),
     "hunyuan_image": (1340, 11),
-    "hunyuan_model": (3060, 17),
-    "lumina": (1410, 11),
-    "modules": (17770, 101),
-    "networks": (7800, 37),
+    "hunyuan_model": (3080, 17),
+    "lumina": (1440, 11),
+    "modules": (18900, 105),
+    "networks": (7840, 37),
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
-    "qwen_image": (1230, 10),
+    "qwen_image": (1230, 9),
     "scripts": (1340, 62),
     "stable_diffusion": (7250, 29),
-    "tools": (210, 7),
-    "training": (11760, 50),
-    "wan": (3660, 17),
-    "z_image": (620, 8),
+    "tools": (230, 8),
+    "training": (12350, 52),
+    "wan": (3680, 17),
+    "z_image": (610, 7),
 }
-TESTS = 87700  # lines
+TESTS = 90300  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
-WAYS = {"one clip, cache and train": (161, 1133), "one prompt with a LoRA": (100, 656)}
+WAYS = {"one clip, cache and train": (166, 1191), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 NAMED = re.compile(r"^(\w+/?): (.+)$", re.MULTILINE)  # a file or room, and what it is for

@@ -5,5 +5,6 @@ compare: makes a grid of clips, a column per LoRA
 convert_cache: turns the caches of a dataset into another form
 dataset_report: writes a page about a dataset
 download: downloads the released files that a task needs
+run_browser: shows all runs of some folders while they train
 split_video: cuts footage into clips at its scenes
 """

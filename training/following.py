@@ -21,7 +21,7 @@ from networks.names.layouts import TRAINED_ON
 from networks.options import NetworkOptions
 from training.options import TrainingOptions, training_parser
 from training.plan import TrainingPlan
-from training.reports.history import History, history_path
+from training.reports.history import HIGHEST, PREDICTED, History, history_path
 from training.reports.page import PageCommand, PageFacts, page_path
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler
@@ -156,10 +156,7 @@ class NextSteps:
 
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that goes on; if there is no state, a new run that begins with the result."""
-        words, steps = ["python", self.scripts.train], self.total_steps
-        if self.processes > 1:
-            launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
-            words = [*launcher, self.scripts.train]
+        words, steps = self._launch(), self.total_steps
         title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
         without, has_state = RESUMING, self._has_state()
@@ -185,6 +182,15 @@ class NextSteps:
         for option in self.given:
             words += option.words if option.is_changed and option.name not in without else ()
         return _command(title, [*words, "--max_train_steps", str(steps), *ending], note)
+
+    def start_again(self) -> PageCommand:
+        """Return the command that this run was started with, without keys and tokens."""
+        words = [word for option in self.given if option.is_changed for word in option.words]
+        return _command("This run, as it was started", [*self._launch(), *words])
+
+    def _launch(self) -> list[str]:
+        launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
+        return [*(launcher if self.processes > 1 else ["python"]), self.scripts.train]
 
     def after_loss(self) -> str:
         """Return the command after a run that ended without saving."""
@@ -292,8 +298,9 @@ def make_reporter(
         following.total_steps,
         [(option.name, option.text) for option in given if option.is_changed],
         [(option.name, option.text) for option in given if not option.is_changed],
-        following.commands,
+        lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
         lambda: list_memory(device, memory),
+        plan.options.samples.sample_now,
     )
     is_main = plan.accelerator.is_main_process
     is_written = is_main and not plan.options.logs.no_page
@@ -316,10 +323,6 @@ def list_memory(device: torch.device, watch: MemoryWatch | NoMemoryWatch) -> Seq
     sizes: tuple[int | None, ...] = (None, None, None)
     if isinstance(watch, MemoryWatch):
         sizes = watch.predicted, watch.measured, watch.highest
-    labels = (
-        "a training step, predicted",
-        "a training step, measured",
-        "highest of the run with samples, measured",
-    )
+    labels = PREDICTED, "a training step, measured", HIGHEST
     shown = ["not known" if size is None else f"{gib(size)} GiB" for size in sizes]
     return [("device", torch.cuda.get_device_name(device)), *zip(labels, shown, strict=True), host]

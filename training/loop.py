@@ -26,7 +26,7 @@ from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.logs import WISHES, StepReport, losses_by_expert, name_rates
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.training_run import SAMPLE, SAVE, TrainingRun
+from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         row, keys = _accumulate(run, group, micro_batches)
     run.stepping.begin(reached)
     is_alone = run.steps.everyone == 1
+    if run.triggers.asks_for(STOP):
+        run.triggers.finish(STOP)  # at once: the run that goes on from here was not asked
+        run.stop.asked = True
     here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
         wishes = [run.stop.asked, *here]

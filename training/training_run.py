@@ -40,7 +40,7 @@ from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-SAMPLE, SAVE = "sample", "save"
+SAMPLE, SAVE, STOP = "sample", "save", "stop"
 EVERY_SECONDS = 1.0  # looking takes microseconds on a disk, and milliseconds in a network folder
 LARGEST = 64  # bytes; what a shell writes into a new file is less, and a larger one holds somebody's data
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -83,7 +83,8 @@ def trigger_paths(names: Names) -> dict[Path, str]:
 
     `my_lora.sample` asks the run of that name, `sample` any run of the folder; a folder of that name is none.
     """
-    return {names.folder / file: kind for kind in (SAMPLE, SAVE) for file in (f"{names.name}.{kind}", kind)}
+    kinds = (SAMPLE, SAVE, STOP)
+    return {names.folder / file: kind for kind in kinds for file in (f"{names.name}.{kind}", kind)}
 
 
 @dataclass
@@ -101,7 +102,7 @@ class TriggerFiles:
     _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise, those that are left alone
 
     def asks_for(self, kind: str) -> bool:
-        """Return whether a file asks for SAMPLE or SAVE. Looks at the folder once a second at most."""
+        """Return whether a file asks for SAMPLE, SAVE or STOP. Looks at the folder once a second at most."""
         if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
             self._looked = self.now()
             for path in self.paths:

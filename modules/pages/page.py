@@ -81,10 +81,17 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Write the page of `template` with these values, which are escaped, completely or not at all.
+    """Write the page of `template` with these values, completely or not at all.
 
-    Raises jinja2.UndefinedError if the template names a value that is missing, OutputError if the file cannot
-    be written.
+    Raises as `render_page`, and OutputError if the file cannot be written.
+    """
+    write_text(path, render_page(template, title, values))
+
+
+def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = POLICY) -> str:
+    """Return the page of `template` with these values, which are escaped. policy: of what it may load.
+
+    Raises jinja2.UndefinedError if the template names a value that is missing.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, HERE]),
@@ -94,8 +101,8 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    given = {**values, "title": escape_control_codes(title), "policy": POLICY}
-    write_text(path, environment.get_template(template.name).render(given))
+    given = {**values, "title": escape_control_codes(title), "policy": policy}
+    return environment.get_template(template.name).render(given)
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips

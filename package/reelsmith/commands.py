@@ -25,6 +25,7 @@ WORDS = {
     r"(?:(\w+)_)?cache_latents": "cache latents {family}",
     r"(?:(\w+)_)?cache_text_encoder_outputs": "cache text {family}",
     r"(\w+)_(?:lora|project)": "{family}",  # merge, convert, flux-merge; new, run
+    r"run_(browser)": "{family}",
 }
 FAMILY = "hv"  # of scripts that name none
 # scripts that set up a checkout, and its door to the commands; the package has none of them

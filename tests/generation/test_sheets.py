@@ -17,7 +17,7 @@ from generation.run import generate
 from generation.sheets import EMPTY, HEAD, LINE
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
-from tests.browser import open_page
+from tests.chromium import open_page
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.generation.test_run import options, run
 from tests.generation.toy_family import ToyFamily

@@ -16,7 +16,7 @@ from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_ca
 from training.run import train_network
 from training.saving.files import Names
 from training.saving.states import SavedState, read_state
-from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
+from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, TriggerFiles, trigger_paths
 
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
@@ -156,7 +156,8 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Calla
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("x.sample", SAMPLE), ("sample", SAMPLE), ("x.save", SAVE), ("save", SAVE)]
+    ("name", "kind"),
+    [("x.sample", SAMPLE), ("sample", SAMPLE), ("x.save", SAVE), ("save", SAVE), ("x.stop", STOP)],
 )
 def test_a_file_asks_until_it_is_done_and_is_removed_then(tmp_path: Path, name: str, kind: str) -> None:
     triggers, later = files_in(tmp_path)
@@ -238,4 +239,26 @@ def test_a_run_samples_and_saves_at_the_next_step_and_ends_with_the_same_weights
         "x.safetensors",
     ]
     assert [path.name[:8] for path in (folder / "sample").iterdir()] == ["x_000001"]
+    assert same(expected, load_file(folder / "x.safetensors"))
+
+
+def test_a_run_stops_after_the_step_that_a_file_asks_at_and_goes_on_to_the_same_weights(
+    tmp_path: Path,
+) -> None:
+    write_caches(tmp_path)
+    expected = train_toy(tmp_path)
+    folder = tmp_path / "asked"
+
+    def touch(passes: int) -> None:
+        if passes == 0:
+            (folder / "x.stop").touch()
+
+    options = ["--output_dir", folder, "--sample_now", "--resume", "latest"]
+    train_network(ToyFamily(watch=touch), toy_options(tmp_path, *options))
+
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "x-step00000001-state",
+        "x-step00000001.safetensors",
+    ]
+    train_network(ToyFamily(), toy_options(tmp_path, *options))
     assert same(expected, load_file(folder / "x.safetensors"))

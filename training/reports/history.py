@@ -1,28 +1,33 @@
 """Keep a run's reports in a list of lines beside its files; its page is made of them alone.
 
-`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the run it belongs to, then steps, validations,
-samples and saved files as they happen. Lines are appended. A resumed run drops those of steps beyond its
-state, which are trained again, and those that cannot be read, such as the last one of a killed run.
+`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the run it belongs to, then what it is, steps,
+validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed run
+drops those of steps beyond its state, which are trained again, and those that cannot be read, such as the
+last one of a killed run.
 """
 
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.atomic_write import append_text, atomic_path
+from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.text_files import require_regular_file
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+END = "-history.jsonl"
 MOST_WAITING = 2000  # lines in memory
 LOSS = "validation/loss"
 AVERAGE_MARK = re.compile("-ema")
+# lines on memory, as the page names them
+PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
@@ -38,6 +43,25 @@ class SampleRow:
     prompts: Mapping[int, str]
 
 
+@dataclass(frozen=True)
+class Start:
+    """Hold what a run tells when it is started: of itself, and of its process."""
+
+    model: str
+    total_steps: int
+    changed: Sequence[tuple[str, str]]  # options that differ from their defaults
+    unchanged: Sequence[tuple[str, str]]
+    listens: bool  # to files that ask for something
+    process: Mapping[str, Any]  # see `describe_process`
+
+    @classmethod
+    def of(cls, told: Row) -> "Start":
+        """Return what a line tells. Raises ValueError, TypeError or LookupError if it is not one of ours."""
+        changed, unchanged = ([(str(a), str(b)) for a, b in told[key]] for key in ("changed", "unchanged"))
+        numbers = int(told["total_steps"]), bool(told["listens"])
+        return cls(str(told["model"]), numbers[0], changed, unchanged, numbers[1], dict(told["process"]))
+
+
 @dataclass
 class Story:
     """Hold the content of a history's lines. A line that is there twice counts once."""
@@ -50,33 +74,57 @@ class Story:
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
-    starts: dict[int, bool] = field(default_factory=dict)  # steps from which the run was started or resumed
+    starts: dict[int, Start | None] = field(default_factory=dict)  # by the step; None: of an older version
+    ending: tuple[str, str] | None = None  # of a run that has ended: how, and the kind of it
+    memory: list[list[str]] = field(default_factory=list)  # names and values
+    commands: list[list[str]] = field(default_factory=list)  # fields of `PageCommand`
+    messages: list[tuple[int, str, str]] = field(default_factory=list)  # step, level, text
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Story":
         """Return the content of lines, see `History.add`."""
         story = cls()
         for row in rows:
-            step = row["step"]
-            if "loss" in row:
-                story.loss[step], story.seconds[step] = row["loss"], row.get("seconds")
-                for curves, values in ((story.rates, row.get("rates")), (story.experts, row.get("experts"))):
-                    for name, value in (values or {}).items():
-                        curves.setdefault(name, {})[step] = value
-            elif "validation" in row:
-                for name, loss in row["validation"].items():
-                    if name != LOSS:
-                        story.bands.setdefault(name, {})[step] = loss
-                    elif loss is not None:
-                        story.validations[step] = loss
-            elif "samples" in row:
-                texts = ({int(index): text for index, text in row[key].items()} for key in SAMPLE_TEXTS)
-                story.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
-            elif "saved" in row:
-                story.saved[row["saved"]] = step
-            else:
-                story.starts[step] = True
+            story.add(row)
         return story
+
+    def add(self, row: Row) -> None:
+        """Add the content of a line."""
+        step = row["step"]
+        if "loss" in row:
+            self.loss[step], self.seconds[step] = _number(row["loss"]), _number(row.get("seconds"))
+            for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
+                for name, value in (values or {}).items():
+                    curves.setdefault(name, {})[step] = _number(value)
+        elif "validation" in row:
+            for name, value in row["validation"].items():
+                loss = _number(value)
+                if name != LOSS:
+                    self.bands.setdefault(name, {})[step] = loss
+                elif loss is not None:
+                    self.validations[step] = loss
+        elif "samples" in row:
+            texts = ({int(index): str(text) for index, text in row[key].items()} for key in SAMPLE_TEXTS)
+            mark = str(row["samples"])
+            self.samples[step, mark] = SampleRow(step, mark, *texts)
+        elif "saved" in row:
+            self.saved[row["saved"]] = step
+        elif "message" in row:
+            self.messages.append((step, str(row["level"]), str(row["message"])))
+        elif "ended" in row:
+            self.ending = str(row["ended"]), str(row["kind"])
+        elif "memory" in row:
+            self.memory = [[str(text) for text in line] for line in row["memory"]]
+        elif "commands" in row:
+            self.commands = [[str(text) for text in command] for command in row["commands"]]
+        else:
+            told = row.get("started")
+            self.starts[step], self.ending = Start.of(told) if isinstance(told, dict) else None, None
+
+    @property
+    def start(self) -> "Start | None":
+        """Return what the newest start told."""
+        return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
     def lowest(self) -> tuple[int, float] | None:
@@ -131,7 +179,9 @@ class History:
         row: Row = _finite({"step": step, **what})
         if "loss" not in row:
             self.events.append(row)
-        self._waiting += [json.dumps(row, ensure_ascii=False) + "\n"] if self.is_written else []
+        # a part of a file's name that is no text becomes \\udce9, which JSON reads as that part
+        line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
+        self._waiting += [line] if self.is_written else []
         if len(self._waiting) >= MOST_WAITING:
             try:
                 self.flush()
@@ -146,7 +196,7 @@ class History:
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _rows(self.path, self.session, self._keeps_up_to):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(make_storable(json.dumps(row, ensure_ascii=False)) + "\n")
             self._keeps_up_to = None
         try:
             append_text(self.path, "".join(self._waiting))
@@ -168,7 +218,15 @@ class History:
 
 def history_path(folder: Path, name: str) -> Path:
     """Return the file of the history of a run. folder, name: --output_dir, --output_name."""
-    return folder / f"{name}-history.jsonl"
+    return folder / f"{name}{END}"
+
+
+def describe_process() -> dict[str, Any]:
+    """Return what this process can be found by: its machine, its number, and when it began."""
+    import psutil  # comes with accelerate
+
+    born = round(psutil.Process().create_time())
+    return {"machine": identify_machine(), "number": os.getpid(), "born": born}
 
 
 def read_session(path: Path) -> int | None:
@@ -176,7 +234,7 @@ def read_session(path: Path) -> int | None:
     try:
         require_regular_file(path)
         with path.open("rb") as file:
-            row = _parse(file.readline())
+            row = parse_row(file.readline())
     except OSError:
         return None
     return None if row is None else row.get("session")
@@ -194,7 +252,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     is_ours, broken = False, 0
     with path.open("rb") as file:
         for line in filter(bytes.strip, file):
-            row = _parse(line)
+            row = parse_row(line)
             if row is None:
                 broken += 1
             elif "session" in row:
@@ -205,7 +263,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
         logger.warning("%s: %d lines cannot be read and are left out.", path, broken)
 
 
-def _parse(line: bytes) -> Row | None:
+def parse_row(line: bytes) -> Row | None:
     """Return a line as `History` writes it; None for one that was torn, or shows a file of another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
@@ -221,6 +279,11 @@ def _parse(line: bytes) -> Row | None:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     return row
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a line, which may have been edited: None if it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _finite(value: Any) -> Any:

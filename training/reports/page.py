@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -57,6 +57,19 @@ class PageFacts:
     unchanged: Sequence[tuple[str, str]]
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
+    listens: bool = False  # to files that ask for something, see `TriggerFiles`
+
+
+class Clips(Protocol):
+    """Give the clips of the grid."""
+
+    clips: dict[str, Markup]  # that are kept, by the names of their files
+
+    def now(self) -> float:
+        """Return the time that a deadline is compared with."""
+
+    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
+        """Return the clip, or why there is none."""
 
 
 @dataclass
@@ -105,20 +118,34 @@ def write_training_page(
 
     Raises OutputError if that fails.
     """
+    values = page_values(facts, story, clips, step, standing, kind)
+    write_page(path, TEMPLATE, f"{facts.name}: training", values)
+
+
+def page_values(
+    facts: PageFacts,
+    story: Story,
+    clips: Clips,
+    step: int,
+    standing: str,
+    kind: str = "",
+    most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
+) -> dict[str, Any]:
+    """Return the values of the template, as of `write_training_page`. most: columns and rows of samples."""
     best = story.best_file(facts.folder)
-    values = {
+    return {
+        "live": None,
         "facts": facts,
         "standing": {"step": step, "text": standing, "kind": kind},
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": _tiles(facts, story, step),
-        "grid": _grid(story, clips),
-        "charts": _charts(story),
+        "tiles": list_tiles(facts, story, step),
+        "grid": _grid(story, clips, *most),
+        "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, facts.folder, best),
         "advice": describe_best(story, best),
         "memory": facts.memory(),
         "commands": facts.commands(None if best is None else facts.folder / best, kind == "good"),
     }
-    write_page(path, TEMPLATE, f"{facts.name}: training", values)
 
 
 def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
@@ -137,13 +164,13 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
+def _grid(story: Story, clips: Clips, most_columns: int, most_prompts: int) -> dict[str, Any]:
     rows = [story.samples[key] for key in sorted(story.samples)]
     lowest = story.lowest
     best = None if lowest is None else lowest[0]
-    columns = choose_columns(rows, best, MOST_COLUMNS)
+    columns = choose_columns(rows, best, most_columns)
     prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
-    shown = sorted(prompts)[:MOST_PROMPTS]
+    shown = sorted(prompts)[:most_prompts]
     best_column = (
         min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
     )
@@ -169,7 +196,6 @@ def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
         ],
         "times": len(rows),
         "prompts": len(prompts),
-        "most_columns": MOST_COLUMNS,
     }
 
 
@@ -186,8 +212,9 @@ def link(*parts: str) -> str:
     return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
-def _charts(story: Story) -> list[Markup]:
-    curves = _curves({"loss": story.loss}, SMOOTHING)
+def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
+    """Return the diagrams of a run. most: points of a curve, about."""
+    curves = _curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
         losses = [story.validations[step] for step in steps]
@@ -199,19 +226,21 @@ def _charts(story: Story) -> list[Markup]:
     bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
     charts = (
         Chart(curves, "step", "loss", "Loss"),
-        Chart(_curves(experts, SMOOTHING), "step", "loss", "Loss of each transformer"),
-        Chart(_curves(rates), "step", "learning rate", "Learning rate"),
-        Chart(_curves({"seconds": story.seconds}), "step", "seconds", "Seconds per step"),
-        Chart(_curves(bands, has_dots=True), "step", "loss", "Validation loss by noise"),
+        Chart(_curves(experts, most, SMOOTHING), "step", "loss", "Loss of each transformer"),
+        Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
+        Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
+        Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
-    return [draw_chart(chart) for chart in charts if chart.curves]
+    return [chart for chart in charts if chart.curves]
 
 
-def _curves(named: Mapping[str, Points], smoothing: float = 0.0, has_dots: bool = False) -> list[Curve]:
+def _curves(
+    named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
+) -> list[Curve]:
     """Return the curves that have points; of short ones each point counts, and may get a dot."""
     curves = []
     for name, points in named.items():
-        bins = join_bins(points)
+        bins = join_bins(points, most)
         is_binned = any(each.values > 1 for each in bins)
         curves.append(
             Curve(
@@ -237,10 +266,10 @@ class StepBin(NamedTuple):
     highest: float
 
 
-def join_bins(points: Points) -> list[StepBin]:
-    """Return means and extremes over at most MOST_BINS equal ranges of steps, by step."""
+def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
+    """Return means and extremes over about `most` equal ranges of steps, by step."""
     width = 1
-    while points and max(points) // width >= MOST_BINS:
+    while points and (max(points) - min(points)) // width >= most:
         width *= 2
     ranges = defaultdict[int, list[tuple[int, float]]](list)
     for step, value in points.items():
@@ -254,7 +283,8 @@ def join_bins(points: Points) -> list[StepBin]:
     return bins
 
 
-def _tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
+def list_tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top of the page: label, value and a note."""
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
     tiles = [("Step", f"{at_step:,} of {facts.total_steps:,}", since)]

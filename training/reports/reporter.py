@@ -3,15 +3,17 @@ training.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
-from training.reports.history import History
+from training.reports.history import History, describe_process
 from training.reports.logs import StepReport
 from training.reports.page import ClipStore, PageFacts, write_training_page
 from training.reports.sample_files import (
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.003  # of the time, that pages without new samples may take
 PAUSE = 120.0  # seconds between two of these at least
+FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
+MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
 
 
 @dataclass
@@ -44,28 +48,39 @@ class RunReporter:
     trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
     now: Callable[[], float] = time.monotonic
     clips: ClipStore = field(init=False)
+    _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
     _cost: float = 0.0  # seconds that it took
+    _flushed: float = 0.0  # when the history was
+    _flush_cost: float = 0.0
+    _told: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
 
     def __post_init__(self) -> None:
         self.clips, self._written = ClipStore(self.facts.folder / "sample"), self.now()
+        self._messages = _Messages(self._note_message)
 
     def __enter__(self) -> "RunReporter":
-        self._note(self.step, started=True)
+        facts = self.facts
+        told = {"model": facts.model, "total_steps": facts.total_steps, "listens": facts.listens}
+        told |= {"changed": facts.changed, "unchanged": facts.unchanged, "process": describe_process()}
+        self._note(self.step, started=told)
+        logging.getLogger().addHandler(self._messages)
         self._write()  # the first box names it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        logging.getLogger().removeHandler(self._messages)
         if error is not None and not isinstance(error, Exception):
             return  # asked to end at once
+        standing, ending = f"stopped after step {self.step:,}", ""
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._write(f"ended by an error after step {self.step:,}: {reason}", "bad")
+            standing, ending = f"ended by an error after step {self.step:,}: {reason}", "bad"
         elif self.step >= self.facts.total_steps:
-            self._write("finished", "good")
-        else:
-            self._write(f"stopped after step {self.step:,}")
+            standing, ending = "finished", "good"
+        self._note(self.step, ended=standing, kind=ending)
+        self._write(standing, ending)
 
     def note_step(self, report: StepReport) -> None:
         """Add a step."""
@@ -74,6 +89,12 @@ class RunReporter:
             experts = {"experts": dict(report.by_expert)} if report.by_expert else {}
             rates = dict(report.rates)
             self._note(report.step, loss=report.loss, rates=rates, seconds=report.seconds, **experts)
+            started = self.now()
+            if started - self._flushed >= max(FLUSH_SECONDS, self._flush_cost / SHARE):
+                with self._guarded():
+                    self.history.flush()
+                self._flushed = self.now()
+                self._flush_cost = self._flushed - started
 
     @property
     def validations(self) -> Mapping[int, float]:
@@ -118,6 +139,9 @@ class RunReporter:
         if self.now() - self._written >= max(PAUSE, self._cost / SHARE):
             self._write()
 
+    def _note_message(self, level: str, text: str) -> None:
+        self._note(self.step, level=level, message=text)
+
     def _note(self, step: int, **what: Any) -> None:
         with self._guarded():
             self.history.add(step, **what)
@@ -128,6 +152,13 @@ class RunReporter:
             return
         started = self.now()
         with self._guarded():
+            best = self.history.events_told.best_file(self.facts.folder)
+            commands = self.facts.commands(None if best is None else self.facts.folder / best, kind == "good")
+            lines = {"memory": self.facts.memory(), "commands": [*map(astuple, commands)]}
+            for name, told in lines.items():
+                if self._told.get(name) != told:
+                    self._told[name] = told
+                    self._note(self.step, **{name: told})
             self.history.flush()
             story = self.history.read()
             write_training_page(self.path, self.facts, story, self.clips, self.step, standing, kind)
@@ -147,3 +178,16 @@ class RunReporter:
                     self.path if self.history.is_written else "What the trackers get of samples",
                     error or type(error).__name__,
                 )
+
+
+class _Messages(logging.Handler):
+    """Pass on the first messages of the main thread, which alone adds lines to a history."""
+
+    def __init__(self, note: Callable[[str, str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._note, self._count = note, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._count < MOST_MESSAGES and threading.current_thread() is threading.main_thread():
+            self._count += 1
+            self._note(record.levelname.lower(), shorten_lines(record.getMessage(), MOST_CHARACTERS))

@@ -17,7 +17,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource
 from modules.media.buckets import fit_cover
 from modules.pages.page import share_page
-from tests.browser import open_page
+from tests.chromium import open_page
 from tests.data_tools.report.making import (
     report,
     save_clip,

@@ -13,7 +13,7 @@ import pytest
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.page import embed_clip, embed_picture, share_page, write_page
-from tests.browser import open_page
+from tests.chromium import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
 SVG = "{http://www.w3.org/2000/svg}"

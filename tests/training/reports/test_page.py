@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import share_page
 from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
-from tests.browser import open_page
+from tests.chromium import open_page
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.reports.history import History, SampleRow

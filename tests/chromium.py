@@ -20,8 +20,9 @@ FLAGS = [
 
 
 @contextlib.contextmanager
-def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[Any]:
-    """Yield Playwright's page with this file open. `page.problems` lists errors, dialogs and requests.
+def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: str) -> Iterator[Any]:
+    """Yield Playwright's page with this file or address open. `page.problems` lists errors, dialogs and
+    requests, without those of the address' own server. look: of the page, as `color_scheme="dark"`.
 
     Skips the test if no browser is installed.
     """
@@ -31,13 +32,14 @@ def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[Any]
         pytest.skip("no browser: apt-get install --no-install-recommends chromium-headless-shell")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
-        page = browser.new_page(viewport={"width": width, "height": height})
+        page = browser.new_page(viewport={"width": width, "height": height}, **look)
+        url = place if isinstance(place, str) else place.resolve().as_uri()
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
         page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
         page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: _note_request(page, request.url))
-        page.goto(path.resolve().as_uri())
+        page.on("request", lambda request: _note_request(page, request.url, url))
+        page.goto(url)
         page.wait_for_load_state("load")
         try:
             yield page
@@ -45,6 +47,15 @@ def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[Any]
             browser.close()
 
 
-def _note_request(page: Any, url: str) -> None:
-    if not url.startswith(("data:", "file:")):
+def _note_request(page: Any, url: str, own: str) -> None:
+    if not url.startswith(("data:", "file:", "/".join(own.split("/")[:3]))):
         page.problems.append(f"request: {url}")
+
+
+def wait_until(page: Any, expression: str) -> None:
+    """Wait until an expression is true; Playwright's own waiting needs pages that may evaluate texts."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {expression}")

@@ -1,0 +1,75 @@
+"""Options of tools/run_browser.py. Standard library only."""
+
+import ipaddress
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import Options, option
+
+LOCAL = "localhost"
+SHORTEST = 16  # characters of a token
+
+
+class BrowserOptions(Options, title="browser"):
+    """Folders to look into, and who may see them."""
+
+    folders: tuple[Path, ...] = option(
+        "folders with runs in them, at any depth (default: this one); with --export the folder of one run, "
+        "or its history",
+        default=(Path(),),
+        positional=True,
+        nargs="*",
+        metavar="FOLDER",
+    )
+    port: int = option("port to listen at; 0: any that is free", default=0, least=0, most=65535)
+    host: str = option(
+        "address to listen at. Others than this machine's own let the network in, and need --token: 0.0.0.0 "
+        "is every network that this machine is in",
+        default="127.0.0.1",
+    )
+    token: Path | None = option("file with a secret word; who does not have it sees nothing", place="file")
+    read_only: bool = option("show no buttons and write no file")
+    export: Path | None = option(
+        "write one run as a page that needs no server, and end",
+        metavar="FILE",
+        place="new file",
+        excludes=("host", "port", "token", "read_only"),
+    )
+
+    def __post_init__(self) -> None:
+        for folder in self.folders:
+            if not folder.exists():
+                raise OptionError(f"{folder}: no such folder")
+        if not (self.is_local or self.token):
+            raise OptionError(
+                f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
+                f"least {SHORTEST} characters, or leave --host out"
+            )
+        if self.export is not None and self.export.suffix.lower() not in {".html", ".htm"}:
+            raise OptionError(f"--export {self.export}: name a file that ends in .html")
+        if self.export is not None and len(self.folders) != 1:
+            raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether only this machine can reach the server."""
+        if self.host == LOCAL:
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def read_token(self) -> str | None:
+        """Return the secret word. Raises OptionError if it is short or cannot be read."""
+        if self.token is None:
+            return None
+        try:
+            word = self.token.read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--token {self.token} cannot be read: {error}") from None
+        if len(word) < SHORTEST or not word.replace("-", "").replace("_", "").isalnum():
+            raise OptionError(
+                f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _"
+            )
+        return word

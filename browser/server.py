@@ -1,0 +1,210 @@
+"""Answer requests: routes, and what a request must have to pass: its host, its origin, and the token."""
+
+import hmac
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from browser.runs import RUNNING, Glance, Runs
+from browser.views import HERE, POLICY, FileNotes, as_json, file_of, list_page, mark_list, run_page, tell_news
+
+logger = logging.getLogger(__name__)
+
+COOKIE = "reelsmith"
+KINDS = ("sample", "save", "stop")  # of requests to a run, see training/training_run.py
+STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
+HEADERS = {
+    "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+GONE = "This run or file is not there (any more)."
+
+
+@dataclass
+class Gate:
+    """Let only those requests through that come from pages of this server, and know the token.
+
+    A page of another site can make a browser send requests here: its origin tells. A name that leads here
+    by another's tables of names is refused too, as its pages would be of our origin.
+    """
+
+    app: ASGIApp
+    names: frozenset[str]  # that the server is called by; addresses always are
+    token: str | None
+    headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request, is_begun = Request(scope), False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal is_begun
+            if message["type"] == "http.response.start":
+                is_begun = True
+                usual = [(b"cache-control", b"no-cache")]
+                usual += [(name.encode(), value.encode()) for name, value in self.headers.items()]
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(one for one in usual if one[0] not in given)]
+            await send(message)
+
+        try:
+            refusal = self._check(request)
+            await (refusal or self.app)(scope, receive, send_guarded)
+        except Exception as error:  # whatever a damaged file leads to ends one request, in silence
+            logger.debug("%s", request.url.path, exc_info=error)
+            if not is_begun:
+                await PlainTextResponse("This cannot be shown.", 500)(scope, receive, send_guarded)
+
+    def _check(self, request: Request) -> Response | None:
+        """Return what to answer instead; None if the request may pass."""
+        headers = request.headers
+        host = headers.get("host", "")
+        if not self._is_ours(host):
+            return PlainTextResponse("Wrong host.", 421)
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        is_read = request.method in ("GET", "HEAD")
+        is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
+        if (origin not in (None, f"http://{host}")) or (origin is None and not is_read):
+            return PlainTextResponse("Wrong origin.", 403)
+        if site not in ("none", "same-origin") and not is_opened:
+            return PlainTextResponse("Wrong origin.", 403)
+        if self.token is None:
+            return None
+        given = request.query_params.get("token")
+        if request.url.path == "/" and given is not None and self._fits(given):
+            # not a redirect: the cookie would not be sent to where another site's link leads
+            page = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0;url=/">')
+            page.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", path="/")
+            return page
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            cookie = None
+        if cookie is None or not self._fits(cookie.value):
+            return PlainTextResponse("Open the address that the server has printed, with its token.", 401)
+        return None
+
+    def _fits(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), (self.token or "").encode())
+
+    def _is_ours(self, host: str) -> bool:
+        name, mark, port = host.rpartition(":")
+        name = name if mark and port.isdigit() else host
+        if name.lower() in self.names:
+            return True
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return False
+        return True
+
+
+def make_app(
+    runs: Runs, host: str = "localhost", token: str | None = None, read_only: bool = False
+) -> ASGIApp:
+    """Return the application. host: what it is called by, besides addresses and this machine's name."""
+    notes = FileNotes()
+
+    def find(request: Request) -> Glance | None:
+        return runs.find(request.path_params["id"])
+
+    def show_list(request: Request) -> Response:
+        found, asked = runs.look(), request.query_params
+        mark = f'"{mark_list(found, asked)}"'
+        if request.headers.get("if-none-match") == mark:
+            return Response(status_code=304, headers={"etag": mark})
+        return HTMLResponse(_encode(list_page(runs, found, asked)), headers={"etag": mark})
+
+    def show_run(request: Request) -> Response:
+        run = find(request)
+        return _missing() if run is None else HTMLResponse(_encode(run_page(runs, run, not read_only)))
+
+    def show_news(request: Request) -> Response:
+        run = find(request)
+        if run is None:
+            return _missing()
+        try:
+            return Response(
+                as_json(tell_news(runs, run, request.query_params)), media_type="application/json"
+            )
+        except ValueError:
+            return PlainTextResponse("from and to are numbers of steps.", 400)
+
+    def show_about(request: Request) -> Response:
+        with runs.lock:
+            run = find(request)
+            path = None if run is None else file_of(runs, run, request.path_params["name"])
+        try:
+            return _missing() if path is None else HTMLResponse(_encode(notes.tell(path)))  # takes a while
+        except OSError:
+            return _missing()
+
+    def show_file(request: Request) -> Response:
+        run = find(request)
+        path = None if run is None else file_of(runs, run, request.path_params["name"])
+        return _missing() if path is None else FileResponse(path)
+
+    async def ask(request: Request) -> Response:
+        run = find(request)
+        body = await request.body() if int(request.headers.get("content-length", "0")) < 100 else b""
+        kind = body.decode("ascii", "replace").removeprefix("what=")
+        if read_only:
+            return PlainTextResponse("The server was started with --read_only.", 403)
+        if run is None or kind not in KINDS:
+            return _missing()
+        if run.state != RUNNING or run.start is None or not run.start.listens:
+            return PlainTextResponse("Only a running training with --sample_now can be asked.", 409)
+        (run.history.parent / f"{run.name}.{kind}").touch()
+        return Response(status_code=204)
+
+    def show_static(request: Request) -> Response:
+        path = STATIC.get(request.path_params["name"])
+        return _missing() if path is None else FileResponse(path)
+
+    def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answer(request: Request) -> Response:
+            try:
+                with runs.lock:
+                    return show(request)
+            except OSError:
+                return _missing()
+
+        return answer
+
+    routes = [
+        Route("/", guard(show_list)),
+        Route("/static/{name}", guard(show_static)),
+        Route("/run/{id}/", guard(show_run)),
+        Route("/run/{id}/news", guard(show_news)),
+        Route("/run/{id}/ask", ask, methods=["POST"]),
+        Route("/run/{id}/about/{name:path}", show_about),
+        Route("/run/{id}/{name:path}", guard(show_file)),
+    ]
+    machine = socket.gethostname().lower()
+    names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False  # to an address that the request's host would be a part of
+    return Gate(app, names, token)
+
+
+def _missing() -> Response:
+    return PlainTextResponse(GONE, 404)
+
+
+def _encode(text: str) -> bytes:
+    """Return a page's bytes; a part of a file's name that is no text becomes \\udce9."""
+    return text.encode("utf-8", "backslashreplace")

@@ -1,0 +1,90 @@
+"""Start the server and show its address, or write one run as a page."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from typing import Any
+
+from browser.options import BrowserOptions
+from browser.runs import Runs
+from modules.errors import InstallationError, OutputError
+
+logger = logging.getLogger(__name__)
+
+
+def run_browser(options: BrowserOptions) -> None:
+    """Serve pages until Ctrl-C, or write the one that --export asks for. Raises UserError if that fails."""
+    runs = Runs(options.folders)
+    if options.export is not None:
+        from browser.views import export_run
+
+        export_run(runs, options.export)
+        logger.info("wrote %s", options.export)
+        return
+    token = options.read_token()
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+
+        from browser.server import make_app
+    except ImportError as error:
+        raise InstallationError(
+            f"{error.name} is not installed, and the browser needs it: pip install starlette uvicorn"
+        ) from None
+    listener = open_socket(options.host, options.port)
+    port = listener.getsockname()[1]
+    show_address(options, port, token)
+    app: Any = make_app(runs, options.host, token, options.read_only)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises OutputError if the address cannot be had."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        return socket.create_server(address[:2], family=kind)
+    except OSError as error:
+        raise OutputError(f"--host {host} --port {port} cannot be used: {error.strerror or error}") from None
+
+
+def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
+    """Print the address, and as a picture for a phone if the network may see it."""
+    host = options.host
+    if host in ("0.0.0.0", "::", ""):
+        host = _own_address()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
+    sys.stdout.write(f"{url}\n")
+    if not options.is_local:
+        sys.stdout.write(draw_code(url))
+    sys.stdout.flush()
+
+
+def _own_address() -> str:
+    """Return the address that this machine has in its network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
+
+
+def draw_code(text: str) -> str:
+    """Return a QR code of a text as lines of half blocks, dark on light in any terminal."""
+    import cv2
+    import numpy as np
+
+    cells = np.pad(cv2.QRCodeEncoder.create().encode(text) > 0, 2, constant_values=True)
+    cells = np.pad(cells, ((0, len(cells) % 2), (0, 0)), constant_values=True)
+    blocks = {(True, True): " ", (True, False): "\u2584", (False, True): "\u2580", (False, False): "\u2588"}
+    lines = (
+        "".join(blocks[bool(a), bool(b)] for a, b in zip(*pair, strict=True))
+        for pair in zip(cells[::2], cells[1::2], strict=True)
+    )
+    return "".join(f"\033[30;107m{line}\033[0m\n" for line in lines)

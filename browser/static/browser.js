@@ -1,0 +1,274 @@
+"use strict";
+// Clips that play in step, the slider between two samples, curves that grow, and asking for what is new.
+
+const $ = (id) => document.getElementById(id);
+const all = (what, where = document) => [...where.querySelectorAll(what)];
+const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+let playing = !calm;
+let began = performance.now();
+
+// ---- clips: those in view are loaded, and all play at the same place
+const seen = new Set();
+const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+  target.firstChild?.removeAttribute("src"); // ends its loading
+  target.firstChild?.remove();
+  if (!isIntersecting) return;
+  const media = show(target.dataset.src, ""), grid = target.closest(".grid");
+  const shape = () => grid?.style.setProperty("--shape", `${media.videoWidth ?? media.naturalWidth} / ${media.videoHeight ?? media.naturalHeight}`);
+  media.addEventListener(media.play ? "loadedmetadata" : "load", shape, { once: true });
+  target.append(media);
+}), { rootMargin: "200px" });
+
+function show(address, text) {
+  const media = document.createElement(address.endsWith(".mp4") ? "video" : "img");
+  Object.assign(media, { src: address, muted: true, loop: true, playsInline: true, alt: text });
+  media.setAttribute(text ? "aria-label" : "aria-hidden", text || "true"); // its box has a label
+  seen.add(media);
+  return media;
+}
+
+function watch() {
+  all("[data-src]").filter((clip) => !clip.watched).forEach((clip) => {
+    clip.watched = true;
+    watcher.observe(clip);
+  });
+}
+
+function keepStep() {
+  const now = (performance.now() - began) / 1000;
+  for (const clip of seen) {
+    if (!clip.isConnected) seen.delete(clip);
+    if (!clip.duration) continue;
+    if (!playing) { clip.pause(); continue; }
+    const place = now % clip.duration;
+    if (Math.abs(clip.currentTime - place) > 0.2 && clip.duration - Math.abs(clip.currentTime - place) > 0.2) clip.currentTime = place;
+    if (clip.paused) clip.play().catch(() => {});
+  }
+}
+
+function setPlaying(value) {
+  playing = value;
+  began = performance.now();
+  const button = $("play");
+  if (button) {
+    button.textContent = playing ? "Pause" : "Play";
+    button.setAttribute("aria-pressed", playing);
+  }
+  keepStep();
+}
+
+document.addEventListener("input", (event) => {
+  if (event.target.id !== "scrub") return;
+  setPlaying(false);
+  seen.forEach((clip) => { if (clip.duration) clip.currentTime = event.target.value * clip.duration * 0.999; });
+});
+
+// ---- the grid: arrow keys move, a click puts two samples over each other
+document.addEventListener("keydown", (event) => {
+  const cell = event.target.closest?.(".grid td");
+  const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+  if (!cell || !way) return;
+  const rows = all(".grid tbody tr:last-child");
+  const row = rows[rows.indexOf(cell.parentElement) + way[0]];
+  const link = row?.cells[cell.cellIndex + way[1]]?.querySelector("a");
+  if (link) { link.focus(); event.preventDefault(); }
+});
+
+function fill(select, samples, chosen) {
+  select.replaceChildren(...samples.map(([text, address]) => new Option(text, address, false, address === chosen)));
+}
+
+function showPair() {
+  for (const side of ["left", "right"]) {
+    const address = $(side).value, box = document.querySelector(side === "left" ? ".pair .a" : ".pair .b");
+    box.replaceChildren(show(address, $(side).selectedOptions[0].text));
+  }
+  $("open").href = $("right").value;
+  moveLine();
+}
+
+function moveLine() {
+  document.querySelector(".pair .b").style.clipPath = `inset(0 0 0 ${$("line").value}%)`;
+}
+
+async function samplesOf(row, prompt) {
+  const titles = all(".grid thead th").map((title) => title.firstChild.data.trim());
+  const ours = [...row.cells].map((cell, at) => [titles[at], cell.querySelector("a")?.getAttribute("href")]);
+  const theirs = [];
+  for (const [other, name] of others) {
+    const page = new DOMParser().parseFromString(await (await fetch(`/run/${other}/`)).text(), "text/html");
+    const heads = all(".grid thead th", page).map((title) => title.firstChild.data.trim());
+    all(".grid tbody", page).filter((body) => body.querySelector(".prompt").textContent.trim() === prompt).forEach((body) => {
+      [...body.rows[1].cells].forEach((cell, at) => {
+        const link = cell.querySelector("a");
+        if (link) theirs.push([`${name}, ${heads[at]}`, `/run/${other}/${link.getAttribute("href").slice(2)}`]);
+      });
+    });
+  }
+  return [...ours.filter(([, address]) => address), ...theirs];
+}
+
+document.addEventListener("click", async (event) => {
+  const link = event.target.closest(".grid td a"), copy = event.target.closest(".copy");
+  if (link && $("beside") && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    const row = link.closest("tr");
+    const samples = await samplesOf(row, row.parentElement.querySelector(".prompt").textContent.trim());
+    fill($("left"), samples, samples[0][1]);
+    fill($("right"), samples, link.getAttribute("href"));
+    $("beside").showModal();
+    showPair();
+  }
+  if (copy) {
+    await navigator.clipboard?.writeText(copy.previousElementSibling.textContent);
+    copy.textContent = navigator.clipboard ? "Copied" : "Select the text above";
+  }
+  if (event.target.id === "play") setPlaying(!playing);
+  if (event.target.id === "close") $("beside").close();
+});
+
+document.addEventListener("change", (event) => {
+  if (["left", "right"].includes(event.target.id)) showPair();
+  if (event.target.id !== "with") return;
+  const { value, selectedOptions: [{ text }] } = event.target;
+  if (value) others.set(value, text);
+  else others.clear();
+  drawAnew();
+});
+document.addEventListener("input", (event) => {
+  if (event.target.id === "line") moveLine();
+  if (["smooth", "log"].includes(event.target.id)) draw();
+});
+$("beside")?.addEventListener("close", () => all(".pair > div").forEach((box) => box.replaceChildren()));
+
+// ---- curves
+const place = $("plots");
+const INKS = ["--ink-1", "--ink-2", "--ink-3", "--ink-4", "--ink-5", "--ink-6"];
+const others = new Map(); // id -> name of runs beside this one
+const told = new Map(); // id of a run -> its last news
+let plots = [], zoom = null;
+
+function smooth(values, weight) {
+  let mean = 0, bias = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    mean = weight * mean + (1 - weight) * value;
+    bias = weight * bias + (1 - weight);
+    return mean / bias;
+  });
+}
+
+function lines(title) {
+  const found = [], style = getComputedStyle(document.documentElement), weight = +$("smooth").value;
+  [...told.values()].forEach((news, run) => {
+    for (const chart of news.charts.filter((one) => one.title === title)) for (const curve of chart.curves) {
+      const ink = style.getPropertyValue(INKS[(found.filter((one) => one.label).length) % INKS.length]).trim();
+      const label = told.size > 1 ? `${news.name}: ${curve.name}` : curve.name, dash = run ? [6, 4] : [];
+      if (curve.smoothing && weight) {
+        found.push({ x: curve.x, y: curve.y, ink: ink + "55", width: 1 });
+        found.push({ x: curve.x, y: smooth(curve.y, weight), ink, label, dash, width: 2 });
+      } else found.push({ x: curve.x, y: curve.y, ink, label, dash, width: 1.5, dots: curve.has_dots });
+    }
+  });
+  return found;
+}
+
+function makePlot(title, label, curves) {
+  const style = getComputedStyle(document.documentElement), faint = style.getPropertyValue("--faint").trim();
+  const rule = style.getPropertyValue("--rule").trim(), font = "12px system-ui, sans-serif";
+  const axis = { stroke: faint, font, grid: { stroke: rule, width: 1 }, ticks: { show: false } };
+  const box = document.createElement("figure");
+  place.append(box);
+  const options = {
+    title, width: box.clientWidth, height: 260, cursor: { drag: { x: true, y: false } },
+    scales: { x: { time: false }, y: { distr: $("log").checked && title !== "Seconds per step" ? 3 : 1 } },
+    axes: [axis, { ...axis, size: 64, values: (_, values) => values.map((value) => value === null ? "" : +value.toPrecision(4)) }],
+    series: [{ label: "step" }, ...curves.map((curve) => ({
+      label: curve.label ?? "each", stroke: curve.ink, width: curve.width, dash: curve.dash, spanGaps: true,
+      points: { show: !!curve.dots, size: 5 }, value: (_, value) => value === null || value === undefined ? "" : value.toPrecision(4),
+    }))],
+    hooks: { setSelect: [(plot) => plot.select.width > 4 && setZoom(plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x"))] },
+  };
+  const plot = new uPlot(options, [[0]], box);
+  plot.over.addEventListener("dblclick", () => setZoom());
+  plot.root.setAttribute("role", "img");
+  plot.root.setAttribute("aria-label", `${title} over steps`);
+  return { title, plot, box, shape: shapeOf(curves) };
+}
+
+const shapeOf = (curves) => JSON.stringify([$("log").checked, curves.map((curve) => [curve.label, curve.ink, curve.width])]);
+
+function draw() {
+  if (!place || !told.size) return;
+  const titles = [...new Map([...told.values()].flatMap((news) => news.charts.map((chart) => [chart.title, chart.y_label])))];
+  const kept = [];
+  for (const [title, label] of titles) {
+    const curves = lines(title);
+    let one = plots.find((known) => known.title === title);
+    if (one && one.shape !== shapeOf(curves)) { one.plot.destroy(); one.box.remove(); one = null; }
+    one ??= makePlot(title, label, curves);
+    const data = uPlot.join(curves.map((curve) => [curve.x, curve.y]));
+    one.plot.setData(data);
+    kept.push(one);
+  }
+  plots.filter((one) => !kept.includes(one)).forEach((one) => { one.plot.destroy(); one.box.remove(); });
+  plots = kept;
+}
+
+function setZoom(from, to) {
+  zoom = from === undefined ? null : [from, to];
+  drawAnew();
+}
+
+function drawAnew() {
+  told.clear();
+  ask();
+}
+
+addEventListener("resize", () => plots.forEach((one) => one.plot.setSize({ width: one.box.clientWidth, height: 260 })));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { plots.forEach((one) => { one.shape = ""; }); draw(); });
+
+// ---- what is new
+let page = null;
+async function ask() {
+  if (place) {
+    const ids = [place.dataset.run, ...others.keys()];
+    const answers = await Promise.all(ids.map(async (id) => {
+      const query = new URLSearchParams({ have: told.get(id)?.key ?? "", ...(zoom ? { from: zoom[0], to: zoom[1] } : {}) });
+      const answer = await fetch(`/run/${id}/news?${query}`);
+      return answer.ok ? [id, await answer.json()] : null;
+    }));
+    const isNew = answers.filter((one) => one?.[1].charts);
+    isNew.forEach(([id, news]) => told.set(id, news));
+    if (isNew.length) draw();
+    const ours = answers[0]?.[1];
+    if (!ours) return 15000;
+    if (page !== null && page !== ours.page) htmx.trigger(document.body, "fresh");
+    page = ours.page;
+    $("remaining").textContent = ours.left;
+    document.querySelector("progress").value = ours.step;
+    all(".tile").forEach((tile, at) => {
+      if (ours.tiles?.[at]?.[0] !== tile.firstChild.data) return;
+      tile.querySelector("b").textContent = ours.tiles[at][1];
+      tile.lastChild.data = `${ours.tiles[at][2]} `;
+    });
+    return ours.state === "running" ? 3000 : 15000;
+  }
+  htmx.trigger(document.body, "fresh");
+  return 5000;
+}
+
+async function goOn(wait) {
+  setTimeout(async () => {
+    let next = 15000;
+    if (!document.hidden) next = await ask().catch(() => 15000);
+    goOn(next);
+  }, wait);
+}
+
+document.addEventListener("htmx:after:swap", () => { watch(); setPlaying(playing); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
+watch();
+setPlaying(playing);
+setInterval(keepStep, 250);
+goOn(place ? 0 : 5000);

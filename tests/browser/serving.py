@@ -1,0 +1,104 @@
+"""Runs as a training writes them, and the server of the page for all runs, on a free port."""
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+import uvicorn
+
+from browser.runs import Runs
+from browser.server import make_app
+from browser.start import open_socket
+from training.reports.history import History, describe_process, history_path
+
+PNG = b"\x89PNG not really"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server has answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server of runs. Addresses go out as they are written here, without being tidied."""
+
+    port: int
+    runs: Runs
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, address: str, method: str = "GET", body: str = "", **headers: str) -> Answer:
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(link):
+            link.putrequest(method, address, skip_host="Host" in headers, skip_accept_encoding=True)
+            for name, value in {**headers, **({"Content-Length": str(len(body))} if body else {})}.items():
+                link.putheader(name.replace("_", "-"), value)
+            link.endheaders(body.encode() or None)
+            answer = link.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+
+    def of(self, name: str, rest: str = "") -> str:
+        """The address of a run by its name."""
+        (run,) = [run for run in self.runs.look() if run.name == name]
+        return f"/run/{run.id}/{rest}"
+
+
+@contextlib.contextmanager
+def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
+    """Serve the runs below folders. options: of `make_app`."""
+    runs, listener = Runs(folders), open_socket("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(runs, **options), log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        yield Served(listener.getsockname()[1], runs)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+def write_run(folder: Path, name: str = "x", steps: int = 6, kind: str | None = "good", **told: Any) -> Path:
+    """Write a run of 10 steps that stands at `steps`, with a sample and a saved file.
+
+    kind: of its end; None: it has not ended. told: what it says of itself beside the usual.
+    """
+    history = History(history_path(folder, name), 1)
+    (folder / "sample").mkdir(parents=True, exist_ok=True)
+    usual = {"model": "wan", "total_steps": 10, "changed": [["seed", "1"]], "unchanged": [], "listens": True}
+    history.add(0, started={**usual, "process": describe_process(), **told})
+    for step in range(1, steps + 1):
+        history.add(step, loss=1 / step, rates={"lr/unet": 1e-4}, seconds=2.0)
+    history.add(steps, samples=f"{steps:06d}", files={"0": f"{name}_1.png"}, prompts={"0": "a <b>cat"})
+    history.add(steps, saved=f"{name}.safetensors")
+    history.add(steps, level="warning", message="the disk is nearly full")
+    if kind is not None:
+        history.add(steps, ended="finished" if kind == "good" else "stopped", kind=kind)
+    history.flush()
+    (folder / "sample" / f"{name}_1.png").write_bytes(PNG)
+    (folder / f"{name}.safetensors").write_bytes(b"0123456789")
+    return history.path

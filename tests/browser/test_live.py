@@ -1,0 +1,173 @@
+"""The page in a real browser, beside a training that takes a step whenever the test lets it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.serving import Served, serve_runs, write_run
+from tests.chromium import open_page, wait_until
+from tests.training.toy import ToyFamily, toy_options, write_caches
+from training.run import train_network
+from training.training_run import EVERY_SECONDS
+
+STEPS = 90
+PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 17 --d 12 --s 2\n"
+
+
+@dataclass
+class SteppedTraining:
+    """A training in a thread of its own that waits before each step."""
+
+    folder: Path
+    gate: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    steps: int = 0  # that have begun
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        write_caches(self.folder)
+        (self.folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+        words = ["--sample_prompts", self.folder / "prompts.txt", "--sample_at_first", "--sample_now"]
+        options = toy_options(
+            self.folder, *words, "--sample_every_n_steps", 30, "--max_train_steps", STEPS, has_page=True
+        )
+        self.thread = threading.Thread(target=train_network, args=(ToyFamily(watch=self._wait), options))
+        self.thread.start()
+
+    def _wait(self, _: int) -> None:
+        self.gate.acquire(timeout=120)
+        self.steps += 1
+
+    def step_until(self, is_true: Callable[[], Any], most: int) -> None:
+        """Take steps, `most` at most, until something is true."""
+        for _ in range(most):
+            if is_true():
+                return
+            self.gate.release()
+            self.thread.join(0.2)
+        for _ in range(50):  # what a step leads to may take a while
+            self.thread.join(0 if is_true() else 0.2)
+        assert is_true()
+
+    def finish(self) -> None:
+        for _ in range(STEPS):
+            self.gate.release()
+        self.thread.join(60)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[SteppedTraining]:
+    training = SteppedTraining(tmp_path)
+    yield training
+    training.finish()
+
+
+@pytest.fixture
+def served(training: SteppedTraining) -> Iterator[Served]:
+    with serve_runs(training.folder) as served:
+        yield served
+
+
+def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTraining, served: Served) -> None:
+    history = training.folder / "output" / "x-history.jsonl"
+    while not history.exists():
+        training.thread.join(0.1)
+    with open_page(f"{served.url}/") as page:
+        page.click("text=x")
+        page.wait_for_selector("text=running")
+        page.wait_for_selector('[aria-label="a cat, step 0"] video')
+        points = "ask().then(() => plots[0]?.plot.data[0].length ?? 0)"
+        training.step_until(lambda: page.evaluate(points) > 2, 25)
+        before = page.evaluate(points)
+        training.step_until(lambda: page.evaluate(points) > before, 25)
+        page.click("text=Sample now")
+        while not (training.folder / "output" / "x.sample").exists():
+            training.thread.join(0.05)
+        training.thread.join(EVERY_SECONDS)  # then the run looks at its folder again
+        samples, asked = training.folder / "output" / "sample", range(training.steps, training.steps + 3)
+        training.step_until(lambda: any([*samples.glob(f"x_{step:06d}_01*.mp4")] for step in asked), 2)
+        page.evaluate("ask()")
+        page.wait_for_selector(f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=30000)
+        training.thread.join(EVERY_SECONDS)
+        page.click("text=Stop after this step")
+        training.step_until(lambda: not training.thread.is_alive(), 2)
+        page.evaluate("ask()")
+        page.wait_for_selector(".status >> text=/stopped after step/", timeout=30000)
+        assert page.locator(".ask").count() == 0
+        assert page.problems == []
+
+
+def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTraining, served: Served) -> None:
+    training.finish()
+    with open_page(f"{served.url}{served.of('x')}") as page:
+        times = "[...document.querySelectorAll('.grid tbody:last-child video')].map(clip => clip.currentTime)"
+        page.locator(".grid").scroll_into_view_if_needed()
+        wait_until(page, f"{times}.length > 2 && Math.min(...{times}.slice(0, 3)) > 0")
+        wait_until(page, f"(now => Math.max(...now) - Math.min(...now) < 0.2)({times}.slice(0, 3))")
+        page.click("#play")
+        page.evaluate("$('scrub').value = 0.5; $('scrub').dispatchEvent(new Event('input', {bubbles: true}))")
+        wait_until(page, f"new Set({times}.slice(0, 3).map(time => time.toFixed(2))).size === 1")
+        wait_until(page, "document.querySelector('.grid video').paused")
+
+        page.locator(".grid td a").nth(2).click()
+        box = page.locator("#line").bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+
+        clip = page.evaluate("document.querySelector('.pair .b').style.clipPath")
+        assert 15 < float(clip.split()[-1].rstrip("%)")) < 35
+        assert page.eval_on_selector_all("#left option, #right option", "all => all.length") == 8
+        page.keyboard.press("Escape")
+        page.locator(".grid td a").first.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        label = "document.activeElement.querySelector('[data-src]').getAttribute('aria-label')"
+        assert page.evaluate(label) == "a dog, step 30"
+        assert page.problems == []
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_fit_and_no_text_is_small(
+    training: SteppedTraining, served: Served, width: int, scheme: str
+) -> None:
+    training.finish()
+    for address in ("/", served.of("x")):
+        with open_page(f"{served.url}{address}", width=width, color_scheme=scheme) as page:
+            wait_until(page, "!document.getElementById('plots') || plots.length > 2")
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
+            sizes = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
+            assert page.evaluate(sizes) >= 12
+            unnamed = (
+                "[...document.querySelectorAll('input, select, button, video, img')].filter(one => "
+                "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
+                "&& !one.innerText && !(one.ariaLabel || one.alt))"
+            )
+            assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
+            assert page.problems == []
+
+
+def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_path: Path) -> None:
+    for name in "xyz":
+        write_run(tmp_path, name, 10)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}") as page:
+        for name in "yz":
+            wait_until(page, "plots.length > 1")
+            page.select_option("#with", label=name)
+        labels = "plots[0].plot.series.map(one => one.label)"
+        wait_until(page, f"{labels}.includes('z: loss')")
+        assert page.evaluate(labels) == ["step", *(f"{name}: loss" for name in "xyz")]
+
+        page.locator("#plots .u-over").first.scroll_into_view_if_needed()
+        box = page.locator("#plots .u-over").first.bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.28, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.72, box["y"] + 60, steps=4)
+        page.mouse.up()
+        wait_until(page, "JSON.stringify([...plots[0].plot.data[0]]) === '[4,5,6,7]'")
+        page.check("#log")
+        assert page.evaluate("plots.map(one => one.plot.scales.y.distr)") == [3, 3, 1]
+        assert page.problems == []

@@ -1,0 +1,193 @@
+"""What a list tells of runs: found anywhere below the folders, alive or not, and quickly."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs
+from browser.views import select_runs
+from modules.errors import OptionError
+from modules.parser import parse_options
+from tests.browser.serving import write_run
+from tests.training.toy import Killed, killed_at, toy_options, train_toy, write_caches
+from training.reports.history import describe_process
+from training.run import train_network
+
+
+def look(folder: Path) -> dict[str, Any]:
+    return {run.name: run for run in Runs([folder]).look()}
+
+
+def test_a_run_is_found_at_any_depth_with_what_it_tells(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "b", "deep", 4, None)
+    write_run(tmp_path, "flat")
+
+    found = look(tmp_path)
+
+    assert set(found) == {"deep", "flat"}
+    run = found["deep"]
+    assert (run.state, run.model, run.step, run.total_steps) == (RUNNING, "wan", 4, 10)
+    assert [round(loss, 3) for loss in run.losses] == [1.0, 0.5, 0.333, 0.25]
+    assert (run.left, run.sample) == ("12 s", "deep_1.png")
+
+
+def ended_process() -> dict[str, Any]:
+    code = "from training.reports.history import describe_process as d; import json; print(json.dumps(d()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("kind", "process", "state"),
+    [
+        ("good", describe_process, FINISHED),
+        ("", describe_process, STOPPED),
+        ("bad", describe_process, DIED),
+        (None, describe_process, RUNNING),
+        (None, ended_process, DIED),
+        (None, lambda: {**describe_process(), "born": 5.0}, DIED),  # the number was given to another one
+        (None, lambda: {**describe_process(), "number": "x"}, DIED),
+    ],
+)
+def test_a_run_has_a_state(
+    tmp_path: Path, kind: str | None, process: Callable[[], dict[str, Any]], state: str
+) -> None:
+    write_run(tmp_path, kind=kind, process=process())
+
+    assert look(tmp_path)["x"].state == state
+
+
+def test_a_run_of_another_machine_has_died_when_it_writes_no_more(tmp_path: Path) -> None:
+    path = write_run(tmp_path, kind=None, process={**describe_process(), "machine": 0})
+    assert look(tmp_path)["x"].state == RUNNING
+    then = path.stat().st_mtime - ELSEWHERE_SECONDS - 1
+    os.utime(path, (then, then))
+
+    assert look(tmp_path)["x"].state == DIED
+
+
+def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
+    path = write_run(tmp_path, kind="")
+    started = path.read_text(encoding="utf-8").splitlines()[1]
+    with path.open("a", encoding="utf-8") as file:
+        file.write(started.replace('"step": 0', '"step": 6') + "\n")
+
+    assert look(tmp_path)["x"].state == RUNNING
+
+
+def test_what_trainings_write_is_told(tmp_path: Path) -> None:
+    """Finished, stopped by an error, killed in the middle; and a copy elsewhere tells the same."""
+    write_caches(tmp_path)
+    train_toy(tmp_path, has_page=True)
+    with pytest.raises(Killed):
+        train_network(killed_at(4), toy_options(tmp_path, "--output_name", "killed", has_page=True))
+    history = tmp_path / "output" / "killed-history.jsonl"
+    text = history.read_text(encoding="utf-8")
+    history.write_text(text.replace(f'"number": {os.getpid()}', '"number": 0'), encoding="utf-8")
+    shutil.copytree(tmp_path / "output", tmp_path / "copy")
+
+    for folder in (tmp_path / "output", tmp_path / "copy"):
+        found = look(folder)
+        assert {name: run.state for name, run in found.items()} == {"x": FINISHED, "killed": DIED}
+        assert (found["x"].model, found["x"].step, found["x"].total_steps) == ("toy", 8, 8)
+
+
+def test_a_run_of_an_older_version_is_told_by_its_page(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, has_page=True)
+    history = tmp_path / "output" / "x-history.jsonl"
+    rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    old = [{"step": 0, "started": True} if "started" in row else row for row in rows]
+    new = ("ended", "memory", "commands", "message")
+    old = [row for row in old if not any(key in row for key in new)]
+    history.write_text("".join(f"{json.dumps(row)}\n" for row in old), encoding="utf-8")
+
+    run = look(tmp_path)["x"]
+
+    assert (run.state, run.model, run.step, run.total_steps) == (FINISHED, "toy", 8, 8)
+
+
+def test_of_a_long_run_a_few_places_tell_the_same_as_the_whole_file(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=5000, total_steps=5000)
+
+    run = look(tmp_path)["x"]
+
+    assert path.stat().st_size > 300_000
+    assert (run.step, run.state, run.sample, len(run.losses) >= 40) == (5000, FINISHED, "x_1.png", True)
+    assert all(abs(loss - 1 / step) < 1e-6 for loss in run.losses for step in [round(1 / loss)])
+    assert [*run.losses] == sorted(run.losses, reverse=True)
+
+
+def test_a_list_is_sorted_and_chosen_by_words_family_and_state(tmp_path: Path) -> None:
+    for number, (name, model) in enumerate((("b cat", "wan"), ("a cat", "flux"), ("dog", "wan"))):
+        path = write_run(tmp_path / model, name, 3 + number, model=model)
+        os.utime(path, (1000 + number, 1000 + number))
+    found = Runs([tmp_path]).look()
+
+    def names(**asked: str) -> list[str]:
+        return [run.name for run in select_runs(found, asked)]
+
+    assert names() == ["dog", "a cat", "b cat"]
+    assert names(sort="name", text="CAT") == ["a cat", "b cat"]
+    assert names(family="wan", sort="progress") == ["dog", "b cat"]
+    assert names(state="running") == []
+
+
+def test_a_list_reads_only_what_has_changed(tmp_path: Path) -> None:
+    runs = Runs([tmp_path])
+    paths = [write_run(tmp_path / f"{number}", f"run{number}") for number in range(3)]
+    before = {run.name: run for run in runs.look()}
+    with paths[1].open("ab") as file:
+        file.write(b'{"step": 7, "loss": 0.25, "seconds": 1.0}\n')
+
+    after = {run.name: run for run in runs.look()}
+
+    assert [name for name in before if before[name] is not after[name]] == ["run1"]
+    assert after["run1"].step == 7
+
+
+def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) -> None:
+    from browser.start import run_browser
+
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_every_n_steps", 4, has_page=True)
+    history, target = tmp_path / "output" / "x-history.jsonl", tmp_path / "shared.html"
+    from browser.options import BrowserOptions
+
+    run_browser(BrowserOptions(folders=(history,), export=target))
+
+    def plain(path: Path) -> str:
+        text = path.read_text(encoding="utf-8")
+        return text.partition("written ")[0] + text.partition("<progress")[2]
+
+    assert plain(target) == plain(tmp_path / "output" / "x.html")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host", "0.0.0.0"], "--token FILE"),
+        (["--host", "example.org"], "--token FILE"),
+        (["nothing"], "no such folder"),
+        (["--export", "x.txt"], "ends in .html"),
+        (["--export", "x.html", ".", "."], "give its folder"),
+        (["--export", "x.html", "--port", "80"], "exclude each other"),
+        (["--token", "short.txt"], "at least 16"),
+    ],
+)
+def test_wrong_options_are_refused(
+    tmp_path: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from browser.options import BrowserOptions
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("secret\n", encoding="utf-8")
+    with pytest.raises(OptionError, match=said):
+        parse_options("", words, BrowserOptions)[0].read_token()

@@ -1,0 +1,256 @@
+"""The server shows runs and their files, and nothing else to nobody else."""
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from tests.browser.serving import PNG, Served, serve_runs, write_run
+
+TOKEN = "a-secret-word-of-letters"
+SECRET = "what nobody may read"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """A finished run x and a running one y in a folder, beside which lies a secret."""
+    (tmp_path / "secret.txt").write_text(SECRET, encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs", "x", 10)
+    write_run(tmp_path / "runs", "y", 4, None)
+    with serve_runs(tmp_path / "runs") as served:
+        yield served
+
+
+def test_every_route_answers(served: Served) -> None:
+    listed = served.ask("/")
+    assert listed.status == 200
+    assert listed.text.count('<li id="r') == 2
+    assert served.ask("/?text=x&state=finished&family=wan&sort=name").text.count('<li id="r') == 1
+    same = {"If_None_Match": listed.headers["etag"]}
+    assert (served.ask("/", **same).status, served.ask("/?text=x", **same).status) == (304, 200)
+    page = served.ask(served.of("x"))
+    assert page.status == 200
+    for shown in ("a &lt;b&gt;cat", "finished", "10 of 10", "the disk is nearly full", "--seed"):
+        assert shown in page.text
+    news = served.ask(served.of("x", "news")).json()
+    loss = news["charts"][0]["curves"][0]
+    assert (loss["x"], loss["y"][:2]) == ([*range(1, 11)], [1.0, 0.5])
+    assert "charts" not in served.ask(served.of("x", f"news?have={quote(news['key'])}")).json()
+    part = served.ask(served.of("x", "news?from=3&to=5")).json()["charts"][0]["curves"][0]
+    assert part["x"] == [3, 4, 5]
+    assert served.ask(served.of("x", "news?from=a")).status == 400
+    about = served.ask(served.of("x", "about/x.safetensors"))
+    assert "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882" in about.text
+    assert served.ask(served.of("x", "sample/x_1.png")).body == PNG
+    assert served.ask("/static/browser.js").status == 200
+    assert served.ask("/static/htmx.min.js").headers["content-type"].startswith("text/javascript")
+
+
+def test_a_download_goes_on_where_it_broke_off(served: Served) -> None:
+    answer = served.ask(served.of("x", "x.safetensors"), Range="bytes=4-")
+
+    assert (answer.status, answer.body) == (206, b"456789")
+    assert answer.headers["content-range"] == "bytes 4-9/10"
+
+
+@pytest.mark.parametrize("kind", ["sample", "save", "stop"])
+def test_a_button_writes_the_file_that_the_run_looks_for(served: Served, kind: str, tmp_path: Path) -> None:
+    answer = served.ask(served.of("y", "ask"), "POST", f"what={kind}", Origin=served.url)
+
+    assert answer.status == 204
+    assert (tmp_path / "runs" / f"y.{kind}").is_file()
+
+
+def test_only_a_running_training_that_listens_is_asked_and_nobody_with_read_only(
+    served: Served, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "runs", "deaf", 3, None, listens=False)
+    before = sorted((tmp_path / "runs").iterdir())
+    for name in ("x", "deaf"):
+        assert served.ask(served.of(name, "ask"), "POST", "what=stop", Origin=served.url).status == 409
+        assert 'class="ask"' not in served.ask(served.of(name)).text
+    assert served.ask(served.of("y", "ask"), "POST", "what=rm", Origin=served.url).status == 404
+    with serve_runs(tmp_path / "runs", read_only=True) as careful:
+        assert careful.ask(careful.of("y", "ask"), "POST", "what=stop", Origin=careful.url).status == 403
+        assert 'class="ask"' not in careful.ask(careful.of("y")).text
+    assert 'class="ask"' in served.ask(served.of("y")).text
+    assert sorted((tmp_path / "runs").iterdir()) == before
+
+
+LIES = (
+    '{"step": 1, "started": {"model": 3}}',
+    '{"step": 2, "memory": 5}',
+    '{"step": 3, "commands": [[1]]}',
+    '{"step": 4, "samples": "e", "files": {"0": "../../x.png"}, "prompts": {}}',
+    '{"step": 1e999, "loss": 1}',
+    '{"step": 5, "ended": null, "kind": {}}',
+    '{"step": 6, "loss": "x", "rates": 4}',
+    '{"step": 6, "loss": [], "seconds": {}}',
+    '{"step": 7, "message": [], "level": 1}',
+    '{"step": 8, "validation": {"validation/loss": "low"}}',
+    '{"step": -9, "saved": "x", "loss": 1e400}',
+)
+
+
+def ways_out(folder: Path) -> list[str]:
+    """What follows a run's address in 200 and more tries to leave its folder."""
+    ups = (
+        "..",
+        "%2e%2e",
+        "%2E.",
+        "..%2f..",
+        "..%5c..",
+        "%252e%252e",
+        "..;",
+        "....//",
+        "%c0%ae%c0%ae",
+        ".%00.",
+    )
+    ends = ("secret.txt", "/secret.txt", "runs/../../secret.txt", "secret.txt%00", "secret.txt%00.png")
+    starts = ("", "sample/", "about/", "about/sample/", "x.safetensors/")
+    absolute = [
+        f"{start}{quote(str(folder / 'secret.txt'), safe=safe)}" for start in starts for safe in ("/", "")
+    ]
+    others = [
+        "/etc/passwd",
+        "//etc/passwd",
+        "%2fetc%2fpasswd",
+        "file:///etc/passwd",
+        "C:%5cWindows%5cwin.ini",
+    ]
+    others += [
+        "x-history.jsonl",
+        ".x.training.lock",
+        "",
+        "sample",
+        "sample/",
+        "about/",
+        "about/x-history.jsonl",
+        "~",
+    ]
+    climbs = [f"{start}{up}/{end}" for start, up, end in itertools.product(starts, ups, ends)]
+    return [*climbs, *absolute, *others, "leading_out", "sample/leading_out.png", "about/leading_out"]
+
+
+def test_no_way_leads_out_of_the_folders(served: Served, tmp_path: Path) -> None:
+    tries = [one for one in ways_out(tmp_path) if one]
+    assert len(tries) >= 200
+    if sys.platform != "win32":
+        (tmp_path / "runs" / "x.safetensors").unlink()
+        (tmp_path / "runs" / "x.safetensors").symlink_to(tmp_path / "secret.txt")
+        (tmp_path / "other").mkdir()
+        write_run(tmp_path / "other", "z")
+        (tmp_path / "runs" / "linked").symlink_to(tmp_path / "other")
+        tries += ["x.safetensors", "about/x.safetensors"]
+    start = served.of("x")
+    for address in [*(start + one for one in tries), *(f"/static/{one}" for one in tries), *tries[:40]]:
+        answer = served.ask(address if address.startswith("/") else f"/{address}")
+        assert answer.status in (400, 404), address
+        assert SECRET not in answer.text
+        assert "root:" not in answer.text
+        assert "Traceback" not in answer.text
+    assert {run.name for run in served.runs.look()} == {"x", "y"}
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", "", "["]
+)
+def test_another_name_is_refused(served: Served, host: str) -> None:
+    assert served.ask("/", Host=host).status in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.1.7"])
+def test_addresses_and_this_machine_are_right_names(served: Served, host: str) -> None:
+    assert served.ask("/", Host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {},
+        {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"},
+    ],
+)
+def test_another_origin_can_neither_write_nor_read(
+    served: Served, headers: dict[str, str], tmp_path: Path
+) -> None:
+    assert served.ask(served.of("y", "ask"), "POST", "what=stop", **headers).status == 403
+    assert served.ask(served.of("y"), **headers).status == (403 if headers else 200)
+    assert not (tmp_path / "runs" / "y.stop").exists()
+
+
+def test_without_the_token_nothing_is_shown_and_with_it_a_strict_cookie_is_set(tmp_path: Path) -> None:
+    write_run(tmp_path, "x")
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        places = [
+            "/",
+            served.of("x"),
+            served.of("x", "news"),
+            served.of("x", "x.safetensors"),
+            "/static/browser.js",
+        ]
+        wrong = ["", f"{TOKEN[:-1]}", f"{TOKEN}x", "\u00e9", '"', "=;=;"]
+        for place in places:
+            assert served.ask(place).status == 401
+            for word in wrong:
+                assert served.ask(place, Cookie=f"reelsmith={quote(word)}").status == 401
+                assert served.ask(f"{place}?token={quote(word)}").status == 401
+        assert served.ask(served.of("x", "ask"), "POST", "what=stop", Origin=served.url).status == 401
+
+        opened = served.ask(f"/?token={TOKEN}")
+
+        assert opened.headers["set-cookie"] == f"reelsmith={TOKEN}; HttpOnly; Path=/; SameSite=strict"
+        assert 'content="0;url=/"' in opened.text
+        assert served.ask(places[1], Cookie=f"reelsmith={TOKEN}").status == 200
+
+
+def test_no_script_of_a_text_can_run(served: Served) -> None:
+    answer = served.ask("/")
+
+    policy = answer.headers["content-security-policy"]
+    assert "script-src 'self';" in policy
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "<script>" not in answer.text
+
+
+def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path) -> None:
+    whole = write_run(tmp_path, "whole", 200)
+    data = whole.read_bytes()
+    damaged = {
+        **{f"cut{length}": data[:length] for length in range(0, len(data), len(data) // 17)},
+        "zeros": bytes(5000),
+        "nested": data + b"[" * 100_000 + b"\n",
+        "lies": data + "".join(f"{line}\n" for line in LIES).encode(),
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}-history.jsonl").write_bytes(content)
+    if sys.platform == "linux":
+        path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9-history.jsonl")
+        Path(path).write_bytes(data)
+    with serve_runs(tmp_path) as served:
+        for run in served.runs.look():
+            for rest in ("", "news", "sample/whole_1.png", "about/whole.safetensors"):
+                answer = served.ask(f"/run/{run.id}/{rest}")
+                assert answer.status in (200, 404), (run.name, rest)
+                assert "Traceback" not in answer.text
+            assert served.ask(f"/run/{run.id}/").status == 200, run.name
+        assert served.ask("/").text.count('<li id="r') >= len(damaged)
+        address = served.of("whole")
+        (tmp_path / "sample" / "whole_1.png").unlink()
+        assert served.ask(f"{address}sample/whole_1.png").status == 404
+        for path in [*tmp_path.rglob("*"), tmp_path][:-1]:
+            if path.is_file():
+                path.unlink()
+        for rest in ("", "news", "ask"):
+            assert served.ask(f"{address}{rest}").status in (404, 405)
+        assert served.ask("/").status == 200

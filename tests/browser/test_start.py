@@ -1,0 +1,52 @@
+"""The program: it says where it listens, as a picture too, and ends when it is told to."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from browser.start import draw_code
+from tests.browser.serving import write_run
+from tests.commands import ROOT, run_python
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind")
+def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    write_run(tmp_path, "x")
+    command = [sys.executable, str(ROOT / "tools" / "run_browser.py"), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert 'aria-label="x"' in answer.read().decode()
+        os.kill(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (0, ("", ""))
+
+
+def test_the_browser_never_loads_torch() -> None:
+    code = "import browser.server, browser.start, browser.views, sys; print('torch' in sys.modules)"
+
+    assert run_python("-c", code, folder=ROOT).stdout == "False\n"
+
+
+def test_the_picture_of_an_address_can_be_read() -> None:
+    address = "http://192.168.178.23:8765/?token=Zk3vQ9xL_1a-B7cD2eF4gH5jK6mN8pR0"
+    lines = re.sub(r"\033\[[\d;]*m", "", draw_code(address)).splitlines()
+    halves = {" ": (255, 255), "\u2580": (0, 255), "\u2584": (255, 0), "\u2588": (0, 0)}
+    cells = np.array([[halves[sign][half] for sign in line] for line in lines for half in (0, 1)], np.uint8)
+
+    text, *_ = cv2.QRCodeDetector().detectAndDecode(cells.repeat(8, 0).repeat(8, 1))
+
+    assert text == address

@@ -1,0 +1,21 @@
+"""Show all runs below some folders in a web browser, while they train and afterwards.
+
+All options: python tools/run_browser.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from browser.options import BrowserOptions
+from modules.families import plain_script
+
+main = plain_script(__doc__, "browser.start.run_browser", BrowserOptions)
+
+
+if __name__ == "__main__":
+    main.run()
