@@ -28,11 +28,12 @@ from training.options import read_training
 FOLDER = ROOT / "docs" / "clusters"
 FILES = sorted(path.name for path in FOLDER.iterdir())
 WAN = FAMILIES["wan"]
-NOTE = f"""#!{sys.executable}
-import json, os, sys
+NOTING = """import json, os, sys
 with open(os.environ["NOTED"], "a") as file:
-    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+    file.write(json.dumps([os.path.basename(sys.argv[1]), *sys.argv[2:]]) + chr(10))
 """
+# a line that names a program has no room for a blank in its path
+NOTE = f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -c {shlex.quote(NOTING)} "$0" "$@"\n'
 PROGRAMS = {
     "torchrun": NOTE,
     "python": NOTE,

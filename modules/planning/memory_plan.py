@@ -194,15 +194,20 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     ]
 
 
-BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block
+BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block that can be split
 
 
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
-    """Return the weights of each block, in the order in which the blocks run."""
-    return tuple(
-        tuple((len(weight) if weight.ndim else 1, weight.nbytes) for weight in block.parameters())
-        for block in chain.from_iterable(spec.blocks(dit).values())
-    )
+    """Return the weights of each block that --shard_base splits, in the order in which the blocks run.
+
+    Of its vectors that is one alone (`modules.offload.sharding`).
+    """
+    found: list[BlockWeights] = []
+    for block in chain.from_iterable(spec.blocks(dit).values()):
+        weights = sorted(block.parameters(), key=lambda weight: weight.ndim < 2)  # vectors last
+        matrices = sum(weight.ndim > 1 for weight in weights)
+        found.append(tuple((len(each) if each.ndim else 1, each.nbytes) for each in weights[: matrices + 1]))
+    return tuple(found)
 
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
