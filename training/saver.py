@@ -89,11 +89,6 @@ def make_saver(
         card = write_card(
             plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
         )
-    if not is_first:  # the first one passes on what all have written
-
-        def publish(*_: object) -> None: ...
-
-        publish_state = publish
     write: Callable[[Path, SavedState], None] = write_state
     if plan.splits_model:
         from training.saving.split_model import write_split_state
@@ -108,10 +103,9 @@ def make_saver(
         publish_state,
         write_average if run.average.values else None,
     )
-    if is_first:
-        saver.remove_leftovers()
-        saver.tidy_steps(progress.step)  # what a run that was killed had no time for
-        saver.tidy_epochs(progress.epoch)
+    saver.remove_leftovers()
+    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
+    saver.tidy_epochs(progress.epoch)
     return saver
 
 
@@ -138,9 +132,8 @@ def take_state(run: TrainingRun) -> SavedState:
     kept = optimizer_state(run.optimizer, run.trainable.names)
     for name, weight in _stepped_rows(run).items():
         values = kept["states"].get(name, {})
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim:
-                values[key] = as_split(weight, value)
+        rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
+        values |= {key: as_split(weight, value) for key, value in rows.items()}
     return SavedState(
         Path(),
         plan.progress,

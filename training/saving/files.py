@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,13 @@ class Saver:
 
 
 class SharingSaver(Saver):
-    """Give the first process this process' part of what that one saves."""
+    """Give the first process this process' part of what that one saves, passes on and tidies."""
+
+    def _save(self, stem: str, with_state: bool) -> None:
+        keeping = replace(self, publish=lambda _: None, publish_state=lambda _: None)
+        Saver._save(keeping, stem, with_state)
+
+    def remove_leftovers(self) -> None: ...
 
     def tidy_steps(self, step: int) -> None: ...
 
