@@ -60,7 +60,7 @@ class DitLoader:
         uses = self.uses[expert] if self.uses else ()
         patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
         host = place or swapped_weights(family.dit, speed.swap, self.device)
-        shares = shared_blocks(speed.sharding, self.device) if speed.sharding.shard_base else None
+        shares = shared_blocks(speed.sharding, self.device)
         placement = Placement(
             self.device,
             attention=speed.attention.choice,

@@ -249,8 +249,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         for option in (option for option, is_given in given.items() if is_given):
             logger.warning("%s is ignored because a single transformer takes no turns", option)
         rules = TurnRules()
-    sharding = options.speed.sharding
-    blocks = shared_blocks(sharding, loader.device) if sharding.shard_base else None
+    blocks = shared_blocks(options.speed.sharding, loader.device)
     aside = loader.aside if blocks is None else None
     if blocks is not None:
         rules = replace(rules, together=True)

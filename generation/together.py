@@ -24,7 +24,7 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
 from modules.offload.mesh import ProcessGrid, device_mesh
-from modules.offload.sharding import LAUNCH, agree, join_processes, launched_processes
+from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
 from modules.speed_options import ShardingOptions
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class SharedPasses:
                     (velocity,) = predict(calls[tweaks][key], tweaks=tweaks)
                     mine.copy_(velocity)
                 found = mine.new_empty(self.processes * len(mine), *mine.shape[1:])
-                distributed.all_gather_into_tensor(found, mine, self._group)
+                gather_parts(found, mine, self._group)
                 made.update(zip(at_once, found.chunk(self.processes), strict=False))
         return made
 

@@ -153,7 +153,7 @@ class Loading:
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
         sharding = options.speed.sharding
-        shares = shared_blocks(sharding, device) if sharding.shard_base else None
+        shares = shared_blocks(sharding, device)
         dit = _load_dit(self.plan, family, index, host, shares)
         if shares is not None and self.plan.splits_model:
             shares.split(dit)

@@ -77,8 +77,8 @@ def _lay_out(
 ) -> tuple[list[str], bytes]:
     """Return the names in the order of the file, and its header.
 
-    Header: 8 bytes of length, then JSON padded with spaces
-    to a multiple of 8. Source: huggingface.co/docs/safetensors. Raises OutputError if it is too large.
+    Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
+    huggingface.co/docs/safetensors. Raises OutputError if it is too large.
     """
     order = order_of(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}

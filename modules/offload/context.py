@@ -24,7 +24,7 @@ from modules.attention.attend import SecondText
 from modules.contract.steps import Tweaks
 from modules.errors import OptionError
 from modules.offload.mesh import ProcessGrid, device_mesh
-from modules.offload.sharding import TOKEN_GROUP, TOKEN_PART
+from modules.offload.sharding import TOKEN_GROUP, TOKEN_PART, gather_parts
 from modules.private_torch import exchange_rows
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
@@ -159,7 +159,7 @@ class _Join(torch.autograd.Function):
         ctx.part = part
         sent = part._fill_up(x).contiguous()
         joined = sent.new_empty(part.count, *sent.shape)
-        distributed.all_gather_into_tensor(joined.view(-1, *sent.shape[1:]), sent, group=part.group)
+        gather_parts(joined.view(-1, *sent.shape[1:]), sent, part.group)
         return joined.movedim(0, 1).flatten(1, 2)[:, : part.length]
 
     @staticmethod

@@ -26,16 +26,6 @@ class ProcessGrid:
     context: int = 1  # processes of a part, which share the tokens of a clip
 
     @property
-    def peers(self) -> int:
-        """Return how many processes work on one micro-batch."""
-        return self.passes * self.context
-
-    @property
-    def data_rank(self) -> int:
-        """Return the number of this process' group."""
-        return self.rank // self.peers
-
-    @property
     def pass_rank(self) -> int:
         """Return which part of the passes of a step this process runs."""
         return self.rank // self.context % self.passes

@@ -204,6 +204,13 @@ def rows_here(weight: Any) -> Tensor:
     return rows
 
 
+def gather_parts(whole: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
+    """Fill `whole` with the parts that all processes, or those of a group, have: one behind the other."""
+    # the old name is deprecated where there is the new one
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(whole, part, group)
+
+
 def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     """Return a tensor whole of which each process has the rows that it has of a split weight."""
     count = distributed.get_world_size()
@@ -212,8 +219,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
     mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
     whole = mine.new_empty(count * mine.numel())
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(whole, mine)
+    gather_parts(whole, mine)
     return whole[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
 
 
@@ -258,9 +264,8 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 def set_weight(weight: Tensor, whole: Tensor) -> None:
     """Set a weight in place: of one that is split, this process' part."""
-    if hasattr(weight, "to_local"):
-        weight, rows = weight.to_local(), -(-len(whole) // distributed.get_world_size())
-        whole = whole[distributed.get_rank() * rows :][: len(weight)]
+    if is_split(weight):
+        weight, whole = rows_here(weight), rows_of(weight, whole)
     weight.copy_(whole)
 
 
