@@ -323,7 +323,7 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler.prompts:
-        was_stopped, together = False, run.steps.everyone if run.steps.in_lockstep else 1
+        was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(

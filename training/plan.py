@@ -258,7 +258,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
         processes=sharding.groups_of(processes),
         peers=sharding.context_parallel,
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=sharding.is_asked and processes > 1,
+        in_lockstep=sharding.shard_base and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

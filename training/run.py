@@ -121,12 +121,8 @@ def _set_earlier_aside(plan: TrainingPlan) -> None:
 
 
 def _shared_blocks(plan: TrainingPlan) -> BlockPlace | None:
-    """Return what splits text encoders over processes that run equal passes; None if each has them whole."""
-    return (
-        shared_blocks(plan.options.speed.sharding, plan.accelerator.device)
-        if plan.steps.in_lockstep
-        else None
-    )
+    """Return what splits text encoders over processes; None if each has them whole."""
+    return shared_blocks(plan.options.speed.sharding, plan.accelerator.device)
 
 
 def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
@@ -158,6 +154,6 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         has_metadata,
         weights,
         options.preview,
-        plan.steps.in_lockstep,
+        plan.steps.works_together,
         _shared_blocks(plan),
     )

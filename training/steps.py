@@ -49,6 +49,11 @@ class StepPlan:
     peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
 
     @property
+    def works_together(self) -> bool:
+        """Return whether several processes run the same passes for a sample."""
+        return self.in_lockstep or self.peers > 1
+
+    @property
     def everyone(self) -> int:
         """Return the number of processes, each counted by itself."""
         return self.processes * self.peers

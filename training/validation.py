@@ -115,7 +115,7 @@ class Validation:
                 sums[places] += torch.tensor(losses, dtype=torch.float64)
             for item in repeated:  # for the others, which gather the blocks from this process
                 self._losses(item, [levels[place] for place in places], dit, autocast)
-        if self.in_lockstep or self.processes > 1:
+        if self.processes > 1:
             shared = sums.to(self.device)
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
