@@ -337,7 +337,8 @@ def add_options(
                     refused={**inner.get("refused", {}), **reasons},
                 )
             elif declared is not None and declared.help:
-                required = {**declared.settings, **more.get(name, {})}.get("required") or declared.positional
+                given = {**declared.settings, **more.get(name, {})}
+                required = given.get("required") or (declared.positional and given.get("nargs") != "*")
                 default = own[name] if name in own else None if required else default_of(cls, field)
                 if name in without:
                     parser.set_defaults(**{name.replace("-", "_"): default})

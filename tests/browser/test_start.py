@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
+from browser.options import BrowserOptions
 from browser.start import draw_code
+from modules.parser import parse_options
 from tests.browser.serving import write_run
 from tests.commands import ROOT, run_python
 
@@ -33,6 +35,10 @@ def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) 
     finally:
         process.kill()
     assert (process.returncode, said) == (0, ("", ""))
+
+
+def test_without_a_folder_it_looks_into_this_one() -> None:
+    assert parse_options("", [], BrowserOptions)[0].folders == (Path(),)
 
 
 def test_the_browser_never_loads_torch() -> None:

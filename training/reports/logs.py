@@ -360,7 +360,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise UserError(
                 f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
-                f"[{' or '.join(options.trackers)}]"
+                f"[{next(iter(options.trackers), 'wandb')}]"
             )
     return tables
 
