@@ -63,9 +63,8 @@ ROWS = {
     "whole models": (Division(2), TWICE),
     "shared blocks": (Division(2, shards=True), ("--shard_base", *CHECKPOINTED, *TWICE)),
     "shared blocks in fp8": (Division(2, shards=True), ("--shard_base", "--fp8_base", "--fp8_scaled")),
-    # SEAM: rows for --context_parallel, to be added with the option:
-    # "shared tokens": (Division(2, context=2), ("--context_parallel", "2")),
-    # "both": (Division(2, True, 2), ("--shard_base", "--context_parallel", "2", *CHECKPOINTED, *TWICE)),
+    "shared tokens": (Division(2, context=2), ("--context_parallel", "2")),
+    "both": (Division(2, True, 2), ("--shard_base", "--context_parallel", "2", *CHECKPOINTED, *TWICE)),
 }
 
 
