@@ -5,12 +5,14 @@ those of one process that runs the passes one after the other, to the bit.
 import sys
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.commands import ROOT, run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.test_context_parallel import Wide
 from tests.test_shard_base import OTHERS, SIZE, TEACACHE, USUAL, Shared, generate, with_slow
 from tests.tiny.wan import write_tiny_wan
 
@@ -96,6 +98,19 @@ def test_each_process_has_both_experts(project: Shared) -> None:
     )
 
     assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard_base",), TEACACHE], ids=["whole", "parts", "teacache"])
+def test_processes_share_passes_and_tokens(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Of four processes each pass has two, which share its tokens."""
+    project = Wide(USUAL, tmp_path)
+    words = (*PROMPT, *(word for word in more if word != "--shard_base"))
+    (expected,) = generate(project, "alone", 1, *words)
+
+    (found,) = generate(project, "shared", 4, *words, by=(*PASSES, "--context_parallel", "2", *more))
+
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
 def test_a_run_says_if_there_is_nothing_to_share(project: Shared) -> None:
