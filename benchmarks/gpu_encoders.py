@@ -72,7 +72,8 @@ def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, i
 
 def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
     """Load HunyuanVideo's Llama; texts stand behind the template."""
-    from encoders.language_models import LLAMA, language_states, load_language_model
+    from encoders.language_models import LLAMA, load_language_model
+    from encoders.language_states import language_states
     from hunyuan_model.configs import SKIP_LAYERS
     from hunyuan_model.text_encoders import LLAVA_USE, VIDEO_TEMPLATE
 

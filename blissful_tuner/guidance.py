@@ -24,6 +24,7 @@ from blissful_tuner.guidance_formulas import (
     active_steps,
     add_skipped_layers,
     cfg_zero,
+    guide_stream,
     keep_norms,
     limit_norm,
     make_passes,
@@ -36,7 +37,7 @@ from blissful_tuner.guidance_formulas import (
 )
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.requests import Prepared
-from modules.contract.rules import ONE_EXPERT, Expert, expert_at
+from modules.contract.rules import ONE_EXPERT, Expert, StreamGuidance, expert_at
 from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
@@ -69,7 +70,8 @@ def make_guidance(
             return torch.zeros_like(step.noisy)
         if not asked or asked[0][0] is not section:
             asked[:] = [(section, nag_tweaks(options.nag, section) if options.nag.is_on else NO_TWEAKS)]
-        return plan.combine(make_passes(plan, predict, section, asked[0][1], join, run))
+        made = make_passes(plan, predict, section, asked[0][1], join, run)
+        return plan.combine(made, step, section)
 
     return guide
 
@@ -83,20 +85,29 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     weakened = Pass("negative", Tweaks(skip_blocks=layers))
     weakens = active_steps(options, prepared.num_steps) if layers else range(0)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
-    rule = prepared.rules.projection
+    rules = prepared.rules
+    rule = rules.projection
     given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
+    if rules.streams:
+        given |= {"--slg_layers": bool(layers), "--guidance_rescale": options.guidance_rescale != 0}
     for option, is_given in given.items():
-        if rule is not None and is_given:
+        if is_given and (rule is not None or rules.streams):
+            own = "for the picture and for the sound" if rules.streams else "projected guidance"
             raise OptionError(
-                f"{option} replaces the formula of guidance, and this model has one of its own (projected "
-                "guidance). Leave it out"
+                f"{option} replaces the formula of guidance, and this model has one of its own ({own}). "
+                "Leave it out"
             )
-    momentum = None if rule is None else Momentum(rule.momentum)
+    perturbed = Pass("positive", Tweaks(skip_self_attention=rules.perturbed_blocks))
+    isolated = Pass("positive", Tweaks(isolated=True))
 
-    def plan(index: int, scale: float | None) -> PassPlan:
-        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        if scale is None:
-            return PassPlan(factor=factor)
+    def stream_stages(own: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
+        modality = 0 if prepared.joint is None else own.modality - 1
+        weights = {NEGATIVE: (scale if own.text is None else own.text) - 1}
+        weights |= {perturbed: own.perturbed, isolated: modality}
+        weights = {one: weight for one, weight in weights.items() if weight}
+        return (guide_stream(own, weights),) if weights else ()
+
+    def plain_stages(index: int, scale: float, momentum: Momentum | None) -> tuple[GuidanceStage, ...]:
         skips = index in weakens
         negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
         stages, share = list[GuidanceStage](), options.guidance_rescale
@@ -113,11 +124,23 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
             stages.append(add_skipped_layers(weakened, options.slg_scale))
         if stages and share != 0:
             stages.append(rescale(share))
-        if stages and prepared.rules.norm_limit is not None:
-            stages.append(limit_norm(prepared.rules.norm_limit))
-        if stages and prepared.rules.token_side is not None:
-            stages.append(keep_norms(prepared.rules.token_side))
-        return PassPlan(tuple(stages), factor, of_all)
+        if stages and rules.norm_limit is not None:
+            stages.append(limit_norm(rules.norm_limit))
+        if stages and rules.token_side is not None:
+            stages.append(keep_norms(rules.token_side))
+        return tuple(stages)
+
+    momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
+
+    def plan(index: int, scale: float | None) -> PassPlan:
+        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
+        if scale is None:
+            return PassPlan(factor=factor)
+        if rules.streams:
+            made = [stream_stages(own, scale) for own in rules.streams]
+        else:
+            made = [plain_stages(index, scale, momentum) for momentum in momenta]
+        return PassPlan(made[0], () if prepared.joint is None else made[1], factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
@@ -156,6 +179,9 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     if options.cfg_skip_mode != "none" and ratio is not None:
         applied = choose_applied_steps(options.cfg_skip_mode, ratio, num_steps)
     usual = 1 - prepared.rules.off_at
+    # beside the prompt's
+    streams = prepared.rules.streams
+    has_more = any(own.perturbed or own.modality != 1 or own.text not in (None, 1) for own in streams)
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
@@ -163,7 +189,8 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             found.append(tuple(None if one is None else one + usual for one in steps))
         else:  # at 1 the formula gives the positive velocity back
             weight = scale + usual
-            found.append(tuple(weight if is_applied and weight != 1 else None for is_applied in applied))
+            guides = weight != 1 or has_more
+            found.append(tuple(weight if is_applied and guides else None for is_applied in applied))
     return found
 
 

@@ -6,7 +6,7 @@ theirs. All passes of a step's stages are requested together, each once, however
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions, NagOptions
 from modules.contract.data import Conditions
-from modules.contract.rules import Projection
-from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Tweaks
+from modules.contract.rules import Projection, StreamGuidance
+from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Step, Tweaks
 
 JoinTweaks = Callable[[Tweaks, Tweaks], Tweaks]  # those of a pass, those of all passes -> both together
 Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
@@ -37,7 +37,7 @@ class Pass:
 
 
 POSITIVE, NEGATIVE, BLANK = Pass("positive"), Pass("negative"), Pass("blank")
-Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32
+Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32, or B C T M of sound
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class GuidanceStage:
     passes: tuple[Pass, ...]
     # the velocity so far, which begins as that of the positive pass, and those of the passes -> the next one
     change: Callable[[Tensor, Velocities], Tensor]
+    is_of_clean: bool = False  # it takes and returns predicted clean latents in place of velocities
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PassPlan:
     """Passes and stages of one step; without stages it is the positive pass alone."""
 
     stages: tuple[GuidanceStage, ...] = ()
+    sound: tuple[GuidanceStage, ...] = ()  # those of the sound, if it is made with the picture
     factor: float = 1.0  # of the velocity in the end; 0: no pass is made
     tweaks: Tweaks = NO_TWEAKS  # of all passes
 
@@ -62,19 +64,42 @@ class PassPlan:
         """Return the passes of all stages, each once, the positive one first."""
         if self.factor == 0:
             return ()
-        return tuple(dict.fromkeys([POSITIVE, *(one for stage in self.stages for one in stage.passes)]))
+        stages = (*self.stages, *self.sound)
+        return tuple(dict.fromkeys([POSITIVE, *(one for stage in stages for one in stage.passes)]))
 
     @property
     def most_together(self) -> int:
         """Return how many passes can be one batch at most: those with the same tweaks."""
         return max(Counter(one.tweaks for one in self.passes).values(), default=0)
 
-    def combine(self, velocities: Velocities) -> Tensor:
-        """Return the velocity that the solver follows. There is at least one pass."""
-        velocity = velocities[POSITIVE]
-        for stage in self.stages:
-            velocity = stage.change(velocity, velocities)
+    def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
+        """Return the velocity that the solver follows. There is at least one pass.
+
+        Picture and sound are guided each by itself; what is wholly given has the velocity 0.
+        """
+        joint = section.tweaks.joint
+        if joint is None:
+            velocity = _guide(self.stages, velocities, step.noisy, step.sigma)
+        else:
+            noisy, parts = joint.split(step.noisy), {one: joint.split(v) for one, v in velocities.items()}
+            made = (
+                _guide(stages, {one: part[index] for one, part in parts.items()}, noisy[index], step.sigma)
+                for index, stages in enumerate((self.stages, self.sound))
+            )
+            streams = zip(made, section.held, strict=True)
+            velocity = joint.join(*(torch.zeros_like(one) if is_held else one for one, is_held in streams))
         return velocity if self.factor == 1 else velocity * self.factor
+
+
+def _guide(stages: Sequence[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
+    velocity = velocities[POSITIVE]
+    for stage in stages:
+        if stage.is_of_clean:
+            clean = {one: noisy - sigma * each for one, each in velocities.items()}
+            velocity = (noisy - stage.change(noisy - sigma * velocity, clean)) / sigma
+        else:
+            velocity = stage.change(velocity, velocities)
+    return velocity
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
@@ -191,6 +216,22 @@ def rescale(share: float) -> GuidanceStage:
         return velocity * (share * factor + (1 - share))
 
     return GuidanceStage((POSITIVE,), change)
+
+
+def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
+    """Guide a picture, or its sound, by the differences to several passes, and rescale the result.
+
+    weights: of c - x, for the prediction x of each pass. Formula and source: `StreamGuidance`.
+    """
+    to_scale = rescale(rule.rescale)
+
+    def change(clean: Tensor, predicted: Velocities) -> Tensor:
+        guided = clean
+        for one, weight in weights.items():
+            guided = guided + weight * (clean - predicted[one])
+        return to_scale.change(guided, predicted) if rule.rescale else guided
+
+    return GuidanceStage((POSITIVE, *weights), change, is_of_clean=True)
 
 
 def limit_norm(limit: float) -> GuidanceStage:

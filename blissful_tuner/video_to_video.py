@@ -70,8 +70,14 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """Return the request with the first step that is made of its source, which is long enough.
 
-    Raises MediaError if a video has too few frames, OptionError if latents have another number.
+    Raises MediaError if a video has too few frames, OptionError if latents have another number, or if the
+    video has sound too: noise alone is no start for it at a later step.
     """
+    if prepared.joint is not None:
+        raise OptionError(
+            f"--{source.option} {source.path}: a video that is made with its sound starts from noise. Make "
+            f"it without sound, or leave --{source.option} out"
+        )
     if source.option == LATENTS:
         found = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
         needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
@@ -90,7 +96,9 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
             raise _too_short(source, found, needed)
     if source.needs_vae and family.source.stretches:
         _warn_of_stretch(source, prepared, family)
-    schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+    schedule = make_schedule(
+        prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, prepared.levels
+    )
     return replace(prepared, first_step=first_step(source, schedule))
 
 

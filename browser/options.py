@@ -28,6 +28,11 @@ class BrowserOptions(Options, title="browser"):
         default="127.0.0.1",
     )
     token: Path | None = option("file with a secret word; who does not have it sees nothing", place="file")
+    work: bool = option(
+        "run the command lines of the queue one after another: FOLDER/reelsmith-queue/queue.txt, see "
+        "docs/browser.md",
+        excludes=("read_only", "export"),
+    )
     read_only: bool = option("show no buttons and write no file")
     export: Path | None = option(
         "write one run as a page that needs no server, and end",

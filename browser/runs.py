@@ -26,6 +26,7 @@ from training.reports.sample_files import FOLDER as SAMPLES
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
 SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
+CONFIG = ".toml"  # of datasets
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
@@ -251,7 +252,8 @@ class Runs:
     def __init__(self, folders: Collection[Path]) -> None:
         """folders: or histories themselves."""
         self.roots = [folder.resolve() for folder in folders]
-        self._folders: dict[Path, tuple[int, list[Path], list[Path]]] = {}  # time, folders in it, histories
+        # time, folders in it, histories, .toml files
+        self._folders: dict[Path, tuple[int, list[Path], list[Path], list[Path]]] = {}
         self._glances: dict[str, tuple[tuple[int, int, int], Glance]] = {}
         self._open: dict[Path, OpenHistory] = {}
         self.lock = threading.RLock()  # of all that is known here, stories too
@@ -276,7 +278,8 @@ class Runs:
         try:
             changed = folder.stat().st_mtime_ns
             if folder.is_file():
-                yield folder
+                if folder.suffix != CONFIG:
+                    yield folder
                 return
             known = self._folders.get(folder)
             if known is None or known[0] != changed:
@@ -308,28 +311,40 @@ class Runs:
                 del self._open[path]
             return shown
 
+    def configs(self) -> list[Path]:
+        """Return the .toml files that were given, and those in the folders that `look` has seen."""
+        with self.lock:
+            given = [root for root in self.roots if root.suffix == CONFIG]
+            return given + [path for *_, configs in self._folders.values() for path in configs]
+
     def is_inside(self, path: Path) -> bool:
         """Return whether a path leads to a file below the folders."""
+        return self.is_below(path) and path.is_file()
+
+    def is_below(self, path: Path) -> bool:
+        """Return whether a path leads to something that is there, below the folders."""
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             return False
         tops = [root if root.is_dir() else root.parent for root in self.roots]
-        return real.is_file() and any(real.is_relative_to(top) for top in tops)
+        return any(real.is_relative_to(top) for top in tops)
 
 
 MOST_OPEN = 8  # histories in memory
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    inner, histories = [], []
+def _list_folder(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    inner, histories, configs = [], [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name.endswith(END) and entry.is_file(follow_symlinks=False):
                 histories.append(Path(entry.path))
+            elif name.endswith(CONFIG) and entry.is_file(follow_symlinks=False):
+                configs.append(Path(entry.path))
             elif entry.is_dir(follow_symlinks=False) and not (
                 name.startswith(".") or name == SAMPLES or name.endswith("-state")
             ):
                 inner.append(Path(entry.path))
-    return inner, histories
+    return inner, histories, configs

@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from browser.answers import NO_WRITING, Form, answer_form, answer_gone, answer_json, answer_page
+from browser.compare_views import compare_routes
+from browser.dataset_pages import dataset_routes
+from browser.jobs import JobQueue, open_queue
+from browser.queue_views import queue_routes
 from browser.runs import RUNNING, Glance, Runs
-from browser.views import HERE, POLICY, FileNotes, as_json, file_of, list_page, mark_list, run_page, tell_news
+from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +35,37 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-GONE = "This run or file is not there (any more)."
+MOST_BYTES = 128 << 10  # of a request: a caption as JSON has the most
 
 
 @dataclass
 class Gate:
-    """Let only those requests through that come from pages of this server, and know the token.
+    """Let only those requests through that come from pages of this server, know the token, and are small.
 
     A page of another site can make a browser send requests here: its origin tells. A name that leads here
     by another's tables of names is refused too, as its pages would be of our origin.
+    With `read_only` no request passes that could write: routes need not ask for it.
     """
 
     app: ASGIApp
     names: frozenset[str]  # that the server is called by; addresses always are
     token: str | None
+    read_only: bool
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request, is_begun = Request(scope), False
+        request, is_begun, received = Request(scope), False, 0
+
+        async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BYTES:
+                raise HTTPException(413, f"A request has at most {MOST_BYTES:,} bytes.")
+            return message
 
         async def send_guarded(message: Message) -> None:
             nonlocal is_begun
@@ -63,7 +79,7 @@ class Gate:
 
         try:
             refusal = self._check(request)
-            await (refusal or self.app)(scope, receive, send_guarded)
+            await (refusal or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
             if not is_begun:
@@ -82,6 +98,8 @@ class Gate:
             return PlainTextResponse("Wrong origin.", 403)
         if site not in ("none", "same-origin") and not is_opened:
             return PlainTextResponse("Wrong origin.", 403)
+        if self.read_only and not is_read:
+            return PlainTextResponse(NO_WRITING, 403)
         if self.token is None:
             return None
         given = request.query_params.get("token")
@@ -114,10 +132,17 @@ class Gate:
 
 
 def make_app(
-    runs: Runs, host: str = "localhost", token: str | None = None, read_only: bool = False
+    runs: Runs,
+    host: str = "localhost",
+    token: str | None = None,
+    read_only: bool = False,
+    queue: JobQueue | None = None,
 ) -> ASGIApp:
-    """Return the application. host: what it is called by, besides addresses and this machine's name."""
-    notes = FileNotes()
+    """Return the application. host: what it is called by, besides addresses and this machine's name.
+
+    queue: of `open_queue` if None.
+    """
+    notes, queue = FileNotes(), queue or open_queue(runs, read_only)
 
     def find(request: Request) -> Glance | None:
         return runs.find(request.path_params["id"])
@@ -127,20 +152,18 @@ def make_app(
         mark = f'"{mark_list(found, asked)}"'
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304, headers={"etag": mark})
-        return HTMLResponse(_encode(list_page(runs, found, asked)), headers={"etag": mark})
+        return answer_page(list_page(runs, found, asked), headers={"etag": mark})
 
     def show_run(request: Request) -> Response:
         run = find(request)
-        return _missing() if run is None else HTMLResponse(_encode(run_page(runs, run, not read_only)))
+        return answer_gone() if run is None else answer_page(run_page(runs, run, not read_only))
 
     def show_news(request: Request) -> Response:
         run = find(request)
         if run is None:
-            return _missing()
+            return answer_gone()
         try:
-            return Response(
-                as_json(tell_news(runs, run, request.query_params)), media_type="application/json"
-            )
+            return answer_json(tell_news(runs, run, request.query_params))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 
@@ -149,23 +172,21 @@ def make_app(
             run = find(request)
             path = None if run is None else file_of(runs, run, request.path_params["name"])
         try:
-            return _missing() if path is None else HTMLResponse(_encode(notes.tell(path)))  # takes a while
+            return answer_gone() if path is None else answer_page(notes.tell(path))  # takes a while
         except OSError:
-            return _missing()
+            return answer_gone()
 
     def show_file(request: Request) -> Response:
         run = find(request)
         path = None if run is None else file_of(runs, run, request.path_params["name"])
-        return _missing() if path is None else FileResponse(path)
+        return answer_gone() if path is None else FileResponse(path)
 
-    async def ask(request: Request) -> Response:
-        run = find(request)
-        body = await request.body() if int(request.headers.get("content-length", "0")) < 100 else b""
-        kind = body.decode("ascii", "replace").removeprefix("what=")
-        if read_only:
-            return PlainTextResponse("The server was started with --read_only.", 403)
+    def ask(request: Request, form: Form) -> Response:
+        with runs.lock:
+            run = find(request)
+        kind = "".join(form.get("what", ()))
         if run is None or kind not in KINDS:
-            return _missing()
+            return answer_gone()
         if run.state != RUNNING or run.start is None or not run.start.listens:
             return PlainTextResponse("Only a running training with --sample_now can be asked.", 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
@@ -173,7 +194,7 @@ def make_app(
 
     def show_static(request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
-        return _missing() if path is None else FileResponse(path)
+        return answer_gone() if path is None else FileResponse(path)
 
     def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
         def answer(request: Request) -> Response:
@@ -181,7 +202,7 @@ def make_app(
                 with runs.lock:
                     return show(request)
             except OSError:
-                return _missing()
+                return answer_gone()
 
         return answer
 
@@ -190,21 +211,15 @@ def make_app(
         Route("/static/{name}", guard(show_static)),
         Route("/run/{id}/", guard(show_run)),
         Route("/run/{id}/news", guard(show_news)),
-        Route("/run/{id}/ask", ask, methods=["POST"]),
+        Route("/run/{id}/ask", answer_form(ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", show_about),
         Route("/run/{id}/{name:path}", guard(show_file)),
+        *queue_routes(queue),
+        *compare_routes(runs, notes, queue),
+        *dataset_routes(runs, read_only),
     ]
     machine = socket.gethostname().lower()
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
-    return Gate(app, names, token)
-
-
-def _missing() -> Response:
-    return PlainTextResponse(GONE, 404)
-
-
-def _encode(text: str) -> bytes:
-    """Return a page's bytes; a part of a file's name that is no text becomes \\udce9."""
-    return text.encode("utf-8", "backslashreplace")
+    return Gate(app, names, token, read_only)

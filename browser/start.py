@@ -7,6 +7,7 @@ import socket
 import sys
 from typing import Any
 
+from browser.jobs import open_queue
 from browser.options import BrowserOptions
 from browser.runs import Runs
 from modules.errors import InstallationError, OutputError
@@ -35,13 +36,19 @@ def run_browser(options: BrowserOptions) -> None:
         ) from None
     listener = open_socket(options.host, options.port)
     port = listener.getsockname()[1]
+    queue = open_queue(runs, options.read_only)
+    if options.work:
+        queue.begin_work()
     show_address(options, port, token)
-    app: Any = make_app(runs, options.host, token, options.read_only)
+    app: Any = make_app(runs, options.host, token, options.read_only, queue)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    finally:
+        queue.end_work()
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -1,8 +1,8 @@
 """Make the pages of runs, their curves as JSON and what is said of a file; write a run as one page."""
 
 import hashlib
-import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,8 @@ MOST_POINTS = 1500  # of a curve; zooming shows more
 MOST_MESSAGES = 500
 SEEN = 20  # steps that the time left is told by
 MOST_TEXT = 4000  # characters of a value of a file's metadata
+COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
+COMPARED = re.compile(rf"{COMPARED_FOLDER}/\d{{3,}}_\d+_[^/\\]+\.(mp4|png)")
 # what a page may load: itself, and data of its own
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -216,11 +218,11 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
-    """Return a file that the page of a run links: a saved file or a sample. None if there is no such one."""
+    """Return a file that a page links: a saved file, a sample or a clip. None if there is no such one."""
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
-    is_known = name in story.saved or name in samples
+    is_known = name in story.saved or name in samples or COMPARED.fullmatch(name)
     return folder / name if is_known and runs.is_inside(folder / name) else None
 
 
@@ -230,18 +232,23 @@ class FileNotes:
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}
 
-    def tell(self, path: Path) -> str:
-        """Return a piece of a page. Raises OSError if the file cannot be read."""
+    def hash(self, path: Path) -> str:
+        """Return the SHA-256 of a file, as letters. Raises OSError if it cannot be read."""
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
         if key not in self._hashes:
             with path.open("rb") as file:
                 self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._hashes[key]
+
+    def tell(self, path: Path) -> str:
+        """Return a piece of a page. Raises OSError if the file cannot be read."""
+        digest = self.hash(path)
         try:
             texts = read_safetensors_texts(path)
         except ValueError:
             texts = {}
-        rows = {"SHA-256": self._hashes[key]}
+        rows = {"SHA-256": digest}
         rows |= {name: escape_control_codes(shorten(text, MOST_TEXT)) for name, text in sorted(texts.items())}
         line = Markup("<tr><td>{}</td><td>{}</td></tr>")
         return Markup("<table>{}</table>").format(Markup("").join(line.format(*row) for row in rows.items()))
@@ -266,8 +273,3 @@ def export_run(runs: Runs, path: Path) -> None:
     now = Standing.of(run, story)
     clips = ClipStore(run.history.parent / SAMPLES)
     write_training_page(path, now.facts, story, clips, now.step, now.text, now.kind)
-
-
-def as_json(value: Any) -> bytes:
-    """Return JSON; what is no number there is null."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()

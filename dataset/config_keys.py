@@ -15,6 +15,8 @@ from modules.text_files import bad_character
 # of frame_extraction; what they do: dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 CACHE_FORMATS = ("files", "shards", "npz")
+# of audio: a clip without sound is a fault, or silent; or sound is of no interest
+REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
 INTERPOLATIONS = (
     *("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     *("box", "lanczos4"),  # of configurations; the option has the others
@@ -156,6 +158,7 @@ SIZE = Form(
     f"together at most {MOST_PIXELS:,} pixels",
 )
 MODE, CACHE_FORMAT = _one_of(MODES), _one_of(CACHE_FORMATS)
+AUDIO = _one_of((REQUIRED, IF_PRESENT, IGNORE))
 PATH = _form(str, _is_text, "a path in quotes", _path)
 LIST_PATH = _form(
     str,

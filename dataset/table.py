@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config_keys import (
+    AUDIO,
     BOTH,
     CACHE_FORMAT,
     COLUMN,
     COUNT,
     COUNTS,
     EXTENSION,
+    IF_PRESENT,
     LIST_PATH,
     MODE,
     NO_LAYERS,
@@ -154,6 +156,9 @@ class DatasetTable:
     download_directory: Path | None = key(PATH, only_with=OF_TABLES)
     control_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
     mask_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
+    # of models that hear: whether clips have sound, and where it is instead of in the clips
+    audio: str = key(AUDIO, IF_PRESENT, kinds=VIDEO)
+    audio_directory: Path | None = key(PATH, kinds=VIDEO, only_with=("directory",))
     alpha_mask: bool = key(YES_NO, False)  # transparent parts are not learned
     validation: bool = key(YES_NO, False)  # not trained on
     prior_loss_weight: float = key(WEIGHT, 1.0)  # factor on the loss of its items in training
@@ -280,9 +285,10 @@ class DatasetTable:
     @property
     def learning_keys(self) -> dict[str, Any]:
         """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
-        masks = {} if self.mask_directory is None else {"mask_directory": self.mask_directory.name}
+        folders = {name: getattr(self, name) for name in ("mask_directory", "audio_directory")}
+        named = {name: folder.name for name, folder in folders.items() if folder is not None}
         reg = {"is_reg": True} if self.is_reg else {}
-        return self._changed(LEARNING_DEFAULTS) | masks | reg | self.changing_keys
+        return self._changed(LEARNING_DEFAULTS) | named | reg | self.changing_keys
 
     @property
     def changing_keys(self) -> dict[str, Any]:
@@ -366,7 +372,9 @@ LEARNING_DEFAULTS = {
     **CONTROL_DEFAULTS,
     **{
         name: KEYS[name].default
-        for name in ("caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight", "alpha_mask")
+        for name in (
+            *("caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight", "alpha_mask", "audio"),
+        )
     },
 }
 # `mask` of a latent record: where the mask of its loss is from

@@ -1,14 +1,17 @@
-"""Make docs/browser_*.png, the page for all runs in two sizes, light and dark.
+"""Make docs/browser_*.png, the pages for all runs in two sizes, light and dark.
 
     python docs/browser_pictures.py
 
 Its runs and samples are drawn. It is photographed in a headless Chromium, as tests/chromium.py finds it.
 """
 
+import json
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlencode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
@@ -17,11 +20,14 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from browser.jobs import QUEUE, STATE, JobQueue  # noqa: E402
+from modules.atomic_write import write_text  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
-from tests.browser.serving import serve_runs  # noqa: E402
+from tests.browser.serving import Served, serve_runs  # noqa: E402
 from tests.chromium import open_page, wait_until  # noqa: E402
+from tests.commands import run_script  # noqa: E402
 from tests.data_tools.cutting.films import landscape  # noqa: E402
 from tests.pictures import picture  # noqa: E402
 from training.reports.history import HIGHEST, PREDICTED, History, describe_process, history_path  # noqa: E402
@@ -38,7 +44,51 @@ PROMPTS = (
     "seen from a train, low sun",
     "at night, lights in the windows",
 )
-SHOWN = (("list", 1440, "light"), ("run", 1440, "dark"), ("list", 360, "dark"), ("run", 360, "light"))
+SHOWN = {  # widths and schemes of each page
+    "list": ((1440, "light"), (360, "dark")),
+    "run": ((1440, "dark"), (360, "light")),
+    "compare": ((1440, "light"),),
+    "queue": ((1440, "light"), (360, "dark")),
+    "dataset": ((1440, "light"), (360, "dark")),
+}
+# number, script with its options, exit code; -1: it runs, None: it waits
+JOBS = (
+    (1, "wan_cache_latents.py --dataset_config harbour.toml --vae models/wan_2.1_vae.safetensors", 0),
+    (2, "wan_cache_latents.py --dataset_config coast.toml --vae models/wan_2.1_vae.safetensors", 1),
+    (3, "wan_train_network.py --config_file harbour.toml --output_name paper_harbour", -1),
+    (4, "wan_train_network.py --config_file coast.toml --output_name winter_coast --resume latest", None),
+    (5, "wan_generate_video.py --from_file prompts.txt --lora_weight output/paper_harbour.safetensors", None),
+)
+COMPARED = (300, 900, 1200)  # steps
+GENERATE = (
+    "python wan_generate_video.py --dit wan.safetensors --lora_weight x --seed 1 --save_path x/generated"
+)
+SAID = {
+    2: "DatasetError: coast.toml cannot be read: No such file or directory. Give --dataset_config the file's "
+    "path.",
+    3: "steps:  62%|######2   | 1240/2000 [1:04:26<39:30,  3.12s/it, avr_loss=0.0957]",
+}
+CAPTIONS = (  # and frames, of the clips of the dataset
+    ("a harbour in the morning, the camera moves slowly to the right", 17),
+    ("hills behind a town, low sun", 17),
+    ("rain over the market, seen from a window", 17),
+    ("a square at night", 9),
+)
+DATASET = """[general]
+resolution = [192, 112]
+caption_extension = ".txt"
+
+[[datasets]]
+video_directory = "{0}/clips"
+cache_directory = "{0}/cache"
+target_frames = [17]
+"""
+MOVES = "seen.size && [...seen].every(clip => clip.currentTime > 0)"
+READY = {
+    "queue": "true",
+    "dataset": "$('state').textContent.startsWith('o') && document.querySelectorAll('.view img').length > 3"
+    " && [...document.querySelectorAll('.view img')].slice(0, 2).every(one => one.naturalWidth)",
+}
 COLOURS = 200
 
 
@@ -47,17 +97,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for run in reversed(RUNS):  # the newest is the first
             write_run(Path(name) / run[0], *run)
-        with serve_runs(Path(name)) as served:
-            for place, width, scheme in SHOWN:
-                address = "/" if place == "list" else served.of(RUNS[0][0])
-                height = 1000 if width > 1000 else 760
-                with open_page(served.url + address, width, height, color_scheme=scheme) as page:
-                    wait_until(page, "seen.size && [...seen].every(clip => clip.currentTime > 0)")
-                    page.screenshot(path=Path(name) / "page.png")
-                shown = Image.open(Path(name) / "page.png").convert("RGB")
-                shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
-                    ROOT / "docs" / f"browser_{place}_{width}_{scheme}.png", optimize=True
-                )
+        write_dataset(Path(name) / RUNS[0][0])
+        queue = write_queue(Path(name) / "queue")
+        with serve_runs(Path(name), queue=queue) as served:
+            queue.begin_work()
+            for place, address in find_pages(served).items():
+                for width, scheme in SHOWN[place]:
+                    height = 1500 if place == "compare" else 1000 if width > 1000 else 760
+                    with open_page(served.url + address, width, height, color_scheme=scheme) as page:
+                        wait_until(page, READY.get(place, MOVES))
+                        folder = "document.querySelector('main > .note').childNodes[1]"  # a temporary one
+                        page.evaluate(f"if (typeof drafts !== 'undefined') {folder}.remove()")
+                        page.screenshot(path=Path(name) / "page.png")
+                    shown = Image.open(Path(name) / "page.png").convert("RGB")
+                    shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
+                        ROOT / "docs" / f"browser_{place}_{width}_{scheme}.png", optimize=True
+                    )
+
+
+def find_pages(served: Served) -> dict[str, str]:
+    """Return the address of each page that is photographed."""
+    run, listed = served.of(RUNS[0][0]), served.ask("/datasets").text
+    files = [f"{run.split('/')[2]}/{saved_name(RUNS[0][0], step)}" for step in COMPARED]
+    asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "in fog --d 7"}, doseq=True)
+    dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
+    return {"list": "/", "run": run, "compare": f"/compare?{asked}", "queue": "/queue", "dataset": dataset}
 
 
 def write_run(
@@ -66,7 +130,8 @@ def write_run(
     """Write the history and the samples of a run whose pictures become sharper."""
     history, generator = History(history_path(folder, name), 1), np.random.default_rng(seed)
     (folder / "sample").mkdir(parents=True)
-    told = {"model": model, "total_steps": total, "changed": [], "unchanged": [], "listens": True}
+    given = [["dataset_config", str(folder / "dataset.toml")]]  # only the first has one
+    told = {"model": model, "total_steps": total, "changed": given, "unchanged": [], "listens": True}
     history.add(0, started={**told, "process": describe_process()})
     history.add(0, memory=[[PREDICTED, "14.6 GiB"], [HIGHEST, "15.1 GiB"]])
     for each in range(0, step + 1, 10):
@@ -85,9 +150,45 @@ def write_run(
             history.add(
                 each, samples=f"{each:06d}", files=files, prompts=dict(zip(files, PROMPTS, strict=True))
             )
+        if each in (*COMPARED, 600):
+            (folder / saved_name(name, each)).write_bytes(b"")
+            history.add(each, saved=saved_name(name, each))
+    history.add(step, commands=[["Generate with it", GENERATE, GENERATE, ""]])
     if end:
         history.add(step, ended=end[0], kind=end[1])
     history.flush()
+
+
+def saved_name(name: str, step: int) -> str:
+    return f"{name}-step{step:08d}.safetensors"
+
+
+def write_queue(folder: Path) -> JobQueue:
+    """Write a queue whose running job is this process."""
+    (folder / "logs").mkdir(parents=True)
+    rows = []
+    for number, words, code in JOBS:
+        process = None if code is None else describe_process()
+        rows.append({"id": number, "line": f"python {words}", "folder": "/home/me/films", "process": process})
+        (folder / "logs" / f"{number}.log").write_text(SAID.get(number, ""), encoding="utf-8")
+        if code in (0, 1):
+            (folder / "logs" / f"{number}.code").write_text(str(code), encoding="utf-8")
+    write_text(folder / STATE, json.dumps({"last": len(JOBS), "worker": None, "jobs": rows}))
+    write_text(folder / QUEUE, "".join(f"{row['line']}\n" for row in rows))
+    return JobQueue(folder)
+
+
+def write_dataset(folder: Path) -> None:
+    """Write clips and cache them by the pocket models; then one caption is changed."""
+    (folder / "clips").mkdir()
+    for seed, (caption, frames) in enumerate(CAPTIONS, 2):
+        write_video(folder / f"clips/{seed}.mp4", iter(draw_clip(seed, 0, frames)), 16, crf=20)
+        (folder / f"clips/{seed}.txt").write_text(caption, encoding="utf-8")
+    (folder / "dataset.toml").write_text(DATASET.format(folder.as_posix()), encoding="utf-8")
+    given = ("--dataset_config", folder / "dataset.toml")
+    run_script("wan_cache_latents.py", *given, "--vae", ROOT / "pocket/vae.safetensors")
+    run_script("wan_cache_text_encoder_outputs.py", *given, "--t5", ROOT / "pocket/t5.safetensors")
+    (folder / "clips/3.txt").write_text("hills behind a town in autumn, low sun", encoding="utf-8")
 
 
 def draw_clip(seed: int, blur: float, frames: int = 17, width: int = 320, height: int = 240) -> list[Frame]:

@@ -56,8 +56,10 @@ def _components_of(family: str) -> dict[Component, list[str]]:
 def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
+        "--ltx2_checkpoint",
         *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--byt5", "--gemma2"),
+        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--byt5"),
+        *("--gemma2", "--gemma_root"),
         *("--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model"),
     )

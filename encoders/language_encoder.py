@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from encoders.files import TransformerFiles
 from encoders.language_models import (
     LanguageModel,
-    language_states,
+    all_states,
     load_language_model,
     read_language_model,
     streamed_layers,
 )
+from encoders.language_states import language_states
 from encoders.picture_prompts import (
     PictureUse,
     ReadPictures,
@@ -130,12 +131,12 @@ class LanguageUse:
     # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count them
     dropped: int | None = 0
     # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
-    # the one before it (alone, and not for files whose last layers were cut off)
+    # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
     states: tuple[int, ...] = (-1,)
     final_norm: bool = False  # norm the last state that is read even if layers follow it
     # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
-    pads_left: bool = False
+    pads_left: bool = False  # without a pad: the last token stands where it would if there were one
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
@@ -194,7 +195,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     @property
     def state(self) -> str | None:
         """What the identity says of the states that are read."""
-        return f"{', '.join(map(str, self.use.states))}{', normed' if self.use.final_norm else ''}"
+        return f"{', '.join(map(str, self.use.states)) or 'all'}{', normed' if self.use.final_norm else ''}"
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -203,7 +204,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             config = read_language_model(checkpoint, self.use.model, self.use.states).config
         return self.identify(
             self.use.record or self.name,
-            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
+            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.further}",
             dtype=dtype_name(self.dtype),
             state=self.state,
             template=self.use.fingerprint,
@@ -297,6 +298,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             length = max(map(len, group)) if use.pad is None else dropped + use.most
             ids, mask = fill_rows(group, length, pad, use.pads_left)
             tokens, places = embeddings(ids.to(weight.device)), None
+            if use.pad is None and use.pads_left:
+                places = torch.arange(use.most - length, use.most)[None]
             if any(one.sides for one in shown):
                 assert use.pictures is not None
                 token = self.find_token(tokenizer, use.pictures.token)
@@ -399,7 +402,8 @@ def _width_reader(use: LanguageUse) -> Callable[[Checkpoint], int]:
     """Return the function that reads how many numbers the joined states of a text encoder have."""
 
     def read(checkpoint: Checkpoint) -> int:
-        return len(use.states) * read_language_model(checkpoint, use.model, use.states).config.dim
+        config = read_language_model(checkpoint, use.model, use.states).config
+        return len(use.states or all_states(config.num_layers)) * config.dim
 
     return read
 

@@ -7,10 +7,9 @@ a config.json beside them, else from the facts about the released model.
 """
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 
-import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,12 @@ logger = logging.getLogger(__name__)
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes beside the weights while prompts of the usual length are read
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
-# tensors of a layer that some kinds of models have; Gemma has the last
-_MARKS = (Q_BIAS, Q_NORM, "pre_feedforward_layernorm.weight")
-_PARTS = ("lm_head.", "visual.", "vision_tower.", "multi_modal_projector.", "image_newline")
+FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
+# tensors of a layer that some kinds of models have
+_MARKS = (Q_BIAS, Q_NORM, FEED_NORM)
+_PARTS = ("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
+ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
+NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
 # of a tokenizer in ComfyUI's files
 BESIDE = (
@@ -64,6 +66,9 @@ class LanguageModel:
     grid_shares: tuple[int, int, int] | None = None  # shares of the frequencies for time, rows and columns
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
+    # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, and
+    # the channels of a head
+    read_settings: Callable[[Mapping[str, Any], int, int], Mapping[str, Any]] = lambda *_: {}
 
 
 LLAMA = LanguageModel(
@@ -135,6 +140,12 @@ class LanguageConfig:
     eps: float = LLAMA.eps
     model: LanguageModel = LLAMA
     sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): by the model's shares
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `LanguageModel.read_settings`
+
+    @property
+    def further(self) -> str:
+        """What the identity says of further settings."""
+        return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
 def read_language_model(
@@ -143,7 +154,8 @@ def read_language_model(
     """Plan how to load the language model up to the last of the states that are read.
 
     Reads files with all published prefixes, in 16 or 8 bits. model: which one it has to be. states: numbers
-    of layers before each state, ascending; a negative one counts from the end, -1 is the last, normed.
+    of layers before each state, ascending; a negative one counts from the end, -1 is the last, normed; or
+    ALL_STATES.
     final_norm: norm another last state too. Raises CheckpointError for any other file, or if it has fewer
     layers.
     """
@@ -154,6 +166,7 @@ def read_language_model(
     damaged = f"{checkpoint.path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
     shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", checkpoint.path))
     all_layers = count(sources, r"layers\.\d+")
+    states = states or all_states(all_layers)
     num_layers = states[-1] if states[-1] >= 0 else all_layers + 1 + states[-1]
     if not 0 <= num_layers <= all_layers:
         chosen = f"{model.skip_option} {-1 - states[-1]}: " if model.skip_option else ""
@@ -177,7 +190,7 @@ def read_language_model(
             "Put the model's config.json beside it, or give another copy of the file.",
             checkpoint.path,
         )
-    theta, eps, sections = _read_constants(checkpoint.path, told, model, width)
+    theta, eps, sections, settings = _read_constants(checkpoint.path, told, model, num_layers, width)
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
@@ -192,6 +205,7 @@ def read_language_model(
         eps=eps,
         model=model,
         sections=sections,
+        settings=settings,
     )
     unused = (
         *_COMPUTED,
@@ -203,9 +217,10 @@ def read_language_model(
 
 
 def _read_constants(
-    path: Path, told: Mapping[str, Any], model: LanguageModel, width: int
-) -> tuple[float, float, tuple[int, ...]]:
-    """Return the base of the rotary frequencies, the number that norms add, and sections of the frequencies.
+    path: Path, told: Mapping[str, Any], model: LanguageModel, num_layers: int, width: int
+) -> tuple[float, float, tuple[int, ...], Mapping[str, Any]]:
+    """Return the base of the rotary frequencies, the number that norms add, sections of the frequencies, and
+    further settings of the model.
 
     Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
     """
@@ -219,6 +234,7 @@ def _read_constants(
             raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
+        settings = model.read_settings(told, num_layers, width)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
@@ -229,7 +245,12 @@ def _read_constants(
             f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return theta, eps, sections
+    return theta, eps, sections, settings
+
+
+def all_states(num_layers: int) -> tuple[int, ...]:
+    """Return the numbers of ALL_STATES of a model with so many layers."""
+    return (*range(num_layers), -1)
 
 
 class HostAngles(nn.Module):
@@ -242,9 +263,12 @@ class HostAngles(nn.Module):
         super().__init__()
         self._angles = (angles,)  # no submodule: it stays on the CPU
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """Return cosine and sine in the dtype of x, on its device. position_ids: on the CPU."""
-        found = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids)
+    def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
+        """Return cosine and sine in the dtype of x, on its device.
+
+        position_ids: on the CPU. layers: NEAR or FAR, if these have frequencies of their own.
+        """
+        found = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in found)
 
 
@@ -266,6 +290,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "attn_implementation": "sdpa",
         **config.model.settings,
+        **config.settings,
     }
     if config.model.grid_shares is not None:
         half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
@@ -279,6 +304,8 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         network.norm = nn.Identity()
     with torch.device("cpu"):
         network.rotary_emb = HostAngles(type(network.rotary_emb)(told))
+        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's, which no file holds
+            network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
     network.spec = SPEC
     built: nn.Module = network
     return built
@@ -337,43 +364,3 @@ def streamed_layers(
     layers, others = plan.config.num_layers, plan.config.vocabulary * plan.config.dim * dtype.itemsize
     excess = layers * sum(first) + others + WORKING - room
     return min(max(math.ceil(excess / sum(first)), 0), layers - 1), sum(first)
-
-
-def causal_mask(mask: Tensor) -> Tensor:
-    """Return B 1 L L: which keys each query attends to. mask: B L, 1 for real tokens."""
-    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
-    return causal & mask.bool()[:, None, None, :]
-
-
-def language_states(
-    network: nn.Module,
-    tokens: Tensor,
-    mask: Tensor,
-    states: Sequence[int] = (-1,),
-    places: Tensor | None = None,
-) -> Tensor:
-    """Return the states that are read, joined: B L nC.
-
-    tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
-    tokens before them, as in the released pipelines. states: as the network was loaded with. places: of the
-    tokens, on the CPU, 3 B L; None: one after the other.
-    """
-    length = tokens.shape[1]
-    places = torch.arange(length)[None] if places is None else places
-    kept: list[Tensor] = []
-    layers: Any = network.layers
-    hooks = [layers[state - 1].register_forward_hook(functools.partial(_keep, kept)) for state in states[:-1]]
-    try:
-        # a mask of four axes is taken as it is
-        found = network(
-            inputs_embeds=tokens, attention_mask=causal_mask(mask), position_ids=places, use_cache=False
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    last: Tensor = found.last_hidden_state
-    return torch.cat([*kept, last], dim=-1) if kept else last
-
-
-def _keep(kept: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:
-    kept.append(output if isinstance(output, Tensor) else output[0])

@@ -1,13 +1,15 @@
 """What encoders of pixels share: overlapping pieces joined by linear ramps, and draws from the posterior.
 
-Cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
-quarters of a tile, however short that leaves the last one. In the overlap a tile fades in over the one above
-it, then over the one to its left. Sizes count units, latent frames or latent pixels, which input and output
-share; each unit is a number of frames or pixels.
+There are two ways to cut. `compute_in_tiles` and `compute_in_spans` cut and fade as the released VAE of
+HunyuanVideo does (`enable_tiling`): a tile begins every three quarters of a tile, however short that leaves
+the last one. In the overlap a tile fades in over the one above it, then over the one to its left. `tiles`
+cuts an axis into equal pieces, whose weights sum to 1. Sizes count units, latent frames or latent pixels,
+which input and output share; each unit is a number of frames or pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -88,6 +90,96 @@ def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
     shape[axis] = length
     ramp = (torch.arange(length, device=piece.device) / max(1, length)).view(shape)
     head.copy_(before.narrow(axis, before.shape[axis] - length, length).lerp(head, ramp))
+
+
+OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One piece of an axis; places and overlaps in latent pixels, the unit that input and output share."""
+
+    start: int
+    size: int
+    before: int  # units shared with the previous tile
+    after: int  # with the next tile
+
+    def pick(self, unit: int) -> slice:
+        """Return the slice of this tile along an axis with `unit` pixels per latent pixel."""
+        return slice(self.start * unit, (self.start + self.size) * unit)
+
+    def weights(self, unit: int) -> Tensor:
+        """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
+
+        The weights of overlapping tiles sum to 1.
+        """
+        rise, fall = self.before * unit, self.after * unit
+        weights = torch.ones(self.size * unit)
+        weights[:rise] = _ramp(rise)
+        weights[self.size * unit - fall :] = _ramp(fall).flip(0)
+        return weights
+
+
+def _ramp(length: int) -> Tensor:
+    return (torch.arange(length) + 0.5) / length
+
+
+def tiles(size: int, largest: int) -> tuple[Tile, ...]:
+    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`.
+
+    They share at least one latent pixel if a tile has two or more.
+    """
+    if size <= largest:
+        return (Tile(0, size, 0, 0),)
+    overlap = max(largest // OVERLAP, min(largest - 1, 1))
+    count = ceil((size - overlap) / (largest - overlap))
+    edge = ceil((size + (count - 1) * overlap) / count)
+    starts = [(size - edge) * index // (count - 1) for index in range(count)]
+    shared = [0] + [first + edge - second for first, second in zip(starts, starts[1:], strict=False)] + [0]
+    return tuple(Tile(start, edge, shared[index], shared[index + 1]) for index, start in enumerate(starts))
+
+
+def add_in_tiles(
+    compute: Callable[[Tensor], Iterable[Tensor]],
+    x: Tensor,
+    cuts: tuple[Sequence[Tile], Sequence[Tile]],
+    units: tuple[int, int],
+    whole: Tensor,
+) -> None:
+    """Add the weighted results for the tiles of x, B C F H W, to `whole`, B C' F' H' W' of zeros.
+
+    compute: returns the frames of a tile in order, in one or several pieces. cuts: of height and width.
+    units: pixels of a latent pixel in x and in `whole`.
+    """
+    for row in cuts[0]:
+        for column in cuts[1]:
+            start = 0
+            weights = (row.weights(units[1])[:, None] * column.weights(units[1])).to(whole.device)
+            for piece in compute(x[..., row.pick(units[0]), column.pick(units[0])]):
+                end = start + piece.shape[2]
+                place = whole[:, :, start:end, row.pick(units[1]), column.pick(units[1])]
+                place += piece.to(whole.device, whole.dtype) * weights
+                start = end
+
+
+def decode_in_tiles(
+    decode: Callable[[Tensor], Iterator[Tensor]],
+    latents: Tensor,
+    cuts: tuple[Sequence[Tile], Sequence[Tile]],
+    stride: tuple[int, int, int],
+) -> Iterator[Tensor]:
+    """Yield pixels B 3 F H W in playing order; of several tiles in host memory, after the last one is done.
+
+    latents: B Z f h w. cuts: of height and width. stride: pixels of a latent: frames, height, width.
+    """
+    if all(len(cut) == 1 for cut in cuts):
+        yield from decode(latents)
+        return
+    step, side, _ = stride
+    batch, _, frames, height, width = latents.shape
+    pixels = torch.zeros(batch, 3, (frames - 1) * step + 1, height * side, width * side)
+    add_in_tiles(decode, latents, cuts, (1, side), pixels)
+    yield from pixels.split([1] + [step] * (frames - 1), dim=2)
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:

@@ -265,8 +265,8 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
 
     def read_latents(cell: GenerationJob, path: Path) -> Denoised:
         stem = str(cell.stem)
-        latents = load_latents(path).latents
-        return Denoised(cell, latents, path, stem, path.with_name(f"{stem}{PREVIEW_SUFFIX}"), cell.metadata)
+        saved, preview = load_latents(path), path.with_name(f"{stem}{PREVIEW_SUFFIX}")
+        return Denoised(cell, saved.latents, path, stem, preview, cell.metadata, saved.sound)
 
     missing = [cell for cell in cells if not paths[cell.label][0].exists()]
     if missing:

@@ -38,7 +38,7 @@ from modules.seeds import derive_seed
 class LoopStart:
     """Where the loop begins."""
 
-    latents: Tensor  # B C F H W, float32
+    latents: Tensor  # like `Section.noise`, float32
     step: int = 0  # in the solver's schedule; later than 0 for video-to-video
 
 
@@ -53,14 +53,15 @@ def denoise(
     watchers: Sequence[Watcher] = (),
     split: bool = True,
 ) -> Tensor:
-    """Follow the velocity from noise to clean latents. Returns B C F H W, float32, where the section's noise
-    lies.
+    """Follow the velocity from noise to clean latents. Returns them like the section's noise, float32, where
+    it lies.
 
     dit_at: timestep -> the network to call. watchers: all are called once the velocity of a step is known; if
     one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
     other instead of equal-shaped conditions as one batch.
     """
     schedule, is_anchored = solver.schedule, section.anchor is not None
+    assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
     latents = hold_given(section, start.latents.float())
     if is_anchored:
         latents = hold_masked(section, latents, schedule, start.step)
@@ -68,7 +69,8 @@ def denoise(
     for made in range(num_steps):
         index = start.step + made
         step = Step(made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents)
-        velocity = guidance(step, predictor(family, dit_at, step, split, section.tweaks), section).float()
+        predict = predictor(family, dit_at, step, split, section.tweaks, section.held)
+        velocity = guidance(step, predict, section).float()
         done = StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
@@ -82,21 +84,31 @@ def denoise(
 
 
 def hold_given(section: Section, latents: Tensor) -> Tensor:
-    """Return latents B C F H W with the frames that the section is given in their place.
+    """Return latents with the frames and the sound that the section is given in their place.
 
-    As their velocity is 0 too, each predicted clean video begins with them, and guidance that measures whole
-    velocities does not see them.
+    latents: B C F H W, or B N of a picture and its sound. As their velocity is 0 too, each predicted clean
+    video begins with them, and guidance that measures whole velocities does not see them.
     """
-    given = section.given
+    given, joint = section.given, section.tweaks.joint
+    if joint is not None:
+        picture, sound = joint.split(latents)
+        picture = picture if given is None else torch.cat([given, picture[:, :, given.shape[2] :]], dim=2)
+        return joint.join(picture, sound if section.given_sound is None else section.given_sound)
     return latents if given is None else torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
 
 def predictor(
-    family: Passes, dit_at: DitAt, step: Step, split: bool, all_passes: Tweaks = NO_TWEAKS
+    family: Passes,
+    dit_at: DitAt,
+    step: Step,
+    split: bool,
+    all_passes: Tweaks = NO_TWEAKS,
+    held: tuple[bool, bool] = (False, False),
 ) -> Predict:
-    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each.
+    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity like `noisy` for each.
 
-    all_passes: tweaks of every pass, to which those of the call are added.
+    all_passes: tweaks of every pass, to which those of the call are added. held: `Section.held`; what is
+    wholly given is at time 0.
     """
     dit, noisy = dit_at(step.timestep), step.noisy
 
@@ -112,6 +124,8 @@ def predictor(
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
+            if any(held):
+                timesteps = torch.stack([timesteps * (not is_clean) for is_clean in held], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
             turn = Turn(step.index, step.num_steps, step.timestep, which)
@@ -168,7 +182,8 @@ def make_latents(
     on_section: OnSection | None = None,
     run: RunPasses = run_passes,
 ) -> Tensor:
-    """Make the latents of one request. Returns B C F H W in model space, float32, on the device.
+    """Make the latents of one request. Returns B C F H W in model space, or B N with `prepared.joint`,
+    float32, on the device.
 
     prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
     timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
@@ -189,12 +204,10 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
-            if prepared.slow_frames is not None:
-                slower = Tweaks(slow_frames=prepared.slow_frames)
-                section = replace(section, tweaks=section.tweaks.within(slower))
             # what a solver draws continues the generator that the section's start came from
             solver = solver_for(
-                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
+                *(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table),
+                *(noise.draw, prepared.levels),
             )
             guidance = make_guidance(prepared, guidance_options, family.experts, run)
             start, source = LoopStart(section.noise), prepared.asked.source
@@ -220,18 +233,26 @@ def sections_of(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield the family's sections, each with the part of the clean latents (`SOURCE`) that it starts from."""
+    """Yield the family's sections, each with the tweaks of all its passes that the request says, and the part
+    of the clean latents (`SOURCE`) that it starts from.
+    """
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)
-    if not isinstance(source, Tensor):
-        return (yield from family.sections(prepared, prompts, inputs, noise))
-    sections = family.sections(prepared, prompts, {**inputs, 0: conditions}, noise)
+    if source is not None:
+        inputs = {**inputs, 0: conditions}
+    told = NO_TWEAKS
+    if prepared.slow_frames is not None or prepared.joint is not None:
+        told = Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
+    sections = family.sections(prepared, prompts, inputs, noise)
     try:
         section = next(sections)
         while True:
-            # behind the end of the video (the frame of an end image) it starts from the last frame
-            part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
-            section = sections.send((yield replace(section, source=part)))
+            section = replace(section, tweaks=section.tweaks.within(told))
+            if isinstance(source, Tensor):
+                # behind the end of the video (the frame of an end image) it starts from the last frame
+                part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
+                section = replace(section, source=part)
+            section = sections.send((yield section))
     except StopIteration as end:
         return end.value
 
@@ -257,6 +278,7 @@ def on_device(section: Section, device: torch.device) -> Section:
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
+        given_sound=None if section.given_sound is None else section.given_sound.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
         away=moved(section.away),
     )

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain
@@ -16,7 +16,7 @@ from torch import Tensor
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
-from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
+from blissful_tuner.metadata import as_tags, output_metadata
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from generation.anchors import save_changes
@@ -30,7 +30,6 @@ from generation.outputs import (
     FrameTools,
     free_stem,
     name_job,
-    output_stem,
     own_stem,
     save_latents,
     save_pixels,
@@ -46,18 +45,19 @@ from generation.progress import (
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_media, wanted_texts
+from generation.tracks import decode_tracks
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite
-from modules.checkpoints.model_files import SavedLatents, load_latents
 from modules.command import each_warning_once
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import Family
+from modules.contract.family import Family, hears_sound
 from modules.contract.requests import Prepared
 from modules.contract.rules import SOURCES
 from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import CheckpointError, UserError
+from modules.media.tracks import Track
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class Denoised:
-    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
+    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written.
+
+    sound: those of its sound, 1 C T M, if it has some.
+    """
 
     job: GenerationJob
     latents: Tensor
@@ -85,6 +88,7 @@ class Denoised:
     stem: str
     preview: Path  # of the video while it was made, if there is one
     metadata: Mapping[str, str] | None  # of all files of the job: None with --no_metadata
+    sound: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -310,10 +314,12 @@ def denoise_all(
                     metadata = job.metadata or run.metadata(job.prepared)
                     stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])  # taken meanwhile, maybe
                     path = output.save_path / f"{stem}{LATENT_SUFFIX}"
-                    save_latents(path, latents, metadata)
+                    joint = job.prepared.joint
+                    picture, sound = (latents, None) if joint is None else joint.split(latents)
+                    save_latents(path, picture, metadata, sound)
                     kept = "" if output.keeps_latents else ", kept until they are decoded"
                     logger.info("Latents: %s%s", path, kept)
-                yield Denoised(job, latents, path, stem, preview, metadata)
+                yield Denoised(job, picture, path, stem, preview, metadata, sound)
 
 
 @contextmanager
@@ -367,16 +373,24 @@ def decode_all(
     """
     output = run.options.output
     paths: dict[str, Path] = {}
+    tracks: Mapping[str, Track] = {}
+    if hears_sound(run.family):
+        by_label = {one.job.label: one for one in done}
+        done = by_label.values()
+
+        @contextmanager
+        def note(label: str) -> Iterator[None]:
+            with failures.note_errors(label), keep_on_failure(by_label[label]):
+                yield
+
+        tracks = make_tracks(run, {label: one.sound for label, one in by_label.items()}, note)
+        done = [one for one in done if one.job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
-            with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
-                try:
-                    chunks = decode(run.family, encoders, one.latents)
-                    path = save_pixels(output, one.stem, chunks, one.job.prepared.fps, one.metadata, run.post)
-                except UserError as error:
-                    said = f"the latents are kept. --latent_path {one.latent_path} decodes them."
-                    error.args = (f"{error}\n  Nothing is lost: {said}", *error.args[1:])
-                    raise
+            with failures.note_errors(one.job.label), keep_on_failure(one):
+                chunks, fps = decode(run.family, encoders, one.latents), one.job.prepared.fps
+                track_of = tracks.get(one.job.label)
+                path = save_pixels(output, one.stem, chunks, fps, one.metadata, run.post, track_of)
                 paths[one.job.label] = path
                 if are_named:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)
@@ -385,6 +399,33 @@ def decode_all(
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)
     return paths
+
+
+@contextmanager
+def keep_on_failure(one: Denoised) -> Iterator[None]:
+    """Name the files that a clip leaves in an error of the block."""
+    with name_preview_on_failure(one.preview):
+        try:
+            yield
+        except UserError as error:
+            said = f"the latents are kept. --latent_path {one.latent_path} decodes them."
+            error.args = (f"{error}\n  Nothing is lost: {said}", *error.args[1:])
+            raise
+
+
+def make_tracks(
+    run: GenerationRun,
+    latents: Mapping[str, Tensor | None],
+    note: Callable[[str], AbstractContextManager[object]],
+) -> Mapping[str, Track]:
+    """Return the tracks of clips that have sound and are written with it. latents, note: `decode_tracks`."""
+    heard = {label: one for label, one in latents.items() if one is not None}
+    if not heard or not hears_sound(run.family):
+        return {}
+    if not run.options.output.writes_sound:
+        logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
+        return {}
+    return decode_tracks(run.family, heard, run.session.device, note)
 
 
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -406,50 +447,3 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
                 "--vae_dtype bfloat16 or float32"
             )
         yield pixels
-
-
-def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
-    """Decode latent files; their metadata are passed on, with the settings of this decoding."""
-    saved = [check_latents(run.family, path) for path in paths]
-    if run.post is not None:
-        for path, one in zip(paths, saved, strict=True):
-            run.post.check_length(
-                (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
-            )
-    options, output = run.options, run.options.output
-    failures = Failures(strict=len(paths) == 1)
-    start, results = time.monotonic(), []
-    make_folder(output.save_path, "--save_path")
-    with run.session.media(images=False, again=False) as encoders:
-        for path, one in zip(paths, saved, strict=True):
-            with failures.note_errors(str(path)):
-                fps, usual = options.request.fps, run.family.defaults.fps
-                if fps == usual:  # --fps is not given
-                    fps = frame_rate_in(one.metadata) or usual
-                said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
-                metadata = None if output.no_metadata else said
-                with own_stem(
-                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
-                ) as stem:
-                    chunks = decode(run.family, encoders, one.latents)
-                    results.append(save_pixels(output, stem, chunks, fps, metadata, run.post))
-                    if len(paths) > 1:
-                        logger.info("%s: %s", path, results[-1])
-    if results:
-        show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
-    failures.raise_if_any(len(paths))
-
-
-def check_latents(family: Family, path: Path) -> SavedLatents:
-    """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
-    saved = load_latents(path)
-    _, channels, frames, rows, columns = saved.latents.shape
-    if channels != family.latent.channels:
-        raise CheckpointError(
-            f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
-            path,
-        )
-    step, vertical, horizontal = family.latent.stride
-    size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
-    logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
-    return saved

@@ -15,7 +15,7 @@ from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_o
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.family import Family, TextEncoder, can_divide, is_layered
+from modules.contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
@@ -159,7 +159,14 @@ def predict(
         inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
     turns = turns or turns_of(family, options, [prepared])
     denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
-    after = (rehearse_decoding(family, prepared, extra),) if options.output.decodes else ()
+    after: tuple[Phase, ...] = ()
+    if options.output.decodes:
+        after = (rehearse_decoding(family, prepared, extra),)
+    if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
+        networks = family.sound_networks(META, decodes=True)
+        with rehearsing(networks) as ledger:
+            family.decode_sound(networks, torch.empty(1, *prepared.joint.sound))
+            after = (phase_of("decoding sound", ledger, extra), *after)
     return PhasePrediction(tuple(before), after, denoising)
 
 
@@ -250,7 +257,8 @@ def rehearse_denoising(
             if prepared.asked.step_cache is not None:
                 caches = StepCaches(prepared, family.dit).section(lambda _: dit)
             with caches as cached_at:
-                predict_at = predictor(family, cached_at, step, options.splits_guidance, section.tweaks)
+                told = section.tweaks, section.held
+                predict_at = predictor(family, cached_at, step, options.splits_guidance, *told)
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)

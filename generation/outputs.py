@@ -17,9 +17,11 @@ from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
 from generation.script_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.checkpoints.writing import save_tensors
+from modules.contract.data import SOUND
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
 from modules.media.reading import Frame
+from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,12 @@ logger = logging.getLogger(__name__)
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
 LAST_FRAME_SUFFIX = "_last.png"
+SOUND_SUFFIX = ".wav"
 # of every kind of output
-SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
+SUFFIXES = (
+    *(LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, SOUND_SUFFIX),
+    *(".mp4", ".mkv", ".png", "_000.png", ""),
+)
 
 
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
@@ -109,11 +115,15 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
         yield stem
 
 
-def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
-    """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
-    save_tensors(
-        path, {"latent": latents[0].float()}, None if metadata is None else with_plain_keys(metadata)
-    )
+def save_latents(
+    path: Path, latents: Tensor, metadata: Mapping[str, str] | None, sound: Tensor | None = None
+) -> None:
+    """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space.
+
+    sound: latents 1 C T M of the clip's sound, likewise as `SOUND`.
+    """
+    tensors = {"latent": latents[0].float()} | ({} if sound is None else {SOUND: sound[0].float()})
+    save_tensors(path, tensors, None if metadata is None else with_plain_keys(metadata))
 
 
 def save_pixels(
@@ -123,6 +133,7 @@ def save_pixels(
     fps: float,
     metadata: Mapping[str, str] | None,
     post: FrameTools | None = None,
+    track: Track | None = None,
 ) -> Path:
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
@@ -130,6 +141,7 @@ def save_pixels(
     a single frame only if the script neither numbers single images nor makes pictures alone). With
     `--save_last_frame` the last frame of a video is written beside it: as it was decoded, to continue from,
     but behind the tools if one of them hides something. post: tools that frames go through before writing.
+    track: the sound; with `--save_audio` it is written beside the result too.
     """
     frames = frames_of(chunks)
     if options.trim_tail_frames:
@@ -153,7 +165,8 @@ def save_pixels(
         (frame,) = playing
         write_png(path, frame, as_png_texts(metadata or {}))
         return path
-    beside = [LAST_FRAME_SUFFIX] if saves_last else []
+    saves_sound = options.save_audio is not None and track is not None
+    beside = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
     if options.writes_images:
         path = plain = options.save_path / free_stem(options.save_path, stem, ["", *beside])
         with atomic_folder(path) as folder:
@@ -161,8 +174,10 @@ def save_pixels(
             for _ in write_frames(playing, folder, name, as_png_texts(metadata or {})):
                 pass
     else:
-        path = _save_video(options, stem, playing, fps, metadata, beside)
+        path = _save_video(options, stem, playing, fps, metadata, beside, track)
         plain = path.with_suffix("")
+    if track is not None and saves_sound:
+        write_wav(plain.with_name(f"{plain.name}{SOUND_SUFFIX}"), track)
     if last:
         beside_it = plain.with_name(f"{plain.name}{LAST_FRAME_SUFFIX}")
         write_png(beside_it, last[0], as_png_texts(metadata or {}))
@@ -177,6 +192,7 @@ def _save_video(
     fps: float,
     metadata: Mapping[str, str] | None,
     beside: Sequence[str],
+    track: Track | None,
 ) -> Path:
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
@@ -191,7 +207,7 @@ def _save_video(
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
             folder = opened.enter_context(atomic_folder(pngs))
             playing = write_frames(playing, folder, "{:06d}.png", as_png_texts(metadata or {}))
-        write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}))
+        write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
     if options.format.keep_pngs:
         logger.info("Frames: %s", pngs)
     return path

@@ -64,6 +64,7 @@ def show_start(
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
         for one in requests
     ]
+    heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
     is_one = len(requests) == 1
     free = shutil.disk_usage(folder).free
@@ -85,7 +86,7 @@ def show_start(
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
         ("from", start if is_one else None),
         ("device", str(device)),
-        ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, sizes)))}; {as_size(free)} free"),
+        ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, [*sizes, *heard])))}; {as_size(free)} free"),
         ("folder", str(folder)),
     ]
     show_box("Generating", box)

@@ -14,11 +14,11 @@ import torch
 from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.asking import line_reader, ring_after
+from generation.decoding import decode_files
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
 from generation.experts import TurnRules
 from generation.making import (
     GenerationRun,
-    decode_files,
     make_job,
     make_outputs,
     of_each_line,

@@ -105,6 +105,10 @@ class OutputOptions(Options, title="output"):
     save_last_frame: bool = option(
         "also write the last frame of each video as NAME_last.png, to continue from"
     )
+    save_audio: str | None = option(
+        "also write the sound of each video as NAME.wav, 16 bits a sample and as long as it was made",
+        choices=("wav",),
+    )
     bell: bool = option(
         "ring the terminal's bell when all is made, or has failed; with --interactive after each prompt"
     )
@@ -121,6 +125,11 @@ class OutputOptions(Options, title="output"):
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
                 "or give --save_last_frame when the latents are decoded (--latent_path)"
+            )
+        if self.save_audio and not self.decodes:
+            raise OptionError(
+                "--save_audio with --output_type latent: no sound is decoded. Use --output_type both, or "
+                "give --save_audio when the latents are decoded (--latent_path)"
             )
         if self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.exists():
             raise OptionError(
@@ -147,6 +156,11 @@ class OutputOptions(Options, title="output"):
     def decodes(self) -> bool:
         """Whether pixels are part of the result."""
         return self.output_type not in {"latent", NOTHING}
+
+    @property
+    def writes_sound(self) -> bool:
+        """Whether sound that is made is written: into videos, or as a file of its own."""
+        return self.decodes and (self.save_audio is not None or not self.writes_images)
 
     @property
     def writes(self) -> bool:
@@ -239,6 +253,7 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
+    has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)
@@ -268,6 +283,7 @@ class ScriptDefaults:
             "split_uncond": not self.joins_guidance,
             "cpu_noise": self.noise_on_cpu,
             "scheduler": not self.solver_names,
+            "save_audio": not self.has_sound,
             **{name: name not in self.media for name in MEDIA},
             **dict.fromkeys(EXPERTS, not self.has_experts),
         }

@@ -163,6 +163,17 @@ FAMILIES = {
         record="Hunyuan",
         texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
     ),
+    "ltx_2": FamilyEntry(
+        "ltx_2",
+        script="ltx2",
+        cache="ltx2_cache",
+        makes="video",
+        record="Ltx2",
+        encoders=(("ltx2_checkpoint", "--ltx2_checkpoint", CLIPS),),
+        texts="--gemma_root GEMMA_FOLDER",
+        repeated=("ltx2_checkpoint", "ltx_mode"),
+        others=("ltx2_v1",),
+    ),
     "wan": FamilyEntry("wan", script="wan", cache="wan_cache", makes="video", record="Wan", texts="--t5 T5"),
 }
 # those with scripts of their own for caching, training and generation; gen_img.py has files of its own

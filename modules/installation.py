@@ -84,6 +84,11 @@ def find_script(word: str) -> Path | None:
     return next((Path(room, name) for room in ("", *SCRIPT_ROOMS) if (ROOT / room / name).is_file()), None)
 
 
+def program_words(script: Path) -> list[str]:
+    """Return what follows the interpreter to run a script of ours. script: its path in ROOT."""
+    return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
+
+
 def read_requirements() -> list[str]:
     """Return the lines of requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

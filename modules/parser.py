@@ -352,7 +352,8 @@ def add_options(
                 text = "; ".join(part for part in (refusal.help, tail) if part)
                 text = text or refusal.reason.replace("%", "%%")
                 flag = f"--{name.replace('_', '-') if cls.dashed else name}"
-                action = place.add_argument(flag, help=text, **refusal.settings)
+                declared_so = dict(refusal.settings)
+                action = place.add_argument(flag, *declared_so.pop("flags", ()), help=text, **declared_so)
                 action.refusal = refusal  # type: ignore[attr-defined]
 
 

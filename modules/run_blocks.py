@@ -51,13 +51,16 @@ def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
 
+    Those of `tweaks.skip_self_attention` get inputs that say so, which the model's record of tokens makes.
     Blocks are counted over all lists, in the order of `DitSpec.block_lists`.
     """
     index = 0
     for blocks in spec_of(dit).blocks(dit).values():
         for block in blocks:
             if index not in tweaks.skip_blocks:
-                hidden.x = block(hidden.x, hidden.tokens)
+                skips = index in tweaks.skip_self_attention
+                tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
+                hidden.x = block(hidden.x, tokens)
             index += 1
 
 

@@ -158,6 +158,7 @@ class GenerationAttentionOptions(Options):
         "xformers: packages",
         default="torch",
         choices=tuple(GENERATION_VALUES),
+        refused={"cudnn": "torch takes cuDNN's kernel by itself where it is the best"},
         often=True,
     )
     split_attn: bool = option(_SPLIT)

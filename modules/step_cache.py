@@ -21,7 +21,7 @@ pass are summed; at the threshold the next one is computed.
 Both are calibrated in a video whose passes are all computed. Measurements of all passes of a step
 (positive, negative) and of all sections are averaged: both papers find them nearly equal, and one list then
 serves videos with and without guidance. The first step of each expert has nothing before it: its ratio
-counts as 1, and it is always computed. Passes that skip layers do not count. Numbers stay on the device
+counts as 1, and it is always computed. Passes that leave out layers do not count. Numbers stay on the device
 until the end, so nothing waits for them.
 """
 
@@ -251,7 +251,7 @@ def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden
     """Run the blocks by `inner`, and have the pass measured."""
     before = hidden.x
     inner(dit, hidden, tweaks)
-    if tweaks.turn is not None and not tweaks.skip_blocks:
+    if tweaks.turn is not None and not tweaks.leaves_out:
         signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), tweaks)
         # each expert is measured against itself; weak, so that one may be freed between steps
         turn = replace(tweaks.turn, which=(weakref.ref(dit), tweaks.turn.which))

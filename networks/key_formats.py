@@ -4,6 +4,7 @@ ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   
 other       diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight   (ComfyUI; alpha is optional)
 diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ... (PEFT; .lora.down / .lora.up)
 LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
+LTX-2       lora_unet_model_transformer_blocks_0_attn1_to_q.lora_down.weight (musubi-tuner's fork)
 VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
 DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
@@ -26,6 +27,7 @@ from networks.names.layouts import FIRST_ENCODER, FamilyNames
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
 _UNDERSCORED = {
+    "lora_unet_model_": "musubi-tuner for LTX-2",
     "lora_unet__": "VideoX-Fun",
     OURS: "ours",
     "lycoris_": "LyCORIS",

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
 # of several with equal names the first is chosen, if nothing else tells
 FAMILIES = (
-    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
+    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, LTX_2, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
     *(SD1, SDXL, SD2),
 )
 _DIGITS = re.compile(r"\d+")

@@ -1,7 +1,6 @@
 """Our network modules: build what `--network_module networks.lora_wan` and the like name."""
 
 import functools
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,10 +41,12 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     rules = settings.rules
     if rules is None:
         spec = spec_of(unet)
-        anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude)
+        anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude if not spec.lora_choice)
         settings = replace(settings, exclude=(*settings.exclude, *anywhere))
         lists = (*spec.block_lists, *spec.lora_lists)
         candidates = _modules_below(unet, tuple(f"{name}." for name in lists))
+        if choice := [*map(re.compile, spec.lora_choice)]:
+            candidates = (one for one in candidates if any(pattern.match(one[0]) for pattern in choice))
     else:
         there = dict(unet.named_children())
         depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
@@ -53,7 +54,7 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
         starts = [targets, *((path,) for path, rank in outside if rank)]
-        candidates = itertools.chain.from_iterable(_modules_below(unet, start) for start in starts)
+        candidates = (one for start in starts for one in _modules_below(unet, start))
     found = _choose(candidates, settings, OURS)
     if not found:
         raise OptionError(
@@ -215,6 +216,7 @@ OWN_MODULES = {
         (
             *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
             *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
+            "networks.lora_ltx2",
         ),
         OwnModule(),
     ),

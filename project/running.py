@@ -8,7 +8,7 @@ from pathlib import Path
 from downloads.listing import print_lines
 from modules.command import INTERRUPTED, as_typed
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script
+from modules.installation import find_script, program_words
 from modules.text_files import parse_toml, read_text
 from project.options import RUN_FILE, RunOptions
 from training.config_options import OTHERS_TABLE
@@ -58,10 +58,8 @@ def run_command(words: list[str]) -> int:
     script = find_script("".join(words[1:2]))
     if words[:1] != ["python"] or script is None:
         raise OptionError(f"{as_typed(words)} is no command of this program. Correct {RUN_FILE}.")
-    module = PREFIX + ".".join(script.with_suffix("").parts)
-    program = ["-m", module] if PREFIX else [str(ROOT / script)]
     interrupts: list[int] = []
-    with subprocess.Popen([sys.executable, *program, *words[2:]]) as process:
+    with subprocess.Popen([sys.executable, *program_words(script), *words[2:]]) as process:
         # set after the start: a program inherits what is ignored
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         ended = signal.signal(signal.SIGTERM, lambda *_: process.terminate())

@@ -113,7 +113,7 @@ def test_bfloat16_autocast_stays_near_float32(dit: TinyDit) -> None:
 LONGER = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text
 # arguments that a text gives
 TEXTS = (
-    *("text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
+    *("text", "sound_text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
     *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
 )
 POOLED = {"clip_l", "pooled"}

@@ -20,7 +20,15 @@ MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
 WIDER_CHOICES = {
     "--log_with",
-    *("--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend", "--target"),
+    *(
+        "--attn_mode",
+        "--loss_type",
+        "--sample_solver",
+        "--task",
+        "--timestep_sampling",
+        "--dynamo_backend",
+        "--target",
+    ),
     "--save_precision",
 }
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
@@ -31,8 +39,15 @@ OUR_DEFAULTS = {
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
     ("flux_2_generate_image.py", "--guidance_scale"),
+    # under other names, to be given, or those of the release
+    *(
+        ("ltx2_train_network.py", f"--{name}")
+        for name in ("loss_type", "network_module", "output_dir", "ema_decay", "rescale_scale")
+    ),
+    ("ltx2_generate_video.py", "--lora_multiplier"),
 }
-OTHER_DESTS = {"--image_size": "video_size"}  # what one record reads for pictures and videos
+# what one record reads for pictures and videos; the other spelling is an option of LTX-2
+OTHER_DESTS = {"--image_size": "video_size", "--from_file": "from_file"}
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -79,7 +94,7 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
     if flag != "--mixed_precision":  # unset means the launcher's setting, which is "no" without one
         default = list(action.default) if isinstance(action.default, tuple) else action.default
         assert default == option["default"], f"{flag}: default {default!r}"
-    if option["choices"]:
+    if option["choices"] and not hasattr(action, "refusal"):  # what is refused takes any value
         refused = getattr(action, "refused", {})  # by name, with the reason
         ours, known = (
             set(action.choices or ()),

@@ -20,6 +20,7 @@ from tests.tiny.picture_project import (
     lay_out_flux_2,
     lay_out_hunyuan_image,
     lay_out_kontext,
+    lay_out_ltx_2,
     lay_out_lumina,
     lay_out_pictures,
     lay_out_qwen_image,
@@ -81,6 +82,8 @@ SMALLER = {  # appended, so that the last value wins
         [*TRAINING, "--network_dim", "2"],
     ),
     "zimage_train.py": TRAINING,
+    "ltx2_train_network.py": [*TRAINING, "--network_dim", "2"],
+    "ltx2_generate_video.py": ["--video_size", "32", "32", "--video_length", "9", "--infer_steps", "2"],
     "flux_generate_image.py": PICTURE,
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
@@ -184,7 +187,7 @@ OWN_PROCESS = {
 }
 # pages whose commands are all programs of their own, as a reader starts them
 APART = {"README", "first_lora"}
-# pages about picture models, and the models that they use
+# pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
     "flux": lay_out_flux,
     "flux_2": lay_out_flux_2,
@@ -192,6 +195,7 @@ PICTURE_MODELS = {
     "gen_img": lay_out_stable_diffusion,
     "hunyuan_image": lay_out_hunyuan_image,
     "image_datasets": lay_out_flux,
+    "ltx2": lay_out_ltx_2,
     "lumina": lay_out_lumina,
     "qwen_image": lay_out_qwen_image,
     "z_image": lay_out_z_image,
@@ -199,6 +203,8 @@ PICTURE_MODELS = {
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
     "resolution = [1024, 1024]": f"resolution = [{SIDE}, {SIDE}]",
+    "resolution = [768, 512]": f"resolution = [{SIDE}, {SIDE}]",
+    "target_frames = [1, 49]": "target_frames = [1, 9]",
     "num_repeats = 4": "num_repeats = 1",
     "--w 832 --h 1216": "--w 64 --h 96",
 }

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "flux_2": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
+    "ltx_2": {"modules", "networks.names", "encoders"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
     "z_image": {"modules", "networks.names", "encoders", "lumina"},
@@ -151,7 +152,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_REACHED = 49_700  # lines that wan_train_network.py imports; the aim is 38,000
+MOST_REACHED = 51_300  # lines that wan_train_network.py imports; the aim is 38,000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

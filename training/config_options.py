@@ -40,11 +40,17 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     actions = {
         action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
     }
+    actions |= {  # by other spellings, but of switches, which may mean the opposite
+        flag.lstrip("-"): action
+        for action in [*actions.values()]
+        for flag in action.option_strings
+        if action.nargs != 0 and flag.lstrip("-") not in actions
+    }
     values = {}
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     for key, value in _flatten(tables):
         if key in actions:
-            values[key] = _convert(path, actions[key], value)
+            values[actions[key].dest] = _convert(path, actions[key], value)
         else:
             close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
             if close:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
-from modules.contract.family import Family
+from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace, HostPlace
-from modules.contract.rules import Expert
+from modules.contract.rules import Expert, SoundLearning
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
@@ -287,6 +287,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         tuple(plan.family.experts),
         plan.options.noise,
         plan.options.weighted_by,
+        plan.family.sound_learning if hears_sound(plan.family) else SoundLearning(),
     )
     return Feed(
         MicroBatches(

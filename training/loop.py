@@ -21,10 +21,10 @@ from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import MicroBatch
-from training.loss import training_loss
+from training.loss import sum_streams, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
-from training.reports.logs import WISHES, StepReport, losses_by_expert, name_rates
+from training.reports.logs import WISHES, StepReport, losses_by_part, name_rates
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
@@ -113,14 +113,18 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
 
 
 def _reached(run: TrainingRun, group: range) -> list[Parameter]:
-    """Return the parameters that a step changes: without those of an expert that gets no batch of it.
+    """Return the parameters that a step changes: without those of an expert that gets no batch of it, or of
+    the sound if no clip has any.
 
     It depends on the whole group, not on this process' share of it, and costs no wait for the device.
     """
-    if not run.trainable.by_expert:
-        return run.parameters
-    keys = [(run.progress.epoch, index) for index in group]
-    return run.trainable.reached({run.feed.batches.expert_of(key) for key in keys})
+    batches, keys = run.feed.batches, [(run.progress.epoch, index) for index in group]
+    reached = run.parameters
+    if run.trainable.by_expert:
+        reached = run.trainable.reached({batches.expert_of(key) for key in keys})
+    if run.of_sound and not any(map(batches.has_sound, keys)):
+        reached = [parameter for parameter in reached if parameter not in run.of_sound]
+    return reached
 
 
 def _accumulate(
@@ -130,8 +134,8 @@ def _accumulate(
 
     Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
     """
-    count = len(run.experts)
-    row = torch.zeros(WISHES.stop + (2 * count if count > 1 else 0), device=run.device)
+    count = len(run.parts)
+    row = torch.zeros(WISHES.stop + 2 * count, device=run.device)
     keys: tuple[str, ...] = ()
     parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
@@ -147,16 +151,18 @@ def _accumulate(
         is_repeat = run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process)
         for which in _experts_at(run, group, place, expert):
             dit = run.dits.at(which)
-            loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / parts
+            losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
+            loss = sum_streams(losses) / parts
             if is_repeat or which != expert:
                 # for the others, which gather the blocks from this process
                 run.scaler.scale(0 * loss).backward()
                 continue
             run.scaler.scale(loss).backward()
             row[0] += loss.detach()
-            if count > 1:
-                row[WISHES.stop + expert] += loss.detach() * parts
-                row[WISHES.stop + count + expert] += 1
+            by_part = {expert: loss * parts} if len(run.experts) > 1 else dict(enumerate(losses))
+            for part, value in by_part.items() if count else ():
+                row[WISHES.stop + part] += value.detach()
+                row[WISHES.stop + count + part] += 1
             keys += micro_batch.data.batch.keys
     return row, keys
 
@@ -211,7 +217,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
         norms=None if run.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
-        by_expert=losses_by_expert(step.row, run.experts),
+        by_part=losses_by_part(step.row, run.parts),
     )
     run.logs.step(report)
     run.reporter.note_step(report)

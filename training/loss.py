@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import FIRST_FRAME, LOSS_MASK, Batch
+from modules.contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Joint
 from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
@@ -30,6 +30,20 @@ class Trains(Described, Predicts, Protocol):
 
 
 @dataclass(frozen=True)
+class NoisySound:
+    """Hold the random numbers of a batch's sound. Where a sample has none, its weight is 0."""
+
+    noise: Tensor  # B C T M float32
+    sigmas: Tensor  # B
+    timesteps: Tensor  # B
+    weights: Tensor  # B, factors on the samples' losses of the sound
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisySound":
+        """Return a copy with `move` applied to every tensor."""
+        return NoisySound(move(self.noise), move(self.sigmas), move(self.timesteps), move(self.weights))
+
+
+@dataclass(frozen=True)
 class NoisyBatch:
     """Hold a batch with all its random numbers drawn. B: samples."""
 
@@ -41,6 +55,16 @@ class NoisyBatch:
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
     expert: int = 0  # index of the one that they all go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
+    sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
+
+    @property
+    def joint(self) -> Joint | None:
+        """Return the shapes of the latents that the network gets as one tensor; None: there is no sound."""
+        if self.sound is None:
+            return None
+        _, *picture = self.noise.shape
+        _, *sound = self.sound.noise.shape
+        return Joint(tuple(picture), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
 
     def with_all(self, names: Collection[str]) -> "NoisyBatch":
         """Return the batch with all that there is, also what the network in training is not told.
@@ -85,6 +109,7 @@ class NoisyBatch:
             self.given_frames,
             self.expert,
             None if self.perturbation is None else move(self.perturbation),
+            None if self.sound is None else self.sound.moved(move),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -117,7 +142,15 @@ def measure_errors(
     rule: LossRule = PLAIN_LOSS,
 ) -> Tensor:
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
-    batch.
+    batch. That of its sound is added.
+    """
+    return sum_streams(measure_streams(family, dit, noisy_batch, autocast, rule))
+
+
+def measure_streams(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
+) -> tuple[Tensor, ...]:
+    """Return the mean error of each sample's picture: B; if the batch has sound, a second one of the sound.
 
     Samples that the batch names in `preserved` are compared with the base model's prediction, and all with
     the teacher's besides, if the rule has one.
@@ -125,7 +158,11 @@ def measure_errors(
     batch = noisy_batch.batch
     latents = family.latent.to_model(batch.tensor("latents"))
     network = functools.partial(predict, family, dit, latents, noisy_batch, autocast, rule)
-    target = find_target(family.noise.velocity(latents, noisy_batch.noise), batch, network, rule)
+    velocity = family.noise.velocity(latents, noisy_batch.noise)
+    if noisy_batch.joint is not None and noisy_batch.sound is not None:
+        of_sound = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
+        velocity = noisy_batch.joint.join(velocity, of_sound)
+    target = find_target(velocity, batch, network, rule)
     taught = None
     if rule.teacher_weight:
         assert rule.as_base is not None
@@ -137,10 +174,29 @@ def measure_errors(
     if taught is None:
         return errors
     of_teacher = sample_errors(family.noise, output - taught, told, rule)
-    return (1 - rule.teacher_weight) * errors + rule.teacher_weight * of_teacher
+    share = rule.teacher_weight
+    return tuple((1 - share) * own + share * other for own, other in zip(errors, of_teacher, strict=True))
 
 
-def sample_errors(spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule) -> Tensor:
+def sample_errors(
+    spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule
+) -> tuple[Tensor, ...]:
+    """Return the mean error of each sample: B, float32; if the batch has sound, a second one of its sound.
+
+    differences: B C F H W, or B N of a picture and its sound.
+    """
+    joint, sound = noisy_batch.joint, noisy_batch.sound
+    if joint is None or sound is None:
+        return (picture_errors(spec, differences, noisy_batch, rule),)
+    picture, heard = joint.split(differences)
+    thresholds = None
+    if rule.options.has_threshold:
+        thresholds = find_thresholds(rule.options, spec, sound.sigmas, sound.timesteps)
+    of_sound = element_errors(rule.options, heard, thresholds).flatten(1).mean(1)
+    return picture_errors(spec, picture, noisy_batch, rule), of_sound
+
+
+def picture_errors(spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule) -> Tensor:
     """Return the mean error of each sample: B, float32. differences: B C F H W.
 
     If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
@@ -165,7 +221,7 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Return the network's prediction in the form of the target: B C F H W float32.
+    """Return the network's prediction in the form of the target: B C F H W float32, with sound B N.
 
     latents: of the batch, in model space.
     """
@@ -176,9 +232,15 @@ def predict(
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
     if given:
         noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
-    tweaks = Tweaks(given_frames=given) if given else NO_TWEAKS
+    tweaks, timesteps = Tweaks(given_frames=given) if given else NO_TWEAKS, noisy_batch.timesteps
+    joint, sound = noisy_batch.joint, noisy_batch.sound
+    if joint is not None and sound is not None:
+        shares = family.noise.data_shares(sound.sigmas)
+        heard = add_noise(noisy_batch.batch.tensor(SOUND).float(), sound.noise, sound.sigmas, shares)
+        noisy, timesteps = joint.join(noisy, heard), torch.stack([timesteps, sound.timesteps], dim=1)
+        tweaks = replace(tweaks, joint=joint)
     with autocast():
-        velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
+        velocity = family.predict(dit, noisy, timesteps, conditions, tweaks)
     return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)
 
 
@@ -219,9 +281,29 @@ def training_loss(
 ) -> Tensor:
     """Return the weighted mean over the batch: one number.
 
-    All samples of a batch have one size, so it is the mean over all elements too.
+    All samples of a batch have one size, so it is the mean over all elements too. That of the sound is added.
     """
-    return (measure_errors(family, dit, noisy_batch, autocast, rule) * noisy_batch.weights).mean()
+    return sum_streams(training_losses(family, dit, noisy_batch, autocast, rule))
+
+
+def training_losses(
+    family: Trains,
+    dit: nn.Module,
+    noisy_batch: NoisyBatch,
+    autocast: Autocast,
+    rule: LossRule = PLAIN_LOSS,
+) -> tuple[Tensor, ...]:
+    """Return the weighted mean over the batch: one number; if it has sound, a second one of the sound."""
+    weights = [noisy_batch.weights]
+    if noisy_batch.sound is not None:
+        weights.append(noisy_batch.sound.weights)
+    errors = measure_streams(family, dit, noisy_batch, autocast, rule)
+    return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
+
+
+def sum_streams(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the number of the picture and that of the sound, if there is one, as one: shaped like each."""
+    return functools.reduce(torch.add, numbers)
 
 
 def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor | None = None) -> Tensor:

@@ -19,8 +19,9 @@ MIXTURES = {
 RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
 PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
 SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, *MIXTURES)
-# other samplers whose shift follows the size
-SIZE_SAMPLERS = ("nextdit_shift",)
+# other samplers whose shift follows the size, of single models
+SHIFTED_LOGIT = "shifted_logit_normal"
+SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
 NOT_BUILT = {
     "ideogram4_shift": "its formula is not published. Use flux_shift or shift",
 }
@@ -158,6 +159,7 @@ class LossOptions(Options, title="loss"):
         "l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else absolute",
         default="l2",
         choices=("l1", "l2", "huber", "smooth_l1"),
+        refused={"mse": "it is called l2 here", "mae": "it is called l1 here"},
     )
     huber_schedule: str = option(
         "threshold of huber and smooth_l1: constant, or smaller the more noise there is",

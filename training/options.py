@@ -198,12 +198,14 @@ def read_training(
     argv: Sequence[str] | None,
     learner: type[Options] = NetworkOptions,
     more: Sequence[type[Options]] = (),
+    **settings: Any,
 ) -> tuple[TrainingOptions, R]:
     """Read the options of a script that trains.
 
-    record: the family's own. doc, learner: see `training_parser`. more: further records of shared options.
+    record: the family's own. doc, learner, settings: see `training_parser`. more: further records of shared
+    options.
     """
-    parser = training_parser(doc, learner)
+    parser = training_parser(doc, learner, **settings)
     add_options(parser, record, *more)
     args = read_arguments(parser, argv)
     return read_options(TrainingOptions, args), read_options(record, args)

@@ -16,7 +16,7 @@ from dataset.batches.same_encoders import SameEncoders
 from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
-from modules.contract.family import Family
+from modules.contract.family import Family, sound_of
 from modules.dressing import shares_processes
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.products import add_product
@@ -226,7 +226,8 @@ def _find_items(
     """
     family.check_given_files()  # first: caches are made with them
     parts = family.cache_tag, family.latent, family.text_keys
-    found = require_items(find_items(config, *parts, sources.stores, sources.tables), commands)
+    where = sources.stores, sources.tables, sound_of(family)
+    found = require_items(find_items(config, *parts, *where), commands)
     check_channels(found, family.latent, commands, sources.stores)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None and options.network is None:

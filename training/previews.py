@@ -16,7 +16,7 @@ from dataset.batches.reading import check_channels
 from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
-from modules.contract.family import FLOW, Family, NoiseSpec
+from modules.contract.family import FLOW, Family, NoiseSpec, sound_of
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
@@ -81,6 +81,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             [f"{name}: {value}" for name, value in family.metadata.items()],
             family.text_keys,
             counters,
+            sound_of(family),
         )
     else:  # some are yet to be encoded by the training itself
         result = checks.check_caching(family, config, workers, False, parts=[checks.MEDIA])
@@ -112,7 +113,7 @@ def _plan(
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
     tables = list_live_tables(plans, needs_captions=bool(texts.encoders))
-    found = require_items(find_items(config, *parts, stores, tables), commands)
+    found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
     has_others = sampling is not None and options.samples.are_made

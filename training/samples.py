@@ -5,6 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from generation.denoise import make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, encode_inputs, wanted_texts
+from generation.tracks import decode_tracks
 from modules.contract.data import Conditions
-from modules.contract.family import Family
+from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
 from modules.contract.rules import expert_at
@@ -29,6 +31,7 @@ from modules.contract.steps import EncodedPrompts, StepDone
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.pixels import frames_of
+from modules.media.tracks import Track
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
 from training.data.live import LiveTexts
@@ -130,6 +133,12 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
+        family = self.session.family
+        track: Track | None = None
+        if prepared.joint is not None:
+            latents, sound = prepared.joint.split(latents)
+            assert hears_sound(family)
+            (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
             metadata = self._metadata(prepared, model) if self.has_metadata else {}
@@ -139,7 +148,8 @@ class Sampler:
                 write_png(path, next(frames), as_png_texts(metadata))
             else:
                 path = self.folder / f"{stem}.mp4"
-                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=as_tags(metadata))
+                tags = as_tags(metadata)
+                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
         return path
 
     def _metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:

@@ -11,7 +11,8 @@ from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 from training.learning_options import WholeDitOptions
-from training.options import read_training
+from training.noise_options import SAMPLERS
+from training.options import read_training, training_parser
 
 
 def training_script(
@@ -22,19 +23,22 @@ def training_script(
     images: ImageTrainerDefaults | None = None,
     more: Sequence[type[Options]] = (),
     check: Callable[[Any], None] = lambda own: None,
+    samplers: Sequence[str] = SAMPLERS,
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole` its transformer.
 
     about: the script's docstring. images: differences between image families; None for video. more: records
-    of options besides the family's. check: raises OptionError if the family's options do not fit.
+    of options besides the family's. check: raises OptionError if the family's options do not fit. samplers:
+    choices of --timestep_sampling for video.
     """
     entry = FAMILIES[family]
     learner = WholeDitOptions if whole else NetworkOptions
+    settings = {"timestep_sampling": {"choices": samplers}}
 
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, own = read_training(about, record, argv, learner, more)
+            options, own = read_training(about, record, argv, learner, more, settings=settings)
         else:
             options, own = read_image_training(about, record, images, argv)
         if whole:
@@ -54,7 +58,9 @@ def training_script(
             (record, *more),
             partial(entry.generation_words, own),
             learner,
-            None if images is None else partial(image_training_parser, None, images),
+            partial(training_parser, None, learner, settings=settings)
+            if images is None
+            else partial(image_training_parser, None, images),
         )
         make_sampling = getattr(import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None)
         code = train_network(made, options, CachingCommands(*commands), scripts, make_sampling(own))

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.contract.family import Family
-from modules.contract.rules import Expert
+from modules.contract.family import Family, hears_sound, sound_of
+from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, Expert
 from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
 from training.averages import WeightAverage
@@ -43,7 +44,9 @@ logger = logging.getLogger(__name__)
 SAMPLE, SAVE, STOP = "sample", "save", "stop"
 EVERY_SECONDS = 1.0  # looking takes microseconds on a disk, and milliseconds in a network folder
 LARGEST = 64  # bytes; what a shell writes into a new file is less, and a larger one holds somebody's data
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform == "win32":
+    SIGNALS.append(signal.SIGBREAK)  # what another process can send in place of Ctrl-C
 
 
 @dataclass
@@ -194,6 +197,7 @@ class TrainingRun:
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
+    of_sound: frozenset[Tensor] = field(init=False)  # those of them that only clips with sound reach
 
     def __post_init__(self) -> None:
         plan, accelerator = self.plan, self.plan.accelerator
@@ -201,11 +205,21 @@ class TrainingRun:
         self.steps, self.progress = plan.steps, plan.progress
         self.device, self.autocast = accelerator.device, accelerator.autocast
         self.parameters = self.trainable.parameters
+        sound = sound_of(plan.family)
+        names = {} if sound is None else self.trainable.names
+        self.of_sound = frozenset(one for one, name in names.items() if sound and sound.modules in name)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype that the DiT computes in."""
         return AUTOCAST.get(self.options.accelerator.mixed_precision, dtype_of(self.dits.networks[0]))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of the parts whose losses are told: experts, or picture and sound."""
+        if len(self.experts) > 1:
+            return tuple(expert.name for expert in self.experts)
+        return (PICTURE_STREAM, SOUND_STREAM) if hears_sound(self.family) else ()
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

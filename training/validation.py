@@ -8,17 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
+from modules.contract.data import SOUND, Batch
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
-from training.data.timesteps import times_at
-from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
+from training.data.timesteps import Timesteps, times_at
+from training.loss import (
+    PLAIN_LOSS,
+    Autocast,
+    DitOf,
+    LossRule,
+    NoisyBatch,
+    NoisySound,
+    Trains,
+    measure_errors,
+)
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.reports.history import LOSS
 from training.run_options import ValidationOptions
@@ -150,7 +160,21 @@ class Validation:
             noise = torch.randn(shape, generator=seed_generator("validation", *seed, item.key, level))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
             noisy_batch = NoisyBatch(
-                batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
+                batch,
+                noise,
+                times.sigmas,
+                times.timesteps,
+                torch.ones(1),
+                given_frames,
+                sound=self._noisy_sound(batch, times, *seed, item.key, level),
             ).to(self.device)
             losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()
+
+    def _noisy_sound(self, batch: Batch, times: Timesteps, *stream: int | str) -> NoisySound | None:
+        """Return the sound as noisy as the picture; None: the item has none."""
+        heard = batch.tensors.get(SOUND)
+        if not isinstance(heard, Tensor):
+            return None
+        noise = torch.randn(heard.shape, generator=seed_generator("validation sound", *stream))
+        return NoisySound(noise, times.sigmas, times.timesteps, torch.ones(1))

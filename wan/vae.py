@@ -5,13 +5,12 @@ It works on one group of frames at a time, so that memory does not grow with the
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, tiles
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, numbers_on
@@ -23,63 +22,6 @@ from wan.vae_checkpoints import read_vae
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
 logger = logging.getLogger(__name__)
-
-OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One piece of an axis; places and overlaps in latent pixels, the unit that input and output share."""
-
-    start: int
-    size: int
-    before: int  # units shared with the previous tile
-    after: int  # with the next tile
-
-    def pick(self, unit: int) -> slice:
-        """Return the slice of this tile along an axis with `unit` pixels per latent pixel."""
-        return slice(self.start * unit, (self.start + self.size) * unit)
-
-    def weights(self, unit: int) -> Tensor:
-        """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
-
-        The weights of overlapping tiles sum to 1.
-        """
-        rise, fall = self.before * unit, self.after * unit
-        weights = torch.ones(self.size * unit)
-        weights[:rise] = _ramp(rise)
-        weights[self.size * unit - fall :] = _ramp(fall).flip(0)
-        return weights
-
-
-def _ramp(length: int) -> Tensor:
-    return (torch.arange(length) + 0.5) / length
-
-
-def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`.
-
-    They share at least one latent pixel if a tile has two or more.
-    """
-    if size <= largest:
-        return (Tile(0, size, 0, 0),)
-    overlap = max(largest // OVERLAP, min(largest - 1, 1))
-    count = ceil((size - overlap) / (largest - overlap))
-    edge = ceil((size + (count - 1) * overlap) / count)
-    starts = [(size - edge) * index // (count - 1) for index in range(count)]
-    shared = [0] + [first + edge - second for first, second in zip(starts, starts[1:], strict=False)] + [0]
-    return tuple(Tile(start, edge, shared[index], shared[index + 1]) for index, start in enumerate(starts))
-
-
-def add_tile(total: Tensor, piece: Tensor, row: Tile, column: Tile, unit: int) -> None:
-    """Add a tile's weighted result, ... H W, to the whole at its place.
-
-    Over all tiles the weights of a pixel sum to 1.
-    """
-    weights = row.weights(unit)[:, None] * column.weights(unit)
-    total[..., row.pick(unit), column.pick(unit)] += piece.to(total.device, total.dtype) * weights.to(
-        total.device
-    )
 
 
 class WanVae(nn.Module):
@@ -135,10 +77,7 @@ class WanVae(nn.Module):
         latents = torch.zeros(
             (batch, channels, (frames - 1) // step + 1, height // side, width // side), device=self.device
         )
-        for row in rows:
-            for column in columns:
-                piece = encode(pixels[..., row.pick(side), column.pick(side)])
-                add_tile(latents, piece, row, column, 1)
+        add_in_tiles(lambda tile: [encode(tile)], pixels, (rows, columns), (side, 1), latents)
         return latents
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
@@ -153,20 +92,8 @@ class WanVae(nn.Module):
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same as `decode`, before clamping to -1..1."""
-        rows, columns = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
-        if len(rows) == len(columns) == 1:
-            yield from self._decode(latents)
-            return
-        step, side, _ = self.config.stride
-        batch, _, frames, height, width = latents.shape
-        pixels = torch.zeros(batch, 3, (frames - 1) * step + 1, height * side, width * side)
-        for row in rows:
-            for column in columns:
-                start = 0
-                for chunk in self._decode(latents[..., row.pick(1), column.pick(1)]):
-                    add_tile(pixels[:, :, start : start + chunk.shape[2]], chunk, row, column, side)
-                    start += chunk.shape[2]
-        yield from pixels.split([1] + [step] * (frames - 1), dim=2)
+        grid = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
+        yield from decode_in_tiles(self._decode, latents, grid, self.config.stride)
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
         """Return the tiles of an axis of `size` latent pixels."""

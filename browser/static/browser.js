@@ -267,6 +267,7 @@ async function goOn(wait) {
 }
 
 document.addEventListener("htmx:after:swap", () => { watch(); setPlaying(playing); });
+document.addEventListener("htmx:after:request", ({ target, detail }) => { if (target.matches(".add") && detail.ctx.response.raw.ok) target.reset(); });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
 watch();
 setPlaying(playing);

@@ -229,7 +229,8 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
             "and this table is neither. Use a configuration with video_directory, image_directory, "
             "video_jsonl_file or image_jsonl_file over the same media."
         )
-    media_only: dict[str, Any] = {"control_directory": None, "mask_directory": None, "class_tokens": None}
+    companions = "control_directory", "mask_directory", "audio_directory", "class_tokens"
+    media_only: dict[str, Any] = dict.fromkeys(companions)
     media_only["lists_controls"] = False
     tables = [
         dataclasses.replace(table, caption_extension=table.caption_extension or EXTENSION, **media_only)

@@ -1,6 +1,7 @@
 """Look at a dataset: --check, its page, the page of dataset_report.py, and the frames that a model sees.
 
 check: plans of caching and caches of a training, verified
+files: each file for programs: crop, caption, caches
 findings: faults, remarks and totals of each table
 looks: read a source once: frames, crop, numbers, measures
 numbers: all numbers of a dataset as one JSON object
@@ -9,5 +10,6 @@ page: the page of a check and of the report
 pairs: reference pictures of an image, drawn beside it
 repair: rewrite captions as UTF-8; old files stay as .bak
 run: measure a dataset, then write page and JSON
+sound: the sound of clips: facts, remarks, a drawing
 views: show the frames that a model will see
 """

@@ -6,6 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
+
+import torch
 
 from data_tools.report.findings import (
     NO_COUNTERS,
@@ -21,6 +24,7 @@ from data_tools.report.findings import (
 )
 from data_tools.report.page import write_check_page
 from data_tools.report.repair import repair_captions
+from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
@@ -38,6 +42,7 @@ from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead
+from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
@@ -47,8 +52,8 @@ from dataset.sources.frames import find_wrong_rates
 from dataset.sources.media_source import Fault
 from dataset.sources.references import reference_buckets
 from modules.bars import Bar
-from modules.contract.data import LatentSpec, MediaTable
-from modules.contract.family import Described, TextEncoder
+from modules.contract.data import LatentSpec, MediaTable, SoundSpec
+from modules.contract.family import Described, TextEncoder, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size
@@ -84,7 +89,8 @@ def tell_check(
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     if page.html is not None:
         fps = family.defaults.fps
-        write_check_page(page.html, config, result, family.latent, fps, page.html_items, workers)
+        hears = hears_sound(family)
+        write_check_page(page.html, config, result, family.latent, fps, page.html_items, workers, hears)
     return result.exit_code
 
 
@@ -131,19 +137,23 @@ def check_caching(
 
     latent, stores, tables = family.latent, Stores(npz_names(family)), []
     given = latent, family.defaults.fps, skip_existing, sections, stores, verify
-    recipe = Recipe(family.cache_tag, identity, *given)
+    recipe = Recipe(family.cache_tag, identity, *given, has_rates=has_frame_rates(family))
     of_texts = TextRecipe(encoders, skip_existing, stores, verify)
     for table in config.datasets:
         found = find_table(config, table)
         forms = other_form(table, family.cache_tag) if latents or texts else ()
         found.faults += [Fault("cache folders are in the other form", line) for line in forms]
         if media and found.sources:
+            sound: SoundWork | None = None
+            if identity and hears_sound(family) and is_heard(table):
+                hearing = cast(HearingFamily, family)
+                sound = SoundWork(hearing, [table], stores, skip_existing, verify, torch.device("cpu"))
             try:
                 check_resolution(table, latent.pixel_step)
                 if latents:
                     family.check_table(media_table(table, any(source.control for source in found.sources)))
                     found.sources = use_moments(family, found.sources)
-                _check_sources(found, recipe, workers)
+                _check_sources(found, recipe, workers, sound)
             except DatasetError as error:
                 found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
@@ -179,13 +189,15 @@ def check_training(
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
     counters: Counters = NO_COUNTERS,
+    sound: SoundSpec | None = None,
 ) -> CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
-    checkpoints that the caller recognised. text_keys: keys of a complete text cache.
+    checkpoints that the caller recognised. text_keys: keys of a complete text cache. sound: of a family that
+    hears.
     """
-    cached = find_items(config, cache_tag, latent, text_keys)
+    cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
@@ -208,8 +220,10 @@ def check_training(
     return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
-def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
-    """Compare the sources with their caches; decode those with too few known facts."""
+def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: SoundWork | None) -> None:
+    """Compare the sources with their caches; decode those with too few known facts. sound: of a model that
+    hears.
+    """
     table = found.table
     existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
     looked, unreadable = plan_all(found.sources, existing, recipe, workers)
@@ -245,6 +259,11 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
         found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+    if sound is not None:
+        told_of_sound, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
+        found.caches += told_of_sound
+        found.faults += faults
+        found.remarks += remarks
 
 
 def _measure_references(
@@ -287,6 +306,7 @@ def _check_caches(
     for kind, paths in (
         ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
         ("text caches are unfinished", cached.unfinished_text),
+        ('caches of sound are missing, and audio = "required"', cached.missing_sound),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
     found.faults += [

@@ -1,6 +1,7 @@
 """Read a source once, as caching does: its numbers, measures of its frames, a strip of them."""
 # Letters: H, W height and width of a frame
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
+from data_tools.report.sound import Heard, draw_sound, is_heard, listen
 from dataset.sources.cogvideox import measure_source
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
@@ -85,10 +87,12 @@ class Look:
     problem: str | None = None  # why it cannot be read
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
+    heard: Heard | None = None  # the sound of a clip; None: not looked for
     # only of what a page shows
     spans: tuple[Span, ...] = ()
     strip: Markup | None = None
     small: Markup | None = None
+    wave: Markup | None = None
 
     @property
     def cut_percent(self) -> float:
@@ -123,13 +127,13 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
         found["measures"] = _measure_frames(frames, source.table.kind == "video")
     del found["spans"]
-    return Look(**found)
+    return Look(**found, heard=_listen(source, fps))
 
 
-def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize) -> Look:
+def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize, hears: bool = False) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
-    `problem` says what cannot be read; the frames before it are shown.
+    hears: draw the sound of a clip too. `problem` says what cannot be read; the frames before it are shown.
     """
     height = shown.clip_height if source.table.kind == "video" else shown.picture_height
 
@@ -147,6 +151,11 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize) 
         middle, name = sample.frames[len(sample.frames) // 2], escape_control_codes(source.path.name)
         found["strip"] = embed_picture(strip, name, shown.width, quality=shown.quality)
         found["small"] = embed_picture(middle, name, SMALL, quality=70)
+    if hears and found["used"]:
+        found["heard"] = heard = _listen(source, fps)
+        if heard is not None and heard.track is not None:
+            with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
+                found["wave"] = draw_sound(source, fps, found["used"])
     return Look(**found)
 
 
@@ -165,7 +174,16 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
         none=plan.reason,
+        heard=_listen(source, fps),
     )
+
+
+def _listen(source: MediaSource, fps: float) -> Heard | None:
+    """Return facts about the sound of a clip; None if it cannot be read, or is of no interest."""
+    if is_heard(source.table):
+        with contextlib.suppress(MediaError, DatasetError, OSError):
+            return listen(source, fps)
+    return None
 
 
 def _look_over(

@@ -18,6 +18,7 @@ from data_tools.report.findings import (
     is_unread,
 )
 from data_tools.report.looks import Look, cut_percent
+from data_tools.report.sound import Heard, count_tracks
 from dataset.config import DatasetConfig
 from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
@@ -187,6 +188,21 @@ def _distributions(looks: Sequence[Look]) -> Numbers:
         "brightness": _distribution("values", [one.brightness for one in measures]),
         "sharpness": _distribution("values", [one.sharpness for one in measures]),
         "motion": _distribution("values", moving),
+        "sound": _count_sound([look.heard for look in looks if look.heard is not None]),
+    }
+
+
+def _count_sound(found: Sequence[Heard]) -> Numbers:
+    """Return how many clips have sound and of which form, how many have none, and where it does not fit."""
+    tracks = [one.track for one in found if one.track is not None]
+    return {
+        "clips": len(tracks),
+        "without": len(found) - len(tracks),
+        "remarks": sum(one.remark is not None for one in found),
+        "tracks": [
+            {"rate": rate, "channels": channels, "count": count}
+            for rate, channels, count in count_tracks(tracks)
+        ],
     }
 
 

@@ -51,6 +51,11 @@ class ReportOptions(Options, title="report"):
         "read headers only, for very large datasets: nothing is measured and no copies are found; only "
         "files with thumbnails are decoded"
     )
+    files: bool = option(
+        "add each file to the JSON: how it is cropped, its caption, what is wrong with it, and whether its "
+        "caches still hold"
+    )
+    no_download: bool = option("download nothing: a file at an address that is not here counts as broken")
     num_workers: int | None = option(
         "threads that read files; default: all cores but one. The result does not depend on it",
         least=1,
@@ -60,6 +65,8 @@ class ReportOptions(Options, title="report"):
     def __post_init__(self) -> None:
         if self.output is None and self.json is None:
             raise OptionError("nothing would be written: give --output page.html, --json, or both")
+        if self.files and self.json is None:
+            raise OptionError("--files adds to the JSON: give --json too")
         if self.output is not None and self.output.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--output {self.output}: name a file that ends in .html")
         if self.json is not None and not self.prints and self.json.suffix.lower() != ".json":

@@ -80,12 +80,13 @@ def write_check_page(
     fps: float,
     most: int,
     workers: int,
+    hears: bool = False,
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    Raises OutputError if the page cannot be written.
+    hears: whether the model learns sound. Raises OutputError if the page cannot be written.
     """
-    cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP)
+    cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP, hears=hears)
     files = sum(len(found.sources) for found in result.tables)
     values = {
         "result": result,
@@ -114,7 +115,7 @@ def write_report_page(
     """
     copies = {path for group in numbers["near_duplicates"] for path in group}
     cards = _make_cards(
-        tables, NO_COUNTERS, latent, options.fps, options.items, workers, REPORT_STRIP, copies
+        tables, NO_COUNTERS, latent, options.fps, options.items, workers, REPORT_STRIP, copies, hears=True
     )
     values = {
         "result": None,
@@ -157,8 +158,12 @@ def _make_cards(
     workers: int,
     shown: StripSize,
     copies: frozenset[str] | set[str] = frozenset(),
+    hears: bool = False,
 ) -> list[Card]:
-    """Read at most `most` files once more and return their cards, in the order of their tables."""
+    """Read at most `most` files once more and return their cards, in the order of their tables.
+
+    hears: with the sound of clips.
+    """
     chosen = choose_sources(tables, most)
     pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
     told: dict[tuple[bool, int, str | None], list[str]] = {}
@@ -170,7 +175,7 @@ def _make_cards(
     def work(pair: tuple[TableFindings, int]) -> Card:
         found, place = pair
         source = found.sources[place]
-        look = show(source, fps, latent, shown)
+        look = show(source, fps, latent, shown, hears)
         paths = {str(path) for path in (source.path, source.caption_path)}
         faults, remarks = (
             # that a caption is empty is a path alone: the card shows it

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.report.files import list_files
 from data_tools.report.findings import TableFindings, balance, check_captions, find_table
 from data_tools.report.looks import Look, Measures, measure, read_header
 from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
@@ -19,15 +20,16 @@ from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable, with_references
 from dataset.sources.decoding import check_resolution
-from dataset.sources.media_source import Fault, MediaSource, list_faults
+from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec
 from modules.contract.rules import ReferenceRules
 from modules.control_codes import escape_control_codes
-from modules.errors import DatasetError
+from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit
 from modules.media.measures import NEAR
+from modules.paths import hide_secrets, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,10 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     decodes = not options.no_decode
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
-    tables = [
-        _measure_table(config, table, options.fps, latent, decodes, workers) for table in config.datasets
-    ]
+    tars = [tar for table in config.datasets for tar in table.tars or () if is_address(tar)]
+    if options.no_download and tars:
+        raise DatasetError(f"{hide_secrets(tars[0])} is downloaded to be listed: leave out --no_download")
+    tables = [_measure_table(config, table, options, latent, workers) for table in config.datasets]
     faults = [fault for found in tables for fault in found.faults]
     if not any(found.sources for found in tables):
         lines = (fault.text for fault in faults)
@@ -57,6 +60,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     balance(tables)
     copies = [group for kind in ("image", "video") for group in _find_copies(tables, kind)]
     numbers = collect_numbers(config, tables, copies, options.fps, options.pixel_step, decodes)
+    if options.files:
+        numbers["files"] = list_files(tables, options.fps, latent, workers)
     if faults:
         text = "\n  ".join(list_faults(faults, NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
@@ -73,9 +78,10 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _measure_table(
-    config: DatasetConfig, table: DatasetTable, fps: float, latent: LatentSpec, decodes: bool, workers: int
+    config: DatasetConfig, table: DatasetTable, options: ReportOptions, latent: LatentSpec, workers: int
 ) -> TableFindings:
-    """Read all sources of a table once. decodes: False reads headers only, and measures nothing."""
+    """Read all sources of a table once; with --no_decode headers only, and nothing is measured."""
+    decodes = not options.no_decode
     found = find_table(config, table)
     if not found.sources:
         return found
@@ -87,8 +93,13 @@ def _measure_table(
         return found
 
     def work(source: MediaSource) -> Look:
+        remote = (path for path, origin in source.parts if isinstance(origin, Remote))
+        if options.no_download and not all(path.exists() for path in remote):
+            raise MediaError("not downloaded yet; caching does that")
         # of given tensors the header is all that is read
-        return (measure if decodes or source.tensors is not None else read_header)(source, fps, latent)
+        return (measure if decodes or source.tensors is not None else read_header)(
+            source, options.fps, latent
+        )
 
     fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
     bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")

@@ -20,17 +20,20 @@ from dataset.cache.files import (
     is_empty_text_name,
     latent_names,
     parse_more_text_name,
+    sound_file_name,
+    sound_tag,
     text_file_name,
 )
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import section_frames
 from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.console import count_of
-from modules.contract.data import LatentSpec
+from modules.contract.data import FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.buckets import Size
 
@@ -59,6 +62,9 @@ class TrainingItem:
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
     # width and height of each latents of a reference picture, if those of a batch have to be equal
     references: tuple[int, ...] = ()
+    has_sound: bool = False  # in a cache of its own
+    # C T M of its sound, silent or not, if those of a batch have to be equal
+    sound: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -72,12 +78,17 @@ class TrainingItem:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """The common key of a batch's items: their table, or its group, their bucket and references."""
-        return (self.table.batch_group, *self.bucket, *self.references)
+        """The common key of a batch's items: table, or its group, bucket, references, size of the sound."""
+        return (self.table.batch_group, *self.bucket, *self.references, *self.sound)
 
     @property
     def latent_path(self) -> Path:
         return self.table.cache_directory / f"{self.key}{SUFFIX}"
+
+    @property
+    def sound_path(self) -> Path:
+        """The file of its sound, if it has any."""
+        return self.table.cache_directory / sound_file_name(self.file_name, self.kind.tag)
 
     @property
     def text_path(self) -> Path:
@@ -174,6 +185,8 @@ class FoundItems:
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
     missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
     unsound: tuple[tuple[DatasetTable, str], ...] = ()  # why caches of a table may be missing
+    missing_sound: tuple[Path, ...] = ()  # of tables with audio = "required"
+    silent: SoundSpec | None = None  # of a run with sound, if no item has any
     removed: tuple[Path, ...] = ()  # sources that have caches but no table has any more; without suffix
 
 
@@ -184,12 +197,13 @@ def find_items(
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
     live: Mapping[int, LiveTable] = MappingProxyType({}),
+    sound: SoundSpec | None = None,
 ) -> FoundItems:
-    """Find all items by the names of their files, without opening them. Where sources are listed (tables
-    encoded while training, npz files beside pictures), caches of others are left out.
+    """Find all items by the names of their files; no more than headers are opened. Where sources are listed
+    (tables encoded while training, npz files beside pictures), caches of others are left out.
 
     text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
-    say. live: tables encoded while training, by index.
+    say. live: tables encoded while training, by index. sound: of a family that hears.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     items: list[TrainingItem] = []
@@ -197,6 +211,7 @@ def find_items(
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
     missing_empty: list[Path] = []
+    missing_sound: list[Path] = []
     incomplete: list[tuple[DatasetTable, str]] = []
     listed: dict[Path, set[str]] = {}  # by folder, which several tables may share: names of sources
     unlisted: dict[tuple[Path, str], None] = {}  # names of other sources that have caches there
@@ -223,6 +238,10 @@ def find_items(
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
         # each once, of tables whose batches depend on them
         references: dict[tuple[int, ...], tuple[int, ...]] = {}
+        sounds: dict[tuple[int, ...], tuple[int, ...]] = {}
+        hears = sound is not None and table.kind == "video" and table.audio != IGNORE
+        end_of_sound = f"_{sound_tag(cache_tag)}{SUFFIX}"
+        with_sound = {name for name in names if name.endswith(end_of_sound)} if hears else set()
         has_references = table.references is not None and table.batch_size > 1 and not one.media
         has_empty_text, is_empty = empty_text in text_names, True
         # one for each source if an encoder sees its references, and the first of those that are not there
@@ -254,7 +273,14 @@ def find_items(
                 bucket = buckets[id(what)]
                 sizes = _reference_sizes(store, name) if has_references else ()
                 sizes = references.setdefault(sizes, sizes)
-                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes))
+                item = TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes)
+                if sound is not None and hears:
+                    has_sound = sound_file_name(name, cache_tag) in with_sound
+                    shape = _sound_shape(store, item, sound) if table.batch_size > 1 else ()
+                    item = replace(item, has_sound=has_sound, sound=sounds.setdefault(shape, shape))
+                    if not has_sound and table.audio == REQUIRED:
+                        missing_sound.append(item.sound_path)
+                items.append(item)
         if is_empty:
             empty.append(table)
         elif table.drops_captions and not one.texts and not has_empty_text:
@@ -266,6 +292,8 @@ def find_items(
         tuple(path.with_name(path.name + PART) for path in unfinished),
         tuple(missing_empty),
         tuple(incomplete),
+        tuple(missing_sound),
+        sound if items and not live and not any(item.has_sound for item in items) else None,
         tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
     )
 
@@ -289,6 +317,15 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         return store.read(name, is_whole=False).header.reference_sizes
     except CacheError:
         return ()
+
+
+def _sound_shape(store: CacheStore, item: TrainingItem, sound: SoundSpec) -> tuple[int, ...]:
+    """Return C T M of an item's sound, silent or not; () if its cache does not say how long it lasts."""
+    try:
+        rate = float(store.read(item.file_name, is_whole=False).header.metadata[FPS])
+    except (CacheError, KeyError, ValueError):  # as reading it for a batch says
+        return ()
+    return sound.shape(item.bucket[2], rate)
 
 
 class _TextNames:
@@ -372,8 +409,16 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}"
         for table in found.empty_tables
     ]
+    lacking = Counter(path.parent for path in found.missing_sound)
+    faults += [
+        f'audio = "required", but {count} clips have no sound in {folder}, such as '
+        f"{next(path.name for path in found.missing_sound if path.parent == folder)}"
+        for folder, count in lacking.items()
+    ]
     if not faults and not found.items:
         faults = [f"no text cache in {folder}" for folder in untexted]
+    if found.silent is not None:
+        faults.append(f"no clip of the dataset has cached sound. Give some, or {found.silent.without}")
     faults += [f"caption_dropout_rate needs the empty prompt's cache, {path}" for path in found.missing_empty]
     if faults:
         raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))

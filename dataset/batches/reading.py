@@ -17,6 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
+from dataset.batches.sound import read_sound
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
@@ -36,7 +37,19 @@ from dataset.sources.frames import has_mask
 from dataset.sources.tables import count_named_references
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.console import count_of
-from modules.contract.data import CONTROL, LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
+from modules.contract.data import (
+    CONTROL,
+    FPS,
+    HAS_SOUND,
+    LATENTS_MADE,
+    LOSS_MASK,
+    SOUND,
+    SOUND_MADE,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MadeBy,
+)
 from modules.errors import CacheError
 
 
@@ -103,6 +116,10 @@ def read_batch(
         encoded = live.encoded.get(place)
         one = _read_item(item, stores, latent, commands, checks, number, encoded, live)
         read.append(replace(one, tensors=choose_side(one.tensors, flip)))
+    has_sound = [SOUND in one.tensors for one in read]
+    if any(has_sound):  # of the others it is not learned
+        like = next(one.tensors[SOUND] for one in read if SOUND in one.tensors)
+        read = [replace(one, tensors={SOUND: torch.zeros_like(like), **one.tensors}) for one in read]
     if any(LOSS_MASK in one.tensors for one in read):  # one without a mask gets ones, which change nothing
         shapes = [one.tensors["latents"].shape[1:] for one in read]
         whole = [{LOSS_MASK: torch.ones(shape, dtype=torch.float16)} for shape in shapes]
@@ -120,6 +137,10 @@ def read_batch(
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
+    if any(has_sound):
+        tensors[HAS_SOUND] = torch.tensor(has_sound)
+    if isinstance(rates := tensors.get(FPS), Tensor):
+        tensors[FPS] = (1000 * rates.double()).round().long()
     made_by = tuple(made for one in read for made in one.made_by)
     weights = tuple(item.table.prior_loss_weight for item in items)
     preserved = tuple(item.table.preserves_output for item in items)
@@ -170,6 +191,10 @@ def _read_item(
             latents, media = _read_latents(item, store, latent, checks)
         tensors, variable = dict(latents.tensors), latents.variable
         made_by += [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
+        if item.has_sound:
+            with _remedy(commands.latents, store, item.sound_path.name):
+                tensors[SOUND], record = read_sound(item, store, checks)
+            made_by += [] if record is None else [MadeBy(item.sound_path, SOUND_MADE, record.encoder)]
     if not item.kind.has_text:
         checks.add(item.table.index, item.key)
         caption = live.tables[item.table.index].caption(item.source_stem, number)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands
-from modules.contract.data import LATENTS_MADE, MadeBy
+from modules.contract.data import LATENTS_MADE, SOUND_MADE, MadeBy
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class SameEncoders:
             if not keys:
                 continue
             self._told.add(made.part)
-            parts.add(first.part == LATENTS_MADE)
+            parts.add(first.part in (LATENTS_MADE, SOUND_MADE))
             for one in (first, made):
                 texts = {key: one.encoder.get(key, "none") for key in keys}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))

@@ -18,6 +18,7 @@ from dataset.cache.files import (
     is_text_name,
     parse_latent_name,
     read_header,
+    sound_tag,
 )
 from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
@@ -90,7 +91,8 @@ def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | Non
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    return parse_latent_name(name, tag, kind) is not None or is_text_name(name.removesuffix(PART), tag)
+    latents = (parse_latent_name(name, one, kind) for one in (tag, sound_tag(tag)))
+    return any(one is not None for one in latents) or is_text_name(name.removesuffix(PART), tag)
 
 
 def _single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
-from modules.contract.data import CONTROL
+from modules.contract.data import CONTROL, SOUND
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
@@ -35,17 +35,19 @@ PART = ".part"  # behind the name of a text cache that some of the text encoders
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
 FLIPPED = "_flipped"  # behind the key of mirrored latents
+SOUND_LENGTH = "audio_lengths"  # beside the latents of sound: their T; other programs read it
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
+_SOUND_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
-# latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
+# latents of any family, and those of sound; then texts: the first, further ones, the empty prompt, unfinished
 _CACHE_NAME = re.compile(
-    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)\.safetensors"
-    r"(\.part)?",
+    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+(_audio)?|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)"
+    r"\.safetensors(\.part)?",
     re.DOTALL,
 )
 _MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
@@ -71,6 +73,18 @@ class LatentName:
             section = "" if self.section is None else f"-{self.section:04d}"
             parts.append(f"{self.span[0]:05d}-{self.span[1]:03d}{section}")
         return "_".join([*parts, f"{self.size[0]:04d}x{self.size[1]:04d}", tag]) + SUFFIX
+
+
+def sound_tag(tag: str) -> str:
+    """Return what stands for the family's tag in the names of latents of sound: beside `clip_..._ltx2` there
+    is `clip_..._ltx2_audio`.
+    """
+    return f"{tag}_audio"
+
+
+def sound_file_name(latent_file: str, tag: str) -> str:
+    """Return the name of the cache of the sound that belongs to a latent cache of the family."""
+    return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
@@ -187,6 +201,9 @@ def tensor_name(
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
     if key.endswith("_mask"):
         return key
+    if key == SOUND:  # C T M is written T x M x C
+        channels, length, width = tensor.shape
+        return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
     if key == "latents" or key.startswith("latents_"):
         sizes = grid or tuple(tensor.shape[-3:])
         shown = "x".join(map(str, sizes if has_frames else sizes[1:]))
@@ -202,6 +219,8 @@ def tensor_key(name: str) -> str:
     latents = _LATENT_NAME.fullmatch(name)
     if latents is not None:
         return latents[1]
+    if _SOUND_NAME.fullmatch(name):
+        return SOUND
     name = name.removeprefix(VARIABLE)
     return name if name.endswith("_mask") else re.sub(f"_{_DTYPE}$", "", name)
 
@@ -337,6 +356,15 @@ def is_latent_cache(header: Header, architecture: str) -> bool:
     """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA."""
     return (
         bool(header.grids)
+        and _all_cache_names(header)
+        and header.metadata.get("architecture", architecture) == architecture
+    )
+
+
+def is_sound_cache(header: Header, architecture: str) -> bool:
+    """Whether the tensor names are those of a cache of a clip's sound of the family `architecture`."""
+    return (
+        SOUND in header.keys
         and _all_cache_names(header)
         and header.metadata.get("architecture", architecture) == architecture
     )

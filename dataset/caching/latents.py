@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FLIPPED, LatentName
-from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify
+from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_key
+from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cache.store import CacheStore
 from dataset.caching.existing import Caches, Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
 from dataset.caching.prefetch import check_memory
@@ -19,6 +20,7 @@ from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.media_source import MediaSource
+from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
 from modules.devices import free_memory
@@ -55,6 +57,7 @@ class Pending:
     record: LatentRecord  # without checksums
     crop: Crop
     there: Names  # its existing cache files
+    rate: float | None = None  # frames in a second, for models that are told
 
     @property
     def size_bytes(self) -> int:
@@ -69,13 +72,15 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
     """
-    source, clip, latent = plan.source, None, recipe.latent
+    source, clip, latent, rate = plan.source, None, recipe.latent, None
     if source.tensors is not None:
         media, clip, crop = _take_moments(source, latent)
         files = tuple(itertools.starmap(identify, source.parts))
-        return plan, list(_missing_items(plan, media, existing, recipe, files, clip, crop))
+        rate = kept_rate(source, recipe.fps) if recipe.has_rates else None
+        return plan, list(_missing_items(plan, media, existing, recipe, files, clip, crop, rate))
     with fetch(source) as here:
         check_memory(here)
+        rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
         media = decode_source(here, recipe.fps, latent.pixel_step, latent.frame_step)
     media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
@@ -90,7 +95,7 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
         # decoding stops early where there are enough: then there may be more
         clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
     files = tuple(itertools.starmap(identify, source.parts)) if plan.missing else ()
-    items = _missing_items(plan, media, existing, recipe, files, clip)
+    items = _missing_items(plan, media, existing, recipe, files, clip, rate=rate)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
     overlaps = sum(length for _, length in plan.missing or ()) > len(media.frames)
     return plan, items if is_large or overlaps else list(items)
@@ -104,8 +109,11 @@ def _missing_items(
     files: tuple[FileIdentity, ...],
     clip: ClipFacts | None,
     crop: Crop | None = None,
+    rate: float | None = None,
 ) -> Iterator[Pending]:
-    """Yield the items that a plan lacks. crop: of the only one, if it is not cut out of frames."""
+    """Yield the items that a plan lacks. crop: of the only one, if it is not cut out of frames. rate: frames
+    in a second, if they are told.
+    """
     source, table = plan.source, plan.source.table
     of_table = recipe.table_options(source)
     for span in plan.missing or ():
@@ -119,6 +127,7 @@ def _missing_items(
             LatentRecord(recipe.encoder, options, files, clip, parts=0, crc32={}),
             crop or cut(media, span),
             {file: one for file, one in existing.items() if (one.size, one.span) == (size, of_span)},
+            rate,
         )
 
 
@@ -217,6 +226,25 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
         f"{item}: {wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
         "  Give the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
     )
+
+
+def write_entry(
+    store: CacheStore,
+    family: Caches,
+    file: str,
+    named: Mapping[str, Tensor],
+    record: LatentRecord,
+    facts: Mapping[str, str],
+) -> None:
+    """Write a cache of latents with its record. named: tensors by their names in the file. facts: metadata.
+
+    Raises OutputError, or CacheError if a value is NaN or infinite.
+    """
+    for name, tensor in named.items():
+        require_finite(tensor, file, tensor_key(name))
+    sums = {name: checksum(name, tensor) for name, tensor in named.items()}
+    metadata = {"architecture": family.name, "format_version": FORMAT_VERSION, **facts}
+    store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:

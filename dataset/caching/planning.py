@@ -30,7 +30,7 @@ from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.bars import Bar
-from modules.contract.data import CONTROL, LOSS_MASK, LatentSpec, MediaTable
+from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
@@ -52,6 +52,7 @@ class Recipe:
     verify: bool = False  # read all values, however many entries there are
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    has_rates: bool = False  # each file says how many frames make a second (`has_frame_rates`)
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return the options of a source that are the same for most sources of its table."""
@@ -65,6 +66,8 @@ class Recipe:
             options["moments"] = True
         if table.augmentation.flip:
             options[FLIP] = True
+        if self.has_rates:
+            options["frame_rate"] = True
         return options | table.section_keys
 
     def difference(
@@ -270,6 +273,8 @@ class _Planning:
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
+            if recipe.has_rates and FPS not in header.keys:
+                raise CacheError(f"{path}: it does not say how many frames make a second")
             references = self.source.control if self.table.references is not None else ()
             if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
                 raise CacheError(f"{path}: it has no latents of its {len(references)} reference pictures")

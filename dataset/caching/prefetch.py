@@ -54,6 +54,7 @@ class CacheReport:
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
+    silent: tuple[Failure, ...] = ()  # clips without sound, of a model that hears
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all
@@ -67,7 +68,7 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
                 (one for report in reports for one in getattr(report, name)), key=lambda one: str(one.path)
             )
         )
-        for name in ("failures", "dropped", "shortened")
+        for name in ("failures", "dropped", "shortened", "silent")
     }
     return CacheReport(
         written=sum(report.written for report in reports),
@@ -98,6 +99,12 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             "%d clips give no item of some lengths. The first: %s",
             len(report.shortened),
             "; ".join(map(str, report.shortened[:NAMED])),
+        )
+    if report.silent:
+        logger.info(
+            "%d clips are learned silent. The first: %s",
+            len(report.silent),
+            "; ".join(map(str, report.silent[:NAMED])),
         )
     if report.foreign:
         logger.warning(

@@ -12,6 +12,7 @@ from typing import Any
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import (
     FileIdentity,
+    TextRecord,
     difference,
     is_unchanged,
     text_records,
@@ -128,6 +129,16 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
     return list(seen.values())
 
 
+def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
+    """Describe how the text, the encoder or the settings of a record differ from those that are there now."""
+    return (
+        difference(record.encoder, identity)
+        or difference({"caption": record.caption}, {"caption": file.caption})
+        or difference(record.settings, file.settings)
+        or _find_changed_reference(record.references, file)
+    )
+
+
 def _find_changed_reference(then: Sequence[FileIdentity], file: CaptionFile) -> str | None:
     """Describe how the pictures that an encoder saw with a text differ from those that are there now."""
     now = file.references
@@ -214,12 +225,7 @@ class TextRecipe:
                 if accepts and theirs and encoder.keys <= entry.header.keys:
                     right[encoder.name] = False
                 continue
-            changed = (
-                difference(record.encoder, identity)
-                or difference({"caption": record.caption}, {"caption": file.caption})
-                or difference(record.settings, file.settings)
-                or _find_changed_reference(record.references, file)
-            )
+            changed = why_outdated(record, identity, file)
             if changed is not None:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue

@@ -12,20 +12,13 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import (
-    FORMAT_VERSION,
-    SUFFIX,
-    LatentName,
-    checksum,
-    grid_in_name,
-    is_latent_cache,
-    tensor_name,
-)
-from dataset.cache.records import LatentRecord, latent_metadata
+from dataset.cache.files import SUFFIX, LatentName, grid_in_name, is_latent_cache, tensor_name
+from dataset.cache.records import LatentRecord
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import (
     Caches,
@@ -47,10 +40,11 @@ from dataset.caching.latents import (
     batch_media,
     decode,
     mirror_media,
-    require_finite,
+    write_entry,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, read_ahead
+from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, join_reports, read_ahead
+from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
@@ -60,7 +54,8 @@ from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, show_box
-from modules.contract.data import LOSS_MASK, CacheEntry, MomentsBatch
+from modules.contract.data import FPS, LOSS_MASK, CacheEntry, MomentsBatch
+from modules.contract.family import has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -97,6 +92,10 @@ class MediaWork:
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
+        self._sound: SoundWork | None = None
+        if hears_sound(family):
+            how = options.skip_existing, options.verify, device
+            self._sound = SoundWork(cast(HearingFamily, family), config.datasets, self.stores, *how)
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_captions(sources)
@@ -112,6 +111,7 @@ class MediaWork:
             family.sections_of,
             self.stores,
             options.verify,
+            has_rates=has_frame_rates(family),
         )
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
@@ -164,7 +164,11 @@ class MediaWork:
             whole=len(self.pieces),
         )
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        return EncodedPart(report, frozenset(kept | self._written))
+        right = frozenset(kept | self._written)
+        if self._sound is not None:
+            sound, right_too = self._sound.encode(pieces, right, workers, shows)
+            report, right = join_reports([report, sound]), right | right_too
+        return EncodedPart(report, right)
 
     def remove_stale(
         self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
@@ -178,11 +182,14 @@ class MediaWork:
         belongs = {name for one in done for index, name in one.right if index == table.index}
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
-        return remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
+        of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
+        return of_sound + remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
 
     def free(self) -> None:
         """Free the encoders."""
         self._encoders.free()
+        if self._sound is not None:
+            self._sound.free()
 
     def _encode_all(
         self, plans: Sequence[SourcePlan], workers: int, shows: bool
@@ -259,8 +266,10 @@ class MediaWork:
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
+            if item.rate is not None:
+                tensors[FPS] = torch.tensor(item.rate)
             whole = dataclasses.replace(entry, tensors=tensors)
-            writer.submit(partial(self._write, store, name, record, whole))
+            writer.submit(partial(self._write, store, name, record, whole, item.rate))
             names.add(name.file_name(self._recipe.tag))
         self._written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
@@ -268,14 +277,15 @@ class MediaWork:
             is_ours = partial(is_latent_cache, architecture=self._family.name)
             writer.submit(partial(remove_caches, store, surplus, is_ours))
 
-    def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
-        """Write one latent cache with its record.
-
-        Raises OutputError, or CacheError if a value is NaN or infinite.
-        """
-        file = name.file_name(self._recipe.tag)
-        for key, tensor in entry.tensors.items():
-            require_finite(tensor, file, key)
+    def _write(
+        self,
+        store: CacheStore,
+        name: LatentName,
+        record: LatentRecord,
+        entry: CacheEntry,
+        rate: float | None,
+    ) -> None:
+        """Write one latent cache. Raises as `write_entry`."""
         spec = self._family.latent
         named = {
             tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
@@ -286,16 +296,12 @@ class MediaWork:
                 name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
                 for name, tensor in named.items()
             }
-        metadata = {
-            "architecture": self._family.name,
-            "width": str(name.size[0]),
-            "height": str(name.size[1]),
-            "format_version": FORMAT_VERSION,
-        }
+        facts = {"width": str(name.size[0]), "height": str(name.size[1])}
         if name.span is not None:
-            metadata["frame_count"] = str(name.span[1])
-        sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
-        store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+            facts["frame_count"] = str(name.span[1])
+        if rate is not None:  # as text, too: what can share a batch is found by headers alone
+            facts[FPS] = repr(rate)
+        write_entry(store, self._family, name.file_name(self._recipe.tag), named, record, facts)
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""

@@ -12,6 +12,7 @@ media_source: an image or clip, its names and faults
 parquet: bounded reading of Parquet files, files in columns
 references: reference pictures: which, how large, what is wrong
 rows: turn rows of lists and tables into sources
+sound: the sound of clips: its file, seconds, faults
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
 """

@@ -77,7 +77,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             text = str(error)
             for copy, path in places.items():
                 text = text.replace(str(copy), str(path))
-            raise MediaError(text) from error
+            raise type(error)(text) from error
 
 
 @lru_cache(maxsize=4)

@@ -11,9 +11,11 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
 from dataset.sources.frames import find_masks
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.sources.sound import find_sounds
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
@@ -43,6 +45,13 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             masks = find_masks(table, paths, [Path(entry.path) for entry in entries])
     except DatasetError as error:
         faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
+    sounds: Mapping[Path, Path] = {}
+    try:
+        if table.audio_directory is not None and table.audio != IGNORE:
+            entries = list_entries(table.audio_directory, "audio_directory")
+            sounds = find_sounds(table, paths, [Path(entry.path) for entry in entries])
+    except DatasetError as error:
+        faults.append(Fault(f"problems with the sound of {table.name}", str(error)))
     sources = []
     bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
@@ -58,7 +67,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             except DatasetError as error:
                 bad[text_path] = stem, str(error)
         mask = masks.get(path) if masks else None
-        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
+        sound = (sounds[path], None) if path in sounds else None
+        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound))
     if bad:
         messages = explain_captions(list(bad), [message for _, message in bad.values()])
         kind = "have a caption that cannot be used"
@@ -366,7 +376,8 @@ def folder_id(folder: "str | os.PathLike[str]") -> str:
 
 def unsearched_folders(config: DatasetConfig) -> list[str]:
     """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    keys = ("directory", "cache_directory", "control_directory", "mask_directory", "download_directory")
+    kinds = "", "cache_", "control_", "mask_", "audio_", "download_"
+    keys = [f"{kind}directory" for kind in kinds]
     others = {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
     lines = []
     for table in config.datasets:

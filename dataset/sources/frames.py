@@ -119,6 +119,16 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 # ------------------------------------------------------------------------------------------------------------
 
 
+def file_rate(path: Path) -> float | None:
+    """Return the frames in a second of a video by its header; None of a folder, and of an animation, which is
+    played by the times in its file. Raises MediaError if it cannot be read.
+    """
+    if path.is_dir() or is_animation(path):
+        return None
+    with open_video(path) as (_, stream):
+        return float(stream.average_rate) if stream.average_rate else None
+
+
 def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
     """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
@@ -144,16 +154,12 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     faults = []
     for source in clips[::step]:
         try:
-            # a folder has no rate, an animation is played by the times in its file
-            if source.tensors is not None or source.path.is_dir() or is_animation(source.path):
-                continue
-            with open_video(source.path) as (_, stream):
-                rate = float(stream.average_rate) if stream.average_rate else None
+            rate = None if source.tensors is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
         said = compare_rates(rate, source.table.source_fps, 1.0)
         if said is not None:
-            text = f"{source.path}: {rate:.4g} frames a second; {said}"
+            text = f"{source.path}: {rate or 0:.4g} frames a second; {said}"
             faults.append(Fault(kind, text, source.stem))
     return faults
 

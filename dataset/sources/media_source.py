@@ -98,6 +98,8 @@ class MediaSource:
     mask: Path | None = None  # an image, clip or folder of images: white is learned
     tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
+    # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
+    sound: tuple[Path, Remote | None] | None = None
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:

@@ -61,7 +61,7 @@ class RowReader:
         """
         if held is None:
             text = self._path_text(values, where)
-            media = self._locate(text, where)
+            media: Part = self._locate(text, where)
             stem, identity = media[0].stem, text
             if isinstance(media[1], Remote):
                 stem, identity = split_name(text)[0], address_identity(text)
@@ -73,6 +73,9 @@ class RowReader:
         mask_text = self._text("mask_path", values, where)
         mask = None if mask_text is None else self._locate(mask_text, where)
         source = make_source(self.table, where, stem, media, captions, controls, mask)
+        sound_text = self._text("audio_path", values, where) if self.table.kind == "video" else None
+        if sound_text is not None:
+            source = replace(source, sound=self._locate(sound_text, where))
         self._identities.append(identity)
         return source
 
@@ -105,7 +108,7 @@ class RowReader:
         _check_text(text, f"{where}: {self.path_column}")
         return text
 
-    def _locate(self, text: str, where: str) -> Part:
+    def _locate(self, text: str, where: str) -> tuple[Path, Remote | None]:
         """Return the path of a file, and where its bytes are if they are not there."""
         if not is_address(text):
             try:
@@ -142,7 +145,7 @@ class RowReader:
         return stripped if caption is None else [*caption_lines(stripped[0], self.table), *stripped[1:]]
 
     def _text(self, name: str, values: Mapping[str, Any], where: str) -> str | None:
-        """Return the path in a column of control media or masks; None if there is none."""
+        """Return the path in a column of control media, masks or sound; None if there is none."""
         value = values.get(name)
         if value is None or (not self.is_list and value == ""):
             return None

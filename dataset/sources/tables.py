@@ -112,7 +112,7 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | Non
     caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
     path_column = path_column or table.kind
     base = None if cells else _base_of(path, path_column)
-    wanted = {"mask_path", *(name for name in columns if control_number(name) is not None)}
+    wanted = {"mask_path", "audio_path", *(name for name in columns if control_number(name) is not None)}
     wanted |= {"captions"} if table.multi_caption else set()
     wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
     rows = RowReader(table, path, path_column, caption_column, base=base)

@@ -36,6 +36,7 @@ OTHER_NETWORKS = (
     "text_encoders.",
     "cond_stage_model.",
     "conditioner.",
+    *("audio_vae.", "vocoder.", "text_embedding_projection."),
     "scaled_fp8",
 )
 # Rounding errors of the last blocks go straight into the velocity, while later blocks even out those of

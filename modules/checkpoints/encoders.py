@@ -68,7 +68,7 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
     )
 
 
-def _config_beside(path: Path) -> tuple[Path, Any]:
+def config_beside(path: Path) -> tuple[Path, Any]:
     """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
 
     Raises CheckpointError if it cannot be read.
@@ -90,7 +90,7 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
     model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
     missing keys. Raises CheckpointError if config.json cannot be read.
     """
-    file, whole = _config_beside(path)
+    file, whole = config_beside(path)
     if whole is None:
         return {}
     try:
@@ -133,18 +133,23 @@ def check_state_width(
         )
 
 
+def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
+    """Return the path and the settings of the config.json beside the file; none if it is of another model.
+
+    classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
+    """
+    path, settings = config_beside(checkpoint.path)
+    is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes
+    return path, settings if is_ours else {}
+
+
 def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
     """Return the number of groups in the config.json beside the file; None if absent or of another model.
 
-    classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read or
-    its number is below 1.
+    Raises CheckpointError as `stated_settings`, and if the number is below 1.
     """
-    path, settings = _config_beside(checkpoint.path)
-    if (
-        not isinstance(settings, dict)
-        or settings.get("_class_name") not in classes
-        or "norm_num_groups" not in settings
-    ):
+    path, settings = stated_settings(checkpoint, classes)
+    if "norm_num_groups" not in settings:
         return None
     groups = settings["norm_num_groups"]
     if type(groups) is not int or groups < 1:

@@ -13,9 +13,10 @@ _FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
 _KREA_2 = f"the transformer of Krea 2, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
-_LTX_2 = f"the transformer of LTX-2, {_NOT_YET}"
-_OF_LTX_2 = f"a file of LTX-2, {_NOT_YET}"
-_OF_LTX = "a VAE of LTX-Video or LTX-2, which are not supported yet"
+_LTX_09 = "the transformer of LTX-Video 0.9, another network than LTX-2's, which is not supported yet"
+_OF_LTX_2 = "the connectors of LTX-2, a part of its text encoder"
+_OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
+_VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
 
 # Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
@@ -37,14 +38,18 @@ OF_OTHERS: Marks = (
     ("cond_type_embedding.weight", _HUNYUAN_15),
     ("audio_patch_proj.weight", _H3),
     ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
-    ("audio_patchify_proj.weight", _LTX_2),
-    ("audio_time_embed.linear.weight", _LTX_2),
-    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
-    ("audio_connector.learnable_registers", _OF_LTX_2),
+    ("keyframes_abs_pos_embedding", f"a transformer of LTX-2.5, {_NOT_YET}"),
+    (
+        "post_upsample_res_blocks.0.conv1.weight",
+        "a latent upscaler of LTX-Video or LTX-2, which is not supported yet",
+    ),
     ("latents_mean", _OF_LTX),
     ("vae.per_channel_statistics.mean-of-means", _OF_LTX),
     ("audio_vae.per_channel_statistics.mean-of-means", _OF_LTX),
     ("per_channel_statistics.mean-of-means", _OF_LTX),
+    ("vocoder.conv_pre.weight", _VOCODER),
+    ("vocoder.vocoder.conv_pre.weight", _VOCODER),
+    ("mel_stft.mel_basis", _VOCODER),
     (
         "encoder.mid_block.attentions.0.proj_out.weight",
         f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
@@ -112,6 +117,12 @@ OF_FAMILIES: Marks = (
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
     ("controlnet_x_embedder.weight", "a ControlNet in diffusers layout, which is not supported yet"),
+    ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),
+    ("audio_time_embed.linear.weight", "an LTX-2 transformer in diffusers layout (--dit)"),
+    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
+    ("audio_connector.learnable_registers", _OF_LTX_2),
+    ("patchify_proj.weight", _LTX_09),
+    ("time_embed.linear.weight", f"{_LTX_09}, in diffusers layout"),
     ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
@@ -127,8 +138,13 @@ OF_FAMILIES: Marks = (
         "model.language_model.layers.0.self_attn.q_proj.bias",
         "a Qwen2.5-VL model (HunyuanImage's --text_encoder)",
     ),
-    ("model.layers.0.pre_feedforward_layernorm.weight", "a Gemma language model (--gemma2)"),
-    ("layers.0.pre_feedforward_layernorm.weight", "a Gemma language model (--gemma2)"),
+    *(
+        (
+            f"{start}layers.0.pre_feedforward_layernorm.weight",
+            "a Gemma language model (--gemma2, --gemma_root)",
+        )
+        for start in ("model.", "", "language_model.model.", "model.language_model.")
+    ),
     ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
     ("embed_tokens.weight", "a language model (--text_encoder1)"),

@@ -13,6 +13,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.command import as_typed
+from modules.contract.data import SOUND
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError
 from modules.option_values import require, to_path
@@ -97,6 +98,7 @@ class SavedLatents:
 
     latents: Tensor  # B C F H W
     metadata: Mapping[str, str]
+    sound: Tensor | None = None  # B C T M, if they are a clip's with sound
 
 
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
@@ -107,12 +109,15 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     """
     metadata: Mapping[str, str] = {}
     found: Any = None
+    sound: Tensor | None = None
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as file:
             metadata = file.metadata
             info = file.tensors.get("latent")
             if info is not None:
                 found = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+            if SOUND in file.tensors and not only_shape:
+                sound = file.read(SOUND)[None].float()
     else:
         content = load_pickled(path)  # mapped: nothing is read yet
         found = content.get("latent") if isinstance(content, dict) else content
@@ -130,10 +135,15 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             f"{option} {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed",
             path,
         )
-    if not only_shape and not bool(is_finite(found)):
+    if sound is not None and (sound.ndim != 4 or not sound.numel()):
+        raise CheckpointError(
+            f"{option} {path}: `{SOUND}` has the shape {tuple(sound[0].shape)}; C T M of one clip is needed",
+            path,
+        )
+    if not only_shape and not (is_finite(found) and (sound is None or is_finite(sound))):
         raise CheckpointError(
             f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
             "them again",
             path,
         )
-    return SavedLatents(found.float(), metadata)
+    return SavedLatents(found.float(), metadata, sound)

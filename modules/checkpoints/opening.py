@@ -87,6 +87,14 @@ class Checkpoint:
                 places = {name.removeprefix(prefix): place for name, place in own.items()}
         return Checkpoint(self.path, places, self._files)
 
+    def starting_with(self, *prefixes: str) -> "Checkpoint":
+        """Return the tensors whose names begin with one of these, of a file that holds several networks.
+
+        The files stay shared, as of `without_prefix`.
+        """
+        places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
+        return Checkpoint(self.path, places, self._files)
+
     def close(self) -> None:
         for file in self._files:
             file.close()

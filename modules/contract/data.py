@@ -1,6 +1,7 @@
 """The frozen records of data: latent spaces, and what caches, datasets and encoders hand to the loops."""
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
 
-LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
+# latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
+SOUND = "audio_latents"
+# which samples have sound, in batches and conditions: B bool, on the host; where none has, neither is there
+HAS_SOUND = "has_sound"
+# frames of a clip in a second: one number in caches; in batches and conditions B, thousandths, whole numbers:
+# they stay on the host
+FPS = "reelsmith_fps"
+
+LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -63,8 +72,8 @@ class MadeBy:
     """What encoded a cache file, as its record says."""
 
     path: Path
-    part: str  # LATENTS_MADE, or the name of a text encoder
-    encoder: Mapping[str, str]  # `Family.media_identity`, or `TextEncoder.identity`
+    part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
+    encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,47 @@ class LatentSpec:
     def to_model(self, cached: Tensor) -> Tensor:
         """Cached latents in model space, float32."""
         return cached.float() * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The shapes of a clip's latents and of its sound's. The loops hold both as one tensor, B N.
+
+    The picture's numbers come first. What treats each number alone, a solver or a sum of velocities, need not
+    know that there are two.
+    """
+
+    picture: tuple[int, int, int, int]  # C F H W
+    sound: tuple[int, int, int]  # C T M
+
+    def join(self, picture: Tensor, sound: Tensor) -> Tensor:
+        """Return B N of B C F H W and B C T M."""
+        return torch.cat([picture.flatten(1), sound.flatten(1)], dim=1)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Return B C F H W and B C T M, views of B N."""
+        count = math.prod(self.picture)
+        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.sound)
+
+
+@dataclass(frozen=True)
+class SoundSpec:
+    """What a family's latents of sound are made from."""
+
+    rate: int  # samples in a second, as the encoder takes them
+    channels: int
+    # frames of the clip, frames in a second -> C T M of the latents. No lambda: workers receive it
+    shape: Callable[[int, float], tuple[int, int, int]]
+    modules: str = "audio"  # in the path of each module that only clips with sound reach
+    without: str = "another model"  # what to give for a run without sound: an option
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A track that was made: samples C S, float32, -1..1."""
+
+    samples: Tensor
+    rate: int  # samples in a second
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
 `timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
-latents`, shaped like `noisy`. A family is a frozen dataclass made by
-`family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
+latents`, shaped like `noisy`. A picture and its sound are one tensor, B N (`Joint`), with a timestep each. A
+family is a frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no
+loop asks for its name.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,10 +26,20 @@ from modules.contract.data import (
     MomentsBatch,
     MomentsRules,
     SamplingDefaults,
+    Sound,
+    SoundSpec,
 )
 from modules.contract.loading import BlockPlace, Placement
 from modules.contract.requests import Prepared, Prompt, Request
-from modules.contract.rules import CountTokens, Expert, ModelRelease, ReferenceRules, SourceRules
+from modules.contract.rules import (
+    CountTokens,
+    Expert,
+    ModelRelease,
+    ReferenceRules,
+    ShiftedLogit,
+    SoundLearning,
+    SourceRules,
+)
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 
 
@@ -48,11 +59,13 @@ class NoiseSpec:
     output_sign: float = 1.0
     whole_timesteps: bool = False  # what is fed is cut to a whole number
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
-    # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
+    # shape of the latents, B C F H W or B C T M of sound -> number of tokens, for shifts that follow the
+    # size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
     # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
     first_frame_probability: float = 0.0
+    shifted_logit: ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
@@ -80,6 +93,8 @@ class DitSpec:
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # parts of module paths in blocks on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
+    # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
+    lora_choice: tuple[str, ...] = ()
     lora_lists: tuple[str, ...] = ()  # further lists of blocks that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
@@ -252,6 +267,44 @@ class Encodes(Protocol):
 
     # what `encode_media` returns for clips with these moments, one file each; nothing is loaded
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]: ...
+
+
+class HearsSound(Protocol):
+    """A family whose clips can have sound, with latents of its own beside the picture's."""
+
+    @property
+    def sound(self) -> SoundSpec | None: ...  # None: this run is without
+
+    @property
+    def sound_learning(self) -> SoundLearning: ...  # of a training
+
+    @property
+    # what encoded sound depends on; found without loading the weights
+    def sound_identity(self) -> Mapping[str, str]: ...
+
+    # to encode sound, or to decode latents of it
+    def sound_networks(self, device: torch.device, decodes: bool) -> Any: ...
+
+    # samples B channels S at `sound.rate` of a clip with so many frames -> latents B C T M, in model space
+    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor: ...
+
+    # latents 1 C T M -> the track
+    def decode_sound(self, networks: Any, latents: Tensor) -> Sound: ...
+
+
+def hears_sound(family: object) -> TypeGuard[HearsSound]:
+    """Return whether clips of this run can have sound."""
+    return getattr(family, "sound", None) is not None
+
+
+def sound_of(family: object) -> SoundSpec | None:
+    """Return what a family's sound is made from; None if clips of this run can have none."""
+    return family.sound if hears_sound(family) else None
+
+
+def has_frame_rates(family: object) -> bool:
+    """Return whether the model is told how many frames make a second, in runs without sound too."""
+    return hasattr(family, "sound")
 
 
 class Passes(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modules.contract.data import LatentSpec, SamplingDefaults
+from modules.contract.data import Joint, LatentSpec, SamplingDefaults
 from modules.contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
 from modules.layers.rope import Slow
@@ -108,6 +108,8 @@ class Prepared:
     slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
     first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
+    joint: Joint | None = None  # the latents are those of a picture and its sound
+    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
     own: Any = None  # what only the family reads, in a record of its own
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name

@@ -1,6 +1,7 @@
 """The small rules of a model: experts, release, sources, guidance, tokens. Standard library only."""
 
 import bisect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,20 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class StreamGuidance:
+    """Guidance of a clip's picture, or of its sound: weights of differences between clean predictions.
+
+    With c the prediction for the prompt, u that for the negative one, p and i those of the two passes below:
+    c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the released code of LTX-2.
+    """
+
+    text: float | None = None  # None: the guidance scale of the request; 1: none
+    perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
+    modality: float = 1.0  # i: picture and sound do not hear each other; 1: none
+    rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
+
+
+@dataclass(frozen=True)
 class GuidanceRules:
     """The rules of one request; the shared guidance applies them."""
 
@@ -102,6 +117,9 @@ class GuidanceRules:
     # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
     token_side: int | None = None
     projection: Projection | None = None
+    # in place of the usual formula: of the picture, and of its sound; empty: the usual formula in each
+    streams: tuple[StreamGuidance, ...] = ()
+    perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
 
 
 AS_PLAIN = GuidanceRules()
@@ -281,6 +299,39 @@ def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int,
         return spans[number][2] if number >= 0 and first < spans[number][1] else 1.0
 
     return [of(place) for place in places]
+
+
+@dataclass(frozen=True)
+class ShiftedLogit:
+    """The sampler shifted_logit_normal: sigmoid(n + mu) of a normal n.
+
+    mu grows with the tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
+    """
+
+    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that goes on beyond
+    is_clamped: bool = False  # mu stays between the two
+    is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
+    least: float = 1e-3  # smaller stretched draws are mirrored there
+    uniform_share: float = 0.1  # of stretched draws are uniform
+
+    def shift(self, tokens: int) -> float:
+        """Return e^mu."""
+        few, many = self.mus
+        mu = few + (many - few) * (tokens - 1024) / (4096 - 1024)
+        return math.exp(min(max(mu, min(self.mus)), max(self.mus)) if self.is_clamped else mu)
+
+
+PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
+
+
+@dataclass(frozen=True)
+class SoundLearning:
+    """How a training weighs a clip's sound against its picture, and how noisy each is."""
+
+    picture_weight: float = 1.0  # of the loss, of pictures without sound too
+    sound_weight: float = 1.0
+    has_own_times: bool = False  # the noise level of the sound is drawn by itself; else it is the picture's
+    given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.attention.attend import Steer
-from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.contract.data import Conditions, Joint, MediaEncoders, add_batch_axis
 from modules.contract.rules import ConsistencyRules
 from modules.layers.rope import Slow
 
@@ -80,12 +80,21 @@ class Tweaks:
     """
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+    # in these blocks self-attention is replaced by its values
+    skip_self_attention: frozenset[int] = frozenset()
+    isolated: bool = False  # picture and sound do not hear each other
     away: Away | None = None
     slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
     # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
     given_frames: int = 0
+    joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
     turn: Turn | None = None  # set by the denoising loop
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a part of the network is left out, so that the pass is weaker than others."""
+        return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
         """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
@@ -119,10 +128,13 @@ class Tweaks:
         return replace(
             self,
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
+            skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
+            isolated=self.isolated or all_passes.isolated,
             away=self.away or all_passes.away,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
+            joint=self.joint or all_passes.joint,
         )
 
 
@@ -147,7 +159,7 @@ class Anchor:
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
-    noise: Tensor  # B C F H W, model space, float32
+    noise: Tensor  # B C F H W, model space, float32; B N with `tweaks.joint`, as all latents of the loop
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
@@ -158,10 +170,18 @@ class Section:
     # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
     # tells the network
     given: Tensor | None = None
+    given_sound: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
     anchor: Anchor | None = None
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
+
+    @property
+    def held(self) -> tuple[bool, bool]:
+        """Return whether the whole picture, and whether the sound, is given beside what is denoised."""
+        joint, given = self.tweaks.joint, self.given
+        has_picture = joint is not None and given is not None and given.shape[2] == joint.picture[1]
+        return has_picture, self.given_sound is not None
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
@@ -177,7 +197,7 @@ class Step:
     num_steps: int  # that are made
     sigma: float  # noise level of `noisy`
     timestep: float  # what the network is fed
-    noisy: Tensor  # B C F H W, float32
+    noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
 
 
 @dataclass(frozen=True)
@@ -185,12 +205,12 @@ class StepDone:
     """A step whose velocity is known, after guidance."""
 
     step: Step
-    velocity: Tensor  # B C F H W, float32
+    velocity: Tensor  # like `step.noisy`, float32
     section: Section
 
     @property
     def clean(self) -> Tensor:
-        """Predict the clean latents from this step, B C F H W.
+        """Predict the clean latents from this step, shaped like `step.noisy`.
 
         On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
         noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
@@ -198,8 +218,14 @@ class StepDone:
         """
         return self.step.noisy - self.step.sigma * self.velocity
 
+    @property
+    def picture(self) -> Tensor:
+        """Return the clean latents of the picture alone, B C F H W."""
+        joint = self.section.tweaks.joint
+        return self.clean if joint is None else joint.split(self.clean)[0]
 
-# Makes the velocity of a step, B C F H W, of the passes that it asks for.
+
+# Makes the velocity of a step, shaped like `Step.noisy`, of the passes that it asks for.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 

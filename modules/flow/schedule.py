@@ -6,6 +6,7 @@ velocity is the noise. In both the velocity is the derivative of the sample by s
 velocity` is the clean estimate.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000  # a network is fed sigma * TRAIN_TIMESTEPS
-TERMINAL = 0.02  # the last noise level before 0 of "euler-terminal": `shift_terminal` of Qwen-Image's release
 
 # Wan's released UniPC starts from the training table, whose noisiest entry is 1 - 1/1000, kept in float32
 _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
@@ -73,18 +73,31 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
 
 
-def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[float] = ()) -> Schedule:
+def make_schedule(
+    solver: str,
+    steps: int,
+    flow_shift: float,
+    table: Sequence[float] = (),
+    levels: Sequence[float] = (),
+) -> Schedule:
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
     0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the others feed
-    them cut to whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an
-    unknown solver or if steps is below 1.
+    them cut to whole numbers but step by the exact sigmas, as the released code. levels: `Prepared.levels`,
+    which replace all that. Raises ValueError for an unknown solver, if steps is below 1, or if there are not
+    that many levels and a last one, 0, or they do not fall.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
+    if levels:
+        falls = all(one > other for one, other in itertools.pairwise(levels))
+        if len(levels) != steps + 1 or levels[-1] != 0 or not falls:
+            raise ValueError(f"{steps} steps with the noise levels {', '.join(map(str, levels))}")
+        sigmas = torch.tensor(levels, dtype=torch.float32)
+        return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
     return _table_grid(table, steps) if table else _GRIDS[solver](steps, flow_shift)
 
 
@@ -115,11 +128,11 @@ def _thousandth_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
 
 
-def _terminal_grid(steps: int, flow_shift: float) -> Schedule:
-    # stretched after the shift, so that the last level before 0 is TERMINAL
+def _terminal_grid(terminal: float, steps: int, flow_shift: float) -> Schedule:
+    # stretched after the shift, so that the last level before 0 is `terminal`
     levels = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift)
     if steps > 1:  # a single level is 1
-        levels = 1 - (1 - levels) * (1 - TERMINAL) / (1 - levels[-1])
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
     sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
     return flow_schedule(sigmas, (levels * TRAIN_TIMESTEPS).float())
 
@@ -151,7 +164,9 @@ def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
     "euler-trained": _trained_grid,
-    "euler-terminal": _terminal_grid,
+    # `shift_terminal` of the releases of Qwen-Image and of LTX-2
+    "euler-terminal": partial(_terminal_grid, 0.02),
+    "euler-tenth": partial(_terminal_grid, 0.1),
     "euler-thousandth": _thousandth_grid,
     "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
     "unipc-bh1": _even_grid,

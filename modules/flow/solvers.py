@@ -35,8 +35,8 @@ class Solver(Protocol):
 
 
 def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solver:
-    """Make a new solver: "euler" (also "euler-trained", "euler-terminal", "euler-thousandth"), "unipc",
-    "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+    """Make a new solver: "euler" (also "euler-trained", "euler-terminal", "euler-tenth", "euler-thousandth"),
+    "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
 
     draw: where that noise comes from; it is called only by a step that adds some.
     Raises ValueError for another name, or if a solver that adds noise has no `draw`.
@@ -51,10 +51,15 @@ def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solv
 
 
 def solver_for(
-    name: str, steps: int, flow_shift: float, table: Sequence[float] = (), draw: Draw | None = None
+    name: str,
+    steps: int,
+    flow_shift: float,
+    table: Sequence[float] = (),
+    draw: Draw | None = None,
+    levels: Sequence[float] = (),
 ) -> Solver:
-    """Return a fresh solver with the schedule that belongs to it. table: `NoiseSpec.table`."""
-    return make_solver(name, make_schedule(name, steps, flow_shift, table), draw)
+    """Return a fresh solver with the schedule that belongs to it. table, levels: as of `make_schedule`."""
+    return make_solver(name, make_schedule(name, steps, flow_shift, table, levels), draw)
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,7 @@ _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "euler": Euler,
     "euler-trained": Euler,
     "euler-terminal": Euler,
+    "euler-tenth": Euler,
     "euler-thousandth": Euler,
     "unipc": UniPC,
     "unipc-bh1": partial(UniPC, variant=BH1),

@@ -8,7 +8,7 @@ import contextlib
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,27 @@ VIDEO_FORMATS = (
     *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe"),
     *("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
 )
+# and those that hold only sound
+SOUND_FORMATS = (
+    *VIDEO_FORMATS,
+    *(
+        "wav",
+        "w64",
+        "flac",
+        "mp3",
+        "aac",
+        "ac3",
+        "eac3",
+        "aiff",
+        "caf",
+        "au",
+        "amr",
+        "dts",
+        "tta",
+        "wv",
+        "ape",
+    ),
+)
 # Pillow's names of formats that it decodes itself
 IMAGE_FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "JXL"),
@@ -49,7 +70,6 @@ IMAGE_FORMATS = (
 )
 # no other file and no network, whatever a file asks for; the last two for MOV's external data references
 _ALONE = {
-    "format_whitelist": ",".join(VIDEO_FORMATS),
     "protocol_whitelist": "file",
     "enable_drefs": "0",
     "use_absolute_path": "0",
@@ -93,17 +113,19 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def open_container(path: Path) -> Any:
-    """Open a video's container, and no other file.
+def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
+    """Open a container of one of some formats, and no other file.
 
     Raises MediaError for a list of files, FFmpegError for other faults.
     """
+    options = {"format_whitelist": ",".join(formats), **_ALONE}
     try:
-        return av.open(file_url(path), metadata_errors="replace", options=_ALONE)
+        return av.open(file_url(path), metadata_errors="replace", options=options)
     except av.ArgumentError:  # what FFmpeg answers for a format that is not in the list
+        kind, such = ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
         raise MediaError(
-            f"{path} is in no video format that is read here, or it is a list of other files, which is not "
-            "followed. Give the video itself, such as a .mp4, .mov, .mkv or .webm."
+            f"{path} is in no {kind} format that is read here, or it is a list of other files, which is not "
+            f"followed. Give the {kind} itself, such as a {such} or .webm."
         ) from None
 
 

@@ -3,26 +3,17 @@
 Sound is decoded and encoded anew (AAC): a packet of sound holds some 20 milliseconds and cannot be cut.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from modules.media.companions import keep_proportions
 from modules.media.decoding import time_origin
-from modules.media.opening import av, open_container
+from modules.media.opening import av
+from modules.media.samples import filled
 from modules.media.sound import add_aac_stream
-
-logger = getLogger(__name__)
-
-EARLIER = 1  # seconds before a section at which reading begins: decoders need some packets to settle
-ROUNDING = Fraction(1, 20)  # seconds; times of sound that are off by less are rounded, not gaps
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,9 @@ class SectionSound:
         sound = self._source.streams.best("audio")
         if sound is None or sound.codec_context is None or not self._section.with_sound:
             return
-        self._packets = self._encoded(sound.index, add_aac_stream(target, sound))
+        context = sound.codec_context
+        stream = add_aac_stream(target, context.channels, context.sample_rate)
+        self._packets = self._encoded(sound.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write everything before the given second of the new file; None: the whole rest."""
@@ -77,74 +70,11 @@ class SectionSound:
 
     def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
         position, layout, rate = 0, stream.layout.name, stream.rate
-        for samples in _filled(self._section, index, stream):
+        section = self._section
+        begin = section.start + time_origin(self._source)
+        for samples in filled(section.path, index, begin, section.seconds, rate, layout, lenient=True):
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
             position += samples.shape[1]
             yield from stream.encode(frame)
         yield from stream.encode(None)
-
-
-def _filled(section: VideoSection, index: int, form: Any) -> Iterator[NDArray[np.float32]]:
-    """Yield the samples (channels n) of a section, as many as it lasts: silence where there is no sound.
-
-    form: the stream of sound whose rate and layout they get.
-    """
-    total = round(section.seconds * form.rate)
-    position = 0
-    for begin, samples in _decoded(section, index, form):
-        off = begin - position
-        if abs(off) < ROUNDING * form.rate and position > 0:
-            begin = position
-        if begin > position:
-            gap = min(begin, total) - position
-            yield np.zeros((samples.shape[0], gap), np.float32)
-            position += gap
-        part = samples[:, max(0, position - begin) :][:, : total - position]
-        if part.shape[1]:
-            yield np.ascontiguousarray(part)
-            position += part.shape[1]
-        if position >= total:
-            return
-    if position < total:
-        yield np.zeros((form.layout.nb_channels, total - position), np.float32)
-
-
-def _decoded(section: VideoSection, index: int, form: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield samples, and the number of the first one, counted from the beginning of the section."""
-    for early in (True, False):
-        with open_container(section.path) as container:
-            stream = container.streams[index]
-            begin = section.start + time_origin(container)
-            if early and section.start > EARLIER:
-                with contextlib.suppress(av.FFmpegError):
-                    container.seek(int((begin - EARLIER) / stream.time_base), stream=stream)
-            found = _resampled(section, container, stream, form, begin)
-            first = next(found, None)
-            if early and section.start > EARLIER and (first is None or first[0] > 0):
-                continue  # a file that cannot be searched: read from its beginning
-            if first is not None:
-                yield first
-                yield from found
-            return
-
-
-def _resampled(
-    section: VideoSection, container: Any, stream: Any, form: Any, begin: Fraction
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    resampler = av.AudioResampler(format="fltp", layout=form.layout.name, rate=form.rate)
-    expected: int | None = None
-    try:
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                time = frame.pts * (frame.time_base or stream.time_base) - begin
-                expected = round(time * form.rate)
-            frame.pts = None
-            for part in resampler.resample(frame):
-                yield expected or 0, np.asarray(part.to_ndarray(), np.float32)
-                expected = (expected or 0) + part.samples
-    except av.FFmpegError as error:
-        logger.warning(
-            "%s: its sound is damaged near %.1f s; the rest of the clip is silent (%s)",
-            *(section.path, float(section.start), error.strerror),
-        )

@@ -17,23 +17,26 @@ BITS_PER_CHANNEL = 128_000  # a second; transparent to most ears
 SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
-def add_aac_stream(target: Any, source: Any) -> Any:
-    """Add an AAC stream to a file for the sound of `source`, a stream of another file."""
-    given = source.codec_context.channels  # by number: raw sound in Matroska has no name of its layout
-    stream = target.add_stream(
-        "aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
-    )
-    stream.layout = _LAYOUTS.get(given, "stereo")
-    stream.bit_rate = BITS_PER_CHANNEL * min(given, 8)
+def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
+    """Add an AAC stream to a file, at the nearest rate that the encoder takes."""
+    stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
+    stream.layout = layout_of(channels)
+    stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
     return stream
 
 
+def layout_of(channels: int) -> str:
+    """Return FFmpeg's name of the usual layout of so many channels."""
+    return _LAYOUTS.get(channels, "stereo")
+
+
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a stream as `add_aac_stream`.
+    """Add a stream as `add_aac_stream` for the sound of `source`, a stream of another file.
 
     Returns it, and a function from packets of `source`, up to the empty last one, to packets to write.
     """
-    stream = add_aac_stream(target, source)
+    context = source.codec_context  # by number: raw sound in Matroska has no name of its layout
+    stream = add_aac_stream(target, context.channels, context.sample_rate)
     gapless = _Gapless(source.time_base)
 
     def convert(packet: Any) -> Iterator[Any]:

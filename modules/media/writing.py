@@ -29,6 +29,7 @@ from modules.media.encoding import (
 from modules.media.opening import av, open_container, reading
 from modules.media.reading import Frame
 from modules.media.sections import SectionSound, VideoSection
+from modules.media.tracks import Track, TrackSound
 
 USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
 MOST_TICKS = 1_000_000
@@ -136,18 +137,22 @@ def write_video(
     preset: str = "slow",
     bit_rate: int | None = None,
     tags: Mapping[str, str] | None = None,
+    track: Track | None = None,
 ) -> None:
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    tags: text to store by name; .mkv shows names in upper case. The last row or column of an odd size is
-    cropped. Colours are BT.709 and tagged so. No time and no random id is written.
+    tags: text to store by name; .mkv shows names in upper case. track: sound, which begins with the first
+    frame; it is cut, or silent from its end on, to last as long as the pictures. The last row or column of an
+    odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is written.
     Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
     it; OutputError if the file cannot be written.
     """
     rate = _rate(fps)
     pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
-    write_shown(path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags)
+    write_shown(
+        path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
+    )
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ def write_shown(
     section_of: VideoSection | None = None,
     covers: bool = True,
     tags: Mapping[str, str] | None = None,
+    track: Track | None = None,
 ) -> WrittenVideo:
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
@@ -181,8 +187,8 @@ def write_shown(
     one. codec, crf, preset, bit_rate: as of `write_video`. companions_of: a video whose sound, subtitles,
     attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
     covers: whether its cover pictures do, and what else may show what was in the pictures before. section_of:
-    a part of a video whose sound goes into this one, in place of all that. tags: as of `write_video`; they
-    replace the video's own.
+    a part of a video whose sound goes into this one, in place of all that. track: made sound, likewise. tags:
+    as of `write_video`; they replace the video's own.
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
     """
@@ -194,10 +200,12 @@ def write_shown(
     check_picture(path, codec, first.pixels)
     rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
+    timing = Timing(rate)
+    made = None if track is None else TrackSound(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
         name_write_errors(),
-        _open_others(companions_of, section_of, suffix, rate, covers) as others,
+        _open_others(made, companions_of, section_of, suffix, rate, covers) as others,
     ):
         given = tags or {}
         replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
@@ -214,7 +222,6 @@ def write_shown(
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
             if others is not None:
                 others.add_streams(container, stream)
-            timing = Timing(rate)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
             for packet in timing.timed(encode_pictures(stream, pictures)):
@@ -230,10 +237,20 @@ def write_shown(
 
 @contextlib.contextmanager
 def _open_others(
-    whole: Path | None, section: VideoSection | None, suffix: str, rate: Fraction, covers: bool
-) -> Iterator[Companions | SectionSound | None]:
-    """Open a video for what goes beside the new pictures; None if there is none, or it is a GIF or WebP."""
+    made: TrackSound | None,
+    whole: Path | None,
+    section: VideoSection | None,
+    suffix: str,
+    rate: Fraction,
+    covers: bool,
+) -> Iterator[TrackSound | Companions | SectionSound | None]:
+    """Yield a track that was made, or open a video, for what goes beside the new pictures; None if there is
+    none, or it is a GIF or WebP.
+    """
     path = whole if section is None else section.path
+    if made is not None:
+        yield made
+        return
     if path is None or is_animation(path):
         yield None
         return

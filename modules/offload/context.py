@@ -55,10 +55,17 @@ def _run_part(
 ) -> None:
     """Run the blocks on this process' part of the tokens by the runner that was set before."""
     tokens = hidden.tokens
-    part = TokenPart(hidden.x.shape[1], group.rank(), group.size(), group)
-    hidden.x, hidden.tokens = part.take(hidden.x), tokens.cut(part)
+    # of each stream of tokens, whose numbers its record tells if there are several
+    lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
+    parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
+    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
+    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
+    hidden.tokens = tokens.cut(*parts)
     inner(dit, hidden, tweaks)
-    hidden.x, hidden.tokens = part.join(hidden.x), tokens
+    here = hidden.x.split([part.of_first(part.length) for part in parts], dim=1)
+    joined = [part.join(stream) for part, stream in zip(parts, here, strict=True)]
+    hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+    hidden.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,8 @@ class TokenPart:
         return table[..., start:stop, :, :, :]
 
     def take(self, x: Tensor) -> Tensor:
-        """Return these tokens of B L C, in memory of their own."""
-        return x[:, self.run].clone()
+        """Return these tokens of B L C."""
+        return x[:, self.run]
 
     def join(self, x: Tensor) -> Tensor:
         """Return the tokens of all processes, B L C, of those here, B l C."""

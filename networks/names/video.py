@@ -180,3 +180,60 @@ FRAMEPACK = FamilyNames(
     converted_for="diffusers",
     is_as_in_diffusers=True,
 )
+
+# LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms
+_LTX_ATTENTIONS = (
+    *("attn1", "attn2", "audio_attn1", "audio_attn2"),
+    *("audio_to_video_attn", "video_to_audio_attn"),
+)
+_LTX_LAYERS = (
+    *(
+        (layer, layer)
+        for name in _LTX_ATTENTIONS
+        for layer in each(f"{name}.", "to_q to_k to_v to_out.0 to_gate_logits")
+    ),
+    *((f"{name}.norm_{x}", f"{name}.{x}_norm") for name in _LTX_ATTENTIONS for x in "qk"),
+    *((f"{name}.net.{layer}",) * 2 for name in ("ff", "audio_ff") for layer in ("0.proj", "2")),
+)
+_LTX_TIMES = (
+    *((f"{prefix}time_embed", f"{prefix}adaln_single") for prefix in ("", "audio_")),
+    *((f"{prefix}prompt_adaln", f"{prefix}prompt_adaln_single") for prefix in ("", "audio_")),
+    ("av_cross_attn_video_scale_shift", "av_ca_video_scale_shift_adaln_single"),
+    ("av_cross_attn_audio_scale_shift", "av_ca_audio_scale_shift_adaln_single"),
+    ("av_cross_attn_video_a2v_gate", "av_ca_a2v_gate_adaln_single"),
+    ("av_cross_attn_audio_v2a_gate", "av_ca_v2a_gate_adaln_single"),
+)
+_LTX_TABLES = ("scale_shift_table", "prompt_scale_shift_table")
+
+LTX_2 = FamilyNames(
+    "ltx_2",
+    "ltx-2",
+    # diffusers layout
+    (
+        *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
+        *(
+            (f"{theirs}.{layer}", f"{ours}.{layer}")
+            for theirs, ours in _LTX_TIMES
+            for layer in each("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
+        ),
+        *((f"{prefix}proj_in", f"{prefix}patchify_proj") for prefix in ("", "audio_")),
+        *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),
+        *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
+    ),
+    versions=("ltx2", "ltx-2", "ltx_2"),
+    parameters=(
+        *(
+            (f"transformer_blocks.{{n}}.{prefix}{one}",) * 2
+            for prefix in ("", "audio_")
+            for one in _LTX_TABLES
+        ),
+        *(
+            (
+                f"transformer_blocks.{{n}}.{one}_a2v_cross_attn_scale_shift_table",
+                f"transformer_blocks.{{n}}.scale_shift_table_a2v_ca_{one}",
+            )
+            for one in ("video", "audio")
+        ),
+        *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
+    ),
+)

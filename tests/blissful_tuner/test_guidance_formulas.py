@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.ltx2.pipeline_ltx2 import LTX2Pipeline, rescale_noise_cfg
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
@@ -18,9 +19,9 @@ from blissful_tuner.guidance_formulas import (
     perp_neg,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from modules.contract.data import Conditions
+from modules.contract.data import Conditions, Joint
 from modules.contract.requests import Request
-from modules.contract.rules import GuidanceRules, Projection
+from modules.contract.rules import GuidanceRules, Projection, StreamGuidance
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
@@ -229,3 +230,155 @@ def test_steps_are_counted_in_the_whole_schedule() -> None:
 
     assert torch.equal(velocity(0), uncond[0] + 3.0 * (cond[0] - uncond[0]))
     assert not torch.equal(velocity(3), velocity(0))
+
+
+# guidance of picture and sound
+
+TEXTS = ("positive", "negative", "blank")
+JOINT = Joint((2, 2, 3, 2), (2, 3, 4))
+RULES = GuidanceRules(
+    streams=(
+        StreamGuidance(perturbed=1.5, modality=3.0, rescale=0.7),
+        StreamGuidance(text=7.0, perturbed=0.5, modality=2.0),
+    ),
+    perturbed_blocks=frozenset({29}),
+)
+
+
+class Hears:
+    """Answers each kind of pass with random numbers of its own, and notes the passes."""
+
+    def __init__(self, joint: Joint | None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, *JOINT.picture) if joint is None else (1, 24 + 24)
+        names = ("noisy", *TEXTS, "perturbed", "isolated")
+        self.numbers = {name: torch.randn(*shape, generator=generator) for name in names}
+        tweaks = NO_TWEAKS if joint is None else Tweaks(joint=joint)
+        noise = torch.zeros(shape)
+        self.section = Section(noise, {}, {}, {}, away={}, tweaks=tweaks)
+        self.passes: list[str] = []
+        self.steered: list[str] = []
+
+    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+        assert tweaks.skip_self_attention in (frozenset(), RULES.perturbed_blocks)
+        special = "perturbed" if tweaks.skip_self_attention else "isolated" if tweaks.isolated else ""
+        names = [
+            special or next(name for name in TEXTS if one is getattr(self.section, name))
+            for one in conditions
+        ]
+        self.passes += names
+        self.steered += names if tweaks.away is not None else []
+        return tuple(self.numbers[name] for name in names)
+
+    def streams(self, joint: Joint | None) -> list[dict[str, Tensor]]:
+        if joint is None:
+            return [self.numbers]
+        return [{name: joint.split(one)[index] for name, one in self.numbers.items()} for index in range(2)]
+
+
+def guide_streams(joint: Joint | None, **options: Any) -> tuple[Tensor, Hears]:
+    request = replace(REQUEST, joint=joint, rules=options.pop("rules", RULES))
+    network = Hears(joint)
+    now = Step(0, 4, 0.6, 600.0, network.numbers["noisy"])
+    guidance = make_guidance(request, replace(PLAIN_GUIDANCE, **options))
+    return guidance(now, network, network.section), network
+
+
+@pytest.mark.parametrize("joint", [None, JOINT], ids=["picture", "both"])
+def test_each_stream_is_guided_by_the_arithmetic_of_diffusers(joint: Joint | None) -> None:
+    """Its own functions between velocity and clean prediction, and its rescaling: float32, so 1e-5."""
+
+    class Levels:
+        sigmas = torch.tensor([0.6])
+
+    made, network = guide_streams(joint)
+
+    expected = []
+    for numbers, rule, text in zip(network.streams(joint), RULES.streams, (5.0, 7.0), strict=False):
+        noisy = numbers["noisy"]
+        clean = {
+            name: LTX2Pipeline.convert_velocity_to_x0(None, noisy, one, 0, Levels())
+            for name, one in numbers.items()
+        }
+        own = clean["positive"]
+        guided = own + (text - 1) * (own - clean["negative"]) + rule.perturbed * (own - clean["perturbed"])
+        if joint is not None:
+            guided = guided + (rule.modality - 1) * (own - clean["isolated"])
+        guided = rescale_noise_cfg(guided, own, guidance_rescale=rule.rescale) if rule.rescale else guided
+        expected.append(LTX2Pipeline.convert_x0_to_velocity(None, noisy, guided, 0, Levels()))
+    whole = expected[0] if joint is None else joint.join(*expected)
+    torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-5)
+    assert network.passes == ["positive", "negative", "perturbed", *([] if joint is None else ["isolated"])]
+
+
+@pytest.mark.parametrize(
+    ("streams", "passes"),
+    [
+        ([(5.0, 0.0, 1.0), (1.0, 0.0, 1.0)], ["positive", "negative"]),
+        ([(1.0, 0.0, 1.0), (1.0, 0.0, 1.0)], ["positive"]),
+        ([(1.0, 1.0, 1.0), (1.0, 0.0, 1.0)], ["positive", "perturbed"]),
+        ([(1.0, 0.0, 1.0), (1.0, 0.0, 2.0)], ["positive", "isolated"]),
+    ],
+)
+def test_a_pass_that_no_stream_needs_is_not_made(
+    streams: list[tuple[float, float, float]], passes: list[str]
+) -> None:
+    rules = replace(RULES, streams=tuple(StreamGuidance(*one) for one in streams))
+    request = replace(REQUEST, guidance_scale=(1.0,), joint=JOINT, rules=rules)
+    network = Hears(JOINT)
+    made = make_guidance(request, PLAIN_GUIDANCE)(
+        Step(0, 4, 0.6, 600.0, network.numbers["noisy"]), network, network.section
+    )
+
+    assert network.passes == passes
+    numbers = network.streams(JOINT)[0]
+    if streams[0] == (1.0, 0.0, 1.0):
+        assert torch.equal(JOINT.split(made)[0], numbers["positive"])
+
+
+def test_schedules_and_attention_guidance_hold_for_streams_too() -> None:
+    nag = NagOptions(nag_scale=5.0)
+    _, network = guide_streams(JOINT, nag=nag)
+    assert network.steered == ["positive", "perturbed", "isolated"]
+    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule="2"), joint=JOINT, rules=RULES)
+    alone = Hears(JOINT)
+    now = Step(0, 4, 0.6, 600.0, alone.numbers["noisy"])
+
+    made = make_guidance(request, PLAIN_GUIDANCE)(now, alone, alone.section)
+
+    assert alone.passes == ["positive"]
+    assert torch.equal(made, alone.numbers["positive"])
+
+
+FORMULAS: dict[str, tuple[GuidanceRules, dict[str, Any]]] = {
+    "plain": (GuidanceRules(), {}),
+    "zero star": (GuidanceRules(), {"cfgzerostar_scaling": True}),
+    "perpendicular": (GuidanceRules(), {"perp_neg": 1.5}),
+    "rescaled": (GuidanceRules(), {"guidance_rescale": 0.7}),
+    "limited": (GuidanceRules(norm_limit=1.1), {}),
+    "projected": (GuidanceRules(projection=Projection(-1, 4.0, -0.5, 2.0, rescale=0.5)), {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_norms_and_scales_are_those_of_each_stream(name: str) -> None:
+    """What the picture gets is what it gets alone, to the bit; the sound likewise if they change places."""
+    rules, options = FORMULAS[name]
+    made, network = guide_streams(JOINT, rules=rules, **options)
+
+    for index, numbers in enumerate(network.streams(JOINT)):
+        alone = Hears(None)
+        alone.numbers = numbers
+        request = replace(REQUEST, rules=rules)
+        now = Step(0, 4, 0.6, 600.0, numbers["noisy"])
+        expected = make_guidance(request, replace(PLAIN_GUIDANCE, **options))(now, alone, alone.section)
+        assert torch.equal(JOINT.split(made)[index], expected)
+
+
+def test_tweaks_of_a_pass_and_of_its_section_are_joined() -> None:
+    one = Tweaks(skip_self_attention=frozenset({1}))
+    of_all = Tweaks(skip_self_attention=frozenset({2}), isolated=True, joint=JOINT)
+
+    both = one.within(of_all)
+
+    assert (both.skip_self_attention, both.isolated, both.joint) == (frozenset({1, 2}), True, JOINT)

@@ -54,9 +54,11 @@ class Served:
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(link):
             link.putrequest(method, address, skip_host="Host" in headers, skip_accept_encoding=True)
-            for name, value in {**headers, **({"Content-Length": str(len(body))} if body else {})}.items():
+            is_chunked = "Transfer_Encoding" in headers
+            length = {"Content-Length": str(len(body))} if body and not is_chunked else {}
+            for name, value in {**headers, **length}.items():
                 link.putheader(name.replace("_", "-"), value)
-            link.endheaders(body.encode() or None)
+            link.endheaders(body.encode() or None, encode_chunked=is_chunked)
             answer = link.getresponse()
             return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from browser.jobs import FOLDER as QUEUES
+from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, write_caches
@@ -134,7 +136,8 @@ def test_pages_fit_and_no_text_is_small(
     training: SteppedTraining, served: Served, width: int, scheme: str
 ) -> None:
     training.finish()
-    for address in ("/", served.of("x")):
+    JobQueue(training.folder / QUEUES).add(["convert_lora.py", "--input", "x" * 99], training.folder)
+    for address in ("/", served.of("x"), "/queue"):
         with open_page(f"{served.url}{address}", width=width, color_scheme=scheme) as page:
             wait_until(page, "!document.getElementById('plots') || plots.length > 2")
             assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -142,7 +145,7 @@ def test_pages_fit_and_no_text_is_small(
             sizes = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
             assert page.evaluate(sizes) >= 12
             unnamed = (
-                "[...document.querySelectorAll('input, select, button, video, img')].filter(one => "
+                "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
                 "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
                 "&& !one.innerText && !(one.ariaLabel || one.alt))"
             )

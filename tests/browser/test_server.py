@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,12 @@ from urllib.parse import quote
 
 import pytest
 
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from browser.server import MOST_BYTES, Gate, make_app
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 
 TOKEN = "a-secret-word-of-letters"
@@ -80,6 +87,24 @@ def test_only_a_running_training_that_listens_is_asked_and_nobody_with_read_only
         assert 'class="ask"' not in careful.ask(careful.of("y")).text
     assert 'class="ask"' in served.ask(served.of("y")).text
     assert sorted((tmp_path / "runs").iterdir()) == before
+
+
+@pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])
+def test_no_route_reads_a_large_request_or_writes_with_read_only(
+    served: Served, headers: dict[str, str], tmp_path: Path
+) -> None:
+    gate = make_app(served.runs)
+    assert isinstance(gate, Gate)
+    assert isinstance(gate.app, Starlette)
+    routes = [route for route in gate.app.routes if isinstance(route, Route) and "POST" in route.methods]
+    assert len(routes) >= 5
+    with serve_runs(tmp_path / "runs", read_only=True) as careful:
+        for route in routes:
+            address = re.sub("{.+?}", "x", route.path)
+            large, most = ("x" * size for size in (MOST_BYTES + 1, MOST_BYTES))
+            assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
+            assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address
+            assert careful.ask(address, "POST", "", Origin=careful.url).status == 403, address
 
 
 LIES = (

@@ -35,11 +35,16 @@ from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.image_options import read_image_training
+from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import read_training
 from wan.configs import TASKS
 
 SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
 FILES = [file for component in known_components().values() for file in component.files]
+
+
+LTX_PARTS = ("audio-vae", "connectors", "dit", "video-vae", "vocoder")
+ALL_SAMPLERS = {"timestep_sampling": {"choices": (*SAMPLERS, SHIFTED_LOGIT)}}
 
 
 def _readers() -> dict[str, Callable[[list[str]], Any]]:
@@ -55,7 +60,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         record, module = entry.options_record("Training"), importlib.import_module(training)
         images = hasattr(module, "DEFAULTS")  # it follows the image guides
         defaults = (module.DEFAULTS,) if images else ()
-        read = read_image_training if images else read_training
+        read = read_image_training if images else functools.partial(read_training, settings=ALL_SAMPLERS)
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
         defaults = importlib.import_module(entry.generation_script).DEFAULTS
         record = entry.options_record("Generation")
@@ -112,6 +117,7 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("framepack_f1", "framepack-dit", None),
         ("hunyuan_image", "hunyuanimage2.1-dit", None),
         ("lumina", "lumina2-dit", None),
+        ("ltx23", " ".join(f"ltx2.3-{part}" for part in LTX_PARTS), None),
         ("qwen_image", "qwen-image-dit", None),
         ("z_image", "z-image-dit-comfy", None),
         ("qwen3_4b", "qwen3-4b", None),

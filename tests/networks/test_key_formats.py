@@ -122,7 +122,7 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
     like = (
         {"hunyuan_video", "hunyuan_image", "flux", "flux_2"},
         {"sd1", "sd2", "sdxl"},
-        {"framepack", "qwen_image"},  # both in diffusers' layout
+        {"framepack", "qwen_image", "ltx_2"},  # both in diffusers' layout
         {"lumina", "z_image"},
     )
     of_several = ("x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")

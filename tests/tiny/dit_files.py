@@ -39,7 +39,7 @@ def as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
     """Matrices in float8_e4m3fn, plain or with scales beside them; the rest in bfloat16."""
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if tensor.ndim < 2 or name.endswith(("modulation", "emb_pos", "pad_token")):
+        if tensor.ndim < 2 or not name.endswith(".weight"):
             stored[name] = tensor.to(torch.bfloat16)
             continue
         if dialect == "fp8" or tensor.ndim > 2:

@@ -14,10 +14,12 @@ from flux_2.model import Flux2Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
+from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
+from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
     flux,
@@ -278,10 +280,22 @@ def _z_image() -> TinyDit:
     return TinyDit("z_image", ZImageModel.spec, make, "lora_zimage", inputs)
 
 
+class FlatLtx(LtxModel):
+    """With the velocities of both streams as one tensor, B n, as the others have one."""
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        return torch.cat([one.flatten(1) for one in super().forward(*given, **named) if one is not None], 1)
+
+
+def _ltx(version: str) -> TinyDit:
+    make = _maker(FlatLtx, DIT_CONFIGS[version], partial(dit_state, version), "num_layers")
+    return TinyDit(f"ltx_2 {version}", FlatLtx.spec, make, "lora_ltx2", partial(dit_inputs, version))
+
+
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), _z_image()),
+    *(_qwen_image(edits=True), _z_image(), _ltx("2.0"), _ltx("2.3")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

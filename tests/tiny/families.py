@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tests.ltx_2.release import write_release
+from tests.sound_media import Track, write_media
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.framepack import write_tiny_framepack
@@ -174,6 +176,37 @@ def _framepack(
     )
 
 
+def _ltx_2(name: str, mode: str) -> TinyFamily:
+    """LTX-2.3. Every second clip has sound."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_release(folder / "model")
+        clips(folder / "clips")
+        for index in (0, 2):
+            write_media(folder / "clips" / f"clip {index}.mp4", Track(at=(0.2,)), frames=9, fps=16)
+        write_dataset(folder, frames="1, 9")
+        write_image(folder / "start.png", 32, 32)
+
+    release = ["--ltx2_checkpoint", LTX_2, "--ltx2_mode", mode]
+    vae = ["--vae_dtype", "float32"]
+    texts = ["--gemma_root", "model/gemma", "--text_encoder_dtype", "float32"]
+    network = ["--network_module", "networks.lora_ltx2", "--network_dim", "4", "--learning_rate", RATE]
+    dataset = ["--dataset_config", "dataset.toml"]
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["ltx2_cache_latents.py", *dataset, *release, *vae],
+        cache_texts=["ltx2_cache_text_encoder_outputs.py", *dataset, *release, *texts],
+        train=["ltx2_train_network.py", *release, *vae, *texts, *dataset, "--sdpa", *network],
+        generate=["ltx2_generate_video.py", *release, *vae, *texts, *START, "--negative_prompt", "dull"]
+        + ["--video_length", "9", "--flow_shift", "5"],
+        another_run=["--lora_target_preset", "full"],
+        changed_habit=["--audio_loss_weight", "2"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png",
+    )
+
+
 def _pictures(
     name: str,
     scripts: str,
@@ -333,6 +366,7 @@ def _hunyuan_image() -> TinyFamily:
 
 
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
+LTX_2 = "model/ltx 2.3.safetensors"
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
 CONTROLS = ["control/picture 0_0.png", "control/picture 0_1.png"]
@@ -387,6 +421,8 @@ FAMILIES = (
     _qwen_image(),
     _qwen_image("edit-2511"),
     _z_image(),
+    _ltx_2("ltx_2", "v"),
+    _ltx_2("ltx_2 with sound", "av"),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
+from tests.ltx_2.release import write_release
+from tests.sound_media import Track, write_media
 from tests.tiny import flux, flux_2, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
@@ -77,6 +79,20 @@ def lay_out_lumina(folder: Path) -> None:
     gemma = lumina.write_gemma(folder / "tokenizer")
     (gemma / "model.safetensors").rename(folder / "gemma_2_2b_fp16.safetensors")
     (gemma / "config.json").rename(folder / "config.json")
+
+
+def lay_out_ltx_2(folder: Path) -> None:
+    """LTX-2.3; beside the folder clips with sound."""
+    release = write_release(folder)
+    release.checkpoint.rename(folder / "ltx-2.3-22b-dev.safetensors")
+    release.gemma.rename(folder / "gemma-3-12b-it-qat-q4_0-unquantized")
+    for index, caption in enumerate(CAPTIONS[:2]):
+        clip = folder.parent / "clips" / f"clip {index}.mp4"
+        clip.parent.mkdir(exist_ok=True)
+        write_media(clip, Track(at=(0.2,)), frames=9, fps=24)
+        clip.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    shutil.copy(clip, folder.parent / "waves.mp4")
+    write_image(folder.parent / "start.png", SIDE, SIDE)
 
 
 def lay_out_z_image(folder: Path) -> None:

@@ -1,21 +1,27 @@
 """Samples while training: what is asked for, when, under which names, and previews while they are made."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from blissful_tuner.taehv import TaehvConfig
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
+from tests.sound_family import generate_with_sound, tiny_sound_family
 from tests.tiny.taehv import write_taehv
+from tests.tiny.wan import write_tiny_wan
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.samples import sample_request
+from training.samples import prepare_samples, sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
 
@@ -132,6 +138,28 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
     assert read_tags(video)["bt_sampled_from"] == "x_000008"
     assert "\nNegative prompt: " in read_tags(picture)["parameters"]
     assert read_image(picture).shape == (256, 256, 3)
+
+
+def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
+    models = [*write_tiny_wan(tmp_path / "model").models, "--task", "t2v-1.3B"]
+    family, cpu = tiny_sound_family(models), torch.device("cpu")
+    prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 9 --d 1 --s 2 --l 3 --fs 5\n")
+    sampler = prepare_samples(family, prompts, tmp_path, "x", cpu, 0, 1)
+
+    (path,) = sampler.make(lambda _: family.load_dit(Placement(cpu)), nullcontext, "e000001", lambda: False)
+
+    generate_with_sound(
+        [*models, "--save_path", tmp_path / "made", "--device", "cpu", "--prompt", "a cat", "--seed", 1]
+        + ["--video_size", 32, 32, "--video_length", 9, "--infer_steps", 2, "--guidance_scale", 3]
+        + ["--flow_shift", 5]
+    )
+    (made,) = (tmp_path / "made").iterdir()
+    tracks = []
+    for one in (path, made):
+        with av.open(str(one)) as container:
+            tracks.append([frame.to_ndarray() for frame in container.decode(audio=0)])
+    assert len(tracks[0]) > 2
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*tracks, strict=True))
 
 
 @pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encoders.tiles import tiles
 from modules.errors import CheckpointError
 from modules.planning.dry_run import dry_run, largest, place
 from tests.golden_cases import make_weights, read_case
@@ -23,7 +24,7 @@ from tests.tiny.wan_encoders import (
     vae_tensors,
 )
 from wan.configs import WAN_2_1, WAN_2_2, VaeRelease
-from wan.vae import WanVae, load_vae, tiles
+from wan.vae import WanVae, load_vae
 from wan.vae_blocks import (
     WanVaeConfig,
 )

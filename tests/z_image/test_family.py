@@ -14,6 +14,7 @@ from blissful_tuner.options import PLAIN_GUIDANCE
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
+from modules.contract.steps import Section, Step
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
@@ -70,7 +71,8 @@ def test_guidance_counts_from_0(family: ZImage, scale: float, weight: float | No
     generator = torch.Generator().manual_seed(0)
     with_prompt, without = (torch.randn(1, 2, 1, 2, 2, generator=generator) for _ in range(2))
     plan = plan_steps(prepared, PLAIN_GUIDANCE)[0][0]
-    guided = plan.combine({POSITIVE: with_prompt, NEGATIVE: without})
+    step, section = Step(0, 2, 1.0, 1000.0, with_prompt), Section(with_prompt, {})
+    guided = plan.combine({POSITIVE: with_prompt, NEGATIVE: without}, step, section)
     expected = with_prompt + max(scale, 0.0) * (with_prompt - without)
     torch.testing.assert_close(guided, expected)
     assert (NEGATIVE in plan.passes) is (weight is not None)  # else its text is not read either

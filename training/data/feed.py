@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
@@ -28,15 +29,15 @@ from dataset.batches.order import (
 )
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
-from modules.contract.data import Batch, LatentSpec
+from modules.contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
 from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
 from training.steps import Keys, StepPlan
 
@@ -105,6 +106,7 @@ class Randomness:
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
     weighted_by: str = TIMESTEP  # what of the time --weighting_scheme weights the loss by
+    sound: SoundLearning = SoundLearning()
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -114,12 +116,12 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        weights = torch.ones(len(batch))
-        if self.weighted_by != NOTHING:
-            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
-        if batch.loss_weights:
-            weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        sound = self._add_sound(batch, times, number, first_sample)
+        weights = self.sound.picture_weight * self._weigh(batch, times)
+        if self.sound.given == PICTURE_STREAM:
+            weights = zeros = torch.zeros(len(batch))
+            times = replace(times, sigmas=zeros, timesteps=zeros)
         return NoisyBatch(
             batch,
             noise,
@@ -129,7 +131,29 @@ class Randomness:
             given,
             times.expert,
             self._perturb(shape, number),
+            sound,
         )
+
+    def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
+        """Return the factors on the samples' losses: B."""
+        weights = torch.ones(len(batch))
+        if self.weighted_by != NOTHING:
+            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
+        return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
+
+    def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
+        """Draw the noise of the sound, and its own noise levels if it has some; None: no sample has sound."""
+        heard, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
+        if not (isinstance(heard, Tensor) and isinstance(has_sound, Tensor)):
+            return None
+        noise = torch.randn(heard.shape, generator=seed_generator(self.seed, "sound", number))
+        if self.sound.given == SOUND_STREAM:
+            zeros = torch.zeros(len(batch))
+            return NoisySound(noise, zeros, zeros, zeros)
+        if self.sound.has_own_times:
+            times = self.draw(len(batch), number, first_sample, heard.shape, "sound timesteps")
+        weights = self.sound.sound_weight * self._weigh(batch, times) * has_sound
+        return NoisySound(noise, times.sigmas, times.timesteps, weights)
 
     def _perturb(self, shape: Sequence[int], number: int) -> Tensor | None:
         """Draw the further noise of the input of micro-batch `number`: like the latents; None: there is none.
@@ -145,9 +169,11 @@ class Randomness:
             noise *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
         return noise
 
-    def draw(self, count: int, number: int, first_sample: int, shape: Sequence[int]) -> Timesteps:
+    def draw(
+        self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
+    ) -> Timesteps:
         """Draw the timesteps of micro-batch `number`, which has `count` samples of this shape."""
-        generator = seed_generator(self.seed, "timesteps", number)
+        generator = seed_generator(self.seed, stream, number)
         return draw(
             self.timesteps, count, generator, self.seed, first_sample, self.noise, shape, self.experts
         )
@@ -216,6 +242,11 @@ class MicroBatches:
         """Return the sizes of all items of these micro-batches, in an order of their own."""
         batches = self.order.epoch(epoch)
         return tuple(sorted(item.bucket for index in group for item in batches[index]))
+
+    def has_sound(self, key: Key) -> bool:
+        """Return whether a clip of a micro-batch has sound. Reads no files."""
+        epoch, index = key
+        return any(item.has_sound for item in self.order.epoch(epoch)[index])
 
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch goes to. Reads no files."""
@@ -299,4 +330,6 @@ def _start_worker(ending: Event, _: int) -> None:
     ending: set when the workers are no longer needed; then SIGTERM ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

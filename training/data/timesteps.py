@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import ONE_EXPERT, Expert, expert_at
+from modules.contract.rules import ONE_EXPERT, Expert, ShiftedLogit, expert_at
 from modules.errors import OptionError
 from modules.flow.schedule import size_shift
 from modules.seeds import derive_seed
@@ -22,7 +22,7 @@ from training.noise_options import (
     NUM_TIMESTEPS,
     RARE_MEAN,
     RARE_STD,
-    SIZE_SAMPLERS,
+    SHIFTED_LOGIT,
     SIZE_SHIFTS,
     TimestepOptions,
 )
@@ -131,8 +131,8 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
     Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
     """
-    line = _line_of(options)
-    if line is None:
+    line, is_logit = _line_of(options), options.timestep_sampling == SHIFTED_LOGIT
+    if line is None and not is_logit:
         return options.flow_shift
     if noise.tokens is None:
         raise OptionError(
@@ -145,13 +145,19 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
             "which counts the tokens of this model"
         )
-    return size_shift(noise.tokens(shape), *line)
+    tokens = noise.tokens(shape)
+    return size_shift(tokens, *line) if line is not None else _shifted_logit(noise).shift(tokens)
+
+
+def _shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
+    assert noise.shifted_logit is not None, "only scripts of models that have it offer this sampler"
+    return noise.shifted_logit
 
 
 def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]] | None:
     """Return the line of `SIZE_SHIFTS` that the sampler follows; None: its shift does not follow the size."""
     sampler = options.timestep_sampling
-    if sampler in SIZE_SAMPLERS:
+    if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
     return SIZE_SHIFTS.get(MIXTURES[sampler][0][0] if sampler in MIXTURES else sampler)
 
@@ -186,6 +192,8 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = _mixed(options, numbers, flow_shift)
         case "nextdit_shift":
             t = _shifted(numbers.clamp(min=1e-7), flow_shift)
+        case "shifted_logit_normal":
+            t = _stretched(_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
         case "logsnr":
             t = _of_logsnr(options.logit_mean, options.logit_std, numbers)
         case other:
@@ -336,6 +344,23 @@ def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tens
                 drawn = _shifted(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
         t = torch.where(numbers >= start, drawn, t)
         start += share
+    return t
+
+
+def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
+    """Return t of the sampler shifted_logit_normal: B. numbers: uniform; a share chooses uniform draws."""
+    share = rule.uniform_share if rule.is_stretched else 0.0
+
+    def logit(places: Tensor) -> Tensor:
+        return _shifted(torch.sigmoid(scale * torch.special.ndtri(places)), flow_shift)
+
+    t = logit(((numbers - share) / (1 - share)).clamp(1e-9, 1 - 1e-9))
+    if rule.is_stretched:
+        low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
+        t = (t - low) / (high - low)
+        t = torch.where(t < rule.least, 2 * rule.least - t, t).clamp(0, 1)
+        uniform = rule.least + (1 - rule.least) * numbers / max(share, 1e-9)
+        t = torch.where(numbers < share, uniform, t)
     return t
 
 

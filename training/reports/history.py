@@ -9,7 +9,6 @@ last one of a killed run.
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,12 +220,15 @@ def history_path(folder: Path, name: str) -> Path:
     return folder / f"{name}{END}"
 
 
-def describe_process() -> dict[str, Any]:
-    """Return what this process can be found by: its machine, its number, and when it began."""
+def describe_process(number: int | None = None) -> dict[str, Any]:
+    """Return what a process can be found by: its machine, its number, and when it began.
+
+    number: this process if None. Raises psutil.NoSuchProcess if it has ended and is not there any more.
+    """
     import psutil  # comes with accelerate
 
-    born = round(psutil.Process().create_time())
-    return {"machine": identify_machine(), "number": os.getpid(), "born": born}
+    process = psutil.Process(number)
+    return {"machine": identify_machine(), "number": process.pid, "born": round(process.create_time())}
 
 
 def read_session(path: Path) -> int | None:

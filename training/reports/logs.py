@@ -2,7 +2,8 @@
 
 Only the main process reports. Numbers that a step leaves on the device are read one step later, so that the
 host never waits for them. They are one row: the loss; what processes wish (`WISHES`); if there are several
-experts the sum of the losses and the count of micro-batches of each; at the end norms.
+parts (experts, or picture and sound) the sum of the losses and the count of micro-batches of each; at the end
+norms.
 
 A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device:
 not to when the host reads its numbers, which is a step later, or at once if a pause follows.
@@ -30,7 +31,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from modules.atomic_write import make_folder
 from modules.bars import LINE_EVERY
 from modules.console import in_words
-from modules.contract.rules import Expert
 from modules.devices import empty_pinned
 from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
@@ -75,18 +75,15 @@ class StepReport:
     average: float = 0.0  # of the losses of the last epoch-length window
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
-    # losses of the experts that had micro-batches in the step, by name; none if there is one expert
-    by_expert: Mapping[str, float] = field(default_factory=dict)
+    # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
+    by_part: Mapping[str, float] = field(default_factory=dict)
 
 
-def losses_by_expert(row: Sequence[float], experts: Sequence[Expert]) -> dict[str, float]:
-    """Return the mean loss of a step's micro-batches for each expert that had some, by the expert's name."""
-    count = len(experts)
-    if count == 1:
-        return {}
-    numbers = row[WISHES.stop :]
-    parts = zip(experts, numbers[:count], numbers[count : 2 * count], strict=True)
-    return {expert.name: total / batches for expert, total, batches in parts if batches}
+def losses_by_part(row: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    """Return the mean loss of a step's micro-batches for each part that had some, by its name."""
+    count, numbers = len(names), row[WISHES.stop :]
+    parts = zip(names, numbers[:count], numbers[count : 2 * count], strict=True)
+    return {name: total / batches for name, total, batches in parts if batches}
 
 
 @dataclass(frozen=True)
@@ -254,7 +251,7 @@ class Logs:
         if slow is not None:
             logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
-        values |= {f"loss/{name}": loss for name, loss in report.by_expert.items()}
+        values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
         if report.gradient_norm is not None:
             values["grad_norm"] = report.gradient_norm
         if report.seconds:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from modules.console import as_size, count_of, in_words
+from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import embed_clip, write_page
@@ -222,11 +223,12 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
             Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
         )
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    of_each = "picture and sound" if experts.keys() <= {PICTURE_STREAM, SOUND_STREAM} else "each transformer"
     rates = {name.removeprefix("lr/"): rates for name, rates in story.rates.items()}
     bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
     charts = (
         Chart(curves, "step", "loss", "Loss"),
-        Chart(_curves(experts, most, SMOOTHING), "step", "loss", "Loss of each transformer"),
+        Chart(_curves(experts, most, SMOOTHING), "step", "loss", f"Loss of {of_each}"),
         Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
         Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
         Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),

@@ -86,7 +86,7 @@ class RunReporter:
         """Add a step."""
         self.step = report.step
         if self.history.is_written:
-            experts = {"experts": dict(report.by_expert)} if report.by_expert else {}
+            experts = {"experts": dict(report.by_part)} if report.by_part else {}
             rates = dict(report.rates)
             self._note(report.step, loss=report.loss, rates=rates, seconds=report.seconds, **experts)
             started = self.now()

@@ -43,7 +43,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
     ("Krea2Transformer2DModel", ONE, "Krea 2"),
-    ("LTX2VideoTransformer3DModel", ONE, "LTX-2"),
+    ("LTX2VideoTransformer3DModel", {**ONE, "use_keyframes_abs_pos_embedding": True}, "LTX-2.5"),
+    ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
     ("MiniMaxH3Transformer3DModel", ONE, "MiniMax-H3"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
@@ -90,7 +91,7 @@ def test_released_names_are_known_too(name: str, words: str) -> None:
     [
         *("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"),
         *("HunyuanVideoTransformer3DModel", "HunyuanImageTransformer2DModel", "WanTransformer3DModel"),
-        *("QwenImageTransformer2DModel", "SkyReelsV2Transformer3DModel"),
+        *("LTX2VideoTransformer3DModel", "QwenImageTransformer2DModel", "SkyReelsV2Transformer3DModel"),
         *("HunyuanVideoFramepackTransformer3DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel"),
     ],
 )
@@ -102,7 +103,7 @@ def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> Non
 @pytest.mark.parametrize("family", FORMATS)
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case[2] in {"LTX-2", "Nucleus-Image", "HunyuanVideo 1.5"}],
+    [case for case in CASES if case[2] in {"LTX-2.5", "Nucleus-Image", "HunyuanVideo 1.5"}],
     ids=lambda case: case[2],
 )
 def test_every_family_refuses_another_model_by_its_name(

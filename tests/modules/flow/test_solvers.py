@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from modules.flow.schedule import add_noise, make_schedule, shift_sigmas
+from modules.flow.schedule import add_noise, make_schedule, shift_sigmas, size_shift
 from modules.flow.solvers import UniPC, make_solver, solver_for
 from tests.golden_cases import read_case
 
@@ -335,3 +336,36 @@ def test_latents_are_kept_where_alphas_say_so() -> None:
         2.5,
         12.0,
     ]
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1024, 8), (4096, 40), (6144, 30), (100, 2)])
+def test_the_stretched_shift_is_that_of_diffusers(tokens: int, steps: int) -> None:
+    """Those of LTX-2's release: mu on a line through the numbers of tokens, and a last level of a tenth."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.1, time_shift_type="exponential"
+    )
+    few, many = (1024, 0.95), (4096, 2.05)
+    mu = diffusers.pipelines.ltx2.pipeline_ltx2.calculate_shift(tokens, few[0], many[0], few[1], many[1])
+    scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    schedule = make_schedule("euler-tenth", steps, size_shift(tokens, few, many))
+
+    torch.testing.assert_close(schedule.sigmas, scheduler.sigmas, atol=1e-6, rtol=0)
+    torch.testing.assert_close(schedule.timesteps, scheduler.timesteps, atol=1e-3, rtol=0)
+    assert float(schedule.sigmas[-2]) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_given_levels_replace_those_of_any_solver() -> None:
+    levels = (1.0, 0.975, 0.725, 0.421875, 0.0)
+
+    for solver in ("euler", "unipc", "dpm++"):
+        schedule = make_schedule(solver, 4, 7.0, levels=levels)
+        assert schedule.sigmas.tolist() == pytest.approx(levels)
+        assert schedule.timesteps.tolist() == pytest.approx([1000 * level for level in levels[:-1]])
+
+
+@pytest.mark.parametrize("levels", [(1.0, 0.0), (1.0, 0.5, 0.1), (0.5, 1.0, 0.0)])
+def test_levels_that_do_not_fall_to_0_or_are_too_few_are_an_error(levels: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="2 steps with the noise levels"):
+        make_schedule("euler", 2, 1.0, levels=levels)

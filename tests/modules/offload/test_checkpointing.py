@@ -95,6 +95,7 @@ ATTENTIONS |= dict.fromkeys(
     ("hunyuan_image", "qwen_image", "qwen_image edit"), ATTENTIONS["hunyuan t2v"]
 )  # such blocks
 ATTENTIONS["flux_2"] = (1, 0)  # all tokens count, so that samples are of one length
+ATTENTIONS |= dict.fromkeys(("ltx_2 2.0", "ltx_2 2.3"), (6, 2))  # short to the video: its text, and sound
 LEARNS_BEFORE = {"lumina"}  # a LoRA is in its refiners too
 
 

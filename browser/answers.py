@@ -1,0 +1,44 @@
+"""Answer requests: with pages, JSON, what is not there, and by what a request sends."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+Form = dict[str, list[str]]
+GONE = "It is not there (any more)."
+NO_WRITING = "The server was started with --read_only."
+
+
+def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a page; a part of a file's name that is no text becomes \\udce9."""
+    return HTMLResponse(text.encode("utf-8", "backslashreplace"), status, headers)
+
+
+def answer_json(value: Any, status: int = 200) -> Response:
+    """Return JSON. value: what `json.dumps` takes."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return Response(text, status, media_type="application/json")
+
+
+def answer_gone() -> Response:
+    """Return that there is no run, dataset or file of this address."""
+    return PlainTextResponse(GONE, 404)
+
+
+def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Return what reads the body of a request and calls `answer` in a thread. `server.Gate` bounds it."""
+
+    async def ask(request: Request) -> Response:
+        return await run_in_threadpool(answer, request, await request.body())
+
+    return ask
+
+
+def answer_form(answer: Callable[[Request, Form], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """As `answer_body`, for a request that sends a form."""
+    return answer_body(lambda request, body: answer(request, parse_qs(body.decode("utf-8", "replace"))))

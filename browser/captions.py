@@ -1,0 +1,125 @@
+"""Read and write caption files, undo what was written, and refuse to write over what others wrote meanwhile.
+
+What a file was before each save is kept in memory until the server ends: nothing is left beside it.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modules.atomic_write import write_bytes
+from modules.text_files import bad_character, read_content
+
+BOM = b"\xef\xbb\xbf"
+MOST_BYTES = 1 << 16  # of a caption that can be edited; encoders read far less
+MOST_SAVES = 100  # of a file that can be undone
+
+
+@dataclass(frozen=True)
+class CaptionText:
+    """Hold a caption, and how its file holds it: byte order mark, line ends, white space at both ends."""
+
+    text: str = ""
+    start: bytes = b""
+    head: str = ""
+    tail: str = ""
+    newline: str = "\n"
+
+    @classmethod
+    def of(cls, content: bytes) -> "CaptionText":
+        """Return the caption in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
+        start = BOM if content.startswith(BOM) else b""
+        whole = content[len(start) :].decode()
+        newline = "\r\n" if "\r\n" in whole else "\r" if "\r" in whole else "\n"
+        whole = whole.replace("\r\n", "\n").replace("\r", "\n")
+        text = whole.strip()
+        place = whole.index(text) if text else 0
+        return cls(text, start, whole[:place], whole[place + len(text) :], newline)
+
+    def with_text(self, text: str) -> bytes:
+        """Return the bytes of the file with another caption."""
+        whole = self.head + text.replace("\r\n", "\n").replace("\r", "\n").strip() + self.tail
+        return self.start + whole.replace("\n", self.newline).encode()
+
+
+class CaptionConflictError(Exception):
+    """The file is not what was read."""
+
+
+@dataclass
+class Captions:
+    """Know what the caption files were before they were saved here."""
+
+    _before: dict[Path, deque[bytes | None]] = field(default_factory=dict)  # None: there was no file
+    _first: dict[Path, bytes | None] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, path: Path) -> tuple[CaptionText, str, int]:
+        """Return a caption, the mark of its bytes, and how many saves can be undone.
+
+        Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
+        """
+        content = _content_of(path)
+        return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
+
+    def save(self, path: Path, text: str, have: str) -> None:
+        """Write a caption. have: the mark of what was read.
+
+        Raises CaptionConflictError if the file is another one now, ValueError if the text cannot be stored,
+        OSError or OutputError if it cannot be written.
+        """
+        if (found := bad_character(text)) is not None:
+            raise ValueError(f"a caption cannot hold {found}")
+        with self._lock:
+            now = self._check(path, have)
+            new = CaptionText.of(now or b"").with_text(text)
+            if len(new) > MOST_BYTES:
+                raise ValueError(f"a caption of more than {MOST_BYTES >> 10} KiB cannot be edited here")
+            if new != now:
+                _write(path, new)
+                self._first.setdefault(path, now)
+                self._before.setdefault(path, deque(maxlen=MOST_SAVES)).append(now)
+
+    def undo(self, path: Path, have: str, is_all: bool = False) -> None:
+        """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
+        with self._lock:
+            before = self._before[path]
+            now = self._check(path, have)
+            target = self._first[path] if is_all else before[-1]
+            if target is None and now is not None:
+                path.unlink()
+            elif target is not None and target != now:
+                _write(path, target)
+            before.pop()
+            if is_all or not before:
+                del self._before[path], self._first[path]
+
+    def _check(self, path: Path, have: str) -> bytes | None:
+        now = _content_of(path)
+        if mark_bytes(now) != have:
+            raise CaptionConflictError
+        return now
+
+
+def mark_bytes(content: bytes | None) -> str:
+    """Return a text that differs for other bytes; empty if there is no file."""
+    return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
+
+
+def _content_of(path: Path) -> bytes | None:
+    try:
+        return read_content(path, MOST_BYTES)
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode & 0o777
+    write_bytes(path, content)
+    if mode is not None:
+        path.chmod(mode)

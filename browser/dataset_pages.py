@@ -1,0 +1,314 @@
+"""Answer requests for datasets: their page, its files part by part, small pictures, and edited captions."""
+
+import contextlib
+import io
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
+from browser.captions import CaptionConflictError, Captions, CaptionText
+from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
+from browser.runs import Runs
+from browser.views import HERE, POLICY
+from modules.command import as_typed
+from modules.errors import MediaError, OutputError
+from modules.media.reading import first_frame
+from modules.pages.page import reduce_frame, render_page
+from modules.text_files import parse_json
+
+LARGEST_SIDE = 448  # pixels of a picture in the page
+MOST_PICTURES = 1000  # kept in memory, some 20 KB each
+MOST_AT_ONCE = 200  # files in an answer
+TOLD = 200  # remarks on no file
+ONLY = {  # filters by name; the words that the page says
+    "": "all files",
+    "dropped": "dropped",
+    "told": "with faults or remarks",
+    "uncaptioned": "without a caption",
+    "outdated": "caches missing or out of date",
+}
+SHOWN = (
+    *("table", "kind", "size", "frames", "fps", "fit", "cut_percent", "lengths", "dropped", "short"),
+    *("captions", "faults", "remarks", "has_mask"),
+)
+
+
+def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
+    """Return whether a file is asked for. words: all are in its name or caption. only: of ONLY."""
+    if words:
+        name = Path(file["parts"][0]["path"]).name
+        whole = "\n".join([name, file["text"] or "", *file["captions"]]).lower()
+        if not all(word in whole for word in words):
+            return False
+    if only == "dropped":
+        return bool(file["dropped"])
+    if only == "told":
+        return bool(file["faults"] or file["remarks"])
+    if only == "uncaptioned":
+        return not any(file["captions"] or [file["text"]])
+    if only == "outdated":
+        states = [state for one in file["caches"].values() for state, _ in one.values()]
+        return not file["dropped"] and (not states or any(state != "valid" for state in states))
+    return True
+
+
+class Thumbnails:
+    """Make small pictures of the first frames of files; the newest ones are kept."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[object, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+        self._two = threading.Semaphore(2)  # that are decoded at once
+
+    def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
+        """Return a JPEG file. part: as the report lists it. Raises MediaError or OSError if it fails."""
+        key = part["path"], stamp
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        with self._two:
+            frame = self._read(part)
+        data = io.BytesIO()
+        Image.fromarray(reduce_frame(frame, LARGEST_SIDE)[..., :3]).save(data, format="JPEG", quality=80)
+        with self._lock:
+            self._kept[key] = data.getvalue()
+            while len(self._kept) > MOST_PICTURES:
+                self._kept.popitem(last=False)
+        return data.getvalue()
+
+    def _read(self, part: Mapping[str, Any]) -> Any:
+        path = Path(part["path"])
+        if "in" not in part:
+            return first_frame(path)
+        if "offset" not in part:
+            raise MediaError(f"{path} is in a table")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            copy = Path(folder) / f"copy{path.suffix}"
+            with Path(part["in"]).open("rb") as file, copy.open("wb") as target:
+                file.seek(part["offset"])
+                shutil.copyfileobj(io.BytesIO(file.read(part["bytes"])), target)
+            return first_frame(copy)
+
+
+class DatasetPages:
+    """Show datasets as pages and JSON. Raises OSError if files are gone."""
+
+    def __init__(self, runs: Runs, read_only: bool) -> None:
+        self.runs, self.read_only = runs, read_only
+        self.datasets, self.captions, self.thumbnails = Datasets(runs), Captions(), Thumbnails()
+
+    def list_page(self) -> str:
+        """Return the page of all datasets."""
+        values = {"dataset": None, "found": self.datasets.look(), "roots": self.runs.roots}
+        return render_page(HERE / "dataset.html", "Datasets", values, POLICY)
+
+    def page(self, dataset: FoundDataset) -> str:
+        """Return the page of a dataset; its files are asked for by `items`."""
+        values = {
+            "dataset": dataset,
+            "folder": dataset.path.parent,
+            "only": ONLY,
+            "models": list(MODELS),
+            "can_write": not self.read_only,
+        }
+        return render_page(HERE / "dataset.html", dataset.name, values, POLICY)
+
+    def items(self, dataset: FoundDataset, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Return files of a dataset, and how it stands. asked: text, only, from and count.
+
+        Raises ValueError if a number is none.
+        """
+        first, count = (int(asked.get(name) or 0) for name in ("from", "count"))
+        try:
+            outside = self.datasets.outside(dataset)
+            measured = None if outside else self.datasets.measure(dataset)
+        except OSError as error:
+            return {"state": "gone", "error": f"{dataset.path}: {error.strerror or error}"}
+        except ValueError as error:
+            return {"state": "failed", "error": f"{dataset.path}: {error}"}
+        if measured is None:
+            folders = [str(each) for each in dict.fromkeys([*self._roots(), *outside])]
+            return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *folders])}
+        words = asked.get("text", "").lower().split()
+        only = asked.get("only", "")
+        with self.datasets.lock:
+            files = dict(measured.files)
+            told = self._tell(measured, list(files.values()))
+        chosen = [(id, file) for id, file in files.items() if is_chosen(file, words, only)]
+        part = chosen[max(0, first) : max(0, first) + min(max(0, count), MOST_AT_ONCE)]
+        shown = [self.show(dataset, id, file) for id, file in part]
+        return {**told, "chosen": len(chosen), "files": shown}
+
+    def _roots(self) -> list[Path]:
+        return [root if root.is_dir() else root.parent for root in self.runs.roots]
+
+    def _tell(self, measured: Measured, files: Sequence[File]) -> dict[str, Any]:
+        counts = {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
+        return {
+            "state": "measuring" if measured.is_running else "failed" if measured.error else "ready",
+            "error": measured.error,
+            "version": measured.version,
+            "counts": counts,
+            "items": sum(number for file in files for _, number in file["lengths"]),
+            "outside": measured.outside,
+            "remarks": measured.remarks[:TOLD],
+            "model": measured.model,
+            "decodes": measured.decodes,
+        }
+
+    def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
+        """Return a file as the page shows it, with its caption as it is now."""
+        caption = self.caption(file)
+        caches = {tag: dict(states) for tag, states in file["caches"].items()}
+        if caption["can_edit"] and caption["text"] != (file["text"] or ""):
+            for states in caches.values():
+                if states["text"][0] == "valid":
+                    states["text"] = ("stale", "the caption has changed since: cache the captions again")
+        pictures = [
+            {"name": Path(part["path"]).name, "address": self.address(dataset, id, number, part)}
+            for number, part in enumerate(file["parts"])
+        ]
+        return {
+            "id": id,
+            **{name: file[name] for name in SHOWN},
+            "caches": caches,
+            "pictures": pictures,
+            "caption": caption,
+        }
+
+    def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
+        """Return the address of a small picture, another one if the file changes; None if there is none."""
+        place = Path(part.get("in", part["path"]))
+        if not self.runs.is_below(place) or ("in" in part and "offset" not in part):
+            return None
+        return f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}"
+
+    def caption(self, file: File) -> dict[str, Any]:
+        """Return the caption of a file as it is now, and whether and where it can be edited."""
+        where, found, saves, mark = "", CaptionText(), 0, ""
+        path = self.caption_path(file)
+        if path is None:
+            text = "\n".join(file["captions"])
+            where = f"It stands in {file['caption_list']}: edit it there." if file["caption_list"] else GONE
+            return {"text": text, "can_edit": False, "where": where, "mark": "", "saves": 0}
+        try:
+            found, mark, saves = self.captions.read(path)
+        except UnicodeDecodeError:
+            where = "It is not UTF-8: --check --repair_captions of the caching script converts it."
+        except OSError as error:
+            where = f"It cannot be read: {error.strerror or error}"
+        where = where or (NO_WRITING if self.read_only else "")
+        return {"text": found.text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
+
+    def caption_path(self, file: File) -> Path | None:
+        """Return the real path of a caption file, there or not; None if there is none inside the folders."""
+        if file["caption_file"] is None:
+            return None
+        path = Path(file["caption_file"])
+        inside = path if path.exists() or path.is_symlink() else path.parent
+        return path.resolve() if self.runs.is_below(inside) else None
+
+    def write_caption(self, dataset: FoundDataset, id: str, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        """Save or undo a caption; return status and answer. asked: what, have, and text to save."""
+        file = self.datasets.measure(dataset).files.get(id)
+        path = None if file is None else self.caption_path(file)
+        if file is None or path is None:
+            return 404, {"error": GONE}
+        what, have, text = (str(asked.get(name, "")) for name in ("what", "have", "text"))
+        before, status, error = self.datasets.mark(dataset), 200, ""
+        try:
+            if what == "save":
+                self.captions.save(path, text, have)
+            elif what in ("undo", "back"):
+                self.captions.undo(path, have, what == "back")
+            else:
+                return 404, {"error": GONE}
+            self.datasets.forgive(dataset, before)
+        except CaptionConflictError:
+            status, error = 409, "The file has changed since it was read."
+        except LookupError:
+            status, error = 409, "There is nothing to undo."
+        except (ValueError, OSError, OutputError) as problem:
+            status, error = 500 if isinstance(problem, (OSError, OutputError)) else 400, str(problem)
+        return status, {"error": error, "file": self.show(dataset, id, file)}
+
+
+def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
+    """Return the routes of the pages for datasets. read_only: nothing can be written or asked for."""
+    pages = DatasetPages(runs, read_only)
+
+    def guard(show: Callable[..., Response]) -> Callable[..., Response]:
+        def answer(request: Request, *body: bytes) -> Response:
+            dataset = pages.datasets.find(request.path_params["id"])
+            with contextlib.suppress(OSError):
+                return answer_gone() if dataset is None else show(dataset, request, *body)
+            return answer_gone()
+
+        return answer
+
+    def show_list(_: Request) -> Response:
+        return answer_page(pages.list_page())
+
+    def show_page(dataset: FoundDataset, _: Request) -> Response:
+        return answer_page(pages.page(dataset))
+
+    def show_items(dataset: FoundDataset, request: Request) -> Response:
+        try:
+            return answer_json(pages.items(dataset, request.query_params))
+        except ValueError:
+            return PlainTextResponse("from and count are numbers of files.", 400)
+
+    def show_picture(dataset: FoundDataset, request: Request) -> Response:
+        asked = request.path_params
+        if pages.datasets.outside(dataset):
+            return answer_gone()
+        file = pages.datasets.measure(dataset).files.get(asked["item"])
+        parts = file["parts"] if file else ()
+        if asked["number"] >= len(parts):
+            return answer_gone()
+        part = parts[asked["number"]]
+        if pages.address(dataset, asked["item"], asked["number"], part) != request.url.path:
+            return answer_gone()  # it lies elsewhere, or is not what the page was told of
+        try:
+            picture = pages.thumbnails.make(part, asked["stamp"])
+        except (MediaError, StopIteration):
+            return answer_gone()
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return Response(picture, media_type="image/jpeg", headers=headers)
+
+    def write(dataset: FoundDataset, request: Request, body: bytes) -> Response:
+        try:
+            asked = parse_json(body.decode())
+            if not isinstance(asked, dict):
+                raise ValueError("it is no object")
+            if pages.datasets.outside(dataset):
+                return answer_gone()
+            if "item" not in request.path_params:
+                model = str(asked.get("model"))
+                pages.datasets.start(dataset, bool(asked.get("decodes")), model if model in MODELS else None)
+                return Response(status_code=204)
+            status, answer = pages.write_caption(dataset, request.path_params["item"], asked)
+            return answer_json(answer, status)
+        except ValueError as error:
+            return PlainTextResponse(f"This is no request: {error}", 400)
+
+    place = "/dataset/{id}"
+    return [
+        Route("/datasets", show_list),
+        Route(f"{place}/", guard(show_page)),
+        Route(f"{place}/items", guard(show_items)),
+        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(show_picture)),
+        Route(f"{place}/measure", answer_body(guard(write)), methods=["POST"]),
+        Route(f"{place}/caption/{{item}}", answer_body(guard(write)), methods=["POST"]),
+    ]

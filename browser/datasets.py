@@ -1,0 +1,278 @@
+"""Find the datasets of runs and of folders, and measure them by tools/dataset_report.py, another process."""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from browser.runs import CONFIG, Runs
+from modules.control_codes import escape_control_codes
+from modules.errors import OptionError
+from modules.installation import program_words
+from modules.text_files import parse_json, parse_toml, read_text
+
+SETTLED_SECONDS = 2.0  # that files must be unchanged before they are measured anew: caching writes many
+MOST_ERROR = 4000  # characters
+TABLES = re.compile(r"(?m)^\s*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
+# frames per second and step of sides of models, for files of which no run tells the model
+MODELS = {
+    "Wan": ("16", "16"),
+    "Wan2.2 TI2V-5B": ("24", "32"),
+    "HunyuanVideo": ("24", "16"),
+    "FramePack": ("30", "16"),
+}
+OF_RUNS = {"hunyuan_video": "HunyuanVideo", "framepack": "FramePack"}  # by what a run calls its model
+File = dict[str, Any]  # as `data_tools/report/files.py` lists it
+
+
+@dataclass(frozen=True)
+class FoundDataset:
+    """Hold where a dataset is described."""
+
+    path: Path
+    folder: Path  # that relative paths in it begin at
+    runs: Sequence[tuple[str, str]] = ()  # id and name of those that trained on it
+    model: str = next(iter(MODELS))
+
+    @property
+    def id(self) -> str:
+        """Return the name of the dataset in addresses."""
+        return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Return how pages call it: many files have one name."""
+        return f"{self.path.name} in {self.path.parent.name}"
+
+    def places(self) -> list[Path]:
+        """Return the files and folders that it names and that are there.
+
+        Raises OSError or ValueError if it cannot be read.
+        """
+        text = read_text(self.path)
+        content = parse_toml(text) if self.path.suffix == CONFIG else parse_json(text)
+        places = []
+        for one in _texts_in(content):
+            begin = re.split(r"[*?\[{]", one)[0]  # of a pattern, the folder that it looks into
+            path = self.folder / begin
+            path = path if begin == one else path.parent
+            with contextlib.suppress(OSError, ValueError):
+                if path.exists():
+                    places.append(path)
+        return list(dict.fromkeys(places))
+
+
+def _texts_in(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _texts_in(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts_in(value)
+
+
+@dataclass
+class Measured:
+    """Hold what measuring a dataset has told, and whether it goes on."""
+
+    version: int = 0  # counts measurings; 0: there is none yet
+    files: dict[str, File] = field(default_factory=dict)  # those inside the folders, by their id
+    outside: int = 0  # files that are not
+    remarks: list[str] = field(default_factory=list)  # on no file of its own
+    error: str = ""
+    decodes: bool = False  # whole files were read, not only headers
+    model: str = ""
+    mark: object = None  # of the files that were measured
+    seen: tuple[object, float] = (None, 0.0)  # another mark, and since when
+    is_running: bool = False
+
+
+class Datasets:
+    """Know the datasets below the folders of some runs, and what each measured."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.lock = threading.RLock()
+        self._found: dict[str, FoundDataset] = {}
+        self._measured: dict[str, Measured] = {}
+        self._texts: dict[Path, tuple[int, bool]] = {}  # .toml files: when changed, whether of a dataset
+        self._one = threading.Semaphore()  # measuring at a time
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        atexit.register(self.close)
+
+    def look(self) -> list[FoundDataset]:
+        """Return all datasets by their paths: those of runs, and those in the folders."""
+        of_runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}
+        models: dict[Path, str] = {}
+        for run in self.runs.look():
+            given = dict(run.start.changed if run.start else ()).get("dataset_config")
+            if given:
+                folder, path = _locate(given, run.history.parent)
+                of_runs.setdefault((path, folder), []).append((run.id, run.name))
+                models.setdefault(path, OF_RUNS.get(run.model, next(iter(MODELS))))
+        found = {
+            path: FoundDataset(path, folder, named, models[path]) for (path, folder), named in of_runs.items()
+        }
+        for path in self.runs.configs():
+            if path.resolve() not in found and self._is_dataset(path):
+                found[path.resolve()] = FoundDataset(path.resolve(), Path.cwd())
+        with self.lock:
+            self._found = {one.id: one for one in found.values()}
+        return sorted(found.values(), key=lambda one: str(one.path))
+
+    def find(self, id: str) -> FoundDataset | None:
+        """Return the dataset of this id; None if there is none."""
+        if id not in self._found:
+            self.look()
+        return self._found.get(id)
+
+    def _is_dataset(self, path: Path) -> bool:
+        """Return whether a .toml file has tables of a dataset; each is read once."""
+        try:
+            changed = path.stat().st_mtime_ns
+            if self._texts.get(path, (None, False))[0] != changed:
+                self._texts[path] = changed, TABLES.search(read_text(path)) is not None
+        except (OSError, ValueError):
+            return False
+        return self._texts[path][1]
+
+    def outside(self, dataset: FoundDataset) -> list[Path]:
+        """Return the folders that have to be given so that the dataset may be shown.
+
+        Raises OSError if it is not there, ValueError if it cannot be read.
+        """
+        if not self.runs.is_inside(dataset.path):
+            dataset.path.stat()
+            return [dataset.path.parent]
+        places = [place for place in dataset.places() if not self.runs.is_below(place)]
+        return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
+
+    def measure(self, dataset: FoundDataset) -> Measured:
+        """Return what is known of a dataset; measure it if its files have changed. Raises as `outside`."""
+        mark = self.mark(dataset)
+        with self.lock:
+            measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
+            if measured.seen[0] != mark:
+                measured.seen = mark, time.monotonic()
+            is_settled = time.monotonic() - measured.seen[1] >= SETTLED_SECONDS or measured.mark is None
+            if mark != measured.mark and is_settled:
+                self.start(dataset)
+            return measured
+
+    def mark(self, dataset: FoundDataset) -> object:
+        """Return values that change with the files of a dataset. Raises as `FoundDataset.places`."""
+        found: list[object] = []
+        for place in (dataset.path, *dataset.places()):
+            with contextlib.suppress(OSError):
+                status = place.stat()
+                found.append((str(place), status.st_mtime_ns, status.st_size if place.is_file() else 0))
+        return found
+
+    def forgive(self, dataset: FoundDataset, before: object) -> None:
+        """Take a dataset for unchanged though a caption was written. before: its mark until then."""
+        with self.lock:
+            measured = self._measured.get(dataset.id)
+            if measured is not None and measured.mark == before:
+                measured.mark = self.mark(dataset)
+
+    def start(self, dataset: FoundDataset, decodes: bool | None = None, model: str | None = None) -> None:
+        """Measure a dataset in the background, unless that is going on. Raises as `outside`.
+
+        decodes: read whole files. model: one of MODELS. None: as before.
+        """
+        with self.lock:
+            measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
+            if measured.is_running or self.outside(dataset):
+                return
+            measured.is_running, measured.mark = True, self.mark(dataset)
+            measured.decodes = measured.decodes if decodes is None else decodes
+            measured.model = model or measured.model
+            threading.Thread(target=self._run, args=(dataset, measured), daemon=True).start()
+
+    def _run(self, dataset: FoundDataset, measured: Measured) -> None:
+        fps, step = MODELS[measured.model]
+        options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", step]
+        options += ["--json", "--files", "--no_download", "--num_workers", "2"]
+        options += [] if measured.decodes else ["--no_decode"]
+        with self._one:
+            try:
+                numbers, error = self._report(options, dataset.folder), ""
+            except (OSError, ValueError, OptionError) as problem:
+                numbers, error = {}, str(problem)
+        files, outside = {}, 0
+        for file in numbers.get("files", ()):
+            if all(self.runs.is_below(Path(part.get("in", part["path"]))) for part in file["parts"][:1]):
+                name = f"{file['table']} {file['parts'][0]['path']}"
+                id = hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
+                files[id] = file if self._has_caption_inside(file) else _without_caption(file)
+            else:
+                outside += 1
+        told = [*numbers.get("faults", ()), *numbers.get("remarks", ())]
+        with self.lock:
+            measured.files, measured.outside, measured.error = files, outside, error
+            measured.remarks = [f"{one['kind']}: {one['text']}" for one in told]
+            measured.version += 1
+            measured.is_running = False
+
+    def _has_caption_inside(self, file: File) -> bool:
+        """Return whether the caption file, if there is one, is below the folders, not a link elsewhere."""
+        path = Path(file["caption_file"] or file["caption_list"])
+        return self.runs.is_below(path) or not (path.exists() or path.is_symlink())
+
+    def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
+        """Return the JSON of the script. Raises ValueError with its own words if it fails."""
+        process = subprocess.Popen(
+            [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+        self._processes.add(process)
+        try:
+            said, errors = process.communicate()
+        finally:
+            self._processes.discard(process)
+        if process.returncode:
+            text = errors.decode("utf-8", "replace").strip()[-MOST_ERROR:]
+            raise ValueError(escape_control_codes(text) or f"it ended with {process.returncode}")
+        return dict(json.loads(said))
+
+    def close(self) -> None:
+        """End what is measuring."""
+        for process in list(self._processes):
+            process.kill()
+
+
+def _without_caption(file: File) -> File:
+    """Return a file without its caption, and without what may quote it."""
+    caches = {
+        tag: {part: (state, "") for part, (state, _) in states.items()}
+        for tag, states in file["caches"].items()
+    }
+    return {**file, "text": None, "captions": [], "faults": [], "remarks": [], "caches": caches}
+
+
+def _locate(given: str, folder: Path) -> tuple[Path, Path]:
+    """Return where relative paths of a run begin, and the file that it was given.
+
+    A history does not tell the working folder: this one and those above the run's are tried.
+    """
+    for base in (Path.cwd(), *folder.parents):
+        with contextlib.suppress(OSError, ValueError):
+            if (base / given).is_file():
+                return base, (base / given).resolve()
+    return Path.cwd(), Path.cwd() / given

@@ -1,0 +1,369 @@
+"""Keep a queue of command lines in a folder, and run them one after another."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from browser.launch import (
+    find_program,
+    interrupt_processes,
+    kill_processes,
+    prepare_process,
+    split_words,
+    tell_job,
+)
+from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
+from modules.atomic_write import append_text, explain_errors, write_text
+from modules.control_codes import escape_control_codes, shorten_lines
+from modules.errors import OptionError, OutputError, UserError
+from modules.file_locks import only_one
+from modules.text_files import read_text
+from training.reports.history import describe_process
+
+logger = logging.getLogger(__name__)
+
+FOLDER, QUEUE, STATE, LOGS = "reelsmith-queue", "queue.txt", "jobs.json", "logs"
+WAITING = "waiting"
+ENDED = (FINISHED, STOPPED, DIED)
+LAST_LINES = 20
+EVERY_SECONDS = 0.5
+# a line of the text file, with those that it goes on in
+ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
+TAIL = 64 << 10  # bytes of a log that its last lines are looked for in
+KEPT = ("id", "line", "folder", "process", "stops")  # in STATE
+
+
+@dataclass
+class Job:
+    """Hold a command line and how it stood when it was looked at."""
+
+    id: int
+    line: str  # as the text file has it
+    folder: str  # that it runs in
+    log: Path
+    process: dict[str, Any] | None = None  # that waits for its end, see `describe_process`; None: not begun
+    stops: int = 0  # how often it was told to stop
+    place: int = -1  # among the entries of the text file; -1: its line is not there any more
+    code: int | None = field(init=False)
+    state: str = field(init=False)  # WAITING, or as the state of a run
+
+    def __post_init__(self) -> None:
+        self.code = self._read_code()
+        if self.process is None:
+            self.state = WAITING
+        elif self.code is None and self._is_there():
+            self.state = RUNNING
+        else:
+            self.code = self._read_code()  # it may have ended in between
+            self.state = STOPPED if self.stops else FINISHED if self.code == 0 else DIED
+
+    def _read_code(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(self.code_path.read_text(encoding="ascii"))
+        return None
+
+    def _is_there(self) -> bool:
+        is_there = is_living(self.process or {})
+        if is_there is None:  # another machine's, or of before this one was started
+            with contextlib.suppress(OSError):
+                return time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
+        return bool(is_there)
+
+    @property
+    def code_path(self) -> Path:
+        """Return the file that has the exit code once it has ended."""
+        return self.log.with_suffix(".code")
+
+    @property
+    def words(self) -> list[str]:
+        """Return the words of the line. Raises OptionError if it cannot be read."""
+        return split_words(self.line)
+
+    @property
+    def problem(self) -> str:
+        """Return why the line will be refused; empty if it will not."""
+        try:
+            find_program(self.words, Path(self.folder))
+        except OptionError as error:
+            return str(error)
+        return ""
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it has been running, or ran."""
+        end = time.time()
+        if self.state != RUNNING:
+            with contextlib.suppress(OSError):
+                end = (self.log if self.code is None else self.code_path).stat().st_mtime
+        return max(0.0, end - (self.process or {}).get("born", end))
+
+    def last_lines(self, count: int = LAST_LINES) -> str:
+        """Return the last lines that it wrote; of a progress bar, its last state."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - TAIL))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n")]
+        return shorten_lines(escape_control_codes("\n".join(lines[-count:])), 1000)
+
+
+@dataclass
+class _Book:
+    """Hold the content of both files of a queue."""
+
+    entries: list[str]  # of the text file: commands and other lines
+    jobs: list[Job]
+    last: int  # number that was given to a job
+    worker: dict[str, Any] | None  # process that runs the jobs
+
+    def as_text(self) -> str:
+        rows = [{name: getattr(job, name) for name in KEPT} for job in self.jobs]
+        return json.dumps({"last": self.last, "worker": self.worker, "jobs": rows}, indent=1)
+
+    def find(self, number: int, *states: str) -> Job:
+        """Return a job by its number. Raises OptionError if it is not there, or in another state."""
+        for job in self.jobs:
+            if job.id == number and job.state in states:
+                return job
+        raise OptionError(f"there is no job {number} that is {' or '.join(states)} (any more)")
+
+    def next(self) -> Job | None:
+        """Return the first job that waits; None if there is none, or if one runs."""
+        waiting = [job for job in self.jobs if job.state == WAITING]
+        return waiting[0] if waiting and all(job.state != RUNNING for job in self.jobs) else None
+
+
+class JobQueue:
+    """Know the jobs of a folder, whose text file is edited by hand too, and run them if asked to.
+
+    A line stays in the text file when its job begins, so that an editor that has the file open brings no job
+    back. Which job a line belongs to is told by its text: to run an equal one, add a second line or retry.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
+        """folder: with the files of the queue; made when the first job is added."""
+        self.folder = folder
+        self.read_only = read_only
+        self.problem = ""  # why the last try to begin a job has failed
+        self._ended = threading.Event()
+        self._worker: threading.Thread | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs in the order of the text file. Raises OutputError if a file cannot be read."""
+        return self._look().jobs
+
+    @property
+    def worker(self) -> str:
+        """Return "here" if this process runs the jobs, "elsewhere" if another does; empty if none does."""
+        if self._worker is not None:
+            return "here"
+        worker = self._look().worker
+        return "elsewhere" if worker is not None and is_living(worker) is not False else ""
+
+    def add(self, words: Sequence[str], folder: Path) -> int:
+        """Append a command of ours and return the number of its job. folder: that it runs in.
+
+        Raises OptionError if it is no command of ours, OutputError if it cannot be written.
+        """
+        find_program(words, folder)
+        line = shlex.join(words)
+        if line.splitlines() != [line]:
+            raise OptionError(f"{line!r}: a job is one line")
+        with self._change() as book:
+            job = self._new_job(book, line, folder)
+            book.jobs.append(job)
+            book.entries.append(f"{line}\n")
+        return job.id
+
+    def move(self, number: int, by: int) -> None:
+        """Exchange a waiting job with the next (`by` 1) or the one before (-1), if there is one."""
+        with self._change() as book:
+            job = book.find(number, WAITING)
+            waiting = [one for one in book.jobs if one.state == WAITING]
+            index = waiting.index(job) + by
+            if 0 <= index < len(waiting):
+                here, there = job.place, waiting[index].place
+                book.entries[here], book.entries[there] = book.entries[there], book.entries[here]
+
+    def remove(self, number: int) -> None:
+        """Forget a job that does not run, with its line and its log."""
+        with self._change() as book:
+            job = book.find(number, WAITING, *ENDED)
+            if job.place >= 0:
+                book.entries[job.place] = ""
+            book.jobs.remove(job)
+            for path in (job.log, job.code_path):
+                path.unlink(missing_ok=True)
+
+    def stop(self, number: int) -> None:
+        """Let a running job save and end, as Ctrl-C does; the second time, end it at once.
+
+        Raises OutputError if it runs on another machine.
+        """
+        with self._change() as book:
+            job = book.find(number, RUNNING)
+            if job.process is None or not is_living(job.process):
+                raise OutputError(f"job {number} runs on another machine. Stop it from there")
+            job.stops += 1
+            (interrupt_processes if job.stops == 1 else kill_processes)(job.process["number"])
+
+    def retry(self, number: int) -> None:
+        """Let an ended job wait again, a training with `--resume latest` if it has no --resume."""
+        with self._change() as book:
+            job = book.find(number, *ENDED)
+            words, line = job.words, job.line
+            command, _ = find_program(words, Path(job.folder))
+            is_training = command.words[0] in ("train", "finetune")
+            if is_training and not any(word.partition("=")[0] == "--resume" for word in words):
+                line = shlex.join([*words, "--resume", "latest"])
+            if job.place < 0:
+                book.entries.append("")  # which is at -1
+            book.entries[job.place] = f"{line}\n"
+            job.line, job.process, job.stops = line, None, 0
+            job.code_path.unlink(missing_ok=True)
+
+    def begin_work(self) -> None:
+        """Run the jobs one after another, in a thread. Raises OutputError if another process does."""
+        if self._worker is not None:
+            return
+        stack = contextlib.ExitStack()
+        with self._change() as book:
+            try:
+                stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
+            except BlockingIOError:
+                raise OutputError(f"another browser runs the jobs of {self.folder} already") from None
+            book.worker = describe_process()
+        self._ended.clear()
+        self._worker = threading.Thread(target=self._work, args=(stack,), daemon=True)
+        self._worker.start()
+
+    def end_work(self) -> None:
+        """Begin no further job; one that runs goes on."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._ended.set()
+            worker.join()
+            with self._change() as book:
+                book.worker = None
+
+    def _work(self, lock: contextlib.ExitStack) -> None:
+        with lock:
+            while not self._ended.wait(EVERY_SECONDS):
+                try:
+                    self.start_next()
+                    self.problem = ""
+                except (UserError, OSError) as error:
+                    if str(error) != self.problem:
+                        logger.warning("no job can be begun: %s", error)
+                    self.problem = str(error)
+
+    def start_next(self) -> None:
+        """Start the first waiting job, if none runs."""
+        if self._child is not None and self._child.poll() is not None:
+            self._child = None
+        if self._look().next() is None:
+            return
+        with self._change() as book:
+            job = book.next()
+            if job is None:
+                return
+            job.log.parent.mkdir(exist_ok=True)
+            try:
+                _, program = find_program(job.words, Path(job.folder))
+            except OptionError as error:
+                append_text(job.log, f"{error}\n")
+                write_text(job.code_path, str(error.exit_code))
+                job.process = {}
+                return
+            self._child = prepare_process(job.log)
+            job.process = describe_process(self._child.pid)
+        # only now, as its number is on disk: if this process is killed before, the job does not begin
+        tell_job(self._child, program, job.folder, job.code_path)
+
+    def _look(self) -> _Book:
+        book, known = self._read()
+        if book.as_text() != known and not self.read_only:
+            with self._change() as book:  # keeps the numbers of lines that are new
+                pass
+        return book
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[_Book]:
+        """Yield what both files hold, and write what the block has changed."""
+        if self.read_only:
+            raise OutputError("the browser was started with --read_only")
+        with explain_errors(self.folder / QUEUE):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.folder / ".lock"):
+                book, known = self._read()
+                entries = [*book.entries]
+                yield book
+                if book.entries != entries:
+                    write_text(self.folder / QUEUE, "".join(book.entries))
+                if book.as_text() != known:
+                    write_text(self.folder / STATE, book.as_text())
+
+    def _read(self) -> tuple[_Book, str]:
+        """Return what both files hold, and the text of STATE."""
+        known = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
+        try:
+            told = json.loads(known)
+            jobs = [self._job(**row) for row in told["jobs"]]
+            book = _Book([], [], told["last"], told["worker"])
+        except (ValueError, TypeError, LookupError) as error:
+            path = self.folder / STATE
+            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
+        book.entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
+        if book.entries and not book.entries[-1].endswith("\n"):
+            book.entries[-1] += "\n"
+        lines = {place: entry.strip() for place, entry in enumerate(book.entries)}
+        lines = {place: line for place, line in lines.items() if line and not line.startswith("#")}
+        free: dict[str, list[Job]] = defaultdict(list)
+        for job in jobs:
+            free[job.line].append(job)
+        for line, equal in free.items():  # lines that were taken out are those of jobs that have ended
+            surplus = max(0, len(equal) - [*lines.values()].count(line))
+            book.jobs += [job for job in equal if job.state in ENDED][:surplus]
+            free[line] = [job for job in equal if job not in book.jobs]
+        for place, line in lines.items():
+            job = free[line].pop(0) if free[line] else self._new_job(book, line, Path.cwd())
+            job.place = place
+            book.jobs.append(job)
+        book.jobs[:0] = [job for rest in free.values() for job in rest if job.state == RUNNING]
+        return book, known
+
+    def _new_job(self, book: _Book, line: str, folder: Path) -> Job:
+        book.last += 1
+        return self._job(book.last, line, str(folder.resolve()))
+
+    def _job(self, id: int, line: str, folder: str, **told: Any) -> Job:
+        return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **told)
+
+
+def open_queue(runs: Runs, read_only: bool) -> JobQueue:
+    """Return the queue in the first of the folders of runs."""
+    top = runs.roots[0]
+    return JobQueue((top if top.is_dir() else top.parent) / FOLDER, read_only)
+
+
+def _read_or_empty(path: Path) -> str:
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,164 @@
+"""Turn a command line into a program of ours, and run it so that it outlives the browser.
+
+`python -m browser.launch` is the process that waits for a job: it reads from standard input the program, the
+folder to run it in and the file for its exit code, and leads the group that the job's processes are in.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil  # comes with accelerate
+
+from modules.atomic_write import write_text
+from modules.command import did_you_mean
+from modules.errors import OptionError
+from modules.installation import PREFIX, ROOT, find_script, program_words
+from package.reelsmith.commands import ScriptCommand, find_commands
+
+QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
+MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
+# options of `accelerate launch` that a job may have, and how many words follow each
+LAUNCHER = {
+    **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), 0),
+    **dict.fromkeys(("--num_processes", "--num_machines", "--machine_rank", "--gpu_ids"), 1),
+    **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
+    **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
+}
+_known = functools.cache(find_commands)
+
+
+def split_words(line: str) -> list[str]:
+    """Return the words of a command line; quotes group them, and a backslash escapes, but not on Windows.
+
+    Raises OptionError if it has a mark that only a shell understands, or a quote without an end.
+    """
+    if mark := MARKS.search(QUOTED.sub("''", line)):
+        raise OptionError(
+            f"{mark[0]!r} in {line!r}: no shell reads this line. Put quotes round the word, or leave it out"
+        )
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    lexer.escape = "" if os.name == "nt" else lexer.escape
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise OptionError(f"{line!r}: {error}") from None
+
+
+def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
+    """Return the command of ours that a line names, and the program to start, without a shell.
+
+    words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...` or `accelerate launch [options] SCRIPT
+    ...`. folder: that it was typed in. Raises OptionError, naming the word, if it is anything else.
+    """
+    launcher: list[str] = []
+    rest = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
+    if rest[:2] == ["accelerate", "launch"]:
+        place = 2
+        while place < len(rest) and rest[place].startswith("-"):
+            name, mark, _ = rest[place].partition("=")
+            if rest[place : place + 1] == ["-m"]:
+                break
+            if name not in LAUNCHER:
+                raise OptionError(
+                    f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
+                )
+            place += 1 if mark else 1 + LAUNCHER[name]
+        launcher, rest = ["-m", "accelerate.commands.launch", *rest[2:place]], rest[place:]
+    command, count = _find_command(rest, folder)
+    return command, [sys.executable, *launcher, *program_words(command.path.relative_to(ROOT)), *rest[count:]]
+
+
+def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
+    """Return the command that a line begins with, and how many of its words name it."""
+    word, known, count = "".join(words[:1]), _known(ROOT), 1
+    if word == "-m":  # what commands of the installed package have
+        word, count = " ".join(words[:2]), 2
+    script = find_script(word.removeprefix("-m reelsmith.").replace(".", "/") if count == 2 else word)
+    if script is None and word.endswith(".py") and (path := (folder / word).resolve()).is_relative_to(ROOT):
+        script = path.relative_to(ROOT)
+    if word == "reelsmith" or script == Path("reelsmith.py"):
+        word = " ".join((word, *words[1:3]))
+        for command in known:
+            if tuple(words[1 : 1 + len(command.words)]) == command.words:
+                return command, 1 + len(command.words)
+    for command in known:
+        if script is not None and command.path == ROOT / script:
+            return command, count
+    hint = did_you_mean(Path(word).name, [command.path.name for command in known])
+    raise OptionError(
+        f"{word!r} is no command of this program.{hint} A job is a line such as python wan_train_network.py "
+        "..., with `accelerate launch ...` before it if needed"
+    )
+
+
+def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
+    """Start the process that waits for a job, in a group of its own. It ends if it is never told the job."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"{PREFIX}browser.launch"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+
+def tell_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
+    """Let a process of `prepare_process` start a program in a folder. code: file for its exit code."""
+    assert waiting.stdin is not None
+    with contextlib.suppress(BrokenPipeError), waiting.stdin:
+        waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())
+
+
+def interrupt_processes(number: int) -> None:
+    """Send Ctrl-C to a job's group: a training saves and ends. number: of the process that waits."""
+    with contextlib.suppress(OSError):  # it has just ended; on Windows, it is of another console
+        if sys.platform == "win32":
+            os.kill(number, signal.CTRL_BREAK_EVENT)
+        else:
+            os.killpg(number, signal.SIGINT)
+
+
+def kill_processes(number: int) -> None:
+    """End a job at once, with all processes that it has started, those in groups of their own too."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def main() -> None:
+    """Run the job that standard input tells, and write its exit code."""
+    told = sys.stdin.buffer.read()
+    if not told:  # the browser was killed before it had noted this process
+        return
+    signals: list[int] = []
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the job gets them too; this process waits for its end
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
+    program, folder, path = json.loads(told)
+    try:
+        process = subprocess.Popen(program, cwd=folder, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        write_text(Path(path), "1")
+        raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None
+    if signals and sys.platform != "win32":  # they came before it was there
+        process.send_signal(signals[0])
+    write_text(Path(path), str(process.wait()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""List each file of a dataset for programs: how it is fitted, its caption, and whether its caches still hold.
+
+No model is asked: caches are compared with what their own records say of the encoders. So what a record can
+tell is told, but not whether another VAE is meant now; that is what --check of the caching scripts compares.
+"""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from data_tools.report.findings import TableFindings
+from data_tools.report.looks import Look
+from data_tools.report.numbers import Numbers
+from dataset.cache.files import latent_names, tensor_key, text_file_name
+from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
+from dataset.cache.store import CacheStore, Stores
+from dataset.caching.existing import LatentNames
+from dataset.caching.planning import Recipe, SourcePlan, plan_all
+from dataset.caching.text_plans import EncodingPlan, TextRecipe, list_caption_files, why_outdated
+from dataset.sources.captions import read_caption
+from dataset.sources.media_source import MediaSource, Remote, TarMember
+from modules.contract.data import LatentSpec, MediaTable
+from modules.contract.family import TextEncoder
+from modules.errors import CacheError, DatasetError
+from modules.paths import hide_secrets
+
+VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
+MEDIA, TEXT = "media", "text"
+FIRST = 64  # caches that are searched for a record
+_TAG = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
+State = tuple[str, str]  # one of the words above, and why
+States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
+
+
+@dataclass(frozen=True)
+class RecordedEncoder:
+    """Hold what a record tells of a text encoder."""
+
+    name: str
+    keys: frozenset[str]
+
+
+def list_files(
+    tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
+) -> list[Numbers]:
+    """Return all files as JSON values, table by table. tables: measured."""
+    files = []
+    for found in tables:
+        states = _compare_caches(found, fps, latent, workers)
+        told: dict[tuple[str, str | None], list[str]] = {}
+        for name in ("faults", "remarks"):
+            for one in getattr(found, name):
+                text = one.text if one.kind.startswith("give no") else f"{one.kind}: {one.text}"
+                told.setdefault((name, one.stem), []).append(text)
+        looks = found.looks or [Look()] * len(found.sources)
+        for source, look in zip(found.sources, looks, strict=True):
+            files.append(
+                {
+                    "table": found.table.index + 1,
+                    "stem": source.stem,
+                    "kind": found.table.kind,
+                    **_describe_parts(source),
+                    **_describe_caption(source),
+                    **_describe_look(look),
+                    "faults": told.get(("faults", source.stem), []),
+                    "remarks": told.get(("remarks", source.stem), []),
+                    "caches": states.get(source.stem, {}),
+                }
+            )
+    return files
+
+
+def _describe_parts(source: MediaSource) -> Numbers:
+    """Return the media of a source, its control media and its mask: paths, and where they are held."""
+    parts = []
+    for path, origin in zip(
+        (source.path, *source.control, *filter(None, [source.mask])),
+        source.origins or (None,) * (2 + len(source.control)),
+        strict=False,
+    ):
+        part: Numbers = {"path": str(path)}
+        if isinstance(origin, TarMember):
+            part |= {"in": str(origin.tar), "offset": origin.offset, "bytes": origin.size_bytes}
+        elif isinstance(origin, Remote):
+            part |= {"in": hide_secrets(origin.address)}
+        elif origin is not None:
+            part |= {"in": str(origin.file)}
+        parts.append(part)
+    return {"parts": parts, "controls": len(source.control), "has_mask": source.mask is not None}
+
+
+def _describe_caption(source: MediaSource) -> Numbers:
+    """Return the caption: the text of its file, what is trained of it, and where it stands."""
+    text, used = None, [] if source.caption is None else [source.caption, *source.more_captions]
+    if source.caption_path is not None:
+        with contextlib.suppress(DatasetError):  # told as a fault
+            text = read_caption(source.caption_path)
+    return {
+        "caption_file": None if source.caption_path is None else str(source.caption_path),
+        "caption_list": None if source.caption_path is not None else str(source.table.source),
+        "text": text,
+        "captions": [] if used == [text] else used,
+    }
+
+
+def _describe_look(look: Look) -> Numbers:
+    fit = look.fit
+    return {
+        "size": look.size,
+        "frames": look.frames,
+        "fps": look.fps and round(look.fps, 3),
+        "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
+        "cut_percent": round(look.cut_percent, 2),
+        "lengths": look.lengths,  # frames of an item, how many such items
+        "problem": look.problem,
+        "dropped": look.problem or look.none,
+        "short": look.short,
+    }
+
+
+def _compare_caches(found: TableFindings, fps: float, latent: LatentSpec, workers: int) -> dict[str, States]:
+    """Return by stem how the caches of a table's sources stand, for each model that there are any of."""
+    states: dict[str, States] = {source.stem: {} for source in found.sources}
+    try:
+        stores = Stores()
+        store = stores.of(found.table)
+        names = store.names()
+    except (DatasetError, CacheError) as error:
+        return {stem: {"": dict.fromkeys((MEDIA, TEXT), (UNKNOWN, str(error)))} for stem in states}
+    tags = {match[1] or match[2] for name in names if (match := _TAG.search(name))}
+    for tag in sorted(tags):
+        media = _compare_media(found, tag, names, stores, fps, latent, workers)
+        texts = _compare_texts(found.sources, tag, store, stores, workers)
+        for stem, of_stem in states.items():
+            of_stem[tag] = {MEDIA: media.get(stem, (MISSING, "")), TEXT: texts.get(stem, (MISSING, ""))}
+    return states
+
+
+def _compare_media(
+    found: TableFindings,
+    tag: str,
+    names: Iterable[str],
+    stores: Stores,
+    fps: float,
+    latent: LatentSpec,
+    workers: int,
+) -> dict[str, State]:
+    table, store = found.table, stores.of(found.table)
+    listed = list(latent_names(names, tag, table.kind))
+    if not listed:
+        return {}
+    record = next(
+        (one for name, *_ in listed[:FIRST] if (one := _read_record(store, name)) is not None),
+        LatentRecord({}, {}, (), None, 1, {}),
+    )
+    # in how many sections a model cuts a length is seen by the files of its items
+    of_items = Counter(
+        (stem, name.span) for _, stem, name in listed if name.span is not None and name.section is not None
+    )
+    sections = {span[1]: count for (_, span), count in of_items.items() if span is not None}
+
+    def count_sections(_: MediaTable, frames: int) -> int | None:
+        return sections.get(frames)
+
+    recipe = Recipe(
+        tag,
+        record.encoder,
+        replace(latent, in_sections=bool(sections)),
+        float(record.options.get("fps") or fps),
+        True,
+        count_sections,
+        stores,
+    )
+    existing = LatentNames(store, tag, table.kind)
+    plans, failures = plan_all(found.sources, {table.index: existing}, recipe, workers, show_progress=False)
+    states = {one.stem: (UNKNOWN, one.reason) for one in failures}
+    for plan in plans:
+        states[plan.source.stem] = _state_of(plan, bool(existing.of(plan.source.stem)))
+    return states
+
+
+def _state_of(plan: SourcePlan, has_files: bool) -> State:
+    if plan.outdated is not None:
+        return STALE, plan.outdated
+    if plan.missing is None or (plan.missing and not plan.kept):
+        return (STALE, "not of this file, or of other settings") if has_files else (MISSING, "")
+    if plan.missing:
+        return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
+    foreign = "made by another program: nothing tells what from" if plan.foreign else ""
+    return VALID, foreign or (plan.reason or "")
+
+
+def _read_record(store: CacheStore, name: str) -> LatentRecord | None:
+    with contextlib.suppress(CacheError):
+        return latent_record(store.read(name, is_whole=False).header)
+    return None
+
+
+def _compare_texts(
+    sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
+) -> dict[str, State]:
+    files = list_caption_files(sources, tag)
+    recorded: Mapping[str, TextRecord] = {}
+    for file in files[:FIRST]:
+        with contextlib.suppress(CacheError):
+            recorded = text_records(store.read(file.file_name, is_whole=False).header)
+        if recorded:
+            break
+    encoders = [
+        (RecordedEncoder(name, frozenset(map(tensor_key, one.crc32))), one.encoder)
+        for name, one in recorded.items()
+    ]
+    given = cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
+    plans = TextRecipe(given, True, stores).plan_all(files, workers)
+    of_names = {plan.file.file_name: _text_state(plan, store, recorded) for plan in plans}
+    states: dict[str, State] = {}
+    for source in sources:
+        for number in range(1 + len(source.more_captions)):
+            if states.get(source.stem, (VALID,))[0] == VALID:  # the first that is not tells
+                states[source.stem] = of_names.get(text_file_name(source.stem, tag, number), (VALID, ""))
+    return states
+
+
+def _text_state(plan: EncodingPlan, store: CacheStore, recorded: Mapping[str, TextRecord]) -> State:
+    """Return how the cache of a text stands. recorded: records of another one, for their encoders."""
+    name = plan.file.file_name
+    if store.stamp(name) is None:
+        return MISSING, ""
+    if not recorded:
+        return UNKNOWN, "made by another program: nothing tells of which caption"
+    if not plan.missing:
+        return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+    encoder = plan.missing[0]
+    try:
+        record = text_records(store.read(name, is_whole=False).header).get(encoder)
+    except CacheError as error:
+        return STALE, str(error)
+    if record is None:
+        return STALE, f"it has no record of {encoder}"
+    return STALE, why_outdated(record, recorded[encoder].encoder, plan.file) or "damaged"

@@ -1,0 +1,260 @@
+"""Encode the sound of clips whose latents are cached, each to a file of its own beside them.
+
+So turning sound on encodes sound alone, and another sound file makes only its own cache stale.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dataset.cache.files import (
+    SOUND_LENGTH,
+    LatentName,
+    is_sound_cache,
+    latent_names,
+    sound_tag,
+    tensor_name,
+)
+from dataset.cache.records import (
+    FileIdentity,
+    LatentRecord,
+    difference,
+    identify,
+    is_unchanged,
+    latent_record,
+    verify_tensors,
+)
+from dataset.cache.store import Stores
+from dataset.caching.existing import Caches, ExistingNames, LatentNames, names_of, remove_caches
+from dataset.caching.latents import write_entry
+from dataset.caching.prefetch import MANY, CacheReport, Failure, WriteBehind, read_ahead
+from dataset.config import DatasetTable
+from dataset.config_keys import IGNORE, REQUIRED
+from dataset.sources.fetching import fetch
+from dataset.sources.media_source import MediaSource, Origin
+from dataset.sources.sound import NoSound, find_sound, kept_rate, read_sounds
+from modules.bars import Bar
+from modules.contract.data import SOUND
+from modules.contract.family import HearsSound
+from modules.devices import free_memory
+from modules.errors import CacheError, MediaError
+
+Entries = frozenset[tuple[int, str]]  # table index and name of each
+
+
+class HearingFamily(Caches, HearsSound, Protocol):
+    """Functions that caching of sound needs of a family."""
+
+
+@dataclass(frozen=True)
+class SoundPlan:
+    """Sound of the cached items of one clip."""
+
+    source: MediaSource
+    kept: tuple[str, ...]  # names of valid files
+    foreign: int  # how many of them have no record
+    missing: tuple[LatentName, ...]  # items without a valid file
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The sound of what a plan lacks."""
+
+    plan: SoundPlan
+    files: tuple[FileIdentity, ...] = ()  # that it is from
+    rate: float = 0.0  # frames in a second
+    samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
+    silent: str | None = None  # why there is none
+
+
+class SoundWork:
+    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`."""
+
+    def __init__(
+        self,
+        family: HearingFamily,
+        tables: Iterable[DatasetTable],
+        stores: Stores,
+        skip_existing: bool,
+        verify: bool,
+        device: torch.device,
+    ) -> None:
+        """List entries. skip_existing: those without a record count as valid. verify: read all their values,
+        however many they are.
+        """
+        assert family.sound is not None
+        self._family, self._spec, self._stores, self._device = family, family.sound, stores, device
+        self._skip_existing, self._verify = skip_existing, verify
+        self._tag, self._networks = sound_tag(family.cache_tag), None
+        self._existing: ExistingNames = {
+            table.index: LatentNames(stores.of(table), self._tag, table.kind)
+            for table in tables
+            if table.kind == "video"
+        }
+
+    def encode(
+        self, sources: Sequence[MediaSource], latents: Entries, workers: int, shows: bool
+    ) -> tuple[CacheReport, Entries]:
+        """Encode the sound of all items of some sources that have latents and no valid entry of sound.
+
+        latents: the valid entries of latents. Returns a report, and all valid entries of sound. A clip whose
+        sound cannot be read, or that has none and needs some, becomes a failure of the report. Raises
+        CheckpointError if a network cannot be loaded, OutputError if an entry cannot be written.
+        """
+        items = self._items_of(latents)
+        jobs = [(one, items[key]) for one in sources if (key := (one.table.index, one.stem)) in items]
+        verifies = self._verify or len(jobs) < MANY
+        ahead = read_ahead(
+            jobs,
+            lambda job: job[0],
+            lambda job: self._read(self.plan(*job, verifies)),
+            workers,
+            Bar(len(jobs), "Sound", "clip", shows),
+            decodes=True,
+        )
+        valid, report = set[tuple[int, str]](), CacheReport()
+        with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
+            for (source, _), read in ahead:
+                if isinstance(read, Failure):
+                    report = replace(report, failures=(*report.failures, read))
+                    continue
+                files = [name.file_name(self._tag) for name in read.plan.missing]
+                for file, name, samples in zip(files, read.plan.missing, read.samples, strict=False):
+                    writer.submit(self._encode(file, name, samples, read))
+                valid |= {
+                    (source.table.index, file) for file in (*read.plan.kept, *files[: len(read.samples)])
+                }
+                report = _add(report, read)
+                del read  # frees its samples before waiting for the next source
+        return report, frozenset(valid)
+
+    def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
+        """Remove the entries of sound of a table that are not among `valid`; return how many there were.
+
+        failed: stems of sources whose entries stay.
+        """
+        if table.index not in self._existing:
+            return 0
+        stale = self._existing[table.index].not_in(valid, but_of=failed)
+        is_ours = partial(is_sound_cache, architecture=self._family.name)
+        return remove_caches(self._stores.of(table), stale, is_ours)
+
+    def free(self) -> None:
+        """Free the networks."""
+        if self._networks is not None:
+            self._networks = None
+            free_memory(self._device)
+
+    def plan(self, source: MediaSource, names: Sequence[LatentName], verifies: bool) -> SoundPlan:
+        """Compare the entries of a clip's items with those that this run would write; with `audio = "ignore"`
+        all stay as they are.
+        """
+        there, kept, foreign = names_of(self._existing, source), list[str](), 0
+        missing: list[LatentName] = []
+        for name in names:
+            file = name.file_name(self._tag)
+            try:
+                if source.table.audio != IGNORE:
+                    foreign += self._check(file, source, name, verifies)
+                elif file not in there:
+                    continue
+                kept.append(file)
+            except CacheError:
+                missing.append(name)
+        return SoundPlan(source, tuple(kept), foreign, tuple(missing))
+
+    def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
+        """Return how many of a clip's latents have a valid entry of sound. files: names of the latents."""
+        items = self._items_of(frozenset((source.table.index, file) for file in files))
+        names = items.get((source.table.index, source.stem), ())
+        return len(self.plan(source, names, self._verify).kept)
+
+    def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[LatentName]]:
+        """Return the items of clips by table and stem. latents: names of entries."""
+        found: dict[tuple[int, str], list[LatentName]] = {}
+        for index, pairs in itertools.groupby(sorted(latents), lambda one: one[0]):
+            names = (name for _, name in pairs if index in self._existing)
+            for _, stem, rest in latent_names(names, self._family.cache_tag, "video"):
+                found.setdefault((index, stem), []).append(replace(rest, stem=stem))
+        return found
+
+    def _check(self, file: str, source: MediaSource, name: LatentName, verifies: bool) -> bool:
+        """Check an entry; return whether it has no record. Raises CacheError if it is to be made again."""
+        entry = self._stores.of(source.table).read(file, is_whole=verifies)
+        record = latent_record(entry.header)
+        if record is None:
+            if not self._skip_existing or SOUND not in entry.header.keys:
+                raise CacheError(f"{file}: it has no record of what it was made from")
+            return True
+        changed = difference(record.encoder, self._family.sound_identity)
+        changed = changed or difference(record.options, self._options(source, name))
+        parts = _parts(source)
+        if changed is not None or len(parts) != len(record.files):
+            raise CacheError(f"{file}: {changed}")
+        if not all(is_unchanged(then, *part) for then, part in zip(record.files, parts, strict=True)):
+            raise CacheError(f"{file}: its clip or its sound changed since")
+        if verifies:
+            verify_tensors(entry, record.crc32)
+        return False
+
+    def _options(self, source: MediaSource, name: LatentName) -> dict[str, Any]:
+        stated = source.table.source_fps
+        rates = {"source_fps": stated, "fps": None if stated is None else self._family.defaults.fps}
+        return {"span": [*(name.span or ())], **rates}
+
+    def _read(self, plan: SoundPlan) -> _Read:
+        """Decode the sound that a plan lacks. Raises MediaError or OSError."""
+        if not plan.missing:
+            return _Read(plan)
+        spans = [name.span for name in plan.missing if name.span is not None]
+        try:
+            with fetch(plan.source) as here:
+                path, rate = find_sound(here), kept_rate(here, self._family.defaults.fps)
+                samples = read_sounds(path, spans, rate, self._spec)
+        except NoSound as reason:
+            if plan.source.table.audio == REQUIRED:
+                raise MediaError(f'{reason}; audio = "required" asks for it') from None
+            return _Read(plan, silent=str(reason))
+        return _Read(plan, tuple(itertools.starmap(identify, _parts(plan.source))), rate, tuple(samples))
+
+    def _encode(self, file: str, name: LatentName, samples: Tensor, read: _Read) -> Callable[[], None]:
+        """Encode the sound of an item; return what writes it."""
+        if self._networks is None:
+            self._networks = self._family.sound_networks(self._device, decodes=False)
+        assert name.span is not None
+        frames, source = name.span[1], read.plan.source
+        (latents,) = self._family.encode_sound(self._networks, samples[None], frames, read.rate)
+        expected = self._spec.shape(frames, read.rate)
+        if tuple(latents.shape) != expected:  # batches are made by it
+            raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
+        length = torch.tensor(expected[1], dtype=torch.int32)
+        tensors = {SOUND: latents.detach().cpu().contiguous(), SOUND_LENGTH: length}
+        named = {tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
+        identity, options = self._family.sound_identity, self._options(source, name)
+        record = LatentRecord(identity, options, read.files, None, parts=1, crc32={})
+        store, facts = self._stores.of(source.table), {"frame_count": str(frames)}
+        return partial(write_entry, store, self._family, file, named, record, facts)
+
+
+def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
+    """Return what sound is made from: the clip, whose rate tells the seconds of its frames; a given file."""
+    return [source.parts[0], *([] if source.sound is None else [source.sound])]
+
+
+def _add(report: CacheReport, read: _Read) -> CacheReport:
+    """Return a report with that of one clip."""
+    silent = () if read.silent is None else (Failure.of(read.plan.source, read.silent),)
+    return replace(
+        report,
+        written=report.written + len(read.samples),
+        kept=report.kept + len(read.plan.kept),
+        foreign=report.foreign + read.plan.foreign,
+        silent=report.silent + silent,
+    )

@@ -1,0 +1,101 @@
+"""The sound of clips: which file has it, at which seconds their frames are, and why one has none."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.config import DatasetTable
+from dataset.config_keys import AUTO
+from dataset.sources.fetching import download
+from dataset.sources.frames import Span, file_rate
+from dataset.sources.media_source import MediaSource
+from modules.contract.data import SoundSpec
+from modules.errors import DatasetError, MediaError
+from modules.media.decoding import is_animation
+from modules.media.reading import VIDEO_SUFFIXES
+from modules.media.samples import SOUND_SUFFIXES, read_track
+
+SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
+
+
+class NoSound(MediaError):
+    """The clip has no sound that fits its frames; the text says why."""
+
+
+def find_sounds(table: DatasetTable, clips: Iterable[Path], entries: Iterable[Path]) -> Mapping[Path, Path]:
+    """Return the sound of each clip of a table among the entries of its audio_directory: a file of the same
+    name but for the suffix, also a video's.
+
+    Raises DatasetError if a name is not unique, or if there is no sound at all.
+    """
+    there: dict[str, list[Path]] = {}
+    for path in entries:
+        if path.suffix.lower() in SOUND_SUFFIXES | VIDEO_SUFFIXES and path.is_file():
+            there.setdefault(path.stem, []).append(path)
+    found = {path: there[path.stem] for path in clips if path.stem in there}
+    doubled = next((files for files in found.values() if len(files) > 1), None)
+    if doubled is not None:
+        raise DatasetError(f"{doubled[0]} and {doubled[1].name} are sound of the same clip. Keep one.")
+    if not found:
+        raise DatasetError(
+            f"{table.name}: {table.audio_directory} has no sound for any clip. A sound file has the name of "
+            "its clip but for the suffix: cat.wav for cat.mp4."
+        )
+    return {path: files[0] for path, files in found.items()}
+
+
+def kept_rate(source: MediaSource, fps: float) -> float:
+    """Return how many of the frames that are kept make a second. Only the header of a clip is read.
+
+    source: fetched. fps: of the family, which frames are dropped to. Pictures, and folders of images, have
+    that rate, too. Raises MediaError if a clip cannot be read.
+    """
+    table, stated = source.table, source.table.stated_fps
+    if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
+        return fps
+    if stated is not None:
+        return min(stated, fps)
+    return file_rate(source.path) or fps
+
+
+def find_sound(source: MediaSource) -> Path:
+    """Return the file that has the sound of a clip; it may turn out to have no track. One at an address is
+    downloaded.
+
+    source: fetched. Raises NoSound if there is none that fits, MediaError if a file is missing or unreadable.
+    """
+    table, path, stated = source.table, source.path, source.table.stated_fps
+    if source.sound is not None:
+        given, origin = source.sound
+        if origin is not None:
+            download(origin.address, given)
+        return given
+    if table.audio_directory is not None:
+        raise NoSound(f"{path}: no file of its name in {table.audio_directory}")
+    if source.tensors is not None or path.is_dir() or is_animation(path):
+        raise NoSound(f"{path}: only video files have sound of their own")
+    rate = file_rate(path)
+    if stated is not None and rate is not None and abs(rate / stated - 1) > SAME_RATE:
+        raise NoSound(
+            f"{path}: it has {rate:.4g} frames a second, source_fps says {stated:g}: its sound would not fit "
+            'the frames. Write source_fps = "auto"'
+        )
+    return path
+
+
+def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
+    """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
+
+    path: of `find_sound`. rate: as of `kept_rate`. The track is decoded once. Raises NoSound if
+    there is no track, MediaError if the file cannot be read, or its sound is damaged.
+    """
+    places = [(round(first / rate * spec.rate), round(count / rate * spec.rate)) for first, count in spans]
+    begin, end = min(place for place, _ in places), max(map(sum, places))
+    samples = read_track(path, Fraction(begin, spec.rate), end - begin, spec.rate, spec.channels)
+    if samples is None:
+        raise NoSound(f"{path}: it has no track of sound")
+    found = [samples[:, place - begin : place - begin + count] for place, count in places]
+    return [torch.from_numpy(one.copy()) for one in found]

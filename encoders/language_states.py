@@ -1,0 +1,67 @@
+"""States of language models: run the layers under a causal mask and keep what they give."""
+# Letters: B prompts, L tokens, C width of the model, n states that are joined
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.language_models import FAR, NEAR, all_states
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Return B 1 L L: which keys each query attends to. mask: B L, 1 for real tokens."""
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    return causal & mask.bool()[:, None, None, :]
+
+
+def _layer_masks(network: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return the mask of all layers, or one for each kind of layers. transformers take both as they are."""
+    causal, config = causal_mask(mask), network.config
+    window = getattr(config, "sliding_window", None)
+    if window is None or NEAR not in (getattr(config, "layer_types", None) or ()):
+        return causal
+    behind = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+    return {FAR: causal, NEAR: causal & behind.triu(1 - int(window))}
+
+
+def language_states(
+    network: nn.Module,
+    tokens: Tensor,
+    mask: Tensor,
+    states: Sequence[int] = (-1,),
+    places: Tensor | None = None,
+) -> Tensor:
+    """Return the states that are read, joined: B L nC.
+
+    tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
+    tokens before them, as in the released pipelines. states: as the network was loaded with. places: of the
+    tokens, on the CPU, 3 B L; None: one after the other.
+    """
+    length = tokens.shape[1]
+    places = torch.arange(length)[None] if places is None else places
+    layers: Any = network.layers
+    states = states or all_states(len(layers))
+    kept = [tokens] if states[0] == 0 and len(states) > 1 else []
+    hooks = [
+        layers[state - 1].register_forward_hook(functools.partial(_keep, kept))
+        for state in states[len(kept) : -1]
+    ]
+    try:
+        found = network(
+            inputs_embeds=tokens,
+            attention_mask=_layer_masks(network, mask),
+            position_ids=places,
+            use_cache=False,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last: Tensor = found.last_hidden_state
+    return torch.cat([*kept, last], dim=-1) if kept else last
+
+
+def _keep(kept: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:
+    kept.append(output if isinstance(output, Tensor) else output[0])

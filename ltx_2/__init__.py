@@ -1,0 +1,19 @@
+"""LTX-2 and LTX-2.3, video with sound: read family.py first, then model.py.
+
+blocks: blocks of two streams, video and sound, and their attention
+checkpoints: transformer files: what one is, and loading
+configs: dimensions of a transformer, latents, names of parts, LoRA presets
+connectors: from Gemma's states to texts of both streams
+family: LTX-2 and 2.3, described for the shared loops
+files: paths of a run, parts of a released file
+model: the transformer around the blocks
+options: own options for caching, training and generation
+refused_options: options of the known tuner that are refused, as data
+rope: positions in seconds and pixels, and rotation by them
+sound: mel spectrograms, audio VAE, vocoders
+sound_checkpoints: their files: dialects, sizes
+text_encoder: Gemma 3 with the connectors behind it
+vae_checkpoints: files of the video VAE: dialects, list of layers
+video_vae: the video VAE: pixels to latents and back
+video_vae_blocks: its layers, with memory between chunks
+"""

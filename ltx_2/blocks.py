@@ -1,0 +1,314 @@
+"""Blocks of LTX-2: two streams of tokens, video and sound, with weights of their own.
+
+In each block a stream sees itself, its text and the other stream, which one attention for each direction
+does. Source: the released code of LTX-2. Always float32: norms, modulation, rotation. Everything else, also
+the residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
+checkpoints.
+"""
+# Letters: B batch, L video tokens, M sound tokens, T text tokens, S segments (2 with given frames), N heads,
+# D head width, C width of a stream, W of the wider one
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from ltx_2.configs import SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.rope import rotate_halves
+from modules.attention.attend import attend
+from modules.layers.modulation import add_gated, modulate, split_segments
+from modules.layers.norms import RMSNorm, in_own_dtype
+from modules.layers.rope import rotate
+from modules.speed_options import AttentionChoice
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
+
+Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
+
+
+@dataclass(frozen=True)
+class CrossInputs:
+    """What a stream needs for the attention between the streams."""
+
+    rotary: Tensor  # by time alone, L N D/2 2
+    rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
+    gate: Tensor  # B 1 C float32, by the other stream's time
+    # B 1 1: 0 for samples whose other stream is to have no influence; None: all have it
+    heard: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Inputs of the blocks for one stream besides its tokens."""
+
+    rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
+    texts: tuple[Tensor, ...]  # each B T C; usually one
+    rows: Tensor  # B S R C float32: shifts, scales and gates by time, R 6 or 9
+    time: Tensor  # B S C float32, embedded
+    text_rows: Tensor | None  # B 1 2 C float32: shift and scale of the text; None: it has none
+    given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
+    cross: CrossInputs | None = None  # None: it sees no other stream
+    part: "TokenPart | None" = None  # its tokens that this process has; None: all
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        return self.rotary.shape[-4]
+
+    def cut(self, part: "TokenPart") -> "Stream":
+        """Return the inputs for a part of its tokens."""
+        cross = self.cross and replace(self.cross, rotary=part.rows(self.cross.rotary))
+        given = part.of_first(self.given)
+        return replace(self, rotary=part.rows(self.rotary), cross=cross, given=given, part=part)
+
+
+@dataclass(frozen=True)
+class LtxTokens:
+    """Inputs of the blocks besides the tokens x, B L+M W, the video first; built once per forward pass.
+
+    The narrower stream has zeros behind its channels.
+    """
+
+    streams: dict[StreamNames, Stream]
+    grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
+    dtype: torch.dtype  # of activations between layers
+    attention: AttentionChoice
+    combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
+    sees_values: bool = False  # self-attention is replaced by its values
+    bins: int = 0  # of a latent frame of sound; 0 without sound
+
+    def without_self_attention(self) -> "LtxTokens":
+        """Return the inputs of a block whose self-attention is replaced by its values."""
+        return replace(self, sees_values=True)
+
+    @property
+    def stream_lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each stream."""
+        return tuple(stream.length for stream in self.streams.values())
+
+    def cut(self, *parts: "TokenPart") -> "LtxTokens":
+        """Return the inputs of the blocks for a part of each stream's tokens."""
+        named = zip(self.streams.items(), parts, strict=True)
+        return replace(self, streams={names: stream.cut(part) for (names, stream), part in named})
+
+    def split(self, x: Tensor) -> Parts:
+        """Return the tokens of each stream, B L C, of x."""
+        if len(self.streams) == 1:
+            return dict.fromkeys(self.streams, x)
+        found = zip(self.streams.items(), x.split(self.stream_lengths, dim=1), strict=True)
+        return {names: one[..., : stream.time.shape[-1]] for (names, stream), one in found}
+
+    def join(self, parts: Parts) -> Tensor:
+        """Return x of the tokens of each stream."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        width = max(one.shape[-1] for one in parts.values())
+        return torch.cat([functional.pad(one, (0, width - one.shape[-1])) for one in parts.values()], dim=1)
+
+
+class LtxAttention(nn.Module):
+    """Attention from one kind of tokens to another; q and k are normalised over all heads."""
+
+    def __init__(self, config: LtxConfig, query_dim: int, key_dim: int, dim: int, out_dim: int) -> None:
+        """dim: width of all heads."""
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(given, dim) for given in (query_dim, key_dim, key_dim))
+        self.q_norm, self.k_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        self.to_out = nn.ModuleList([nn.Linear(dim, out_dim)])
+        if config.is_gated:
+            self.to_gate_logits = nn.Linear(query_dim, config.num_heads)
+        self._rotate = rotate_halves if config.splits_heads else rotate
+
+    def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Return the queries of x, B L N D."""
+        return self._turned(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
+
+    def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Return the keys of x, B L N D."""
+        return self._turned(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the values of x, B L N D."""
+        return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
+
+    def project(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return what tokens x, B L C, take of what they have seen, B L N D, by head: B L C."""
+        if hasattr(self, "to_gate_logits"):
+            gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits: as without
+            seen = seen * gates.unsqueeze(-1).to(seen.dtype)
+        return in_own_dtype(self.to_out[0], seen.flatten(2))
+
+    def _turned(self, heads: Tensor, rotary: Tensor | None) -> Tensor:
+        heads = heads.unflatten(-1, (self.num_heads, -1))
+        return heads if rotary is None else self._rotate(heads, rotary)
+
+
+class LtxFeedForward(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        first = nn.ModuleDict({"proj": nn.Linear(dim, ffn_dim)})
+        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, gelu, last = self.net
+        return in_own_dtype(last, gelu(in_own_dtype(first["proj"], x)))  # type: ignore[index]
+
+
+class LtxBlock(nn.Module):
+    """Self-attention, attention to the text, attention between the streams, feed-forward.
+
+    Each stream has such layers of its own. The times modulate all by shift, scale and gate; in LTX-2.0 not
+    the attention to the text.
+    """
+
+    def __init__(self, config: LtxConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        for names, one in config.streams.items():
+            self._add_stream(names.prefix, one, config)
+        if config.sound is not None:
+            self._add_cross(VIDEO, config.video, config.sound, config)
+            self._add_cross(SOUND, config.sound, config.video, config)
+
+    def _add_stream(self, prefix: str, one: StreamConfig, config: LtxConfig) -> None:
+        for name in ("attn1", "attn2"):
+            setattr(self, prefix + name, LtxAttention(config, *(one.dim,) * 4))
+        setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim))
+        rows = 9 if config.modulates_text else 6
+        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
+        if config.modulates_text:
+            setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
+
+    def _add_cross(
+        self, names: StreamNames, one: StreamConfig, other: StreamConfig, config: LtxConfig
+    ) -> None:
+        attention = LtxAttention(config, one.dim, other.dim, config.cross_dim, one.dim)
+        setattr(self, names.cross_attn, attention)
+        setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, one.dim)))
+
+    def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
+        # x: B L+M W
+        parts = tokens.split(x)
+        parts = {names: self.see_own(names, one, tokens) for names, one in parts.items()}
+        if all(stream.cross is not None for stream in tokens.streams.values()):
+            parts = self.see_each_other(parts, tokens)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        behind = {names: self.change(names, parts[names], tokens) for names in reversed(parts)}
+        return tokens.join({names: behind[names] for names in parts})
+
+    def modulated_input(self, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Return the input of self-attention of the first stream, B L C, for an input x of the block."""
+        names, one = next(iter(tokens.split(x).items()))
+        shift, scale, *_ = self._rows(names, tokens.streams[names])
+        return modulate(self.norm(one), shift, scale, tokens.dtype, tokens.streams[names].given)
+
+    def see_own(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Add attention of a stream, B L C, to itself and to its text."""
+        stream, dtype = tokens.streams[names], tokens.dtype
+        shift, scale, gate, _, _, _, *of_text = self._rows(names, stream)
+        h = modulate(self.norm(x), shift, scale, dtype, stream.given)
+        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.given)
+
+        query_shift, query_scale, query_gate = of_text or (None, None, None)  # not in LTX-2.0
+        h = modulate(self.norm(x), query_shift, query_scale, dtype, stream.given)
+        layer, texts = self._layer(names, "attn2"), stream.texts
+        if stream.text_rows is not None:
+            shift, scale = (self._table(names, "prompt_scale_shift_table") + stream.text_rows).unbind(2)
+            texts = tuple(modulate(text, shift, scale, dtype) for text in texts)
+        query = layer.queries(h)
+        seen = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
+        return add_gated(x, query_gate, layer.project(h, tokens.combine(*seen)), stream.given)
+
+    def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
+        """Add attention between the streams; both directions start from the same tokens."""
+        inputs, gates = {}, {}
+        for names, one in parts.items():
+            stream = tokens.streams[names]
+            assert stream.cross is not None  # there are two
+            table = getattr(self, names.cross_table).float()
+            rows = (table[:4] + stream.cross.rows).unbind(2)
+            normed = self.norm(one)
+            inputs[names] = {
+                direction: modulate(normed, shift, scale, tokens.dtype, stream.given)
+                for direction, scale, shift in zip((VIDEO, SOUND), rows[::2], rows[1::2], strict=True)
+            }
+            gate = table[4:] + stream.cross.gate
+            gates[names] = gate if stream.cross.heard is None else gate * stream.cross.heard
+        changed = {}
+        for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
+            x, seen = inputs[names][names], inputs[other][names]
+            taken = self._see_other(names, other, x, seen, tokens)
+            changed[names] = add_gated(parts[names], gates[names], taken)
+        return changed
+
+    def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Add the feed-forward branch of a stream, B L C."""
+        stream = tokens.streams[names]
+        rows = self._rows(names, stream)[3:6]
+        layer = getattr(self, f"{names.prefix}ff")
+        segments = split_segments(stream.given, rows, x)
+        parts = [self.feed_forward(part, layer, tokens.dtype, *row) for part, *row in segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def feed_forward(
+        self, x: Tensor, layer: nn.Module, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> Tensor:
+        """Add a feed-forward branch to x; each token is processed independently.
+
+        x: B L C, of one segment; shift, scale, gate: B 1 C float32.
+        """
+        return add_gated(x, gate, layer(modulate(self.norm(x), shift, scale, dtype)))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return x / sqrt(mean(x^2) + eps) over the channels, float32."""
+        return functional.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+
+    def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        layer, stream = self._layer(names, "attn1"), tokens.streams[names]
+        value = layer.values(x)
+        if tokens.sees_values:
+            return layer.project(x, value)
+        query, key = layer.queries(x, stream.rotary), layer.keys(x, stream.rotary)
+        if stream.part is None:
+            return layer.project(x, _attend(query, key, value, tokens))
+        query, key, value = stream.part.gather_tokens(query, key, value)
+        return layer.project(x, stream.part.gather_heads(_attend(query, key, value, tokens)))
+
+    def _see_other(
+        self, names: StreamNames, other: StreamNames, x: Tensor, seen: Tensor, tokens: LtxTokens
+    ) -> Tensor:
+        layer = getattr(self, names.cross_attn)
+        mine, theirs = tokens.streams[names], tokens.streams[other]
+        assert mine.cross is not None
+        assert theirs.cross is not None
+        query, key = layer.queries(x, mine.cross.rotary), layer.keys(seen, theirs.cross.rotary)
+        value = layer.values(seen)
+        if mine.part is None or theirs.part is None:
+            return layer.project(x, _attend(query, key, value, tokens))
+        (query,) = mine.part.gather_tokens(query)
+        key, value = theirs.part.gather_tokens(key, value)
+        return layer.project(x, mine.part.gather_heads(_attend(query, key, value, tokens)))
+
+    def _layer(self, names: StreamNames, name: str) -> Any:
+        return getattr(self, names.prefix + name)
+
+    def _table(self, names: StreamNames, name: str = "scale_shift_table") -> Tensor:
+        table: Tensor = getattr(self, names.prefix + name)
+        return table.float()
+
+    def _rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
+        """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
+        return (self._table(names) + stream.rows).unbind(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
+    """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
+    query, key, value = (each.to(tokens.dtype) for each in (query, key, value))
+    return attend(query, key, value, tokens.attention)

@@ -1,0 +1,166 @@
+"""Checkpoints of the LTX-2 transformers: in the official file of all parts, and as diffusers writes them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ltx_2.configs import LATENT, OF_SOUND, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.model import LtxModel
+from ltx_2.options import NAME
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from modules.checkpoints.dits import DitFormat, DitHeader
+from modules.checkpoints.encoders import told_beside
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.loading import Placement, TensorSource
+from modules.errors import CheckpointError
+from modules.speed_options import AttentionChoice
+from modules.text_files import parse_json
+from networks.names.layouts import tensor_patterns
+from networks.names.video import LTX_2
+
+FILES = (
+    "ltx-2-19b-dev.safetensors, ltx-2.3-22b-dev.safetensors, or the folder transformer of its release in "
+    "diffusers layout"
+)
+OPTION = "--dit"
+# dialect -> a tensor that only it has, its names
+DIALECTS: dict[str, tuple[str, Names]] = {
+    "official": ("av_ca_a2v_gate_adaln_single.linear.weight", ()),
+    "diffusers": ("av_cross_attn_video_a2v_gate.linear.weight", tensor_patterns(LTX_2)),
+}
+# of the official file, beside the transformer's tensors: parts of the text encoder
+CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
+DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
+BLOCK = "transformer_blocks.0"
+USUAL_HEADS = 32  # of all releases; without gates no tensor tells
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
+    names = checkpoint.tensors
+    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    if dialect is None:
+        raise other_kind(checkpoint, f"an {NAME} transformer", OPTION, FILES)
+    known = joined_shapes({name: info.shape for name, info in names.items()}, DIALECTS[dialect][1])
+    shapes = DitShapes(checkpoint.path, known, NAME)
+    is_gated = f"{BLOCK}.attn1.to_gate_logits.weight" in known
+    modulates_text = "prompt_adaln_single.linear.weight" in known
+    if f"{BLOCK}.ff.net.2.bias" not in known or is_gated != modulates_text:
+        raise CheckpointError(
+            f"{checkpoint.path} is a transformer of LTX-2.5, which is not supported yet.\n  Give {FILES} to "
+            f"{OPTION}.",
+            checkpoint.path,
+        )
+    told = _settings(checkpoint)
+    projects = "caption_projection.linear_1.weight" in known
+    try:
+        config = LtxConfig(
+            video=_stream(shapes, VIDEO, projects),
+            sound=_stream(shapes, SOUND, projects),
+            num_heads=_count_heads(shapes, told, is_gated),
+            num_layers=shapes.blocks("transformer_blocks"),
+            cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
+            projects_text=projects,
+            is_gated=is_gated,
+            modulates_text=modulates_text,
+            freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+            **_told_fields(told),
+        )
+        fits = all(width % (2 * config.num_heads) == 0 for width in _widths(config))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
+            "config.json beside it, again.",
+            checkpoint.path,
+        ) from None
+    if not fits:
+        widths = ", ".join(map(str, _widths(config)))
+        raise CheckpointError(
+            f"{checkpoint.path}: widths of {widths} and {config.num_heads} heads are not those of an {NAME} "
+            "transformer. Copy the file again.",
+            checkpoint.path,
+        )
+    block = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
+    return DitHeader(config, dialect, block.dtype)
+
+
+def _count_heads(shapes: DitShapes, told: Mapping[str, Any], is_gated: bool) -> int:
+    if is_gated:
+        return shapes.of(f"{BLOCK}.attn1.to_gate_logits.weight")[0]
+    return int(told.get("num_attention_heads", USUAL_HEADS))
+
+
+def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dimensions that no tensor shows, from a record of settings in either layout."""
+    rows, columns = (told.get(key, 2048) for key in ("base_height", "base_width"))
+    usual = (told.get("pos_embed_max_pos", 20), rows, columns)
+    seconds, rows, columns = map(float, told.get("positional_embedding_max_pos", usual))
+    gates = told.get(
+        "av_ca_timestep_scale_multiplier", told.get("cross_attn_timestep_scale_multiplier", 1000)
+    )
+    return {
+        "splits_heads": {"split": True, "interleaved": False}[told.get("rope_type", "split")],
+        "gate_time": float(gates) / float(told.get("timestep_scale_multiplier", 1000)),
+        "rope_theta": float(told.get("positional_embedding_theta", told.get("rope_theta", 10000))),
+        "longest": (seconds, rows, columns),
+        "stride": tuple(map(int, told.get("vae_scale_factors", LATENT.stride))),
+    }
+
+
+def _widths(config: LtxConfig) -> tuple[int, ...]:
+    return (*(one.dim for one in config.streams.values()), config.cross_dim)
+
+
+def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConfig:
+    block = f"{BLOCK}.{names.prefix}"
+    text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
+    dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")
+    return StreamConfig(
+        dim,
+        ffn_dim=shapes.of(f"{block}ff.net.2.weight")[1],
+        channels=channels,
+        text_dim=shapes.of(f"{text}.weight")[1],
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the settings that a file records in its metadata, or diffusers beside it; empty if none."""
+    recorded = checkpoint.metadata.get("config")
+    try:
+        if recorded is not None:
+            found: Any = parse_json(recorded).get("transformer", {})
+            # what the released reader takes if a record does not say
+            return {"av_ca_timestep_scale_multiplier": 1.0, **found}
+        beside = told_beside(checkpoint.path, "", "", 0, {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: `config` in its metadata cannot be read ({error}). Copy the file again.",
+            checkpoint.path,
+        ) from None
+    return beside if beside.get("_class_name") == DIFFUSERS_CLASS else {}
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[LtxConfig]) -> Mapping[str, TensorSource]:
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
+
+
+def describe(header: DitHeader[LtxConfig]) -> str:
+    """Return how messages call a transformer: by its version."""
+    return f"an {NAME} transformer (version {header.kind})"
+
+
+def _silent(config: LtxConfig, attention: AttentionChoice) -> LtxModel:
+    return LtxModel(config.silent, attention)
+
+
+FORMAT = DitFormat(_header, describe, LtxModel, _sources, OPTION, CONNECTORS)
+SILENT = replace(FORMAT, network=_silent, ignore=(*CONNECTORS, *OF_SOUND))
+read_dit_header, identify = FORMAT.read_header, FORMAT.identify
+
+
+def load_dit(path: Path, placement: Placement, with_sound: bool = True) -> LtxModel:
+    """Load a transformer. with_sound: with the sound's stream; without, none of its weights is read.
+
+    Raises CheckpointError as `DitFormat.load`.
+    """
+    return (FORMAT if with_sound else SILENT).load(path, placement)

@@ -1,0 +1,162 @@
+"""LTX-2 as data: dimensions of its transformer, names of its two streams, latents, presets of LoRAs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec, NoiseSpec
+from modules.contract.rules import ModelRelease
+
+
+class StreamNames(NamedTuple):
+    """Names of what belongs to one of the two streams of tokens, as published."""
+
+    prefix: str  # before the names of its own modules and tables
+    cross_rows: str  # of the whole model: shifts and scales of the attention between the streams
+    cross_gate: str  # likewise, the gate of what it takes from the other stream
+    cross_table: str  # of a block, both
+    cross_attn: str  # of a block: attention from this stream to the other one
+
+
+VIDEO = StreamNames(
+    "",
+    "av_ca_video_scale_shift_adaln_single",
+    "av_ca_a2v_gate_adaln_single",
+    "scale_shift_table_a2v_ca_video",
+    "audio_to_video_attn",
+)
+SOUND = StreamNames(
+    "audio_",
+    "av_ca_audio_scale_shift_adaln_single",
+    "av_ca_v2a_gate_adaln_single",
+    "scale_shift_table_a2v_ca_audio",
+    "video_to_audio_attn",
+)
+# patterns of tensors in files of either layout that a network without the sound's stream leaves out
+OF_SOUND = ("*audio*", "av_c*", "*_a2v_*")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Dimensions of one stream."""
+
+    dim: int
+    ffn_dim: int
+    channels: int  # numbers of a token: of a latent pixel, or of a moment of sound
+    text_dim: int  # width of the states that it is given; if `LtxConfig.projects_text`, before projection
+
+
+@dataclass(frozen=True)
+class LtxConfig:
+    """Dimensions of an LTX-2 transformer, read from a checkpoint's tensors and its record of settings."""
+
+    video: StreamConfig
+    sound: StreamConfig | None  # None: the sound's stream is left out
+    num_heads: int  # of both streams and of the attention between them
+    num_layers: int
+    cross_dim: int  # width of the attention between the streams
+    projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
+    is_gated: bool  # LTX-2.3: heads have gates
+    modulates_text: bool  # LTX-2.3: the time modulates attention to the text too
+    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
+    # by what the time of the gates between the streams is multiplied, as a share of that of all else
+    gate_time: float = 1.0
+    freq_dim: int = 256
+    rope_theta: float = 10000.0
+    longest: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
+    stride: tuple[int, int, int] = (8, 32, 32)  # pixels of a latent: frames, rows, columns
+    eps: float = 1e-6
+
+    @property
+    def dim(self) -> int:
+        """Return the width of the video's stream."""
+        return self.video.dim
+
+    @property
+    def kind(self) -> str:
+        """Return the version."""
+        return "2.3" if self.is_gated else "2.0"
+
+    @property
+    def streams(self) -> dict[StreamNames, StreamConfig]:
+        """Return the streams that the network has, the video first."""
+        return {VIDEO: self.video} | ({} if self.sound is None else {SOUND: self.sound})
+
+    @property
+    def silent(self) -> "LtxConfig":
+        """Return the same without the sound's stream."""
+        return replace(self, sound=None)
+
+
+MEL_STRIDE, MEL_RATE = 4, 100.0  # frames of the mel spectrogram: of a latent, and in a second
+
+LATENT = LatentSpec(channels=128, stride=(8, 32, 32), pixel_step=32, frame_step=8)
+
+
+def count_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of a clip's latents, B C F H W: each is one; or of its sound's, B C T M: T."""
+    return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
+
+
+NOISE = NoiseSpec(training_offset=0.0, tokens=count_tokens)
+
+
+@dataclass(frozen=True)
+class Ltx2Release:
+    """What a release does when nothing is said."""
+
+    release: ModelRelease
+    steps: int
+    perturbed: int  # the block that guidance weakens
+
+
+_LICENCE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
+RELEASES = {
+    "2.0": Ltx2Release(ModelRelease(("Lightricks/LTX-2",), *_LICENCE), 40, 29),
+    "2.3": Ltx2Release(ModelRelease(("Lightricks/LTX-2.3",), *_LICENCE), 30, 28),
+}
+# as released
+NEGATIVE_PROMPT = (
+    "blurry, out of focus, overexposed, underexposed, low contrast, washed out colors, excessive noise, "
+    "grainy texture, poor lighting, flickering, motion blur, distorted proportions, unnatural skin tones, "
+    "deformed facial features, asymmetrical face, missing facial features, extra limbs, disfigured hands, "
+    "wrong hand count, artifacts around text, inconsistent perspective, camera shake, incorrect depth of "
+    "field, background too sharp, background clutter, distracting reflections, harsh shadows, inconsistent "
+    "lighting direction, color banding, cartoonish rendering, 3D CGI look, unrealistic materials, uncanny "
+    "valley effect, incorrect ethnicity, wrong gender, exaggerated expressions, wrong gaze direction, "
+    "mismatched lip sync, silent or muted audio, distorted voice, robotic voice, echo, background noise, "
+    "off-sync audio, incorrect dialogue, added dialogue, repetitive speech, jittery movement, awkward "
+    "pauses, incorrect timing, unnatural transitions, inconsistent framing, tilted camera, flat lighting, "
+    "inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
+)
+DIT = DitSpec(
+    block_lists=("transformer_blocks",),
+    fp8_exclude=("norm", "to_gate_logits"),
+    # as released trainers: attention alone
+    lora_exclude=("ff.", "to_gate_logits"),
+    input_layers=(
+        *("patchify_proj", "audio_patchify_proj"),
+        *("caption_projection", "audio_caption_projection"),
+    ),
+    token_wise=("feed_forward",),
+    modulated_input="modulated_input",
+)
+
+# --lora_target_preset -> the modules of a block that get a LoRA, as patterns. Source: the documentation of
+# musubi-tuner's fork for LTX-2
+_LINEARS = r"(?:to_[qkv]|to_out\.0)$"
+_VIDEO_SELF, _VIDEO_FFN = rf".*\.attn1\.{_LINEARS}", r".*\.ff\.net\."
+_ATTENTIONS, _ALL_FFN = rf".*attn\d?\.{_LINEARS}", r".*ff\.net\."
+_AUDIO = (rf".*\.audio_attn\d\.{_LINEARS}", r".*\.audio_ff\.net\.")
+_CROSS = {name: rf".*\.{name}\.{_LINEARS}" for name in (VIDEO.cross_attn, SOUND.cross_attn)}
+LORA_PRESETS: dict[str, tuple[str, ...]] = {
+    "t2v": (_ATTENTIONS,),
+    "video_sa": (_VIDEO_SELF,),
+    "video_sa_ff": (_VIDEO_SELF, _VIDEO_FFN),
+    "video_sa_ca_ff": (_VIDEO_SELF, rf".*\.attn2\.{_LINEARS}", _VIDEO_FFN),
+    "audio": _AUDIO,
+    "audio_v2a": (*_AUDIO, _CROSS[SOUND.cross_attn]),
+    "full": (".*",),
+}

@@ -1,0 +1,298 @@
+"""LTX-2's connectors: from the states of all layers of Gemma to the texts of the video and the audio stream.
+
+    states of a token -> normed, projected -> rows of a stream -> filled up with learned registers -> blocks
+
+Module names follow the released file. Source: the released model code, and its config for what tensors do not
+show.
+"""
+# Letters: L tokens of a prompt, n states of a token, C their width, T rows after filling, S width of a
+# stream, N heads, D head width
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from ltx_2.blocks import LtxFeedForward
+from modules.attention.attend import attend
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    load_planned,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from modules.checkpoints.encoders import config_beside
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.layers.norms import RMSNorm
+from modules.text_files import parse_json
+
+VIDEO, AUDIO = STREAMS = ("video", "audio")
+OPTION = "--ltx2_checkpoint"
+FILES = (
+    "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, or the folder of a release in diffusers' layout"
+)
+HEAD_WIDTH = 128  # of LTX-2 2.0, whose tensors do not show it
+LONGEST = 4096  # rows that the positions are measured by
+THETA = 10000.0  # base of the rotary frequencies
+EPS = 1e-6
+RANGE = 8  # 2.0: the states of a layer lie in a range of this size
+SHARED = "aggregate_embed"  # 2.0: the one projection
+# beginnings of our tensors' names in files
+PARTS = (
+    *(
+        f"{start}{stream}_embeddings_connector."
+        for start in ("model.diffusion_model.", "")
+        for stream in STREAMS
+    ),
+    "text_embedding_projection.",
+    *(f"{stream}_connector." for stream in STREAMS),
+    *("video_text_proj_in.", "audio_text_proj_in.", "text_proj_in."),
+)
+_BLOCK = r"(video|audio)_connector\.transformer_blocks\.(\d+)\."
+_OURS = r"\1_embeddings_connector.transformer_1d_blocks.\2."
+NAMES: Names = (  # official; then diffusers' layout
+    (r"model\.diffusion_model\.(.+)", r"\1"),
+    (rf"{_BLOCK}attn1\.norm_([qk])\.(.+)", rf"{_OURS}attn1.\3_norm.\4"),
+    (rf"{_BLOCK}(.+)", rf"{_OURS}\3"),
+    (r"(video|audio)_connector\.(.+)", r"\1_embeddings_connector.\2"),
+    (r"text_proj_in\.(.+)", rf"text_embedding_projection.{SHARED}.\1"),
+    (r"(video|audio)_text_proj_in\.(.+)", rf"text_embedding_projection.\1_{SHARED}.\2"),
+)
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Dimensions of the connector of one stream."""
+
+    dim: int  # S
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    registers: int
+    is_gated: bool  # 2.3: a gate for each head
+
+
+@dataclass(frozen=True)
+class ConnectorsConfig:
+    """Dimensions of the projections and connectors of the wanted streams."""
+
+    text_dim: int  # n * C
+    is_shared: bool  # 2.0: one projection for both streams, of states in a range
+    has_bias: bool  # of the projections
+    streams: Mapping[str, ConnectorConfig]
+    longest: int = LONGEST
+
+    def projection(self, stream: str) -> str:
+        """Return the name of the projection of a stream."""
+        return SHARED if self.is_shared else f"{stream}_{SHARED}"
+
+
+def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:
+    """Plan how to load the connectors of these streams, from the official file or diffusers' folder.
+
+    Raises CheckpointError if the file has none, is damaged, or is one of LTX-2.5.
+    """
+    version = checkpoint.metadata.get("model_version", "")
+    if version.startswith("2.5") or "gemma_version" in checkpoint.metadata:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to LTX-2.5, which reads texts with Gemma 4 and is not supported yet. "
+            f"Give {FILES} to {OPTION}.",
+            checkpoint.path,
+        )
+    own = checkpoint.starting_with(*PARTS)
+    sources = rename_sources(plain_sources(own), lambda name: translate_name(name, NAMES))
+    if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
+        raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
+    damaged = CheckpointError(
+        f"{checkpoint.path}: its tensors do not have the sizes of LTX-2's text connectors. Copy it again.",
+        checkpoint.path,
+    )
+    shape, told = shapes_of(own, sources, damaged), _told(checkpoint)
+    start = "text_embedding_projection."
+    is_shared = f"{start}{SHARED}.weight" in sources
+    first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
+    found = {}
+    for stream in streams:
+        name = f"{stream}_embeddings_connector"
+        block = f"{name}.transformer_1d_blocks.0."
+        registers, dim = shape(f"{name}.learnable_registers", 2)
+        is_gated = f"{block}attn1.to_gate_logits.weight" in sources
+        usual = told.get("connector_num_attention_heads", dim // HEAD_WIDTH)
+        heads = told.get(f"{stream}_connector_num_attention_heads", usual)
+        heads = shape(f"{block}attn1.to_gate_logits.weight", 2)[0] if is_gated else heads
+        if not isinstance(heads, int) or heads < 1 or dim % (2 * heads):
+            raise damaged
+        layers = count(sources, rf"{name}\.transformer_1d_blocks\.\d+")
+        ffn_dim = shape(f"{block}ff.net.0.proj.weight", 2)[0]
+        found[stream] = ConnectorConfig(dim, ffn_dim, heads, layers, registers, is_gated)
+    config = ConnectorsConfig(
+        text_dim=shape(f"{start}{first}.weight", 2)[1],
+        is_shared=is_shared,
+        has_bias=f"{start}{first}.bias" in sources,
+        streams=found,
+        longest=told["longest"],
+    )
+    unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
+    return LoadPlan(config, own, sources, tuple(unused))
+
+
+def _told(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return what the file's metadata, or diffusers' config.json, say of the connectors; {} without both.
+
+    Raises CheckpointError if that cannot be read, or asks for positions of another kind.
+    """
+    try:
+        if "config" in checkpoint.metadata:
+            told = parse_json(checkpoint.metadata["config"]).get("transformer", {})
+            (longest,) = told.get("connector_positional_embedding_max_pos", [LONGEST])
+        else:
+            beside = config_beside(checkpoint.path)[1] or {}
+            told = beside if beside.get("_class_name") == "LTX2TextConnectors" else {}
+            longest = told.get("connector_rope_base_seq_len", LONGEST)
+        kind, theta = told.get("rope_type", "split"), told.get("rope_theta", THETA)
+        if kind != "split" or theta != THETA or not 0 < longest < math.inf:
+            raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {longest}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its configuration is not one of LTX-2's text connectors ({error!r}). Give "
+            f"{FILES} to {OPTION}.",
+            checkpoint.path,
+        ) from error
+    return {**told, "longest": longest}
+
+
+def load_connectors(
+    path: Path, device: torch.device, dtype: torch.dtype, streams: Collection[str] = STREAMS
+) -> "TextConnectors":
+    """Load the connectors of these streams. Raises CheckpointError as `read_connectors`."""
+    with open_checkpoint(path) as checkpoint:
+        plan = read_connectors(checkpoint, streams)
+        return load_planned(plan, TextConnectors, device, dtype, f"LTX-2's text connectors ({OPTION})")
+
+
+class TextConnectors(nn.Module):
+    """Projections and connectors of the wanted streams."""
+
+    def __init__(self, config: ConnectorsConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = {stream: one.dim for stream, one in config.streams.items()}
+        wanted = (
+            {SHARED: max(widths.values())}
+            if config.is_shared
+            else {f"{s}_{SHARED}": w for s, w in widths.items()}
+        )
+        self.text_embedding_projection = nn.ModuleDict(
+            {name: nn.Linear(config.text_dim, width, bias=config.has_bias) for name, width in wanted.items()}
+        )
+        for stream, one in config.streams.items():
+            self.add_module(f"{stream}_embeddings_connector", Connector(one, config.longest))
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        return next(self.parameters()).device
+
+    def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
+        """Return the text of each stream: T S. states: L n C, of a prompt's own tokens. rows: T."""
+        norm = _lay_in_range if self.config.is_shared else _norm_tokens
+        normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
+        for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
+            normed[..., index] = norm(state.float())
+        normed = normed.flatten(1)
+        found = {}
+        for stream, one in self.config.streams.items():
+            factor = 1.0 if self.config.is_shared else math.sqrt(one.dim / states.shape[-1])
+            text = self.text_embedding_projection[self.config.projection(stream)](normed * factor)
+            found[stream] = self.get_submodule(f"{stream}_embeddings_connector")(text, rows)
+        return found
+
+
+def _lay_in_range(state: Tensor) -> Tensor:
+    """Return the states of a layer less their mean, in a range of 8. state: L C."""
+    return (state - state.mean()) / (state.amax() - state.amin() + EPS) * RANGE
+
+
+def _norm_tokens(state: Tensor) -> Tensor:
+    return functional.rms_norm(state, state.shape[-1:], eps=EPS)
+
+
+class Connector(nn.Module):
+    """A transformer over the rows of a text and of learned registers, which fill it up."""
+
+    def __init__(self, config: ConnectorConfig, longest: int) -> None:
+        super().__init__()
+        self.config, self.longest = config, longest
+        self.learnable_registers = nn.Parameter(torch.empty(config.registers, config.dim))
+        self.transformer_1d_blocks = nn.ModuleList(ConnectorBlock(config) for _ in range(config.num_layers))
+
+    def forward(self, text: Tensor, rows: int) -> Tensor:
+        """Return T S. text: L S. rows: T, a multiple of the number of registers."""
+        filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
+        x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
+        turns = self.turns(rows, x.device)
+        for block in self.transformer_1d_blocks:
+            x = block(x, turns)
+        return _norm_tokens(x)[0]
+
+    def turns(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of each row's angles, float32: T N D/2.
+
+        The frequencies run through all heads. Their product with the positions is float32, as trained: the
+        highest ones turn by 15 000 and show it.
+        """
+        half = self.config.dim // 2
+        frequencies = (THETA ** torch.linspace(0, 1, half, dtype=torch.float64) * math.pi / 2).float()
+        places = torch.arange(rows, dtype=torch.float32) / self.longest * 2 - 1
+        angles = torch.outer(places, frequencies).unflatten(1, (self.config.num_heads, -1)).to(device)
+        return angles.cos(), angles.sin()
+
+
+class ConnectorBlock(nn.Module):
+    """Attention among all rows, then a feed-forward network; the norms before both have no weights."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.attn1 = ConnectorAttention(config)
+        self.ff = LtxFeedForward(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn1(_norm_tokens(x), turns)
+        return x + self.ff(_norm_tokens(x))
+
+
+class ConnectorAttention(nn.Module):
+    """Attention whose queries and keys are normed over all heads; in 2.3 each head has a gate."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        dim, self.heads = config.dim, (config.num_heads, -1)
+        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_gate_logits = nn.Linear(dim, config.num_heads) if config.is_gated else None
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        # x: 1 T S
+        q = _turn(self.q_norm(self.to_q(x)).unflatten(-1, self.heads), turns)
+        k = _turn(self.k_norm(self.to_k(x)).unflatten(-1, self.heads), turns)
+        seen = attend(q, k, self.to_v(x).unflatten(-1, self.heads))  # 1 T N D
+        if self.to_gate_logits is not None:
+            seen = seen * (2 * self.to_gate_logits(x).sigmoid()).unsqueeze(-1)
+        return self.to_out[0](seen.flatten(2))
+
+
+def _turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each channel of a head's first half with that of the second, in float32. x: 1 T N D."""
+    (first, second), (cosine, sine) = x.float().chunk(2, -1), turns
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)

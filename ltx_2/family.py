@@ -1,0 +1,443 @@
+"""LTX-2 and LTX-2.3, described for the shared loops: video, with or without sound."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.files import OneTransformer
+from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
+from ltx_2.files import Ltx2Files, files_of
+from ltx_2.options import (
+    AUDIO,
+    NAME,
+    VIDEO,
+    Ltx2GenerationOptions,
+    Ltx2GuidanceOptions,
+    Ltx2LatentCachingOptions,
+    Ltx2SigmaOptions,
+    Ltx2TextCachingOptions,
+    Ltx2TrainingOptions,
+)
+from ltx_2.sound import SoundVae, Vocoder
+from ltx_2.text_encoder import MASK, prompt_key
+from modules.contract.data import (
+    FIRST_FRAME,
+    FPS,
+    HAS_SOUND,
+    Batch,
+    CacheEntry,
+    Conditions,
+    Joint,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+    SamplingDefaults,
+    Sound,
+    SoundSpec,
+    name_texts,
+)
+from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.loading import Placement
+from modules.contract.requests import (
+    NO_MEDIA,
+    Prepared,
+    Request,
+    check_opens,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+    whole_frames,
+)
+from modules.contract.rules import (
+    IMAGE,
+    LATENTS,
+    PICTURE_STREAM,
+    SOUND_STREAM,
+    GuidanceRules,
+    ModelRelease,
+    ShiftedLogit,
+    SoundLearning,
+    SourceRules,
+    StreamGuidance,
+)
+from modules.contract.rules import VIDEO as START
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.errors import DatasetError, OptionError
+from modules.media.pixels import image_pixels, to_pixels, video_pixels
+from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
+SOLVER = "euler-tenth"
+# --ltx2_train_direction -> the stream that is given
+GIVEN = {"joint": "", "a2v": SOUND_STREAM, "v2a": PICTURE_STREAM}
+LATENTS_AGAIN, TEXTS_AGAIN = "ltx2_cache_latents.py", "ltx2_cache_text_encoder_outputs.py"
+
+
+@dataclass(frozen=True)
+class Ltx2(OneTransformer):
+    """Description of LTX-2 for one run, built by the `family_for_...` functions below."""
+
+    files: Ltx2Files
+    guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.usual()
+    noise: NoiseSpec = NOISE
+    dit: DitSpec = DIT
+    sound_learning: SoundLearning = SoundLearning()
+    size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
+    drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
+    makes_sound: bool = True  # False: samples of a training with sound are silent
+    options: Any = NO_OPTIONS  # of a training
+
+    name: str = field(default="ltx2_v1", init=False)
+    cache_tag: str = field(default="ltx2", init=False)
+    lora_module: str = field(default="networks.lora_ltx2", init=False)
+
+    @property
+    def version(self) -> str:
+        """The release that the transformer's file is; without a transformer the newest."""
+        return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The latent space of the video VAE."""
+        return self.files.latent
+
+    @property
+    def sound(self) -> SoundSpec | None:
+        """The latents of sound; None: the run is without."""
+        return self.files.sound
+
+    @property
+    def fuller(self) -> tuple[str, ...]:
+        """What a teacher is told besides: the dropped caption, the first frame."""
+        return (*super().fuller, FIRST_FRAME)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
+        width, height, frames = self.size
+        shift, steps = ShiftedLogit().shift(4096), RELEASES[self.version].steps
+        return SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from."""
+        return RELEASES[self.version].release
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        names = {
+            "architecture": f"ltx-{self.version}",
+            "implementation": "https://github.com/Lightricks/LTX-2",
+            "model_type": self.name,
+        }
+        return self.metadata_of(names)
+
+    # encoding
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return Gemma with the connectors; their files are opened when they are loaded."""
+        return [self.files.text_encoder()]
+
+    @property
+    def text_keys(self) -> frozenset[str]:
+        """What a whole text cache holds."""
+        return frozenset({*map(prompt_key, self.files.streams), MASK})
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError for control videos and pictures, which are references that it does not take."""
+        if table.has_control:
+            raise DatasetError(
+                f"{table.name}: references of LTX-2 (IC-LoRA) are not built. Remove control_directory or "
+                "control_path."
+            )
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the latents of each clip, in the VAE's dtype."""
+        vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
+        return [
+            [CacheEntry({"latents": one})]
+            for part in media.split_for(vae.device)
+            for one in vae.encode(to_pixels(part.frames.to(vae.device))).to(dtype)
+        ]
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Caches are made from frames."""
+        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Raise DatasetError: `moments` says why."""
+        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
+
+    # sound
+
+    @property
+    def sound_identity(self) -> Mapping[str, str]:
+        """What cached sound depends on besides its samples."""
+        return self.files.sound_identity()
+
+    def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+        """Load the audio VAE, to decode with the vocoder."""
+        return self.files.load_sound(device, decodes)
+
+    def encode_sound(
+        self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
+    ) -> Tensor:
+        """Encode samples B 2 S of a clip of so many frames to latents B C T M."""
+        return networks[0].encode_clip(samples, frames, fps)
+
+    def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
+        """Decode latents 1 C T M to the track."""
+        vae, vocoder = networks
+        assert vocoder is not None, "loaded to encode"
+        return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)
+
+    # the network
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks; the file's header says it."""
+        return (self.files.dit_header().config.num_layers,)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, for video alone without the sound's stream."""
+        network = self.files.load_dit(placement)
+        network.spec = self.dit
+        return network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: texts of the streams, frame rates, and who has sound."""
+        config = self.files.dit_header().config
+        widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
+        needed = {prompt_key(stream): widths[stream] for stream in self.files.streams}
+        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
+        batch.check_widths(needed, self.files.dit_path, f"{TEXTS_AGAIN} and its release")
+        return {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity: B C F H W float32, or B N of a picture and its sound.
+
+        cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
+        """
+
+        def texts(given: Conditions) -> dict[str, Tensor]:
+            names = {"text": prompt_key(VIDEO), "sound_text": prompt_key(AUDIO)}
+            return name_texts(
+                given, {key: name for key, name in names.items() if name in given}, noisy.device
+            )
+
+        joint = tweaks.joint
+        picture, sound = (noisy, None) if joint is None else joint.split(noisy)
+        times = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
+        rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
+        velocity, heard = dit(
+            picture,
+            times[0],
+            fps=[rate / 1000 for rate in rates.tolist()] if isinstance(rates, Tensor) else self.defaults.fps,
+            sound=sound,
+            sound_timesteps=times[1],
+            has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
+            tweaks=tweaks.rename_away(texts),
+            **texts(cond),
+        )
+        return velocity if joint is None else joint.join(velocity, heard)
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill open fields of the request, settle size and guidance, and check files. Nothing is loaded.
+
+        Raises OptionError if a size or number cannot be, CheckpointError if a file is missing or of another
+        kind.
+        """
+        self.files.check(("dit",))
+        taken = {**NO_MEDIA, "image_path": True}
+        request = keep_usable_media(request, taken, f"{NAME} does not take it")
+        if request.image_path is not None and self.drive_video is not None:
+            raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
+        for name, path in (("image_path", request.image_path), ("drive_video", self.drive_video)):
+            if path is not None:
+                check_opens(name, path, is_image=name == "image_path")
+        latent = self.latent
+        width, height, frames = size_of(request, self.defaults)
+        frames = whole_frames(frames, latent)
+        check_size((width, height, frames), latent)
+        if min(width, height) < 2 * latent.pixel_step and self.version == "2.0":
+            least = 2 * latent.pixel_step
+            raise OptionError(
+                f"--video_size {height} {width}: version 2.0 makes {least} pixels a side or more"
+            )
+        usual, shift = self.defaults, request.flow_shift or self.defaults.flow_shift
+        assert shift is not None
+        prepared = settle(request, usual, (width, height, frames), shift, NEGATIVE_PROMPT)
+        joint, sound = None, self.sound
+        if sound is not None and frames > 1 and self.makes_sound:
+            _, *picture = latent.shape(frames, height, width)
+            joint = Joint((picture[0], picture[1], picture[2], picture[3]), sound.shape(frames, prepared.fps))
+        if self.drive_video is not None and joint is None:
+            raise OptionError(
+                f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
+            )
+        solver = SOLVER if prepared.solver == "euler" else prepared.solver
+        return replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
+
+    def _rules(self, request: Request) -> GuidanceRules:
+        """Return the guidance of both streams. Source: the released pipelines."""
+        told, steered = self.guidance, _given_or(1.0, self.guidance.stg_scale)
+        scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}
+        if scales[AUDIO] is None and request.guidance_scale is None:
+            scales[AUDIO] = 7.0
+        away = {VIDEO: told.video_modality_scale, AUDIO: told.audio_modality_scale}
+        (count,) = self.block_counts()
+        blocks = told.stg_blocks or (min(RELEASES[self.version].perturbed, count - 1),)
+        if max(blocks) >= count:
+            raise OptionError(f"--stg_blocks {max(blocks)}: the model has the blocks 0 to {count - 1}")
+
+        def rule(stream: str) -> StreamGuidance:
+            return StreamGuidance(
+                text=scales[stream],
+                perturbed=steered if told.stg_mode in (None, "both", stream) else 0.0,
+                modality=_given_or(3.0, away[stream]),
+                rescale=_given_or(0.7, told.rescaling(stream)),
+            )
+
+        return GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Whether an image or a video must be encoded before denoising."""
+        return prepared.asked.image_path is not None or self.drive_video is not None
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
+        path, size = prepared.asked.image_path, (prepared.width, prepared.height)
+        if self.drive_video is not None:
+            pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
+        elif path is not None:
+            pixels = image_pixels(path, *size)
+        else:
+            return {}
+        return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
+
+    @property
+    def source(self) -> SourceRules:
+        """Return the rules for starts of denoising."""
+        return SourceRules((START, IMAGE, LATENTS), NAME, True, frozenset({self.name}))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
+        vae = encoders.vae
+        return vae.encode(to_pixels(frames.to(vae.device))).float()
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop. The sound's noise is drawn last."""
+        start = noise.draw(self.latent.shape(prepared.frames, prepared.height, prepared.width))
+        conditions = {**inputs.get(0, {}), FPS: torch.tensor([round(1000 * prepared.fps)])}
+        first = conditions.pop(FIRST, None)
+        if prepared.joint is not None:
+            start = prepared.joint.join(start, noise.draw((1, *prepared.joint.sound)))
+        section = prompts[0].section(start, conditions)
+        if isinstance(first, Tensor):
+            section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+        return (yield section)
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        yield from encoders.vae.decode(latents)
+
+
+def _given_or(usual: float, given: float | None) -> float:
+    return usual if given is None else given
+
+
+def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
+    """Describe the family for ltx2_cache_latents.py."""
+    model = options.model
+    return Ltx2(Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae))
+
+
+def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
+    """Describe the family for ltx2_cache_text_encoder_outputs.py."""
+    model = options.model
+    files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
+    return Ltx2(files.add_text(options.text, options.text_dtype))
+
+
+def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
+    """Describe the family for ltx2_train_network.py."""
+    files = files_of(options, options.model.streams)
+    check_version(files, options)
+    learning = SoundLearning(
+        options.video_loss_weight,
+        options.audio_loss_weight,
+        options.independent_audio_timestep,
+        GIVEN[options.ltx2_train_direction],
+    )
+    noise = replace(
+        NOISE,
+        first_frame_probability=options.first_frame_probability,
+        shifted_logit=shifted_logit(options.sigmas, files),
+    )
+    return Ltx2(
+        files,
+        options.guidance,
+        noise,
+        replace(DIT, lora_choice=LORA_PRESETS[options.lora_target_preset]),
+        learning,
+        (options.width, options.height, options.sample_num_frames),
+        makes_sound=not options.silent,
+        options=options,
+    )
+
+
+def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
+    """Describe the family for ltx2_generate_video.py."""
+    streams = (VIDEO,) if options.silent else options.model.streams
+    return Ltx2(files_of(options, streams), options.guidance, drive_video=options.drive_video)
+
+
+def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
+    """Compare --ltx_version with the file. Raises OptionError if they differ and that is to be an error."""
+    found, said = files.dit_header().config.kind, options.ltx_version
+    message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"
+    if found != said and options.ltx_version_check_mode == "error":
+        raise OptionError(message)
+    if found != said and options.ltx_version_check_mode == "warn":
+        logger.warning("%s", message)
+
+
+def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
+    """Return the sampler shifted_logit_normal as the options have it, else as the release was trained."""
+    fixed, mode = options.shifted_logit_shift, options.shifted_logit_mode
+    bounds = (options.shifted_logit_min_shift, options.shifted_logit_max_shift)
+    if mode is None:
+        mode = "legacy" if files.dit_header().config.kind == "2.0" else "stretched"
+    return ShiftedLogit(
+        mus=bounds if fixed is None else (fixed, fixed),
+        is_clamped=options.shifted_logit_clamp_auto_shift,
+        is_stretched=mode == "stretched",
+        least=options.shifted_logit_eps,
+        uniform_share=options.shifted_logit_uniform_prob,
+    )
+
+
+_: type[Family] = Ltx2
+_hears: type[HearsSound] = Ltx2

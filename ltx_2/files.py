@@ -1,0 +1,193 @@
+"""Files of an LTX-2 run: the released one, parts that are given apart, and the check that each fits."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+
+from encoders.files import TransformerFiles
+from ltx_2.checkpoints import FORMAT, SILENT
+from ltx_2.configs import LATENT, LtxConfig
+from ltx_2.connectors import FILES, read_connectors
+from ltx_2.model import LtxModel
+from ltx_2.options import AUDIO, VIDEO, Ltx2TextOptions, Ltx2TransformerOptions, Ltx2VaeOptions
+from ltx_2.sound import RATE, SoundVae, Vocoder, latent_count, load_sound_vae, load_vocoder
+from ltx_2.sound_checkpoints import JOINED, Settings, read_sound_vae
+from ltx_2.text_encoder import Ltx2TextEncoder
+from ltx_2.vae_checkpoints import read_video_vae
+from ltx_2.video_vae import LtxVideoVae, load_video_vae
+from ltx_2.video_vae_blocks import VideoVaeConfig
+from modules.checkpoints.dits import with_dtype
+from modules.checkpoints.encoders import check_state_width
+from modules.checkpoints.model_files import inside, read_once, require_file
+from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from modules.contract.data import LatentSpec, SoundSpec
+from modules.contract.loading import Placement
+from modules.devices import choose_compute_dtype
+from modules.errors import OptionError
+
+RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
+
+
+@dataclass(frozen=True)
+class Ltx2Files(TransformerFiles):
+    """Files of a run. Parts that are not given apart are in the released file or folder."""
+
+    checkpoint: Path | None = None
+    audio_vae: Path | None = None
+    gemma: Path | None = None
+    tokenizer: Path | None = None
+    connectors: Path | None = None
+    text_in_fp8: bool = False
+    text_on_cpu: bool = False
+    streams: tuple[str, ...] = (VIDEO,)
+
+    format: ClassVar = FORMAT
+
+    def add_vaes(self, options: Ltx2VaeOptions) -> Self:
+        """Return a copy with the options of both autoencoders."""
+        return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
+
+    def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
+        """Return a copy with the options of Gemma. dtype: by name, in place of --text_encoder_dtype."""
+        return replace(
+            self,
+            gemma=options.gemma,
+            tokenizer=options.tokenizer,
+            connectors=options.ltx2_text_encoder_checkpoint,
+            text_dtype=choose_compute_dtype(
+                dtype or options.text_encoder_dtype, "--text_encoder_dtype", None
+            ),
+            text_in_fp8=options.in_fp8,
+            text_on_cpu=options.text_encoder_cpu,
+        )
+
+    @property
+    def has_sound(self) -> bool:
+        """Return whether clips of this run can have sound."""
+        return AUDIO in self.streams
+
+    def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
+        path = require_file(given or self.checkpoint, option if given else RELEASED, what)
+        return inside(path, folder)
+
+    # the transformer
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def load_dit(self, placement: Placement) -> LtxModel:
+        """Load the transformer, for video alone without the sound's stream."""
+        wanted = FORMAT if self.has_sound else SILENT
+        network: LtxModel = wanted.load(self.dit_path, with_dtype(placement, self.dit_dtype))
+        return network
+
+    # the autoencoders
+
+    @property
+    def vae_path(self) -> Path:
+        return self._part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
+
+    @property
+    def latent(self) -> LatentSpec:
+        """Return the latent space of the video VAE; that of the releases if its file is not there."""
+        try:
+            config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
+        except (OptionError, OSError):
+            return LATENT
+        frames, height, _ = config.stride
+        return replace(
+            LATENT,
+            channels=config.latent_channels,
+            stride=config.stride,
+            pixel_step=height,
+            frame_step=frames,
+        )
+
+    def load_vae(self, device: torch.device) -> LtxVideoVae:
+        """Load the video VAE."""
+        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+
+    def check_vae(self) -> None:
+        """Raise CheckpointError if a file is no VAE of LTX-2."""
+        read_once(self.vae_path, _read_video_vae)
+        if self.has_sound:
+            read_once(self.sound_path("audio_vae"), _read_sound_vae)
+
+    def sound_path(self, part: str) -> Path:
+        """Return the path of a part that makes sound: audio_vae or vocoder."""
+        return self._part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
+
+    @property
+    def sound(self) -> SoundSpec | None:
+        """Return the latents of sound; None: the run is without."""
+        if not self.has_sound:
+            return None
+        told: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
+        shape = partial(sound_shape, told["latent_channels"], told["mel_bins"] // JOINED)
+        return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video")
+
+    def sound_identity(self) -> dict[str, str]:
+        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
+
+    def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+        """Load the audio VAE, to decode with the vocoder."""
+        option = AUDIO_VAE if self.audio_vae else RELEASED
+        vocoder = load_vocoder(self.sound_path("vocoder"), device, option) if decodes else None
+        return load_sound_vae(self.sound_path("audio_vae"), device, option), vocoder
+
+    # texts
+
+    def text_encoder(self) -> Ltx2TextEncoder:
+        """Return Gemma with the connectors; their files are opened when they are loaded."""
+        gemma = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts")
+        return Ltx2TextEncoder(
+            inside(gemma, "text_encoder"),
+            self._part(self.connectors, "--ltx2_text_encoder_checkpoint", "connectors", "it joins texts"),
+            self.beside(self.text_dtype),
+            self.tokenizer,
+            self.text_in_fp8,
+            self.text_on_cpu,
+            self.streams,
+        )
+
+    def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
+        """Check Gemma and the connectors, if they are needed: their default paths are often not there."""
+        if not needed:
+            return
+        encoder = self.text_encoder()
+        encoder.check()
+        with open_checkpoint(encoder.connectors) as checkpoint:
+            connectors = read_connectors(checkpoint, self.streams).config.streams
+        widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
+        for names, stream in widths.items():
+            if config is not None and stream in self.streams:
+                taken, made = config.streams[names].text_dim, connectors[stream].dim
+                check_state_width(RELEASED, encoder.connectors, made, self.dit, taken, FILES)
+
+
+def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:
+    return read_video_vae(checkpoint).config
+
+
+def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
+    return read_sound_vae(checkpoint, AUDIO_VAE).config
+
+
+def sound_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
+    """Return C T M of the latents of a clip's sound."""
+    return channels, latent_count(frames, fps), bins
+
+
+def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
+    """Return the files of a training or a generation. streams: that are trained or made."""
+    files = Ltx2Files(
+        checkpoint=options.model.ltx2_checkpoint,
+        streams=streams,
+        dit_option="--dit" if options.dit else RELEASED,
+    )
+    return files.add_dit(options.dit_file, options.dit_dtype).add_vaes(options.vae).add_text(options.text)

@@ -1,0 +1,278 @@
+"""The transformer of LTX-2: video latents, with or without sound, from the states of a text.
+
+Module names follow the published checkpoints. Source: the released code of LTX-2, also where diffusers
+differs: attention between the streams is modulated by each stream's own times, and gated by the noise level
+of the other one. `blocks` lists the steps in float32.
+"""
+# Letters: B batch, L video tokens, M sound tokens, S segments (2 with given frames), C width of a stream,
+# W of the wider one
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
+from ltx_2.configs import DIT, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.rope import Places, make_table
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.layers.modulation import modulate
+from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, sinusoid
+from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
+
+USUAL_FPS = 24.0
+Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
+
+
+class TimeModulation(nn.Module):
+    """Embed timesteps and compute shifts, scales and gates of them: n -> n R C and n C, float32."""
+
+    def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
+        super().__init__()
+        self.rows, self.freq_dim = rows, config.freq_dim
+        layers = {"linear_1": nn.Linear(config.freq_dim, dim), "linear_2": nn.Linear(dim, dim)}
+        self.emb = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(layers)})
+        self.linear = nn.Linear(dim, rows * dim)
+
+    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        layers: Any = self.emb["timestep_embedder"]
+        # float32 angles, as in training
+        waves = sinusoid(timesteps, self.freq_dim, torch.float32)
+        time = run_float32(layers["linear_2"], functional.silu(run_float32(layers["linear_1"], waves)))
+        rows = run_float32(self.linear, functional.silu(time))
+        return rows.unflatten(-1, (self.rows, -1)), time
+
+
+class TextProjection(nn.Module):
+    """Project the states of a text to the width of a stream."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(text_dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        hidden = functional.gelu(in_own_dtype(self.linear_1, text), approximate="tanh")
+        return in_own_dtype(self.linear_2, hidden)
+
+
+class LtxModel(nn.Module):
+    """Predict the velocities of noisy latents of a video and of its sound, or of one of them."""
+
+    spec = DIT
+
+    def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        for names, one in config.streams.items():
+            self._add_stream(names, one, config)
+        self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
+        # each of the tables of a pass: positions of either stream, for itself and for the other
+        make = partial(make_table, config)
+        self._rotary = {
+            (names, by_time): GridTable[Places](make) for names in (VIDEO, SOUND) for by_time in (False, True)
+        }
+
+    def _add_stream(self, names: StreamNames, one: StreamConfig, config: LtxConfig) -> None:
+        prefix = names.prefix
+        time = partial(TimeModulation, config, one.dim)
+        setattr(self, f"{prefix}patchify_proj", nn.Linear(one.channels, one.dim))
+        if config.projects_text:
+            setattr(self, f"{prefix}caption_projection", TextProjection(one.text_dim, one.dim))
+        setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
+        if config.modulates_text:
+            setattr(self, f"{prefix}prompt_adaln_single", time(2))
+        if config.sound is not None:
+            setattr(self, names.cross_rows, time(4))
+            setattr(self, names.cross_gate, time(1))
+        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
+        setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
+        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, config.eps))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("transformer_blocks.0.attn1.to_q.bias").dtype  # the weight may be in 8 bits
+
+    def forward(
+        self,
+        noisy: Tensor | None,
+        timesteps: Tensor,
+        text: Tensor | None,
+        fps: Fps = USUAL_FPS,
+        sound: Tensor | None = None,
+        sound_timesteps: Tensor | None = None,
+        sound_text: Tensor | None = None,
+        has_sound: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the velocities of video and sound, in float32; None for one that is not given.
+
+        noisy: B Z F H W, latents of the video; None: sound alone. timesteps: B, 0..1000; 0 for a video that
+        is given. text: B T text_dim, states for the video's stream, all of which are seen. fps: of the video.
+        sound: B Z M K, latents of the sound, K bins of each; None: video alone, no weight of the sound's
+        stream takes part. sound_timesteps: B, 0 for a sound that is given; None: those of the video.
+        sound_text: B T text_dim, states for the sound's stream. has_sound: B, whether a sample has sound:
+        without, its sound has no influence on its video; None: all have it. tweaks: ideas that change this
+        call; their second text has the names text and sound_text. Their given frames have the time 0, and
+        their velocity is 0.
+        Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
+        """
+        latents = {VIDEO: noisy, SOUND: sound}
+        of_sound = timesteps if sound_timesteps is None else sound_timesteps
+        hidden = Hidden(
+            *self.embed(
+                {names: one for names, one in latents.items() if one is not None},
+                {VIDEO: timesteps, SOUND: of_sound},
+                {VIDEO: text, SOUND: sound_text},
+                fps,
+                has_sound,
+                tweaks,
+            )
+        )
+        run_blocks(self, hidden, tweaks)
+        made = self.unembed(hidden.x, hidden.tokens)
+        return made.get(VIDEO), made.get(SOUND)
+
+    def embed(
+        self,
+        latents: dict[StreamNames, Tensor],
+        timesteps: dict[StreamNames, Tensor],
+        texts: dict[StreamNames, Tensor | None],
+        fps: Fps = USUAL_FPS,
+        has_sound: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> tuple[Tensor, LtxTokens]:
+        """Return the tokens of all streams, B L+M W, and the other inputs of the blocks."""
+        self._check(latents, texts)
+        first = next(iter(latents.values()))
+        dtype = activation_dtype(first.device, self.compute_dtype)
+        asked = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
+        parts, streams, has_cross = {}, {}, len(latents) == 2 and not tweaks.isolated
+        for names, one in latents.items():
+            text = [each["sound_text" if names is SOUND else "text"] for each in asked]
+            given = tweaks.given_frames if names is VIDEO else 0
+            parts[names] = in_own_dtype(self._part(names, "patchify_proj"), to_tokens(one)).to(dtype)
+            rows, time = self._embed_times(self._part(names, "adaln_single"), timesteps[names], given > 0)
+            cross = None
+            if has_cross:
+                cross = self._cross_inputs(names, one, timesteps, fps, given > 0, has_sound)
+            streams[names] = Stream(
+                self._rotation(names, one, fps),
+                tuple(self._embed_text(names, each, dtype) for each in text),
+                rows,
+                time,
+                self._embed_text_times(names, timesteps[names]),
+                given * one.shape[-1] * one.shape[-2],
+                cross,
+            )
+        grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
+        tokens = LtxTokens(streams, grid, dtype, self.attention, tweaks.steer or see_one)
+        if SOUND in latents:
+            tokens = replace(tokens, bins=latents[SOUND].shape[3])
+        return tokens.join(parts), tokens
+
+    def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
+        """Turn tokens B L+M W into the velocities of the streams, as their latents came, in float32."""
+        made = {}
+        for names, one in tokens.split(x).items():
+            stream = tokens.streams[names]
+            table = self._part(names, "scale_shift_table").float()
+            shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
+            h = modulate(self._part(names, "norm_out")(one), shift, scale, tokens.dtype, stream.given)
+            out = in_own_dtype(self._part(names, "proj_out"), h).float()
+            if stream.given:
+                out = torch.cat([torch.zeros_like(out[:, : stream.given]), out[:, stream.given :]], dim=1)
+            if names is VIDEO:
+                made[names] = out.transpose(1, 2).unflatten(2, tokens.grid)
+            else:
+                made[names] = out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
+        return made
+
+    def _part(self, names: StreamNames, name: str) -> Any:
+        return getattr(self, names.prefix + name)
+
+    def _embed_times(self, layer: nn.Module, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
+        """Return rows, B S R C, and embedded times, B S C; first those of given frames, 0."""
+        if not has_given:
+            rows, time = layer(timesteps)
+            return rows.unsqueeze(1), time.unsqueeze(1)
+        rows, time = layer(torch.cat([timesteps, timesteps.new_zeros(1)]))
+        rows, time = (torch.stack([one[-1:].expand_as(one[:-1]), one[:-1]], dim=1) for one in (rows, time))
+        return rows, time
+
+    def _embed_text_times(self, names: StreamNames, timesteps: Tensor) -> Tensor | None:
+        if not self.config.modulates_text:
+            return None
+        rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), timesteps, has_given=False)
+        return rows
+
+    def _embed_text(self, names: StreamNames, text: Tensor, dtype: torch.dtype) -> Tensor:
+        projected = self._part(names, "caption_projection")(text) if self.config.projects_text else text
+        return projected.to(dtype)
+
+    def _cross_inputs(
+        self,
+        names: StreamNames,
+        latents: Tensor,
+        timesteps: dict[StreamNames, Tensor],
+        fps: Fps,
+        has_given: bool,
+        has_sound: Tensor | None,
+    ) -> CrossInputs:
+        """Return what a stream needs to see the other one.
+
+        Shifts and scales follow its own times, the gate the other stream's.
+        """
+        others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
+        rows, _ = self._embed_times(getattr(self, names.cross_rows), timesteps[names], has_given)
+        gate, _ = self._embed_times(getattr(self, names.cross_gate), others, has_given=False)
+        heard = None
+        if names is VIDEO and has_sound is not None:
+            heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
+        return CrossInputs(self._rotation(names, latents, fps, by_time=True), rows, gate.squeeze(2), heard)
+
+    def _rotation(self, names: StreamNames, latents: Tensor, fps: Fps, by_time: bool = False) -> Tensor:
+        """Return the rotations of a stream's tokens."""
+        width = self.config.cross_dim if by_time else self.config.streams[names].dim
+        if names is SOUND:
+            places = Places(width, (latents.shape[2],), (), by_time)
+        else:
+            given = fps.tolist() if isinstance(fps, Tensor) else fps
+            each = (given,) if isinstance(given, (int, float)) else tuple(given)
+            rates = each if len(set(each)) > 1 else each[:1]
+            places = Places(width, tuple(latents.shape[2:]), rates, by_time)
+        return self._rotary[names, by_time].of(places, latents.device)
+
+    def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
+        if not latents:
+            raise ValueError("neither latents of a video nor of sound are given")
+        for names, one in latents.items():
+            what = "sound" if names is SOUND else "video"
+            config = self.config.streams.get(names)
+            if config is None:
+                raise ValueError("sound is given, but the network was loaded without the stream for it")
+            if texts[names] is None:
+                raise ValueError(f"the text for the {what} is missing")
+            numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]
+            if numbers != config.channels:
+                raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """Return tokens: B Z F H W -> B F*H*W Z, of a video; B Z M K -> B M Z*K, of sound."""
+    if latents.ndim == 5:
+        return latents.flatten(2).transpose(1, 2)
+    return latents.transpose(1, 2).flatten(2)
+
+
+def see_one(seen: Tensor) -> Tensor:
+    """Return the attention to the only text."""
+    return seen

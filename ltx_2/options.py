@@ -1,0 +1,396 @@
+"""LTX-2's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ltx_2.refused_options import (
+    GENERATION_NEEDLESS,
+    GENERATION_REFUSED,
+    LATENTS_NEEDLESS,
+    LATENTS_REFUSED,
+    SOUND,
+    TEXTS_NEEDLESS,
+    TEXTS_REFUSED,
+    TRAINING_NEEDLESS,
+    TRAINING_REFUSED,
+    declare_all,
+)
+from modules.errors import OptionError
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    option,
+    option_values,
+    override_options,
+    unsupported,
+)
+from modules.speed_options import VaeOptions, dit_dtype_option
+
+T = TypeVar("T")
+
+NAME = "LTX-2"
+VIDEO, AUDIO = STREAMS = ("video", "audio")
+MODES = {  # of --ltx2_mode: streams that are trained or made
+    **dict.fromkeys(("v", "video"), (VIDEO,)),
+    **dict.fromkeys(("av", "va"), STREAMS),
+}
+VERSIONS = ("2.0", "2.3")
+# of --lora_target_preset: modules of a block that get a LoRA
+PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "full")
+_REFERENCES = "it is for clips and sounds as references (IC-LoRA), which are not built"
+_TIMES = "--show_timesteps draws the distribution of timesteps."
+_ONE_FILE = "one LoRA file is saved, and convert_lora.py makes others of it"
+FPS = 24.0  # of the release
+CHECKPOINT = Path("models/ltx-2.3-22b-dev.safetensors")
+GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
+
+
+class Ltx2ModelOptions(Options):
+    """The released file, and what is taken from it."""
+
+    ltx2_checkpoint: Path = option(
+        "the released file, with transformer, autoencoders, vocoder and connectors; or the folder of a "
+        "release in diffusers' layout",
+        default=CHECKPOINT,
+        facts={**FREE, **OF_DECODING},
+        often=True,
+    )
+    ltx_mode: str = option(
+        "what is trained or made: v or video, av (video with sound)",
+        flags=("--ltx2_mode",),
+        default="v",
+        choices=tuple(MODES),
+        refused=dict.fromkeys(("a", "audio"), SOUND),
+        facts={**IDENTITY, **OF_REQUEST},
+        often=True,
+    )
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Return what is trained or made, of `STREAMS`."""
+        return MODES[self.ltx_mode]
+
+
+class Ltx2TextOptions(Options):
+    """Gemma 3, and how it runs."""
+
+    gemma_root: Path = option("folder of the Gemma 3 (12B) text encoder", default=GEMMA, often=True)
+    gemma_safetensors: Path | None = option(
+        "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or beside the file"
+    )
+    ltx2_text_encoder_checkpoint: Path | None = option(
+        "file with text projections and connectors, if they are not in --ltx2_checkpoint"
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 beside a float32 "
+        "transformer"
+    )
+    in_fp8: bool = option(
+        "keep Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
+        name="gemma_load_in_8bit",
+    )
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+    @property
+    def gemma(self) -> Path:
+        """Return the file or folder of Gemma."""
+        return self.gemma_safetensors or self.gemma_root
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Return where --gemma_root has the tokenizer of --gemma_safetensors; None: look for it."""
+        is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
+        return self.gemma_root if self.gemma_safetensors is not None and is_there else None
+
+    def words(self) -> dict[str, Any]:
+        """Return the options that encode texts in the same way."""
+        return {
+            "--gemma_root": self.gemma_root,
+            "--gemma_safetensors": self.gemma_safetensors,
+            "--ltx2_text_encoder_checkpoint": self.ltx2_text_encoder_checkpoint,
+            "--gemma_load_in_8bit": self.in_fp8,
+        }
+
+
+class Ltx2VaeOptions(Options):
+    """Autoencoders that are not those of --ltx2_checkpoint, and how they run."""
+
+    file: VaeOptions = option(
+        facts=OF_DECODING, settings={"vae": {"help": "video VAE; default: that in --ltx2_checkpoint"}}
+    )
+    audio_vae: Path | None = option(
+        "file of the sound's VAE and vocoder; default: those in --ltx2_checkpoint", facts=OF_DECODING
+    )
+
+
+class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
+    """Weights of guidance by stream; None: those of the release."""
+
+    video_cfg_scale: float | None = option("weight of the prompt for pictures; {default}", least=0)
+    audio_cfg_scale: float | None = option("weight of the prompt for sound; {default}", least=0)
+    video_modality_scale: float | None = option(
+        "guide pictures away from those made without sound; 1: not at all; {default}", least=0
+    )
+    audio_modality_scale: float | None = option(
+        "guide sound away from that made without pictures; 1: not at all; {default}", least=0
+    )
+    rescale_scale: float | None = option(
+        "share in which guided predictions get back the spread of unguided ones, of both streams; {default}",
+        least=0,
+        most=1,
+    )
+    video_rescale_scale: float | None = option("the same for pictures alone", least=0, most=1)
+    audio_rescale_scale: float | None = option("the same for sound alone", least=0, most=1)
+    stg_scale: float | None = option(
+        "guide away from predictions whose self-attention is skipped in --stg_blocks; 0: not at all; "
+        "{default}",
+        least=0,
+    )
+    stg_blocks: tuple[int, ...] | None = option("blocks whose self-attention is skipped; {default}", least=0)
+    stg_mode: str | None = option(
+        "streams in which it is skipped; default: both", choices=("video", "audio", "both")
+    )
+
+    def rescaling(self, stream: str) -> float | None:
+        """Return the rescaling of a stream; None: that of the release."""
+        own = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
+        return self.rescale_scale if own is None else own
+
+
+def _silent() -> Any:
+    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=OF_REQUEST)
+
+
+def _version() -> Any:
+    return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
+
+
+class Ltx2LatentCachingOptions(Options, title=NAME):
+    """Options of ltx2_cache_latents.py besides the shared ones."""
+
+    model: Ltx2ModelOptions
+    vae: Ltx2VaeOptions
+    ltx_version = _version()
+
+
+class Ltx2TextCachingOptions(Options, title=NAME):
+    """Options of ltx2_cache_text_encoder_outputs.py besides the shared ones."""
+
+    model: Ltx2ModelOptions
+    text: Ltx2TextOptions
+    ltx_version = _version()
+    mixed_precision: str = option(
+        "bf16, fp16: the same as --text_encoder_dtype bfloat16, float16; no: --text_encoder_dtype says it",
+        default="no",
+        choices=("no", "fp16", "bf16"),
+    )
+
+    @property
+    def text_dtype(self) -> str | None:
+        """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
+        other = DTYPES.get(self.mixed_precision)
+        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, other)
+
+    def __post_init__(self) -> None:
+        _ = self.text_dtype
+
+
+class Ltx2TransformerOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    model: Ltx2ModelOptions
+    dit: Path | None = option(  # resume compares its name
+        "transformer alone, such as an fp8 file; default: that in --ltx2_checkpoint", facts=FREE, often=True
+    )
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Ltx2VaeOptions = option(facts=FREE)
+    text: Ltx2TextOptions = option(facts=FREE)
+
+    @property
+    def dit_file(self) -> Path:
+        """Return the file of the transformer."""
+        return self.dit or self.model.ltx2_checkpoint
+
+
+class Ltx2SigmaOptions(Options):
+    """How --timestep_sampling shifted_logit_normal draws noise levels: a normal number, shifted by length."""
+
+    shifted_logit_mode: str | None = option(
+        "legacy: as LTX-2 2.0 was trained; stretched: as 2.3, from 0 to 1, with a share of uniform draws; "
+        "default: that of the file's release",
+        choices=("legacy", "stretched"),
+    )
+    shifted_logit_eps: float = option(
+        "stretched: draws below this are mirrored at it", default=1e-3, least=0, below=1
+    )
+    shifted_logit_uniform_prob: float = option(
+        "stretched: share of uniform draws", default=0.1, least=0, most=1
+    )
+    shifted_logit_shift: float | None = option("shift of all clips; default: follows the number of tokens")
+    shifted_logit_clamp_auto_shift: bool = option(
+        "keep a shift that follows the tokens between the next two; default: beyond 4096 tokens it grows on"
+    )
+    shifted_logit_min_shift: float = option("shift at 1024 tokens", default=0.95)
+    shifted_logit_max_shift: float = option("shift at 4096 tokens", default=2.05)
+
+
+class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
+    """Options of ltx2_train_network.py besides the shared ones."""
+
+    ltx_version: str = option(
+        "which release the file is; only compared with the file, which says so itself",
+        default="2.3",
+        choices=VERSIONS,
+        facts=FREE,
+    )
+    ltx_version_check_mode: str = option(
+        "if the file is another release than --ltx_version: off, warn or error",
+        default="warn",
+        choices=("off", "warn", "error"),
+        facts=FREE,
+    )
+    lora_target_preset: str = option(
+        "modules that get a LoRA. t2v: all attention of the trained streams, and between them; full: "
+        "feed-forward too; video_sa, video_sa_ff, video_sa_ca_ff: self-attention (feed-forward, attention to "
+        "texts) of pictures; audio: all of sound; audio_v2a: and its attention to pictures",
+        default="t2v",
+        choices=PRESETS,
+        refused={
+            **dict.fromkeys(("v2v", "audio_ref_ic", "av_ic", "video_ref_only_av"), _REFERENCES),
+            "lycoris": "--network_module chooses LoHa, LoKr or LyCORIS, and this option their modules",
+        },
+        facts=IDENTITY,
+        often=True,
+    )
+    video_loss_weight: float = option("weight of the loss of pictures", default=1.0, least=0, facts=HABIT)
+    audio_loss_weight: float = option("weight of the loss of sound", default=1.0, least=0, facts=HABIT)
+    ltx2_train_direction: str = option(
+        "what is learned of clips with sound. joint: both; a2v: pictures for sound that is given; v2a: sound "
+        "for pictures that are given",
+        default="joint",
+        choices=("joint", "a2v", "v2a"),
+        facts=HABIT,
+    )
+    independent_audio_timestep: bool = option(
+        "draw the noise level of sound on its own; default: that of the pictures", facts=HABIT
+    )
+    sigmas: Ltx2SigmaOptions = option(facts=HABIT)
+    first_frame_probability: float = option(
+        "share of clips whose first frame is given, without noise and out of the loss",
+        name="ltx2_first_frame_conditioning_p",
+        default=0.1,
+        least=0,
+        most=1,
+        facts=HABIT,
+    )
+    height: int = option("height of samples, if their line says none", default=512, least=1, facts=FREE)
+    width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
+    sample_num_frames: int = option("frames of samples, likewise", default=45, least=1, facts=FREE)
+    guidance: Ltx2GuidanceOptions = option(facts=FREE)
+    silent: bool = _silent()
+    log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
+    disable_timestep_distribution_tensorboard = not_needed(
+        _TIMES, action="store_false", dest="log_timestep_distribution_tensorboard"
+    )
+    save_original_lora = not_needed(f"{_ONE_FILE}.", action="store_true", default=True)
+    no_save_original_lora = unsupported(_ONE_FILE, action="store_false", dest="save_original_lora")
+    no_convert_to_comfy = not_needed(f"{_ONE_FILE}.", action="store_false", dest="convert_to_comfy")
+
+    def __post_init__(self) -> None:
+        if not self.video_loss_weight + self.audio_loss_weight:
+            raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
+
+
+class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
+    """Options of ltx2_generate_video.py besides the shared ones."""
+
+    model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
+    guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
+    silent: bool = _silent()
+    ltx_version = _version()
+    height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)
+    width: int | None = option("with --height: the same as --video_size", least=1, facts=NO_PIXELS)
+    frame_count: int | None = option("as --video_length", flags=("--sample_num_frames",), facts=NO_PIXELS)
+    frame_rate: float | None = option("the same as --fps", facts=NO_PIXELS)
+    sample_steps: int | None = option("the same as --infer_steps", facts=NO_PIXELS)
+    cfg_scale: float | None = option("the same as --guidance_scale", facts=NO_PIXELS)
+    reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
+    drive_video: Path | None = option(
+        "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
+        place="there",
+        facts=OF_REQUEST,
+    )
+    sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise OptionError("--height and --width: give both")
+        if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
+            raise OptionError(f"--drive_video {self.drive_video}: no sound is made. Give --ltx2_mode av")
+
+
+# options of the known script -> ours
+_SAME = {
+    **{"frame_count": "video_length", "sample_steps": "infer_steps", "cfg_scale": "guidance_scale"},
+    **{"reference_image": "image_path", "frame_rate": "fps"},
+}
+
+
+def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
+    """Return both records, with what the known script calls otherwise in the shared one.
+
+    Raises OptionError if an option is given under both names, with two values.
+    """
+    known = option_values(shared)
+    usual = {"fps": FPS}
+    found: dict[str, Any] = {}
+    for theirs, ours in _SAME.items():
+        given = None if known[ours] == usual.get(ours) else known[ours]
+        value = _one_of(ours, given, getattr(own, theirs), theirs)
+        found |= {} if value is None else {ours: value}
+    if own.height is not None:
+        found["video_size"] = (own.height, own.width)
+    return override_options(shared, found), own
+
+
+def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
+    """Return the value that is given. Raises OptionError if two are that differ."""
+    if None not in (ours, theirs) and ours != theirs:
+        raise OptionError(f"--{name} {ours} and --{other} {theirs} mean the same: give one of them")
+    return theirs if ours is None else ours
+
+
+declare_all(Ltx2LatentCachingOptions, LATENTS_REFUSED, LATENTS_NEEDLESS)
+declare_all(Ltx2TextCachingOptions, TEXTS_REFUSED, TEXTS_NEEDLESS)
+declare_all(Ltx2TrainingOptions, TRAINING_REFUSED, TRAINING_NEEDLESS)
+declare_all(Ltx2GenerationOptions, GENERATION_REFUSED, GENERATION_NEEDLESS)
+
+
+def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
+    latents = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
+    return {**model, **latents}, {**model, **options.text.words()}
+
+
+def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    latents, texts = caching_options(options)
+    return {
+        **latents,
+        **texts,
+        "--dit": options.dit_file,  # the page of a run adds the LoRA to it
+        "--dit_dtype": options.dit_dtype,
+        "--image_path": sample.get("image_path"),
+        "--video_length": sample.get("frames"),
+        "--sample_disable_audio": options.silent,
+        **{f"--{name}": value for name, value in option_values(options.guidance).items()},
+    }

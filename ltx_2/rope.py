@@ -1,0 +1,85 @@
+"""Positions of video and sound tokens in seconds and pixels, and rotation by them.
+
+Source: the released code of LTX-2. A position is the middle of what a latent covers, as a share of the
+longest that was trained, from -1 to 1. Frequencies are computed in float64. Positions and angles are float32,
+as in training: at the highest frequency, of 15708, angles are coarse, and the model has learned them so.
+"""
+# Letters: B batch, L tokens, N heads, D head width, A axes, K frequencies of an axis
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltx_2.configs import MEL_RATE, MEL_STRIDE, LtxConfig
+from modules.devices import send_ahead
+from modules.layers.rope import turns
+
+
+class Places(NamedTuple):
+    """The key of a table of rotations: whose tokens they are."""
+
+    width: int  # channels of all heads, N * D
+    grid: tuple[int, ...]  # latent frames, rows, columns of a video; latents of sound
+    # frames a second of each sample, or one number for all; (): sound, whose latents have a rate of their own
+    fps: tuple[float, ...] = ()
+    by_time: bool = False  # alone: rotations of a frame are those of all its tokens
+
+
+def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
+    """Return (cosine, sine) pairs of the tokens, L N D/2 2 float32; B L N D/2 2 if samples differ in fps."""
+    count = 1 if places.by_time or not places.fps else 3
+    frequencies = config.rope_theta ** torch.linspace(0, 1, places.width // (2 * count), dtype=torch.float64)
+    scaled = (frequencies * math.pi / 2).float()
+    turned = partial(_turn, scaled, device)
+    if places.fps:
+        frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
+        times = [turned(frames / fps, config.longest[0]) for fps in places.fps]
+    else:
+        times = [turned(_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE, config.longest[0])]
+    sides = [
+        turned(_bounds(places.grid[axis], config.stride[axis]), config.longest[axis])
+        for axis in range(1, count)
+    ]
+    tables = [_join([time, *sides], places, config.num_heads) for time in times]
+    return tables[0] if len(tables) == 1 else torch.stack(tables)
+
+
+def _bounds(count: int, stride: int, is_causal: bool = False) -> Tensor:
+    """Return where latents begin and end in what they stand for, count 2; a causal first one covers one."""
+    edges = torch.arange(count + 1, dtype=torch.float32) * stride
+    return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
+
+
+def _turn(frequencies: Tensor, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
+    """Return cosines and sines of the middles at each frequency, count K 2; only axes are sent."""
+    share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
+    return send_ahead(turns(torch.outer(share * 2 - 1, frequencies)), device)
+
+
+def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
+    """Spread the axes over the grid, and their frequencies over the heads: L N D/2 2.
+
+    Each frequency has its axes side by side. The pairs that are left over stand in front and do not turn.
+    """
+    grid, spread = places.grid, []
+    for axis, one in enumerate(axes):
+        shape = [1] * len(grid)
+        shape[axis] = grid[axis]
+        spread.append(one.view(*shape, *one.shape[1:]).expand(*grid, *one.shape[1:]))
+    pairs = torch.stack(spread, dim=-2).flatten(-3, -2).flatten(0, -3)  # L A*K 2
+    missing = (len(pairs), places.width // 2 - pairs.shape[1])
+    still = torch.stack([pairs.new_ones(missing), pairs.new_zeros(missing)], dim=-1)
+    return torch.cat([still, pairs], dim=1).unflatten(1, (heads, -1))
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs of channels of x, B L N D, the first of which are in the first half of a head.
+
+    table: of `make_table`. Computed in float32, returned in the dtype of x; see `modules.layers.rope.rotate`.
+    """
+    first, second = x.type_as(table).chunk(2, dim=-1)
+    cosine, sine = table.unbind(-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).type_as(x)

@@ -1,0 +1,153 @@
+"""LTX-2's text encoder, as the shared loops use it: the states of all layers of Gemma 3, and the connectors.
+
+Names of the outputs are those of the known caches, with the connectors already run. Source: the released
+model code.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoders.gemma_3 import GEMMA_3
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_models import ALL_STATES, all_states, read_language_model
+from encoders.picture_prompts import ReadPictures
+from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
+from ltx_2.connectors import FILES, OPTION, STREAMS, TextConnectors, load_connectors, read_connectors
+from modules.checkpoints.encoders import check_state_width
+from modules.checkpoints.filling import on_meta_device
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.data import Conditions, weigh_rows
+from modules.contract.requests import Prompt
+from modules.errors import CheckpointError
+
+ROWS = 1024  # of every text: registers fill it up, and the transformer attends to all of them
+MASK = "prompt_attention_mask"
+STATES = "states"
+TOKENIZER_FILES = TokenizerFiles(
+    option="--gemma_root",
+    names=("tokenizer.json", "tokenizer.model"),
+    folder="tokenizer",
+    repository="Lightricks/LTX-2",
+    # google's folder; diffusers' text_encoder, with tokenizer beside it; beside a single file
+    beside=(".", "tokenizer", "../tokenizer"),
+    token="<start_of_turn>",
+)
+GEMMA_USE = LanguageUse(
+    name="gemma3",
+    states_key=STATES,
+    model=GEMMA_3,
+    source=TokenizerSource(TOKENIZER_FILES, begin="<bos>", may_be_inside=True),
+    most=ROWS,
+    states=ALL_STATES,
+    # padding is not computed: nothing reads its states, and others depend on it by their places only
+    pads_left=True,
+    at_once=1,
+)
+
+
+def prompt_key(stream: str) -> str:
+    """Return the name of a stream's text in caches and conditions."""
+    return f"{stream}_prompt_embeds"
+
+
+class Ltx2TextEncoder(LanguageModelEncoder):
+    """Gemma 3 and the connectors. Each prompt gives 1024 rows for each stream."""
+
+    def __init__(
+        self,
+        path: Path,
+        connectors: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Path | None = None,
+        in_fp8: bool = False,
+        on_cpu: bool = False,
+        streams: Collection[str] = STREAMS,
+    ) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
+        texts are wanted. dtype, tokenizer, in_fp8, on_cpu: as of `LanguageModelEncoder`; the connectors stay
+        in `dtype`.
+        """
+        super().__init__(GEMMA_USE, path, dtype, tokenizer, in_fp8, on_cpu)
+        self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
+        self.keys = frozenset({*map(prompt_key, self.streams), MASK})
+        self.variable_length = frozenset()
+        self.weighed = prompt_key(self.streams[0])
+        self.pads_left = False  # in the results a prompt's own rows are the first ones
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return the facts of `LanguageModelEncoder.identity`, and the file of the connectors."""
+        return {**super().identity, "connectors": fingerprint(self.connectors)}
+
+    def check(self) -> int:
+        """Return the bytes of the loaded connectors.
+
+        Raises CheckpointError if a file is of another kind, or the connectors take other states.
+        """
+        with open_checkpoint(self.path) as checkpoint:
+            gemma = read_language_model(checkpoint, GEMMA_3, ALL_STATES).config
+        with open_checkpoint(self.connectors) as checkpoint:
+            plan = read_connectors(checkpoint, self.streams)
+        width = gemma.dim * len(all_states(gemma.num_layers))
+        check_state_width(
+            GEMMA_3.option, self.path, width, self.connectors, plan.config.text_dim, GEMMA_3.files
+        )
+        if any(ROWS % one.registers for one in plan.config.streams.values()):
+            raise CheckpointError(
+                f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
+                f"Give {FILES} to {OPTION}.",
+                self.connectors,
+            )
+        with on_meta_device():
+            connectors = TextConnectors(plan.config)
+        return sum(one.numel() for one in connectors.parameters()) * self.dtype.itemsize
+
+    def write(self, prompt: Prompt) -> Written:
+        """Return the prompt without blanks around it; there is no template."""
+        text = prompt.text.strip()
+        cut = len(prompt.text) - len(prompt.text.lstrip())
+        return Written(text, tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans))
+
+    def load_network(self, device: torch.device) -> nn.Module:
+        """Load Gemma, with the connectors beside its layers."""
+        self.check()
+        # first: Gemma takes the room that is left
+        connectors = load_connectors(self.connectors, device, self.dtype, self.streams)
+        network: Any = super().load_network(device)
+        network.connectors = connectors
+        return network
+
+    def waiting_bytes(self, room: int) -> int:
+        """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""
+        return super().waiting_bytes(max(room - self.check(), 0))
+
+    def compute(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        rows: Sequence[list[int]],
+        dropped: int,
+        pictures: Sequence[ReadPictures] = (),
+    ) -> list[Conditions]:
+        """Return the texts of the streams, each 1024 S, and the mask of ones that the known caches have."""
+        connectors: Any = network.connectors
+        device, results = connectors.device, list[Conditions]()
+        for row in rows:  # singly, as the states of all layers are large
+            ((states,),) = (found[STATES] for found in super().compute(network, tokenizer, [row], dropped))
+            parts = states.to(device).unflatten(-1, (-1, network.get_parameter(self.embedding).shape[1]))
+            texts = connectors(parts, ROWS)
+            found = {prompt_key(stream): text.cpu() for stream, text in texts.items()}
+            results.append({**found, MASK: torch.ones(ROWS, dtype=torch.int64)})
+        return results
+
+    def _weigh(self, found: Conditions, weights: Sequence[float]) -> Conditions:
+        texts = {prompt_key(stream) for stream in self.streams}
+        return {name: weigh_rows(rows, weights) if name in texts else rows for name, rows in found.items()}

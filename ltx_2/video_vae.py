@@ -1,0 +1,143 @@
+"""The video VAE of LTX-2 and LTX-2.3: pixels to latents and back.
+
+It works on one latent frame at a time, and the result is that of the whole clip: memory does not grow with
+the length of the clip. Tiles in height and width bound the memory of large pictures and change the result.
+Latents are those of the model: the posterior's means, normalised with the numbers in the VAE's file.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, tiles
+from ltx_2.vae_checkpoints import read_video_vae
+from ltx_2.video_vae_blocks import ClipMemory, VideoVaeConfig, VideoVaeDecoder, VideoVaeEncoder
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
+from modules.devices import dtype_name
+from modules.layers.convolution import lay_out, layouts
+from modules.media.pixels import check_clip, from_bytes
+
+logger = logging.getLogger(__name__)
+
+LEAST_TILE = 2  # latent pixels: a border is mirrored, and neighbours overlap
+
+
+class LtxVideoVae(nn.Module):
+    """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_video_vae`.
+
+    tile: edge in pixels; larger pictures are cut into overlapping tiles of this size at most, and each tile
+    goes through the whole clip before the next.
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, config: VideoVaeConfig, tile: int | None = None) -> None:
+        super().__init__()
+        self.encoder = VideoVaeEncoder(config)
+        self.decoder = VideoVaeDecoder(config)
+        self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latents_std", torch.ones(config.latent_channels))
+        self.config = config
+        self.tile = tile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.encoder.conv_in.conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.encoder.conv_in.conv.weight.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the normalised means of the posterior.
+
+        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device (moved group by group); F = sn + 1, H and W
+        multiples of S, for the strides s of time (8) and S of space (32). Returns B Z n+1 H/S W/S, float32,
+        on the VAE's device. Raises ValueError for other sizes.
+        """
+        step, side, _ = self.config.stride
+        check_clip(pixels, step, side)
+        batch, _, frames, height, width = pixels.shape
+        rows, columns = self._tiles(height // side), self._tiles(width // side)
+        if len(rows) == len(columns) == 1:
+            means = torch.cat(list(self._means(pixels)), dim=2)
+        else:
+            size = ((frames - 1) // step + 1, height // side, width // side)
+            means = torch.zeros((batch, self.config.latent_channels, *size), device=self.device)
+            add_in_tiles(self._means, pixels, (rows, columns), (side, 1), means)
+        mean, std = self._statistics()
+        return (means - mean) / std
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
+
+        latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
+        in host memory, and the first one is yielded after the last tile is done. Raises ValueError if the
+        VAE mirrors borders and latents have a side of 1.
+        """
+        for chunk in self.decode_unclamped(latents):
+            yield chunk.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the same as `decode`, before clamping to -1..1."""
+        grid = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
+        yield from decode_in_tiles(self._pixels, latents, grid, self.config.stride)
+
+    def _tiles(self, size: int) -> tuple[Tile, ...]:
+        """Return the tiles of an axis of `size` latent pixels."""
+        edge = size if self.tile is None else self.tile // self.config.stride[1]
+        return tiles(size, max(LEAST_TILE, edge))
+
+    def _means(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Yield the means of each latent frame, B Z 1 h w float32."""
+        step, memory = self.config.stride[0], ClipMemory()
+        for group in pixels.split([1] + [step] * ((pixels.shape[2] - 1) // step), dim=2):
+            if group.dtype == torch.uint8:
+                group = from_bytes(group.to(self.device))
+            yield self.encoder(self._place(group), memory)[:, : self.config.latent_channels].float()
+
+    def _pixels(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the pixels, B 3 F H W float32, of latents that need no tiles."""
+        mean, std = self._statistics()
+        frames = (self._place(one.to(self.device).float() * std + mean) for one in latents.split(1, dim=2))
+        for chunk in self.decoder(frames):
+            yield chunk.float()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, 1 Z 1 1 1 float32."""
+        return self.latents_mean.view(1, -1, 1, 1, 1), self.latents_std.view(1, -1, 1, 1, 1)
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Move to the VAE's device, dtype and memory layout, which all layers keep."""
+        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
+
+
+def load_video_vae(
+    path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None
+) -> LtxVideoVae:
+    """Load the video VAE of LTX-2 or LTX-2.3: its own file, the official single file or diffusers' folder.
+
+    tile: see `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_video_vae(checkpoint)
+        vae = load_planned(
+            plan,
+            lambda config: LtxVideoVae(config, tile),
+            device,
+            # in 16 bits they would tint every video
+            lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
+            "the video VAE of LTX-2",
+        )
+    lay_out(vae, device)
+    logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
+    return vae

@@ -1,0 +1,332 @@
+"""Layers of LTX-2's video VAE. They process a clip in chunks; a `ClipMemory` keeps frames between these.
+
+A layer sees 3x3x3 neighbourhoods or single pixels, and nothing of the whole clip. So any chunks give what the
+whole clip gives, and each frame is computed once. Layers of the decoder look one frame ahead: such a layer
+returns one frame less of the first chunk, and the missing one if it is given None, the end of the clip.
+
+Module names follow the official checkpoint. Source: the released VAEs of LTX-2 and LTX-2.3.
+"""
+# Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from modules.layers.convolution import conv3d, empty_clip, layouts
+
+KERNEL = 3  # size of every convolution
+EPS = 1e-8  # in every norm
+Factors = tuple[int, int, int]  # for time, height, width
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Residual blocks of one width."""
+
+    width: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """A change of resolution: blocks of pixels become channels, or channels blocks of pixels."""
+
+    width_in: int
+    width_out: int
+    factors: Factors
+    is_residual: bool  # a shortcut without weights is added
+
+    def has_shortcut(self, is_down: bool) -> bool:
+        """Return whether there is a shortcut between these widths."""
+        block = prod(self.factors)
+        if is_down:  # averages groups of channels
+            return self.width_in * block % self.width_out == 0
+        return self.width_in % block == 0 and self.width_out * block % self.width_in == 0  # repeats channels
+
+
+@dataclass(frozen=True)
+class HalfConfig:
+    """Dimensions of the encoder or the decoder."""
+
+    taken: int  # channels of the input
+    width_in: int
+    parts: tuple[BlockGroup | Resampling, ...]  # the last one a group
+    last_width: int
+    width_out: int
+    is_causal: bool  # no frame depends on a later one
+    reflects: bool = False  # the picture's border mirrors its inside; else zeros are around it
+
+    @property
+    def resamplings(self) -> tuple[Resampling, ...]:
+        """Return the parts that change the resolution."""
+        return tuple(part for part in self.parts if isinstance(part, Resampling))
+
+    @property
+    def factors(self) -> Factors:
+        """Frames, rows and columns that all resamplings together join or make."""
+        frames, rows, columns = (prod(part.factors[axis] for part in self.resamplings) for axis in range(3))
+        return frames, rows, columns
+
+
+@dataclass(frozen=True)
+class VideoVaeConfig:
+    """Dimensions of a VAE, read from a checkpoint's tensors."""
+
+    latent_channels: int
+    patch: int  # rows and columns of pixels that are the channels of one place
+    encoder: HalfConfig
+    decoder: HalfConfig
+
+    @property
+    def stride(self) -> Factors:
+        """Frames, rows and columns of pixels for one place of the latents."""
+        frames, rows, columns = self.encoder.factors
+        return frames, rows * self.patch, columns * self.patch
+
+
+class ClipMemory:
+    """Hold the frames that layers need again with the next chunk. One for each clip."""
+
+    def __init__(self) -> None:
+        self._frames: dict[nn.Module, Tensor] = {}
+        self._started: set[nn.Module] = set()
+
+    def take(self, layer: nn.Module) -> Tensor | None:
+        """Return and forget the frames kept for the layer; None if there are none."""
+        return self._frames.pop(layer, None)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Keep a copy of `frames`, so that the tensor they are part of can be freed."""
+        self._frames[layer] = frames.clone()
+
+    def starts(self, layer: nn.Module) -> bool:
+        """Return whether this is the first question about that layer."""
+        is_first = layer not in self._started
+        self._started.add(layer)
+        return is_first
+
+    def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
+        """Return the first `frames` frames of those that waited and of x; the others wait.
+
+        So a shortcut keeps pace with convolutions that look ahead.
+        """
+        parts = [part for part in (self.take(layer), x) if part is not None]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if frames < whole.shape[2]:
+            self.keep(layer, whole[:, :, frames:])
+        return whole[:, :, :frames]
+
+
+class ClipConv(nn.Module):
+    """A 3x3x3 convolution. At both ends of a clip the outermost frame is repeated.
+
+    is_normed: divide each pixel by its root mean square and apply SiLU first.
+    """
+
+    def __init__(self, width_in: int, width_out: int, half: HalfConfig, is_normed: bool = False) -> None:
+        super().__init__()
+        around = (0, 0, 0) if half.reflects else (0, 1, 1)
+        self.conv = nn.Conv3d(width_in, width_out, KERNEL, padding=around)
+        self.before = KERNEL - 1 if half.is_causal else 1  # frames before the own one that are seen
+        self.reflects = half.reflects
+        self.is_normed = is_normed
+
+    def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
+        """Convolve the next frames of a clip, B C T H W; None: it has ended. Returns B C' T' H W."""
+        if x is not None and not x.shape[2]:
+            return self._no_frames(x)
+        known = memory.take(self)
+        if x is None:
+            assert known is not None
+            joined = torch.cat([known, known[:, :, -1:]], dim=2)
+        else:
+            joined = self._join(known, x)
+        memory.keep(self, joined[:, :, 1 - KERNEL :])
+        if x is not None and joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
+            return self._no_frames(x)
+        return conv3d(self.conv, joined)
+
+    def _no_frames(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
+
+    def _join(self, known: Tensor | None, x: Tensor) -> Tensor:
+        """Return x behind the frames before it, normed and with its mirrored border.
+
+        Written into one tensor, so that no concatenation copies it again.
+        """
+        batch, channels, frames, height, width = x.shape
+        if self.reflects and min(height, width) < 2:
+            raise ValueError(f"latents of {height} x {width}: this VAE mirrors borders, so it needs 2 x 2")
+        edge = int(self.reflects)
+        first = self.before if known is None else known.shape[2]
+        joined = empty_clip(x, batch, channels, first + frames, height + 2 * edge, width + 2 * edge)
+        now = joined[:, :, first:]
+        inside = now[..., edge : edge + height, edge : edge + width]
+        if self.is_normed:
+            functional.silu(_normalise(x, inside), inplace=True)
+        else:
+            inside.copy_(x)
+        if self.reflects:
+            now[..., 0, :], now[..., -1, :] = now[..., 2, :], now[..., -3, :]
+            now[..., 0], now[..., -1] = now[..., 2], now[..., -3]
+        joined[:, :, :first] = now[:, :, :1] if known is None else known
+        return joined
+
+
+def _normalise(x: Tensor, out: Tensor) -> Tensor:
+    """Write x, B C ..., divided by the root mean square over C, into `out` and return it."""
+    # float32: a length rounded to 16 bits would scale the whole pixel wrongly
+    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact)
+    return torch.mul(x, (length.square_() / x.shape[1] + EPS).rsqrt_(), out=out)
+
+
+class PixelResidualBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, with a shortcut."""
+
+    def __init__(self, width: int, half: HalfConfig) -> None:
+        super().__init__()
+        self.conv1 = ClipConv(width, width, half, is_normed=True)
+        self.conv2 = ClipConv(width, width, half, is_normed=True)
+
+    def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
+        h = self.conv2(self.conv1(x, memory), memory)
+        if x is None:
+            h = torch.cat([h, self.conv2(None, memory)], dim=2)
+        return h.add_(memory.delay(self, x, h.shape[2]))
+
+
+class PixelsToChannels(nn.Module):
+    """Convolve, then turn blocks of pixels into channels. The clip's first frame is a block of copies."""
+
+    def __init__(self, part: Resampling, half: HalfConfig) -> None:
+        super().__init__()
+        self.conv = ClipConv(part.width_in, part.width_out // prod(part.factors), half)
+        self.part = part
+
+    def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
+        if memory.starts(self):
+            x = torch.cat([x[:, :, :1]] * (self.part.factors[0] - 1) + [x], dim=2)
+        h = _fold(self.conv(x, memory), self.part.factors)
+        return h.add_(_fold(x, self.part.factors).unflatten(1, (self.part.width_out, -1)).mean(dim=2))
+
+
+class ChannelsToPixels(nn.Module):
+    """Convolve, then turn channels into blocks of pixels. Of the first frame's block the last one stays."""
+
+    def __init__(self, part: Resampling, half: HalfConfig) -> None:
+        super().__init__()
+        self.conv = ClipConv(part.width_in, part.width_out * prod(part.factors), half)
+        self.part = part
+
+    def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
+        h = self.conv(x, memory)
+        frames = h.shape[2]
+        h = _unfold(h, self.part.factors)
+        if self.part.is_residual:
+            shortcut = _unfold(memory.delay(self, x, frames), self.part.factors)
+            h.unflatten(1, (-1, shortcut.shape[1])).add_(shortcut[:, None])
+        return h[:, :, self.part.factors[0] - 1 :] if frames and memory.starts(self) else h
+
+
+def _fold(x: Tensor, factors: Factors) -> Tensor:
+    """Return blocks of pixels as channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
+    i, j, k = factors
+    batch, channels, frames, height, width = x.shape
+    folded = empty_clip(x, batch, channels * i * j * k, frames // i, height // j, width // k)
+    blocks = x.unflatten(4, (-1, k)).unflatten(3, (-1, j)).unflatten(2, (-1, i))  # B C T/I I H/J J W/K K
+    folded.unflatten(1, (channels, i, j, k)).copy_(blocks.permute(0, 1, 3, 5, 7, 2, 4, 6))
+    return folded
+
+
+def _unfold(x: Tensor, factors: Factors) -> Tensor:
+    """Undo `_fold`: B CIJK T H W to B C TI HJ WK."""
+    i, j, k = factors
+    batch, channels, frames, height, width = x.shape
+    pixels = empty_clip(x, batch, channels // (i * j * k), frames * i, height * j, width * k)
+    blocks = pixels.unflatten(4, (width, k)).unflatten(3, (height, j)).unflatten(2, (frames, i))
+    blocks.copy_(x.unflatten(1, (-1, i, j, k)).permute(0, 1, 5, 2, 6, 3, 7, 4))
+    return pixels
+
+
+class ResidualBlocks(nn.Module):
+    """A numbered list of residual blocks, as the official file names it."""
+
+    def __init__(self, part: BlockGroup, half: HalfConfig) -> None:
+        super().__init__()
+        self.res_blocks = nn.ModuleList(PixelResidualBlock(part.width, half) for _ in range(part.count))
+
+
+def _flat(groups: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return residual blocks and resamplings in computing order."""
+    layers: list[nn.Module] = []
+    for group in groups:
+        layers += group.res_blocks if isinstance(group, ResidualBlocks) else [group]
+    return layers
+
+
+class VideoVaeEncoder(nn.Module):
+    """Encode pixels of a clip as features of means and of what the posterior has besides."""
+
+    def __init__(self, config: VideoVaeConfig) -> None:
+        super().__init__()
+        half = config.encoder
+        self.patch = config.patch
+        self.conv_in = ClipConv(half.taken, half.width_in, half)
+        self.down_blocks = nn.ModuleList(
+            ResidualBlocks(part, half) if isinstance(part, BlockGroup) else PixelsToChannels(part, half)
+            for part in half.parts
+        )
+        self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
+
+    def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
+        """Encode the first frame, or whole groups of later ones: B 3 T H W to B Z+1 t h w."""
+        # unlike a plain unfolding, the column in a patch changes slower than the row
+        x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch)
+        x = x.contiguous(memory_format=layouts(x.device)[0])
+        for layer in (self.conv_in, *_flat(list(self.down_blocks)), self.conv_out):
+            x = layer(x, memory)
+        return x
+
+
+class VideoVaeDecoder(nn.Module):
+    """Decode latents of a clip to pixels, a latent frame at a time."""
+
+    def __init__(self, config: VideoVaeConfig) -> None:
+        super().__init__()
+        half = config.decoder
+        self.patch, self.is_causal = config.patch, half.is_causal
+        self.conv_in = ClipConv(half.taken, half.width_in, half)
+        self.up_blocks = nn.ModuleList(
+            ResidualBlocks(part, half) if isinstance(part, BlockGroup) else ChannelsToPixels(part, half)
+            for part in half.parts
+        )
+        self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
+
+    def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
+
+        With a decoder that looks ahead the first come after about half a clip, and the last ones, when each
+        layer in turn is told that the clip has ended, a frame or two at a time: so no layer ever computes
+        more frames at once than a latent frame makes.
+        """
+        layers = (self.conv_in, *_flat(list(self.up_blocks)), self.conv_out)
+        memory = ClipMemory()
+        for latent in latents:
+            yield from self._pixels(layers, latent, memory)
+        for index, layer in enumerate(layers if not self.is_causal else ()):
+            for frame in layer(None, memory).split(1, dim=2):
+                yield from self._pixels(layers[index + 1 :], frame, memory)
+
+    def _pixels(self, layers: Sequence[nn.Module], x: Tensor, memory: ClipMemory) -> Iterator[Tensor]:
+        for layer in layers:
+            if not x.shape[2]:
+                return
+            x = layer(x, memory)
+        if x.shape[2]:
+            yield rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)

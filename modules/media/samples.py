@@ -1,0 +1,217 @@
+"""Read the sound of a part of a file: decoded, resampled, at its place in time, silence where it has none."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import MediaError
+from modules.media.decoding import stated_end, time_origin
+from modules.media.opening import SOUND_FORMATS, av, is_cover, open_container, reading
+
+logger = getLogger(__name__)
+
+Samples = NDArray[np.float32]  # channels S
+
+# of sound files, lower case
+SOUND_SUFFIXES = frozenset(
+    {
+        ".wav",
+        ".flac",
+        ".mp3",
+        ".m4a",
+        ".aac",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".aif",
+        ".aiff",
+        ".wma",
+        ".mka",
+        ".ac3",
+    }
+)
+EARLIER = 1  # seconds before a section at which reading begins: decoders need some packets to settle
+ROUNDING = Fraction(1, 20)  # seconds; times of sound that are off by less are rounded, not gaps
+LAYOUTS = {1: "mono", 2: "stereo"}  # that samples are converted to, by channels
+# bare streams, whose times behind a jump are guessed from the bit rate
+_WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
+
+
+@dataclass(frozen=True)
+class TrackFacts:
+    """What the header of a file says of its sound; seconds count as in `read_track`."""
+
+    rate: int  # samples in a second
+    channels: int
+    start: Fraction
+    end: Fraction | None  # None: it is not known
+    tracks: int  # how many there are; FFmpeg chooses the default one, or the best
+
+
+def track_facts(path: Path) -> TrackFacts | None:
+    """Return facts about the track of sound that `read_track` reads; None if there is none.
+
+    Raises MediaError if the file cannot be opened.
+    """
+    with reading(path), open_container(path, SOUND_FORMATS) as container:
+        stream = _track(container)
+        if stream is None:
+            return None
+        origin, context = _origin(container), stream.codec_context
+        start = Fraction(0) if stream.start_time is None else stream.start_time * stream.time_base - origin
+        end = start + stream.duration * stream.time_base if stream.duration else stated_end(container, stream)
+        if end is None and container.duration:
+            end = start + Fraction(container.duration, 1_000_000)
+        tracks = len(container.streams.audio)
+        return TrackFacts(context.sample_rate, context.channels, start, end, tracks)
+
+
+def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
+    """Read `count` samples of a file's sound from a second on: channels S, float32, at `rate`.
+
+    start: seconds from the first picture of the file; without pictures, from its first sound. Where there is
+    no sound yet, no more, or a gap in its times, samples are 0. A single channel becomes all channels as it
+    is; others are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the default
+    one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read, or its
+    sound is damaged.
+    """
+    with reading(path):
+        with open_container(path, SOUND_FORMATS) as container:
+            stream = _track(container)
+            if stream is None:
+                return None
+            index, begin = stream.index, start + _origin(container)
+            given = 1 if stream.codec_context.channels == 1 else channels
+        found = np.zeros((given, count), np.float32)
+        place = 0
+        try:
+            for samples in filled(path, index, begin, Fraction(count, rate), rate, LAYOUTS[given]):
+                found[:, place : place + samples.shape[1]] = samples
+                place += samples.shape[1]
+        except av.FFmpegError as error:
+            at = float(start + Fraction(place, rate))
+            raise MediaError(
+                f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
+                "again, or leave its sound out"
+            ) from error
+    return found if given == channels else np.repeat(found, channels, axis=0)
+
+
+def _track(container: Any) -> Any | None:
+    stream = container.streams.best("audio")
+    return None if stream is None or stream.codec_context is None else stream
+
+
+def _origin(container: Any) -> Fraction:
+    """Return the second at which the first picture is shown, or without pictures the first sound is heard."""
+    main = container.streams.best("video")
+    if main is None or is_cover(main) or main.start_time is None:
+        return time_origin(container)
+    return Fraction(main.start_time * main.time_base)
+
+
+def filled(
+    path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
+) -> Iterator[Samples]:
+    """Yield the samples of a stream from a second of the file's own time on, as many as `seconds` have:
+    silence where there is no sound.
+
+    index: of the stream. lenient: behind damage there is silence too, and a warning. Else raises FFmpegError.
+    """
+    total = round(seconds * rate)
+    position = 0
+    for first, samples in _decoded(path, index, begin, rate, layout, lenient):
+        if first > position:
+            gap = min(first, total) - position
+            yield np.zeros((samples.shape[0], gap), np.float32)
+            position += gap
+        part = samples[:, max(0, position - first) :][:, : total - position]
+        if part.shape[1]:
+            yield np.ascontiguousarray(part)
+            position += part.shape[1]
+        if position >= total:
+            return
+    if position < total:
+        yield np.zeros((av.AudioLayout(layout).nb_channels, total - position), np.float32)
+
+
+def _decoded(
+    path: Path, index: int, begin: Fraction, rate: int, layout: str, lenient: bool
+) -> Iterator[tuple[int, Samples]]:
+    """Yield samples, and the number of the first one, counted from `begin`."""
+    for early in (True, False):
+        with open_container(path, SOUND_FORMATS) as container:
+            stream = container.streams[index]
+            has_times = container.format.name not in _WITHOUT_TIMES
+            seeks = early and has_times and begin - time_origin(container) > EARLIER
+            if seeks:
+                with contextlib.suppress(av.FFmpegError):
+                    container.seek(int((begin - EARLIER) / stream.time_base), stream=stream)
+            found = _resampled(path, container, stream, begin, rate, layout, lenient)
+            first = next(found, None)
+            if seeks and (first is None or first[0] > 0):
+                continue  # a file that cannot be searched: read from its beginning
+            if first is not None:
+                yield first
+                yield from found
+            return
+
+
+def _resampled(
+    path: Path, container: Any, stream: Any, begin: Fraction, rate: int, layout: str, lenient: bool
+) -> Iterator[tuple[int, Samples]]:
+    """Yield as `_decoded`. Where the times or the form of the sound jump, resampling begins anew."""
+    resampler, form = None, None
+    place = 0  # where the next sample is, counted from `begin`
+    heard = Fraction(0)  # at which second the sound that was decoded so far ends
+    try:
+        for frame in _frames(container, stream, lenient):
+            time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
+            now = frame.format.name, frame.layout.name, frame.sample_rate
+            jumps = time is not None and abs(time - heard) >= ROUNDING
+            if resampler is None or now != form or jumps:
+                if resampler is not None:
+                    yield from _numbered(resampler.resample(None), place)
+                heard = heard if time is None else time
+                resampler, form, place = _resampler(layout, rate), now, round(heard * rate)
+            frame.pts = None
+            heard += Fraction(frame.samples, frame.sample_rate)
+            for first, samples in _numbered(resampler.resample(frame), place):
+                yield first, samples
+                place = first + samples.shape[1]
+        if resampler is not None:
+            yield from _numbered(resampler.resample(None), place)
+    except av.FFmpegError as error:
+        if not lenient:
+            raise
+        logger.warning(
+            "%s: its sound is damaged near %.1f s; the rest of the clip is silent (%s)",
+            *(path, float(begin), error.strerror),
+        )
+
+
+def _frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
+    for packet in container.demux(stream):
+        if packet.is_corrupt and not lenient:
+            raise av.InvalidDataError(errno.EINVAL, "it is cut short")
+        yield from packet.decode()
+
+
+def _resampler(layout: str, rate: int) -> Any:
+    return av.AudioResampler(format="fltp", layout=layout, rate=rate)
+
+
+def _numbered(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:
+    """Yield the samples of FFmpeg's frames with the number of the first one of each."""
+    for part in parts:
+        samples = np.asarray(part.to_ndarray(), np.float32)
+        yield place, samples
+        place += samples.shape[1]

@@ -1,0 +1,72 @@
+"""Put a track that was made beside the pictures of a new video, or into a WAV file."""
+
+import wave
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.atomic_write import atomic_path
+from modules.media.opening import av
+from modules.media.sound import add_aac_stream, layout_of
+
+Track = tuple[NDArray[np.float32], int]  # samples C S in -1..1, and how many are played in a second
+LOUDEST = 32767  # of 16 bits
+
+
+class TrackSound:
+    """A track, encoded (AAC) as far as the new video has grown and as long as its pictures."""
+
+    tags: Mapping[str, str] = {}
+
+    def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
+        """lasts: returns the seconds of all pictures, when all are there."""
+        samples, self._rate = track
+        self._samples = samples.clip(-1, 1)
+        self._lasts = lasts
+        self._written = 0  # samples
+        self._stream: Any = None
+
+    def add_streams(self, target: Any, _: Any) -> None:
+        """Add a stream of sound to the new file."""
+        self._stream = add_aac_stream(target, len(self._samples), self._rate)
+
+    def write(self, target: Any, seconds: Fraction | None) -> None:
+        """Write what is heard before the given second of the new file; None: the whole rest."""
+        end = round((self._lasts() if seconds is None else seconds) * self._rate)
+        if end > self._written:
+            part = self._samples[:, self._written : end]
+            part = np.pad(part, ((0, 0), (0, end - self._written - part.shape[1])))
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(part), format="fltp", layout=layout_of(len(part))
+            )
+            frame.sample_rate, frame.pts, frame.time_base = self._rate, self._written, Fraction(1, self._rate)
+            self._written = end
+            target.mux(self._stream.encode(frame))
+        if seconds is None:
+            target.mux(self._stream.encode(None))
+
+    def mux(self, target: Any, packet: Any) -> None:
+        """Write a packet of the pictures."""
+        target.mux(packet)
+
+
+def write_wav(path: Path, track: Track) -> None:
+    """Write a track with 16 bits a sample, completely or not at all.
+
+    Raises OutputError if the file cannot be written.
+    """
+    samples, rate = track
+    whole = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
+    with (
+        atomic_path(path, whole.nbytes) as temporary,
+        temporary.open("wb") as opened,
+        wave.open(opened, "wb") as file,
+    ):
+        file.setnchannels(whole.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(whole.tobytes())

@@ -1,0 +1,316 @@
+"""The page that compares saved files: what it shows of each, and the clips that it has made."""
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+
+from browser.jobs import WAITING, JobQueue
+from browser.runs import FINISHED
+from modules.media.writing import write_png
+from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.test_accessible import axe, list_faults  # noqa: F401  # a fixture
+from tests.browser.test_jobs import wait_for_states
+from tests.chromium import open_page, wait_until
+from tests.pocket.test_training import cached, trained  # noqa: F401  # fixtures
+from training.reports.history import History, history_path
+
+SECRET = "what nobody may read"
+COMMAND = "python wan_generate_video.py --task t2v-1.3B --dit 'my models/dit.safetensors' --vae vae.pth "
+COMMAND += "--t5 t5.pth --lora_weight out/x/best.safetensors --prompt 'a cat' --video_size 32 32 "
+COMMAND += "--infer_steps 2 --seed 5 --save_path out/x/generated"
+PROMPTS = ("a dog", "two <b>dogs")
+PICTURE = np.zeros((32, 32, 3), np.uint8)
+
+
+def write_comparable(folder: Path, name: str = "x", command: str = COMMAND) -> None:
+    """A run with files of steps 2, 4 and 6, samples of two prompts at 2 and 4, the lowest loss at 4."""
+    write_run(folder, name)
+    history = History(history_path(folder, name), 1, 6)
+    for step, loss in ((2, 0.3), (4, 0.2), (6, 0.25)):
+        history.add(step, saved=f"{name}-step{step}.safetensors")
+        (folder / f"{name}-step{step}.safetensors").write_bytes(f"{name} {step}".encode())
+        history.add(step, validation={"validation/loss": loss})
+        if step < 6:
+            files = {str(index): f"{name}_{step}_{index}.png" for index in (0, 1)}
+            history.add(
+                step, samples=f"{step:06d}", files=files, prompts=dict(zip("01", PROMPTS, strict=True))
+            )
+            for file in files.values():
+                tags = {"bt_seeds": "9", "bt_infer_steps": "3", "bt_height": "32", "bt_width": "64"}
+                write_png(folder / "sample" / file, PICTURE, tags)
+    history.add(6, commands=[["Generate with it", command, command, ""]])
+    history.flush()
+
+
+def write_clip(path: Path, lora: Path | None, prompt: str = "a dog", **tags: str) -> None:
+    """A picture as tools/compare.py writes it."""
+    path.parent.mkdir(exist_ok=True)
+    told = {"bt_prompt": prompt, "bt_seeds": "9", **tags}
+    if lora is not None:
+        digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+        told |= {"bt_lora_0": f"{lora.name}: 1.0", "bt_lora_sha256_0": digest, **tags}
+    write_png(path, PICTURE, told)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the run x, as its command has it, beside which lies a secret."""
+    (tmp_path / "secret.txt").write_text(SECRET, encoding="utf-8")
+    write_comparable(tmp_path / "out" / "x")
+    return tmp_path / "out" / "x"
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Served]:
+    with serve_runs(folder.parent) as served:
+        yield served
+
+
+def form(served: Served, steps: Sequence[int] = (), run: str = "x", **more: object) -> str:
+    id = served.of(run).split("/")[2]
+    files = [f"{id}/{run}-step{step}.safetensors" for step in steps]
+    return urlencode({"run": id, "file": files, **more}, doseq=True)
+
+
+def show(served: Served, *given: object, **more: object) -> str:
+    answer = served.ask(f"/compare?{form(served, *given, **more)}")  # type: ignore[arg-type]
+    assert answer.status == 200
+    return answer.text
+
+
+def make(served: Served, *given: object, **more: object) -> Answer:
+    body = form(served, *given, **more)  # type: ignore[arg-type]
+    return served.ask("/compare", "POST", body, Origin=served.url)
+
+
+def jobs(folder: Path) -> list[list[str]]:
+    return [job.words for job in JobQueue(folder.parent / "reelsmith-queue").jobs()]
+
+
+def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_marked(
+    served: Served, folder: Path
+) -> None:
+    clips = folder / "compare"
+    write_clip(clips / "001_9_a_000000.png", folder / "x-step6.safetensors")
+    write_clip(clips / "001_9_without-LoRA_000000.png", None)
+    write_clip(
+        clips / "001_9_b_000000.png", folder / "x-step6.safetensors", "two <b>dogs", bt_lora_0="x: 0.5"
+    )
+    (clips / ".002_9_c_000000.png.1.tmp").write_bytes(b"half")
+
+    page = show(served, (4, 6), prompt=PROMPTS)
+
+    head, body = page.partition("<thead>")[2].split("</thead>")
+    assert (
+        head.index("without LoRA")
+        < head.index("x-step4")
+        < head.index("best validation")
+        < head.index("x-step6")
+    )
+    assert head.count("best validation") == 1
+    cells = [cell.partition("</td>")[0] for cell in body.split("<td>")[1:]]
+    shown = ["001_9_without-LoRA", "x_4_0.png", "001_9_a", "not made", "x_4_1.png", "not made"]
+    assert [name in cell for name, cell in zip(shown, cells, strict=True)] == [True] * 6
+    assert "1 of 4 clips are not made" in page
+    assert "two &lt;b&gt;dogs" in page
+    assert served.ask(served.of("x", "compare/001_9_a_000000.png")).body.startswith(b"\x89PNG")
+    (folder / "x-step6.safetensors").write_bytes(b"another training's")
+    assert "2 of 4 clips are not made" in show(served, (4, 6), prompt=PROMPTS)
+
+
+def test_a_page_begins_with_the_best_and_the_newest_file(served: Served) -> None:
+    page = show(served)
+
+    assert [" checked> x-step4" in page, " checked> x-step6" in page, " checked> x <" in page] == [
+        True,
+        False,
+        True,
+    ]
+    assert "choose a run" in served.ask("/compare").text
+
+
+def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_samples(
+    served: Served, folder: Path
+) -> None:
+    more = {"prompt": ["a dog"], "more": "a bird --d 3\n\na fish"}
+    page = show(served, (4, 6), **more)
+    assert "5 of 6 clips are not made" in page
+
+    assert make(served, (4, 6), **more).status == 303
+    assert make(served, (4, 6), **more).status == 303  # they are asked for: nothing to add
+
+    first, second = sorted(jobs(folder.parent / "x"), key=len)
+    prompts = Path(first[first.index("--from_file") + 1])
+    assert prompts.read_text(encoding="utf-8") == "a dog --seed 9 --video_size 32 64 --infer_steps 3\n"
+    file = str(folder / "x-step6.safetensors")
+    assert first == [
+        *("python", "tools/compare.py", "--family", "wan", "--lora", file, "--task", "t2v-1.3B"),
+        *(
+            "--dit",
+            "my models/dit.safetensors",
+            "--vae",
+            "vae.pth",
+            "--t5",
+            "t5.pth",
+            "--video_size",
+            "32",
+            "32",
+        ),
+        *(
+            "--infer_steps",
+            "2",
+            "--seed",
+            "0",
+            "--from_file",
+            str(prompts),
+            "--save_path",
+            str(folder / "compare"),
+        ),
+    ]
+    prompts = Path(second[second.index("--from_file") + 1])
+    assert prompts.read_text(encoding="utf-8") == "a bird --d 3\na fish --seed 5\n"
+    assert second[5:7] == [str(folder / "x-step4.safetensors"), file]
+    (job, _) = JobQueue(folder.parent / "reelsmith-queue").jobs()
+    assert job.folder == str(folder.parent.parent)  # where `out/x` was typed
+    assert show(served, (4, 6), **more).count(f"job {job.id}: {WAITING}") >= 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
+        (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA for --dit"),
+        (COMMAND.replace("best.safetensors", "best.safetensors fast.safetensors"), "a second LoRA"),
+        ("python rm.py --dit x", "tells no command that generates"),
+        ("python 'wan_generate_video.py", "tells no command that generates"),
+    ],
+)
+def test_what_cannot_be_made_is_told_and_no_job_is_added(
+    served: Served, folder: Path, command: str, said: str
+) -> None:
+    write_comparable(folder.parent / "y", "y", command)
+
+    assert said in show(served, (6,), "y")
+    make(served, (6,), "y")
+
+    assert jobs(folder) == []
+
+
+def test_a_history_decides_neither_where_is_written_nor_which_other_files_are_read(
+    served: Served, folder: Path
+) -> None:
+    evil = f"{COMMAND} --console_log_file /tmp/evil --config_file=/tmp/evil --save_path=/tmp/evil"
+    write_comparable(folder.parent / "y", "y", evil)
+    assert make(served, (6,), "y").status == 303
+    assert all("evil" not in word for job in jobs(folder) for word in job)
+
+
+def test_files_of_two_models_are_not_compared(served: Served, folder: Path) -> None:
+    write_comparable(folder.parent / "y", "y", COMMAND.replace("wan_generate", "hv_generate"))
+
+    both = f"{form(served, (6,))}&{form(served, (6,), 'y')}"
+
+    assert (
+        "Files of one model are compared: x is of wan, y is of hunyuan_video"
+        in served.ask(f"/compare?{both}").text
+    )
+    assert served.ask("/compare", "POST", both, Origin=served.url).status == 422
+    assert jobs(folder) == []
+
+
+def test_only_this_server_s_pages_make_clips_and_nobody_with_read_only(served: Served, folder: Path) -> None:
+    body = form(served, (6,))
+    for headers in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        assert served.ask("/compare", "POST", body, **headers).status == 403
+    assert 'hx-post="/compare"' in show(served, (6,))
+    with serve_runs(folder.parent, read_only=True) as careful:
+        assert 'hx-post="/compare"' not in show(careful, (6,))
+        assert careful.ask("/compare", "POST", body, Origin=careful.url).status == 403
+    assert jobs(folder) == []
+    assert not (folder / "compare").exists()
+
+
+def test_no_way_leads_out_of_the_folders(served: Served, folder: Path) -> None:
+    outside = folder.parent.parent / "outside"
+    write_clip(outside / "001_9_a_000000.png", folder / "x-step6.safetensors")
+    (folder / "compare").mkdir()
+    id = served.of("x").split("/")[2]
+    if sys.platform != "win32":
+        (folder / "compare" / "001_9_a_000000.png").symlink_to(outside.parent / "secret.txt")
+        (folder / "x-step4.safetensors").unlink()
+        (folder / "x-step4.safetensors").symlink_to(outside.parent / "secret.txt")
+    for name in (
+        "001_9_a_000000.png",
+        "../../../secret.txt",
+        "001_9_%2e%2e%2f%2e%2e%2fsecret.png",
+        "%2e%2e/x.png",
+    ):
+        answer = served.ask(served.of("x", f"compare/{name}"))
+        assert (answer.status, SECRET in answer.text) == (404, False)
+    for file in (
+        "../../secret.txt",
+        "x-history.jsonl",
+        str(outside.parent / "secret.txt"),
+        "x-step4.safetensors",
+    ):
+        page = served.ask(f"/compare?{urlencode({'file': f'{id}/{file}'})}")
+        assert "secret" not in page.text.partition("<thead>")[2]
+        assert "x-step4</th>" not in page.text.replace(" ", "")
+    if sys.platform != "win32":
+        (folder / "compare" / "001_9_a_000000.png").unlink()
+        (folder / "compare").rmdir()
+        (folder / "compare").symlink_to(outside)
+        page = show(served, (6,))
+        assert "001_9_a" not in page
+        assert "is a link" in page
+        make(served, (6,))
+        assert [path.name for path in outside.iterdir()] == ["001_9_a_000000.png"]
+
+
+def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder, queue = trained.parent, JobQueue(tmp_path / "reelsmith-queue")
+    with serve_runs(folder, queue=queue) as served:
+        id, more = served.runs.look()[0].id, "a red blorp moving up --s 2"
+        asked = urlencode({"run": id, "more": more})
+        assert "1 of 1 clips are not made" in served.ask(f"/compare?{asked}").text
+        assert served.ask("/compare", "POST", asked, Origin=served.url).status == 303
+        assert "job 1: waiting" in served.ask(f"/compare?{asked}").text
+        queue.begin_work()
+        try:
+            wait_for_states(queue, FINISHED)
+        finally:
+            queue.end_work()
+
+        page = served.ask(f"/compare?{asked}").text
+        assert "not made" not in page
+        assert page.count('data-src="/run/') == 2  # with LoRA and without
+        (clip,) = folder.glob("compare/001_*blorp*.mp4")
+        assert served.ask(served.of("blorp", f"compare/{clip.name}")).body == clip.read_bytes()
+
+
+def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None:  # noqa: F811
+    write_clip(folder / "compare" / "001_9_without-LoRA_000000.png", None)
+    with open_page(f"{served.url}/compare?{form(served, (4, 6), prompt=PROMPTS)}") as page:
+        page.evaluate(axe)
+        assert list_faults(page) == []
+        page.set_viewport_size({"width": 360, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.click("text=Make them")
+        page.wait_for_selector("text=job 1: waiting")
+        assert page.locator("text=Make them").count() == 0
+        write_clip(folder / "compare" / "001_9_a_000000.png", folder / "x-step6.safetensors")
+        page.evaluate("ask()")
+        wait_until(page, "document.querySelectorAll('.grid [data-src]').length === 4")
+        page.locator(".grid td a").first.click()
+        page.wait_for_selector("#beside[open]")
+        titles = "[...document.querySelectorAll('#left option')].map(one => one.text)"
+        assert page.evaluate(titles) == ["without LoRA", "x-step4", "x-step6"]
+        assert list_faults(page) == []
+        assert page.problems == []
+        assert shlex.join(jobs(folder)[0]).startswith("python tools/compare.py")

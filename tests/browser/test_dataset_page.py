@@ -1,0 +1,443 @@
+"""The page of a dataset: its files, their captions, which are edited, and whether their caches hold."""
+
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from browser.captions import CaptionText
+from pocket.clips import write_clips
+from pocket.concepts import CONCEPTS
+from pocket.measure import POCKET
+from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.test_server import SECRET, ways_out
+from tests.chromium import open_page, wait_until
+from tests.commands import run_script
+from tests.data_tools.report.making import save_clip, save_picture, write_config
+
+
+def save_set(folder: Path) -> Path:
+    """A picture with a caption in CRLF, one without a caption, a clip and one too short."""
+    (folder / "set").mkdir(parents=True)
+    save_picture(folder / "set/a.png", 1, (100, 40), caption=None)
+    (folder / "set/a.txt").write_bytes(b"\xef\xbb\xbf a cat\r\non a mat\r\n")
+    save_picture(folder / "set/b.png", 2, caption=None)
+    save_clip(folder / "set/c.mp4", 3, 9, caption="a dog")
+    save_clip(folder / "set/tiny.mp4", 4, 3, caption="a bird")
+    tables = ("image_directory = '{folder}/set'", "video_directory = '{folder}/set'\ntarget_frames = [5]")
+    return write_config(folder, *tables)
+
+
+class Page:
+    """A dataset as the server shows it."""
+
+    def __init__(self, served: Served, text: str = "data.toml") -> None:
+        self.served = served
+        links = re.findall(r'href="(/dataset/\w+/)"><b>([^<]*)<', served.ask("/datasets").text)
+        self.address = next(address for address, name in links if text in name)
+
+    def ask(self, rest: str = "", body: Any = None, **headers: str) -> Answer:
+        """GET, or POST with a body, by default from our own origin."""
+        if body is None:
+            return self.served.ask(self.address + rest, **headers)
+        sent = body if isinstance(body, str) else json.dumps(body)
+        return self.served.ask(self.address + rest, "POST", sent, **(headers or {"Origin": self.served.url}))
+
+    def measured(self, rest: str = "", least: int = 1) -> dict[str, Any]:
+        """The answer once the dataset has been measured `least` times."""
+        for _ in range(600):
+            news = self.ask(f"items?count=200&{rest}").json()
+            if news["state"] != "measuring" and news.get("version", least) >= least:
+                return news
+            time.sleep(0.1)
+        raise AssertionError("it is never measured")
+
+    def file(self, name: str) -> dict[str, Any]:
+        """A file as the page shows it."""
+        [file] = [one for one in self.measured()["files"] if one["pictures"][0]["name"] == name]
+        return file
+
+    def write(self, file: dict[str, Any], what: str, text: str = "", **changes: str) -> Answer:
+        """Save or undo the caption of a file."""
+        body = {"what": what, "text": text, "have": file["caption"]["mark"], **changes}
+        return self.ask(f"caption/{file['id']}", body)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page whose files no test changes, beside a secret."""
+    folder = tmp_path_factory.mktemp("a place \u00fc")
+    (folder / "secret.txt").write_text(SECRET, encoding="utf-8")
+    save_set(folder / "data")
+    with serve_runs(folder / "data") as served:
+        yield Page(served)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    save_set(tmp_path / "data")
+    with serve_runs(tmp_path / "data") as served:
+        yield Page(served)
+
+
+def test_every_route_answers(kept: Page) -> None:
+    assert 'href="/datasets"' in kept.served.ask("/").text
+    assert kept.ask().status == 200
+    news = kept.measured()
+    files = {one["pictures"][0]["name"]: one for one in news["files"]}
+    assert (list(files), news["items"]) == (["a.png", "b.png", "c.mp4", "tiny.mp4"], 3)
+    assert news["counts"] == {"": 4, "dropped": 1, "told": 2, "uncaptioned": 1, "outdated": 3}
+    assert files["a.png"]["fit"] == {"resized": [96, 38], "crop": [0, 3], "bucket": [96, 32]}
+    assert files["a.png"]["caption"]["text"] == "a cat\non a mat"
+    assert files["tiny.mp4"]["dropped"] == "3 frames, the shortest of target_frames is 5"
+    assert files["b.png"]["caption"]["text"] == ""
+    picture = kept.served.ask(files["c.mp4"]["pictures"][0]["address"])
+    assert (picture.headers["content-type"], picture.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")
+    assert "immutable" in picture.headers["cache-control"]
+    chosen = kept.measured("only=dropped&text=BIRD")
+    assert [one["pictures"][0]["name"] for one in chosen["files"]] == ["tiny.mp4"]
+    assert len(kept.measured("from=1")["files"]) == 3
+    assert kept.ask("items?from=x").status == 400
+    for missing in ("/dataset/0123/", "/dataset/0123/items", f"{kept.address}picture/x/0/1"):
+        assert kept.served.ask(missing).status == 404
+
+
+def test_a_caption_is_saved_as_its_file_was_and_each_save_can_be_undone(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "data/set/a.txt"
+    first = path.read_bytes()
+    path.chmod(0o640)
+
+    for text in ("a lion\non a mat", "a <b>tiger</b>"):
+        answer = page.write(page.file("a.png"), "save", text)
+        assert (answer.status, answer.json()["file"]["caption"]["text"]) == (200, text)
+    assert path.read_bytes() == b"\xef\xbb\xbf a <b>tiger</b>\r\n"
+    if sys.platform != "win32":
+        assert path.stat().st_mode & 0o777 == 0o640
+    page.write(page.file("a.png"), "undo")
+    assert path.read_bytes() == b"\xef\xbb\xbf a lion\r\non a mat\r\n"
+    page.write(page.file("a.png"), "save", "x")
+    assert page.write(page.file("a.png"), "back").json()["file"]["caption"]["saves"] == 0
+    assert path.read_bytes() == first
+    assert page.write(page.file("a.png"), "undo").status == 409
+    assert sorted(one.name for one in path.parent.iterdir() if one.suffix != ".png") == sorted(
+        ["a.txt", "c.mp4", "c.txt", "tiny.mp4", "tiny.txt"]
+    )
+
+
+def test_a_missing_caption_is_written_and_undone(page: Page, tmp_path: Path) -> None:
+    assert page.write(page.file("b.png"), "save", "a hill").status == 200
+    assert (tmp_path / "data/set/b.txt").read_bytes() == b"a hill"
+    assert page.write(page.file("b.png"), "undo").status == 200
+    assert not (tmp_path / "data/set/b.txt").exists()
+
+
+def test_what_others_wrote_meanwhile_is_shown_and_not_overwritten(page: Page, tmp_path: Path) -> None:
+    path, before = tmp_path / "data/set/a.txt", page.file("a.png")
+    path.write_text("theirs", encoding="utf-8")
+
+    for what in ("save", "undo"):
+        answer = page.write(before, what, "mine")
+        assert answer.status == 409
+    theirs = page.write(before, "save", "mine").json()["file"]
+
+    assert (theirs["caption"]["text"], path.read_text()) == ("theirs", "theirs")
+    assert page.write(theirs, "save", "mine").status == 200
+    path.unlink()
+    assert page.write(theirs, "undo").status == 409
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"what": "save", "text": "a\0b"}, 400),
+        ({"what": "save", "text": "\ud800"}, 400),
+        ({"what": "save", "text": "x" * 70_000}, 400),
+        ({"what": "rm", "text": ""}, 404),
+        ("[]", 400),
+        ("{", 400),
+        ("[" * 100_000, 400),
+    ],
+)
+def test_a_wrong_request_changes_nothing(kept: Page, body: Any, status: int) -> None:
+    file = kept.file("c.mp4")
+    sent = {**body, "have": file["caption"]["mark"]} if isinstance(body, dict) else body
+    assert kept.ask(f"caption/{file['id']}", sent).status == status
+    assert kept.file("c.mp4")["caption"] == file["caption"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Accept": "*/*"}]
+)
+def test_another_origin_writes_and_measures_nothing(kept: Page, headers: dict[str, str]) -> None:
+    file = kept.file("c.mp4")
+    body = {"what": "save", "text": "x", "have": file["caption"]["mark"]}
+    assert kept.ask(f"caption/{file['id']}", body, **headers).status == 403
+    assert kept.ask("measure", {}, **headers).status == 403
+    assert kept.file("c.mp4")["caption"]["text"] == "a dog"
+
+
+def test_with_read_only_nothing_is_written_and_no_button_is_there(tmp_path: Path) -> None:
+    save_set(tmp_path)
+    with serve_runs(tmp_path, read_only=True) as served:
+        page = Page(served)
+        file = page.file("c.mp4")
+        assert (file["caption"]["can_edit"], "--read_only" in file["caption"]["where"]) == (False, True)
+        assert page.write(file, "save", "x").status == 403
+        assert page.ask("measure", {}).status == 403
+        assert 'id="measure"' not in page.ask().text
+    assert (tmp_path / "set/c.txt").read_text() == "a dog"
+
+
+def test_no_way_leads_out_of_the_folders(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text(SECRET, encoding="utf-8")
+    Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
+    data = tmp_path / "runs"
+    save_set(data)
+    if sys.platform != "win32":
+        (data / "set/a.txt").unlink()
+        (data / "set/a.txt").symlink_to(tmp_path / "secret.txt")
+        (data / "set/leak.png").symlink_to(tmp_path / "secret.png")
+        (data / "set/leak.txt").symlink_to(tmp_path / "secret.txt")
+    with serve_runs(data) as served:
+        page = Page(served)
+        news = page.measured()
+        assert SECRET not in json.dumps(news)
+        assert [one["pictures"][0]["name"] for one in news["files"]] == [
+            "a.png",
+            "b.png",
+            "c.mp4",
+            "tiny.mp4",
+        ]
+        if sys.platform != "win32":
+            assert news["outside"] == 1
+            assert page.write(page.file("a.png"), "save", "x", have="").status == 404
+        start = news["files"][2]["pictures"][0]["address"].rpartition("/picture/")[0]
+        for one in ways_out(tmp_path)[:120]:
+            for way in (f"{start}/picture/{one}", f"{start}/{one or 'x'}", f"/dataset/{one}/items"):
+                answer = served.ask(way)
+                assert answer.status in (400, 404), way
+                assert SECRET not in answer.text
+        for one in ways_out(tmp_path)[:30]:
+            assert page.ask(f"caption/{one}", {"what": "save", "text": "x", "have": ""}).status in (404, 405)
+    assert (tmp_path / "secret.txt").read_text(encoding="utf-8") == SECRET
+
+
+def test_a_dataset_that_lies_elsewhere_shows_the_command_that_would_show_it(tmp_path: Path) -> None:
+    config = save_set(tmp_path / "data")
+    write_run(tmp_path / "runs", "x", changed=[["dataset_config", str(config)]])
+    with serve_runs(tmp_path / "runs") as served:
+        page = Page(served)
+        news = page.measured()
+        assert (news["state"], "files" in news) == ("outside", False)
+        assert str(tmp_path / "runs") in news["command"]
+        assert str(tmp_path / "data") in news["command"]
+        assert page.ask("caption/x", {"what": "save", "text": "", "have": ""}).status == 404
+    moved = (tmp_path / "runs" / "data.toml").resolve()
+    moved.write_bytes(config.read_bytes())  # its clips are where they were
+    with serve_runs(tmp_path / "runs") as served:
+        assert [one["state"] for one in [Page(served, "in runs").measured()]] == ["outside"]
+    with serve_runs(tmp_path / "runs", tmp_path / "data") as served:
+        assert Page(served, "in data").measured()["state"] == "ready"
+
+
+def test_runs_lead_to_their_dataset_also_by_a_relative_path(tmp_path: Path) -> None:
+    save_set(tmp_path)
+    write_run(tmp_path / "output", "x", changed=[["dataset_config", "data.toml"]])
+    with serve_runs(tmp_path) as served:
+        listed = served.ask("/datasets").text
+        assert listed.count("<li>") == 1
+        assert ">x</a>" in listed
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "data.toml"),
+        (lambda path: path.write_text("[[datasets]]\nvideo_directory = 3"), "video_directory"),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: [one.unlink() for one in (path.parent / "set").iterdir()], "set"),
+    ],
+)
+def test_damaged_and_vanished_datasets_say_so(
+    page: Page, tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    page.measured()
+    damage(tmp_path / "data/data.toml")
+    for _ in range(400):
+        news = page.ask("items").json()
+        if news["state"] in ("failed", "gone"):
+            break
+        time.sleep(0.1)
+    assert said in news["error"]
+    assert "Traceback" not in news["error"]
+    assert page.ask().status == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_names_and_captions_that_are_no_text_are_told(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    save_set(tmp_path / "data")
+    (tmp_path / "data/set/a.txt").write_bytes(b"caf\xe9")
+    (folder / "data.toml").write_bytes(b"[[datasets]]")
+    with serve_runs(tmp_path) as served:
+        assert served.ask("/datasets").text.count("<li>") == 2
+        assert Page(served, "caf").measured()["state"] == "failed"
+        page = Page(served, "in data")
+        caption = page.file("a.png")["caption"]
+        assert (caption["can_edit"], "--repair_captions" in caption["where"]) == (False, True)
+        assert page.write(page.file("a.png"), "save", "x").status in (400, 409)
+    assert (tmp_path / "data/set/a.txt").read_bytes() == b"caf\xe9"
+
+
+def test_captions_of_a_list_are_shown_with_their_place(tmp_path: Path) -> None:
+    save_set(tmp_path)
+    line = json.dumps({"image_path": str(tmp_path / "set/a.png"), "caption": "from a list"})
+    (tmp_path / "list.jsonl").write_text(line, encoding="utf-8")
+    write_config(tmp_path, "image_jsonl_file = '{folder}/list.jsonl'")
+    with serve_runs(tmp_path) as served:
+        page = Page(served)
+        caption = page.file("a.png")["caption"]
+        assert (caption["text"], caption["can_edit"]) == ("from a list", False)
+        assert str(tmp_path / "list.jsonl") in caption["where"]
+        assert page.write(page.file("a.png"), "save", "x").status == 404
+
+
+def test_files_in_a_tar_have_pictures_and_captions_to_read(tmp_path: Path) -> None:
+    save_set(tmp_path)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("c.mp4", "c.txt"):
+            tar.add(tmp_path / "set" / name, name)
+    write_config(tmp_path, "video_tars = '{folder}/x.tar'\ntarget_frames = [5]")
+    with serve_runs(tmp_path) as served:
+        page = Page(served)
+        file = page.file("c.mp4")
+        picture = served.ask(file["pictures"][0]["address"])
+        assert picture.headers["content-type"] == "image/jpeg"
+        assert (file["caption"]["text"], file["caption"]["can_edit"]) == ("a dog", False)
+        (tmp_path / "x.tar").unlink()
+        assert served.ask(file["pictures"][0]["address"]).status == 404
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"a", b" a \r\n", b"\xef\xbb\xbfa\rb\r", b"\xc3\xbc\n\n"])
+def test_a_caption_keeps_all_but_its_text(content: bytes) -> None:
+    caption = CaptionText.of(content)
+
+    assert caption.with_text(caption.text) == content
+    assert CaptionText.of(caption.with_text("x\ny")).text == "x\ny"
+
+
+# --- in a real browser
+# ------------------------------------------------------------------------------------------------------------
+
+MANY = 10_000
+STATES = "[...document.querySelectorAll('.told b')].map(line => line.textContent)"
+
+
+def test_an_edited_caption_makes_its_text_stale_and_the_next_caching_mends_it(tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips", 2, 1, CONCEPTS["blorp"].make)
+    table = "video_directory = '{folder}/clips'\ntarget_frames = [17]"
+    general = "[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\n"
+    dataset = ("--dataset_config", write_config(tmp_path, table, general=general))
+    cache_texts = ("wan_cache_text_encoder_outputs.py", *dataset, "--t5", POCKET / "t5.safetensors")
+    run_script("wan_cache_latents.py", *dataset, "--vae", POCKET / "vae.safetensors")
+    run_script(*cache_texts)
+    caption, valid = tmp_path / "clips/00000.txt", ["latents valid", "text valid"]
+    first = caption.read_text(encoding="utf-8")
+    with serve_runs(tmp_path) as served, open_page(served.url + Page(served).address) as page:
+        wait_until(page, f"JSON.stringify({STATES}) === '{json.dumps(valid * 2, separators=(',', ':'))}'")
+        page.fill("textarea >> nth=0", "a green blorp")
+        page.press("textarea >> nth=0", "Control+Enter")
+        page.wait_for_selector("text=saved")
+        assert page.evaluate(STATES) == ["latents valid", "text stale", *valid]
+        assert caption.read_text(encoding="utf-8") == "a green blorp"
+
+        run_script(*cache_texts)
+
+        wait_until(page, f"!{STATES}.includes('text stale')")
+        page.click("text=Undo >> nth=0")
+        page.wait_for_selector("text=undone")
+        wait_until(page, f"{STATES}[1] === 'text stale'")
+        assert caption.read_text(encoding="utf-8") == first
+        assert page.problems == []
+
+
+def test_a_conflict_shows_both_captions_and_a_filter_keeps_what_is_not_saved(
+    page: Page, tmp_path: Path
+) -> None:
+    page.measured()
+    path = tmp_path / "data/set/c.txt"
+    with open_page(page.served.url + page.address) as shown:
+        text = '[aria-label="Caption of c.mp4"]'
+        shown.fill(text, "mine")
+        shown.fill("#text", "no such words")
+        wait_until(shown, "document.querySelectorAll('.file').length === 0")
+        shown.fill("#text", "")
+        shown.wait_for_selector(text)
+        assert shown.input_value(text) == "mine"
+        path.write_text("theirs", encoding="utf-8")
+        shown.locator(".file", has=shown.locator(text)).locator("text=Save >> nth=0").click()
+        shown.wait_for_selector(".conflict:visible >> text=theirs")
+        assert shown.input_value(text) == "mine"
+        shown.click("text=Save mine over it >> visible=true")
+        shown.wait_for_selector("text=saved")
+        assert path.read_text(encoding="utf-8") == "mine"
+        assert [one for one in shown.problems if "409" not in one] == []
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_all_is_named(kept: Page, width: int, scheme: str) -> None:
+    kept.measured()
+    for address in ("/datasets", kept.address):
+        with open_page(kept.served.url + address, width=width, color_scheme=scheme) as page:
+            wait_until(page, "!window.$ || document.querySelectorAll('.file').length === 4")
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
+            sizes = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
+            assert page.evaluate(sizes) >= 12
+            unnamed = (
+                "[...document.querySelectorAll('input, select, button, textarea, img')].filter(one => "
+                "!one.labels?.length && !one.innerText && !(one.ariaLabel || one.alt))"
+            )
+            assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
+            assert page.problems == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_files_scroll_with_few_requests(tmp_path: Path) -> None:
+    save_picture(tmp_path / "one.png", 1, (64, 48), caption=None)
+    content = (tmp_path / "one.png").read_bytes()
+    (tmp_path / "set").mkdir()
+    for index in range(MANY):
+        (tmp_path / f"set/{index:05d}.png").write_bytes(content)
+        (tmp_path / f"set/{index:05d}.txt").write_text(f"picture {index}", encoding="utf-8")
+    asked: list[str] = []
+    with serve_runs(write_config(tmp_path, "image_directory = '{folder}/set'")) as served:
+        dataset = Page(served)
+        dataset.measured()
+        began = time.monotonic()
+        assert len(dataset.ask("items?count=24").json()["files"]) == 24
+        assert time.monotonic() - began < 1
+        with open_page(f"{served.url}/datasets") as page:
+            page.on("request", lambda request: asked.append(request.url))
+            page.click("text=data.toml")
+            page.wait_for_selector("text=00000.png")
+            for share in (0.25, 0.5, 0.75, 1, 1):
+                page.evaluate(f"scrollTo(0, {share} * document.body.scrollHeight)")
+                page.wait_for_timeout(300)
+            page.wait_for_selector("text=09999.png")
+            assert page.locator(".file").count() < 200
+            assert len(asked) < 400
+            page.fill("#text", "picture 4321")
+            page.wait_for_selector("text=04321.png")
+            assert page.locator(".file").count() == 1
+            assert page.problems == []

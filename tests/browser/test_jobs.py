@@ -1,0 +1,373 @@
+"""The queue: which lines are jobs, their order, and that they outlive the browser that began them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import psutil
+import pytest
+
+from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
+from browser.launch import find_program, prepare_process, split_words
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED
+from modules.errors import OptionError, OutputError
+from pocket.measure import POCKET, model_options
+from tests.browser.serving import Served, serve_runs
+from tests.chromium import open_page, wait_until
+from tests.commands import QUIET, ROOT, assert_user_error, run_python
+from tests.faults.runs import assert_same_tensors
+from tests.pocket.test_training import cached  # noqa: F401  # a fixture
+
+SHORT = ["python", "tools/download.py", "--list"]
+LASTING = ["python", "tools/run_browser.py", "."]  # until Ctrl-C
+SECONDS = 300  # for what takes some, on a machine that is busy with other things
+
+
+def wait_for(is_true: Callable[[], object], told: Callable[[], object] = lambda: "") -> None:
+    """Wait until something is true; fail with what `told` gives."""
+    end = time.monotonic() + SECONDS
+    while not is_true():
+        assert time.monotonic() < end, told()
+        time.sleep(0.1)
+
+
+def states(queue: JobQueue) -> list[str]:
+    return [job.state for job in queue.jobs()]
+
+
+def wait_for_states(queue: JobQueue, *expected: str) -> list[Job]:
+    """Wait until the jobs are in these states, and return them."""
+    wait_for(
+        lambda: states(queue) == [*expected],
+        lambda: "\n".join(f"{job.line}: {job.state}\n{job.last_lines()}" for job in queue.jobs()),
+    )
+    return queue.jobs()
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobQueue]:
+    """A queue that nobody works on; what still runs at the end is killed."""
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    queue = JobQueue(tmp_path / "ä b" / "reelsmith-queue")
+    yield queue
+    queue.end_work()
+    while running := [job for job in queue.jobs() if job.state == RUNNING]:
+        queue.stop(running[0].id)
+
+
+def ask(served: Served, what: str, **form: object) -> int:
+    return served.ask(f"/queue/{what}", "POST", urlencode(form), Origin=served.url).status
+
+
+SCRIPT = str(ROOT / "wan_train_network.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "program"),
+    [
+        ("python wan_train_network.py --seed 1", [SCRIPT, "--seed", "1"]),
+        (f"python3 '{SCRIPT}' --a 'b; c' \"it's\"", [SCRIPT, "--a", "b; c", "it's"]),
+        ("wan_train_network.py \\\n  --a 1", [SCRIPT, "--a", "1"]),
+        ("reelsmith train wan --a", [SCRIPT, "--a"]),
+        ("python reelsmith.py train wan", [SCRIPT]),
+        ("python tools/download.py", [str(ROOT / "tools" / "download.py")]),
+        (
+            "accelerate launch -m reelsmith.wan_train_network --a",
+            ["-m", "accelerate.commands.launch", SCRIPT, "--a"],
+        ),
+        (
+            "accelerate launch --quiet --num_processes=2 --gpu_ids 0,1 wan_train_network.py --quiet",
+            ["-m", "accelerate.commands.launch", "--quiet", "--num_processes=2", "--gpu_ids", "0,1", SCRIPT],
+        ),
+    ],
+)
+def test_a_line_of_ours_becomes_a_program(line: str, program: list[str]) -> None:
+    found = find_program(split_words(line), Path.cwd())[1]
+
+    assert found[: 1 + len(program)] == [sys.executable, *program]
+
+
+REFUSED = (
+    ("bash run.sh", "'bash'"),
+    ("python -m http.server", "'-m http.server'"),
+    ("python -c 'import os'", "'-c'"),
+    ("python", "''"),
+    ("python /tmp/wan_train_network.py", "'/tmp/wan_train_network.py'"),
+    ("python ../wan_train_network.py", "'../wan_train_network.py'"),
+    ("python wan_train_netwrk.py", "Did you mean wan_train_network.py?"),
+    ("python quickstart.py", "'quickstart.py'"),
+    ("python modules/version.py", "'modules/version.py'"),
+    ("reelsmith trian wan", "'reelsmith trian wan'"),
+    ("accelerate launch --no_python bash", "--no_python"),
+    ("accelerate launch -m http.server", "'-m http.server'"),
+    ("accelerate launch --num_processes 2", "''"),
+    ("accelerate config", "'accelerate'"),
+    ("python wan_train_network.py; rm -rf /", "';'"),
+    ("python wan_train_network.py && rm x", "'&'"),
+    ("python wan_train_network.py | tee log", "'|'"),
+    ("python wan_train_network.py > log", "'>'"),
+    ("python wan_train_network.py --dit $(id)", "'$'"),
+    ("python wan_train_network.py --dit `id`", "'`'"),
+    ("python wan_train_network.py --dit ~/x", "'~'"),
+    ("python wan_train_network.py --dit *.safetensors", "'*'"),
+    ("python wan_train_network.py --dit 'x", "No closing quotation"),
+)
+
+
+@pytest.mark.parametrize(("line", "word"), REFUSED)
+def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as refusal:
+        find_program(split_words(line), tmp_path)
+
+    assert word in str(refusal.value)
+
+
+def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
+    with serve_runs(tmp_path) as served:
+        said = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
+        assert (said.status, "&#39;bash&#39; is no command" in said.text) == (422, True)
+        assert not (tmp_path / "reelsmith-queue" / QUEUE).exists()
+        (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
+        (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
+        assert "It will be refused: &#39;bash&#39;" in served.ask("/queue").text
+        assert ask(served, "work") == 303
+        wait_for(lambda: "exit code 2" in served.ask("/queue").text)
+        assert ask(served, "pause") == 303
+
+
+def test_lines_are_edited_by_hand_moved_and_removed_while_comments_stay(tmp_path: Path) -> None:
+    text = "# first these\npython convert_lora.py --input a\n\npython convert_lora.py --input b\n# then\n"
+    with serve_runs(tmp_path) as served:
+        folder = tmp_path / "reelsmith-queue"
+        folder.mkdir()
+        (folder / QUEUE).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        assert ask(served, "add", line="python convert_lora.py --input 'ü; c'\nreelsmith metaview d") == 303
+        queue = JobQueue(folder)
+        assert [(job.id, job.words[-1]) for job in queue.jobs()] == [
+            *zip(range(1, 5), ("a", "b", "ü; c", "d"), strict=True)
+        ]
+        assert [ask(served, "up", id=3), ask(served, "down", id=1), ask(served, "down", id=4)] == [303] * 3
+        assert [job.id for job in queue.jobs()] == [3, 1, 2, 4]
+        assert ask(served, "remove", id=2) == 303
+        lines = (folder / QUEUE).read_text(encoding="utf-8").splitlines()
+        assert [*lines[:1], *lines[2:5]] == [
+            "# first these",
+            "",
+            "python convert_lora.py --input a",
+            "# then",
+        ]
+        (folder / QUEUE).write_text(
+            "\n".join([*lines[:1], lines[5], "python convert_lora.py"]), encoding="utf-8"
+        )
+        assert [(job.id, job.state) for job in queue.jobs()] == [(4, WAITING), (5, WAITING)]
+        for what, number in (("up", 9), ("stop", 4), ("retry", 4), ("remove", "x"), ("nothing", 4)):
+            assert ask(served, what, id=number) in (404, 422)
+
+
+def test_jobs_run_one_after_another_and_one_that_died_shows_its_last_lines(queue: JobQueue) -> None:
+    numbers = [queue.add(words, ROOT) for words in (SHORT, ["convert_lora.py", "--bogus"], SHORT)]
+    queue.begin_work()
+
+    jobs = wait_for_states(queue, FINISHED, DIED, FINISHED)
+
+    assert [job.id for job in jobs] == numbers
+    born = [(job.process or {})["born"] for job in jobs]
+    assert born == sorted(born)
+    assert jobs[1].code == 2
+    assert "Unknown option --bogus" in jobs[1].last_lines()
+    jobs[1].log.write_text(
+        "".join(f"line {count}\rat {count}\x1b[1m\n" for count in range(999)), encoding="utf-8"
+    )
+    with serve_runs(queue.folder.parent) as served:
+        page = served.ask("/queue").text
+    assert page.count("at 9") == 20
+    assert "at 979\\x1b[1m" in page
+    assert "at 978" not in page
+
+
+def start_browser(folder: Path) -> subprocess.Popen[str]:
+    """Start a browser of its own that works through the queue of a folder."""
+    command = [sys.executable, str(ROOT / "tools" / "run_browser.py"), str(folder), "--work"]
+    browser = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **QUIET}
+    )
+    assert browser.stdout is not None
+    assert browser.stdout.readline().startswith("http://")
+    return browser
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind")
+def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue) -> None:
+    for words in (SHORT, LASTING, SHORT):
+        queue.add(words, ROOT)
+    browser = start_browser(queue.folder.parent)
+    try:
+        lasting = wait_for_states(queue, FINISHED, RUNNING, WAITING)[1]
+        wait_for(lambda: "http://" in lasting.last_lines(), lasting.last_lines)
+        assert queue.worker == "elsewhere"
+        with pytest.raises(OutputError, match="another browser"):
+            queue.begin_work()
+        again = run_python(ROOT / "tools" / "run_browser.py", queue.folder.parent, "--work", check=False)
+        assert_user_error(again, "another browser runs the jobs")
+    finally:
+        browser.kill()
+        browser.communicate()
+    assert (lasting.process or {})["number"] in psutil.pids()
+    assert (states(queue), queue.worker) == ([FINISHED, RUNNING, WAITING], "")
+
+    browser = start_browser(queue.folder.parent)
+    try:
+        time.sleep(2)
+        assert states(queue) == [FINISHED, RUNNING, WAITING]
+        queue.stop(lasting.id)
+        wait_for_states(queue, FINISHED, STOPPED, FINISHED)
+    finally:
+        browser.send_signal(signal.SIGINT)
+        assert browser.wait(30) == 0
+    assert queue.worker == ""
+
+
+def test_a_job_does_not_begin_if_the_browser_is_killed_before_it_noted_it(tmp_path: Path) -> None:
+    waiting = prepare_process(tmp_path / "1.log")
+    assert waiting.stdin is not None
+    waiting.stdin.close()  # as the death of the browser does
+
+    assert waiting.wait(SECONDS) == 0
+    assert [*tmp_path.iterdir()] == [tmp_path / "1.log"]
+    assert (tmp_path / "1.log").read_bytes() == b""
+
+
+def test_read_only_shows_the_queue_and_changes_nothing(queue: JobQueue) -> None:
+    queue.add(SHORT, ROOT)
+    before = {path: path.read_bytes() for path in queue.folder.rglob("*")}
+    with serve_runs(queue.folder.parent, read_only=True) as served:
+        page = served.ask("/queue").text
+        assert "tools/download.py" in page
+        assert "<button" not in page
+        assert "<textarea" not in page
+        assert [ask(served, what, id=1, line="metaview") for what in ("add", "work", "remove", "up")] == [
+            403
+        ] * 4
+    assert {path: path.read_bytes() for path in queue.folder.rglob("*")} == before
+
+
+def test_another_origin_is_refused(queue: JobQueue) -> None:
+    queue.add(SHORT, ROOT)
+    with serve_runs(queue.folder.parent) as served:
+        for headers in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+            assert served.ask("/queue/remove", "POST", "id=1", **headers).status == 403
+    assert states(queue) == [WAITING]
+
+
+def test_a_damaged_list_is_named(queue: JobQueue) -> None:
+    queue.add(SHORT, ROOT)
+    for text in ("{", "[]", json.dumps({"last": 1, "worker": None, "jobs": [{"name": 1}]})):
+        (queue.folder / STATE).write_text(text, encoding="utf-8")
+        with pytest.raises(OutputError, match="jobs.json is damaged"):
+            queue.jobs()
+    with serve_runs(queue.folder.parent) as served:
+        assert (served.ask("/queue").status, ask(served, "remove", id=1)) == (500, 500)
+    (queue.folder / STATE).unlink()
+
+
+def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -> None:
+    for name in "abc":
+        queue.add(["convert_lora.py", "--input", name], ROOT)
+    with serve_runs(queue.folder.parent) as served, open_page(f"{served.url}/") as page:
+        page.click("text=Queue")
+        page.wait_for_url("**/queue")  # until its scripts listen
+        order = "[...document.querySelectorAll('.job')].map(one => one.id).join()"
+        page.focus("#down1")
+        for expected in ("j2,j1,j3", "j2,j3,j1"):
+            page.keyboard.press("Enter")
+            wait_until(page, f"{order} === '{expected}'")
+            assert page.evaluate("document.activeElement.id") == "down1"
+        page.fill("#words", "bash x")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said >> text=/bash.* is no command/")
+        page.evaluate("htmx.trigger(document.body, 'fresh')")
+        page.wait_for_timeout(500)
+        assert page.input_value("#words") == "bash x"
+        page.fill("#words", "python tools/download.py --list")
+        page.click(".add button")
+        wait_until(page, f"{order} === 'j2,j3,j1,j4'")
+        wait_until(
+            page,
+            "document.getElementById('words').value === '' && !document.getElementById('said').innerText",
+        )
+        page.click("text=Start the queue")
+        page.wait_for_selector("text=Pause the queue")
+        wait_until(page, "ask().then(() => document.querySelectorAll('.died, .finished').length === 4)")
+        page.click("text=Pause the queue")
+        page.wait_for_selector("text=paused")
+        assert [problem for problem in page.problems if "422" not in problem] == []
+
+
+def training_words(cached: Path, output: Path, repeats: int, *options: object) -> list[str]:  # noqa: F811
+    """A training of the pocket model that saves after each step, which is each clip so many times."""
+    text = (cached / "dataset.toml").read_text(encoding="utf-8").replace("batch_size = 16", "batch_size = 1")
+    output.mkdir()
+    text = text.replace("num_repeats = 4", f"num_repeats = {repeats}")
+    (output / "dataset.toml").write_text(text, encoding="utf-8")
+    learner = (
+        "--sdpa --network_module networks.lora_wan --network_dim 4 --learning_rate 1e-2 --seed 3 "
+        "--output_name x --timestep_sampling shift --discrete_flow_shift 3 "
+        "--max_data_loader_n_workers 0 --save_every_n_steps 1 --save_state --gradient_accumulation_steps 999"
+    )
+    places = ("--dataset_config", output / "dataset.toml", "--output_dir", output)
+    words = (*model_options(POCKET), *learner.split(), *places, *options)
+    return ["python", "wan_train_network.py", *map(str, words)]
+
+
+def test_a_training_saves_when_it_is_stopped_and_retried_ends_as_if_it_had_not_been(
+    queue: JobQueue,
+    cached: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    for folder in (whole, output):
+        queue.add(training_words(cached, folder, 1, "--max_train_steps", 5), ROOT)
+    queue.begin_work()
+    told = lambda: [job.last_lines() for job in queue.jobs()]  # noqa: E731
+    wait_for((output / "x-step00000001.safetensors").exists, told)
+
+    queue.stop(2)
+
+    job = wait_for_states(queue, FINISHED, STOPPED)[1]
+    assert job.code == 0
+    assert "continue with --resume" in job.last_lines()
+    assert not (output / "x.safetensors").exists()
+    queue.retry(2)
+    job = wait_for_states(queue, FINISHED, FINISHED)[1]
+    assert job.words[-2:] == ["--resume", "latest"]
+    assert "Resuming from" in job.log.read_text(encoding="utf-8")
+    assert_same_tensors(output / "x.safetensors", whole / "x.safetensors")
+
+
+def test_a_job_that_is_stopped_twice_ends_now(
+    queue: JobQueue,
+    cached: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    queue.add(training_words(cached, tmp_path / "out", 8, "--max_train_steps", 9), ROOT)
+    queue.begin_work()
+    (job,) = queue.jobs()
+    wait_for((tmp_path / "out" / "x-step00000001.safetensors").exists, job.last_lines)
+    processes = psutil.Process((queue.jobs()[0].process or {})["number"]).children(recursive=True)
+    queue.stop(1)
+    wait_for(lambda: "everything will be saved" in job.last_lines(), job.last_lines)
+
+    queue.stop(1)
+
+    assert wait_for_states(queue, STOPPED)[0].code is None
+    assert processes
+    wait_for(lambda: all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes))
+    assert not (tmp_path / "out" / "x-step00000002.safetensors").exists()

@@ -1,0 +1,347 @@
+"""Clips with sound: from the file over its cache to a batch, for a family that hears."""
+
+import dataclasses
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+from dataset.batches.items import FoundItems, find_items, group_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.converting import files_to_shards, shards_to_files
+from dataset.cache.files import read_entry, write_tensors
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.prefetch import CacheReport
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.sources import sound
+from modules.contract.data import FPS, HAS_SOUND, SOUND
+from modules.errors import CacheError, DatasetError
+from modules.media.samples import read_track
+from tests.dataset.making import make_table
+from tests.dataset.sound_toy import PER_LATENT, RATE, HearingToy, sound_shape
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.sound_media import Track, clicks_in, write_media
+
+PLAIN = dataclasses.replace(LATENT, in_sections=False)
+CLICKS = tuple(number / 25 for number in (3, 13, 23, 33, 43))  # where these frames begin
+
+
+def hearing(**changes: Any) -> HearingToy:
+    return HearingToy(**{"latent": PLAIN, **changes})
+
+
+def make_set(folder: Path, **changes: Any) -> DatasetConfig:
+    """A table of the clips in a folder, with captions."""
+    settings = {"resolution": (32, 32), "target_frames": (9,), "caption_extension": ".txt"} | changes
+    for path in folder.iterdir():
+        if path.suffix in (".mp4", ".mkv"):
+            path.with_suffix(".txt").write_text(f"clip {path.stem}", encoding="utf-8")
+    return DatasetConfig(folder / "data.toml", (make_table(folder, **settings),))
+
+
+def cache(config: DatasetConfig, family: Any = None, **changes: Any) -> CacheReport:
+    return cache_media(family or hearing(), config, options(**changes))
+
+
+def find(config: DatasetConfig, family: Any = None) -> FoundItems:
+    cache_texts(family or hearing(), config, options())
+    return find_items(config, "toy", PLAIN, sound=(family or hearing()).sound)
+
+
+def caches(folder: Path, what: str = "*_audio.safetensors") -> list[str]:
+    return sorted(path.name.removesuffix("_toy_audio.safetensors") for path in (folder / "cache").glob(what))
+
+
+@pytest.mark.parametrize(
+    ("keys", "spans"),
+    [
+        ({"target_frames": (9,)}, [(0, 9)]),
+        ({"target_frames": (17, 45)}, [(0, 17), (0, 45)]),
+        ({"target_frames": (21,), "frame_extraction": "chunk"}, [(0, 21), (21, 21)]),
+        ({"target_frames": (41,), "frame_extraction": "slide", "frame_stride": 7}, [(0, 41), (7, 41)]),
+        (
+            {"target_frames": (9,), "frame_extraction": "uniform", "frame_sample": 3},
+            [(0, 9), (20, 9), (41, 9)],
+        ),
+        ({"frame_extraction": "full", "max_frames": 45}, [(0, 45)]),
+    ],
+)
+def test_the_sound_of_every_span_is_that_of_its_frames(
+    tmp_path: Path, keys: dict[str, Any], spans: list[tuple[int, int]]
+) -> None:
+    write_media(tmp_path / "clip.mp4", Track(CLICKS))
+    family, config = hearing(), make_set(tmp_path, **keys)
+
+    report = cache(config, family)
+
+    assert report.written == 2 * len(spans)
+    assert caches(tmp_path) == [f"clip_{start:05d}-{count:03d}_0032x0032" for start, count in spans]
+    for (start, count), samples in zip(sorted(spans), family.heard, strict=True):
+        assert samples.shape == (1, 2, count * RATE // 25)
+        exact = [round((click * 25 - start) * RATE / 25) for click in CLICKS]
+        exact = [place for place in exact if 0 <= place < samples.shape[2]]
+        for row in samples[0]:
+            off = [abs(place - one) for place, one in zip(clicks_in(row), exact, strict=True)]
+            assert max(off) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rate", "keys", "fps", "frame"),
+    [
+        (25, {}, 25, 10),
+        (16, {}, 16, 10),
+        (32, {"source_fps": 32.0}, 16, 5),  # every second frame is dropped
+        (32, {"source_fps": "auto"}, 16, 5),
+        (8, {"source_fps": 8.0}, 8, 10),  # none is doubled
+        (8, {"source_fps": "auto"}, 16, 20),
+    ],
+)
+def test_sound_keeps_its_speed_whatever_becomes_of_the_frames(
+    tmp_path: Path, rate: float, keys: dict[str, Any], fps: float, frame: int
+) -> None:
+    """A click at the 10th frame of the file."""
+    write_media(tmp_path / "clip.mp4", Track((10 / rate,), seconds=50 / rate), fps=rate)
+    family, config = hearing(), make_set(tmp_path, target_frames=(21,), **keys)
+
+    cache(config, family)
+
+    (samples,) = family.heard
+    assert samples.shape[2] == round(21 / fps * RATE)
+    assert [round(place * fps / RATE) for place in clicks_in(samples[0, 1])] == [frame]
+    (name,) = caches(tmp_path)
+    entry = read_entry(tmp_path / "cache" / f"{name}_toy.safetensors")
+    assert entry.tensors[FPS] == fps
+    heard = read_entry(tmp_path / "cache" / f"{name}_toy_audio.safetensors")
+    length = sound_shape(21, fps)[1]
+    assert list(heard.named) == [f"audio_latents_{length}x{PER_LATENT}x2_float32", "audio_lengths_int32"]
+    assert heard.tensors["audio_lengths"] == length
+
+
+def test_sound_at_another_speed_than_its_frames_is_refused(tmp_path: Path) -> None:
+    """The user says that the clip is slower than its file: what is heard would not be what is seen."""
+    write_media(tmp_path / "clip.mp4", Track(CLICKS), fps=24)
+    config = make_set(tmp_path, source_fps=16.0)
+    (one,) = cache(config).silent
+    assert "24 frames a second, source_fps says 16" in one.reason
+    assert caches(tmp_path) == []
+    (failure,) = cache(make_set(tmp_path, source_fps=16.0, audio="required")).failures
+    assert 'audio = "required" asks for it' in failure.reason
+    assert cache(make_set(tmp_path, source_fps=23.976)).silent == ()
+
+
+def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "ton ä").mkdir()
+    for stem in "abc":
+        write_media(tmp_path / f"clips/{stem}.mp4", Track((0.04,)))
+    write_media(tmp_path / "ton ä/a.wav", Track((0.12,), codec="pcm_s16le"), frames=0)
+    write_media(tmp_path / "ton ä/b.mkv", Track((0.2,)))
+    family = hearing()
+    config = make_set(tmp_path / "clips", audio_directory=tmp_path / "ton ä")
+
+    report = cache(config, family)
+
+    assert [[round(p / RATE * 25) for p in clicks_in(one[0, 0])] for one in family.heard] == [[3], [5]]
+    assert [failure.path.name for failure in report.silent] == ["c.mp4"]
+    assert (find(config).items[0].has_sound, find(config).items[2].has_sound) == (True, False)
+    # the clip's own track instead: the other sound is stale
+    own = make_set(tmp_path / "clips")
+    with pytest.raises(CacheError, match="made from a file of audio_directory"):
+        read_batch(find(own).items[:1], PLAIN)
+    assert (cache(own).written, cache(own).kept) == (3, 6)
+    shutil.copy(tmp_path / "ton ä/a.wav", tmp_path / "ton ä/a.flac")
+    with pytest.raises(DatasetError, match="sound of the same clip. Keep one"):
+        cache(config)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_list_names_sound_by_audio_path(tmp_path: Path, suffix: str) -> None:
+    clip = write_media(tmp_path / "clip.mp4", Track((0.04,)))
+    other = write_media(tmp_path / "x.flac", Track((0.12,), codec="flac"), frames=0)
+    if suffix == "jsonl":
+        text = f'{{"video_path": "{clip}", "caption": "a", "audio_path": "{other}"}}\n'
+    else:
+        text = f"video_path,caption,audio_path\n{clip},a,{other}\n"
+    (tmp_path / f"list.{suffix}").write_text(text, encoding="utf-8")
+    key = "video_jsonl_file" if suffix == "jsonl" else "video_table_file"
+    (tmp_path / "data.toml").write_text(
+        f"[[datasets]]\n{key} = '{tmp_path / f'list.{suffix}'}'\nresolution = [32, 32]\n"
+        f"target_frames = [9]\ncache_directory = '{tmp_path / 'cache'}'\n",
+        encoding="utf-8",
+    )
+    family, config = hearing(), load_dataset_config(tmp_path / "data.toml")
+
+    cache(config, family)
+
+    assert [round(place / RATE * 25) for place in clicks_in(family.heard[0][0, 0])] == [3]
+
+
+def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for stem, tracks in {"a": [Track((0.04,))], "b": []}.items():
+            tar.add(write_media(tmp_path / f"{stem}.mp4", *tracks), f"{stem}.mp4")
+    (tmp_path / "data.toml").write_text(
+        f"[[datasets]]\nvideo_tars = '{tmp_path / 'clips.tar'}'\nresolution = [32, 32]\n"
+        f"target_frames = [9]\ncache_directory = '{tmp_path / 'cache'}'\n",
+        encoding="utf-8",
+    )
+
+    report = cache(load_dataset_config(tmp_path / "data.toml"))
+
+    assert caches(tmp_path) == ["a_00000-009_0032x0032"]
+    place = tmp_path / "clips.tar" / "b.mp4"
+    assert [one.reason for one in report.silent] == [f"{place}: it has no track of sound"]
+
+
+def test_caches_of_sound_change_their_form_with_the_others(tmp_path: Path) -> None:
+    write_media(tmp_path / "clip.mp4", Track((0.04,)))
+    config = make_set(tmp_path)
+    cache(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+    files_to_shards(tmp_path / "cache")
+
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    shards = make_set(tmp_path, cache_format="shards")
+    assert (cache(shards).kept, cache(shards).written) == (2, 0)
+    with pytest.raises(DatasetError, match="Convert what is there"):
+        cache(config)
+    shards_to_files(tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+
+
+def test_each_half_is_made_again_only_for_its_own_reasons(tmp_path: Path) -> None:
+    (tmp_path / "sound").mkdir()
+    (tmp_path / "clips").mkdir()
+    for stem in "ab":
+        write_media(tmp_path / f"clips/{stem}.mp4", Track((0.04,)))
+        write_media(tmp_path / f"sound/{stem}.wav", Track((0.1,), codec="pcm_s16le"), frames=0)
+    config = make_set(tmp_path / "clips", audio_directory=tmp_path / "sound")
+
+    def again(config: DatasetConfig = config, **changes: Any) -> tuple[int, int, int, int]:
+        """Frames and sound that were encoded, entries that were kept and removed."""
+        family = hearing(**changes)
+        report = cache(config, family)
+        return sum(map(len, family.seen)), len(family.heard), report.kept, report.removed
+
+    assert again(sound=None) == (2, 0, 0, 0)  # a run without sound
+    assert again() == (0, 2, 2, 0)  # turning it on encodes sound alone
+    assert again() == (0, 0, 4, 0)
+    assert again(sound_identity={"audio_vae": "second"}) == (0, 2, 2, 0)
+    assert again() == (0, 2, 2, 0)
+    write_media(tmp_path / "sound/a.wav", Track((0.2,), codec="pcm_s16le", seconds=1.5), frames=0)
+    assert again() == (0, 1, 3, 0)
+    assert again(media_identity={"vae": "second"}) == (2, 0, 2, 0)
+    write_media(tmp_path / "clips/a.mp4", Track((0.04,)), frames=40)
+    assert again(media_identity={"vae": "second"}) == (1, 1, 2, 0)
+    silent = make_set(tmp_path / "clips", audio_directory=tmp_path / "sound", audio="ignore")
+    assert again(silent, media_identity={"vae": "second"}) == (0, 0, 4, 0)
+    (tmp_path / "sound/a.wav").unlink()
+    assert again(media_identity={"vae": "second"}) == (0, 0, 3, 1)
+    (tmp_path / "clips/b.mp4").unlink()
+    (tmp_path / "sound/b.wav").rename(tmp_path / "sound/a.wav")
+    assert again(media_identity={"vae": "second"}) == (0, 1, 1, 2)
+    assert cache(dataclasses.replace(config), ToyFamily(latent=PLAIN)).written == 1  # of one that never hears
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_entries_are_refused_and_made_again(tmp_path: Path) -> None:
+    write_media(tmp_path / "clip.mp4", Track((0.04,)))
+    config = make_set(tmp_path)
+    cache(config)
+    (path,) = (tmp_path / "cache").glob("*_audio.safetensors")
+    spoil(path)
+
+    with pytest.raises(CacheError, match="audio.safetensors: damaged.*\n.*caching script --verify"):
+        read_batch(find(config).items, PLAIN)
+    assert cache(config).written == 1
+    assert read_batch(find(config).items, PLAIN).tensors[HAS_SOUND].tolist() == [True]
+
+
+def test_foreign_entries_of_sound_count_if_asked(tmp_path: Path) -> None:
+    write_media(tmp_path / "clip.mp4", Track((0.04,)))
+    config = make_set(tmp_path)
+    cache(config)
+    (path,) = (tmp_path / "cache").glob("*_audio.safetensors")
+    write_tensors(path, read_entry(path).named, {"architecture": "toy"})
+
+    assert cache(config, skip_existing=True).foreign == 1
+    assert cache(config).written == 1
+
+
+def test_damaged_sound_is_a_failure_of_its_clip_alone(tmp_path: Path) -> None:
+    for stem in "ab":
+        write_media(tmp_path / f"{stem}.mp4", Track((0.04,), codec="libmp3lame", rate=44100))
+    path = tmp_path / "a.mp4"
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(audio=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for start, size in places[2:10]:
+        data[start : start + size] = b"\x55" * size
+    path.write_bytes(data)
+    config = make_set(tmp_path)
+
+    report = cache(config)
+
+    (failure,) = report.failures
+    assert "a.mp4: its sound is damaged" in failure.reason
+    assert caches(tmp_path) == ["b_00000-009_0032x0032"]
+    assert report.written == 3
+
+
+@pytest.mark.parametrize("form", ["files", "shards"])
+def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: str) -> None:
+    write_media(tmp_path / "a.mp4", Track((0.04,)))
+    write_media(tmp_path / "b.mp4")
+    write_media(tmp_path / "c.mp4", Track((0.2,)), fps=16)
+    write_media(tmp_path / "d.mp4", fps=16)
+    config = make_set(tmp_path, batch_size=4, cache_format=form)
+    cache(config)
+
+    found = require_items(find(config))
+    batches = [read_batch(items, PLAIN) for items in group_items(found).values()]
+
+    assert [batch.keys for batch in batches] == [
+        tuple(f"{stem}_00000-009_0032x0032_toy" for stem in stems) for stems in ("ab", "cd")
+    ]
+    for batch, fps in zip(batches, (25, 16), strict=True):
+        heard = batch.tensor(SOUND)
+        assert heard.shape == (2, *sound_shape(9, fps))
+        assert batch.tensor(HAS_SOUND).tolist() == [True, False]
+        assert batch.tensor(FPS).tolist() == [1000 * fps] * 2
+        assert not batch.tensor(FPS).is_floating_point()  # it stays on the host
+        assert heard[0].any()
+        assert not heard[1].any()
+        assert {made.part for made in batch.made_by} == {"latents", "sound", "t5"}
+    silent = read_batch(found[1:2], PLAIN).tensors
+    assert not {SOUND, HAS_SOUND} & silent.keys()
+    ignored = make_set(tmp_path, batch_size=4, cache_format=form, audio="ignore")
+    assert not {SOUND, HAS_SOUND} & read_batch(find(ignored).items[:2], PLAIN).tensors.keys()
+
+
+def test_training_refuses_silent_clips_where_sound_is_required(tmp_path: Path) -> None:
+    write_media(tmp_path / "a.mp4", Track((0.04,)))
+    write_media(tmp_path / "b.mp4")
+    cache(make_set(tmp_path))
+
+    found = find(make_set(tmp_path, audio="required"))
+
+    with pytest.raises(CacheError, match=r"(?s)but 1 clips have no sound.*such as b_.*caching script"):
+        require_items(found)
+
+
+def test_sound_is_read_once_for_all_spans_of_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(sound, "read_track", lambda *args: calls.append(args) or read_track(*args))
+    write_media(tmp_path / "clip.mp4", Track(CLICKS))
+    cache(make_set(tmp_path, target_frames=(9,), frame_extraction="chunk"))
+
+    assert len(calls) == 1

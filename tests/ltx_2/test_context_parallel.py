@@ -1,0 +1,72 @@
+"""Two processes that share the tokens of both streams make what one makes, but for the order of sums."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from modules.contract.steps import Away, Tweaks
+from modules.offload.context import share_tokens
+from modules.offload.mesh import ProcessGrid
+from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
+
+PROCESSES = 2
+# 15 tokens a frame and 7 of sound: neither is divided evenly, and the given ones are a part of a part
+SIZE = (3, 3, 5, 6)
+
+
+def toward_middle(first: Tensor, second: Tensor) -> Tensor:
+    return 0.5 * (first + second)
+
+
+def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
+    given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
+    away = Away({"text": given["text"].flip(-1), "sound_text": given["sound_text"].flip(-1)}, toward_middle)
+    cases: dict[str, Tweaks] = {
+        "both": Tweaks(given_frames=1),
+        "away": Tweaks(away=away),
+        "values": Tweaks(skip_self_attention=frozenset({0}), isolated=True),
+    }
+    found = {}
+    for name, tweaks in cases.items():
+        dit = tiny_dit("2.3").requires_grad_(True)
+        if distributed.is_initialized():
+            share_tokens(dit, ProcessGrid(distributed.get_rank(), 1, context=PROCESSES), torch.device("cpu"))
+        made = torch.cat([one.flatten() for one in dit(**given, tweaks=tweaks) if one is not None])
+        peers = PROCESSES if distributed.is_initialized() else 1
+        (made.square().mean() / peers).backward()
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in dit.parameters()]
+        joined = torch.cat([one.flatten() for one in gradients])
+        if distributed.is_initialized():
+            distributed.all_reduce(joined)
+        found[name] = made.detach(), joined
+    return found
+
+
+def run_process(rank: int, folder: Path) -> None:
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+    torch.save(losses_and_gradients(), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested there")
+def test_processes_that_share_both_streams_make_what_one_makes(tmp_path: Path) -> None:
+    start: Any = multiprocessing.get_context("spawn")
+    processes = [start.Process(target=run_process, args=(rank, tmp_path)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    expected = losses_and_gradients()
+    for process in processes:
+        process.join(timeout=300)
+
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
+    for rank in range(PROCESSES):
+        for name, tensors in torch.load(tmp_path / f"{rank}.pt").items():
+            for one, other in zip(tensors, expected[name], strict=True):
+                assert (one - other).abs().max() <= 1e-5 * other.abs().max(), name

@@ -1,0 +1,198 @@
+"""LTX-2 through its command lines equals diffusers: whole pipelines, with sound and without."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2ImageToVideoPipeline, LTX2Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import ltx2_generate_video
+from modules.contract.data import SOUND
+from modules.errors import OptionError
+from modules.media.pixels import video_pixels
+from modules.media.reading import read_image
+from modules.media.samples import read_track
+from modules.media.writing import write_png
+from tests.ltx_2.release import TinyRelease, dit_config, write_release
+from tests.ltx_2.tiny_dit import dit_in_diffusers
+from tests.parity.running import assert_equal
+from tests.tiny.project import moving_square, write_image
+
+PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
+HEIGHT, WIDTH, FRAMES, STEPS = 64, 96, 9, 3
+MU = 2.05  # of 4096 tokens, which the released pipelines take at any size
+
+
+@pytest.fixture(scope="module", params=["2.3", "2.0"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
+    return write_release(tmp_path_factory.mktemp("größe"), request.param)
+
+
+def theirs(release: TinyRelease) -> LTX2Pipeline:
+    """diffusers' pipeline with the weights of this release, in float32 on the CPU."""
+    there = release.networks
+    pipe = LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=MU, max_shift=MU, shift_terminal=0.1
+        ),
+        vae=there["vae"],
+        audio_vae=there["audio_vae"],
+        text_encoder=there["text_encoder"],
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_file=str(release.gemma / "tokenizer.json"), pad_token="<pad>", bos_token="<bos>"
+        ),
+        connectors=there["connectors"],
+        transformer=dit_in_diffusers(there["version"], there["state"], config=dit_config(there["version"])),
+        vocoder=there["vocoder"],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Tensor]:
+    """Run the script; return the latents of the only video. PNG and WAV files of them are in `shown`."""
+    size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS, "--seed", SEED]
+    said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--gemma_root", release.gemma]
+    command = [*release.words, "--device", "cpu", *words]
+    made = ["--output_type", "latent", "--save_path", folder / "made"]
+    ltx2_generate_video.main([str(word) for word in [*command, *size, *said, *made]])
+    (path,) = (folder / "made").iterdir()
+    shown = ["--latent_path", path, "--output_type", "images", "--save_path", folder / "shown"]
+    ltx2_generate_video.main([str(word) for word in [*command, *shown, "--save_audio", "wav"]])
+    return load_file(path)
+
+
+def alone(_: Any, __: Any, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Keep the streams apart, as video is made without sound."""
+    return (), {**given, "isolate_modalities": True}
+
+
+Scales = dict[str, float]
+THEIRS = {"cfg": "guidance_scale", "modality": "modality_scale", "rescale": "guidance_rescale"}
+PLAIN = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+RELEASED = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
+GUIDED = {"guidance_scale": 3.0, "stg_scale": 1.5, "modality_scale": 2.0, "guidance_rescale": 0.7}
+OF_SOUND = {"guidance_scale": 7.0, "stg_scale": 1.5, "modality_scale": 3.0, "guidance_rescale": 0.4}
+
+
+def scale_words(picture: Scales, sound: Scales) -> list[object]:
+    """Options of these scales; that of skipped self-attention is the same for both streams."""
+    words: list[object] = ["--stg_scale", picture["stg_scale"]]
+    for stream, scales in (("video", picture), ("audio", sound)):
+        for name in ("cfg", "modality", "rescale"):
+            words += [f"--{stream}_{name}_scale", scales[THEIRS[name]]]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("mode", "fps", "picture", "sound"),
+    [
+        ("av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
+        ("av", 12, GUIDED, OF_SOUND),
+        ("av", 24, PLAIN, PLAIN),
+        ("v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
+    ],
+    ids=["as released", "guided", "plain", "video alone"],
+)
+def test_videos_and_their_sound_equal_those_of_diffusers(
+    release: TinyRelease, tmp_path: Path, mode: str, fps: int, picture: Scales, sound: Scales
+) -> None:
+    words = ["--ltx2_mode", mode, "--fps", fps]
+    if picture is not RELEASED:
+        words += ["--stg_blocks", 1, *scale_words(picture, sound)]
+
+    made = generate(release, tmp_path, *words)
+
+    pipe = theirs(release)
+    if mode == "v":
+        pipe.transformer.register_forward_pre_hook(alone, with_kwargs=True)
+    assert_as_there(pipe, made, tmp_path / "shown", fps, picture, sound)
+
+
+def assert_as_there(
+    pipe: Any, made: dict[str, Tensor], shown: Path, fps: int, picture: Scales, sound: Scales, **more: Any
+) -> None:
+    """Latents, pictures and the waveform are those of diffusers' pipeline. more: arguments of its call."""
+    scales = {**picture, **{f"audio_{name}": scale for name, scale in sound.items()}}
+    latents, heard = pipe(
+        **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "height": HEIGHT, "width": WIDTH},
+        **{"num_frames": FRAMES, "frame_rate": float(fps), "num_inference_steps": STEPS},
+        **{"spatio_temporal_guidance_blocks": [1], "return_dict": False, "output_type": "latent"},
+        **{"generator": torch.Generator().manual_seed(SEED), **scales, **more},
+    )
+    vae, sounds = pipe.vae, pipe.audio_vae
+    expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
+    assert_equal(made["latent"], expected, "latents")
+    pixels = (vae.decode(latents, None).sample[0].clamp(-1, 1) + 1) * 127.5
+    frames = [torch.from_numpy(read_image(path)) for path in sorted(shown.rglob("*.png"))]
+    assert (torch.stack(frames).permute(3, 0, 1, 2) - pixels).abs().max() < 0.6  # as near as bytes can be
+    if SOUND not in made:
+        assert not [*shown.rglob("*.wav")]
+        return
+    packed = pipe._pack_audio_latents(heard)
+    packed = pipe._normalize_audio_latents(packed, sounds.latents_mean, sounds.latents_std)
+    unpacked = pipe._unpack_audio_latents(packed, heard.shape[2], heard.shape[3])
+    assert_equal(made[SOUND], unpacked[0], "sound")
+    wave = pipe.vocoder(sounds.decode(heard).sample)[0].clamp(-1, 1)
+    (path,) = shown.rglob("*.wav")
+    rate = getattr(pipe.vocoder.config, "output_sampling_rate", 24000)
+    seconds = Fraction(FRAMES, fps)  # of the clip; the rest of the last latent is cut off
+    count = min(int(seconds * rate), wave.shape[1])
+    track = read_track(path, Fraction(0), count, rate, 2)
+    assert track is not None
+    assert (torch.from_numpy(track) - wave[:, :count]).abs().max() < 1e-4
+
+
+def test_a_video_from_an_image_equals_that_of_diffusers(release: TinyRelease, tmp_path: Path) -> None:
+    """diffusers modulates the streams by other times than the release, and guides the given frame too."""
+    write_image(tmp_path / "start.png", WIDTH, HEIGHT)
+    words = ["--ltx2_mode", "av", "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
+
+    made = generate(release, tmp_path, *words, *scale_words(GUIDED, OF_SOUND))
+
+    pipe = LTX2ImageToVideoPipeline(**theirs(release).components)
+    pipe.set_progress_bar_config(disable=True)
+    dit, times = pipe.transformer, []
+
+    def start(_: Any, __: Any, given: dict[str, Any]) -> None:
+        times[:] = [given["sigma"]]
+
+    def end(_: Any, __: Any, made: tuple[Tensor, Tensor]) -> None:
+        made[0][:, : HEIGHT * WIDTH // 32**2] = 0
+
+    dit.register_forward_pre_hook(start, with_kwargs=True)
+    dit.register_forward_hook(end)
+    dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: tuple(times))
+    asked = {"image": Image.open(tmp_path / "start.png"), "image_crf": 0, "use_cross_timestep": False}
+    assert_as_there(pipe, made, tmp_path / "shown", 24, GUIDED, OF_SOUND, **asked)
+
+
+def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -> None:
+    """The video stays as it is, and its sound depends on it."""
+    found = []
+    for seed in (1, 2):
+        folder = tmp_path / f"clip {seed}"
+        folder.mkdir()
+        for number, frame in enumerate(moving_square(FRAMES, WIDTH, HEIGHT, seed)):
+            write_png(folder / f"{number:03d}.png", frame)
+        there = tmp_path / f"made {seed}"
+        found.append((folder, generate(release, there, "--ltx2_mode", "av", "--drive_video", folder)))
+
+    for folder, made in found:
+        pixels = video_pixels(folder, "", WIDTH, HEIGHT, FRAMES)
+        pipe = theirs(release)
+        expected = pipe.vae.encode(pixels).latent_dist.mode()
+        normed = pipe._normalize_latents(expected, pipe.vae.latents_mean, pipe.vae.latents_std)
+        assert_equal(made["latent"], normed[0], "latents")
+    assert not torch.equal(found[0][1][SOUND], found[1][1][SOUND])
+
+
+def test_a_given_video_needs_sound(release: TinyRelease, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no sound is made"):
+        generate(release, tmp_path, "--ltx2_mode", "v", "--drive_video", tmp_path)

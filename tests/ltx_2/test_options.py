@@ -1,0 +1,202 @@
+"""Every option of the known tuner's scripts for LTX-2 is read, noted, or refused by name."""
+
+import argparse
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.options import CachingOptions, DebugOptions
+from generation.options import GenerationOptions, generation_parser
+from generation.script_options import ScriptDefaults
+from ltx_2.options import (
+    CHECKPOINT,
+    FPS,
+    GEMMA,
+    Ltx2GenerationOptions,
+    Ltx2LatentCachingOptions,
+    Ltx2TextCachingOptions,
+    Ltx2TrainingOptions,
+    caching_options,
+    generation_options,
+    settle_generation,
+)
+from modules.errors import OptionError
+from modules.option_values import option_words
+from modules.options import Options, read_options
+from modules.parser import Parser, add_options, refuse_unsupported
+from tests.test_command_line import OUR_DEFAULTS, _compare
+from training.noise_options import SAMPLERS
+from training.options import training_parser
+
+FOLDER = Path(__file__).parent / "cli"
+SCRIPTS: dict[str, tuple[type[Options], ...]] = {
+    "ltx2_cache_latents": (CachingOptions, Ltx2LatentCachingOptions, DebugOptions),
+    "ltx2_cache_text_encoder_outputs": (CachingOptions, Ltx2TextCachingOptions),
+    "ltx2_train_network": (Ltx2TrainingOptions,),
+    "ltx2_generate_video": (Ltx2GenerationOptions,),
+}
+MANIFESTS = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in SCRIPTS}
+DEFAULTS = ScriptDefaults(fps=int(FPS), size=(512, 768))
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """A parser as the factory of the script makes it."""
+    parser: argparse.ArgumentParser = Parser(prog=script)
+    if script == "ltx2_train_network":
+        samplers = (*SAMPLERS, "shifted_logit_normal")  # which the script offers besides
+        parser = training_parser(None, settings={"timestep_sampling": {"choices": samplers}})
+    if script == "ltx2_generate_video":
+        parser = generation_parser(None, DEFAULTS)
+    add_options(parser, *SCRIPTS[script])
+    return parser
+
+
+def read_own(script: str, *words: str) -> Any:
+    """The family's own record for a command."""
+    parser = Parser()
+    (record,) = (one for one in SCRIPTS[script] if one.__name__.startswith("Ltx2"))
+    add_options(parser, record)
+    args = parser.parse_args(words)
+    refuse_unsupported(parser, args)
+    return read_options(record, args)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_known_option_is_there_as_it_is_known(script: str) -> None:
+    parser = parser_of(script)
+    actions, text = parser._option_string_actions, parser.format_help()
+    for option in MANIFESTS[script]["options"]:
+        for flag in option["flags"]:
+            assert flag in actions, f"{flag} is missing"
+            assert flag in text, f"{flag} is not in the help"
+            is_known = (f"{script}.py", flag) not in OUR_DEFAULTS
+            _compare(
+                flag, option if is_known else {**option, "default": actions[flag].default}, actions[flag]
+            )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_option_of_the_table_is_refused_or_noted_if_it_is_used(
+    script: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    parser = parser_of(script)
+    defaults = {action.dest: action.default for action in parser._actions}
+    refuse_unsupported(parser, argparse.Namespace(**defaults))
+    assert not caplog.text
+    caplog.set_level(logging.INFO)
+    dests = Counter(action.dest for action in parser._actions)
+    refusals = [one for one in parser._actions if hasattr(one, "refusal") and dests[one.dest] == 1]
+    for action in refusals:
+        used = argparse.Namespace(**{**defaults, action.dest: "something"})
+        if action.refusal.reason:
+            with pytest.raises(OptionError, match=r"is not supported yet: .{30}"):
+                refuse_unsupported(parser, used)
+        else:
+            refuse_unsupported(parser, used)
+            assert f"{action.option_strings[0]} is not needed: " in caplog.text
+    assert len(refusals) > 20
+
+
+def test_streams_follow_from_the_mode() -> None:
+    for typed, streams in (("v", ("video",)), ("va", ("video", "audio"))):
+        for flag in ("--ltx2_mode", "--ltx_mode"):
+            assert read_own("ltx2_cache_latents", flag, typed).model.streams == streams
+    assert read_own("ltx2_generate_video").model.streams == ("video",)
+
+
+def test_gemma_is_one_file_or_a_folder(tmp_path: Path) -> None:
+    text = read_own("ltx2_cache_text_encoder_outputs").text
+    assert (text.gemma, text.tokenizer) == (GEMMA, None)
+    words = ("--gemma_safetensors", "gemma.safetensors")
+    text = read_own("ltx2_cache_text_encoder_outputs", *words).text
+    assert (text.gemma, text.tokenizer) == (Path("gemma.safetensors"), None)
+    text = read_own("ltx2_cache_text_encoder_outputs", *words, "--gemma_root", str(tmp_path)).text
+    assert text.tokenizer == tmp_path
+
+
+def test_the_dtype_of_texts_has_two_names() -> None:
+    script = "ltx2_cache_text_encoder_outputs"
+    assert read_own(script).text_dtype is None
+    assert read_own(script, "--mixed_precision", "bf16").text_dtype == "bfloat16"
+    assert read_own(script, "--text_encoder_dtype", "float16").text_dtype == "float16"
+    with pytest.raises(OptionError, match="mean the same"):
+        read_own(script, "--mixed_precision", "bf16", "--text_encoder_dtype", "float16")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("ltx2_cache_latents", ("--ltx2_audio_source", "audio_files"), "Write audio_directory"),
+        ("ltx2_train_network", ("--video_loss_weight", "0", "--audio_loss_weight", "0"), "nothing would be"),
+        ("ltx2_train_network", ("--ltx2_first_frame_conditioning_p", "2"), "from 0 to 1"),
+        ("ltx2_train_network", ("--no_save_original_lora",), "convert_lora.py"),
+        ("ltx2_train_network", ("--no-ltx2_remote_stage_metadata_cache",), "--shard_base"),
+        ("ltx2_generate_video", ("--height", "512"), "give both"),
+        ("ltx2_generate_video", ("--reference_videos", "a.mp4", "b.mp4"), "IC-LoRA"),
+    ],
+)
+def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        read_own(script, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--lora_target_preset", "av_ic"), "references (IC-LoRA)"),
+        (("--ltx2_mode", "audio"), "sound alone is not built"),
+        (("--ltx_mode", "a"), "--ltx2_mode av"),
+    ],
+)
+def test_values_that_are_refused_have_a_reason(
+    words: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_own("ltx2_train_network", *words)
+    assert reason in capsys.readouterr().err
+
+
+def generated(*words: str) -> Any:
+    """The shared record of a command that generates, with what LTX-2 calls otherwise."""
+    parser = parser_of("ltx2_generate_video")
+    args = parser.parse_args(["--save_path", "out", "--prompt", "a", *words])
+    shared, own = read_options(GenerationOptions, args), read_options(Ltx2GenerationOptions, args)
+    return settle_generation(shared, own)[0]
+
+
+def test_known_names_of_shared_options_are_ours() -> None:
+    size = ("--height", "320", "--width", "640", "--sample_num_frames", "17", "--frame_rate", "25")
+    words = ("--sample_steps", "9", "--cfg_scale", "2.5", "--reference_image", "a.png")
+    request = generated(*size, *words).request
+    assert (request.video_size, request.video_length, request.fps) == ((320, 640), 17, 25)
+    assert (request.infer_steps, request.guidance_scale, request.image_path) == (9, 2.5, Path("a.png"))
+    request = generated("--video_length", "17", "--frame_count", "17").request
+    assert (request.video_length, request.fps, request.video_size) == (17, 24, (512, 768))
+    with pytest.raises(OptionError, match="--video_length 17 and --frame_count 25 mean the same"):
+        generated("--video_length", "17", "--frame_count", "25")
+
+
+def test_commands_that_follow_from_a_training_are_read_again() -> None:
+    words = (
+        "--ltx2_mode",
+        "av",
+        "--dit",
+        "dit.safetensors",
+        "--gemma_load_in_8bit",
+        "--stg_blocks",
+        "3",
+        "5",
+    )
+    own = read_own("ltx2_train_network", *words, "--audio_cfg_scale", "6")
+    latents, texts = map(option_words, caching_options(own))
+
+    assert read_own("ltx2_cache_latents", *latents).model == own.model
+    assert read_own("ltx2_cache_text_encoder_outputs", *texts).text == own.text
+    made = read_own("ltx2_generate_video", *option_words(generation_options(own, {})))
+    assert (made.dit_file, made.guidance, made.text) == (Path("dit.safetensors"), own.guidance, own.text)
+    assert read_own("ltx2_generate_video").dit_file == CHECKPOINT
+    assert made.guidance.rescaling("audio") is None

@@ -1,0 +1,296 @@
+"""Training LTX-2 with sound by its command lines: steps equal those computed with diffusers."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.commands import run_script
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.ltx_2.release import TinyRelease, dit_config, write_release
+from tests.ltx_2.test_model import in_diffusers
+from tests.ltx_2.tiny_dit import dit_diffusers_state, dit_in_diffusers
+from tests.parity.training import (
+    RANK,
+    SEED,
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    shuffled,
+    stream,
+    uniform_of,
+)
+from tests.sound_media import Track, write_media
+from tests.tiny.project import write_dataset
+
+RATE = 2.0
+# of attention, as --lora_target_preset t2v has it
+ATTENTION = re.compile(r"attn\d?\.(to_[qkv]|to_out\.0)\.weight$")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with caches of two clips with sound and a silent one, and the release that made them."""
+
+    folder: Path
+    release: TinyRelease
+
+    @property
+    def words(self) -> list[str]:
+        return [*self.release.words, "--ltx2_mode", "av", "--dataset_config", "dataset.toml"]
+
+    def train(self, *words: object, code: int = 0) -> str:
+        command = [*self.words, "--network_module", "networks.lora_ltx2", "--network_dim", RANK]
+        command += ["--timestep_sampling", "uniform", "--ltx2_first_frame_conditioning_p", 0, *words]
+        found, said = run_here("ltx2_train_network.py", *command, folder=self.folder)
+        assert found == code, said[-4000:]
+        return said
+
+
+def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, sounds: str = "ab") -> Project:
+    """Write a release, clips a, b and c, and their caches. sounds: clips that have some."""
+    project = Project(folder, write_release(folder / "model", version))
+    (folder / "clips").mkdir()
+    for number, name in enumerate("abc"):
+        tracks = [Track((0.04 + 0.1 * number,), loud=0.9)] if name in sounds else []
+        write_media(folder / "clips" / f"{name}.mp4", *tracks, frames=10 + number)
+        (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
+    write_dataset(folder, size=64, frames="9", batch_size=batch_size)
+    succeed_here("ltx2_cache_latents.py", *project.words, folder=folder)
+    texts = ["ltx2_cache_text_encoder_outputs.py", *project.words, "--gemma_root", project.release.gemma]
+    succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)
+    return project
+
+
+@pytest.fixture(scope="module", params=["2.3", "2.0"])
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return write_project(tmp_path_factory.mktemp("größe 2"), request.param)
+
+
+@dataclass(frozen=True)
+class Heard(Item):
+    """An item with the text of its sound, frames a second, and its sound if it has some."""
+
+    sound_text: Tensor = torch.zeros(0)
+    fps: float = 0
+    sound: Tensor | None = None
+
+
+def read_items(folder: Path) -> list[Heard]:
+    """What the caches hold, in the order of their names."""
+
+    def tensor(path: Path, start: str) -> Tensor:
+        (found,) = (value for name, value in load_file(path).items() if name.startswith(start))
+        return found.float()
+
+    items = []
+    for path in sorted(folder.glob("*_ltx2.safetensors")):
+        text = folder / f"{path.name.rsplit('_', 3)[0]}_ltx2_te.safetensors"
+        heard = path.with_name(f"{path.stem}_audio.safetensors")
+        with safe_open(path, "pt") as file:
+            fps = float(file.metadata()["reelsmith_fps"])
+        items.append(
+            Heard(
+                tensor(path, "latents_"),
+                tensor(text, "video_prompt_embeds"),
+                sound_text=tensor(text, "audio_prompt_embeds"),
+                fps=fps,
+                sound=tensor(heard, "audio_latents") if heard.exists() else None,
+            )
+        )
+    return items
+
+
+def losses(dit: Any, batch: Sequence[Heard], step: int) -> tuple[Tensor, Tensor]:
+    """The losses of pictures and of sound. A clip without sound has its streams apart."""
+    sigmas, noise = uniform_of(batch, step).float(), noise_of(batch, step)
+    (shape,) = {one.sound.shape for one in batch if one.sound is not None}
+    of_sound = torch.randn(len(batch), *shape, generator=stream(SEED, "sound", step))
+    found = []
+    for place, item in enumerate(batch):
+        sound = torch.zeros(shape) if item.sound is None else item.sound
+        clean, drawn = (item.latents, sound), (noise[place], of_sound[place])
+        sigma = sigmas[place]
+        mixed = [(1 - sigma) * one + sigma * other for one, other in zip(clean, drawn, strict=True)]
+        time = 1000 * sigma.view(1)
+        given = {
+            **{"noisy": mixed[0][None], "sound": mixed[1][None], "timesteps": time, "sound_timesteps": time},
+            **{"text": item.text[None], "sound_text": item.sound_text[None], "fps": item.fps},
+        }
+        made = in_diffusers(dit, given, isolate_modalities=item.sound is None)
+        errors = [
+            (one[0] - (other - whole)).square().mean()
+            for one, other, whole in zip(made, drawn, clean, strict=True)
+        ]
+        found.append(torch.stack([errors[0], errors[1] * (item.sound is not None)]))
+    picture, heard = torch.stack(found).mean(0)
+    return picture, heard
+
+
+def told(project: Project, name: str = "lora") -> list[dict[str, float]]:
+    """The losses of both streams, of each step."""
+    history = (project.folder / "out" / f"{name}-history.jsonl").read_text(encoding="utf-8")
+    return [row["experts"] for row in map(json.loads, history.splitlines()) if "experts" in row]
+
+
+def test_two_steps_with_sound_equal_those_computed_with_diffusers(project: Project) -> None:
+    project.train(*descent(RATE))
+
+    there = project.release.networks
+    items, state = read_items(project.folder / "cache"), there["state"]
+    assert [one.sound is not None for one in items] == [True, True, False]
+    paths = [name.removesuffix(".weight") for name in state if ATTENTION.search(name)]
+    parts = {  # its name there
+        path.replace(".", "_"): [name.removesuffix(".weight")]
+        for path in paths
+        for name in dit_diffusers_state({f"{path}.weight": state[f"{path}.weight"]})
+    }
+    expected = []
+
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers(there["version"], state, config=dit_config(there["version"]))
+        with learning(dit, parts, factors) as found:
+            both = losses(dit, shuffled(items, step), step)
+            sum(both).backward()
+        expected.append([float(one.detach()) for one in both])
+        return found()
+
+    assert_steps_of_descent(project.folder / "out", parts, RATE, gradients, "LTX-2")
+    assert [list(row) for row in told(project)] == [["video", "audio"]] * 2
+    measured = torch.tensor([list(row.values()) for row in told(project)])
+    torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Each clip is a batch, only a has sound. A LoRA was trained for four steps."""
+    project = write_project(tmp_path_factory.mktemp("größe 1"), batch_size=1, sounds="a")
+    (project.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --f 9 --s 2 --d 1\n", encoding="utf-8")
+    project.train(*run("lora", 4), "--save_every_n_steps", 1, "--save_state", *samples(project))
+    return project
+
+
+def run(name: str, steps: int) -> list[object]:
+    """Options of AdamW, whose momentum and decay move weights without a gradient."""
+    optimizer = ["--optimizer_type", "adamw", "--optimizer_args", "weight_decay=0.1"]
+    optimizer += ["--learning_rate", 0.1, "--seed", SEED, "--max_data_loader_n_workers", 0]
+    return [*optimizer, "--output_dir", "out", "--output_name", name, "--max_train_steps", steps]
+
+
+def samples(project: Project) -> list[object]:
+    """Options that make a sample of the last of some steps."""
+    prompts = ["--sample_prompts", "prompts.txt", "--gemma_root", project.release.gemma]
+    return [*prompts, "--sample_every_n_steps", 4]
+
+
+def saved(project: Project, name: str) -> dict[str, Tensor]:
+    return load_file(project.folder / "out" / f"{name}.safetensors")
+
+
+def test_steps_without_sound_leave_its_weights_as_they_are(alone: Project) -> None:
+    hears = [list(row) == ["video", "audio"] for row in told(alone)]
+    states = [saved(alone, f"lora-step{step:08d}") for step in range(1, 5)]
+
+    moved = [
+        {key.partition("audio")[1] for key in before if not torch.equal(before[key], after[key])}
+        for before, after in zip(states, states[1:], strict=False)
+    ]
+
+    assert sum(hears[:3]) == 1  # of an epoch
+    assert (True, False) in zip(hears, hears[1:], strict=False)  # momentum would move them
+    assert moved == [{"", "audio"} if one else {""} for one in hears[1:]]
+
+
+@pytest.mark.parametrize(("direction", "given"), [("v2a", "video"), ("a2v", "audio")])
+def test_a_direction_learns_one_stream(alone: Project, direction: str, given: str) -> None:
+    alone.train(*run(direction, 3), "--ltx2_train_direction", direction)
+
+    rows = [row for row in told(alone, direction) if "audio" in row]
+    assert [[stream for stream, loss in row.items() if loss] for row in rows] == [
+        [stream for stream in ("video", "audio") if stream != given]
+    ]
+
+
+def test_video_alone_has_no_weights_of_sound(alone: Project) -> None:
+    alone.train(*run("silent", 1), "--ltx2_mode", "video")
+
+    ours, both = saved(alone, "silent"), saved(alone, "lora")
+    assert ours.keys() == {name for name in both if "audio" not in name} < both.keys()
+
+
+def test_a_resumed_training_is_the_same_to_the_byte(alone: Project) -> None:
+    alone.train(*run("again", 4), "--resume", "out/lora-step00000002-state")
+
+    ours, whole = saved(alone, "again"), saved(alone, "lora")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_equal"), [(["--blocks_to_swap", 1], True), (["--fp8_base", "--fp8_scaled"], False)]
+)
+def test_swapped_blocks_learn_the_same_and_fp8_nearly(
+    alone: Project, words: list[object], is_equal: bool
+) -> None:
+    alone.train(*run("other", 4), *words)
+
+    ours, whole = saved(alone, "other"), saved(alone, "lora")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole) is is_equal
+    assert all(one.isfinite().all() for one in ours.values())
+
+
+def test_a_plan_loads_nothing(alone: Project) -> None:
+    words = [*alone.words, "--network_module", "networks.lora_ltx2", "--network_dim", RANK, "--plan"]
+
+    said = run_script("ltx2_train_network.py", *words, *run("planned", 4), folder=alone.folder).stdout
+
+    assert "GiB" in said
+    assert not (alone.folder / "out" / "planned.safetensors").exists()
+
+
+def test_a_generated_video_lasts_as_long_as_its_sound(alone: Project, tmp_path: Path) -> None:
+    words = ["--gemma_root", alone.release.gemma, "--prompt", "a cat", "--video_size", 64, 64]
+    words += ["--video_length", 25, "--infer_steps", 2, "--lora_weight", "out/lora.safetensors"]
+    succeed_here(
+        "ltx2_generate_video.py", *alone.words[:-2], *words, "--save_path", tmp_path, folder=alone.folder
+    )
+
+    (sample,) = (alone.folder / "out" / "sample").glob("lora*.mp4")
+    (made,) = tmp_path.glob("*.mp4")
+    for path, seconds in ((made, 25 / 24), (sample, 9 / 24)):
+        with av.open(str(path)) as container:
+            video, heard = container.streams.video[0], container.streams.audio[0]
+            lasts = [float(one.duration * one.time_base) for one in (video, heard)]
+            packets = [(one.stream.type, one.dts) for one in container.demux() if one.dts is not None]
+        assert lasts == pytest.approx([seconds, seconds], abs=1 / 24)
+        for kind in ("video", "audio"):
+            times = [time for of, time in packets if of == kind]
+            assert times == sorted(set(times))
+
+
+def test_samples_are_silent_if_asked(alone: Project) -> None:
+    alone.train(*run("quiet", 4), *samples(alone), "--sample_disable_audio")
+    (path,) = (alone.folder / "out" / "sample").glob("quiet*.mp4")
+    with av.open(str(path)) as container:
+        assert not container.streams.audio
+
+
+def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
+    (path,) = (alone.folder / "cache").glob("*_audio.safetensors")
+    path.rename(path.with_suffix(".away"))
+    try:
+        said = alone.train(*run("none", 1), code=1)
+    finally:
+        path.with_suffix(".away").rename(path)
+    assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")

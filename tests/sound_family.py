@@ -1,0 +1,170 @@
+"""A stand-in for families whose clips have sound: the tiny Wan2.1, and beside its picture a hum.
+
+The latents of sound are its samples, 25 rows of them a second. The network pulls them towards a tone whose
+loudness is the text's. Unless they are isolated, picture and sound change each other. As a script it is
+wan_generate_video.py of that family, with guidance for each of the two (`STREAMS`).
+"""
+
+import math
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor, nn
+
+from generation.script_options import ScriptDefaults
+from generation.scripts import generation_script
+from modules.command import command_line
+from modules.contract.data import Conditions, Joint, Sound, SoundSpec
+from modules.contract.family import Family, HearsSound, NoiseSource
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from wan.family import Wan
+
+RATE, CHANNELS, ROWS = 8000, 2, 25
+WIDTH = RATE // ROWS  # samples in a row of latents
+TONE = 440.0
+STREAMS = GuidanceRules(
+    streams=(
+        StreamGuidance(perturbed=1.0, modality=3.0, rescale=0.7),
+        StreamGuidance(text=7.0, perturbed=1.0, modality=2.0, rescale=0.5),
+    ),
+    perturbed_blocks=frozenset({1}),
+)
+
+
+def sound_shape(frames: int, fps: float) -> tuple[int, int, int]:
+    """C T M of a clip's sound."""
+    return CHANNELS, math.ceil(frames / fps * ROWS), WIDTH
+
+
+def tone(shape: Sequence[int]) -> Tensor:
+    """Return the latents C T M of a tone that swells."""
+    times = torch.arange(shape[1] * shape[2]) / RATE
+    return (torch.sin(2 * math.pi * TONE * times) * (0.2 + times)).view(1, *shape[1:]).expand(*shape)
+
+
+class Speaker(nn.Module):
+    """Both directions; its weight says where it lies."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class SoundWan(Wan):
+    """Wan with sound, made by `with_sound`."""
+
+    sound: SoundSpec | None = SoundSpec(RATE, CHANNELS, sound_shape)
+    rules: GuidanceRules = AS_PLAIN
+    levels: tuple[float, ...] = ()
+    given_sound: Tensor | None = None  # C T M
+    diary: list[str] = field(default_factory=list)
+
+    @property
+    def sound_identity(self) -> Mapping[str, str]:
+        return {"sound": "1"}
+
+    def sound_networks(self, device: torch.device, decodes: bool) -> Speaker:
+        self.diary.append("load sound")
+        return Speaker(device)
+
+    def encode_sound(self, networks: Speaker, samples: Tensor, frames: int, fps: float) -> Tensor:
+        channels, rows, width = sound_shape(frames, fps)
+        whole = torch.zeros(len(samples), channels, rows * width, device=samples.device)
+        count = min(whole.shape[2], samples.shape[2])
+        whole[:, :, :count] = samples[:, :, :count] * networks.scale
+        return whole.unflatten(2, (rows, width))
+
+    def decode_sound(self, networks: Speaker, latents: Tensor) -> Sound:
+        self.diary.append("decode sound")
+        return Sound((latents[0].flatten(1) * networks.scale).float(), RATE)
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> Any:
+        self.diary.append("load vae")
+        return super().media_encoders(device, images)
+
+    def prepare(self, request: Request) -> Prepared:
+        prepared = super().prepare(request)
+        if self.sound is None or prepared.frames == 1:
+            return replace(prepared, rules=self.rules)
+        _, *picture = self.latent.shape(prepared.frames, prepared.height, prepared.width)
+        joint = Joint(tuple(picture), self.sound.shape(prepared.frames, prepared.fps))
+        return replace(prepared, joint=joint, rules=self.rules, levels=self.levels)
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        found = super().sections(prepared, prompts, inputs, noise)
+        section, joint = next(found), prepared.joint
+        if joint is None:
+            return (yield section)
+        whole = joint.join(section.noise, noise.draw((1, *joint.sound)))
+        given = None if self.given_sound is None else self.given_sound[None]
+        return (yield replace(section, noise=whole, given_sound=given))
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        joint = tweaks.joint
+        # what Wan's own network does not know is made here
+        plain = replace(tweaks, joint=None, skip_self_attention=frozenset(), isolated=False)
+        if joint is None:
+            return super().predict(dit, noisy, timesteps, cond, plain)
+        picture, sound = joint.split(noisy)
+        of_picture, of_sound = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
+        velocity = super().predict(dit, picture, of_picture, cond, plain)
+        velocity = velocity * (1 - 0.2 * len(tweaks.skip_self_attention))
+        loudness = torch.stack([text.mean() for text in cond["t5"]]).to(noisy).view(-1, 1, 1, 1)
+        if not tweaks.isolated:
+            loudness = loudness + picture.mean(dim=(1, 2, 3, 4)).view(-1, 1, 1, 1) / 10
+            velocity = velocity + sound.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1)
+        loudness = 0.5 + loudness / 10 - 0.1 * len(tweaks.skip_self_attention)
+        clean = tone(joint.sound).to(noisy) * loudness
+        sigma = (of_sound / 1000).clamp(min=1e-6).view(-1, 1, 1, 1)
+        return joint.join(velocity, (sound - clean) / sigma)
+
+
+def with_sound(family: Wan, **changes: Any) -> SoundWan:
+    """Return the family with sound. changes: of the fields of `SoundWan`."""
+    given = {one.name: getattr(family, one.name) for one in fields(family) if one.init}
+    return SoundWan(**given, **changes)
+
+
+_: type[Family] = SoundWan
+_hears: type[HearsSound] = SoundWan
+
+main = generation_script("wan", ScriptDefaults(fps=16, has_sound=True), __doc__)
+
+
+def generate_with_sound(argv: Sequence[object] | None = None, **changes: Any) -> None:
+    """Run the script; argv: None: with the words of the command line. changes: as of `with_sound`."""
+    from generation.run import generate
+
+    words = None if argv is None else [str(word) for word in argv]
+    main(words, make=lambda family, options: generate(with_sound(family, **changes), options))
+
+
+def tiny_sound_family(words: Sequence[str], **changes: Any) -> SoundWan:
+    """Return the family for generation. words: of the models. changes: as of `with_sound`."""
+    made: list[SoundWan] = []
+    usual = ("--save_path", "unused", "--prompt", "x")
+    main([*words, *usual], make=lambda family, _: made.append(with_sound(family, **changes)))
+    return made[0]
+
+
+if __name__ == "__main__":
+    command_line(partial(generate_with_sound, rules=STREAMS))

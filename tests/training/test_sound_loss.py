@@ -1,0 +1,156 @@
+"""The loss of clips with sound: two streams as one tensor, each with its own noise, weights and error."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.contract.data import HAS_SOUND, SOUND, Batch, Conditions, Joint
+from modules.contract.family import FLOW, NoiseSpec
+from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from tests.training.toy import LATENT, ToyFamily
+from training.data.feed import Randomness
+from training.data.timesteps import draw
+from training.loss import PLAIN_LOSS, NoisyBatch, measure_streams, training_loss
+from training.noise_options import SHIFTED_LOGIT, TimestepOptions
+
+JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
+
+
+class Hearing(ToyFamily):
+    """Returns its input, and keeps what it was told."""
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        self.__dict__["told"] = noisy, timesteps, tweaks
+        return noisy
+
+
+def count_tokens(shape: tuple[int, ...]) -> int:
+    return 1024 if len(shape) == 5 else 4096
+
+
+def batch_of(*has_sound: bool) -> Batch:
+    """Random latents; sound for those that have some."""
+    numbers = torch.Generator().manual_seed(0)
+    count = len(has_sound)
+    tensors: dict[str, Any] = {"latents": torch.randn(count, *JOINT.picture, generator=numbers)}
+    tensors["letters"] = [torch.ones(1, 1)] * count
+    if any(has_sound):
+        mask = torch.tensor(has_sound)
+        heard = torch.randn(count, *JOINT.sound, generator=numbers)
+        tensors |= {SOUND: heard * mask.view(-1, 1, 1, 1), HAS_SOUND: mask}
+    return Batch(tensors, ("",) * count, tuple("abc"[:count]))
+
+
+AS_USUAL = SoundLearning()
+
+
+def drawn(batch: Batch, learning: SoundLearning = AS_USUAL) -> NoisyBatch:
+    timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
+    return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), sound=learning).add(batch, 3, 0)
+
+
+def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
+    """Return the two errors of each sample of a network that returns its input."""
+    assert noisy.sound is not None
+    latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND)
+    found = []
+    for clean, noise, sigmas in (
+        (latents, noisy.noise, noisy.sigmas),
+        (heard, noisy.sound.noise, noisy.sound.sigmas),
+    ):
+        sigma = sigmas.view(-1, *([1] * (clean.ndim - 1)))
+        output = (1 - sigma) * clean + sigma * noise
+        found.append((output - (noise - clean)).square().flatten(1).mean(1))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_streams_are_judged_apart_and_added(own: bool) -> None:
+    family, learning = Hearing(), SoundLearning(0.5, 3.0, has_own_times=own)
+    noisy = drawn(batch_of(True, True), learning)
+
+    loss = training_loss(family, nn.Identity(), noisy, nullcontext)
+
+    picture, heard = by_hand(noisy)
+    torch.testing.assert_close(loss, (0.5 * picture + 3 * heard).mean())  # float32, another order of sums
+    fed, timesteps, tweaks = family.__dict__["told"]
+    assert fed.shape == (2, 24 + 24)
+    assert tweaks.joint == JOINT
+    assert noisy.sound is not None
+    assert torch.equal(timesteps, torch.stack([noisy.timesteps, noisy.sound.timesteps], dim=1))
+    assert torch.equal(noisy.sigmas, noisy.sound.sigmas) != own
+
+
+def test_a_silent_clip_leaves_the_loss_of_the_others_sound_as_it_is() -> None:
+    mixed, both = drawn(batch_of(True, False)), drawn(batch_of(True, True))
+
+    streams = measure_streams(Hearing(), nn.Identity(), mixed, nullcontext, PLAIN_LOSS)
+    alone = measure_streams(Hearing(), nn.Identity(), both, nullcontext, PLAIN_LOSS)
+
+    assert mixed.sound is not None
+    assert mixed.sound.weights.tolist() == [1, 0]
+    assert torch.equal(streams[1][0], alone[1][0])
+
+
+def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
+    family = Hearing()
+    noisy = drawn(batch_of(False, False))
+
+    training_loss(family, nn.Identity(), noisy, nullcontext)
+
+    fed, timesteps, tweaks = family.__dict__["told"]
+    assert noisy.sound is None
+    assert (fed.shape, timesteps.shape, tweaks.joint) == ((2, *JOINT.picture), (2,), None)
+
+
+@pytest.mark.parametrize("given", [PICTURE_STREAM, SOUND_STREAM])
+def test_a_given_stream_is_clean_and_not_learned(given: str) -> None:
+    noisy = drawn(batch_of(True), SoundLearning(given=given))
+    family = Hearing()
+
+    loss = training_loss(family, nn.Identity(), noisy, nullcontext)
+
+    picture, heard = by_hand(noisy)
+    assert noisy.sound is not None
+    is_picture = given == PICTURE_STREAM
+    assert torch.equal(loss, (heard if is_picture else picture).mean())
+    parts = JOINT.split(family.__dict__["told"][0])
+    clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND))
+    assert [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)] == [
+        is_picture,
+        not is_picture,
+    ]
+
+
+@pytest.mark.parametrize("is_stretched", [False, True])
+def test_shifted_logit_normal_has_the_quantiles_of_its_formula(is_stretched: bool) -> None:
+    """By the definition: sigmoid(n + mu), stretched, mirrored at 0.001, a tenth of it uniform."""
+    rule, count = ShiftedLogit(is_stretched=is_stretched), 40_000
+    options = replace(TimestepOptions.usual(), timestep_sampling=SHIFTED_LOGIT)
+    spec = NoiseSpec(tokens=count_tokens, shifted_logit=rule)
+    for shape, mu in (((1, 2, 3, 2, 2), 0.95), ((1, 2, 4, 3), 2.05)):
+        generator = torch.Generator().manual_seed(1)
+        sigmas = draw(options, count, generator, noise=spec, shape=shape).sigmas
+        numbers = torch.Generator().manual_seed(2)
+        expected = torch.sigmoid(torch.randn(count, generator=numbers, dtype=torch.float64) + mu)
+        if is_stretched:
+            low, high = torch.sigmoid(torch.special.ndtri(torch.tensor([0.005, 0.999]).double()) + mu)
+            expected = (expected - low) / (high - low)
+            expected = torch.where(expected < 1e-3, 2e-3 - expected, expected).clamp(0, 1)
+            uniform = torch.rand(2, count, generator=numbers)
+            expected = torch.where(uniform[0] < 0.1, 1e-3 + (1 - 1e-3) * uniform[1], expected)
+        places = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+        difference = sigmas.double().quantile(places) - expected.quantile(places)
+        assert difference.abs().max() < 0.02  # 40,000 draws: a standard error of a quantile is below 0.005
+
+
+def test_the_line_goes_on_beyond_its_ends_unless_it_is_clamped() -> None:
+    assert ShiftedLogit().shift(126) == pytest.approx(1.8747, abs=1e-4)  # mu 0.6285
+    assert ShiftedLogit(is_clamped=True).shift(126) == pytest.approx(2.5857, abs=1e-4)
