@@ -16,6 +16,7 @@ from modules.checkpoints.writing import save_tensors
 from pocket.measure import CLIP, POCKET, model_options
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "pocket_latents.safetensors"
+NETWORKS = ("dit.safetensors", "t5.safetensors")
 PROMPT = (
     *("--prompt", "a red circle moving left", "--seed", "7", "--infer_steps", "4"),
     *("--output_type", "latent", "--device", "cpu"),
@@ -28,24 +29,26 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_float32_dit(path: Path) -> Path:
-    """The pocket transformer in float32: what it computes then is the same on every machine, nearly to the
-    bit.
+def write_in_float32(folder: Path) -> Path:
+    """Write the pocket transformer and text encoder in float32: then machines differ in last bits alone.
+
+    In bfloat16 another order of sums rounds some states of the text otherwise, and guidance multiplies that.
     """
-    save_tensors(
-        path, {name: tensor.float() for name, tensor in load_file(POCKET / "dit.safetensors").items()}
-    )
-    return path
+    for name in NETWORKS:
+        tensors = {key: tensor.float() for key, tensor in load_file(POCKET / name).items()}
+        save_tensors(folder / name, tensors)
+    return folder
 
 
-def latents(dit: Path, folder: Path, case: str) -> Tensor:
-    """C F H W of a case of CASES."""
+def latents(networks: Path, folder: Path, case: str) -> Tensor:
+    """Return C F H W of a case of CASES. networks: the folder that `write_in_float32` wrote."""
     options = [
         *model_options(POCKET),
         *CLIP,
         *PROMPT,
         *CASES[case],
-        *("--dit", str(dit), "--save_path", str(folder)),
+        *("--dit", str(networks / "dit.safetensors"), "--t5", str(networks / "t5.safetensors")),
+        *("--t5_tokenizer", str(POCKET / "tokenizer"), "--save_path", str(folder)),
     ]
     wan_generate_video.main(options)
     (path,) = folder.glob("*_latent.safetensors")
@@ -55,8 +58,8 @@ def latents(dit: Path, folder: Path, case: str) -> Tensor:
 def write(path: Path = FILE) -> None:
     """Compute and keep every case."""
     with tempfile.TemporaryDirectory() as name:
-        dit = write_float32_dit(Path(name) / "dit.safetensors")
-        save_tensors(path, {case: latents(dit, Path(name) / case, case) for case in CASES})
+        networks = write_in_float32(Path(name))
+        save_tensors(path, {case: latents(networks, Path(name) / case, case) for case in CASES})
 
 
 if __name__ == "__main__":

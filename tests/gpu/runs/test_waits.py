@@ -31,7 +31,7 @@ from pocket.concepts import CONCEPTS
 from pocket.measure import CLIP, FORMS, POCKET, model_options
 from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, run
 from tests.pocket.detectors import look
-from tests.pocket.regression import write_float32_dit
+from tests.pocket.regression import write_in_float32
 
 pytestmark = ON_GPU
 
@@ -158,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = ("--dataset_config", write_dataset(folder, batch_size=2), "--device", "cpu")
     run(folder, CPU, "wan_cache_latents.py", *dataset, "--vae", POCKET / "vae.safetensors")
     run(folder, CPU, "wan_cache_text_encoder_outputs.py", *dataset, "--t5", POCKET / "t5.safetensors")
-    write_float32_dit(folder / "dit.safetensors")
+    write_in_float32(folder)
     return folder
 
 
