@@ -148,8 +148,10 @@ class OneTransformer(Protocol):
         return (self.files.dit_path,)
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of double and of single blocks; the file's header says them."""
+        """Return the number of blocks, or of double and of single blocks; the file's header says them."""
         config = self.files.dit_header().config
+        if hasattr(config, "num_layers"):
+            return (config.num_layers,)
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -25,6 +25,7 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
+from modules.contract.family import NoiseSource
 from modules.contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -35,11 +36,15 @@ from modules.contract.requests import (
     size_of,
     whole_patches,
 )
-from modules.contract.rules import ReferenceRules
-from modules.devices import send
+from modules.contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
+from modules.contract.steps import EncodedPrompts, Section
+from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.pixels import byte_clips
 
+GUIDANCE = "guidance"  # the guidance that is built in, in conditions
+# models with FLUX.1's autoencoder
+SAME_AUTOENCODER = frozenset({"flux", "flux_kontext", "chroma", "lumina", "z_image"})
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.0346, 0.0244, 0.0681),
@@ -125,12 +130,23 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
 
 
+def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
+    """Return the guidance among conditions, B float32 on the device; None if there is none."""
+    guidance = cond.get(GUIDANCE)
+    return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
+
+
 class ModelOfPictures(OneTransformer, Protocol):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
     moments: MomentsRules = NO_MOMENTS
+    # models whose latents it can start from, by name; empty: its own alone
+    same_latents: ClassVar[frozenset[str]] = frozenset()
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+
+        @property
+        def name(self) -> str: ...
 
         @property
         def called(self) -> str: ...  # in messages
@@ -202,10 +218,37 @@ class ModelOfPictures(OneTransformer, Protocol):
         """Return no conditions: there are those of texts only."""
         return {0: {}}
 
+    @property
+    def source(self) -> SourceRules:
+        """Return the rules for starts of denoising."""
+        return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents or frozenset({self.name}))
+
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         latents: Tensor = encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
         return latents * self.latent.scale
+
+    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Return the noise of a picture, 1 C 1 h w float32, drawn in the transformer's dtype, as released."""
+        shape = self.latent.shape(1, prepared.height, prepared.width)
+        return noise.draw(shape, self.files.compute_dtype() or torch.float32).float()
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop."""
+        conditions = dict(inputs.get(0, {}))
+        if prepared.embedded_guidance is not None:
+            conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
+        return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield encoders.vae.decode(latents)
 
 
 def picture_defaults(

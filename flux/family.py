@@ -1,14 +1,14 @@
 """FLUX.1 and Chroma, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import GUIDANCE, SAME_AUTOENCODER, ModelOfPictures, guidance_in, picture_defaults
 from flux.configs import (
     ARCHITECTURES,
     BASE_VERSIONS,
@@ -34,7 +34,6 @@ from modules.contract.data import (
     Batch,
     Conditions,
     LatentSpec,
-    MediaEncoders,
     SamplingDefaults,
     name_texts,
 )
@@ -46,22 +45,18 @@ from modules.contract.requests import (
     settle,
     size_of,
 )
-from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import send_ahead
+from modules.contract.rules import ModelRelease
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import CacheError
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-POOLED, STATES, MASK, GUIDANCE = "l_pooled", "t5_out", "t5_attn_mask", "guidance"  # names in caches
+POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
 SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
-LATENTS_OF = frozenset(
-    {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
-)  # models with the same autoencoder
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,7 @@ class Flux(ModelOfPictures):
 
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
+    same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
@@ -163,13 +159,11 @@ class Flux(ModelOfPictures):
         cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B.
         """
         device = noisy.device
-        guidance = cond[GUIDANCE]
-        assert isinstance(guidance, Tensor)
         return dit(
             noisy,
             timesteps.float(),
             **name_texts(cond, self._text_inputs, device),
-            guidance=send_ahead(guidance, device).float(),
+            guidance=guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
             **self.picture_inputs(cond, device),
         )
@@ -208,33 +202,12 @@ class Flux(ModelOfPictures):
         flow_shift = shift if request.flow_shift is None else request.flow_shift
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; other models have the same autoencoder."""
-        return SourceRules((IMAGE, LATENTS), "FLUX.1", False, LATENTS_OF)
-
-    def sections(
-        self,
-        prepared: Prepared,
-        prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
-
-        Noise is drawn as tokens, and in the transformer's dtype, as released.
-        """
+    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Return the noise of a picture, 1 C 1 h w float32: tokens, drawn in the transformer's dtype."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
         dtype = self.files.compute_dtype() or torch.float32
-        drawn = noise.draw((1, rows * columns, 4 * channels), dtype).float()
-        conditions = dict(inputs.get(0, {}))
-        conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance or 0.0])
-        return (yield prompts[0].section(unpack(drawn, rows, columns), conditions))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
-        yield encoders.vae.decode(latents)
+        return unpack(noise.draw((1, rows * columns, 4 * channels), dtype).float(), rows, columns)
 
     def _check_t5(self, batch: Batch, remedy: str) -> None:
         """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""

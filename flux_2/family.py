@@ -2,15 +2,22 @@
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, encode_pictures, references_in, references_of
+from encoders.pictures import (
+    GUIDANCE,
+    ModelOfPictures,
+    encode_pictures,
+    guidance_in,
+    references_in,
+    references_of,
+)
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
 from flux_2.options import (
@@ -33,17 +40,15 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSpec, TextEncoder
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import IMAGE, LATENTS, ModelRelease, ReferenceRules, SourceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.devices import send_ahead
+from modules.contract.rules import ModelRelease, ReferenceRules
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-GUIDANCE = "guidance"  # its name in conditions
 LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
 MOST_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
@@ -64,6 +69,8 @@ class Flux2(ModelOfPictures):
     is_training: bool = False
     options: Any = NO_OPTIONS  # of a training
 
+    # all releases have the same autoencoder
+    same_latents: ClassVar = frozenset(one.name for one in VERSIONS.values())
     lora_module: str = field(default="networks.lora_flux_2", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -141,12 +148,12 @@ class Flux2(ModelOfPictures):
 
         cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on.
         """
-        device, guidance = noisy.device, cond.get(GUIDANCE)
+        device = noisy.device
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_texts(cond, {"text": KEY}, device),
-            guidance=send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None,
+            guidance=guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
             references=references_in(cond, device),
         )
@@ -195,37 +202,10 @@ class Flux2(ModelOfPictures):
             }
         }
 
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; all releases have the same autoencoder."""
-        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset(one.name for one in VERSIONS.values()))
-
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
         latents: Tensor = encoders.vae.encode(byte_clips(frames))
         return latents
-
-    def sections(
-        self,
-        prepared: Prepared,
-        prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
-
-        Noise is drawn in the transformer's dtype, as released.
-        """
-        dtype = self.files.compute_dtype() or torch.float32
-        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype).float()
-        conditions = dict(inputs.get(0, {}))
-        if prepared.embedded_guidance is not None:
-            conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
-        return (yield prompts[0].section(drawn, conditions))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
-        yield encoders.vae.decode(latents)
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """HunyuanImage-2.1, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,14 +34,11 @@ from modules.contract.requests import (
     Request,
 )
 from modules.contract.rules import (
-    IMAGE,
-    LATENTS,
     GuidanceRules,
     ModelRelease,
     Projection,
-    SourceRules,
 )
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NO_OPTIONS
 
 TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys
@@ -143,21 +140,9 @@ class HunyuanImage(ModelOfPictures):
             rescale=options.guidance_rescale_apg,
         )
 
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
-        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"hunyuan_image"}))
-
-    def sections(
-        self,
-        prepared: Prepared,
-        prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop. Noise is drawn in bfloat16, as released."""
-        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), torch.bfloat16)
-        return (yield prompts[0].section(drawn.float(), inputs.get(0)))
+    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Return the noise of a picture, 1 C 1 h w float32, drawn in bfloat16, as released."""
+        return noise.draw(LATENT.shape(1, prepared.height, prepared.width), torch.bfloat16).float()
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""

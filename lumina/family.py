@@ -1,13 +1,12 @@
 """Lumina-Image-2.0, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import SAME_AUTOENCODER, ModelOfPictures, picture_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.options import (
@@ -25,24 +24,20 @@ from modules.contract.data import (
     Batch,
     Conditions,
     LatentSpec,
-    MediaEncoders,
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSpec, TextEncoder
 from modules.contract.requests import (
     Prepared,
     Prompt,
     Request,
 )
 from modules.contract.rules import (
-    IMAGE,
-    LATENTS,
     GuidanceRules,
     ModelRelease,
-    SourceRules,
 )
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
 
@@ -64,6 +59,7 @@ class Lumina(ModelOfPictures):
 
     name: str = field(default="lumina", init=False)
     cache_tag: str = field(default="lumina", init=False)
+    same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_lumina", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -91,10 +87,6 @@ class Lumina(ModelOfPictures):
         return [self.files.text_encoder()]
 
     # the network
-
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the number of main layers; the file's header says it."""
-        return (self.files.dit_header().config.num_layers,)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: the caption's states and their mask."""
@@ -143,29 +135,6 @@ class Lumina(ModelOfPictures):
                 "renorm_cfg": request.extra.get("renorm_cfg", str(RENORM_CFG)),
             },
         )
-
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; FLUX and Chroma have the same autoencoder."""
-        return SourceRules(
-            (IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "flux_kontext", "chroma", "z_image"})
-        )
-
-    def sections(
-        self,
-        prepared: Prepared,
-        prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop. Noise is drawn in the transformer's dtype."""
-        shape = LATENT.shape(1, prepared.height, prepared.width)
-        drawn = noise.draw(shape, self.files.compute_dtype() or torch.bfloat16)
-        return (yield prompts[0].section(drawn.float(), inputs.get(0)))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
-        yield encoders.vae.decode(latents)
 
 
 def guidance_rules(extra: Mapping[str, str], usual_ratio: float, usual_limit: float) -> GuidanceRules:

@@ -4,7 +4,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from encoders.pictures import (
@@ -36,12 +35,9 @@ from modules.contract.family import (
 )
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import (
-    IMAGE,
-    LATENTS,
     GuidanceRules,
     ModelRelease,
     ReferenceRules,
-    SourceRules,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import CacheError, OptionError
@@ -52,7 +48,6 @@ from modules.speed_options import VAE_TILE
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import VERSIONS, QwenImageFiles, Version, files_of
 from qwen_image.options import (
-    NAME,
     ORIGINAL,
     QwenImageGenerationOptions,
     QwenImageLatentCachingOptions,
@@ -147,10 +142,6 @@ class QwenImage(ModelOfPictures):
 
     # the network
 
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks; the file's header says it."""
-        return (self.files.dit_header().config.num_layers,)
-
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: the captions' states, and the references."""
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
@@ -229,11 +220,6 @@ class QwenImage(ModelOfPictures):
             found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: found}
 
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
-        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"qwen_image"}))
-
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
         latents: Tensor = encoders.vae.encode(to_pixels(frames))
@@ -246,13 +232,8 @@ class QwenImage(ModelOfPictures):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
-
-        Noise is drawn in the transformer's dtype, as released.
-        """
-        dtype = self.files.compute_dtype() or torch.float32
-        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width), dtype)
-        section = prompts[0].section(drawn.float(), inputs.get(0))
+        """Yield the one section for the denoising loop."""
+        section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first, self.edit))

@@ -215,10 +215,6 @@ class Wan(OneTransformer):
         self.files.check_dits()
         return self.files.dits
 
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks; the file's header says it."""
-        return (self.files.dit_header().config.num_layers,)
-
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]

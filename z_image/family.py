@@ -1,6 +1,6 @@
 """Z-Image, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
-from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
+from encoders.pictures import SAME_AUTOENCODER, AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
 from modules.attention.attend import BACKENDS
 from modules.contract.data import (
@@ -24,8 +24,8 @@ from modules.contract.data import (
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.contract.rules import ModelRelease
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
 from z_image.checkpoints import FORMAT, OPTION
@@ -74,6 +74,7 @@ class ZImage(ModelOfPictures):
 
     name: str = field(default="z_image", init=False)
     cache_tag: str = field(default="zi", init=False)
+    same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_zimage", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -107,10 +108,6 @@ class ZImage(ModelOfPictures):
         ]
 
     # the network
-
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the number of main layers; the file's header says it."""
-        return (self.files.dit_header().config.num_layers,)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer. Raises OptionError for attention in float32 of a package that has none."""
@@ -169,30 +166,13 @@ class ZImage(ModelOfPictures):
             },
         )
 
-    @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; FLUX and Lumina have the same autoencoder."""
-        same = frozenset({"z_image", "flux", "flux_kontext", "chroma", "lumina"})
-        return SourceRules((IMAGE, LATENTS), NAME, False, same)
-
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
 
-    def sections(
-        self,
-        prepared: Prepared,
-        prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop. Noise is drawn in float32, as released."""
-        drawn = noise.draw(LATENT.shape(1, prepared.height, prepared.width))
-        return (yield prompts[0].section(drawn, inputs.get(0)))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
-        yield encoders.vae.decode(latents)
+    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Return the noise of a picture, 1 C 1 h w float32, drawn as such, as released."""
+        return noise.draw(LATENT.shape(1, prepared.height, prepared.width))
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:

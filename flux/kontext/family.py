@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from encoders.clip_l import CLIP_L
-from encoders.pictures import picture_defaults, references_in, references_of
+from encoders.pictures import GUIDANCE, picture_defaults, references_in, references_of
 from encoders.t5 import USE
 from flux.checkpoints import NAMES
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
-from flux.family import GUIDANCE, Flux
+from flux.family import Flux
 from flux.files import FluxFiles
 from flux.kontext.options import GUIDANCE as USUAL_GUIDANCE
 from flux.kontext.options import (
