@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
-from ltx_2.configs import DIT, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.rope import Places, make_table
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
@@ -94,7 +94,7 @@ class LtxModel(nn.Module):
             setattr(self, names.cross_gate, time(1))
         setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
         setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
-        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, config.eps))
+        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
 
     @property
     def compute_dtype(self) -> torch.dtype:
