@@ -76,11 +76,11 @@ class LtxTokens:
 
     streams: dict[StreamNames, Stream]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
+    bins: int  # of a latent frame of sound; 0 without sound
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     sees_values: bool = False  # self-attention is replaced by its values
-    bins: int = 0  # of a latent frame of sound; 0 without sound
 
     def without_self_attention(self) -> "LtxTokens":
         """Return the inputs of a block whose self-attention is replaced by its values."""
@@ -115,7 +115,7 @@ class LtxAttention(nn.Module):
     """Attention from one kind of tokens to another; q and k are normalised over all heads."""
 
     def __init__(
-        self, query_dim: int, key_dim: int, dim: int, heads: int, is_gated: bool, splits_heads: bool = True
+        self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
     ) -> None:
         """dim: width of all heads. is_gated, splits_heads: as in `LtxConfig`."""
         super().__init__()
@@ -178,8 +178,7 @@ class LtxBlock(nn.Module):
 
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
-        how = {"is_gated": config.is_gated, "splits_heads": config.splits_heads}
-        attention = partial(LtxAttention, heads=config.num_heads, **how)
+        attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
         for names, one in config.streams.items():
             prefix, rows = names.prefix, 9 if config.modulates_text else 6
             for name in ("attn1", "attn2"):

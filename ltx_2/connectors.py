@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltx_2.blocks import LtxAttention, LtxFeedForward, norm_tokens
 from ltx_2.configs import EPS
+from ltx_2.options import STREAMS, VIDEO
 from ltx_2.released import read_settings
 from ltx_2.rope import make_row_table
 from modules.attention.attend import attend
@@ -36,7 +37,6 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.errors import CheckpointError
 from modules.layers.rope import THETA
 
-VIDEO, AUDIO = STREAMS = ("video", "audio")
 OPTION = "--ltx2_checkpoint"
 FILES = (
     "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, or the folder of a release in diffusers' layout"
@@ -238,7 +238,7 @@ class ConnectorBlock(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.attn1 = LtxAttention(*(config.dim,) * 3, config.num_heads, config.is_gated)
+        self.attn1 = LtxAttention(config.num_heads, config.is_gated, True, *(config.dim,) * 3)
         self.ff = LtxFeedForward(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:

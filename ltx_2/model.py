@@ -8,7 +8,6 @@ of the other one. `blocks` lists the steps in float32.
 # W of the wider one
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -174,9 +173,8 @@ class LtxModel(nn.Module):
                 cross,
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
-        tokens = LtxTokens(streams, grid, dtype, self.attention, tweaks.steer or see_one)
-        if SOUND in latents:
-            tokens = replace(tokens, bins=latents[SOUND].shape[3])
+        bins = latents[SOUND].shape[3] if SOUND in latents else 0
+        tokens = LtxTokens(streams, grid, bins, dtype, self.attention, tweaks.steer or see_one)
         return tokens.join(parts), tokens
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:

@@ -116,7 +116,8 @@ def _half(
             parts.insert(0, Resampling(width_in, width, FACTORS[large // small], is_residual=is_down))
             width = width_in
         else:
-            if shape(f"{name}.res_blocks.0.conv1.conv.weight", 5)[1] != width:
+            first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
+            if first not in names or shape(first, 5)[1] != width:
                 raise refusal
             blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
             parts.insert(0, BlockGroup(width, blocks))
