@@ -42,7 +42,7 @@ NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see
 # of a tokenizer in ComfyUI's files
 BESIDE = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
-    *("tokenizer", "tekken_model", SPIECE_MODEL),
+    *("tokenizer", "tekken_model", "logit_scale", SPIECE_MODEL),
 )
 # saved by old versions of transformers; computed here
 _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
@@ -176,10 +176,12 @@ def read_language_model(
     vocabulary, dim = shape("embed_tokens.weight", 2)
     rows, key_rows = (shape(f"layers.0.self_attn.{letter}_proj.weight", 2)[0] for letter in "qk")
     told = told_beside(checkpoint.path, "text_config", model.kind, dim, model.defaults)
+    said = told.get("head_dim")
+    usual = said if isinstance(said, int) and said > 0 else model.head_width
     width = (
         shape(f"layers.0.{Q_NORM}", 1)[0]
         if Q_NORM in model.marks
-        else head_width(checkpoint.path, rows, told, model.head_width)
+        else head_width(checkpoint.path, rows, told, usual)
     )
     # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
     is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)

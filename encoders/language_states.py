@@ -17,14 +17,18 @@ def causal_mask(mask: Tensor) -> Tensor:
     return causal & mask.bool()[:, None, None, :]
 
 
-def _layer_masks(network: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
+def _layer_masks(network: nn.Module, mask: Tensor, tokens: Tensor) -> Tensor | dict[str, Tensor]:
     """Return the mask of all layers, or one for each kind of layers. transformers take both as they are."""
-    causal, config = causal_mask(mask), network.config
+    config: Any = network.config
+    masks = {FAR: causal_mask(mask)}
     window = getattr(config, "sliding_window", None)
-    if window is None or NEAR not in (getattr(config, "layer_types", None) or ()):
-        return causal
-    behind = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-    return {FAR: causal, NEAR: causal & behind.triu(1 - int(window))}
+    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
+        behind = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+        masks[NEAR] = masks[FAR] & behind.triu(1 - int(window))
+    if config._attn_implementation == "eager":  # adds it to the scores
+        least = torch.finfo(tokens.dtype).min
+        masks = {kind: tokens.new_zeros(one.shape).masked_fill(~one, least) for kind, one in masks.items()}
+    return masks if NEAR in masks else masks[FAR]
 
 
 def language_states(
@@ -52,7 +56,7 @@ def language_states(
     try:
         found = network(
             inputs_embeds=tokens,
-            attention_mask=_layer_masks(network, mask),
+            attention_mask=_layer_masks(network, mask, tokens),
             position_ids=places,
             use_cache=False,
         )

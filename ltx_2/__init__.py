@@ -9,6 +9,7 @@ files: paths of a run, parts of a released file
 model: the transformer around the blocks
 options: own options for caching, training and generation
 refused_options: options of the known tuner that are refused, as data
+released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
 sound: mel spectrograms, audio VAE, vocoders
 sound_checkpoints: their files: dialects, sizes

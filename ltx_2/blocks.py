@@ -10,13 +10,14 @@ checkpoints.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.configs import SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import rotate_halves
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
@@ -75,11 +76,11 @@ class LtxTokens:
 
     streams: dict[StreamNames, Stream]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
+    bins: int  # of a latent frame of sound; 0 without sound
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     sees_values: bool = False  # self-attention is replaced by its values
-    bins: int = 0  # of a latent frame of sound; 0 without sound
 
     def without_self_attention(self) -> "LtxTokens":
         """Return the inputs of a block whose self-attention is replaced by its values."""
@@ -113,16 +114,18 @@ class LtxTokens:
 class LtxAttention(nn.Module):
     """Attention from one kind of tokens to another; q and k are normalised over all heads."""
 
-    def __init__(self, config: LtxConfig, query_dim: int, key_dim: int, dim: int, out_dim: int) -> None:
-        """dim: width of all heads."""
+    def __init__(
+        self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
+    ) -> None:
+        """dim: width of all heads. is_gated, splits_heads: as in `LtxConfig`."""
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(given, dim) for given in (query_dim, key_dim, key_dim))
-        self.q_norm, self.k_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
-        self.to_out = nn.ModuleList([nn.Linear(dim, out_dim)])
-        if config.is_gated:
-            self.to_gate_logits = nn.Linear(query_dim, config.num_heads)
-        self._rotate = rotate_halves if config.splits_heads else rotate
+        self.q_norm, self.k_norm = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, query_dim)])
+        if is_gated:
+            self.to_gate_logits = nn.Linear(query_dim, heads)
+        self._rotate = rotate_halves if splits_heads else rotate
 
     def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the queries of x, B L N D."""
@@ -161,6 +164,11 @@ class LtxFeedForward(nn.Module):
         return in_own_dtype(last, gelu(in_own_dtype(first["proj"], x)))  # type: ignore[index]
 
 
+def norm_tokens(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the channels, in the dtype of x."""
+    return functional.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
 class LtxBlock(nn.Module):
     """Self-attention, attention to the text, attention between the streams, feed-forward.
 
@@ -170,28 +178,19 @@ class LtxBlock(nn.Module):
 
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
-        self.eps = config.eps
+        attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
         for names, one in config.streams.items():
-            self._add_stream(names.prefix, one, config)
-        if config.sound is not None:
-            self._add_cross(VIDEO, config.video, config.sound, config)
-            self._add_cross(SOUND, config.sound, config.video, config)
-
-    def _add_stream(self, prefix: str, one: StreamConfig, config: LtxConfig) -> None:
-        for name in ("attn1", "attn2"):
-            setattr(self, prefix + name, LtxAttention(config, *(one.dim,) * 4))
-        setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim))
-        rows = 9 if config.modulates_text else 6
-        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
-        if config.modulates_text:
-            setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
-
-    def _add_cross(
-        self, names: StreamNames, one: StreamConfig, other: StreamConfig, config: LtxConfig
-    ) -> None:
-        attention = LtxAttention(config, one.dim, other.dim, config.cross_dim, one.dim)
-        setattr(self, names.cross_attn, attention)
-        setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, one.dim)))
+            prefix, rows = names.prefix, 9 if config.modulates_text else 6
+            for name in ("attn1", "attn2"):
+                setattr(self, prefix + name, attention(*(one.dim,) * 3))
+            setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim))
+            setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
+            if config.modulates_text:
+                setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
+        both = tuple(config.streams.items())
+        for (names, one), (_, other) in zip(both, both[::-1], strict=True) if len(both) == 2 else ():
+            setattr(self, names.cross_attn, attention(one.dim, other.dim, config.cross_dim))
+            setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, one.dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         # x: B L+M W
@@ -207,17 +206,17 @@ class LtxBlock(nn.Module):
         """Return the input of self-attention of the first stream, B L C, for an input x of the block."""
         names, one = next(iter(tokens.split(x).items()))
         shift, scale, *_ = self._rows(names, tokens.streams[names])
-        return modulate(self.norm(one), shift, scale, tokens.dtype, tokens.streams[names].given)
+        return modulate(norm_tokens(one.float()), shift, scale, tokens.dtype, tokens.streams[names].given)
 
     def see_own(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add attention of a stream, B L C, to itself and to its text."""
         stream, dtype = tokens.streams[names], tokens.dtype
         shift, scale, gate, _, _, _, *of_text = self._rows(names, stream)
-        h = modulate(self.norm(x), shift, scale, dtype, stream.given)
+        h = modulate(norm_tokens(x.float()), shift, scale, dtype, stream.given)
         x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.given)
 
         query_shift, query_scale, query_gate = of_text or (None, None, None)  # not in LTX-2.0
-        h = modulate(self.norm(x), query_shift, query_scale, dtype, stream.given)
+        h = modulate(norm_tokens(x.float()), query_shift, query_scale, dtype, stream.given)
         layer, texts = self._layer(names, "attn2"), stream.texts
         if stream.text_rows is not None:
             shift, scale = (self._table(names, "prompt_scale_shift_table") + stream.text_rows).unbind(2)
@@ -234,7 +233,7 @@ class LtxBlock(nn.Module):
             assert stream.cross is not None  # there are two
             table = getattr(self, names.cross_table).float()
             rows = (table[:4] + stream.cross.rows).unbind(2)
-            normed = self.norm(one)
+            normed = norm_tokens(one.float())
             inputs[names] = {
                 direction: modulate(normed, shift, scale, tokens.dtype, stream.given)
                 for direction, scale, shift in zip((VIDEO, SOUND), rows[::2], rows[1::2], strict=True)
@@ -264,11 +263,7 @@ class LtxBlock(nn.Module):
 
         x: B L C, of one segment; shift, scale, gate: B 1 C float32.
         """
-        return add_gated(x, gate, layer(modulate(self.norm(x), shift, scale, dtype)))
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return x / sqrt(mean(x^2) + eps) over the channels, float32."""
-        return functional.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         layer, stream = self._layer(names, "attn1"), tokens.streams[names]

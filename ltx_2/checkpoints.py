@@ -1,5 +1,6 @@
 """Checkpoints of the LTX-2 transformers: in the official file of all parts, and as diffusers writes them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,13 @@ from typing import Any
 from ltx_2.configs import LATENT, OF_SOUND, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.model import LtxModel
 from ltx_2.options import NAME
+from ltx_2.released import CONFIG, read_settings
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.encoders import told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
 from modules.speed_options import AttentionChoice
-from modules.text_files import parse_json
 from networks.names.layouts import tensor_patterns
 from networks.names.video import LTX_2
 
@@ -51,7 +51,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
             f"{OPTION}.",
             checkpoint.path,
         )
-    told = _settings(checkpoint)
+    told = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
+    if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
+        told = {"av_ca_timestep_scale_multiplier": 1.0, **told}
     projects = "caption_projection.linear_1.weight" in known
     try:
         config = LtxConfig(
@@ -67,7 +69,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
             **_told_fields(told),
         )
         fits = all(width % (2 * config.num_heads) == 0 for width in _widths(config))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
             "config.json beside it, again.",
@@ -91,19 +93,28 @@ def _count_heads(shapes: DitShapes, told: Mapping[str, Any], is_gated: bool) -> 
 
 
 def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dimensions that no tensor shows, from a record of settings in either layout."""
+    """Return the dimensions that no tensor shows, from a record of settings in either layout.
+
+    Raises ValueError for numbers without sense, and what else Python does for values of other kinds.
+    """
     rows, columns = (told.get(key, 2048) for key in ("base_height", "base_width"))
     usual = (told.get("pos_embed_max_pos", 20), rows, columns)
-    seconds, rows, columns = map(float, told.get("positional_embedding_max_pos", usual))
+    longest = tuple(map(float, told.get("positional_embedding_max_pos", usual)))
+    stride = tuple(map(int, told.get("vae_scale_factors", LATENT.stride)))
     gates = told.get(
         "av_ca_timestep_scale_multiplier", told.get("cross_attn_timestep_scale_multiplier", 1000)
     )
+    gate_time = float(gates) / float(told.get("timestep_scale_multiplier", 1000))
+    theta = float(told.get("positional_embedding_theta", told.get("rope_theta", 10000)))
+    numbers = (gate_time, theta, *longest, *stride)
+    if not len(longest) == len(stride) == 3 or not all(0 < one < math.inf for one in numbers):
+        raise ValueError(f"gates {gate_time}, theta {theta}, positions {longest}, strides {stride}")
     return {
         "splits_heads": {"split": True, "interleaved": False}[told.get("rope_type", "split")],
-        "gate_time": float(gates) / float(told.get("timestep_scale_multiplier", 1000)),
-        "rope_theta": float(told.get("positional_embedding_theta", told.get("rope_theta", 10000))),
-        "longest": (seconds, rows, columns),
-        "stride": tuple(map(int, told.get("vae_scale_factors", LATENT.stride))),
+        "gate_time": gate_time,
+        "rope_theta": theta,
+        "longest": longest,
+        "stride": stride,
     }
 
 
@@ -121,23 +132,6 @@ def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConf
         channels=channels,
         text_dim=shapes.of(f"{text}.weight")[1],
     )
-
-
-def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return the settings that a file records in its metadata, or diffusers beside it; empty if none."""
-    recorded = checkpoint.metadata.get("config")
-    try:
-        if recorded is not None:
-            found: Any = parse_json(recorded).get("transformer", {})
-            # what the released reader takes if a record does not say
-            return {"av_ca_timestep_scale_multiplier": 1.0, **found}
-        beside = told_beside(checkpoint.path, "", "", 0, {})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: `config` in its metadata cannot be read ({error}). Copy the file again.",
-            checkpoint.path,
-        ) from None
-    return beside if beside.get("_class_name") == DIFFUSERS_CLASS else {}
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[LtxConfig]) -> Mapping[str, TensorSource]:

@@ -67,7 +67,6 @@ class LtxConfig:
     rope_theta: float = 10000.0
     longest: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
     stride: tuple[int, int, int] = (8, 32, 32)  # pixels of a latent: frames, rows, columns
-    eps: float = 1e-6
 
     @property
     def dim(self) -> int:
@@ -90,6 +89,7 @@ class LtxConfig:
         return replace(self, sound=None)
 
 
+EPS = 1e-6  # in the norms of tokens, queries and keys
 MEL_STRIDE, MEL_RATE = 4, 100.0  # frames of the mel spectrogram: of a latent, and in a second
 
 LATENT = LatentSpec(channels=128, stride=(8, 32, 32), pixel_step=32, frame_step=8)

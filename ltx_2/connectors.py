@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.blocks import LtxFeedForward
+from ltx_2.blocks import LtxAttention, LtxFeedForward, norm_tokens
+from ltx_2.configs import EPS
+from ltx_2.options import STREAMS, VIDEO
+from ltx_2.released import read_settings
+from ltx_2.rope import make_row_table
 from modules.attention.attend import attend
 from modules.checkpoints.dialects import (
     LoadPlan,
@@ -30,21 +33,17 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.encoders import config_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.layers.norms import RMSNorm
-from modules.text_files import parse_json
+from modules.layers.rope import THETA
 
-VIDEO, AUDIO = STREAMS = ("video", "audio")
 OPTION = "--ltx2_checkpoint"
 FILES = (
     "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, or the folder of a release in diffusers' layout"
 )
 HEAD_WIDTH = 128  # of LTX-2 2.0, whose tensors do not show it
 LONGEST = 4096  # rows that the positions are measured by
-THETA = 10000.0  # base of the rotary frequencies
-EPS = 1e-6
+DIFFUSERS_CLASS = "LTX2TextConnectors"
 RANGE = 8  # 2.0: the states of a layer lie in a range of this size
 SHARED = "aggregate_embed"  # 2.0: the one projection
 # beginnings of our tensors' names in files
@@ -117,7 +116,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         f"{checkpoint.path}: its tensors do not have the sizes of LTX-2's text connectors. Copy it again.",
         checkpoint.path,
     )
-    shape, told = shapes_of(own, sources, damaged), _told(checkpoint)
+    shape, told = shapes_of(own, sources, damaged), read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     start = "text_embedding_projection."
     is_shared = f"{start}{SHARED}.weight" in sources
     first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
@@ -140,35 +139,30 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         is_shared=is_shared,
         has_bias=f"{start}{first}.bias" in sources,
         streams=found,
-        longest=told["longest"],
+        longest=_read_longest(checkpoint, told),
     )
     unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
     return LoadPlan(config, own, sources, tuple(unused))
 
 
-def _told(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return what the file's metadata, or diffusers' config.json, say of the connectors; {} without both.
+def _read_longest(checkpoint: Checkpoint, told: Mapping[str, Any]) -> int:
+    """Return the rows that positions are measured by.
 
-    Raises CheckpointError if that cannot be read, or asks for positions of another kind.
+    Raises CheckpointError for positions of another kind.
     """
     try:
-        if "config" in checkpoint.metadata:
-            told = parse_json(checkpoint.metadata["config"]).get("transformer", {})
-            (longest,) = told.get("connector_positional_embedding_max_pos", [LONGEST])
-        else:
-            beside = config_beside(checkpoint.path)[1] or {}
-            told = beside if beside.get("_class_name") == "LTX2TextConnectors" else {}
-            longest = told.get("connector_rope_base_seq_len", LONGEST)
+        usual = told.get("connector_rope_base_seq_len", LONGEST)
+        (longest,) = told.get("connector_positional_embedding_max_pos", [usual])
         kind, theta = told.get("rope_type", "split"), told.get("rope_theta", THETA)
         if kind != "split" or theta != THETA or not 0 < longest < math.inf:
             raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {longest}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its configuration is not one of LTX-2's text connectors ({error!r}). Give "
             f"{FILES} to {OPTION}.",
             checkpoint.path,
         ) from error
-    return {**told, "longest": longest}
+    return longest
 
 
 def load_connectors(
@@ -186,14 +180,11 @@ class TextConnectors(nn.Module):
     def __init__(self, config: ConnectorsConfig) -> None:
         super().__init__()
         self.config = config
-        widths = {stream: one.dim for stream, one in config.streams.items()}
-        wanted = (
-            {SHARED: max(widths.values())}
-            if config.is_shared
-            else {f"{s}_{SHARED}": w for s, w in widths.items()}
-        )
         self.text_embedding_projection = nn.ModuleDict(
-            {name: nn.Linear(config.text_dim, width, bias=config.has_bias) for name, width in wanted.items()}
+            {
+                config.projection(stream): nn.Linear(config.text_dim, one.dim, bias=config.has_bias)
+                for stream, one in config.streams.items()
+            }
         )
         for stream, one in config.streams.items():
             self.add_module(f"{stream}_embeddings_connector", Connector(one, config.longest))
@@ -205,7 +196,7 @@ class TextConnectors(nn.Module):
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
         """Return the text of each stream: T S. states: L n C, of a prompt's own tokens. rows: T."""
-        norm = _lay_in_range if self.config.is_shared else _norm_tokens
+        norm = _lay_in_range if self.config.is_shared else norm_tokens
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
         for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
             normed[..., index] = norm(state.float())
@@ -223,10 +214,6 @@ def _lay_in_range(state: Tensor) -> Tensor:
     return (state - state.mean()) / (state.amax() - state.amin() + EPS) * RANGE
 
 
-def _norm_tokens(state: Tensor) -> Tensor:
-    return functional.rms_norm(state, state.shape[-1:], eps=EPS)
-
-
 class Connector(nn.Module):
     """A transformer over the rows of a text and of learned registers, which fill it up."""
 
@@ -240,22 +227,10 @@ class Connector(nn.Module):
         """Return T S. text: L S. rows: T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
-        turns = self.turns(rows, x.device)
+        rotary = make_row_table(rows, self.longest, self.config.dim, self.config.num_heads, x.device)
         for block in self.transformer_1d_blocks:
-            x = block(x, turns)
-        return _norm_tokens(x)[0]
-
-    def turns(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of each row's angles, float32: T N D/2.
-
-        The frequencies run through all heads. Their product with the positions is float32, as trained: the
-        highest ones turn by 15 000 and show it.
-        """
-        half = self.config.dim // 2
-        frequencies = (THETA ** torch.linspace(0, 1, half, dtype=torch.float64) * math.pi / 2).float()
-        places = torch.arange(rows, dtype=torch.float32) / self.longest * 2 - 1
-        angles = torch.outer(places, frequencies).unflatten(1, (self.config.num_heads, -1)).to(device)
-        return angles.cos(), angles.sin()
+            x = block(x, rotary)
+        return norm_tokens(x)[0]
 
 
 class ConnectorBlock(nn.Module):
@@ -263,36 +238,12 @@ class ConnectorBlock(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.attn1 = ConnectorAttention(config)
+        self.attn1 = LtxAttention(config.num_heads, config.is_gated, True, *(config.dim,) * 3)
         self.ff = LtxFeedForward(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn1(_norm_tokens(x), turns)
-        return x + self.ff(_norm_tokens(x))
-
-
-class ConnectorAttention(nn.Module):
-    """Attention whose queries and keys are normed over all heads; in 2.3 each head has a gate."""
-
-    def __init__(self, config: ConnectorConfig) -> None:
-        super().__init__()
-        dim, self.heads = config.dim, (config.num_heads, -1)
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.to_gate_logits = nn.Linear(dim, config.num_heads) if config.is_gated else None
-
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: 1 T S
-        q = _turn(self.q_norm(self.to_q(x)).unflatten(-1, self.heads), turns)
-        k = _turn(self.k_norm(self.to_k(x)).unflatten(-1, self.heads), turns)
-        seen = attend(q, k, self.to_v(x).unflatten(-1, self.heads))  # 1 T N D
-        if self.to_gate_logits is not None:
-            seen = seen * (2 * self.to_gate_logits(x).sigmoid()).unsqueeze(-1)
-        return self.to_out[0](seen.flatten(2))
-
-
-def _turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each channel of a head's first half with that of the second, in float32. x: 1 T N D."""
-    (first, second), (cosine, sine) = x.float().chunk(2, -1), turns
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)
+        layer, h = self.attn1, norm_tokens(x)
+        seen = attend(layer.queries(h, rotary), layer.keys(h, rotary), layer.values(h))
+        x = x + layer.project(h, seen)
+        return x + self.ff(norm_tokens(x))

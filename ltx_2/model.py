@@ -8,7 +8,6 @@ of the other one. `blocks` lists the steps in float32.
 # W of the wider one
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
-from ltx_2.configs import DIT, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.rope import Places, make_table
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
@@ -94,7 +93,7 @@ class LtxModel(nn.Module):
             setattr(self, names.cross_gate, time(1))
         setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
         setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
-        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, config.eps))
+        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -174,9 +173,8 @@ class LtxModel(nn.Module):
                 cross,
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
-        tokens = LtxTokens(streams, grid, dtype, self.attention, tweaks.steer or see_one)
-        if SOUND in latents:
-            tokens = replace(tokens, bins=latents[SOUND].shape[3])
+        bins = latents[SOUND].shape[3] if SOUND in latents else 0
+        tokens = LtxTokens(streams, grid, bins, dtype, self.attention, tweaks.steer or see_one)
         return tokens.join(parts), tokens
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltx_2.configs import MEL_RATE, MEL_STRIDE, LtxConfig
 from modules.devices import send_ahead
-from modules.layers.rope import turns
+from modules.layers.rope import THETA, turns
 
 
 class Places(NamedTuple):
@@ -31,9 +31,7 @@ class Places(NamedTuple):
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
     """Return (cosine, sine) pairs of the tokens, L N D/2 2 float32; B L N D/2 2 if samples differ in fps."""
     count = 1 if places.by_time or not places.fps else 3
-    frequencies = config.rope_theta ** torch.linspace(0, 1, places.width // (2 * count), dtype=torch.float64)
-    scaled = (frequencies * math.pi / 2).float()
-    turned = partial(_turn, scaled, device)
+    turned = partial(_turn, config.rope_theta, places.width // (2 * count), device)
     if places.fps:
         frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
         times = [turned(frames / fps, config.longest[0]) for fps in places.fps]
@@ -47,16 +45,26 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
     return tables[0] if len(tables) == 1 else torch.stack(tables)
 
 
+def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:
+    """Return the pairs of a text's rows, L N D/2 2 float32. A row stands at its number, not in a middle.
+
+    longest: rows that positions are measured by. width: channels of all heads.
+    """
+    numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, 2)
+    return _turn(THETA, width // 2, device, numbers, longest).unflatten(1, (heads, -1))
+
+
 def _bounds(count: int, stride: int, is_causal: bool = False) -> Tensor:
     """Return where latents begin and end in what they stand for, count 2; a causal first one covers one."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
 
 
-def _turn(frequencies: Tensor, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
-    """Return cosines and sines of the middles at each frequency, count K 2; only axes are sent."""
+def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
+    """Return cosines and sines of the middles at `count` frequencies, n K 2; only axes are sent."""
+    frequencies = theta ** torch.linspace(0, 1, count, dtype=torch.float64)
     share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
-    return send_ahead(turns(torch.outer(share * 2 - 1, frequencies)), device)
+    return send_ahead(turns(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
 
 
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:

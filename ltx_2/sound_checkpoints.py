@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from ltx_2.vae_checkpoints import STATISTICS, UNUSED, own_part
+from ltx_2.released import own_part
+from ltx_2.vae_checkpoints import STATISTICS, UNUSED
 from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError

@@ -16,7 +16,8 @@ from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import ALL_STATES, all_states, read_language_model
 from encoders.picture_prompts import ReadPictures
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
-from ltx_2.connectors import FILES, OPTION, STREAMS, TextConnectors, load_connectors, read_connectors
+from ltx_2.connectors import FILES, OPTION, TextConnectors, load_connectors, read_connectors
+from ltx_2.options import STREAMS
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.model_files import inside

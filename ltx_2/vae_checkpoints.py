@@ -11,20 +11,16 @@ decoders look ahead.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import isqrt
-from typing import Any
 
+from ltx_2.released import own_part, read_settings
 from ltx_2.video_vae_blocks import BlockGroup, Factors, HalfConfig, Resampling, VideoVaeConfig
 from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from modules.checkpoints.encoders import ALL_IN_ONE, stated_settings
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.text_files import parse_json
 
-# name prefixes in official files
-PARTS = ("model.", "vae.", "audio_vae.", "vocoder.", "text_embedding_projection.", *ALL_IN_ONE)
 STATISTICS = {  # of latents: the file's name -> diffusers' and ours
     "per_channel_statistics.mean-of-means": "latents_mean",
     "per_channel_statistics.std-of-means": "latents_std",
@@ -33,16 +29,11 @@ UNUSED = ("per_channel_statistics.*",)  # further statistics
 FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffusers' folder vae"
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
 ZEROS, REFLECT = "zeros", "reflect"
-CONFIG_CLASSES = {"AutoencoderKLLTX2Video"}  # in a config.json
+DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
 _TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(
     r"(?:en|de)coder\.(?:mid_block|(?:down|up)_blocks\.(\d+))\.(?:resnets|((?:down|up)samplers\.0))\.(.+)"
 )
-
-
-def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """Return one part of an official file, without its prefix; other files as they are."""
-    return checkpoint.without_prefix(prefix, others=tuple(part for part in PARTS if part != prefix))
 
 
 def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
@@ -125,7 +116,8 @@ def _half(
             parts.insert(0, Resampling(width_in, width, FACTORS[large // small], is_residual=is_down))
             width = width_in
         else:
-            if shape(f"{name}.res_blocks.0.conv1.conv.weight", 5)[1] != width:
+            first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
+            if first not in names or shape(first, 5)[1] != width:
                 raise refusal
             blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
             parts.insert(0, BlockGroup(width, blocks))
@@ -137,7 +129,7 @@ def _half(
 
 def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
     """Add what is in no tensor. Raises CheckpointError if the file's settings cannot be used."""
-    path, told = checkpoint.path, _settings(checkpoint)
+    path, told = checkpoint.path, read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
     ups = decoder.resamplings
     is_first = [part.factors for part in ups] == 3 * [FACTORS[8]]
     try:
@@ -174,19 +166,3 @@ def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig
         replace(encoder, reflects=modes[0] == REFLECT),
         replace(decoder, parts=parts, reflects=modes[1] == REFLECT, is_causal=is_causal),
     )
-
-
-def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return what the file's metadata, else a config.json beside it, says about the VAE; else nothing.
-
-    Raises CheckpointError if that is no JSON.
-    """
-    try:
-        told = parse_json(checkpoint.metadata.get("config", "{}"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy it again.",
-            checkpoint.path,
-        ) from error
-    vae = told.get("vae") if isinstance(told, dict) else None
-    return vae if isinstance(vae, dict) else stated_settings(checkpoint, CONFIG_CLASSES)[1]

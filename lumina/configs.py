@@ -1,4 +1,4 @@
-"""Lumina-Image-2.0 as data: dimensions of its networks, their source, latents, noise, names of parts."""
+"""Lumina-Image-2.0 as data: dimensions of its transformer, their source, latents, noise, names of parts."""
 
 from dataclasses import dataclass
 
@@ -49,24 +49,6 @@ class LuminaConfig:
     def rotary_widths(self) -> tuple[int, int, int]:
         """Return the channels of a head that encode the place in the caption, rows and columns."""
         return (self.head_width // 3,) * 3
-
-
-@dataclass(frozen=True)
-class GemmaConfig:
-    """Dimensions of a Gemma 2 model, and how many of its layers are run."""
-
-    vocabulary: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
-    num_layers: int  # that are run: all but the last
-    scalar: int  # attention is scaled by its inverse square root
-    theta: float = 10000.0
-    eps: float = 1e-6
-    softcap: float = 50.0  # of attention
-    window: int = 4096  # tokens that every other layer looks back
 
 
 LATENT = LatentSpec(

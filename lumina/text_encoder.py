@@ -14,7 +14,7 @@ from torch import nn
 
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
-from lumina.gemma import gemma_states, load_gemma, read_gemma
+from lumina.gemma import SCALAR, gemma_states, load_gemma, read_gemma
 from lumina.options import MAX_TOKENS
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import open_checkpoint
@@ -81,7 +81,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
-        said = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.scalar}"
+        said = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
         found = self.identify("gemma2", config=said, dtype=dtype_name(self.dtype), tokens=str(self.most))
         return {**found, "system_prompt": self.system_prompt}
 

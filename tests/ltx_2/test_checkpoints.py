@@ -1,5 +1,6 @@
 """Files of LTX-2 transformers: every layout, full size, fp8, and what is refused by name."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,17 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rope_type": "other"}, {"num_attention_heads": 5}, {"timestep_scale_multiplier": 0}]
+    "settings",
+    [
+        {"rope_type": "other"},
+        {"num_attention_heads": 5},
+        {"num_attention_heads": math.inf},
+        {"timestep_scale_multiplier": 0},
+        {"timestep_scale_multiplier": math.nan},
+        {"positional_embedding_max_pos": [0, 2048, 2048]},
+        {"positional_embedding_theta": -1},
+        {"vae_scale_factors": [8, 32]},
+    ],
 )
 def test_settings_without_sense_are_one_message(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="again"):

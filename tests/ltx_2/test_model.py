@@ -1,5 +1,6 @@
 """The LTX-2 transformer against diffusers' in float32, and what diffusers lacks by the released formulas."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from modules.contract.steps import Away, Tweaks
-from tests.ltx_2.tiny_dit import dit_in_diffusers, dit_inputs, dit_state, tiny_dit
-from tests.parity.running import assert_equal
+from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_in_diffusers, dit_inputs, dit_state, tiny_dit
+from tests.parity.running import assert_as_exact, assert_equal
 
 FRAMES, ROWS, COLUMNS = 3, 4, 5
+TENSORS = {"noisy", "text", "sound", "sound_text"}  # that a network computes in its dtype
 each_version = pytest.mark.parametrize("version", ["2.0", "2.3"])
 
 
@@ -54,6 +56,44 @@ def test_velocities_of_video_and_sound_equal_those_of_diffusers(version: str, ro
     assert_both(ours, in_diffusers(dit_in_diffusers(version, dit_state(version), rope), given))
     other = tiny_dit(version, splits_heads=rope == "split")(**{**given, "fps": 2 * fps})
     assert (other[0] - ours[0]).abs().max() > 1e-3
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("size", "moments", "fps", "dtype"),
+    [
+        ((1, 1, 6, 1), 1, 23.976, torch.float32),
+        ((6, 3, 2, 17), 40, 60.0, torch.float32),
+        ((4, 5, 3, 8), 3, 8.5, torch.bfloat16),
+        ((2, 7, 1, 8), 12, 24.0, torch.float16),
+    ],
+)
+@torch.no_grad()
+def test_other_sizes_and_dtypes_give_the_velocities_of_diffusers(
+    version: str, size: tuple[int, ...], moments: int, fps: float, dtype: torch.dtype
+) -> None:
+    """3 heads, whose channels the axes do not divide evenly, 3 blocks, 3 samples; sound of any length."""
+    usual = DIT_CONFIGS[version]
+    assert usual.sound is not None
+    video, sound = (
+        replace(one, dim=dim, ffn_dim=4 * dim, text_dim=one.text_dim if usual.projects_text else dim)
+        for one, dim in ((usual.video, 42), (usual.sound, 30))
+    )
+    sizes: dict[str, Any] = {"video": video, "sound": sound, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
+    config = replace(usual, **sizes)
+    given = dit_inputs(version, size, 3, fps, moments, config)
+    theirs = dit_in_diffusers(version, dit_state(version, **sizes), config=config)
+    exact = in_diffusers(theirs, given)
+
+    ours = tiny_dit(version, **sizes).to(dtype)(**given)
+
+    if dtype == torch.float32:
+        assert_both(ours, exact)
+        return
+    rounded = {name: one.to(dtype) for name, one in given.items() if name in TENSORS}
+    for mine, other, one in zip(ours, in_diffusers(theirs.to(dtype), given | rounded), exact, strict=True):
+        assert mine is not None
+        assert_as_exact(mine, other, one)
 
 
 @each_version

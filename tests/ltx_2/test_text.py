@@ -258,7 +258,8 @@ def test_a_configuration_of_gemma_without_sense_is_one_message(
     ("metadata", "tensors", "message"),
     [
         ({"model_version": "2.5.0"}, {}, r"LTX-2\.5.*Gemma 4"),
-        ({"config": "{"}, {}, "configuration"),
+        ({"config": "{"}, {}, "settings in its metadata cannot be read"),
+        ({"config": json.dumps({"transformer": 3})}, {}, "settings in its metadata cannot be read"),
         ({"config": json.dumps({"transformer": {"rope_type": "interleaved"}})}, {}, "rope_type interleaved"),
         ({}, {f"{CONNECTOR}.more": torch.ones(1)}, "unexpected: .*more"),
         ({}, {f"{CONNECTOR}.learnable_registers": torch.ones(3)}, "sizes"),

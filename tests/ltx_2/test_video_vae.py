@@ -203,6 +203,7 @@ def without(start: str) -> dict[str, Tensor]:
         (hunyuan_tensors, None, "not a video VAE of LTX-2; it looks like the HunyuanVideo VAE"),
         (lambda: without("vae.encoder.conv_in"), None, "encoder.conv_in.conv.weight is missing"),
         (lambda: without("vae.decoder.up_blocks.8"), None, "not a video VAE"),
+        (lambda: without("vae.encoder.down_blocks.1.conv.conv"), None, "a VAE of LTX-Video or LTX-2"),
         (lambda: without("vae.per_channel"), None, "missing: latents_mean"),
         (
             lambda: {**official("2.3"), "vae.decoder.timestep_scale_multiplier": torch.ones(())},

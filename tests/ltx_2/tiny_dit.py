@@ -39,7 +39,7 @@ def dit_state(
     """
     wanted = replace(DIT_CONFIGS[version], **sizes)
     with torch.device("meta"):
-        shapes = LtxModel(replace(wanted, sound=DIT_CONFIGS[version].sound)).state_dict()
+        shapes = LtxModel(replace(wanted, sound=wanted.sound or DIT_CONFIGS[version].sound)).state_dict()
         names = LtxModel(wanted).state_dict().keys()
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: draw(name, tuple(one.shape), generator).to(dtype) for name, one in shapes.items()}
@@ -101,10 +101,15 @@ def dit_in_diffusers(
 
 
 def dit_inputs(
-    version: str = "2.3", size: Sequence[int] = (3, 4, 5, 6), batch: int = 2, fps: float = 24.0
+    version: str = "2.3",
+    size: Sequence[int] = (3, 4, 5, 6),
+    batch: int = 2,
+    fps: float = 24.0,
+    moments: int = 7,
+    config: LtxConfig | None = None,
 ) -> dict[str, Any]:
-    """Inputs of our network. size: latent frames, rows, columns, tokens of the texts."""
-    config, generator = DIT_CONFIGS[version], torch.Generator().manual_seed(7)
+    """Inputs of our network. size: latent frames, rows, columns, tokens of the texts. moments: of sound."""
+    config, generator = config or DIT_CONFIGS[version], torch.Generator().manual_seed(7)
     assert config.sound is not None
     times, (*grid, text) = torch.linspace(700.0, 310.0, batch), size
     return {
@@ -112,7 +117,7 @@ def dit_inputs(
         "timesteps": times,
         "text": torch.randn(batch, text, config.video.text_dim, generator=generator),
         "fps": fps,
-        "sound": torch.randn(batch, config.sound.channels // 16, 7, 16, generator=generator),
+        "sound": torch.randn(batch, config.sound.channels // 16, moments, 16, generator=generator),
         "sound_timesteps": times,
         "sound_text": torch.randn(batch, text, config.sound.text_dim, generator=generator),
     }

@@ -60,7 +60,7 @@ def theirs(files: TinyLumina) -> Lumina2Pipeline:
         "num_attention_heads": GEMMA.num_heads,
         "num_key_value_heads": GEMMA.num_kv_heads,
         "head_dim": GEMMA.head_width,
-        "query_pre_attn_scalar": GEMMA.scalar,
+        "query_pre_attn_scalar": GEMMA.settings["query_pre_attn_scalar"],
         "attn_implementation": "eager",
     }
     text_encoder = Gemma2Model(Gemma2Model.config_class(**config)).eval()

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumina.configs import GemmaConfig, LuminaConfig
-from lumina.gemma import build_gemma
+from encoders.language_models import LanguageConfig, build_language_model
+from lumina.configs import LuminaConfig
+from lumina.gemma import GEMMA_2, SCALAR
 from lumina.model import LuminaModel
 from tests.golden_cases import read_case
 from tests.tiny.dit_files import draw, write_dialect
@@ -29,7 +30,7 @@ CONFIG = LuminaConfig(
     text_dim=TEXT_DIM,
     time_dim=96,
 )
-GEMMA = GemmaConfig(
+GEMMA = LanguageConfig(
     vocabulary=520,  # of the tokenizer in tests/golden
     dim=TEXT_DIM,
     ffn_dim=64,
@@ -37,7 +38,11 @@ GEMMA = GemmaConfig(
     num_kv_heads=1,
     head_width=32,
     num_layers=3,  # in the file: with the last one, which is not run
-    scalar=32,
+    final_norm=False,
+    model=GEMMA_2,
+    theta=GEMMA_2.theta,
+    eps=GEMMA_2.eps,
+    settings={SCALAR: 32},
 )
 ALL_IN_ONE = "text_encoders.gemma2_2b.transformer."
 
@@ -109,7 +114,7 @@ def write_dit(
 def gemma_state(seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random weights of a Gemma 2 as google names them."""
     with torch.device("meta"):
-        shapes = build_gemma(GEMMA).state_dict()
+        shapes = build_language_model(GEMMA).state_dict()
     generator = torch.Generator().manual_seed(seed)
     found = {"norm.weight": 0.1 * torch.randn(TEXT_DIM, generator=generator)}
     for name, tensor in shapes.items():

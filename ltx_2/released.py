@@ -1,0 +1,35 @@
+"""Files as LTX-2 is released: one with all parts, or diffusers' folders, and the settings beside tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from modules.checkpoints.dits import OTHER_NETWORKS
+from modules.checkpoints.encoders import stated_settings
+from modules.checkpoints.opening import Checkpoint
+from modules.errors import CheckpointError
+from modules.text_files import parse_json
+
+CONFIG = "config"  # key of the metadata: settings of all parts, as JSON
+
+
+def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """Return one part of an official file, without its prefix; other files as they are."""
+    return checkpoint.without_prefix(prefix, others=("model.", *OTHER_NETWORKS))
+
+
+def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:
+    """Return the settings of a part in the file's metadata, else in config.json beside it; {} without both.
+
+    class_name: of the part in diffusers, which its config.json names. Raises CheckpointError if they cannot
+    be read.
+    """
+    try:
+        found = parse_json(checkpoint.metadata.get(CONFIG, "{}")).get(part) or {}
+        if not isinstance(found, dict):
+            raise TypeError(f"{part}: {found!r:.40}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy the file again.",
+            checkpoint.path,
+        ) from error
+    return found or stated_settings(checkpoint, {class_name})[1]
