@@ -104,7 +104,7 @@ class WeightAverage:
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
-        """Take the average of a saved state of the same weights; without one, begin with the weights of now."""
+        """Take the average of a saved state of the same weights; without one, begin with those of now."""
         if not self.values:
             return
         if PART not in saved.parts:
