@@ -73,17 +73,16 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
     import numpy as np
 
     from modules.media.writing import write_video
-    from training.reports.history import History
+    from training.reports.history import History, Start
     from training.reports.logs import StepReport
-    from training.reports.page import PageFacts
     from training.reports.reporter import RunReporter
 
     folder.mkdir()
-    facts = PageFacts("x", "wan", folder, OLD_STEPS, [], [], lambda best, done: [], lambda: [])
     history = History(folder / "x-history.jsonl", 1)
     generator = np.random.default_rng(1)
     names = {index: f"a prompt {index}" for index in range(prompts)}
-    reporter = RunReporter(folder / "x.html", facts, history, names, 0)
+    start = Start("wan", OLD_STEPS)
+    reporter = RunReporter(history, start, names, 0, lambda best, done: [], lambda: [])
     started = time.perf_counter()
     for step, loss in enumerate(generator.random(OLD_STEPS) + 0.1, 1):
         reporter.note_step(StepReport(step, {"lr/unet": 1e-4}, seconds=0.5, loss=float(loss), average=0.5))

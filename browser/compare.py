@@ -163,7 +163,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    for _, bash, *_ in (command for command in story.commands if len(command) > 1):
+    for bash in (command.bash for command in story.commands):
         try:
             words = shlex.split(bash)
         except ValueError:  # an edited history

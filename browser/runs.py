@@ -19,7 +19,7 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import identify_machine
 from modules.console import in_words
-from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, parse_row
+from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, history_name, parse_row
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
@@ -39,11 +39,6 @@ STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
     r'<progress value="(\d+)" max="(\d+)">'
 )
-
-
-def history_name(path: Path) -> str:
-    """Return the --output_name of the run that a history is of."""
-    return path.name.removesuffix(END)
 
 
 def is_living(process: Mapping[str, Any]) -> bool | None:
@@ -197,7 +192,7 @@ def _glance(path: Path, status: os.stat_result, data: Any) -> Glance:
         _thin([float(loss) for _, loss in spots]),
         statistics.median(seconds) if seconds else None,
         samples[-1][min(samples[-1])] if samples else "",
-        {line[0]: line[-1] for line in story.memory if line},
+        dict(story.memory),
         story.start.model if story.start else told[0] if told else "",
         story.start.total_steps if story.start else told[2] if told else step,
     )

@@ -4,9 +4,8 @@ import hashlib
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
 from modules.pages.page import render_page
 from modules.text_files import read_safetensors_texts
-from training.reports.history import Points, Story
+from training.reports.history import Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
     ClipStore,
-    PageCommand,
-    PageFacts,
+    Standing,
     link,
     list_charts,
     list_tiles,
@@ -90,22 +88,18 @@ def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True)
-class Standing:
+class LiveStanding:
     """Hold how a run stands now."""
 
-    facts: PageFacts
-    step: int
-    text: str
-    kind: str  # good or bad, see `write_training_page`
+    shown: Standing
     state: str
     left: str  # words on the time left
 
     @classmethod
-    def of(cls, run: Glance, story: Story) -> "Standing":
+    def of(cls, run: Glance, story: Story) -> "LiveStanding":
         """Return how the run of a history stands."""
-        facts = told_facts(story, run.history.parent, run.name)
-        if story.start is None:  # an older version's, whose page tells some of it
-            facts = replace(facts, model=run.model, total_steps=run.total_steps)
+        # an older version's history has no start, and its page tells some of it
+        start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
         state = tell_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
@@ -113,49 +107,26 @@ class Standing:
         if state == RUNNING:
             text, kind = state, ""
         seconds = [each for each in [*story.seconds.values()][-SEEN:] if each is not None]
-        left = tell_left(facts.total_steps - step, statistics.median(seconds) if seconds else None)
-        return cls(facts, step, text, kind, state, f"· {left} left" if left and state == RUNNING else "")
+        left = tell_left(start.total_steps - step, statistics.median(seconds) if seconds else None)
+        words = f"· {left} left" if left and state == RUNNING else ""
+        return cls(Standing(start, step, text, kind), state, words)
 
 
-@dataclass
-class LinkedClips:
-    """Give the grid its clips as tags that a script fills once they are in view."""
-
-    now: Callable[[], float] = time.monotonic
-    clips: dict[str, Markup] = field(default_factory=dict)
-
-    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup:
-        """Return the tag of a sample, with words for those who cannot see it."""
-        tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
-        return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
-
-
-def told_facts(story: Story, folder: Path, name: str) -> PageFacts:
-    """Return the facts that a history tells, for a page that its run does not write."""
-    start = story.start
-    commands = [PageCommand(*texts) for texts in story.commands if len(texts) == len(fields(PageCommand))]
-    return PageFacts(
-        name,
-        start.model if start else "",
-        folder,
-        start.total_steps if start else max(story.loss, default=0),
-        start.changed if start else [],
-        start.unchanged if start else [],
-        lambda best, is_finished: commands,
-        lambda: [(line[0], line[-1]) for line in story.memory if line],
-        start is not None and start.listens,
-    )
+def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
+    """Return the tag of a sample, which a script fills once it is in view, with words for the blind."""
+    tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
+    return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
 
 
 def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     """Return the page of a run. Raises OSError if its history cannot be read."""
     story = runs.open(run).story
-    now = Standing.of(run, story)
-    values = page_values(now.facts, story, LinkedClips(), now.step, now.text, now.kind, MOST_SAMPLES)
+    now = LiveStanding.of(run, story)
+    values = page_values(run.history.parent, story, linked_clip, now.shown, MOST_SAMPLES)
     values["live"] = {
         "id": run.id,
         "left": now.left,
-        "can_ask": can_write and now.facts.listens and now.state == RUNNING,
+        "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
         "others": [(one.id, one.name) for one in runs.look() if one.id != run.id],
         "messages": story.messages[-MOST_MESSAGES:],
     }
@@ -170,25 +141,25 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
     """
     shown = runs.open(run)
     story = shown.story
-    now = Standing.of(run, story)
+    now = LiveStanding.of(run, story)
     events = [
         len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
     ]
-    page = hashlib.blake2s(repr((events, story.memory, now.text)).encode(), digest_size=8).hexdigest()
+    page = hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
     low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
-    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.step}-{low}-{high}"
+    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
         "page": page,
         "state": now.state,
-        "step": now.step,
+        "step": now.shown.step,
         "left": now.left,
         "name": run.name,
     }
     if asked.get("have") != key:
         charts = list_charts(_narrow(story, low, high), MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.facts, story, now.step)
+        news["tiles"] = list_tiles(now.shown, story)
     return news
 
 
@@ -270,6 +241,5 @@ def export_run(runs: Runs, path: Path) -> None:
         story = runs.open(run).story
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
-    now = Standing.of(run, story)
     clips = ClipStore(run.history.parent / SAMPLES)
-    write_training_page(path, now.facts, story, clips, now.step, now.text, now.kind)
+    write_training_page(path, run.history, story, clips, LiveStanding.of(run, story).shown)

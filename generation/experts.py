@@ -9,10 +9,11 @@ on the device together if that has room for all, or if it is the CPU and the hos
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -31,8 +32,6 @@ from modules.planning.memory_plan import gib
 logger = logging.getLogger(__name__)
 
 
-T = TypeVar("T")
-
 PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
 
 Check = Callable[[], None]  # called now and then by what is made; raises `ReadingStopped` if nobody wants it
@@ -40,53 +39,6 @@ Check = Callable[[], None]  # called now and then by what is made; raises `Readi
 
 class ReadingStopped(Exception):
     """End of a reading whose result nobody wants any more."""
-
-
-class Ahead(Generic[T]):
-    """Something that is being made in a thread, from now on."""
-
-    def __init__(self, make: Callable[[Check], T]) -> None:
-        """make: returns it, without gradients. What it computes on a GPU wants a stream of its own."""
-        self._make = make
-        self._made: list[T] = []
-        self._error: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="loading ahead", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_done(self) -> bool:
-        """Return whether it is made, or has failed."""
-        return not self._thread.is_alive()
-
-    def take(self) -> T:
-        """Wait until it is made, and return it: once. Raises the error of making it."""
-        self._join()
-        if self._error is not None:
-            raise self._error
-        return self._made.pop()
-
-    def cancel(self) -> None:
-        """Stop the work, wait for its end, and free the result."""
-        self._stop.set()
-        self._join()
-        self._made.clear()
-        self._error = None
-
-    def _join(self) -> None:
-        while self._thread.is_alive():
-            self._thread.join(PAUSE)
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise ReadingStopped
-
-    def _run(self) -> None:
-        try:
-            with torch.no_grad():  # holds for a single thread
-                self._made.append(self._make(self._check))
-        except BaseException as error:  # raised again by `take`
-            self._error = error
 
 
 CPU = torch.device("cpu")
@@ -106,7 +58,32 @@ class WaitingNetwork(Protocol):
 LoadAside = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 
-WhileReading = Ahead[tuple[nn.Module, WaitingNetwork]]
+@dataclass(frozen=True)
+class ReadingAhead:
+    """An expert that is being read by a thread."""
+
+    expert: int
+    made: Future[tuple[nn.Module, WaitingNetwork]]
+    stop: threading.Event  # set when nobody wants it any more
+
+    def join(self) -> None:
+        """Wait until it is read, or has failed."""
+        while wait([self.made], PAUSE).not_done:
+            pass
+
+
+def read_ahead(expert: int, load: LoadAside) -> ReadingAhead:
+    """Begin to load an expert in a thread. What it computes on a GPU wants a stream of its own."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise ReadingStopped
+
+    pool = ThreadPoolExecutor(1, "loading ahead")
+    made = pool.submit(torch.no_grad()(load), expert, check)  # gradients are a setting of each thread
+    pool.shutdown(wait=False)  # once it is made
+    return ReadingAhead(expert, made, stop)
 
 
 @dataclass(frozen=True)
@@ -149,7 +126,7 @@ class DitTurns:
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of those that have one
     _working: set[int] = field(default_factory=set)  # those that are on the device
-    _ahead: tuple[int, WhileReading] | None = None
+    _ahead: ReadingAhead | None = None
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
     _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
@@ -216,7 +193,7 @@ class DitTurns:
         self._place = next((place for place in later if self._plan[place] == expert), self._place)
         if expert not in self._working:
             if self._ahead is not None:
-                self._take_ahead(expert, *self._ahead)
+                self._take_ahead(expert, self._ahead)
             for other in [*self._working]:
                 if not self._may_stay(other, expert):
                     self._put_away(other)
@@ -292,7 +269,7 @@ class DitTurns:
                 self._told.add(coming)
             return
         logger.info("The %s is read into host memory while the %s works", words, self.experts[present].words)
-        self._ahead = coming, Ahead(lambda check: load(coming, check))
+        self._ahead = read_ahead(coming, load)
 
     def _why_not_ahead(self, present: nn.Module) -> str:
         """Return why another expert, which is as large, cannot be read ahead; empty if it can."""
@@ -306,35 +283,33 @@ class DitTurns:
             return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
         return ""
 
-    def _take_ahead(self, expert: int, foreseen: int, ahead: WhileReading) -> None:
+    def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
         """Take over an expert that was read ahead; raises its error.
 
         If only memory was short beside the other's work, it is loaded when that is done.
         """
-        if foreseen != expert:
+        if ahead.expert != expert:
             self._end_ahead()
             return
-        if not ahead.is_done:
+        if not ahead.made.done():
             logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
+        ahead.join()  # if Ctrl-C comes meanwhile, it is still there to be ended
+        self._ahead = None  # if it has failed, the next video tries anew
         try:
-            dit, copy = ahead.take()
+            dit, copy = ahead.made.result()
         except (torch.OutOfMemoryError, MemoryError):
-            self._ahead = None
             logger.info(
                 "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words
             )
             return
-        except Exception:
-            self._ahead = None  # the next video tries anew
-            raise
-        self._ahead = None
         self._dits[expert] = dit.eval().requires_grad_(False)
         if self.device.type != "cpu":
             self._copies[expert] = copy
 
     def _end_ahead(self) -> None:
         if self._ahead is not None:
-            self._ahead[1].cancel()
+            self._ahead.stop.set()
+            self._ahead.join()
             self._ahead = None
 
 

@@ -22,6 +22,7 @@ from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
+from modules.options import override_options
 from modules.planning.device_memory import host_room
 from modules.planning.dry_run import (
     ACCELERATOR,
@@ -77,8 +78,8 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class DenoisingPrediction:
-    """The memory of denoising, before any block is swapped, and the effect of swapping."""
+class PhasePrediction:
+    """The memory of one request: of denoising before any block is swapped, with the effect of swapping."""
 
     moments: Mapping[str, Moment]
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
@@ -87,6 +88,8 @@ class DenoisingPrediction:
     preview: int  # bytes that a preview takes between two steps
     turns: ExpertTurns
     extra: MemoryPart
+    before: tuple[Phase, ...] = ()  # texts and inputs
+    after: tuple[Phase, ...] = ()  # decoding
 
     @property
     def most(self) -> int:
@@ -94,7 +97,7 @@ class DenoisingPrediction:
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> Phase:
-        """Return the largest moment with this number of blocks swapped."""
+        """Return the largest moment of denoising with this number of blocks swapped."""
         (where, held), swap = largest(self.moments), self.swaps[count]
         weights = held[WEIGHTS]
         if self.preview > sum(held.values()) - weights:  # between steps there are weights alone
@@ -103,32 +106,13 @@ class DenoisingPrediction:
         parts = parts_of(held, swap, {WEIGHTS: note, WORKING: where})
         return Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
-
-@dataclass(frozen=True)
-class PhasePrediction:
-    """Phases of one request; the transformer's is a function of the number of swapped blocks."""
-
-    before: tuple[Phase, ...]  # texts and inputs
-    after: tuple[Phase, ...]  # decoding
-    denoising: DenoisingPrediction
-
-    @property
-    def most(self) -> int:
-        """Return the largest number of blocks that can be swapped."""
-        return self.denoising.most
-
-    @property
-    def swaps(self) -> Sequence[Swapped]:
-        """Return the effect of each number of swapped blocks."""
-        return self.denoising.swaps
-
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
         """Return the plan of all phases with this number of blocks swapped."""
-        return MemoryPlan((*self.before, self.denoising.phase(blocks), *self.after), tuple(remarks))
+        return MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
         """Return the device memory of denoising with this number of blocks swapped, in bytes."""
-        return self.denoising.phase(blocks).device
+        return self.phase(blocks).device
 
 
 def predict(
@@ -167,7 +151,7 @@ def predict(
         with rehearsing(networks) as ledger:
             family.decode_sound(networks, torch.empty(1, *prepared.joint.sound))
             after = (phase_of("decoding sound", ledger, extra), *after)
-    return PhasePrediction(tuple(before), after, denoising)
+    return replace(denoising, before=tuple(before), after=after)
 
 
 @contextmanager
@@ -232,7 +216,7 @@ def rehearse_denoising(
     extra: MemoryPart,
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], Extrapolate] = plainly,
-) -> DenoisingPrediction:
+) -> PhasePrediction:
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
@@ -268,7 +252,7 @@ def rehearse_denoising(
     if path is not None:  # what it takes between two steps
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-    return DenoisingPrediction(moments, swaps, weights, sizes, preview, turns, extra)
+    return PhasePrediction(moments, swaps, weights, sizes, preview, turns, extra)
 
 
 def heaviest_step(
@@ -334,8 +318,8 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
         prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)
 
     def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        made, denoising = prediction.plan(blocks), prediction.denoising
-        more = denoising.turns.remarks(made, denoising.phase(blocks), room, host_room())
+        made = prediction.plan(blocks)
+        more = prediction.turns.remarks(made, prediction.phase(blocks), room, host_room())
         return replace(made, remarks=(*remarks, *more))
 
     print_plan(
@@ -379,9 +363,9 @@ def advice(
     speed = options.speed
 
     def in_fp8() -> PhasePrediction:
-        fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
+        fp8 = replace(options, speed=override_options(speed, {"fp8_scaled": True}))
         with quiet():
-            return predict(family, fp8, prepared, device, prediction.denoising.turns, room)
+            return predict(family, fp8, prepared, device, prediction.turns, room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     can_swap = not speed.sharding.shard_base

@@ -43,6 +43,7 @@ from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
+from modules.options import override_options
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
 from modules.speed_options import GenerationSpeedOptions
@@ -110,18 +111,11 @@ def describe_preset(options: GenerationOptions, left_out: Sequence[str]) -> str:
 
 
 def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:
-    speed = replace(speed, by_preset=tuple(one for one in speed.by_preset if one != name))
-    if name == "attn_mode":
-        return replace(speed, attention=replace(speed.attention, attn_mode="torch"))
-    if name == "compile":
-        return replace(speed, compilation=replace(speed.compilation, compile=False))
+    changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays as it is, unless a LoRA has to be merged into it
-        is_kept = not has_loras
-        fast = speed.fp8.fp8_fast and is_kept
-        return replace(speed, fp8=replace(speed.fp8, fp8_scaled=False, fp8=is_kept, fp8_fast=fast))
-    if name == "fp8_fast":
-        return replace(speed, fp8=replace(speed.fp8, fp8_fast=False))
-    return replace(speed, fp16_accumulation=False)
+        changes |= {"fp8": not has_loras, "fp8_fast": speed.fp8.fp8_fast and not has_loras}
+    by_preset = tuple(one for one in speed.by_preset if one != name)
+    return override_options(replace(speed, by_preset=by_preset), changes)
 
 
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:

@@ -11,6 +11,7 @@ from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
 from generation.together import check_together
 from modules.contract.family import Family
+from modules.options import override_options
 from modules.planning.communication import Division, WorkCounter, divide_tokens
 from modules.planning.dry_run import quiet
 from modules.planning.memory_plan import Room
@@ -29,7 +30,7 @@ def plan_ways(
         counter = WorkCounter()
         with quiet():
             whole = predict(family, options, prepared, device, room=room, watch=counter.watch)
-        work = counter.work(whole.denoising.blocks)
+        work = counter.work(whole.blocks)
 
         @cache
         def shared() -> PhasePrediction:
@@ -41,18 +42,16 @@ def plan_ways(
             if division != Division(cards):
                 check_together(family, replace(options, speed=with_division(options.speed, division)))
             prediction = shared() if division.shards else whole
-            steps = prediction.denoising
-            if division.context > 1:
-                steps = replace(steps, moments=divide_tokens(steps.moments, division.context, work))
-            return replace(prediction, denoising=steps)
+            if division.context == 1:
+                return prediction
+            return replace(prediction, moments=divide_tokens(prediction.moments, division.context, work))
 
         return Rehearsed(words, work, True, divide)
 
     def runs() -> Iterator[Rehearsed]:
         yield rehearsed(alone)
-        speed = alone.speed
-        if speed.fp8.quantisation is None:
-            fp8 = replace(speed, fp8=replace(speed.fp8, fp8_scaled=True))
-            yield rehearsed(replace(alone, speed=fp8), "--fp8_scaled")
+        if alone.speed.fp8.quantisation is None:
+            fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
+            yield rehearsed(fp8, "--fp8_scaled")
 
     print_ways(runs(), cards, room, is_training=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from modules.private_torch import lerp_each
@@ -104,10 +104,7 @@ class WeightAverage:
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
-        """Take the average of a saved state; without one it goes on from the weights of now.
-
-        Raises CheckpointError if it belongs to other weights.
-        """
+        """Take the average of a saved state of the same weights; without one, begin with those of now."""
         if not self.values:
             return
         if PART not in saved.parts:
@@ -115,15 +112,7 @@ class WeightAverage:
             self.begin()
             return
         tensors = saved.parts[PART]
-        own = self.tensors()
-        misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-        if own.keys() != tensors.keys() or misshaped:
-            some = sorted(own.keys() ^ tensors.keys()) + sorted(misshaped)
-            raise CheckpointError(
-                f"the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
-                "  Resume without --ema_decay, or from another state folder."
-            )
-        for name, value in own.items():
+        for name, value in self.tensors().items():
             value.copy_(tensors[name])
         self.steps = int((saved.average or {})["steps"])
 

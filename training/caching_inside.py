@@ -18,8 +18,6 @@ from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.npz import NpzNames, open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, open_store
 from dataset.caching.existing import Caches, npz_names
-from dataset.caching.loop import cache_media, cache_texts, join_processes
-from dataset.caching.prefetch import conclude
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions
@@ -28,6 +26,7 @@ from dataset.table import DatasetConfig, DatasetTable
 from modules.console import as_size
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import DatasetError, OptionError
+from modules.installation import import_own
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from networks.own_modules import OWN_MODULES
@@ -92,7 +91,8 @@ def prepare_sources(
         _fill(family, config, plans, options, device, stores)
     # those in memory that have entries, or will have those of other processes
     held = [one for pair in stores.given.values() for one in pair if isinstance(one, MemoryStore)]
-    _share_entries(held)
+    if held:
+        _share_entries(held)
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
@@ -115,6 +115,7 @@ def _fill(
     stores: Stores,
 ) -> None:
     """Encode the items to keep in npz files and in memory."""
+    loop, conclude = import_own("dataset.caching.loop"), import_own("dataset.caching.prefetch").conclude
     stores = replace(stores, trusts=options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
@@ -122,12 +123,12 @@ def _fill(
 
     media = tables(lambda plan: plan.latents.is_made)
     if media.datasets:
-        report = cache_media(family, media, _loop_options(media, device, options.vae_batch_size), stores)
+        report = loop.cache_media(family, media, _loop_options(media, device, options.vae_batch_size), stores)
         conclude(replace(report, foreign=0))  # files of other programs are no surprise here
     texts = tables(lambda plan: plan.texts.is_made)
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
-        report = cache_texts(family, texts, _loop_options(texts, device, batch_size), stores)
+        report = loop.cache_texts(family, texts, _loop_options(texts, device, batch_size), stores)
         conclude(replace(report, foreign=0))
 
 
@@ -230,7 +231,7 @@ def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int |
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
     """Give the entries of each process to all others, a few at a time."""
-    with join_processes() as share:
+    with import_own("dataset.caching.loop").join_processes() as share:
         for store in stores if share.count > 1 else ():
             mine = list(store.entries.items())
             for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):

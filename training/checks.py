@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
 from modules.contract.family import Family
 from modules.contract.rules import Expert
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name
 from modules.planning.dry_run import quiet
@@ -36,7 +36,6 @@ from training.noise_options import MIXTURES, NOTHING, SIZE_SHIFTS, WEIGHTS_OF_LO
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
-from training.samples import read_requests
 
 
 def check_before_loading(
@@ -134,10 +133,11 @@ def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
 def _check_samples(family: Family, options: TrainingOptions) -> None:
     """Check the prompts of samples, the LoRAs that only they have, and the needs of their previews."""
     samples = options.samples
-    check_preview(samples.preview, family.latent)
+    if samples.preview.preview_latent_every is not None:
+        import_own("blissful_tuner.latent_preview").check_preview(samples.preview, family.latent)
     with quiet():
         if samples.are_made and samples.sample_prompts is not None:
-            read_requests(family, samples.sample_prompts)
+            import_own("training.samples").read_requests(family, samples.sample_prompts)
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [_use(path, expert, multiplier) for path, multiplier in samples.loras()]
             for use in uses:

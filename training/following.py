@@ -21,14 +21,20 @@ from networks.names.layouts import TRAINED_ON
 from networks.options import NetworkOptions
 from training.options import TrainingOptions, training_parser
 from training.plan import TrainingPlan
-from training.reports.history import HIGHEST, PREDICTED, History, history_path
-from training.reports.page import PageCommand, PageFacts, page_path
+from training.reports.history import (
+    HIGHEST,
+    PREDICTED,
+    History,
+    PageCommand,
+    Start,
+    describe_process,
+    history_path,
+)
 from training.reports.reporter import RunReporter
-from training.samples import NoSampler, Sampler
 from training.saving.files import Names
 from training.saving.options import LATEST_ONLY
 from training.saving.states import state_pattern
-from training.training_run import NoMemoryWatch
+from training.training_run import MakesSamples, NoMemoryWatch
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 BAKED_RANK = 64  # of a plain LoRA made of a DoRA, whose change is of full rank
@@ -254,7 +260,7 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
 
 
-def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: Sampler | NoSampler) -> NextSteps:
+def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: MakesSamples) -> NextSteps:
     """Return a maker of the command lines that can follow the run."""
     found = read_family({TRAINED_ON: plan.family.name})
     values: dict[str, Any] = {}
@@ -285,32 +291,29 @@ def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: Sampler
 def make_reporter(
     plan: TrainingPlan,
     following: NextSteps,
-    sampler: Sampler | NoSampler,
+    sampler: MakesSamples,
     memory: MemoryWatch | NoMemoryWatch,
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
-    folder, name, progress = plan.names.folder, plan.names.name, plan.progress
-    device, given = plan.accelerator.device, following.given
-    facts = PageFacts(
-        name,
-        plan.family.name,
-        folder,
-        following.total_steps,
-        [(option.name, option.text) for option in given if option.is_changed],
-        [(option.name, option.text) for option in given if not option.is_changed],
-        lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
-        lambda: list_memory(device, memory),
-        plan.options.samples.sample_now,
-    )
+    progress, device, given = plan.progress, plan.accelerator.device, following.given
     is_main = plan.accelerator.is_main_process
     is_written = is_main and not plan.options.logs.no_page
+    path = history_path(plan.names.folder, plan.names.name)
     return RunReporter(
-        page_path(folder, name),
-        facts,
-        # others read nothing of it
-        History(history_path(folder, name), progress.session_id, progress.step if is_main else 0, is_written),
+        # other processes read nothing of it
+        History(path, progress.session_id, progress.step if is_main else 0, is_written),
+        Start(
+            plan.family.name,
+            following.total_steps,
+            [(option.name, option.text) for option in given if option.is_changed],
+            [(option.name, option.text) for option in given if not option.is_changed],
+            plan.options.samples.sample_now,
+            describe_process(),
+        ),
         dict(enumerate(sampler.prompts)),
         progress.step,
+        lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
+        lambda: list_memory(device, memory),
         lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )
 

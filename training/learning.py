@@ -48,11 +48,10 @@ from training.optimizers.stepping import (
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
-from training.samples import NoSampler, Sampler
 from training.saver import restore
 from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
-from training.training_run import NoMemoryWatch, TrainingRun, TriggerFiles, trigger_paths
+from training.training_run import MakesSamples, NoMemoryWatch, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ logger = logging.getLogger(__name__)
 def load_model(
     plan: TrainingPlan,
     swap: SwapOptions,
-    sampler: Sampler | NoSampler,
+    sampler: MakesSamples,
     memory: MemoryWatch | NoMemoryWatch,
     logs: Logs,
     reporter: RunReporter,

@@ -25,7 +25,6 @@ from training.loss import sum_streams, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.logs import WISHES, StepReport, losses_by_part, name_rates
-from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
 
@@ -240,7 +239,7 @@ def _restart_clock(run: TrainingRun) -> None:
 def _begin(run: TrainingRun) -> None:
     """Do the work due before the first step, or left over when the resumed state was saved."""
     progress = run.progress
-    if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
+    if progress.step == 0 and run.options.samples.is_due_at_step(0) and progress.sampled_step != 0:
         progress.sample_pending = "e000000"
     if progress.sample_pending:
         _sample(run)
@@ -261,7 +260,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
     saves = asks_to_save or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = validate_every is not None and progress.step % validate_every == 0
-    samples = asks_to_sample or is_due_at_step(options.samples, progress.step)
+    samples = asks_to_sample or options.samples.is_due_at_step(progress.step)
     if not (saves or validates or samples):
         return
     _settle(run)
@@ -292,7 +291,7 @@ def _after_epoch(run: TrainingRun) -> None:
     is_whole = progress.position >= run.steps.num_batches
     _settle(run)
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
-    if is_due_after_epoch(options.samples, epoch) and progress.sampled_step != progress.step:
+    if options.samples.is_due_after_epoch(epoch) and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
         progress.epoch, progress.position = epoch, 0
@@ -321,6 +320,10 @@ def _save_to_go_on(run: TrainingRun) -> None:
     )
 
 
+class SamplingStopped(Exception):
+    """Raised among the steps of a sample when the run is asked to end."""
+
+
 def _sample(run: TrainingRun) -> None:
     """Make the pending samples.
 
@@ -330,14 +333,14 @@ def _sample(run: TrainingRun) -> None:
     progress = run.progress
     if run.sampler.prompts:
         was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
+
+        def check() -> None:
+            if is_any(run.stop.asked, together, run.device):
+                raise SamplingStopped
+
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
-                run.sampler.make(
-                    run.sample_dits.at,
-                    run.autocast,
-                    progress.sample_pending,
-                    lambda: is_any(run.stop.asked, together, run.device),
-                )
+                run.sampler.make(run.sample_dits.at, run.autocast, progress.sample_pending, check)
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.steps.everyone, run.device):

@@ -97,10 +97,15 @@ class TrainingOptions(Options):
                 "--resume",
                 "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
             )
+        if not self.only_shows:
+            _ = self.saving.place
+
+    @property
+    def only_shows(self) -> bool:
+        """Return whether the run shows something instead of training."""
         shows_pictures = self.subset is not None and self.subset.debug_dataset
-        if self.loop.check or self.speed.plan.is_asked or shows_pictures:
-            return
-        _ = self.saving.place
+        shows_timesteps = self.timesteps.show_timesteps is not None
+        return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_asked
 
     @property
     def by_expert(self) -> ExpertTrainingOptions:

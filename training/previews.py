@@ -38,8 +38,8 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 
 def show_preview(
     family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
-) -> int | None:
-    """Show the preview that the options ask for instead of training; returns the exit code, or None to train.
+) -> int:
+    """Show the preview that the options ask for instead of training; returns the exit code.
 
     commands: commands to show if caches are missing. sampling: the model of samples, if it has transformers
     that are not trained.
@@ -57,11 +57,9 @@ def show_preview(
         return 0
     if options.loop.check:
         return _check(family, options, commands)
-    if options.speed.plan.is_asked:
-        if os.environ.get("RANK", "0") == "0":  # one process tells
-            _plan(family, options, commands, sampling)
-        return 0
-    return None
+    if os.environ.get("RANK", "0") == "0":  # one process tells
+        _plan(family, options, commands, sampling)
+    return 0
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:

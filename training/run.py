@@ -12,6 +12,7 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.contract.loading import BlockPlace
 from modules.dressing import shared_blocks
+from modules.installation import import_own
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
 from training.following import NO_SCRIPTS, FamilyScripts, make_reporter, plan_next_steps
@@ -20,15 +21,13 @@ from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
-from training.previews import show_preview
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
 from training.saving.files import is_of_another_run, paths_in, set_aside
 from training.saving.hub import make_uploads
 from training.saving.states import SavedState
 from training.summary import show_end, show_start, watch_run
-from training.training_run import NoMemoryWatch, TrainingRun
+from training.training_run import MakesSamples, NoMemoryWatch, NoSampler, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,8 @@ def train_network(
     samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
-    code = show_preview(family, options, commands, sampling)
-    if code is not None:
+    if options.only_shows:
+        code: int = import_own("training.previews").show_preview(family, options, commands, sampling)
         return code
     try:
         with prepare_run(family, options, commands, scripts, sampling) as run:
@@ -125,7 +124,7 @@ def _shared_blocks(plan: TrainingPlan) -> BlockPlace | None:
     return shared_blocks(plan.options.speed.sharding, plan.accelerator.device)
 
 
-def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
+def _make_sampler(plan: TrainingPlan) -> MakesSamples:
     """Encode the texts and images of the samples.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
@@ -144,7 +143,7 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
     if plan.options.average.sample_ema:
         weights = " (EMA)" + weights
-    return prepare_samples(
+    sampler: MakesSamples = import_own("training.samples").prepare_samples(
         plan.sampled,
         options.sample_prompts,
         folder,
@@ -157,3 +156,4 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         plan.steps.works_together,
         _shared_blocks(plan),
     )
+    return sampler

@@ -36,7 +36,6 @@ from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
 from training.data.live import LiveTexts
 from training.loss import Autocast, DitOf
-from training.run_options import SampleOptions
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +48,6 @@ DEFAULTS: dict[str, float] = {
     "sample_steps": 20,
     "discrete_flow_shift": 14.5,
 }
-
-
-class SamplingStopped(Exception):
-    """Raised from the denoising loop when the run is asked to end."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +87,16 @@ class Sampler:
         """Return a sampler that encodes texts with the encoders that learn, if there are some."""
         return replace(self, renew=texts.renew) if texts.learning else self
 
-    def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
+    def make(self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None]) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
-        the end of an epoch, `000020` at a step. Only the samples' own random state is used. Raises
-        SamplingStopped soon after `stopped()` is true.
+        the end of an epoch, `000020` at a step. check: called after each step; what it raises ends the
+        samples. Only the samples' own random state is used.
         """
 
         def watch(_: StepDone) -> bool:
-            if stopped():
-                raise SamplingStopped
+            check()
             return False
 
         paths, experts = [], self.session.family.experts
@@ -162,19 +156,6 @@ class Sampler:
             device=self.session.device.type,
             experts=family.experts,
         )
-
-
-class NoSampler:
-    """Make no samples."""
-
-    samples: Sequence[Sample] = ()
-    prompts: Sequence[str] = ()
-
-    def make(self, *_: object) -> list[Path]:
-        return []
-
-    def renewed_by(self, texts: object) -> "NoSampler":
-        return self
 
 
 def prepare_samples(
@@ -336,18 +317,6 @@ def _solver_of(values: Mapping[str, Any]) -> str | None:
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
     return solver
-
-
-def is_due_at_step(options: SampleOptions, step: int) -> bool:
-    """Return whether samples are due after optimizer step `step`; 0 means before the first."""
-    if step == 0:
-        return options.sample_at_first
-    return options.sample_every_n_steps is not None and step % options.sample_every_n_steps == 0
-
-
-def is_due_after_epoch(options: SampleOptions, epoch: int) -> bool:
-    """Return whether samples are due at the end of epoch `epoch`, counted from 1."""
-    return options.sample_every_n_epochs is not None and epoch % options.sample_every_n_epochs == 0
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:

@@ -39,7 +39,7 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, listed_settings, own_values
-from training.saving.files import NoSaver, Publish, Saver, SharingSaver
+from training.saving.files import NoSaver, Publish, Saver
 from training.saving.hub import write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
@@ -94,7 +94,7 @@ def make_saver(
         from training.saving.split_model import write_split_state
 
         write = write_split_state
-    saver = (Saver if is_first else SharingSaver)(
+    saver = Saver(
         options.saving,
         plan.names,
         write_file,
@@ -102,6 +102,7 @@ def make_saver(
         lambda path: publish(path, card),
         publish_state,
         write_average if run.average.values else None,
+        is_first,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for

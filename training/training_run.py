@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,13 @@ from training.averages import WeightAverage
 from training.data.feed import Feed
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks, dtype_of
-from training.loss import Autocast, LossRule
+from training.loss import Autocast, DitOf, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
-from training.samples import NoSampler, Sampler
 from training.saving.files import MinuteClock, Names, NoSaver, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
@@ -156,6 +156,35 @@ class NoMemoryWatch:
     def after_pause(self) -> None: ...
 
 
+class MakesSamples(Protocol):
+    """Make samples while training: `training.samples.Sampler`, which is imported if there are prompts."""
+
+    @property
+    def samples(self) -> Sequence[Any]: ...
+
+    @property
+    def prompts(self) -> Sequence[str]: ...
+
+    def make(
+        self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None], /
+    ) -> Sequence[Path]: ...
+
+    def renewed_by(self, texts: LiveTexts, /) -> "MakesSamples": ...
+
+
+class NoSampler:
+    """Make no samples."""
+
+    samples: Sequence[Any] = ()
+    prompts: Sequence[str] = ()
+
+    def make(self, *_: object) -> Sequence[Path]:
+        return ()
+
+    def renewed_by(self, _: LiveTexts) -> "NoSampler":
+        return self
+
+
 @dataclass
 class TrainingRun:
     """Hold everything that the loop works with. A missing part is an object that does nothing.
@@ -179,7 +208,7 @@ class TrainingRun:
     feed: Feed
     rule: LossRule
     validation: Validation  # without items: none is made
-    sampler: Sampler | NoSampler
+    sampler: MakesSamples
     memory: MemoryWatch | NoMemoryWatch
     logs: Logs
     reporter: RunReporter  # to the page

@@ -6,6 +6,7 @@ import random
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +125,7 @@ class Stage:
                 for timestep in timesteps:
                     assert self.places[dit_at(timestep).number] == self.device.type
                     if self.turns._ahead is not None and timestep < 999:  # by now it is read
-                        self.turns._ahead[1]._join()
+                        self.turns._ahead.join()
         gc.collect()
         return [*self.diary]
 
@@ -210,19 +211,19 @@ def _fail(error: Exception) -> None:
 def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     stage = Stage(keep=True)
     stage.may_read.clear()
-    threads: list[threading.Thread] = []
+    reading: list[Future[Any]] = []
 
     def press() -> None:
         with stage.turns.phase((1, 0)) as dit_at:
             dit_at(999.0)
             assert stage.turns._ahead is not None
-            threads.append(stage.turns._ahead[1]._thread)
+            reading.append(stage.turns._ahead.made)
             stage.may_read.set()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         press()
-    assert not threads[0].is_alive()
+    assert reading[0].done()
     assert stage.places == {1: "cpu"}
     assert "bring 1" in stage.denoise((1, 0), [VIDEO])
 
@@ -339,7 +340,7 @@ def most_on_host(order: Sequence[int], rules: TurnRules) -> int:
         for expert in order:
             dit_at(TIMESTEPS[expert])
             if turns._ahead is not None:
-                turns._ahead[1]._join()
+                turns._ahead.join()
     return host.most
 
 

@@ -184,7 +184,7 @@ def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
     dit = family.load_dit(Placement(CPU))
     make_network(options.network, family.lora_module, dit, seed=0).module.eval()
     with torch.no_grad():
-        sampler.make(lambda _: dit, nullcontext, "000003", lambda: False)
+        sampler.make(lambda _: dit, nullcontext, "000003", lambda: None)
     ((latents,),) = family.decoded
     return latents
 

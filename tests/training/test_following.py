@@ -18,7 +18,7 @@ from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
-from training.reports.page import PageCommand
+from training.reports.history import PageCommand
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
 

@@ -146,7 +146,7 @@ def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 9 --d 1 --s 2 --l 3 --fs 5\n")
     sampler = prepare_samples(family, prompts, tmp_path, "x", cpu, 0, 1)
 
-    (path,) = sampler.make(lambda _: family.load_dit(Placement(cpu)), nullcontext, "e000001", lambda: False)
+    (path,) = sampler.make(lambda _: family.load_dit(Placement(cpu)), nullcontext, "e000001", lambda: None)
 
     generate_with_sound(
         [*models, "--save_path", tmp_path / "made", "--device", "cpu", "--prompt", "a cat", "--seed", 1]

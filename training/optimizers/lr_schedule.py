@@ -79,8 +79,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             f"{name}."
         )
     curve = make_curve(options, total_steps, float(optimizer.defaults["lr"]))
-    factor = FACTORS[name]
-    return CurveSchedule(name, optimizer, lambda step: factor(curve, step))
+    return CurveSchedule(name, optimizer, lambda step: factor_at(name, curve, step))
 
 
 def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> RateShape:
@@ -128,76 +127,39 @@ def count_steps(steps: int | float, total_steps: int) -> int:
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
-# the curves: factor on the learning rate at a step (from 0)
-
-
-def constant(curve: RateShape, step: int) -> float:
-    return min(1.0, step / curve.warmup) if curve.warmup else 1.0
-
-
-def linear(curve: RateShape, step: int) -> float:
-    return constant(curve, step) if step < curve.warmup else 1 - curve.progress(step)
-
-
-def cosine(curve: RateShape, step: int) -> float:
-    return constant(curve, step) if step < curve.warmup else _half_cosine(curve.progress(step))
-
-
-def cosine_with_restarts(curve: RateShape, step: int) -> float:
+def factor_at(name: str, curve: RateShape, step: int) -> float:
+    """Return the factor on the learning rate at a step, from 0. name: of one of `CURVES`."""
+    if name == "piecewise_constant":  # it has no warm-up
+        rules, last = _read_rules(curve.step_rules)
+        return next((factor for factor, until in rules if step < until), last)
     if step < curve.warmup:
-        return constant(curve, step)
+        lowest = curve.min_lr_ratio if name == "warmup_stable_decay" else 0.0
+        return _above(lowest, step / curve.warmup)
     progress = curve.progress(step)
-    return 0.0 if progress >= 1 else _half_cosine(curve.num_cycles * progress % 1)
-
-
-def cosine_with_min_lr(curve: RateShape, step: int) -> float:
-    if step < curve.warmup:
-        return constant(curve, step)
-    return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * curve.progress(step)))
-
-
-def polynomial(curve: RateShape, step: int) -> float:
-    if step < curve.warmup:
-        return constant(curve, step)
-    start, end = curve.learning_rate, curve.lr_end
-    return ((start - end) * (1 - curve.progress(step)) ** curve.power + end) / start
-
-
-def inverse_sqrt(curve: RateShape, step: int) -> float:
-    if step < curve.warmup:
-        return constant(curve, step)
-    timescale = curve.timescale or curve.warmup or INVERSE_SQRT_TIMESCALE
-    return 1 / math.sqrt((step + timescale - curve.warmup) / timescale)
-
-
-def warmup_stable_decay(curve: RateShape, step: int) -> float:
-    falling = step - (curve.total - curve.decay)
-    if step < curve.warmup:
-        return _above(curve.min_lr_ratio, step / curve.warmup)
-    if falling < 0:
-        return 1.0
-    if falling >= curve.decay:
-        return curve.min_lr_ratio if curve.decay else 1.0
-    return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * falling / curve.decay))
-
-
-def piecewise_constant(curve: RateShape, step: int) -> float:
-    rules, last = _read_rules(curve.step_rules)
-    return next((factor for factor, until in rules if step < until), last)
-
-
-FACTORS: dict[str, Callable[[RateShape, int], float]] = {
-    "constant": constant,
-    "constant_with_warmup": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "cosine_with_restarts": cosine_with_restarts,
-    "polynomial": polynomial,
-    "inverse_sqrt": inverse_sqrt,
-    "cosine_with_min_lr": cosine_with_min_lr,
-    "warmup_stable_decay": warmup_stable_decay,
-    "piecewise_constant": piecewise_constant,
-}
+    match name:
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return _half_cosine(progress)
+        case "cosine_with_restarts":
+            return 0.0 if progress >= 1 else _half_cosine(curve.num_cycles * progress % 1)
+        case "cosine_with_min_lr":
+            return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * progress))
+        case "polynomial":
+            start, end = curve.learning_rate, curve.lr_end
+            return ((start - end) * (1 - progress) ** curve.power + end) / start
+        case "inverse_sqrt":
+            timescale = curve.timescale or curve.warmup or INVERSE_SQRT_TIMESCALE
+            return 1 / math.sqrt((step + timescale - curve.warmup) / timescale)
+        case "warmup_stable_decay":
+            falling = step - (curve.total - curve.decay)
+            if falling < 0:
+                return 1.0
+            if falling >= curve.decay:
+                return curve.min_lr_ratio if curve.decay else 1.0
+            return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * falling / curve.decay))
+        case _:  # constant, with a warm-up or without
+            return 1.0
 
 
 # what --lr_scheduler_args can set, for each curve

@@ -18,6 +18,7 @@ from dataset.cache.records import CacheChecks
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
 from modules.installation import import_own
+from modules.options import override_options
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.dry_run import (
     BATCH,
@@ -344,21 +345,18 @@ def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, Traini
 
     others: transformers that are trained beside the first one.
     """
+    loop, is_plain = options.loop, options.whole_dit is None and options.speed.fp8.quantisation is None
+    unused = {
+        "--offload_inactive_dit": others > 0 and not options.by_expert.offload_inactive_dit,
+        "--gradient_checkpointing": not loop.gradient_checkpointing,
+        "--fp8_base --fp8_scaled": is_plain,
+        "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
+    }
     found: list[tuple[str, TrainingOptions]] = []
-
-    if others and not options.by_expert.offload_inactive_dit:
-        options = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
-        found.append(("--offload_inactive_dit", options))
-    if not options.loop.gradient_checkpointing:
-        options = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
-        found.append(("--gradient_checkpointing", options))
-    if options.whole_dit is None and options.speed.fp8.quantisation is None:
-        fp8 = replace(options.speed.fp8, fp8_base=True, fp8_scaled=True)
-        options = replace(options, speed=replace(options.speed, fp8=fp8))
-        found.append(("--fp8_base --fp8_scaled", options))
-    if not options.loop.gradient_checkpointing_cpu_offload:
-        options = replace(options, loop=replace(options.loop, gradient_checkpointing_cpu_offload=True))
-        found.append(("--gradient_checkpointing_cpu_offload", options))
+    for line in (line for line, is_unused in unused.items() if is_unused):
+        with quiet():  # what records say of their values was said of the given ones
+            options = override_options(options, {word.removeprefix("--"): True for word in line.split()})
+        found.append((line, options))
     return found
 
 

@@ -43,15 +43,30 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
+class PageCommand:
+    """Hold a command line that goes on from here, for two kinds of shells."""
+
+    title: str
+    bash: str
+    powershell: str
+    note: str = ""
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """Return both, cut before each option: a line of the page ends there, not within one."""
+        return [re.split(r" (?=--)", text) for text in (self.bash, self.powershell)]
+
+
+@dataclass(frozen=True)
 class Start:
     """Hold what a run tells when it is started: of itself, and of its process."""
 
     model: str
     total_steps: int
-    changed: Sequence[tuple[str, str]]  # options that differ from their defaults
-    unchanged: Sequence[tuple[str, str]]
-    listens: bool  # to files that ask for something
-    process: Mapping[str, Any]  # see `describe_process`
+    changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
+    unchanged: Sequence[tuple[str, str]] = ()
+    listens: bool = False  # to files that ask for something, see `TriggerFiles`
+    process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
 
     @classmethod
     def of(cls, told: Row) -> "Start":
@@ -75,8 +90,8 @@ class Story:
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
     starts: dict[int, Start | None] = field(default_factory=dict)  # by the step; None: of an older version
     ending: tuple[str, str] | None = None  # of a run that has ended: how, and the kind of it
-    memory: list[list[str]] = field(default_factory=list)  # names and values
-    commands: list[list[str]] = field(default_factory=list)  # fields of `PageCommand`
+    memory: list[tuple[str, str]] = field(default_factory=list)  # names and values
+    commands: list[PageCommand] = field(default_factory=list)
     messages: list[tuple[int, str, str]] = field(default_factory=list)  # step, level, text
 
     @classmethod
@@ -113,9 +128,9 @@ class Story:
         elif "ended" in row:
             self.ending = str(row["ended"]), str(row["kind"])
         elif "memory" in row:
-            self.memory = [[str(text) for text in line] for line in row["memory"]]
+            self.memory = [(str(line[0]), str(line[-1])) for line in row["memory"]]
         elif "commands" in row:
-            self.commands = [[str(text) for text in command] for command in row["commands"]]
+            self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
         else:
             told = row.get("started")
             self.starts[step], self.ending = Start.of(told) if isinstance(told, dict) else None, None
@@ -218,6 +233,11 @@ class History:
 def history_path(folder: Path, name: str) -> Path:
     """Return the file of the history of a run. folder, name: --output_dir, --output_name."""
     return folder / f"{name}{END}"
+
+
+def history_name(path: Path) -> str:
+    """Return the --output_name of the run that a history is of."""
+    return path.name.removesuffix(END)
 
 
 def describe_process(number: int | None = None) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
 
-import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -18,7 +16,7 @@ from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import embed_clip, write_page
-from training.reports.history import Points, SampleRow, Story
+from training.reports.history import Points, SampleRow, Start, Story, history_name
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -31,46 +29,8 @@ SMOOTHING = 0.9
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
-@dataclass(frozen=True)
-class PageCommand:
-    """Hold a command line that goes on from here, for two kinds of shells."""
-
-    title: str
-    bash: str
-    powershell: str
-    note: str = ""
-
-    @property
-    def parts(self) -> list[list[str]]:
-        """Return both, cut before each option: a line of the page ends there, not within one."""
-        return [re.split(r" (?=--)", text) for text in (self.bash, self.powershell)]
-
-
-@dataclass(frozen=True)
-class PageFacts:
-    """Hold facts for the page that the history lacks."""
-
-    name: str  # --output_name
-    model: str
-    folder: Path  # --output_dir
-    total_steps: int
-    changed: Sequence[tuple[str, str]]  # options that differ from their defaults
-    unchanged: Sequence[tuple[str, str]]
-    commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
-    memory: Callable[[], Sequence[tuple[str, str]]]
-    listens: bool = False  # to files that ask for something, see `TriggerFiles`
-
-
-class Clips(Protocol):
-    """Give the clips of the grid."""
-
-    clips: dict[str, Markup]  # that are kept, by the names of their files
-
-    def now(self) -> float:
-        """Return the time that a deadline is compared with."""
-
-    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
-        """Return the clip, or why there is none."""
+# file of a sample, prompt, step, whether it is one of the newest -> the clip, or why there is none
+LoadClip = Callable[[str, str, int, bool], Markup | str]
 
 
 @dataclass
@@ -81,16 +41,27 @@ class ClipStore:
     now: Callable[[], float] = time.monotonic
     clips: dict[str, Markup] = field(default_factory=dict)
 
-    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
-        """Return the clip, or why there is none. After the deadline, only clips that are there are given."""
-        if name not in self.clips:
-            if self.now() > deadline:
-                return "shown when the page is written next"
-            try:
-                self.add(name, prompt, step, read_reduced(self.folder / name))
-            except (OSError, UserError):
-                return "the file is gone, or cannot be read"
-        return self.clips[name]
+    def for_page(self) -> LoadClip:
+        """Return what gives a page its clips; after some seconds only the newest and those that are there.
+
+        Clips that were on no page since the one before are freed.
+        """
+        deadline = self.now() + OLD_CLIPS_SECONDS
+        before, self.clips = self.clips, {}
+
+        def load(name: str, prompt: str, step: int, is_newest: bool) -> Markup | str:
+            if name in before:
+                self.clips[name] = before[name]
+            if name not in self.clips:
+                if self.now() > deadline and not is_newest:
+                    return "shown when the page is written next"
+                try:
+                    self.add(name, prompt, step, read_reduced(self.folder / name))
+                except (OSError, UserError):
+                    return "the file is gone, or cannot be read"
+            return self.clips[name]
+
+        return load
 
     def add(self, name: str, prompt: str, step: int, clip: ReducedClip) -> None:
         """Encode a clip that was read. Raises UserError if that fails."""
@@ -106,46 +77,44 @@ def page_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.html"
 
 
-def write_training_page(
-    path: Path,
-    facts: PageFacts,
-    story: Story,
-    clips: ClipStore,
-    step: int,
-    standing: str = "running",
-    kind: str = "",
-) -> None:
-    """Write the page of a run that stands at `step`. kind: good if it is finished, bad if an error ended it.
+@dataclass(frozen=True)
+class Standing:
+    """Hold how a run stands."""
 
-    Raises OutputError if that fails.
-    """
-    values = page_values(facts, story, clips, step, standing, kind)
-    write_page(path, TEMPLATE, f"{facts.name}: training", values)
+    start: Start
+    step: int
+    text: str = "running"
+    kind: str = ""  # good if it is finished, bad if an error ended it
+
+
+def write_training_page(
+    path: Path, history: Path, story: Story, clips: ClipStore, standing: Standing
+) -> None:
+    """Write the page of a run: the content of its history. Raises OutputError if that fails."""
+    values = page_values(history.parent, story, clips.for_page(), standing)
+    write_page(path, TEMPLATE, f"{history_name(history)}: training", values)
 
 
 def page_values(
-    facts: PageFacts,
+    folder: Path,
     story: Story,
-    clips: Clips,
-    step: int,
-    standing: str,
-    kind: str = "",
+    load: LoadClip,
+    standing: Standing,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
 ) -> dict[str, Any]:
-    """Return the values of the template, as of `write_training_page`. most: columns and rows of samples."""
-    best = story.best_file(facts.folder)
+    """Return the values of the template. folder: --output_dir. most: columns and rows of samples."""
+    best = story.best_file(folder)
     return {
         "live": None,
-        "facts": facts,
-        "standing": {"step": step, "text": standing, "kind": kind},
+        "standing": standing,
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": list_tiles(facts, story, step),
-        "grid": _grid(story, clips, *most),
+        "tiles": list_tiles(standing, story),
+        "grid": _grid(story, load, *most),
         "charts": [draw_chart(chart) for chart in list_charts(story)],
-        "files": _files(story, facts.folder, best),
+        "files": _files(story, folder, best),
         "advice": describe_best(story, best),
-        "memory": facts.memory(),
-        "commands": facts.commands(None if best is None else facts.folder / best, kind == "good"),
+        "memory": story.memory,
+        "commands": story.commands,
     }
 
 
@@ -165,7 +134,7 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def _grid(story: Story, clips: Clips, most_columns: int, most_prompts: int) -> dict[str, Any]:
+def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
     rows = [story.samples[key] for key in sorted(story.samples)]
     lowest = story.lowest
     best = None if lowest is None else lowest[0]
@@ -175,16 +144,13 @@ def _grid(story: Story, clips: Clips, most_columns: int, most_prompts: int) -> d
     best_column = (
         min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
     )
-    deadline = clips.now() + OLD_CLIPS_SECONDS
     cells: dict[tuple[int, str, int], dict[str, Any]] = {}
     for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
         for index, prompt in shown:
             name = row.files.get(index)
             if name is not None and row.prompts.get(index, "") == prompt:
-                tag = clips.load(name, prompt, row.step, math.inf if row is columns[-1] else deadline)
+                tag = load(name, prompt, row.step, row is columns[-1])
                 cells[index, prompt, place] = {"clip": tag, "href": link("sample", name)}
-    used = {name for row in columns for name in row.files.values()}
-    clips.clips = {name: tag for name, tag in clips.clips.items() if name in used}
     return {
         "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
         "rows": [
@@ -285,11 +251,11 @@ def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
     return bins
 
 
-def list_tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
+def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     """Return the numbers at the top of the page: label, value and a note."""
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
-    tiles = [("Step", f"{at_step:,} of {facts.total_steps:,}", since)]
+    tiles = [("Step", f"{standing.step:,} of {standing.start.total_steps:,}", since)]
     bins = join_bins(story.loss)
     if bins:
         latest = bins[-max(1, len(bins) // 10) :]

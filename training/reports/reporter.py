@@ -7,16 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
-from training.reports.history import History, describe_process
+from training.reports.history import History, PageCommand, Start, history_name
 from training.reports.logs import StepReport
-from training.reports.page import ClipStore, PageFacts, write_training_page
+from training.reports.page import ClipStore, Standing, page_path, write_training_page
 from training.reports.sample_files import (
+    FOLDER,
     find_samples,
     join_strip,
     log_samples,
@@ -40,13 +41,17 @@ class RunReporter:
     In a process that is not the main one, its history is not written and it has no trackers.
     """
 
-    path: Path  # of the page; nothing is written if the history is not either
-    facts: PageFacts
-    history: History
+    history: History  # if it is not written, there is no page either
+    start: Start
     prompts: Mapping[int, str]  # of the samples
     step: int  # the last one that is done
+    commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
+    memory: Callable[[], Sequence[tuple[str, str]]]
     trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
     now: Callable[[], float] = time.monotonic
+    folder: Path = field(init=False)  # --output_dir
+    name: str = field(init=False)  # --output_name
+    path: Path = field(init=False)  # of the page
     clips: ClipStore = field(init=False)
     _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
@@ -57,14 +62,13 @@ class RunReporter:
     _has_warned: bool = False
 
     def __post_init__(self) -> None:
-        self.clips, self._written = ClipStore(self.facts.folder / "sample"), self.now()
+        self.folder, self.name = self.history.path.parent, history_name(self.history.path)
+        self.path = page_path(self.folder, self.name)
+        self.clips, self._written = ClipStore(self.folder / FOLDER), self.now()
         self._messages = _Messages(self._note_message)
 
     def __enter__(self) -> "RunReporter":
-        facts = self.facts
-        told = {"model": facts.model, "total_steps": facts.total_steps, "listens": facts.listens}
-        told |= {"changed": facts.changed, "unchanged": facts.unchanged, "process": describe_process()}
-        self._note(self.step, started=told)
+        self._note(self.step, started=asdict(self.start))
         logging.getLogger().addHandler(self._messages)
         self._write()  # the first box names it
         return self
@@ -77,7 +81,7 @@ class RunReporter:
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             standing, ending = f"ended by an error after step {self.step:,}: {reason}", "bad"
-        elif self.step >= self.facts.total_steps:
+        elif self.step >= self.start.total_steps:
             standing, ending = "finished", "good"
         self._note(self.step, ended=standing, kind=ending)
         self._write(standing, ending)
@@ -112,7 +116,7 @@ class RunReporter:
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
         with self._guarded():
-            files = find_samples(self.clips.folder, self.facts.name, mark)
+            files = find_samples(self.clips.folder, self.name, mark)
         prompts = {index: self.prompts.get(index, "") for index in files}
         for index, path in files.items():
             with self._guarded():
@@ -127,8 +131,8 @@ class RunReporter:
         names = {str(index): path.name for index, path in files.items()}
         self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
         with self._guarded():
-            title = f"{self.facts.name}, step {step:,}"
-            write_sheet(sheet_path(self.clips.folder, self.facts.name, mark), title, strips, prompts)
+            title = f"{self.name}, step {step:,}"
+            write_sheet(sheet_path(self.clips.folder, self.name, mark), title, strips, prompts)
         self._write()
 
     def note_saved(self, path: Path, step: int) -> None:
@@ -147,21 +151,21 @@ class RunReporter:
             self.history.add(step, **what)
 
     def _write(self, standing: str = "running", kind: str = "") -> None:
-        """Write the page from the lines of the history. kind: see `write_training_page`."""
+        """Write the page from the lines of the history. standing, kind: see `Standing`."""
         if not self.history.is_written:
             return
         started = self.now()
         with self._guarded():
-            best = self.history.events_told.best_file(self.facts.folder)
-            commands = self.facts.commands(None if best is None else self.facts.folder / best, kind == "good")
-            lines = {"memory": self.facts.memory(), "commands": [*map(astuple, commands)]}
+            best = self.history.events_told.best_file(self.folder)
+            commands = self.commands(None if best is None else self.folder / best, kind == "good")
+            lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
             for name, told in lines.items():
                 if self._told.get(name) != told:
                     self._told[name] = told
                     self._note(self.step, **{name: told})
             self.history.flush()
-            story = self.history.read()
-            write_training_page(self.path, self.facts, story, self.clips, self.step, standing, kind)
+            stands = Standing(self.start, self.step, standing, kind)
+            write_training_page(self.path, self.history.path, self.history.read(), self.clips, stands)
         self._written = self.now()
         self._cost = self._written - started
 

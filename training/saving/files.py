@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,10 @@ class MinuteClock:
 
 @dataclass(frozen=True)
 class Saver:
-    """Write files and states of a run and remove expired ones. Only in the main process."""
+    """Write files and states of a run and remove expired ones, in the main process.
+
+    Others of a split model only give that one their part of what it writes.
+    """
 
     options: SavingOptions
     names: Names
@@ -93,6 +96,7 @@ class Saver:
     publish: Publish
     publish_state: Publish
     write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
+    is_main: bool = True
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save under the step's name; then remove files older than --save_last_n_steps."""
@@ -130,6 +134,8 @@ class Saver:
         All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
         kept: --save_last_n of files, and of states. newest: number of the newest that such an option expires.
         """
+        if not self.is_main:
+            return
         start, states = re.escape(self.names.name) + number, kept[0] if kept[1] is None else kept[1]
         for pattern, last in ((start + self.names.pattern, kept[0]), (f"{start}-state", states)):
             for entry in [] if last is None else _entries(self.names.folder):
@@ -152,7 +158,7 @@ class Saver:
         """Remove temporary files that a killed run of this name left behind."""
         start = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?"
         pattern = rf"{start}(-state|{self.names.pattern})\..+\.tmp"
-        for entry in _entries(self.names.folder):
+        for entry in _entries(self.names.folder) if self.is_main else ():
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
@@ -166,26 +172,13 @@ class Saver:
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)
-        for path in reversed(written):  # the file before its average
+        for path in reversed(written) if self.is_main else ():  # the file before its average
             self.publish(path)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)
-            self.publish_state(state)
-
-
-class SharingSaver(Saver):
-    """Give the first process this process' part of what that one saves, passes on and tidies."""
-
-    def _save(self, stem: str, with_state: bool) -> None:
-        keeping = replace(self, publish=lambda _: None, publish_state=lambda _: None)
-        Saver._save(keeping, stem, with_state)
-
-    def remove_leftovers(self) -> None: ...
-
-    def tidy_steps(self, step: int) -> None: ...
-
-    def tidy_epochs(self, epoch: int) -> None: ...
+            if self.is_main:
+                self.publish_state(state)
 
 
 class NoSaver:

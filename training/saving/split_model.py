@@ -158,9 +158,6 @@ def fill_state(
         for item, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != rows_here(weight).shape:
                 values[item] = rows_of(weight, value)
-    _require_finite(
-        [rows_here(ours) for tensors in own.values() for ours in tensors.values() if is_split(ours)]
-    )
 
 
 def _empty_moment(
@@ -204,13 +201,6 @@ def _load(folder: Path, targets: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process only
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
-
-
-def _require_finite(tensors: Sequence[Tensor]) -> None:
-    """Raise CheckpointError in all processes if values of one are NaN or infinite."""
-    found = [not bool(torch.isfinite(tensor).all()) for tensor in tensors]
-    if distributed.is_initialized() and any(gather_object([any(found)])):
-        raise CheckpointError(f"it holds values that are NaN or infinite.\n  {REMEDY}")
 
 
 def _parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:

@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,8 @@ from modules.media.reading import read_image, video_frames
 from tests.chromium import open_page
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
-from training.reports.history import History, SampleRow
-from training.reports.page import ClipStore, PageFacts, choose_columns, write_training_page
+from training.reports.history import History, SampleRow, Start
+from training.reports.page import ClipStore, Standing, choose_columns, write_training_page
 from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
 from training.run import train_network
 
@@ -203,11 +202,6 @@ def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
     assert len([line for line in lines if '"loss"' in line]) == 8
 
 
-def facts(folder: Path, total_steps: int = 100, **changed: Any) -> PageFacts:
-    plain = PageFacts("x", "toy", folder, total_steps, [], [], lambda best, done: [], lambda: [])
-    return replace(plain, **changed)
-
-
 def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, float]) -> str:
     """The text of a page of a run that saved these files (of which b.safetensors is gone)."""
     history = History(folder / "h.jsonl", 1)
@@ -217,7 +211,8 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
         history.add(step, saved=name)
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
-    write_training_page(folder / "x.html", facts(folder), history.events_told, ClipStore(folder), 9)
+    stands = Standing(Start("toy", 100), 9)
+    write_training_page(folder / "x.html", history.path, history.events_told, ClipStore(folder), stands)
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 
