@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.cogvideox.clips import prepare_clips
-from data_tools.cogvideox.items import (
+from data_tools.cogvideox.clips import (
     FOLDERS,
     PROMPTS,
     PreparedItem,
     list_texts,
     name_items,
+    prepare_clips,
     save_pickled,
     write_texts,
 )
@@ -29,8 +29,8 @@ from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, WriteBehind, failure_error
 from dataset.caching.texts import warn_cut_captions
+from dataset.config import DatasetTable
 from dataset.sources.cogvideox import (
-    CogData,
     PreparedFolder,
     missing_clips,
     read_prepared,
@@ -132,19 +132,14 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 def _find_items(options: PrepareOptions) -> list[PreparedItem]:
     """List the clips. Raises DatasetError with all that is wrong: every clip must be there."""
     given = options.source
-    data = CogData(
-        f"--data_root {given.data_root}",
-        given.data_root,
-        given.dataset_file,
-        given.caption_column,
-        given.video_column,
-        (given.id_token or "").strip(),
-    )
+    name = f"--data_root {given.data_root}"
+    keys = {key: getattr(given, key) for key in ("dataset_file", "caption_column", "video_column")}
+    keys |= {"cogvideox_root": given.data_root, "id_token": (given.id_token or "").strip()}
     faults: list[Fault] = []
-    rows = list(read_rows(data, faults))
-    raise_faults([*faults, *missing_clips(data, rows)])
+    rows = list(read_rows(DatasetTable(given.data_root, 0, "video", **keys), name, faults))
+    raise_faults([*faults, *missing_clips(name, rows)])
     if not rows:
-        raise DatasetError(f"{data.name} has no clips")
+        raise DatasetError(f"{name} has no clips")
     return name_items(rows, given.data_root, options.output_dir, options.shape.seed)
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -40,7 +40,7 @@ from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.paths import expand_path, hide_secrets, is_address, path_exists, protocol_of, split_address
+from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -134,19 +134,17 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
-    encoding clips. At most MOST_READ are read.
+    encoding clips. Of files at most MOST_READ are looked at.
     """
-    folders = {source.table.directory for source in sources}
-    names: dict[Path | None, Collection[str]] = {
-        folder: frozenset(os.listdir(folder)) for folder in folders if folder is not None and folder.is_dir()
-    }
-    missing = []
-    for source in sources:
-        table, path = source.table, source.caption_path
-        if source.caption is None and table.class_tokens is None:
-            is_listed = f"{source.stem}{table.caption_extension}" in names.get(table.directory, ())
-            if path is None or not (is_listed or path_exists(path)):
+    missing: list[MediaSource] = []
+    bad: dict[Path, str] = {}
+    for source in [one for one in sources if one.caption is None][:MOST_READ]:
+        path = source.caption_path
+        try:
+            if (path is None or read_caption(path) is None) and source.table.class_tokens is None:
                 missing.append(source)
+        except DatasetError as error:
+            bad |= {} if path is None else {path: str(error)}
     if missing:
         logger.warning(
             "%d of %d have no caption, and text caching needs one for each. The first: %s",
@@ -154,13 +152,6 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
-    bad: dict[Path, str] = {}
-    paths = [source.caption_path for source in sources if source.caption is None and source.caption_path]
-    for path in paths[:MOST_READ]:
-        try:
-            read_caption(path)
-        except DatasetError as error:
-            bad[path] = str(error)
     if bad:
         lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
         logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)

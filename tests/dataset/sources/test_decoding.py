@@ -279,14 +279,6 @@ def test_a_gif_may_be_the_control_of_a_clip(tmp_path: Path) -> None:
     assert decode_source(source, 16.0).control[0].shape == (5, 32, 32, 3)
 
 
-def test_uniform_starts_are_those_of_numpy(tmp_path: Path) -> None:
-    for kept in range(9, 120, 7):
-        for sample in (*range(2, 12), *range(max(2, kept - 11), kept - 5), 500):
-            table = make_table(tmp_path, frame_extraction="uniform", target_frames=(9,), frame_sample=sample)
-            starts = np.linspace(0, kept - 9, sample, dtype=int).tolist()
-            assert spans(table, kept) == tuple((start, 9) for start in dict.fromkeys(starts))
-
-
 def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path) -> None:
     assert spans(make_table(tmp_path, frame_extraction="full"), 40, frame_step=8) == ((0, 33),)
     assert spans(make_table(tmp_path, frame_extraction="full"), 0) == ()
