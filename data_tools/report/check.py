@@ -73,21 +73,21 @@ TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the te
 
 def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches latents; returns the exit code."""
-    if options.repair_captions is not None:
-        _print_lines(repair_captions(config, options.repair_captions))
-    workers = workers_of(options)
-    result = check_caching(family, config, workers, options.skip_existing, options.verify)
-    result = replace(result, counters=TOKENS_ELSEWHERE)
-    return tell_check(result, family, config, options.page, workers)
+    return _check(family, config, options, (MEDIA, LATENTS))
 
 
 def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches texts; returns the exit code."""
+    # the page shows the media too
+    return _check(family, config, options, (TEXTS,) if options.page.html is None else (MEDIA, TEXTS))
+
+
+def _check(family: Caches, config: DatasetConfig, options: CachingOptions, parts: Sequence[str]) -> int:
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
     workers = workers_of(options)
-    parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)  # the page shows the media too
     result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
+    result = result if TEXTS in parts else replace(result, counters=TOKENS_ELSEWHERE)
     return tell_check(result, family, config, options.page, workers)
 
 
