@@ -73,17 +73,15 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
             replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
         ]
         return replace(config, datasets=tuple(of_images))
-    problems = [
-        f"{table.name}: reference_dropout_rate: this model takes no reference pictures. Leave it out"
-        for table in config.datasets
-        if table.reference_dropout_rate
-    ]
-    problems += [
-        f"{table.name}: {' and '.join(table.control_keys)}: this model fits control images to the size of "
-        "their picture; the keys are for models that take reference pictures. Leave them out"
-        for table in config.datasets
-        if table.control_keys
-    ]
+    problems = []
+    for table in config.datasets:
+        if table.reference_dropout_rate:
+            why = "this model takes no reference pictures. Leave it out"
+            problems.append(f"{table.name}: reference_dropout_rate: {why}")
+        if table.control_keys:
+            why = "this model fits control images to the size of their picture; the keys are for models that"
+            keys = " and ".join(table.control_keys)
+            problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
     if problems:
         raise DatasetError("\n".join(problems))
     return config

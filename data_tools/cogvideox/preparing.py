@@ -6,12 +6,11 @@ the first of several processes, in the order of the input.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_tools.cogvideox.clips import (
     FOLDERS,
@@ -112,13 +111,10 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     if maker is None:
         return shape
     step = maker.latent.pixel_step
-    for option, sides in (
-        ("--height_buckets", shape.height_buckets),
-        ("--width_buckets", shape.width_buckets),
-    ):
-        wrong = [str(side) for side in sides if side % step]
+    for name in ("height_buckets", "width_buckets"):
+        wrong = [str(side) for side in getattr(shape, name) if side % step]
         if wrong:
-            raise OptionError(f"{option} {', '.join(wrong)}: the model takes multiples of {step}")
+            raise OptionError(f"--{name} {', '.join(wrong)}: the model takes multiples of {step}")
     rounded = tuple(dict.fromkeys(maker.usable_frames(frames) for frames in shape.frame_buckets))
     if rounded != tuple(dict.fromkeys(shape.frame_buckets)):
         logger.warning(
@@ -158,7 +154,8 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
         if changed is None and earlier.architecture is not None:
             if maker is None:
                 now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
-            changed = difference(_model_of(earlier), _model_of(now))
+            models = ({"architecture": one.architecture, **one.vae} for one in (earlier, now))
+            changed = difference(*models)
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
@@ -168,10 +165,6 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     for name in FOLDERS:  # of runs that were killed; no other process has begun
         if (options.output_dir / name).is_dir():
             remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
-
-
-def _model_of(prepared: PreparedFolder) -> Mapping[str, Any]:
-    return {"architecture": prepared.architecture, **prepared.vae}
 
 
 def _prepare_share(
@@ -217,7 +210,8 @@ def _encode_captions(
 
         def write(item: PreparedItem, conditions: Conditions, number: int = number) -> None:
             # each in memory of its own: a view would be stored whole
-            tensors = {key: _alone(value).detach().cpu().clone() for key, value in conditions.items()}
+            alone = {key: one[0] if isinstance(one, list) else one for key, one in conditions.items()}
+            tensors = {key: tensor.detach().cpu().clone() for key, tensor in alone.items()}
             if number > 1:
                 earlier = load_pickled(item.file(EMBEDS))
                 tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
@@ -243,7 +237,3 @@ def _encode_captions(
                     bar.update(len(batch))
         finally:
             encoder.free()
-
-
-def _alone(value: Tensor | list[Tensor]) -> Tensor:
-    return value[0] if isinstance(value, list) else value
