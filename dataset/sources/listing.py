@@ -17,7 +17,13 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.fetching import HTTP, download, find_remote
-from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
+from dataset.sources.folders import (
+    describe_entries,
+    list_table_folder,
+    media_suffixes,
+    unsearched_folders,
+)
+from dataset.sources.frames import mask_suffixes
 from dataset.sources.media_source import (
     LISTED,
     Fault,
@@ -38,8 +44,6 @@ from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
-from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
@@ -234,12 +238,10 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _rules(table: DatasetTable) -> TarRules:
-    images, clips = image_suffixes(), VIDEO_SUFFIXES | ANIMATION_SUFFIXES
-    is_image = table.kind == "image"
     return TarRules(
-        media=tuple(sorted(images if is_image else VIDEO_SUFFIXES)),
-        spare=tuple(sorted({".gif"} if is_image else ANIMATION_SUFFIXES)),
-        beside=tuple(sorted(images | {".gif"} if is_image else images | clips)),
+        media=tuple(sorted(media_suffixes(table.kind))),
+        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
+        beside=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
         json_first=table.caption_column is not None,
