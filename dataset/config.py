@@ -4,7 +4,6 @@ Allowed values of each key are in `dataset/table.py`. Paths are relative to the 
 of a file are reported together.
 """
 
-import difflib
 import logging
 import os
 from dataclasses import replace
@@ -16,6 +15,7 @@ from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_n
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
+from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError
 
@@ -73,17 +73,15 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
             replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
         ]
         return replace(config, datasets=tuple(of_images))
-    problems = [
-        f"{table.name}: reference_dropout_rate: this model takes no reference pictures. Leave it out"
-        for table in config.datasets
-        if table.reference_dropout_rate
-    ]
-    problems += [
-        f"{table.name}: {' and '.join(table.control_keys)}: this model fits control images to the size of "
-        "their picture; the keys are for models that take reference pictures. Leave them out"
-        for table in config.datasets
-        if table.control_keys
-    ]
+    problems = []
+    for table in config.datasets:
+        if table.reference_dropout_rate:
+            why = "this model takes no reference pictures. Leave it out"
+            problems.append(f"{table.name}: reference_dropout_rate: {why}")
+        if table.control_keys:
+            why = "this model fits control images to the size of their picture; the keys are for models that"
+            keys = " and ".join(table.control_keys)
+            problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
     if problems:
         raise DatasetError("\n".join(problems))
     return config
@@ -188,10 +186,8 @@ def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
             f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each"
         )
     else:
-        near = [
-            name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, SOURCES, 1)
-        ]
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hints = (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)
+        hint = next(filter(None, hints), "")
         problems.append(
             f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config_keys import MODES, SubsetKey, TableKey, Unfit
+from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
@@ -125,9 +126,7 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Return the line that reports an unknown key, with the nearest known one."""
     allowed = list(allowed)
-    near = difflib.get_close_matches(name, allowed, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"unknown key {name} = {show(value)}.{hint} Allowed: {', '.join(allowed)}"
+    return f"unknown key {name} = {show(value)}.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}"
 
 
 def show(value: Any) -> str:

@@ -1,9 +1,8 @@
 """Released model files: which there are, their licences, and how they are downloaded.
 
 catalogue: reads the list of released files, catalogue.toml
-fetching: downloads a file, continued, with size, checksum and kind
+fetching: downloads what a task needs, continued and compared
 hubs: asks a site for address, size and checksum
 listing: the list as text for a terminal
 options: options of tools/download.py and what they choose
-run: downloads all that a task needs
 """

@@ -6,12 +6,12 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import requests
 from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
 
 from downloads.catalogue import ReleasedFile
+from modules.downloading import BrokenTry, RefusedBySite, ask_http
 from modules.errors import DownloadError
 
 logger = logging.getLogger(__name__)
@@ -128,20 +128,20 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
         raise DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
     try:
         # no HEAD: addresses that it redirects to may be signed for GET only
-        with requests.get(
-            url, headers={"accept-encoding": "identity"}, stream=True, timeout=TIMEOUTS
-        ) as answer:
-            status, size = answer.status_code, answer.headers.get("content-length", "")
-    except requests.RequestException as error:
+        with ask_http(url, 0, None) as answer:
+            size = answer.size_bytes
+    except RefusedBySite as refused:
+        if refused.status == 404:
+            raise explain_status(404, file.file, page, has_token=False) from None
+        raise DownloadError(f"{page}: {refused}, for {file.file}. Try again later.") from None
+    except BrokenTry as error:
         raise DownloadError(
-            f"{page} cannot be reached ({type(error).__name__}).\n  Check the connection, or fetch "
-            f"{file.file} from that page in a browser."
-        ) from error
-    if status == 404:
-        raise explain_status(status, file.file, page, has_token=False)
-    if status != 200 or not size.isdecimal():
-        raise DownloadError(f"{page}: the site answers {status} for {file.file}. Try again later.")
-    return RemoteFile(url, int(size), None, None, {}, page)
+            f"{page} cannot be reached ({error}).\n  Check the connection, or fetch {file.file} from that "
+            "page in a browser."
+        ) from None
+    if size is None:
+        raise DownloadError(f"{page} does not say how large {file.file} is. Try again later.")
+    return RemoteFile(url, size, None, None, {}, page)
 
 
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
@@ -162,7 +162,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
             return None
         if not answer.ok:
             raise explain_status(answer.status_code, file.file, page, has_token=False)
-        entry = _entry(answer.json(), file.file)
+        entry = next((one for one in answer.json()["Data"]["Files"] if one["Path"] == file.file), None)
         if entry is None:
             return None
         size, sum_text = int(entry["Size"]), str(entry.get("Sha256") or "").lower()
@@ -175,8 +175,3 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
     query = urllib.parse.urlencode({"Revision": "master", "FilePath": file.file})
     sha256 = sum_text if re.fullmatch("[0-9a-f]{64}", sum_text) else None
     return RemoteFile(f"{address}?{query}", size, sha256, None, {}, page)
-
-
-def _entry(answer: Any, path: str) -> Mapping[str, Any] | None:
-    """Return the entry of a file in ModelScope's list, or None."""
-    return next((entry for entry in answer["Data"]["Files"] if entry["Path"] == path), None)

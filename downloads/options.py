@@ -1,9 +1,9 @@
 """Options of tools/download.py. Standard library only."""
 
-import difflib
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
 
@@ -42,8 +42,7 @@ class DownloadOptions(Options):
             raise OptionError(f"--family is missing: {', '.join(families())}. --list shows what there is.")
         tasks = [one.task for one in model_sets() if one.family == self.family]
         if self.task is not None and self.task not in tasks:
-            near = difflib.get_close_matches(self.task, tasks, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(self.task, tasks)
             raise OptionError(f"--task {self.task}: {self.family} has {', '.join(tasks)}.{hint}")
         if self.task is None and not self.list_only and len(tasks) > 1:
             raise OptionError(f"--task is missing: {', '.join(tasks)}. --list shows what each needs.")

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_list(options.sets(), options.to)
         return
 
-    from downloads.run import run_download  # the libraries for the network load here
+    from downloads.fetching import run_download  # the libraries for the network load here
 
     run_download(options)
 

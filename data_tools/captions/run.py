@@ -71,10 +71,6 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     """
     start = time.monotonic()
     is_again = options.overwrite or options.overwrite_all
-    for table in config.datasets if not options.dry_run else ():
-        waiting = table.jsonl_file and table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
-        if waiting and waiting.exists():
-            CaptionList(table).take_waiting(waiting)
     places = find_places(config, texts=is_again or options.fill_empty)
     made = read_made(places)
     jobs, num_done = plan_captions(places, made, options)
@@ -251,23 +247,21 @@ def _edits(
             record = place.lines.record(place.entry)
             keys = ("caption", "captions") if several else ("caption",)
             old: dict[str, Any] = {key: record[key] for key in keys if record.get(key) is not None}
-            new = {key: _reworded(value, wording) for key, value in old.items()}
+            new = {
+                key: reword(value, wording)
+                if isinstance(value, str)
+                else [reword(text, wording) for text in value]
+                for key, value in old.items()
+            }
             changed = [key for key in new if new[key] != old[key]]
             old, new = ({key: one[key] for key in changed} for one in (old, new))
-            before, after = ([text for value in one.values() for text in _texts(value)] for one in (old, new))
+            before, after = (
+                [text for value in one.values() for text in ([value] if isinstance(value, str) else value)]
+                for one in (old, new)
+            )
             if changed:
                 yield place, "\n".join(before), "\n".join(after) if all(after) else "", (old, new)
         elif place.caption is not None:
             text = reword_lines(place.caption, wording, several)
             if text != place.caption:
                 yield place, place.caption, text, ({}, {})
-
-
-def _texts(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _reworded(value: str | list[str], wording: WordingOptions) -> str | list[str]:
-    if isinstance(value, str):
-        return reword(value, wording)
-    return [reword(text, wording) for text in value]

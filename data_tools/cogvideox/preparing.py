@@ -6,20 +6,19 @@ the first of several processes, in the order of the input.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from data_tools.cogvideox.clips import prepare_clips
-from data_tools.cogvideox.items import (
+from data_tools.cogvideox.clips import (
     FOLDERS,
     PROMPTS,
     PreparedItem,
     list_texts,
     name_items,
+    prepare_clips,
     save_pickled,
     write_texts,
 )
@@ -29,8 +28,8 @@ from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, WriteBehind, failure_error
 from dataset.caching.texts import warn_cut_captions
+from dataset.config import DatasetTable
 from dataset.sources.cogvideox import (
-    CogData,
     PreparedFolder,
     missing_clips,
     read_prepared,
@@ -112,13 +111,10 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     if maker is None:
         return shape
     step = maker.latent.pixel_step
-    for option, sides in (
-        ("--height_buckets", shape.height_buckets),
-        ("--width_buckets", shape.width_buckets),
-    ):
-        wrong = [str(side) for side in sides if side % step]
+    for name in ("height_buckets", "width_buckets"):
+        wrong = [str(side) for side in getattr(shape, name) if side % step]
         if wrong:
-            raise OptionError(f"{option} {', '.join(wrong)}: the model takes multiples of {step}")
+            raise OptionError(f"--{name} {', '.join(wrong)}: the model takes multiples of {step}")
     rounded = tuple(dict.fromkeys(maker.usable_frames(frames) for frames in shape.frame_buckets))
     if rounded != tuple(dict.fromkeys(shape.frame_buckets)):
         logger.warning(
@@ -132,19 +128,14 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 def _find_items(options: PrepareOptions) -> list[PreparedItem]:
     """List the clips. Raises DatasetError with all that is wrong: every clip must be there."""
     given = options.source
-    data = CogData(
-        f"--data_root {given.data_root}",
-        given.data_root,
-        given.dataset_file,
-        given.caption_column,
-        given.video_column,
-        (given.id_token or "").strip(),
-    )
+    name = f"--data_root {given.data_root}"
+    keys = {key: getattr(given, key) for key in ("dataset_file", "caption_column", "video_column")}
+    keys |= {"cogvideox_root": given.data_root, "id_token": (given.id_token or "").strip()}
     faults: list[Fault] = []
-    rows = list(read_rows(data, faults))
-    raise_faults([*faults, *missing_clips(data, rows)])
+    rows = list(read_rows(DatasetTable(given.data_root, 0, "video", **keys), name, faults))
+    raise_faults([*faults, *missing_clips(name, rows)])
     if not rows:
-        raise DatasetError(f"{data.name} has no clips")
+        raise DatasetError(f"{name} has no clips")
     return name_items(rows, given.data_root, options.output_dir, options.shape.seed)
 
 
@@ -163,7 +154,8 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
         if changed is None and earlier.architecture is not None:
             if maker is None:
                 now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
-            changed = difference(_model_of(earlier), _model_of(now))
+            models = ({"architecture": one.architecture, **one.vae} for one in (earlier, now))
+            changed = difference(*models)
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
@@ -173,10 +165,6 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     for name in FOLDERS:  # of runs that were killed; no other process has begun
         if (options.output_dir / name).is_dir():
             remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
-
-
-def _model_of(prepared: PreparedFolder) -> Mapping[str, Any]:
-    return {"architecture": prepared.architecture, **prepared.vae}
 
 
 def _prepare_share(
@@ -222,7 +210,8 @@ def _encode_captions(
 
         def write(item: PreparedItem, conditions: Conditions, number: int = number) -> None:
             # each in memory of its own: a view would be stored whole
-            tensors = {key: _alone(value).detach().cpu().clone() for key, value in conditions.items()}
+            alone = {key: one[0] if isinstance(one, list) else one for key, one in conditions.items()}
+            tensors = {key: tensor.detach().cpu().clone() for key, tensor in alone.items()}
             if number > 1:
                 earlier = load_pickled(item.file(EMBEDS))
                 tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
@@ -248,7 +237,3 @@ def _encode_captions(
                     bar.update(len(batch))
         finally:
             encoder.free()
-
-
-def _alone(value: Tensor | list[Tensor]) -> Tensor:
-    return value[0] if isinstance(value, list) else value

@@ -1,14 +1,12 @@
 """Look at a dataset: --check, its page, the page of dataset_report.py, and the frames that a model sees.
 
-check: plans of caching and caches of a training, verified
+check: plans of caching, caches of a training; captions as UTF-8
 files: each file for programs: crop, caption, caches
 findings: faults, remarks and totals of each table
-looks: read a source once: frames, crop, numbers, measures
+looks: read a source once: frames, crop, measures, references
 numbers: all numbers of a dataset as one JSON object
 options: options of tools/dataset_report.py: dataset, page, hashes
 page: the page of a check and of the report
-pairs: reference pictures of an image, drawn beside it
-repair: rewrite captions as UTF-8; old files stay as .bak
 run: measure a dataset, then write page and JSON
 sound: the sound of clips: facts, remarks, a drawing
 views: show the frames that a model will see

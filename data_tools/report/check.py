@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -23,7 +24,6 @@ from data_tools.report.findings import (
     load_counters,
 )
 from data_tools.report.page import write_check_page
-from data_tools.report.repair import repair_captions
 from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.items import (
     NO_COMMANDS,
@@ -45,40 +45,49 @@ from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
-from dataset.config import DatasetConfig
-from dataset.options import CachingOptions, CheckPageOptions
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.options import GUESS, CachingOptions, CheckPageOptions
+from dataset.sources.captions import SHOWN, guess_captions, read_caption
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
+from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
 from dataset.sources.references import reference_buckets
+from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
 from modules.contract.family import Described, TextEncoder, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
 from modules.paths import is_address
+from modules.text_encodings import EncodingGuess
+from modules.text_files import bad_character, read_content
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
 NO_ITEM = "tables have no item to train on"
+BACKUP = ".bak"  # behind the name of a caption that is rewritten
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
 
 def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches latents; returns the exit code."""
-    _repair(config, options)
-    workers = workers_of(options)
-    result = check_caching(family, config, workers, options.skip_existing, options.verify)
-    result = replace(result, counters=TOKENS_ELSEWHERE)
-    return tell_check(result, family, config, options.page, workers)
+    return _check(family, config, options, (MEDIA, LATENTS))
 
 
 def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches texts; returns the exit code."""
-    _repair(config, options)
+    # the page shows the media too
+    return _check(family, config, options, (TEXTS,) if options.page.html is None else (MEDIA, TEXTS))
+
+
+def _check(family: Caches, config: DatasetConfig, options: CachingOptions, parts: Sequence[str]) -> int:
+    if options.repair_captions is not None:
+        _print_lines(repair_captions(config, options.repair_captions))
     workers = workers_of(options)
-    parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)  # the page shows the media too
     result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
+    result = result if TEXTS in parts else replace(result, counters=TOKENS_ELSEWHERE)
     return tell_check(result, family, config, options.page, workers)
 
 
@@ -86,7 +95,7 @@ def tell_check(
     result: CheckResult, family: Described, config: DatasetConfig, page: CheckPageOptions, workers: int
 ) -> int:
     """Print the findings, and write the page if it is asked for; returns the exit code."""
-    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
+    _print_lines(result.lines)
     if page.html is not None:
         fps = family.defaults.fps
         hears = hears_sound(family)
@@ -94,10 +103,8 @@ def tell_check(
     return result.exit_code
 
 
-def _repair(config: DatasetConfig, options: CachingOptions) -> None:
-    if options.repair_captions is not None:
-        lines, _ = repair_captions(config, options.repair_captions)
-        sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+def _print_lines(lines: Sequence[str]) -> None:
+    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
 def check_caching(
@@ -350,3 +357,60 @@ def _compare_sources(
     found.caches += sources.caches
     found.remarks += [*sources.faults, *sources.remarks]
     found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]
+
+
+# --- captions that are not UTF-8
+# ------------------------------------------------------------------------------------------------------------
+
+
+def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
+    """Rewrite the captions of all tables that are not UTF-8; the old file stays beside each as .bak.
+
+    encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
+    was done. Raises OutputError if a file cannot be written.
+    """
+    converted, left = [], []
+    for paths in map(_unreadable, config.datasets):
+        guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
+        for path, guess in zip(paths, guesses, strict=True):
+            backup = path.with_name(path.name + BACKUP)
+            if guess is None or bad_character(guess.text):
+                left.append(f"  {path}: left as it is, it is no text in that encoding")
+                continue
+            words = " ".join(guess.text.split())[:SHOWN]
+            if not guess.is_sure:
+                left.append(
+                    f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
+                    f"--repair_captions {guess.encoding}"
+                )
+            elif backup.exists():
+                left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
+            else:
+                # the backup first, so that the old text is never lost
+                write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
+                write_text(path, guess.text.removeprefix("\ufeff"))
+                converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
+    counts = f"{len(converted)} captions converted to UTF-8 (the old files end in {BACKUP})"
+    return [f"{counts}, {len(left)} left as they are", *converted, *left]
+
+
+def _unreadable(table: DatasetTable) -> list[Path]:
+    """Return the caption files of a table that are there and not UTF-8 text."""
+    try:
+        sources = find_sources(table, captions=False, faults=[])
+    except DatasetError:
+        return []  # the check reports it
+    found = []
+    for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
+        try:
+            read_caption(path)
+        except DatasetError:
+            found += [path] if path.is_file() else []
+    return found
+
+
+def _decode(path: Path, encoding: str) -> EncodingGuess | None:
+    try:
+        return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
+    except (OSError, ValueError):
+        return None

@@ -50,11 +50,7 @@ def list_files(
     files = []
     for found in tables:
         states = _compare_caches(found, fps, latent, workers)
-        told: dict[tuple[str, str | None], list[str]] = {}
-        for name in ("faults", "remarks"):
-            for one in getattr(found, name):
-                text = one.text if one.kind.startswith("give no") else f"{one.kind}: {one.text}"
-                told.setdefault((name, one.stem), []).append(text)
+        faults, remarks = (found.told(name, with_kind=True) for name in ("faults", "remarks"))
         looks = found.looks or [Look()] * len(found.sources)
         for source, look in zip(found.sources, looks, strict=True):
             files.append(
@@ -65,8 +61,8 @@ def list_files(
                     **_describe_parts(source),
                     **_describe_caption(source),
                     **_describe_look(look),
-                    "faults": told.get(("faults", source.stem), []),
-                    "remarks": told.get(("remarks", source.stem), []),
+                    "faults": faults.get(source.stem, []),
+                    "remarks": remarks.get(source.stem, []),
                     "caches": states.get(source.stem, {}),
                 }
             )

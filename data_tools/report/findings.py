@@ -47,6 +47,14 @@ class TableFindings:
         """Note that nothing of the table can be used."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
+    def told(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
+        """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: behind kinds."""
+        found: dict[str | None, list[str]] = {}
+        for one in getattr(self, name):
+            text = f"{one.kind}: {one.text}" if with_kind and not one.kind.startswith("give no") else one.text
+            found.setdefault(one.stem, []).append(text)
+        return found
+
     @property
     def num_items(self) -> int:
         return self.buckets.total()

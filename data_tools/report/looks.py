@@ -1,10 +1,11 @@
-"""Read a source once, as caching does: its numbers, measures of its frames, a strip of them."""
+"""Read a source once, as caching does: numbers, measures of its frames, drawings of it and its references."""
 # Letters: H, W height and width of a frame
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -17,6 +18,7 @@ from dataset.sources.decoding import decode_source, fit_of, plan_source, source_
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
+from dataset.sources.references import fit_reference
 from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
@@ -34,7 +36,7 @@ from modules.media.measures import (
     motion,
     sharpness,
 )
-from modules.media.reading import Frame, video_info
+from modules.media.reading import Frame, read_image, video_info
 from modules.pages.page import embed_picture
 
 MOST_FRAMES = 12  # of a clip that are measured or shown
@@ -326,3 +328,53 @@ def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         clip_hash(frames),
         b"".join(np.asarray(one, np.uint8).tobytes() for one in small),
     )
+
+
+# --- the reference pictures of an image, beside the image itself
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShownReference:
+    """A reference picture, or another control image, as a card shows it."""
+
+    name: str
+    picture: Markup | None = None
+    text: str = ""  # its size and what becomes of it, or why it cannot be used
+    is_bad: bool = False
+
+
+def show_references(source: MediaSource, image: Fit | None, shown: StripSize) -> Sequence[ShownReference]:
+    """Read the control images of an image; none of clips. image: how that is fitted; None: it is unreadable.
+
+    shown: the height of a picture is used.
+    """
+    if source.table.kind == "video" or not source.control:
+        return ()
+    names = [escape_control_codes(path.name) for path in source.control]
+    try:
+        with fetch(source) as here:
+            pairs = zip(here.control, names, strict=True)
+            return [_show_one(source, path, name, image, shown) for path, name in pairs]
+    except MediaError as error:  # a download
+        return [ShownReference(name, text=str(error), is_bad=True) for name in names]
+
+
+def _show_one(
+    source: MediaSource, path: Path, name: str, image: Fit | None, shown: StripSize
+) -> ShownReference:
+    try:
+        frame = read_image(path)
+        size = (frame.shape[1], frame.shape[0])
+        fit = None if source.table.references is None else fit_reference(source.table, size, path)
+    except MediaError as error:
+        return ShownReference(name, text=str(error), is_bad=True)
+    if fit is None and image is not None:
+        fit = fit_cover(size, image.bucket)
+    text = f"{size[0]} x {size[1]}"
+    height = shown.picture_height
+    width = min(max(1, round(size[0] * height / size[1])), shown.width)
+    small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    if fit is not None:
+        small, text = draw_crop(small, fit), f"{text} → {fit.bucket[0]} x {fit.bucket[1]}"
+    return ShownReference(name, embed_picture(small, name, shown.width, quality=shown.quality), text)

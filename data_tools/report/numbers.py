@@ -236,13 +236,12 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     count += high >= start + count * width  # the last bin takes what is far larger
-    places = np.minimum(np.floor((numbers - start) / width + 1e-9).astype(np.int64), count - 1)
-    edges = [start + index * width for index in range(count)]
-    tops = [*edges[1:], max(high, start + count * width)]
-    sums = np.bincount(places, minlength=count)
+    edges = [*(start + index * width for index in range(count)), max(high, start + count * width)]
+    # a little is added: rounding must move no value into the bin before its own
+    sums, _ = np.histogram(np.minimum(numbers + 1e-9 * width, edges[-1]), edges)
     return [
         {"from": _plain(edge), "to": _plain(top), "count": int(number)}
-        for edge, top, number in zip(edges, tops, sums, strict=True)
+        for edge, top, number in zip(edges, edges[1:], sums, strict=False)
     ]
 
 

@@ -16,10 +16,9 @@ from data_tools.report.findings import (
     TableFindings,
     references_in_words,
 )
-from data_tools.report.looks import Look, StripSize, show
+from data_tools.report.looks import Look, ShownReference, StripSize, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions
-from data_tools.report.pairs import ShownReference, show_references
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
@@ -166,11 +165,7 @@ def _make_cards(
     """
     chosen = choose_sources(tables, most)
     pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
-    told: dict[tuple[bool, int, str | None], list[str]] = {}
-    for found in tables:
-        for is_fault, ones in ((True, found.faults), (False, found.remarks)):
-            for one in ones:
-                told.setdefault((is_fault, found.table.index, one.stem), []).append(one.text)
+    told = {found.table.index: (found.told("faults"), found.told("remarks")) for found in tables}
 
     def work(pair: tuple[TableFindings, int]) -> Card:
         found, place = pair
@@ -179,8 +174,8 @@ def _make_cards(
         paths = {str(path) for path in (source.path, source.caption_path)}
         faults, remarks = (
             # that a caption is empty is a path alone: the card shows it
-            [text for text in told.get((is_fault, found.table.index, source.stem), []) if text not in paths]
-            for is_fault in (True, False)
+            [text for text in texts.get(source.stem, []) if text not in paths]
+            for texts in told[found.table.index]
         )
         if look.problem is not None and not faults:
             faults = [look.problem]

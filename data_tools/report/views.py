@@ -17,7 +17,8 @@ from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
-from dataset.sources.decoding import DecodedSource, Item, decode_source
+from dataset.sources.decoding import DecodedSource, decode_source
+from dataset.sources.frames import Span
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
@@ -50,9 +51,13 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
     def show_items(media: DecodedSource, most: int | None) -> Iterator[str]:
         """Show the items of a source, at most so many; yield the answer to each."""
-        for item in media.items[:most]:
-            logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
-            yield _show(way, folder, item, side_by_side(media, item), fps, debug)
+        for span in media.spans[:most]:
+            (width, height), size = media.bucket, f"{media.size[0]}x{media.size[1]}"
+            frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
+            caption = _caption(media.source) or "(no caption)"
+            logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
+            name = f"{media.source.table.index}_{media.key(span)}"
+            yield _show(way, folder / name, side_by_side(media, span), fps, debug)
 
     for table in config.datasets:
         logger.info("%s", table.name)
@@ -68,7 +73,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                 if result.reason is not None:
                     dropped.append(Failure.of(source, result.reason))
                 answer = next((one for one in show_items(result, left) if one != NEXT), NEXT)
-                left = None if left is None else left - len(result.items)
+                left = None if left is None else left - len(result.spans)
                 if answer == QUIT:
                     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
                 if answer == NEXT_DATASET or (left is not None and left <= 0):
@@ -89,17 +94,14 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
     return way
 
 
-def _show(
-    way: str, folder: Path, item: Item, frames: NDArray[np.uint8], fps: float, debug: DebugOptions
-) -> str:
-    """Show frames F H W 3 of an item; return what the user wants to see now."""
-    name = f"{item.source.table.index}_{item.key}"
+def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
+    """Show frames F H W 3 of an item; return what the user wants to see now. file: without suffix."""
     if way == "console":
         picture = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(coloured_text(picture, debug.console_width, debug.console_back))
         sys.stdout.flush()
     elif way == "video" and len(frames) > 1:
-        write_video(folder / f"{name}.mp4", frames, fps)
+        write_video(file.with_name(f"{file.name}.mp4"), frames, fps)
     elif way == WINDOW:
         picture = sheet(frames)
         scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
@@ -108,7 +110,7 @@ def _show(
         cv2.imshow("dataset", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(cv2.waitKey(0) & 0xFF, NEXT)
     else:
-        write_png(folder / f"{name}.png", sheet(frames))
+        write_png(file.with_name(f"{file.name}.png"), sheet(frames))
     return NEXT
 
 
@@ -122,12 +124,12 @@ def _numbers(source: MediaSource) -> random.Random:
     return random.Random(derive_seed(0, source.stem))
 
 
-def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
+def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
     """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
-    frames = media.crop(item.span)
-    control = (_of_height(_opaque(one), frames.shape[1]) for one in media.control_crops(item.span))
+    frames = media.crop(span)
+    control = (_of_height(_opaque(one), frames.shape[1]) for one in media.control_crops(span))
     parts = [frames, *control]
-    mask = media.mask_crop(item.span)
+    mask = media.mask_crop(span)
     parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
     return np.concatenate(parts, axis=2)
 
@@ -161,16 +163,6 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
             for row in small
         ]
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
-
-
-def _title(item: Item) -> str:
-    width, height = item.bucket
-    size = f"{width}x{height} from {item.size[0]}x{item.size[1]}"
-    return (
-        f"{item.key}, {size}"
-        if item.source.table.kind == "image"
-        else f"{item.key}, {item.span[1]} frames of {size}"
-    )
 
 
 def _has_window() -> bool:

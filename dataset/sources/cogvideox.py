@@ -6,7 +6,7 @@ variances, before any normalisation.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,24 @@ from typing import Any
 from torch import Tensor
 
 from dataset.config import DatasetTable
-from dataset.sources.captions import complete_captions, not_utf8
-from dataset.sources.columns import JSONL, column_names, read_columns, table_format
+from dataset.sources.captions import complete_captions
+from dataset.sources.columns import (
+    JSONL,
+    TableRow,
+    column_names,
+    read_columns,
+    table_format,
+    table_lines,
+)
 from dataset.sources.frames import Span
 from dataset.sources.media_source import EMBEDS, MOMENTS, Fault, GivenTensors, MediaSource
+from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import LatentSpec
-from modules.control_codes import shorten
 from modules.errors import CheckpointError, DatasetError, MediaError
-from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
-from modules.paths import expand_path
-from modules.text_files import bad_character, parse_json, read_lines, read_text
+from modules.text_files import parse_json, read_text
 
 PREPARED = "reelsmith_prepared.json"
 VERSION = 1
@@ -149,21 +154,8 @@ def read_prepared(folder: Path) -> PreparedFolder | None:
 
 # lists of the folder form; the second name of prompts is what the tools of CogVideoX write
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
-# usual columns, by the format of the table: those of captions and those of videos, the first that is there
-COLUMNS = {JSONL: (("prompt", "caption"), ("video", "video_path"))}
-OTHER_COLUMNS = (("caption", "prompt"), ("video", "video_path"))
-
-
-@dataclass(frozen=True)
-class CogData:
-    """Where a data set is. The names are those of keys and of options."""
-
-    name: str  # for messages: "data.toml, [[datasets]] 1 (data)"
-    root: Path
-    dataset_file: Path | None  # relative to the working folder, else to the root; None: lists in the root
-    caption_column: str | None  # of the table, or the file of captions; None: the usual name
-    video_column: str | None
-    id_token: str  # "" for none
+# usual columns, the first that is there; in JSONL prompts come first
+CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 
 @dataclass(frozen=True)
@@ -181,142 +173,107 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
     With load_tensors a source's latents are given, and its clip need not be there.
     Raises DatasetError if there is nothing to list.
     """
-    assert table.cogvideox_root is not None
-    data = CogData(
-        table.name,
-        table.cogvideox_root,
-        table.dataset_file,
-        table.caption_column,
-        table.video_column,
-        table.id_token,
-    )
     sources: list[MediaSource] = []
     folders: dict[str, _Listed] = {}
-    for row in read_rows(data, faults):
+    for row in read_rows(table, table.name, faults):
         (caption,) = complete_captions([row.caption], table)
         tensors = _find_tensors(row, folders, faults) if table.load_tensors else None
         if tensors is None and (table.load_tensors or not row.video.exists()):
-            faults += [] if table.load_tensors else missing_clips(data, [row])
+            faults += [] if table.load_tensors else missing_clips(table.name, [row])
             continue
         sources.append(MediaSource(row.video, row.video.stem, caption, None, (), table, tensors=tensors))
     return sources
 
 
-def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
+def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
     """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
 
-    It is not checked whether the clips exist. Raises DatasetError if a list is missing, the two lists differ
-    in length, or a column is missing.
+    name: of the data set, for messages. It is not checked whether the clips exist. Raises DatasetError if a
+    list is missing, the two lists differ in length, or a column is missing.
     """
-    if not data.root.is_dir():
-        raise DatasetError(f"{data.name}: {data.root}: no such folder. Correct the path.")
-    pairs = _from_lists(data) if data.dataset_file is None else _from_table(data, faults)
-    for where, caption, video in pairs:
-        fault = _fault_of(caption, video)
-        if fault is None:
-            caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
-            video = video.strip()
-            try:
-                yield CogRow(where, caption, expand_path(video, data.root))
-                continue
-            except ValueError as error:
-                fault = f"{shorten(video, 80)!r}: {error}"
-        faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
+    root = table.cogvideox_root
+    assert root is not None
+    if not root.is_dir():
+        raise DatasetError(f"{name}: {root}: no such folder. Correct the path.")
+    rows, *columns = (_open_lists if table.dataset_file is None else _open_table)(table, root, name)
+    for row in rows:
+        try:
+            caption, video = (_text_in(row, column) for column in columns)
+            path = locate(video, root, row.where)
+        except DatasetError as error:
+            faults.append(Fault(f"lines of {name} cannot be used", str(error)))
+        else:
+            yield CogRow(row.where, f"{table.id_token} {caption}".lstrip(), path)
 
 
-def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:
-    """Return a fault for each clip that does not exist."""
-    kind = f"clips of {data.name} do not exist"
+def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
+    """Return a fault for each clip that does not exist. name: of the data set."""
+    kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
     ]
 
 
-def _fault_of(caption: str, video: str) -> str | None:
-    if not video.strip():
-        return "it names no video"
-    if not caption.strip():
-        return "it has no caption"
-    found = bad_character(caption) or bad_character(video)
-    if found is not None:
-        return f"it holds {found}"
-    if len(caption) > MAX_CAPTION_BYTES:
-        return f"its caption has {len(caption):,} characters, at most {MAX_CAPTION_BYTES:,} are read"
-    return None
+def _text_in(row: TableRow, column: str) -> str:
+    """Return a text of a row. Raises DatasetError if there is none, or it cannot be used."""
+    text = row.values.get(column, "")
+    if row.fault is not None or not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
+    check_text(text, f"{row.where}: {column}")
+    return text.strip()
 
 
-# --- lists
-# ------------------------------------------------------------------------------------------------------------
+Rows = tuple[Iterable[TableRow], str, str]  # with the columns of captions and of videos
 
 
-def _from_lists(data: CogData) -> Iterator[tuple[str, str, str]]:
-    usual = [name for name in PROMPTS if (data.root / name).exists()] or PROMPTS[:1]
-    if data.caption_column is None and len(usual) > 1:
+def _open_lists(table: DatasetTable, root: Path, name: str) -> Rows:
+    usual = [one for one in PROMPTS if (root / one).exists()] or PROMPTS[:1]
+    if table.caption_column is None and len(usual) > 1:
         raise DatasetError(
-            f"{data.name}: {data.root} has {' and '.join(usual)}; say with caption_column which one it is"
+            f"{name}: {root} has {' and '.join(usual)}; say with caption_column which one it is"
         )
-    prompts = data.root / (data.caption_column or usual[0])
-    videos = data.root / (data.video_column or VIDEOS)
-    captions, paths = _lines(data, prompts, "caption_column"), _lines(data, videos, "video_column")
+    prompts, videos = root / (table.caption_column or usual[0]), root / (table.video_column or VIDEOS)
+    for path, key in ((prompts, "caption_column"), (videos, "video_column")):
+        if not path.exists():
+            raise DatasetError(
+                f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
+                f"and {VIDEOS}; name another list with {key}."
+            )
+    captions, paths = (
+        [(number, line) for number, line in enumerate(table_lines(path), 1) if line.strip()]
+        for path in (prompts, videos)
+    )
     if len(captions) != len(paths):
         raise DatasetError(
-            f"{data.name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has "
-            "one prompt, in the same order. Blank lines are not counted."
+            f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
+            "prompt, in the same order. Blank lines are not counted."
         )
-    for (_, caption), (number, video) in zip(captions, paths, strict=True):
-        yield f"{videos}, line {number}", caption, video
+    rows = (
+        TableRow(videos, "line", number, {"caption": caption, "video": video})
+        for (_, caption), (number, video) in zip(captions, paths, strict=True)
+    )
+    return rows, "caption", "video"
 
 
-def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers."""
-    number = 0
-    found = []
-    try:
-        for number, line in enumerate(read_lines(path), 1):
-            if line.strip():
-                found.append((number, line))
-    except UnicodeDecodeError:
-        raise not_utf8(path, number) from None
-    except OSError as error:
-        raise DatasetError(
-            f"{data.name}: {path}: {error.strerror}. Without dataset_file, a CogVideoX folder has "
-            f"{PROMPTS[0]} and {VIDEOS}; name another list with {key}."
-        ) from error
-    return found
-
-
-# --- tables
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, str]]:
-    assert data.dataset_file is not None
-    places = (data.dataset_file, data.root / data.dataset_file)
+def _open_table(table: DatasetTable, root: Path, name: str) -> Rows:
+    assert table.dataset_file is not None
+    places = (table.dataset_file, root / table.dataset_file)
     path = next((place for place in places if place.exists()), None)
     if path is None:
-        raise DatasetError(
-            f"{data.name}: dataset_file {data.dataset_file} is neither there nor in {data.root}"
-        )
+        raise DatasetError(f"{name}: dataset_file {table.dataset_file} is neither there nor in {root}")
     names = column_names(path)
-    usual = (
-        next((name for name in columns if name in names), columns[0])
-        for columns in COLUMNS.get(table_format(path), OTHER_COLUMNS)
+    of_captions = CAPTION_COLUMNS[::-1] if table_format(path) == JSONL else CAPTION_COLUMNS
+    caption, video = (
+        own or next((one for one in usual if one in names), usual[0])
+        for own, usual in ((table.caption_column, of_captions), (table.video_column, VIDEO_COLUMNS))
     )
-    given = data.caption_column, data.video_column
-    caption, video = (own or column for own, column in zip(given, usual, strict=True))
     for key, column in (("caption_column", caption), ("video_column", video)):
         if column not in names:
             raise DatasetError(
-                f"{data.name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
+                f"{name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
                 f"with {key}."
             )
-    for row in read_columns(path, (caption, video)):
-        values = row.values.get(caption, ""), row.values.get(video, "")
-        if row.fault is None and all(isinstance(value, str) for value in values):
-            yield row.where, *values
-        else:
-            why = row.fault or "its caption and its video must be texts"
-            faults.append(Fault(f"lines of {data.name} cannot be used", f"{row.where}: {why}"))
+    return read_columns(path, (caption, video)), caption, video
 
 
 # --- tensors

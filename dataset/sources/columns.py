@@ -104,7 +104,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[str]:
+def table_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a file without their ends. Raises DatasetError as `read_columns`."""
     number = 0
     try:
@@ -122,7 +122,7 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
     example: of a line, which faults then show; an empty line is one too.
     """
     each = f". Each line is one object such as {example}" if example else ""
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(table_lines(path), 1):
         fault = None
         try:
             record = parse_json(line) if line.strip() else None
@@ -141,7 +141,7 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
 
 def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     """Return the columns of a CSV or TSV file, and the reader of the rows behind the first line."""
-    lines = _lines(path)
+    lines = table_lines(path)
     first = next(lines, None)
     if first is None:
         raise DatasetError(f"{path} is empty; its first line names the columns")

@@ -63,17 +63,6 @@ IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 @dataclass(frozen=True)
-class Item:
-    """An item to encode: an image, or a span of a clip."""
-
-    source: MediaSource
-    key: str  # for messages: "clip_00000-017" or "pic"
-    span: Span  # first kept frame, number of frames; (0, 1) for images
-    size: Size  # of the original, upright
-    bucket: Size  # of the frames
-
-
-@dataclass(frozen=True)
 class DecodedSource:
     """The kept frames of one source, resized to its bucket. Images have one frame."""
 
@@ -88,18 +77,10 @@ class DecodedSource:
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
 
-    @property
-    def items(self) -> tuple[Item, ...]:
-        """Return one item per span."""
+    def key(self, span: Span) -> str:
+        """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
         is_image = self.source.table.kind == "image"
-        keys = [
-            self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}"
-            for start, length in self.spans
-        ]
-        return tuple(
-            Item(self.source, key, span, self.size, self.bucket)
-            for key, span in zip(keys, self.spans, strict=True)
-        )
+        return self.source.stem if is_image else f"{self.source.stem}_{span[0]:05d}-{span[1]:03d}"
 
     def crop(self, span: Span) -> Clip:
         """Return the frames of a span, F H W 3, not copied."""
@@ -261,24 +242,23 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
             f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
             f"needs. Use {-(-rule.step // step) * step}."
         )
-    sizes: tuple[Size, ...] = ()
-    if rule is None or not table.bucket_no_upscale:
-        try:
-            sizes = (
-                _bucket_sizes(width, height, step)
-                if rule is None
-                else _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
-            )
-        except ValueError as error:
-            raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it."
-            ) from None
+    no_upscale, area = table.bucket_no_upscale, width * height
+    try:
+        sizes: tuple[Size, ...] = ()
+        if rule is None:
+            sizes = _bucket_sizes(width, height, step)
+        elif not no_upscale:
+            sizes = _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
     try:
         if rule is None:
-            return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
-        if table.bucket_no_upscale:
-            return fit_without_enlarging(size, width * height, rule.step).bucket
-        return choose_image_bucket(size, sizes)
+            return choose_bucket(size, sizes, area, step, no_upscale)
+        return (
+            fit_without_enlarging(size, area, rule.step).bucket
+            if no_upscale
+            else choose_image_bucket(size, sizes)
+        )
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 

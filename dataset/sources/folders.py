@@ -13,12 +13,12 @@ from pathlib import Path
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
-from dataset.sources.frames import find_masks
+from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.sources.sound import find_sounds
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
+from modules.media.samples import SOUND_SUFFIXES
 from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -38,20 +38,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
         controls = _folder_controls(table, folder, paths, faults)
-    masks: Mapping[Path, Path] = {}
-    try:
-        if table.mask_directory is not None:
-            entries = list_entries(table.mask_directory, "mask_directory")
-            masks = find_masks(table, paths, [Path(entry.path) for entry in entries])
-    except DatasetError as error:
-        faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
-    sounds: Mapping[Path, Path] = {}
-    try:
-        if table.audio_directory is not None and table.audio != IGNORE:
-            entries = list_entries(table.audio_directory, "audio_directory")
-            sounds = find_sounds(table, paths, [Path(entry.path) for entry in entries])
-    except DatasetError as error:
-        faults.append(Fault(f"problems with the sound of {table.name}", str(error)))
+    masks = _find_companions(table, "mask", paths, faults)
+    sounds = {} if table.audio == IGNORE else _find_companions(table, "sound", paths, faults)
     sources = []
     bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
@@ -66,14 +54,48 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
                 first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
             except DatasetError as error:
                 bad[text_path] = stem, str(error)
-        mask = masks.get(path) if masks else None
         sound = (sounds[path], None) if path in sounds else None
+        mask = masks.get(path)
         sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound))
     if bad:
         messages = explain_captions(list(bad), [message for _, message in bad.values()])
         kind = "have a caption that cannot be used"
         faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
+
+
+def _find_companions(
+    table: DatasetTable, what: str, media: Sequence[Path], faults: list[Fault]
+) -> Mapping[Path, Path]:
+    """Return the mask, or the sound, of each image or clip that has one in the table's folder for them: a
+    file of its name but for the suffix. what: mask or sound.
+
+    There is a fault if a name is not unique, or if nothing in the folder is of any use.
+    """
+    of_masks = what == "mask"
+    folder = table.mask_directory if of_masks else table.audio_directory
+    if folder is None:
+        return {}
+    try:
+        listed = list_entries(folder, "mask_directory" if of_masks else "audio_directory")
+        suffixes = mask_suffixes(table.kind) if of_masks else SOUND_SUFFIXES | VIDEO_SUFFIXES
+        there = files_by_stem(map(Path, listed), suffixes, of_masks and table.kind == "video")
+        found = {path: there[path.stem] for path in media if path.stem in there}
+        doubled = next((files for files in found.values() if len(files) > 1), None)
+        if doubled is not None:
+            same = f"masks of the same {table.kind}" if of_masks else "sound of the same clip"
+            raise DatasetError(f"{table.name}: {doubled[0]} and {doubled[1].name} are {same}. Keep one.")
+        if not found:
+            of_clips = "cat.png or cat.mp4 for cat.mp4" if of_masks else "cat.wav for cat.mp4"
+            raise DatasetError(
+                f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
+                f"their {table.kind} but for the suffix: "
+                f"{'cat.png for cat.jpg' if table.kind == 'image' else of_clips}."
+            )
+    except DatasetError as error:
+        faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
+        return {}
+    return {path: files[0] for path, files in found.items()}
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:

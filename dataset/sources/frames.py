@@ -6,7 +6,7 @@ are learned and black ones not; from a file (`mask_directory`, `mask_path`) or t
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.sources.media_source import Fault, MediaSource
-from modules.errors import DatasetError, MediaError
+from modules.errors import MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_video
@@ -51,27 +51,12 @@ def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[S
                 case "slide":
                     starts = range(0, last + 1, table.frame_stride)
                 case "uniform":
-                    starts = _even_starts(last, table.frame_sample)
+                    # in float64, rounded down: so caches agree with those of other tuners
+                    starts = np.linspace(0, last, table.frame_sample).astype(int).tolist()
                 case mode:
                     raise ValueError(f"unknown frame extraction {mode!r}")
             found |= dict.fromkeys((start, target) for start in starts)
     return tuple(found)
-
-
-def _even_starts(last: int, count: int) -> Iterator[int]:
-    """Return `count` evenly spaced integers from 0 to `last`, rounded down.
-
-    Computed in float64 as in numpy.linspace, so that caches agree with those of other tuners.
-    """
-    if count == 1:
-        yield 0
-        return
-    if count > last:  # every start, some of them more than once
-        yield from range(last + 1)
-        return
-    step = last / (count - 1)
-    yield from (int(index * step) for index in range(count - 1))
-    yield last
 
 
 def describe_short(table: DatasetTable, found: Collection[Span], kept_frames: int) -> str | None:
@@ -170,29 +155,6 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
 
 
-def find_masks(table: DatasetTable, media: Iterable[Path], entries: Iterable[Path]) -> Mapping[Path, Path]:
-    """Return the mask of each file of a table among the entries of its mask_directory; those without one are
-    learned whole.
-
-    A mask has the name of its image or clip but for the suffix; a clip's may also be an image, or a folder
-    of images. Raises DatasetError if a name is not unique, or if there is no mask at all.
-    """
-    there = _masks_by_stem(table.kind, entries)
-    found = {path: there[path.stem] for path in media if path.stem in there}
-    doubled = next((masks for masks in found.values() if len(masks) > 1), None)
-    if doubled is not None:
-        raise DatasetError(
-            f"{table.name}: {doubled[0]} and {doubled[1].name} are masks of the same {table.kind}. Keep one."
-        )
-    if not found:
-        example = "cat.png for cat.jpg" if table.kind == "image" else "cat.png or cat.mp4 for cat.mp4"
-        raise DatasetError(
-            f"{table.name}: {table.mask_directory} has no mask for any {table.kind}. A mask has the name of "
-            f"its {table.kind} but for the suffix: {example}."
-        )
-    return {path: masks[0] for path, masks in found.items()}
-
-
 def has_mask(table: DatasetTable, stem: str) -> bool:
     """Return whether the mask_directory has a mask of that name now; False if it is missing.
 
@@ -203,17 +165,26 @@ def has_mask(table: DatasetTable, stem: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _stems_in(folder: Path, kind: str) -> frozenset[str]:
-    return frozenset(_masks_by_stem(kind, sorted(folder.iterdir()) if folder.is_dir() else []))
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return frozenset(files_by_stem(entries, mask_suffixes(kind), kind == "video"))
 
 
-def _masks_by_stem(kind: str, entries: Iterable[Path]) -> dict[str, list[Path]]:
-    """Return the masks for images or clips among the entries of a folder, by their names without suffix."""
-    suffixes = image_suffixes() | {".gif"}
-    if kind == "video":
-        suffixes |= VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+def mask_suffixes(kind: str) -> frozenset[str]:
+    """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
+    images = image_suffixes() | {".gif"}
+    return images if kind == "image" else images | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+
+
+def files_by_stem(
+    entries: Iterable[Path], suffixes: Container[str], with_folders: bool
+) -> dict[str, list[Path]]:
+    """Return the files with these suffixes among the entries of a folder, by their names without suffix.
+
+    with_folders: folders too, by their whole names.
+    """
     there: dict[str, list[Path]] = {}
     for path in entries:
-        is_folder = kind == "video" and path.is_dir()
+        is_folder = with_folders and path.is_dir()
         if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
             there.setdefault(path.name if is_folder else path.stem, []).append(path)
     return there

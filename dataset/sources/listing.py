@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -17,7 +17,13 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.fetching import HTTP, download, find_remote
-from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
+from dataset.sources.folders import (
+    describe_entries,
+    list_table_folder,
+    media_suffixes,
+    unsearched_folders,
+)
+from dataset.sources.frames import mask_suffixes
 from dataset.sources.media_source import (
     LISTED,
     Fault,
@@ -38,9 +44,7 @@ from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
-from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.paths import expand_path, hide_secrets, is_address, path_exists, protocol_of, split_address
+from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -134,19 +138,17 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
-    encoding clips. At most MOST_READ are read.
+    encoding clips. Of files at most MOST_READ are looked at.
     """
-    folders = {source.table.directory for source in sources}
-    names: dict[Path | None, Collection[str]] = {
-        folder: frozenset(os.listdir(folder)) for folder in folders if folder is not None and folder.is_dir()
-    }
-    missing = []
-    for source in sources:
-        table, path = source.table, source.caption_path
-        if source.caption is None and table.class_tokens is None:
-            is_listed = f"{source.stem}{table.caption_extension}" in names.get(table.directory, ())
-            if path is None or not (is_listed or path_exists(path)):
+    missing: list[MediaSource] = []
+    bad: dict[Path, str] = {}
+    for source in [one for one in sources if one.caption is None][:MOST_READ]:
+        path = source.caption_path
+        try:
+            if (path is None or read_caption(path) is None) and source.table.class_tokens is None:
                 missing.append(source)
+        except DatasetError as error:
+            bad |= {} if path is None else {path: str(error)}
     if missing:
         logger.warning(
             "%d of %d have no caption, and text caching needs one for each. The first: %s",
@@ -154,13 +156,6 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
-    bad: dict[Path, str] = {}
-    paths = [source.caption_path for source in sources if source.caption is None and source.caption_path]
-    for path in paths[:MOST_READ]:
-        try:
-            read_caption(path)
-        except DatasetError as error:
-            bad[path] = str(error)
     if bad:
         lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
         logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
@@ -243,12 +238,10 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _rules(table: DatasetTable) -> TarRules:
-    images, clips = image_suffixes(), VIDEO_SUFFIXES | ANIMATION_SUFFIXES
-    is_image = table.kind == "image"
     return TarRules(
-        media=tuple(sorted(images if is_image else VIDEO_SUFFIXES)),
-        spare=tuple(sorted({".gif"} if is_image else ANIMATION_SUFFIXES)),
-        beside=tuple(sorted(images | {".gif"} if is_image else images | clips)),
+        media=tuple(sorted(media_suffixes(table.kind))),
+        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
+        beside=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
         json_first=table.caption_column is not None,

@@ -105,16 +105,13 @@ class RowReader:
             hint = f". Each line is one object such as {example}" if self.is_list else ""
             problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
             raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
-        _check_text(text, f"{where}: {self.path_column}")
+        check_text(text, f"{where}: {self.path_column}")
         return text
 
     def _locate(self, text: str, where: str) -> tuple[Path, Remote | None]:
         """Return the path of a file, and where its bytes are if they are not there."""
         if not is_address(text):
-            try:
-                return expand_path(text, self.base), None
-            except ValueError as error:
-                raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
+            return locate(text, self.base, where), None
         table, protocol = self.table, protocol_of(text)
         refused = None if table.allow_urls else "addresses are read only with allow_urls = true in the table"
         if refused is None and "::" in text.split("/", 1)[0]:
@@ -138,7 +135,7 @@ class RowReader:
             raise DatasetError(f"{where}: captions = {_show(more)} is not a list of texts")
         captions = [*([] if caption is None else [caption]), *(more or ())]
         for one in captions:
-            _check_text(one, f"{where}: {name or 'captions'}")
+            check_text(one, f"{where}: {name or 'captions'}")
         if self.is_list:
             return captions
         stripped = [one.strip() for one in captions]
@@ -151,7 +148,7 @@ class RowReader:
             return None
         if not isinstance(value, str):
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
-        _check_text(value, f"{where}: {name}")
+        check_text(value, f"{where}: {name}")
         return value
 
     def _control_texts(self, values: Mapping[str, Any], where: str) -> list[str]:
@@ -211,7 +208,15 @@ def download_folder(table: DatasetTable) -> Path:
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
-def _check_text(text: str, where: str) -> None:
+def locate(text: str, base: Path | None, where: str) -> Path:
+    """Return the path that a row names. base: where a relative one starts; None: in the working folder."""
+    try:
+        return expand_path(text, base)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
+
+
+def check_text(text: str, where: str) -> None:
     """Raise DatasetError for a text that can be neither a file's name nor a caption."""
     found = bad_character(text)
     if found is not None:

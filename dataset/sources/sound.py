@@ -1,50 +1,26 @@
 """The sound of clips: which file has it, at which seconds their frames are, and why one has none."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import download
 from dataset.sources.frames import Span, file_rate
 from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
-from modules.errors import DatasetError, MediaError
+from modules.errors import MediaError
 from modules.media.decoding import is_animation
-from modules.media.reading import VIDEO_SUFFIXES
-from modules.media.samples import SOUND_SUFFIXES, read_track
+from modules.media.samples import read_track
 
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 
 class NoSound(MediaError):
     """The clip has no sound that fits its frames; the text says why."""
-
-
-def find_sounds(table: DatasetTable, clips: Iterable[Path], entries: Iterable[Path]) -> Mapping[Path, Path]:
-    """Return the sound of each clip of a table among the entries of its audio_directory: a file of the same
-    name but for the suffix, also a video's.
-
-    Raises DatasetError if a name is not unique, or if there is no sound at all.
-    """
-    there: dict[str, list[Path]] = {}
-    for path in entries:
-        if path.suffix.lower() in SOUND_SUFFIXES | VIDEO_SUFFIXES and path.is_file():
-            there.setdefault(path.stem, []).append(path)
-    found = {path: there[path.stem] for path in clips if path.stem in there}
-    doubled = next((files for files in found.values() if len(files) > 1), None)
-    if doubled is not None:
-        raise DatasetError(f"{doubled[0]} and {doubled[1].name} are sound of the same clip. Keep one.")
-    if not found:
-        raise DatasetError(
-            f"{table.name}: {table.audio_directory} has no sound for any clip. A sound file has the name of "
-            "its clip but for the suffix: cat.wav for cat.mp4."
-        )
-    return {path: files[0] for path, files in found.items()}
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:

@@ -5,7 +5,6 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +178,11 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
     path = table.metadata_file
     assert path is not None
     content = _read_metadata_file(table, path)
-    pictures = _Pictures(table.image_folder)
+    listed: dict[Path, dict[str, Path]] = {}
     found: list[tuple[Path, str | None]] = []
     for key, entry in content.items():
         try:
-            picture = pictures.find(key)
+            picture = _find_picture(key, table.image_folder, listed)
             text = _caption(entry, table)
         except (ValueError, OSError) as error:
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
@@ -219,32 +218,24 @@ def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
     return content
 
 
-@dataclass
-class _Pictures:
-    """Finds pictures by the keys of a metadata file; each folder is listed once."""
+def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
+    """Return the picture of a key of a metadata file. Raises ValueError if there is none.
 
-    folder: Path | None
-    _listed: dict[Path, dict[str, Path]] = field(default_factory=dict)  # by name without suffix
-
-    def find(self, key: str) -> Path:
-        """Return the picture of a key. Raises ValueError if there is none."""
-        if bad_character(key) or not key.strip():
-            raise ValueError("this is not a path")
-        there = Path(key) if self.folder is None else self.folder / key
-        check_length(there)
-        if there.suffix.lower() in image_suffixes() and there.is_file():
-            return there
-        found = self._stems(there.parent).get(there.name)
-        if found is None:
-            raise ValueError(f"there is no such picture{'' if self.folder is None else f' in {self.folder}'}")
-        return found
-
-    def _stems(self, folder: Path) -> Mapping[str, Path]:
-        if folder not in self._listed:
-            entries = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
-            pictures = [path for path in entries if path.suffix.lower() in image_suffixes()]
-            self._listed[folder] = {path.stem: path for path in pictures}
-        return self._listed[folder]
+    listed: by folder, its pictures by name without suffix; a folder that is missing there is added.
+    """
+    if bad_character(key) or not key.strip():
+        raise ValueError("this is not a path")
+    there = Path(key) if folder is None else folder / key
+    check_length(there)
+    if there.suffix.lower() in image_suffixes() and there.is_file():
+        return there
+    parent = there.parent
+    if parent not in listed:
+        entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+        listed[parent] = {path.stem: path for path in entries if path.suffix.lower() in image_suffixes()}
+    if there.name not in listed[parent]:
+        raise ValueError(f"there is no such picture{'' if folder is None else f' in {folder}'}")
+    return listed[parent][there.name]
 
 
 def _caption(entry: Any, table: DatasetTable) -> str | None:
@@ -254,19 +245,14 @@ def _caption(entry: Any, table: DatasetTable) -> str | None:
     """
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")
-    caption, tags = (_text(entry, name) for name in ("caption", "tags"))
+    texts = {name: "" if entry.get(name) is None else entry[name] for name in ("caption", "tags")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or bad_character(text):
+            raise ValueError(f"{name} is not a text")
+    caption, tags = (text.strip() for text in texts.values())
     separator = table.changes.separator
     if caption and tags:
         tags = separator.join(lines_of(tags)) if table.changes.wildcards else tags
         lines = lines_of(caption) if table.changes.wildcards else [caption]
         return "\n".join(f"{line}{separator} {tags}" for line in lines)
     return caption or tags or table.class_tokens
-
-
-def _text(entry: Mapping[str, Any], name: str) -> str:
-    value = entry.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str) or bad_character(value):
-        raise ValueError(f"{name} is not a text")
-    return value.strip()

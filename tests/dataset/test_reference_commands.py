@@ -82,22 +82,6 @@ def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path
     succeed_here(*command, folder=tmp_path)
 
 
-def test_a_check_shows_pairs_and_groups(tmp_path: Path) -> None:
-    family = make(tmp_path, "no_resize_control = true\nbatch_size = 2")
-
-    code, _ = run_here(*family.cache_latents, "--check", "--html", "page.html", folder=tmp_path)
-
-    assert code == 0
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for text in (
-        "reference pictures: 1 image with 0, 3 images with 1",
-        "48 x 48 with 80x32</td><td>1</td><td>2</td>",
-        "1 have no reference picture, while others have",
-    ):
-        assert text in page
-    assert page.count('<div class="pair">') == 3
-
-
 def test_bad_references_cost_their_pictures_alone(tmp_path: Path) -> None:
     family = make(tmp_path, "no_resize_control = true")
     Image.new("RGB", (1, 1)).save(tmp_path / "control/picture 0.png")

@@ -5,8 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from data_tools.report.check import check_caching, check_training
-from data_tools.report.repair import repair_captions
+from data_tools.report.check import check_caching, check_training, repair_captions
 from data_tools.report.views import show_datasets
 from dataset.batches.items import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
@@ -169,10 +168,10 @@ def config_of(folder: Path, captions: dict[str, bytes]) -> DatasetConfig:
 
 def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
     old = {"a": GERMAN.encode("cp1252"), "b": GERMAN.encode("utf-16"), "c": GERMAN.encode()}
-    lines, left = repair_captions(config_of(tmp_path, old), GUESS)
+    lines = repair_captions(config_of(tmp_path, old), GUESS)
 
-    assert left == 0
     assert lines[0].startswith("2 captions converted")
+    assert lines[0].endswith("0 left as they are")
     for name in old:
         assert (tmp_path / f"{name}.txt").read_text(encoding="utf-8") == GERMAN
     assert (tmp_path / "a.txt.bak").read_bytes() == old["a"]
@@ -183,20 +182,20 @@ def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
 def test_an_unsure_guess_is_left_and_named_and_can_be_given(tmp_path: Path) -> None:
     config = config_of(tmp_path, {"a": "naïve".encode("cp1252")})
 
-    lines, left = repair_captions(config, GUESS)
+    lines = repair_captions(config, GUESS)
 
-    assert left == 1
+    assert lines[0].endswith("1 left as they are")
     assert "--repair_captions cp1252" in lines[1]
     assert (tmp_path / "a.txt").read_bytes() == "naïve".encode("cp1252")
-    assert repair_captions(config, "cp1252")[1] == 0
+    assert repair_captions(config, "cp1252")[0].endswith(", 0 left as they are")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "naïve"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8", b"\x89PNG\r\n\x1a\n\x00\x00\xff"])
 def test_what_is_no_text_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
-    lines, left = repair_captions(config_of(tmp_path, {"a": content}), GUESS)
+    lines = repair_captions(config_of(tmp_path, {"a": content}), GUESS)
 
-    assert left == 1
+    assert lines[0].endswith("1 left as they are")
     assert (tmp_path / "a.txt").read_bytes() == content
 
 
@@ -204,7 +203,7 @@ def test_an_older_backup_is_never_replaced(tmp_path: Path) -> None:
     config = config_of(tmp_path, {"a": GERMAN.encode("cp1252")})
     (tmp_path / "a.txt.bak").write_bytes(b"older")
 
-    lines, left = repair_captions(config, GUESS)
+    lines = repair_captions(config, GUESS)
 
     assert "a.txt.bak is there already" in lines[1]
     assert (tmp_path / "a.txt").read_bytes() == GERMAN.encode("cp1252")

@@ -47,8 +47,8 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
 
     found = {
-        f"{item.key}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(item.span))
-        for item in decoded.items
+        f"{decoded.key(span)}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(span))
+        for span in decoded.spans
     }
     assert found == {item["cache_file"]: item["frames"] for item in case["items"]}
     assert list(table.target_frames) == case["effective_target_frames"]
@@ -64,7 +64,7 @@ def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
 
     decoded = decode_source(source, 16.0)
 
-    assert decoded.items == ()
+    assert decoded.spans == ()
     assert (
         decoded.reason == "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
     )
@@ -86,9 +86,9 @@ def test_videos_follow_the_bucket_keys_of_their_table(
 
     decoded = decode_source(source, 16.0)
 
-    (item,) = decoded.items
-    assert (item.size, item.bucket) == ((60, 24), bucket)
-    assert decoded.crop(item.span).shape == (1, bucket[1], bucket[0], 3)
+    (span,) = decoded.spans
+    assert (decoded.size, decoded.bucket) == ((60, 24), bucket)
+    assert decoded.crop(span).shape == (1, bucket[1], bucket[0], 3)
 
 
 def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
 
     decoded = decode_source(source, 16.0)
 
-    (item,) = decoded.items
-    assert (item.key, item.span, item.size, item.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
-    assert decoded.crop(item.span).shape == (1, 48, 64, 3)
+    (span,) = decoded.spans
+    assert (decoded.key(span), span, decoded.size, decoded.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
+    assert decoded.crop(span).shape == (1, 48, 64, 3)
 
 
 def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
@@ -182,7 +182,9 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
 
     plan, decoded = plan_source(source, 16.0), decode_source(source, 16.0)
 
-    assert (plan.items, plan.size, len(plan.frames)) == (decoded.items, decoded.size, 0)
+    assert (plan.spans, plan.size, plan.bucket, len(plan.frames)) == (
+        *(decoded.spans, decoded.size, decoded.bucket, 0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,14 +279,6 @@ def test_a_gif_may_be_the_control_of_a_clip(tmp_path: Path) -> None:
 
     assert source.control[0].name == "a.gif"
     assert decode_source(source, 16.0).control[0].shape == (5, 32, 32, 3)
-
-
-def test_uniform_starts_are_those_of_numpy(tmp_path: Path) -> None:
-    for kept in range(9, 120, 7):
-        for sample in (*range(2, 12), *range(max(2, kept - 11), kept - 5), 500):
-            table = make_table(tmp_path, frame_extraction="uniform", target_frames=(9,), frame_sample=sample)
-            starts = np.linspace(0, kept - 9, sample, dtype=int).tolist()
-            assert spans(table, kept) == tuple((start, 9) for start in dict.fromkeys(starts))
 
 
 def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path) -> None:
