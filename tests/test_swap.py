@@ -39,24 +39,24 @@ class Project:
         self.run(*self.family.train, *OUTPUT, "--output_dir", output, "--max_train_steps", steps, *arguments)
         return load_file(output / "x.safetensors")
 
-    def generate(self, output: Path, *arguments: object) -> list[Tensor]:
-        """The latents of all that is made."""
+    def generate(self, output: Path, *arguments: object) -> list[dict[str, Tensor]]:
+        """The latents of all that is made, with those of its sound."""
         latents = ("--output_type", "latent", "--save_path", output)
         self.run(*self.family.generate, *SIZE, *latents, *arguments)
-        return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))]
+        return [load_file(path) for path in sorted(output.glob("*.safetensors"))]
 
 
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "flux_2", "kontext"}  # of blocks
 
 
-# tests/frame_pack/test_training.py has one of these for every day
-FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
+# tests/frame_pack/test_training.py and tests/ltx_2/test_training.py have one of these for every day
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("framepack", "ltx_2 with sound")]
 OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image")
 OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK, *PICTURES])
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", *LATER, *PICTURES])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     family = next(each for each in FAMILIES if each.name == request.param)
     folder = tmp_path_factory.mktemp("swap")
@@ -114,7 +114,7 @@ def test_the_same_latents_are_generated(project: Project, tmp_path: Path, usual:
     found = project.generate(tmp_path / "swapped", "--from_file", lines, *usual, *swap)
 
     assert len(found) == 2
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert all(same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ from dataset.batches.reading import read_batch
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.on_ray import CachingActor
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources import sound
 from modules.contract.data import FPS, HAS_SOUND, SOUND
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track
+from tests.dataset.cache.killing import needs_fork, run_to_step
+from tests.dataset.caching.test_shards import entries, into, main_of, shard
 from tests.dataset.making import make_table
 from tests.dataset.sound_toy import PER_LATENT, RATE, HearingToy, sound_shape
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -345,3 +348,55 @@ def test_sound_is_read_once_for_all_spans_of_a_clip(tmp_path: Path, monkeypatch:
     cache(make_set(tmp_path, target_frames=(9,), frame_extraction="chunk"))
 
     assert len(calls) == 1
+
+
+def make_mixed_set(folder: Path, form: str) -> DatasetConfig:
+    """Clips of which every second one is silent; batches of latents have two of them."""
+    for number, stem in enumerate("abcde"):
+        tracks = [] if number % 2 else [Track((0.04 * (number + 1),))]
+        write_media(folder / f"{stem}.mp4", *tracks, frames=9)
+    return make_set(folder, batch_size=2, cache_format=form)
+
+
+@needs_fork
+@pytest.mark.parametrize("form", ["files", pytest.param("shards", marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(tmp_path: Path, form: str) -> None:
+    """It replaces the sound of another VAE and both halves of a clip that changed; one clip is gone."""
+    config, before = make_mixed_set(tmp_path, form), into(make_mixed_set(tmp_path, form), tmp_path / "before")
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "gone.mp4")
+    cache(make_mixed_set(tmp_path, form), hearing(sound_identity={"audio_vae": "second"}))
+    cache(before, hearing(sound_identity={"audio_vae": "second"}))
+    (tmp_path / "gone.mp4").unlink()
+    write_media(tmp_path / "e.mp4", Track((0.3,)), frames=9)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache(undisturbed)
+    expected, step, is_done = entries(undisturbed), 0, False
+
+    while not is_done:
+        step += 1
+        killed = into(config, tmp_path / str(step))
+        shutil.copytree(tmp_path / "before", tmp_path / str(step))
+        is_done = run_to_step(lambda killed=killed: cache(killed) and None, step)  # type: ignore[misc]
+        assert expected.keys() <= entries(killed).keys()  # what is replaced is there before or after
+        cache(killed)
+        assert entries(killed) == expected
+
+    assert step > 5
+
+
+@pytest.mark.parametrize("form", ["files", "shards"])
+def test_shards_and_actors_together_give_the_sound_of_a_single_run(tmp_path: Path, form: str) -> None:
+    config = make_mixed_set(tmp_path, form)
+    whole, shared, by_actor = (into(config, tmp_path / name) for name in ("whole", "shared", "by actor"))
+    cache(whole)
+
+    reports = [cache(shared, shard=shard(index, 3)) for index in (2, 0, 1)]
+    actor = CachingActor(main_of(hearing(), by_actor), ("--words",), True, 3, 1)
+    rows = actor({"shard_index": [1, 0, 2]})
+
+    assert entries(shared) == entries(by_actor) == entries(whole)
+    assert sum(report.written for report in reports) == sum(rows["written"]) == 5 + 3
+    assert sum(len(report.silent) for report in reports) == 2
+    for one in (shared, by_actor):
+        report = cache(one)
+        assert (report.written, report.kept, report.removed) == (0, 8, 0)

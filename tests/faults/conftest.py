@@ -20,6 +20,7 @@ from tests.faults.runs import (
     FLUX,
     FRAMEPACK,
     HUNYUAN_VIDEO,
+    LTX_2,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -41,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
 # families share
-STANDING_FOR_ALL = {FRAMEPACK.name: (), FLUX.name: ("mid_write]",)}
+STANDING_FOR_ALL = {FRAMEPACK.name: (), FLUX.name: ("mid_write]",), LTX_2.name: ()}
 # the same for families of which only these are not tried
 LEFT_TO_OTHERS = {
     HUNYUAN_VIDEO.name: (

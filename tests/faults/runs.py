@@ -16,6 +16,8 @@ from torch import Tensor
 
 from modules.media.reading import read_image, video_frames
 from tests.commands import ROOT
+from tests.ltx_2.release import write_release
+from tests.sound_media import Track, write_media
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
@@ -149,6 +151,32 @@ two dogs --w 32 --h 48 --vs 1 --d 3 --s 2 --i start.png
     length=("--video_sections", "1", "--image_path", "start.png"),
     longer=("--video_sections", "2", "--image_path", "start.png"),
 )
+
+
+def write_sounds(folder: Path) -> None:
+    """Clips of 9 frames with captions, every second one with sound, and dataset.toml."""
+    write_clips(folder / "clips", count=6)
+    for index in range(0, 6, 2):
+        write_media(folder / "clips" / f"clip {index}.mp4", Track((0.04 * index,)), frames=9, fps=16)
+    write_dataset(folder, frames="9", batch_size=2)
+
+
+_RELEASE = ("--ltx2_checkpoint", "model/ltx 2.3.safetensors", "--ltx2_mode", "av")
+_GEMMA = ("--gemma_root", "model/gemma", "--text_encoder_dtype", "float32")
+LTX_2 = Scripts(
+    name="ltx_2",
+    tag="ltx2",
+    write_models=write_release,
+    models=(*_RELEASE, "--vae_dtype", "float32", *_GEMMA),
+    cache_latents=("ltx2_cache_latents.py", *_DATASET, *_RELEASE, "--vae_dtype", "float32"),
+    cache_texts=("ltx2_cache_text_encoder_outputs.py", *_DATASET, *_RELEASE, *_GEMMA),
+    train_script="ltx2_train_network.py",
+    learner=_lora("networks.lora_ltx2"),
+    generate_script="ltx2_generate_video.py",
+    write_data=write_sounds,
+    samples=SAMPLES.replace("--f 5", "--f 9"),
+    prompts=PROMPTS.replace("--f 5", "--f 9").replace("--h 48", "--h 64"),
+)
 # given, so that none is looked for on the hub
 TOKENIZERS = {
     WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
@@ -190,7 +218,7 @@ FLUX = Scripts(  # stands for all models of pictures
     trained=("--network_train_unet_only", "--model_prediction_type", "raw"),
 )
 VIDEOS = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
-FAMILIES = (*VIDEOS, FLUX)
+FAMILIES = (*VIDEOS, FLUX, LTX_2)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 

@@ -21,10 +21,11 @@ SIZES = {
 }
 
 
-def dit_config(version: str) -> LtxConfig:
+def dit_config(version: str, **changes: Any) -> LtxConfig:
     """Dimensions of the transformer of the tiny release."""
     video, sound = SIZES[version]
-    return replace(tiny_dit.DIT_CONFIGS[version], video=video, sound=sound, num_heads=2, cross_dim=sound.dim)
+    sizes = {"video": video, "sound": sound, "num_heads": 2, "cross_dim": sound.dim}
+    return replace(tiny_dit.DIT_CONFIGS[version], **sizes, **changes)
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class TinyRelease:
         return ["--ltx2_checkpoint", str(self.checkpoint), "--ltx_version", self.networks["version"]]
 
 
-def write_release(folder: Path, version: str = "2.3") -> TinyRelease:
-    """Write a release into a folder."""
+def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRelease:
+    """Write a release into a folder. changes: of the transformer's dimensions."""
     folder.mkdir(parents=True, exist_ok=True)
     gemma = tiny_text.text_write_gemma(folder / "gemma", gemma_network := tiny_text.text_gemma())
-    config = dit_config(version)
+    config = dit_config(version, **changes)
     parts: dict[str, Any] = {
         "vae": tiny_media.video_vae(version),
         "audio_vae": tiny_media.sound_vae(),

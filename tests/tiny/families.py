@@ -456,5 +456,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_z_image(folder / "model", num_layers=4)
     elif family.name == "lumina":
         write_tiny_lumina(folder / "model", num_layers=4)
+    elif family.name.startswith("ltx_2"):
+        write_release(folder / "model", num_layers=4)
     else:
         write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")

@@ -214,20 +214,21 @@ def predict(
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with the most pixels that the data set can give.
+    """Return the items of the batch with the most pixels that the data set can give, those with sound first.
 
     latent_side: pixels of a side of what `TrainingItem.references` counts.
     """
     there = list(items)
     pools = repeat_items(there, count_repeats(there)).values()
-    batches = [pool[: pool[0].table.batch_size] for pool in pools]
+    sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
+    batches = [pool[: pool[0].table.batch_size] for pool in sounding_first]
 
-    def count_pixels(batch: Sequence[TrainingItem]) -> int:
+    def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
         sides = batch[0].references
         references = sum(map(operator.mul, sides[::2], sides[1::2]))
-        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch)
+        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
-    largest = max(batches, key=count_pixels)
+    largest = max(batches, key=count)
     return tuple(largest)
 
 

@@ -41,6 +41,10 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
     few_large, many_small = items((64, 64), 1), items((48, 48), 7)
     assert largest_batch([*few_large, *many_small]) == tuple(many_small[:4])
     assert largest_batch([*few_large, *many_small[:1]]) == tuple(few_large)
+    sounding = replace(many_small[6], has_sound=True)  # then its batch has sound for all
+    assert largest_batch([*many_small[:6], sounding]) == (sounding, *many_small[:3])
+    others = [replace(item, bucket=(72, 32), has_sound=False) for item in many_small]
+    assert largest_batch([*others, *many_small[:6], sounding])[0] is sounding
 
 
 def test_a_section_is_made_smaller_but_no_shorter() -> None:
