@@ -7,12 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.faults.messages import succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
-
-
-def family_called(name: str) -> TinyFamily:
-    """One of FAMILIES."""
-    return next(each for each in FAMILIES if each.name == name)
+from tests.tiny.families import TinyFamily
 
 
 def train_with_and_without_records(

@@ -20,7 +20,7 @@ from modules.installation import IMPORTED_AS, command_words, own_name, read_requ
 from modules.media.writing import write_video
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
 from tests.commands import ROOT, assert_user_error, run_program, run_python
-from tests.tiny.families import FAMILIES
+from tests.tiny.families import family_called
 from tests.tiny.project import moving_square, write_animations
 
 SCRIPTS = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
@@ -183,7 +183,7 @@ def run_without(folder: Path, *commands: list[str]) -> None:
 
 
 def test_caching_training_resuming_and_generation_of_latents_need_none_of_them(tmp_path: Path) -> None:
-    family = next(each for each in FAMILIES if each.name == "wan t2v-1.3B")
+    family = family_called("wan t2v-1.3B")
     family.prepare(tmp_path, write_animations)
     train = [*family.train, "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "output"]
     latents = ["--prompt", "a cat", "--negative_prompt", "dull", "--seed", "7", "--output_type", "latent"]

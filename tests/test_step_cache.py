@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.project import write_clips
 
 STEPS = 8
@@ -53,7 +53,7 @@ NAMES = (
 
 @pytest.fixture(scope="module", params=NAMES)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    family = next(each for each in FAMILIES if each.name == request.param)
+    family = family_called(request.param)
     folder = tmp_path_factory.mktemp("step cache")
     family.prepare(folder)
     return Project(family, folder)
@@ -126,7 +126,7 @@ def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) 
 
 
 def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
-    family = next(each for each in FAMILIES if each.name == "hunyuan_video")
+    family = family_called("hunyuan_video")
     family.prepare(tmp_path)
     write_clips(tmp_path / "source", count=1)
     start = ("--video_path", "source/clip 0.mp4", "--strength", "0.75")

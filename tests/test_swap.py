@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily, write_deep
+from tests.tiny.families import TinyFamily, family_called, write_deep
 from tests.training.toy import state_tensors
 
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
@@ -58,7 +58,7 @@ PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 @pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", *LATER, *PICTURES])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    family = next(each for each in FAMILIES if each.name == request.param)
+    family = family_called(request.param)
     folder = tmp_path_factory.mktemp("swap")
     write_deep(family, folder)
     found = Project(family, folder, "4" if family.name in TWO_LISTS else "3")  # all but one of each list

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
@@ -15,6 +15,7 @@ from encoders.text_encoder import fill_rows
 from modules.contract.family import can_learn
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
+from tests.encoders.their_t5 import their_t5
 from tests.fp8_reference import quantised_layers
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import fit, tensor_list, write_hollow
@@ -45,20 +46,7 @@ def stacked(encoder: T5TextEncoder, *texts: str | Prompt) -> tuple[Tensor, Tenso
 
 
 def theirs_of(tensors: dict[str, Tensor]) -> T5EncoderModel:
-    config = t5xxl_config()
-    theirs = T5EncoderModel(
-        T5Config(
-            vocab_size=config.vocabulary,
-            d_model=config.dim,
-            d_kv=config.attention_dim // config.num_heads,
-            d_ff=config.ffn_dim,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()
-    theirs.load_state_dict(tensors)
-    return theirs
+    return their_t5(t5xxl_config(), tensors)
 
 
 def test_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ STANDING_FOR_ALL = {FRAMEPACK.name: (), FLUX.name: ("mid_write]",), LTX_2.name: 
 LEFT_TO_OTHERS = {
     HUNYUAN_VIDEO.name: (
         *("before_rename]", "after_rename]", "mid_epoch]", "mid_accumulation]", "mid_write]"),
-        *("SIGINT]", "SIGTERM]", "on_a_full_disk["),
+        *("SIGINT]", "SIGTERM]", "on_a_full_disk[", "of_their_video["),
     )
 }
 

@@ -5,17 +5,15 @@ Two kinds: a real small file system, where the system lets an ordinary user moun
 of a file, which fails in the middle of a write and works wherever there are POSIX limits.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.commands import QUIET, ROOT
+from tests.commands import ROOT, run_python
 from tests.faults.messages import assert_one_message, run_here
+from tests.faults.run_limited import NO_MOUNT
 from tests.faults.runs import (
     VIDEOS,
     Scripts,
@@ -30,44 +28,21 @@ from tests.faults.runs import (
 FAMILIES = VIDEOS  # caches of tiny pictures are smaller than any limit that lets a script start
 PAGE = 4096  # bytes in which such a file system gives room
 QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
-# mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is
-# carried in and out
-SMALL_DISK = """
-size=$1 disk=$2; shift 2
-kept=$(mktemp -d "$disk.XXXX")
-cp -a "$disk/." "$kept"
-mount -t tmpfs -o size=$size none "$disk" || exit 99
-cp -a "$kept/." "$disk"
-"$@"
-code=$?
-cp -a "$disk" "$kept/after"
-umount "$disk"
-cp -a "$kept/after/." "$disk"
-rm -rf "$kept"
-exit $code
-"""
+LIMITED = Path(__file__).resolve().parent / "run_limited.py"
 # command, folder that is on the full disk, working folder
 RunFull = Callable[[Sequence[object], Path, Path], tuple[int, str]]
 
 
 def run_limited(
-    arguments: list[str], folder: Path, before: Callable[[], None] | None = None
+    kind: str, size: int, command: Sequence[object], folder: Path, *disk: Path
 ) -> tuple[int, str]:
-    done = subprocess.run(
-        arguments,
-        cwd=folder,
-        env={**os.environ, **QUIET},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        preexec_fn=before,
-    )
+    """Run a command with `run_limited.py`; return its exit code and what it wrote to standard error."""
+    script, *arguments = command
+    words = [LIMITED, kind, size, *disk, ROOT / str(script), *arguments]
+    done = run_python(*words, folder=folder, check=False)
+    if done.returncode == NO_MOUNT:
+        pytest.skip("this system lets no ordinary user mount a file system")
     return done.returncode, done.stderr
-
-
-def python_command(command: Sequence[object]) -> list[str]:
-    script, *arguments = map(str, command)
-    return [sys.executable, str(ROOT / script), *arguments]
 
 
 def small_disk(free_bytes: int) -> RunFull:
@@ -77,30 +52,21 @@ def small_disk(free_bytes: int) -> RunFull:
     """
 
     def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
-        if shutil.which("unshare") is None:
-            pytest.skip("no unshare")
         disk.mkdir(parents=True, exist_ok=True)
         used = sum(-(-path.stat().st_size // PAGE) * PAGE for path in disk.rglob("*"))
-        shell = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(used + free_bytes), str(disk)]
-        if run_limited([*shell, "true"], folder)[0] != 0:
-            pytest.skip("this system lets no ordinary user mount a file system")
-        return run_limited([*shell, *python_command(command)], folder)
+        after = disk.with_name(f"{disk.name} after")
+        ended = run_limited("disk", used + free_bytes, command, folder, disk, after)
+        shutil.rmtree(disk)
+        after.rename(disk)
+        return ended
 
     return run
 
 
 def small_files(size_bytes: int) -> RunFull:
     """Run where no file may be larger than that."""
-
-    def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
-        resource = pytest.importorskip("resource")
-        return run_limited(
-            python_command(command),
-            folder,
-            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes,) * 2),
-        )
-
-    return run
+    pytest.importorskip("resource")
+    return lambda command, disk, folder: run_limited("file", size_bytes, command, folder)
 
 
 def generation(scripts: Scripts) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from modules.contract.steps import Tweaks
 from modules.errors import CacheError, OptionError
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.foreign_caches import family_called, train_with_and_without_records
+from tests.foreign_caches import train_with_and_without_records
+from tests.tiny.families import family_called
 from tests.tiny.flux import tiny_state, write_dit
 from tests.tiny.project import write_image
 

@@ -21,8 +21,9 @@ from modules.contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from tests.faults.messages import succeed_here
-from tests.foreign_caches import family_called, train_with_and_without_records
+from tests.foreign_caches import train_with_and_without_records
 from tests.manifests import tensor_list, write_hollow
+from tests.tiny.families import family_called
 from tests.tiny.flux_2 import (
     TinyFlux2,
     tiny_state,

@@ -15,7 +15,7 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
-from hunyuan_image.checkpoints import load_dit, read_dit_header
+from hunyuan_image.checkpoints import read_dit_header
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
@@ -27,19 +27,16 @@ from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.steps import EncodedPrompts, Section
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
-from modules.families import FAMILIES, identify
+from modules.families import FAMILIES
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
 from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.manifests import tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import tiny_state as video_state
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.hunyuan_image import (
-    CONFIG,
-    DIALECTS,
     GLYPH_DIM,
     TEXT_DIM,
     tiny_state,
@@ -309,30 +306,6 @@ def test_forward_equals_diffusers_with_the_same_weights(
 
 
 PLACE = Placement(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_layout_gives_the_same_network(dialect: str, tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state(), dialect)
-
-    dit = load_dit(path, PLACE)
-
-    assert dit.config == CONFIG
-    with torch.no_grad():
-        assert torch.equal(dit(**tiny_inputs()), tiny_model()(**tiny_inputs()))
-
-
-def test_the_published_transformer_loads_at_full_size(tmp_path: Path) -> None:
-    path = write_hollow(tmp_path / "hunyuanimage2.1.safetensors", tensor_list("hunyuanimage2.1-dit"))
-
-    dit = load_dit(path, Placement(torch.device("meta")))
-
-    config = dit.config
-    assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3584, 28, 20, 40)
-    assert (config.in_dim, config.text_dim, config.glyph_dim) == (64, 3584, 1472)
-    assert sum(each.numel() for each in dit.parameters()) == 17425795520
-    assert dit.compute_dtype == torch.bfloat16
-    assert identify(path) == "it is a HunyuanImage-2.1 transformer (--dit)"
 
 
 @pytest.mark.parametrize(

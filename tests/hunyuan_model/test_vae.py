@@ -118,7 +118,7 @@ def test_tiles_in_height_and_width_equal_those_of_diffusers(
     compare(made(tmp_path, tile=64), diffusers_vae(64, 64), clip_of(frames, height, width))
 
 
-@pytest.mark.parametrize("frames", [17, 25, 33, 61])  # 25: a span would begin at the last frame
+@pytest.mark.parametrize("frames", [25, 61])  # 25: a span would begin at the last frame
 def test_spans_of_frames_equal_those_of_diffusers(tmp_path: Path, frames: int) -> None:
     compare(made(tmp_path, tiling=True, tile_frames=16), diffusers_vae(256, 16), clip_of(frames))
 

@@ -213,7 +213,8 @@ def sampled(theirs: Theirs, asked: Asked, prompt: str, given: Given, noise: Tens
         mu = math.log(asked.flow_shift)
     shift = math.exp(mu)
     sigmas = [shift / (shift + 1 / (1 - index / asked.steps) - 1) for index in range(asked.steps)]
-    positive, negative = {**theirs.text(prompt), **given}, {**theirs.text(asked.negative), **given}
+    positive = {**theirs.text(prompt), **given}
+    negative = positive if asked.scale == 1 else {**theirs.text(asked.negative), **given}
     guidance = torch.tensor([1000 * asked.embedded_guidance]).to(theirs.numbers_dtype).float()
 
     def clean(noisy: Tensor, sigma: float) -> Tensor:

@@ -12,10 +12,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    T5Config,
     T5EncoderModel,
 )
 
+from tests.encoders.their_t5 import their_t5
 from tests.hunyuan_image.making import in_diffusers
 from tests.tiny.hunyuan_image import BYT5, CHANNELS, QWEN, VAE, TinyHunyuanImage, diffusers_vae
 
@@ -78,19 +78,4 @@ def language_model(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _glyph_encoder(path: Path) -> T5EncoderModel:
-    model = T5EncoderModel(
-        T5Config(
-            vocab_size=BYT5.vocabulary,
-            d_model=BYT5.dim,
-            d_kv=BYT5.attention_dim // BYT5.num_heads,
-            d_ff=BYT5.ffn_dim,
-            num_layers=BYT5.num_layers,
-            num_heads=BYT5.num_heads,
-            relative_attention_num_buckets=BYT5.num_buckets,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    assert not unexpected
-    assert set(missing) <= {"encoder.embed_tokens.weight"}  # the same tensor as shared.weight
-    return model.eval().requires_grad_(False)
+    return their_t5(BYT5, load_file(path))

@@ -1,16 +1,19 @@
 """Run scripts in parity tests, and the data sets and latents that are compared."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import wan_generate_video
 from tests.commands import run_script
+from tests.faults.messages import succeed_here
 from tests.parity.reference import covering, relative_error, to_pixels
 
 # Of the largest value, in float32: what the project promises. Both sides round each product differently and
@@ -78,6 +81,27 @@ def assert_as_exact(ours: Tensor, theirs: Tensor, exact: Tensor, what: str = "")
     assert ours_off <= 1.5 * theirs_off, (
         f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"
     )
+
+
+@torch.no_grad()
+def assert_same_effect(
+    pipe: Any,
+    predict: Callable[[Any], Tensor],
+    read: Callable[[Path], Any],
+    dit: Path,
+    lora: Path,
+) -> None:
+    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same.
+
+    predict: the output of a network there. read: that network with the weights of a file of ours.
+    """
+    without, merged = predict(pipe.transformer), lora.with_name("merged.safetensors")
+    pipe.load_lora_weights(lora)
+    loaded = predict(pipe.transformer)
+    tool = ["--dit", dit, "--lora_weight", lora, "--save_merged_model", merged]
+    succeed_here("merge_lora.py", *tool, folder=lora.parent)
+    assert (loaded - without).abs().max() > 1e-2
+    assert_equal(predict(read(merged)), loaded, "LoRA")
 
 
 Frames = list[numpy.ndarray]  # H W 3 uint8 each

@@ -1,8 +1,8 @@
 """Pictures and steps of training of FLUX.1 and Chroma equal those of diffusers, at the same noise."""
 
 import json
-import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,21 @@ import torch
 from diffusers import AutoencoderKL, ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 import flux_generate_image
 import flux_minimal_inference
 from encoders.autoencoder import SCALE, SHIFT
 from flux.model import unpack
 from modules.media.reading import read_image
+from tests.encoders.their_t5 import their_t5
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there
 from tests.parity import training
 from tests.parity.hunyuan import load_clip
 from tests.parity.running import assert_equal
 from tests.tiny import picture_encoders
-from tests.tiny.families import FAMILIES
+from tests.tiny.families import family_called
 from tests.tiny.flux import TinyFlux, diffusers_parts, write_tiny_flux
 from tests.tiny.hunyuan_encoders import clip_config_json
 from tests.tiny.project import write_plain_pictures
@@ -61,19 +62,7 @@ def clip_of(models: TinyFlux) -> nn.Module:
 
 def pipeline_of(models: TinyFlux, kind: str) -> Any:
     """diffusers' pipeline with the same weights."""
-    t5 = picture_encoders.t5xxl_config()
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=t5.vocabulary,
-            d_model=t5.dim,
-            d_kv=t5.attention_dim // t5.num_heads,
-            d_ff=t5.ffn_dim,
-            num_layers=t5.num_layers,
-            num_heads=t5.num_heads,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()
-    text_encoder.load_state_dict(picture_encoders.t5xxl_tensors())
+    text_encoder = their_t5(picture_encoders.t5xxl_config(), picture_encoders.t5xxl_tensors())
     levels = picture_encoders.autoencoder_config()
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -178,7 +167,6 @@ def test_the_guides_command_makes_the_same_picture(tmp_path: Path) -> None:
 
 
 RATE, GUIDANCE = 0.5, 2.5
-FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens and shift of the released model
 
 
 @dataclass(frozen=True)
@@ -202,12 +190,11 @@ def read_items(folder: Path) -> list[FluxItem]:
     return items
 
 
-def by_size(u: Tensor, latents: Tensor) -> Tensor:
+def by_size(batch: Sequence[training.Item], number: int) -> Tensor:
     """Noise levels of --timestep_sampling flux_shift."""
-    tokens = (latents.shape[-2] // 2) * (latents.shape[-1] // 2)
-    shift = FEW[1] + (tokens - FEW[0]) * (MANY[1] - FEW[1]) / (MANY[0] - FEW[0])
-    s = torch.sigmoid(torch.special.ndtri(u))
-    return math.exp(shift) / (math.exp(shift) + 1 / s - 1)
+    rows, columns = batch[0].latents.shape[-2:]
+    ratio = training.ratio_of((rows // 2) * (columns // 2))
+    return training.shifted(training.normal_share(batch, number), ratio)
 
 
 def gradients_of(
@@ -219,11 +206,10 @@ def gradients_of(
     kind: str,
 ) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    latents = torch.stack([item.latents for item in batch])
-    sigmas = by_size(training.uniform_of(batch, number), latents).float()
-    noise, mix = training.noise_of(batch, number), sigmas.view(-1, 1, 1, 1, 1)
+    sigmas = by_size(batch, number)
+    noisy, wanted = training.mixed(batch, number, sigmas)
     inputs: dict[str, Any] = {
-        "noisy": (1 - mix) * latents + mix * noise,
+        "noisy": noisy,
         "timesteps": 1000 * sigmas,
         "t5": torch.stack([item.text for item in batch]),
         # without --apply_t5_attn_mask FLUX sees the padding
@@ -233,13 +219,13 @@ def gradients_of(
     }
     with training.learning(dit, parts, factors) as found:
         velocity = torch.cat([run_there(dit, inputs, sample) for sample in range(len(batch))])
-        (velocity - (noise - latents)).square().mean().backward()
+        (velocity - wanted).square().mean().backward()
     return found()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("flux", "dev"), ("chroma", "chroma")])
 def test_each_step_follows_diffusers_gradient(tmp_path: Path, name: str, kind: str) -> None:
-    family = next(each for each in FAMILIES if each.name == name)
+    family = family_called(name)
     family.prepare(tmp_path)
     write_plain_pictures(tmp_path, batch_size=4)
     succeed_here(*family.cache_latents, folder=tmp_path)

@@ -3,7 +3,6 @@
 Both read the same prompts with their own tokenizers and encoders.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,21 @@ import flux_2_generate_image
 from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.flux_2.making import autoencoder_in_diffusers, in_diffusers, predict_with, tiny_inputs
-from tests.parity.running import assert_equal
+from tests.parity.running import assert_equal, assert_same_effect
 from tests.parity.training import (
     Factors,
     Item,
     assert_steps_of_descent,
     descent,
     learning,
-    noise_of,
+    mixed,
+    normal_share,
     parts_of,
+    ratio_of,
+    shifted,
     shuffled,
-    uniform_of,
 )
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.flux_2 import (
     TEXT_LAYERS,
     TinyFlux2,
@@ -173,7 +174,7 @@ def read_items(folder: Path) -> list[tuple[Item, list[Tensor]]]:
 
 def project(folder: Path) -> TinyFamily:
     """Caches of four pictures with two references of another size each, which the dataset keeps."""
-    family = next(each for each in FAMILIES if each.name == "flux_2")
+    family = family_called("flux_2")
     family.prepare(folder)
     text = (folder / "dataset.toml").read_text(encoding="utf-8")
     text = text.replace("batch_size = 1", "batch_size = 4") + "no_resize_control = true\n"
@@ -197,21 +198,18 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(tmp_path: Pat
     def gradients_at(factors: Factors, step: int) -> Factors:
         batch = shuffled(items, step)
         only = [item for item, _ in batch]
-        latents = torch.stack([item.latents for item in only])
-        tokens = latents.shape[-1] * latents.shape[-2]
-        ratio = math.exp(0.5 + (tokens - 256) * 0.65 / 3840)
-        share = torch.sigmoid(torch.special.ndtri(uniform_of(only, step)))
-        sigmas = (ratio * share / (1 + (ratio - 1) * share)).float()
-        noise, mix = noise_of(only, step), sigmas.view(-1, 1, 1, 1, 1)
+        rows, columns = only[0].latents.shape[-2:]
+        sigmas = shifted(normal_share(only, step), ratio_of(rows * columns))
+        noisy, wanted = mixed(only, step, sigmas)
         given = {
-            "noisy": (1 - mix) * latents + mix * noise,
+            "noisy": noisy,
             "timesteps": 1000 * sigmas + 1,  # as the known tuner's
             "text": torch.stack([item.text for item in only]),
         }
         references = [torch.stack([controls[number] for _, controls in batch]) for number in range(2)]
         with learning(dit, parts, factors) as found:
             velocity = predict_with(dit, given, references)
-            (velocity - (noise - latents)).square().mean().backward()
+            (velocity - wanted).square().mean().backward()
             return found()
 
     assert len(parts) == 22
@@ -222,19 +220,10 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(tmp_path: Pat
         tmp_path / "model" / "text_encoder",
         "klein-base-4b",
     )
-    assert_same_effect(files, tmp_path / "out" / "lora.safetensors", tmp_path / "merged.safetensors")
-
-
-def assert_same_effect(files: TinyFlux2, lora: Path, merged: Path) -> None:
-    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same."""
-    given, pipe = tiny_inputs(), theirs(files)
-    with torch.no_grad():
-        without = predict_with(pipe.transformer, given)
-        pipe.load_lora_weights(lora)
-        loaded = predict_with(pipe.transformer, given)
-    tool = ["--dit", files.dit, "--lora_weight", lora, "--save_merged_model", merged]
-    succeed_here("merge_lora.py", *tool, folder=merged.parent)
-    with torch.no_grad():
-        ours = predict_with(in_diffusers(load_file(merged)), given)
-    assert (loaded - without).abs().max() > 1e-2
-    assert_equal(ours, loaded, "LoRA")
+    assert_same_effect(
+        theirs(files),
+        lambda dit: predict_with(dit, tiny_inputs()),
+        lambda merged: in_diffusers(load_file(merged)),
+        dit_file,
+        tmp_path / "out" / "lora.safetensors",
+    )

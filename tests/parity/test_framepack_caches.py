@@ -186,8 +186,10 @@ def test_another_window_is_followed(project: Project, switches: tuple[str, ...],
         assert_sections(project, cache, "two", frames[:length], 2, sections, rules)
 
 
-@pytest.mark.parametrize("switches", [(), ("--one_frame_no_2x",), ("--one_frame_no_2x", "--one_frame_no_4x")])
-@pytest.mark.parametrize("no_post", [False, True])
+@pytest.mark.parametrize(
+    ("switches", "no_post"),
+    [((), False), (("--one_frame_no_2x",), True), (("--one_frame_no_2x", "--one_frame_no_4x"), False)],
+)
 def test_pictures_are_those_of_the_documented_rules(
     project: Project, switches: tuple[str, ...], no_post: bool
 ) -> None:
@@ -196,9 +198,7 @@ def test_pictures_are_those_of_the_documented_rules(
     """
     keys = "fp_1f_clean_indices = [0, 10]\nfp_1f_target_index = 5\nfp_latent_window_size = 7"
     more = f"{keys}\nfp_1f_no_post = {str(no_post).lower()}"
-    cache = project.cache(
-        f"pictures {len(switches)} {no_post}", PICTURES, "--one_frame", *switches, more=more
-    )
+    cache = project.cache(f"pictures {len(switches)}", PICTURES, "--one_frame", *switches, more=more)
 
     coarse = {"clean_latent_2x_indices": range(9, 11), "clean_latent_4x_indices": range(11, 27)}
     left_out = {f"clean_latent_{switch[-2:]}_indices" for switch in switches}

@@ -21,7 +21,7 @@ from tests.faults.messages import succeed_here
 from tests.hunyuan_image.making import in_diffusers, run_there
 from tests.parity import training
 from tests.parity.running import assert_equal
-from tests.tiny.families import FAMILIES
+from tests.tiny.families import family_called
 from tests.tiny.hunyuan_image import TinyHunyuanImage, diffusers_parts, write_tiny_hunyuan_image
 from tests.tiny.project import write_plain_pictures
 
@@ -135,12 +135,10 @@ def gradients_of(
     number: int,
 ) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    latents, noise = torch.stack([item.latents for item in batch]), training.noise_of(batch, number)
     # an entry of the released table of 1000 noise levels, which is shifted
     clean = 1 - (1000 * training.uniform_of(batch, number)).floor() / 1000
-    sigmas = (TRAINING_SHIFT * clean / (1 + (TRAINING_SHIFT - 1) * clean)).float()
-    mix = sigmas.view(-1, 1, 1, 1, 1)
-    noisy = ((1 - mix) * latents + mix * noise).squeeze(2)
+    sigmas = training.shifted(clean, TRAINING_SHIFT)
+    noisy, wanted = (each.squeeze(2) for each in training.mixed(batch, number, sigmas))
     with training.learning(dit, parts, factors) as found:
         velocities = []
         for index, item in enumerate(batch):
@@ -154,12 +152,12 @@ def gradients_of(
                 "glyph_mask": item.glyph_mask[None],
             }
             velocities.append(run_there(dit, inputs, learns=True))
-        (torch.cat(velocities) - (noise - latents).squeeze(2)).square().mean().backward()
+        (torch.cat(velocities) - wanted).square().mean().backward()
     return found()
 
 
 def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
-    family = next(each for each in FAMILIES if each.name == "hunyuan_image")
+    family = family_called("hunyuan_image")
     family.prepare(tmp_path)
     write_plain_pictures(tmp_path, batch_size=4, side=64)
     (tmp_path / "clips" / "picture 2.txt").write_text('a door that says "push"', encoding="utf-8")

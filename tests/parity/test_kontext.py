@@ -42,12 +42,11 @@ from tests.parity.training import (
     assert_steps_of_descent,
     descent,
     learning,
-    noise_of,
+    mixed,
     parts_of,
     shuffled,
-    uniform_of,
 )
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.flux import TinyFlux, diffusers_parts, write_tiny_flux
 from tests.tiny.project import write_image
 
@@ -132,7 +131,7 @@ def read_items(folder: Path) -> list[Item]:
 
 def project(folder: Path) -> TinyFamily:
     """Caches of four pictures with references of another size, which the dataset keeps."""
-    family = next(each for each in FAMILIES if each.name == "kontext")
+    family = family_called("kontext")
     family.prepare(folder)
     text = (folder / "dataset.toml").read_text(encoding="utf-8")
     (folder / "dataset.toml").write_text(text.replace("batch_size = 1", "batch_size = 4"), encoding="utf-8")
@@ -154,11 +153,10 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
 
     def gradients_at(factors: Factors, step: int) -> Factors:
         batch = shuffled(items, step)
-        latents = torch.stack([item.latents for item in batch])
-        sigmas = by_size(uniform_of(batch, step), latents).float()
-        noise, mix = noise_of(batch, step), sigmas.view(-1, 1, 1, 1, 1)
+        sigmas = by_size(batch, step)
+        noisy, wanted = mixed(batch, step, sigmas)
         inputs: dict[str, Any] = {
-            "noisy": (1 - mix) * latents + mix * noise,
+            "noisy": noisy,
             "timesteps": 1000 * sigmas + 1,  # as the known tuner's
             "t5": torch.stack([item.text for item in batch]),
             "t5_mask": None,
@@ -168,7 +166,7 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
         references = [torch.stack([item.extra for item in batch if item.extra is not None])]
         with learning(dit, parts, factors) as found:
             velocity = [run_there(dit, inputs, sample, references) for sample in range(len(batch))]
-            (torch.cat(velocity) - (noise - latents)).square().mean().backward()
+            (torch.cat(velocity) - wanted).square().mean().backward()
         return found()
 
     assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, "kontext")

@@ -6,7 +6,6 @@ makes every row of a prediction as long as without guidance, where the release l
 both rules name.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,9 @@ from tests.parity.training import (
     assert_steps_of_descent,
     descent,
     learning,
-    noise_of,
+    mixed,
+    ratio_of,
+    shifted,
     shuffled,
     uniform_of,
 )
@@ -141,17 +142,13 @@ def gradients(
 ) -> Factors:
     """Of the loss of a batch, by the factors."""
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
-    ratio = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
-    u = uniform_of(batch, step).clamp(min=1e-7)
-    sigmas = (ratio / (ratio + 1 / u - 1)).float()  # nextdit_shift
-    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, step)
-    mix = sigmas.view(-1, 1, 1, 1, 1)
-    noisy = ((1 - mix) * latents + mix * noise)[:, :, 0]
+    sigmas = shifted(uniform_of(batch, step), ratio_of(tokens))  # nextdit_shift
+    noisy, velocity = mixed(batch, step, sigmas)
     text, mask = torch.stack([item.text for item in batch]), torch.stack([item.mask for item in batch])
     dit = in_diffusers(load_file(files.dit))
     with learning(dit, parts, factors) as found:
-        direction = dit(noisy, 1 - sigmas, text, mask).sample
-        (direction - (latents - noise)[:, :, 0]).square().mean().backward()
+        direction = dit(noisy[:, :, 0], 1 - sigmas, text, mask).sample
+        (direction + velocity[:, :, 0]).square().mean().backward()
     return found()
 
 

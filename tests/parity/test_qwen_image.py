@@ -21,7 +21,7 @@ import qwen_image_generate_image
 from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.parity.hunyuan_image import language_model
-from tests.parity.running import assert_equal
+from tests.parity.running import assert_equal, assert_same_effect
 from tests.parity.training import (
     RANK,
     Factors,
@@ -29,9 +29,12 @@ from tests.parity.training import (
     assert_steps_of_descent,
     descent,
     learning,
-    noise_of,
+    mixed,
+    normal_share,
+    padded,
+    ratio_of,
+    shifted,
     shuffled,
-    uniform_of,
 )
 from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs
 from tests.qwen_image.test_family import SCHEDULER
@@ -155,22 +158,12 @@ def squared_error(dit: QwenImageTransformer2DModel, batch: Sequence[QwenItem], s
     """The loss of micro-batch `step`, of diffusers' network."""
     references = [torch.stack(one) for one in zip(*(item.references for item in batch), strict=True)]
     tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
-    ratio = math.exp(0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256))
-    normal = torch.special.ndtri(uniform_of(batch, step).clamp(min=1e-7))
-    share = torch.sigmoid(normal)
-    sigmas = (ratio * share / (1 + (ratio - 1) * share)).float()  # qwen_shift
-    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, step)
-    mix = sigmas.view(-1, 1, 1, 1, 1)
-    longest = max(len(item.text) for item in batch)
-    given = {
-        "noisy": (1 - mix) * latents + mix * noise,
-        "timesteps": 1000 * sigmas + 1,  # as the known trainer
-        "text": torch.stack(
-            [torch.nn.functional.pad(one.text, (0, 0, 0, longest - len(one.text))) for one in batch]
-        ),
-        "text_mask": torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch]),
-    }
-    return (predict_with(dit, given, references) - pack(noise - latents)).square().mean()
+    sigmas = shifted(normal_share(batch, step), ratio_of(tokens, 8192, 0.9))  # qwen_shift
+    noisy, velocity = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    timesteps = 1000 * sigmas + 1  # as the known trainer
+    given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask}
+    return (predict_with(dit, given, references) - pack(velocity)).square().mean()
 
 
 def gradients(
@@ -227,7 +220,13 @@ def test_two_steps_of_training_equal_those_computed_with_diffusers(
         lambda factors, step: gradients(files, modules, factors, shuffled(items, step), step),
         "qwen_image",
     )
-    assert_same_effect(files, output / "lora.safetensors", tmp_path / "merged.safetensors")
+    assert_same_effect(
+        theirs(files, FlowMatchEulerDiscreteScheduler(**SCHEDULER)),
+        lambda dit: predict_with(dit, tiny_inputs()),
+        lambda merged: in_diffusers(load_file(merged)),
+        files.dit,
+        output / "lora.safetensors",
+    )
 
 
 def assert_latents(files: TinyQwenImage, folder: Path, items: Sequence[Item]) -> None:
@@ -279,19 +278,3 @@ def test_two_steps_of_full_tuning_equal_those_computed_with_diffusers(
         assert_equal(
             predict_with(in_diffusers(whole), given), predict_with(dit, given), "trained transformer"
         )
-
-
-def assert_same_effect(files: TinyQwenImage, lora: Path, merged: Path) -> None:
-    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same."""
-    given = tiny_inputs()
-    pipe = theirs(files, FlowMatchEulerDiscreteScheduler(**SCHEDULER))
-    with torch.no_grad():
-        without = predict_with(pipe.transformer, given)
-        pipe.load_lora_weights(lora)
-        loaded = predict_with(pipe.transformer, given)
-    tool = ["--dit", files.dit, "--lora_weight", lora, "--save_merged_model", merged]
-    succeed_here("merge_lora.py", *tool, folder=merged.parent)
-    with torch.no_grad():
-        ours = predict_with(in_diffusers(load_file(merged)), given)
-    assert (loaded - without).abs().max() > 1e-2
-    assert_equal(ours, loaded, "LoRA")

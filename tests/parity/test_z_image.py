@@ -27,9 +27,11 @@ from tests.parity.training import (
     assert_steps_of_descent,
     descent,
     learning,
-    noise_of,
+    mixed,
+    normal_share,
+    padded,
+    shifted,
     shuffled,
-    uniform_of,
 )
 from tests.tiny.language_models import QWEN3_TEMPLATE, qwen3
 from tests.tiny.project import write_plain_pictures
@@ -133,21 +135,13 @@ def gradients(
 ) -> Factors:
     """Of the loss of a batch, by the factors of a LoRA in diffusers' network."""
     dit = in_diffusers(load_file(files.dit)).requires_grad_(False)
-    share = torch.sigmoid(torch.special.ndtri(uniform_of(batch, step).clamp(min=1e-7)))
-    sigmas = (2.2 * share / (1 + (2.2 - 1) * share)).float()  # shift
-    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, step)
-    mix = sigmas.view(-1, 1, 1, 1, 1)
-    longest = max(len(item.text) for item in batch)
-    given = {
-        "noisy": ((1 - mix) * latents + mix * noise).squeeze(2),
-        "times": 1 - (1000 * sigmas + 1) / 1000,  # as the known trainer
-        "caption": torch.stack(
-            [torch.nn.functional.pad(one.text, (0, 0, 0, longest - len(one.text))) for one in batch]
-        ),
-        "caption_mask": torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch]),
-    }
+    sigmas = shifted(normal_share(batch, step), 2.2)
+    noisy, velocity = mixed(batch, step, sigmas)
+    caption, mask = padded(batch)
+    times = 1 - (1000 * sigmas + 1) / 1000  # as the known trainer
+    given = {"noisy": noisy.squeeze(2), "times": times, "caption": caption, "caption_mask": mask}
     with learning(dit, {name: [path] for name, path in modules.items()}, factors) as found:
-        (-predict_with(dit, given) - (noise - latents).squeeze(2)).square().mean().backward()
+        (-predict_with(dit, given) - velocity.squeeze(2)).square().mean().backward()
         return found()
 
 

@@ -4,6 +4,7 @@ Nothing of ours is imported.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,35 @@ def noise_of(batch: Sequence[Item], number: int) -> Tensor:
 def uniform_of(batch: Sequence[Item], number: int) -> Tensor:
     """The uniform numbers that timesteps are made from: B float64."""
     return torch.rand(len(batch), generator=stream(SEED, "timesteps", number), dtype=torch.float64)
+
+
+def normal_share(batch: Sequence[Item], number: int) -> Tensor:
+    """The uniform numbers as a normal distribution behind a sigmoid: B float64."""
+    return torch.sigmoid(torch.special.ndtri(uniform_of(batch, number).clamp(min=1e-7)))
+
+
+def shifted(share: Tensor, ratio: float) -> Tensor:
+    """Noise levels of these shares, in float32."""
+    return (ratio * share / (1 + (ratio - 1) * share)).float()
+
+
+def ratio_of(tokens: int, many: int = 4096, shift: float = 1.15) -> float:
+    """By which levels of a picture of so many tokens are shifted: exp(0.5) of 256, exp(shift) of `many`."""
+    return math.exp(0.5 + (tokens - 256) * (shift - 0.5) / (many - 256))
+
+
+def mixed(batch: Sequence[Item], number: int, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents of micro-batch `number`, and the velocity to learn: B C F h w each."""
+    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, number)
+    mix = sigmas.view(-1, 1, 1, 1, 1)
+    return (1 - mix) * latents + mix * noise, noise - latents
+
+
+def padded(batch: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    """The texts with zeros behind the shorter ones, B L D, and their mask, B L."""
+    longest = max(len(item.text) for item in batch)
+    rows = [torch.nn.functional.pad(one.text, (0, 0, 0, longest - len(one.text))) for one in batch]
+    return torch.stack(rows), torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch])
 
 
 def read_factors(path: Path) -> tuple[Factors, float]:

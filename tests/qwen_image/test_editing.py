@@ -31,8 +31,8 @@ from qwen_image.options import (
 from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
 from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.foreign_caches import family_called, train_with_and_without_records
-from tests.tiny.families import TinyFamily
+from tests.foreign_caches import train_with_and_without_records
+from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.project import write_image
 from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
 

@@ -12,7 +12,7 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny.dit_files import draw
+from tests.tiny.dit_files import draw_state
 from tests.tiny.stable_diffusion import KINDS, ldm_unet, unet_state
 
 _UNLIKE_UNET = {"out_channels", "up_block_types"}
@@ -33,12 +33,7 @@ def control_net_state(kind: str, seed: int = 50, **sizes: Any) -> dict[str, Tens
 
 @cache
 def _state(kind: str, seed: int, sizes: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        network = ControlNetModel(**control_net_config(kind, **dict(sizes)))
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: draw(name, tuple(tensor.shape), generator) for name, tensor in network.state_dict().items()
-    }
+    state = draw_state(lambda: ControlNetModel(**control_net_config(kind, **dict(sizes))), seed)
     for name in state:  # guides must be seen in a picture
         if name.startswith("controlnet_cond_embedding.") and name.endswith("weight"):
             state[name] *= 1.5

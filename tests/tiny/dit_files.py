@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SHARDS = 3
 
@@ -19,6 +19,16 @@ def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     if len(shape) == 1:
         return 1 + 0.1 * values  # weights of norms
     return values / values[0].numel() ** 0.5
+
+
+def draw_state(
+    make: Callable[[], nn.Module], seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random weights for a network, which is made without memory."""
+    with torch.device("meta"):
+        shapes = make().state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:

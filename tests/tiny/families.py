@@ -427,6 +427,11 @@ FAMILIES = (
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
 
+def family_called(name: str) -> TinyFamily:
+    """One of FAMILIES."""
+    return next(each for each in FAMILIES if each.name == name)
+
+
 def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
     """Write a family's project; the `generate` of what is returned names whole paths, to be run anywhere."""
     family.prepare(folder)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flux.configs import ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
-from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.dit_files import draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import CLIP_DIM
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 
@@ -34,10 +34,8 @@ def tiny_state(
     kind: str = "dev", seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
 ) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of the config to change."""
-    with torch.device("meta"):
-        shapes = FluxModel(replace(CONFIGS[kind], **sizes)).state_dict()  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+    config = replace(CONFIGS[kind], **sizes)  # type: ignore[arg-type]
+    return draw_state(lambda: FluxModel(config), seed, dtype)
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from encoders.autoencoder_blocks import AutoencoderConfig
 from flux_2.configs import Flux2Config
 from flux_2.model import Flux2Model
 from flux_2.vae import Flux2Vae
-from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.dit_files import draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, mistral3, qwen3, write_mistral_tokenizer, write_model
 from tests.tiny.language_models import write_qwen_tokenizer as write_tokenizer
@@ -37,10 +37,8 @@ def tiny_state(
     kind: str = "klein", seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
 ) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of the config to change."""
-    with torch.device("meta"):
-        shapes = Flux2Model(replace(CONFIGS[kind], **sizes)).state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    found = {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+    config = replace(CONFIGS[kind], **sizes)
+    found = draw_state(lambda: Flux2Model(config), seed, dtype)
     found["txt_in.weight"] *= 0.1  # states of middle layers are large: what blocks add to them has to show
     return found
 

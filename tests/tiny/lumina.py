@@ -14,7 +14,7 @@ from lumina.configs import LuminaConfig
 from lumina.gemma import GEMMA_2, SCALAR
 from lumina.model import LuminaModel
 from tests.golden_cases import read_case
-from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.dit_files import draw, draw_state, write_dialect
 from tests.tiny.picture_encoders import write_autoencoder
 
 TEXT_DIM = 48
@@ -64,10 +64,8 @@ class TinyLumina:
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of the config to change."""
-    with torch.device("meta"):
-        shapes = LuminaModel(replace(CONFIG, **sizes)).state_dict()  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+    config = replace(CONFIG, **sizes)  # type: ignore[arg-type]
+    return draw_state(lambda: LuminaModel(config), seed, dtype)
 
 
 _DIFFUSERS_NAMES = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_image.configs import QwenImageConfig
 from qwen_image.model import QwenImageModel
-from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.dit_files import draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.hunyuan_image import TEXT_DIM, write_qwen
 from tests.tiny.language_models import qwen25_vl, write_model, write_qwen_tokenizer
@@ -34,10 +34,8 @@ class TinyQwenImage:
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of the config to change."""
-    with torch.device("meta"):
-        shapes = QwenImageModel(replace(CONFIG, **sizes)).state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+    config = replace(CONFIG, **sizes)
+    return draw_state(lambda: QwenImageModel(config), seed, dtype)
 
 
 def write_dit(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.dit_files import draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, qwen3, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import write_autoencoder
@@ -54,10 +54,8 @@ class TinyZImage:
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
     """Random weights under the released names. sizes: fields of the config to change."""
-    with torch.device("meta"):
-        shapes = ZImageModel(replace(CONFIG, **sizes)).state_dict()  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+    config = replace(CONFIG, **sizes)  # type: ignore[arg-type]
+    return draw_state(lambda: ZImageModel(config), seed, dtype)
 
 
 def comfy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from encoders.t5_network import T5Network, load_t5, relative_bucket
 from modules.contract.requests import Prompt
+from tests.encoders.their_t5 import their_t5
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     T5_FILE,
@@ -66,21 +67,7 @@ def test_recorded_buckets_are_met_exactly() -> None:
 
 
 def test_embeddings_equal_those_of_transformers(folder: Path) -> None:
-    config = t5_config()
-    theirs = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=config.vocabulary,
-            d_model=config.dim,
-            d_kv=config.attention_dim // config.num_heads,
-            d_ff=config.ffn_dim,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()
-    missing, unexpected = theirs.load_state_dict(t5_hf_tensors(t5_tensors()), strict=False)
-    assert set(missing) <= {"encoder.embed_tokens.weight"}
-    assert not unexpected
+    theirs = their_t5(t5_config(), t5_hf_tensors(t5_tensors()), UMT5EncoderModel, UMT5Config)
     ids = torch.randint(2, 200, (2, 300), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 40:] = 0

@@ -1,0 +1,334 @@
+"""Files of the transformers of all families: every layout, full size, 8 bits, and what is refused.
+
+What only the files of one family have is tested in its folder.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import flux.checkpoints
+import flux_2.checkpoints
+import frame_pack.checkpoints
+import hunyuan_image.checkpoints
+import hunyuan_model.checkpoints
+import lumina.checkpoints
+import qwen_image.checkpoints
+import tests.tiny.flux as tiny_flux
+import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.lumina as tiny_lumina
+import tests.tiny.qwen_image as tiny_qwen_image
+import tests.tiny.z_image as tiny_z_image
+import wan.checkpoints
+import z_image.checkpoints
+from flux_2.model import Flux2Model
+from modules import families
+from modules.checkpoints.model_files import read_once
+from modules.contract.loading import Placement
+from modules.errors import CheckpointError
+from modules.offload.swap_plan import most_blocks
+from modules.speed_options import Quantisation
+from tests.manifests import manifest_names, tensor_list, write_hollow
+from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+
+CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
+SHARED = ("safetensors", "sharded", "prefixed", "diffusers_sharded")
+NAMED_THERE = (*SHARED, "diffusers")  # where diffusers has other names
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How files of one kind of transformer are read and written here."""
+
+    name: str
+    checkpoints: ModuleType
+    tiny: ModuleType
+    said: str  # of such a file
+    layouts: tuple[str, ...] = SHARED
+    variant: str = ""  # of several in a family
+    joins: bool = False  # queries, keys and values, as ComfyUI's files do
+
+    @property
+    def config(self) -> Any:
+        return self.tiny.CONFIGS[self.variant] if self.variant else self.tiny.CONFIG
+
+    def state(self, **settings: Any) -> State:
+        found: State = self.tiny.tiny_state(*filter(None, [self.variant]), **settings)
+        return found
+
+    def write(self, folder: Path, state: State, layout: str = "safetensors") -> Path:
+        path: Path = self.tiny.write_dit(
+            folder, self.tiny.comfy_state(state) if self.joins else state, layout
+        )
+        return path
+
+
+def dit(what: str, option: str = "--dit") -> str:
+    return f"it is {what} transformer ({option})"
+
+
+GIVEN, ALIKE = "--pretrained_model_name_or_path", "(their files have the same tensors)"
+FLUX_OPTION = f"--dit ({GIVEN})"
+FLUX_WORDS = {"dev": "a FLUX.1 dev", "schnell": "a FLUX.1 schnell", "chroma": "a Chroma"}
+Z_IMAGE = (z_image.checkpoints, tiny_z_image, dit("a Z-Image"))
+KINDS = {
+    kind.name: kind
+    for kind in (
+        *(
+            Kind(
+                f"wan {name}",
+                wan.checkpoints,
+                wan_dit,
+                f"{dit('a Wan')} for --task {task}",
+                wan_dit.DIALECTS,
+                name,
+            )
+            for name, task in (("t2v", f"t2v-14B or t2v-1.3B or t2v-A14B {ALIKE}"), ("flf2v", "flf2v-14B"))
+        ),
+        *(
+            Kind(
+                f"hunyuan {name}",
+                hunyuan_model.checkpoints,
+                hunyuan_dit,
+                dit(what),
+                hunyuan_dit.DIALECTS,
+                name,
+            )
+            for name, what in (("t2v", "a HunyuanVideo or SkyReels V1 T2V"), ("i2v", "the SkyReels V1 I2V"))
+        ),
+        Kind("framepack", frame_pack.checkpoints, framepack_dit, dit("a FramePack"), framepack_dit.DIALECTS),
+        *(
+            Kind(
+                f"flux {name}", flux.checkpoints, tiny_flux, dit(what, f"--dit ({GIVEN})"), NAMED_THERE, name
+            )
+            for name, what in (
+                ("dev", "a FLUX.1 dev"),
+                ("schnell", "a FLUX.1 schnell"),
+                ("chroma", "a Chroma"),
+            )
+        ),
+        *(
+            Kind(
+                f"flux_2 {name}", flux_2.checkpoints, tiny_flux_2, dit(f"a FLUX.2 {name}"), NAMED_THERE, name
+            )
+            for name in ("klein", "dev")
+        ),
+        Kind("lumina", lumina.checkpoints, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
+        Kind("qwen_image", qwen_image.checkpoints, tiny_qwen_image, dit("a Qwen-Image")),
+        Kind("z_image", *Z_IMAGE),
+        Kind("z_image comfy", *Z_IMAGE, joins=True),
+        Kind(
+            *("hunyuan_image", hunyuan_image.checkpoints, tiny_hunyuan_image, dit("a HunyuanImage-2.1")),
+            tiny_hunyuan_image.DIALECTS,
+        ),
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(kind.name, layout) for kind in KINDS.values() for layout in kind.layouts]
+)
+def test_every_layout_gives_the_same_weights_and_dimensions(tmp_path: Path, name: str, layout: str) -> None:
+    kind = KINDS[name]
+    state = kind.state()
+    path = kind.write(tmp_path, state, layout)
+
+    loaded = kind.checkpoints.load_dit(path, CPU).state_dict()
+
+    assert read_once(path, kind.checkpoints.read_dit_header).config == kind.config
+    torch.testing.assert_close(dict(loaded), state, rtol=0, atol=0)
+    assert families.identify(path) == kind.said
+
+
+@pytest.mark.parametrize("layout", ["fp8", "fp8_scaled", "fp8_row_scale", "fp8_weight_scale"])
+@pytest.mark.parametrize("name", ["flux_2 dev", "qwen_image", "z_image", "z_image comfy"])
+def test_files_in_8_bits_load(tmp_path: Path, name: str, layout: str) -> None:
+    kind = KINDS[name]
+    state = kind.state()
+
+    loaded = kind.checkpoints.load_dit(kind.write(tmp_path, state, layout), CPU)
+
+    assert loaded.compute_dtype == torch.bfloat16
+    for key, tensor in state.items():
+        found = loaded.state_dict()[key]
+        assert found.dtype.itemsize > 1
+        assert (found.float() - tensor).abs().max() < 0.1 * tensor.abs().max(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "kept"),
+    [
+        ("flux_2 klein", ("double_blocks.", "single_blocks."), {"img_attn.qkv.weight", "linear1.weight"}),
+        (
+            *("qwen_image", ("transformer_blocks.",)),
+            {"attn.to_q.weight", "img_mlp.net.0.proj.weight", "attn.to_add_out.weight"},
+        ),
+        (
+            *("z_image", ("layers.",)),
+            {"attention.to_q.weight", "attention.to_out.0.weight", "feed_forward.w2.weight"},
+        ),
+    ],
+)
+def test_blocks_without_their_modulation_are_kept_in_8_bits(
+    tmp_path: Path, name: str, blocks: tuple[str, ...], kept: set[str]
+) -> None:
+    kind, place = KINDS[name], Placement(torch.device("cpu"), fp8=Quantisation("scaled"))
+
+    loaded = kind.checkpoints.load_dit(kind.write(tmp_path, kind.state(dtype=torch.bfloat16)), place)
+
+    in_8_bits = {key for key, weight in loaded.state_dict().items() if weight.dtype.itemsize == 1}
+    assert kept <= {key.split(".", 2)[2] for key in in_8_bits}
+    assert all(key.startswith(blocks) for key in in_8_bits)
+    assert not any("_mod" in key or "modulation" in key for key in in_8_bits)
+    if name == "flux_2 klein":
+        names = ("time_in.in_layer.weight", "time_in.out_layer.weight")
+        assert {loaded.get_parameter(key).dtype for key in names} == {torch.float32}
+
+
+VIDEO = {"dim": 3072, "num_heads": 24, "double_blocks": 20, "single_blocks": 40, "text_dim": 4096}
+FLUX = {
+    **{"dim": 3072, "num_heads": 24, "double_blocks": 19, "single_blocks": 38, "ffn_dim": 12288},
+    **{"text_dim": 4096, "channels": 16, "modulations": 344},
+}
+FLUX_2 = {
+    "klein-4b": {"dim": 3072, "double_blocks": 5, "single_blocks": 20, "text_dim": 7680},
+    "klein-9b": {"dim": 4096, "double_blocks": 8, "single_blocks": 24, "text_dim": 12288},
+    "dev": {"dim": 6144, "double_blocks": 8, "single_blocks": 48, "text_dim": 15360},
+}
+Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
+# manifest -> name of KINDS, dimensions of the released model
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        manifest: ("hunyuan t2v", {**VIDEO, "pooled_dim": 768, "kind": "i2v" if "i2v" in manifest else "t2v"})
+        for manifest in (*manifest_names("hunyuanvideo-t2v-dit"), *manifest_names("skyreels-v1"))
+    },
+    "framepack-dit": (
+        "framepack",
+        {**VIDEO, "pooled_dim": 768, "image_dim": 1152, "refiner_blocks": 2, "in_dim": 16, "out_dim": 16},
+    ),
+    "flux1-dev-dit": ("flux dev", {**FLUX, "kind": "dev"}),
+    "flux1-dev-dit-diffusers": ("flux dev", {**FLUX, "kind": "dev"}),
+    "chroma1-dit": ("flux chroma", {**FLUX, "kind": "chroma"}),
+    **{
+        f"flux2-{size}-{layout}": ("flux_2 dev", dimensions)
+        for size, dimensions in FLUX_2.items()
+        for layout in ("dit", "dit-diffusers")
+    },
+    "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
+    "z-image-dit": ("z_image", Z),
+    "z-image-dit-comfy": ("z_image", Z),
+    "hunyuanimage2.1-dit": (
+        "hunyuan_image",
+        {
+            **{"dim": 3584, "num_heads": 28, "double_blocks": 20, "single_blocks": 40},
+            **{"in_dim": 64, "text_dim": 3584, "glyph_dim": 1472},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("manifest", PUBLISHED)
+def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, manifest: str) -> None:
+    name, dimensions = PUBLISHED[manifest]
+    tensors = tensor_list(manifest)
+
+    loaded = KINDS[name].checkpoints.load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    numbers = sum(math.prod(shape) for _, shape in tensors.values())
+    assert sum(weight.numel() for weight in loaded.parameters()) == numbers
+    assert {field: getattr(loaded.config, field) for field in dimensions} == dimensions
+    assert loaded.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        *(("hunyuan t2v", name) for name in ("img_in.proj", "vector_in.in_layer", "final_layer.linear")),
+        *(("flux_2 klein", name) for name in ("txt_in", "single_blocks.0.linear1")),
+        *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
+        *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
+        ("lumina", "t_embedder.mlp.0"),
+    ],
+)
+def test_an_incomplete_file_is_refused(name: str, missing: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    state = kind.state()
+    del state[f"{missing}.weight"]
+
+    with pytest.raises(CheckpointError, match=rf"{missing}.weight is missing|missing: {missing}.weight"):
+        kind.checkpoints.load_dit(kind.write(tmp_path, state), CPU)
+
+
+SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "flux_2 klein": [
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (0,)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (24,)),
+        ("double_blocks.0.img_mlp.2.weight", (64, 100)),
+        ("img_in.weight", (0, 128)),
+        ("img_in.weight", ()),
+    ],
+    "qwen_image": [
+        ("transformer_blocks.0.attn.to_k.bias", ()),
+        ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("img_in.weight", (0, 64)),
+    ],
+    "z_image": [
+        ("layers.0.attention.to_k.weight", ()),
+        ("layers.0.attention.norm_q.weight", (0,)),
+        ("layers.0.attention.norm_q.weight", (40,)),
+        ("all_x_embedder.2-1.weight", (0, 64)),
+        ("layers.0.attention.to_q.weight", (95, 96)),
+    ],
+    "z_image comfy": [
+        ("layers.0.attention.qkv.weight", ()),
+        ("layers.0.attention.qkv.weight", (95, 96)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"), [(name, *case) for name, cases in SENSELESS.items() for case in cases]
+)
+def test_sizes_without_sense_are_one_message(
+    name: str, tensor: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    kind = KINDS[name]
+    path = kind.write(tmp_path, kind.state())
+    state = load_file(path)
+    save_file({**state, tensor: torch.zeros(shape)}, path)
+
+    families.identify(path)  # every family looks at it
+    with pytest.raises(CheckpointError):
+        kind.checkpoints.load_dit(path, CPU)
+
+
+@pytest.mark.parametrize(("size", "most"), [("klein-4b", 13), ("klein-9b", 18), ("dev", 30)])
+def test_as_many_blocks_of_flux_2_are_swapped_as_the_known_tuner_allows(size: str, most: int) -> None:
+    blocks = (FLUX_2[size]["double_blocks"], FLUX_2[size]["single_blocks"])
+    assert most_blocks(blocks, Flux2Model.spec.swap_counts) == most
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
+def test_flux_1_and_flux_2_are_told_apart(tmp_path: Path, layout: str) -> None:
+    first, second = (
+        kind.write(tmp_path, kind.state(), layout) for kind in (KINDS["flux dev"], KINDS["flux_2 klein"])
+    )
+    with pytest.raises(CheckpointError, match=r"is not a FLUX.2 transformer; it looks like"):
+        flux_2.checkpoints.load_dit(first, CPU)
+    with pytest.raises(CheckpointError, match=r"it looks like a FLUX.2 transformer"):
+        flux.checkpoints.load_dit(second, CPU)
+
+
+def test_the_layered_qwen_image_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path / "dit.safetensors", tensor_list("qwen-image-layered-dit"))
+    with pytest.raises(CheckpointError, match=r"Qwen-Image-Layered, which makes transparent(.|\n)*--dit"):
+        qwen_image.checkpoints.load_dit(path, META)
