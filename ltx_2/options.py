@@ -323,6 +323,14 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     sample_steps: int | None = option("the same as --infer_steps", facts=NO_PIXELS)
     cfg_scale: float | None = option("the same as --guidance_scale", facts=NO_PIXELS)
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
+    image_crf: int = option(
+        "show the first image as a video of this H.264 quality has it, as the frames were that the model "
+        "learned from; 0: as it is",
+        default=33,
+        least=0,
+        most=51,
+        facts=OF_REQUEST,
+    )
     drive_video: Path | None = option(
         "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
         place="there",
