@@ -307,6 +307,14 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
+        needs_sound = {
+            f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
+            f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",
+            "--video_loss_weight 0": not self.video_loss_weight,
+        }
+        for words, needs in needs_sound.items():
+            if needs and AUDIO not in self.model.streams:
+                raise OptionError(f"{words}: without sound nothing would be learned. Give --ltx2_mode av")
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
