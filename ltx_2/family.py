@@ -1,6 +1,5 @@
 """LTX-2 and LTX-2.3, described for the shared loops: video, with or without sound."""
 
-import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from encoders.files import OneTransformer
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
-from ltx_2.files import Ltx2Files, files_of
+from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.options import (
     AUDIO,
     NAME,
@@ -19,7 +18,6 @@ from ltx_2.options import (
     Ltx2GenerationOptions,
     Ltx2GuidanceOptions,
     Ltx2LatentCachingOptions,
-    Ltx2SigmaOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
 )
@@ -75,8 +73,6 @@ from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS
 
-logger = logging.getLogger(__name__)
-
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
@@ -94,6 +90,7 @@ class Ltx2(OneTransformer):
     dit: DitSpec = DIT
     sound_learning: SoundLearning = SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
+    image_crf: int = 33  # H.264 quality at which the first image is seen; 0: as it is
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
     options: Any = NO_OPTIONS  # of a training
@@ -326,7 +323,7 @@ class Ltx2(OneTransformer):
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
-            pixels = image_pixels(path, *size)
+            pixels = image_pixels(path, *size, crf=self.image_crf)
         else:
             return {}
         return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
@@ -411,31 +408,11 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
     streams = (VIDEO,) if options.silent else options.model.streams
-    return Ltx2(files_of(options, streams), options.guidance, drive_video=options.drive_video)
-
-
-def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file. Raises OptionError if they differ and that is to be an error."""
-    found, said = files.dit_header().config.kind, options.ltx_version
-    message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"
-    if found != said and options.ltx_version_check_mode == "error":
-        raise OptionError(message)
-    if found != said and options.ltx_version_check_mode == "warn":
-        logger.warning("%s", message)
-
-
-def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
-    """Return the sampler shifted_logit_normal as the options have it, else as the release was trained."""
-    fixed, mode = options.shifted_logit_shift, options.shifted_logit_mode
-    bounds = (options.shifted_logit_min_shift, options.shifted_logit_max_shift)
-    if mode is None:
-        mode = "legacy" if files.dit_header().config.kind == "2.0" else "stretched"
-    return ShiftedLogit(
-        mus=bounds if fixed is None else (fixed, fixed),
-        is_clamped=options.shifted_logit_clamp_auto_shift,
-        is_stretched=mode == "stretched",
-        least=options.shifted_logit_eps,
-        uniform_share=options.shifted_logit_uniform_prob,
+    return Ltx2(
+        files_of(options, streams),
+        options.guidance,
+        image_crf=options.image_crf,
+        drive_video=options.drive_video,
     )
 
 

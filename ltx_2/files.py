@@ -1,5 +1,6 @@
 """Files of an LTX-2 run: the released one, parts that are given apart, and the check that each fits."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,15 @@ from ltx_2.checkpoints import FORMAT, SILENT
 from ltx_2.configs import LATENT, LtxConfig
 from ltx_2.connectors import FILES, read_connectors
 from ltx_2.model import LtxModel
-from ltx_2.options import AUDIO, VIDEO, Ltx2TextOptions, Ltx2TransformerOptions, Ltx2VaeOptions
+from ltx_2.options import (
+    AUDIO,
+    VIDEO,
+    Ltx2SigmaOptions,
+    Ltx2TextOptions,
+    Ltx2TrainingOptions,
+    Ltx2TransformerOptions,
+    Ltx2VaeOptions,
+)
 from ltx_2.sound import RATE, SoundVae, Vocoder, latent_count, load_sound_vae, load_vocoder
 from ltx_2.sound_checkpoints import JOINED, Settings, read_sound_vae
 from ltx_2.text_encoder import Ltx2TextEncoder
@@ -25,8 +34,11 @@ from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
 from modules.contract.data import LatentSpec, SoundSpec
 from modules.contract.loading import Placement
+from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 
@@ -191,3 +203,28 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
         dit_option="--dit" if options.dit else RELEASED,
     )
     return files.add_dit(options.dit_file, options.dit_dtype).add_vaes(options.vae).add_text(options.text)
+
+
+def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
+    """Compare --ltx_version with the file. Raises OptionError if they differ and that is to be an error."""
+    found, said = files.dit_header().config.kind, options.ltx_version
+    message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"
+    if found != said and options.ltx_version_check_mode == "error":
+        raise OptionError(message)
+    if found != said and options.ltx_version_check_mode == "warn":
+        logger.warning("%s", message)
+
+
+def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
+    """Return the sampler shifted_logit_normal as the options have it, else as the release was trained."""
+    fixed, mode = options.shifted_logit_shift, options.shifted_logit_mode
+    bounds = (options.shifted_logit_min_shift, options.shifted_logit_max_shift)
+    if mode is None:
+        mode = "legacy" if files.dit_header().config.kind == "2.0" else "stretched"
+    return ShiftedLogit(
+        mus=bounds if fixed is None else (fixed, fixed),
+        is_clamped=options.shifted_logit_clamp_auto_shift,
+        is_stretched=mode == "stretched",
+        least=options.shifted_logit_eps,
+        uniform_share=options.shifted_logit_uniform_prob,
+    )

@@ -307,6 +307,14 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
+        needs_sound = {
+            f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
+            f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",
+            "--video_loss_weight 0": not self.video_loss_weight,
+        }
+        for words, needs in needs_sound.items():
+            if needs and AUDIO not in self.model.streams:
+                raise OptionError(f"{words}: without sound nothing would be learned. Give --ltx2_mode av")
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
@@ -323,6 +331,14 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     sample_steps: int | None = option("the same as --infer_steps", facts=NO_PIXELS)
     cfg_scale: float | None = option("the same as --guidance_scale", facts=NO_PIXELS)
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
+    image_crf: int = option(
+        "show the first image as a video of this H.264 quality has it, as the frames were that the model "
+        "learned from; 0: as it is",
+        default=33,
+        least=0,
+        most=51,
+        facts=OF_REQUEST,
+    )
     drive_video: Path | None = option(
         "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
         place="there",

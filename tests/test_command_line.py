@@ -122,7 +122,7 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
         if not hasattr(action, "refusal") or not action.refusal.reason:
             continue
         used = argparse.Namespace(**{**defaults, action.dest: "something"})
-        with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: \w+"):
+        with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: (--)?\w+"):
             refuse_unsupported(parser, used)
     refuse_unsupported(parser, argparse.Namespace(**defaults))
 

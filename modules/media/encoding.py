@@ -176,6 +176,22 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     yield from packets
 
 
+def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
+    """Return a frame H W 3 as H.264 of this quality shows it; an odd last row or column is cropped.
+
+    It is encoded by one thread: several make slices, so that pixels would depend on the number of cores.
+    """
+    height, width = (side // 2 * 2 for side in frame.shape[:2])
+    encoder, decoder = (av.CodecContext.create(*which) for which in (("libx264", "w"), ("h264", "r")))
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", Fraction(1)
+    encoder.thread_count, encoder.options = 1, {"crf": str(crf), "preset": "veryfast"}
+    even: Any = np.ascontiguousarray(frame[:height, :width])
+    picture = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
+    packets = [*encoder.encode(picture), *encoder.encode(), None]
+    (shown,) = [found for packet in packets for found in decoder.decode(packet)]
+    return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
+
+
 def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
     if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
         raise MediaError(

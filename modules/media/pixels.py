@@ -76,18 +76,22 @@ def read_pixels(path: Path) -> Tensor:
 
 
 def image_pixels(
-    path: Path, width: int, height: int, keep_aspect: bool = True, shrink: str = "area"
+    path: Path, width: int, height: int, keep_aspect: bool = True, shrink: str = "area", crf: int = 0
 ) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
     keep_aspect: scale to cover and crop the centre, as for training; else stretch, as Wan's released code
-    does after choosing a size with the image's own aspect ratio. shrink: see `resize_cover`.
+    does after choosing a size with the image's own aspect ratio. shrink: see `resize_cover`. crf: quality of
+    H.264 that the image goes through at its own size; 0: none.
     """
     import cv2
 
+    from modules.media.encoding import recompress
     from modules.media.reading import first_frame, resize_cover
 
     image = first_frame(path)
+    if crf and min(image.shape[:2]) > 1:
+        image = recompress(image, crf)
     if keep_aspect:
         image = resize_cover(image, (width, height), shrink)
     elif image.shape[:2] != (height, width):

@@ -149,12 +149,17 @@ def assert_as_there(
     assert (torch.from_numpy(track) - wave[:, :count]).abs().max() < 1e-4
 
 
-def test_a_video_from_an_image_equals_that_of_diffusers(release: TinyRelease, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "crf"), [("av", None), ("av", 0), ("v", 18)])
+def test_a_video_from_an_image_equals_that_of_diffusers(
+    release: TinyRelease, tmp_path: Path, mode: str, crf: int | None
+) -> None:
     """diffusers modulates the streams by other times than the release, and guides the given frame too."""
     write_image(tmp_path / "start.png", WIDTH, HEIGHT)
-    words = ["--ltx2_mode", "av", "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
+    picture = GUIDED if mode == "av" else GUIDED | {"modality_scale": 1.0}
+    words = ["--ltx2_mode", mode, "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
+    words += [] if crf is None else ["--image_crf", crf]
 
-    made = generate(release, tmp_path, *words, *scale_words(GUIDED, OF_SOUND))
+    made = generate(release, tmp_path, *words, *scale_words(picture, OF_SOUND))
 
     pipe = LTX2ImageToVideoPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
@@ -169,8 +174,10 @@ def test_a_video_from_an_image_equals_that_of_diffusers(release: TinyRelease, tm
     dit.register_forward_pre_hook(start, with_kwargs=True)
     dit.register_forward_hook(end)
     dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: tuple(times))
-    asked = {"image": Image.open(tmp_path / "start.png"), "image_crf": 0, "use_cross_timestep": False}
-    assert_as_there(pipe, made, tmp_path / "shown", 24, GUIDED, OF_SOUND, **asked)
+    if mode == "v":
+        dit.register_forward_pre_hook(alone, with_kwargs=True)
+    asked = {"image": Image.open(tmp_path / "start.png"), "image_crf": crf, "use_cross_timestep": False}
+    assert_as_there(pipe, made, tmp_path / "shown", 24, picture, OF_SOUND, **asked)
 
 
 def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -> None:
