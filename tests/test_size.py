@@ -17,7 +17,7 @@ BUDGET = {
     "blissful_tuner": (3650, 21),
     "browser": (2820, 15),
     "data_tools": (6350, 31),
-    "dataset": (12770, 52),
+    "dataset": (12690, 51),
     "downloads": (780, 6),
     "encoders": (3980, 17),
     "flux": (1720, 13),

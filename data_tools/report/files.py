@@ -223,7 +223,7 @@ def _compare_texts(
 def _text_state(plan: EncodingPlan, store: CacheStore, recorded: Mapping[str, TextRecord]) -> State:
     """Return how the cache of a text stands. recorded: records of another one, for their encoders."""
     name = plan.file.file_name
-    if store.stamp(name) is None:
+    if name not in store:
         return MISSING, ""
     if not recorded:
         return UNKNOWN, "made by another program: nothing tells of which caption"

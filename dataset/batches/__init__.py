@@ -3,6 +3,5 @@
 items: find training items by names of cache files
 order: order of batches, captions of samples, what is validated on
 reading: read, verify and stack cached items when they are needed
-sound: read and verify the cached sound of an item
 same_encoders: check that the same encoders made all caches
 """

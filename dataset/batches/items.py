@@ -62,9 +62,9 @@ class TrainingItem:
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
     # width and height of each latents of a reference picture, if those of a batch have to be equal
     references: tuple[int, ...] = ()
-    has_sound: bool = False  # in a cache of its own
     # C T M of its sound, silent or not, if those of a batch have to be equal
     sound: tuple[int, ...] = ()
+    has_sound: bool = False  # in a cache of its own
 
     @property
     def key(self) -> str:
@@ -83,25 +83,25 @@ class TrainingItem:
 
     @property
     def latent_path(self) -> Path:
-        return self.table.cache_directory / f"{self.key}{SUFFIX}"
+        return self.table.cache_directory / self.file_name
 
     @property
     def sound_path(self) -> Path:
         """The file of its sound, if it has any."""
         return self.table.cache_directory / sound_file_name(self.file_name, self.kind.tag)
 
-    @property
-    def text_path(self) -> Path:
-        """The file of the first caption."""
-        return self.caption_path(0)
-
     def caption_path(self, number: int) -> Path:
         """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
-        tag = self.kind.tag
-        if number == EMPTY and not self.table.texts_see_references:
-            return self.table.cache_directory / empty_text_name(tag)
-        name = text_file_name(self.source_stem, tag, number)
-        return self.table.cache_directory / name
+        return self.table.cache_directory / _text_name(self.table, self.source_stem, self.kind.tag, number)
+
+
+def _text_name(table: DatasetTable, stem: str, tag: str, number: int) -> str:
+    """Return the name of a caption's file; there is one empty prompt for each source whose references an
+    encoder sees.
+    """
+    if number == EMPTY and not table.texts_see_references:
+        return empty_text_name(tag)
+    return text_file_name(stem, tag, number)
 
 
 def tables_of(items: Iterable[TrainingItem]) -> list[DatasetTable]:
@@ -133,10 +133,6 @@ class LiveTable:
     def latent_names(self, tag: str) -> list[str]:
         """Return the names that latent caches of its pictures would have. tag: the family's cache_tag."""
         return [LatentName(stem, size).file_name(tag) for stem, size in (self.sizes or {}).items()]
-
-    def num_captions(self, stem: str) -> int:
-        """Return how many captions a source has."""
-        return 1 + len(self.sources[stem].more_captions)
 
     def caption(self, stem: str, number: int) -> str:
         """Return a caption of a source as its file has it. number: EMPTY for the empty one."""
@@ -175,19 +171,22 @@ CACHED = LiveTable({}, texts=False)  # a table of which nothing is encoded while
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
 
 
-@dataclass(frozen=True)
+@dataclass
 class FoundItems:
-    """Result of listing the cache folders."""
+    """Result of listing the cache folders; paths are in the order in which they were found."""
 
-    items: tuple[TrainingItem, ...]  # sorted by table and file name
-    missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
-    empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
-    unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
-    missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
-    unsound: tuple[tuple[DatasetTable, str], ...] = ()  # why caches of a table may be missing
-    missing_sound: tuple[Path, ...] = ()  # of tables with audio = "required"
+    items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
+    # text files that are not there; their items are left out
+    missing_text: dict[Path, None] = field(default_factory=dict)
+    empty_tables: list[DatasetTable] = field(default_factory=list)  # tables without any latent cache
+    # text files that some of the text encoders have yet to add to
+    unfinished_text: dict[Path, None] = field(default_factory=dict)
+    # of tables with caption_dropout_rate: files of the empty prompt
+    missing_empty: list[Path] = field(default_factory=list)
+    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
+    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required"
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
-    removed: tuple[Path, ...] = ()  # sources that have caches but no table has any more; without suffix
+    removed: list[Path] = field(default_factory=list)  # sources with caches that no table has; without suffix
 
 
 def find_items(
@@ -206,96 +205,85 @@ def find_items(
     say. live: tables encoded while training, by index. sound: of a family that hears.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
-    items: list[TrainingItem] = []
-    missing: dict[Path, None] = {}
-    unfinished: dict[Path, None] = {}
-    empty: list[DatasetTable] = []
-    missing_empty: list[Path] = []
-    missing_sound: list[Path] = []
-    incomplete: list[tuple[DatasetTable, str]] = []
-    listed: dict[Path, set[str]] = {}  # by folder, which several tables may share: names of sources
-    unlisted: dict[tuple[Path, str], None] = {}  # names of other sources that have caches there
+    search = _Search(cache_tag, latent, text_keys, stores, sound)
     for table in config.datasets:
-        store, texts_store = stores.of(table), stores.of_texts(table)
-        one, names = live.get(table.index, CACHED), store.names()
-        text_names = names if texts_store is store else texts_store.names()
-        if table.index not in stores.given:
-            incomplete += [(table, line) for line in list_unsound(names, table, cache_tag)]
-        kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
-        latent_files = one.latent_names(cache_tag) if one.media else names
-        empty_text, end = empty_text_name(cache_tag), f"_{cache_tag}{SUFFIX}"
+        search.add_table(table, live.get(table.index, CACHED))
+    found = search.found
+    found.removed = [folder / stem for folder, stem in search.unlisted if stem not in search.listed[folder]]
+    if found.items and not live and not any(item.has_sound for item in found.items):
+        found.silent = sound
+    return found
+
+
+@dataclass
+class _Search:
+    """What `find_items` was given, and what it has found."""
+
+    tag: str
+    latent: LatentSpec
+    text_keys: frozenset[str]
+    stores: Stores
+    sound: SoundSpec | None
+    found: FoundItems = field(default_factory=FoundItems)
+    # by folder, which several tables may share: names of sources
+    listed: dict[Path, set[str]] = field(default_factory=dict)
+    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)  # others that have caches there
+
+    def add_table(self, table: DatasetTable, live: LiveTable) -> None:
+        """Add the items of a table."""
+        store, texts_store, found = self.stores.of(table), self.stores.of_texts(table), self.found
+        names = store.names()
+        if table.index not in self.stores.given:
+            found.unsound += [(table, line) for line in list_unsound(names, table, self.tag)]
+        end = f"_{self.tag}{SUFFIX}"
+        latent_files = live.latent_names(self.tag) if live.media else names
         wanted = sorted([name for name in latent_files if name.endswith(end)])
-        stems = _listed_stems(table, store, one, wanted, cache_tag)
+        stems = _listed_stems(table, store, live, wanted, self.tag)
         if stems is not None:
-            listed.setdefault(table.picture_folder, set()).update(stems)
-        texts = _TextNames(table, [] if one.texts else text_names, cache_tag)
-        unfinished |= dict.fromkeys(table.cache_directory / name for name in texts.unfinished)
-        clips = latent_names(wanted, cache_tag, table.kind) if table.kind == "video" else ()
+            self.listed.setdefault(table.picture_folder, set()).update(stems)
+        text_names = [] if live.texts else names if texts_store is store else texts_store.names()
+        texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
+        clips = latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
         # how many files each clip in sections has: all that differ in their section alone
         parts = Counter(
             (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
         )
-        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
-        # each once, of tables whose batches depend on them
-        references: dict[tuple[int, ...], tuple[int, ...]] = {}
-        sounds: dict[tuple[int, ...], tuple[int, ...]] = {}
-        hears = sound is not None and table.kind == "video" and table.audio != IGNORE
-        end_of_sound = f"_{sound_tag(cache_tag)}{SUFFIX}"
-        with_sound = {name for name in names if name.endswith(end_of_sound)} if hears else set()
-        has_references = table.references is not None and table.batch_size > 1 and not one.media
-        has_empty_text, is_empty = empty_text in text_names, True
-        # one for each source if an encoder sees its references, and the first of those that are not there
-        own_empty: set[str] | None = None
-        if table.drops_captions and table.texts_see_references and not one.texts:
-            own_empty = {name for name in text_names if is_empty_text_name(name, cache_tag)}
-            has_empty_text = True
+        sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
+        with_sound = {name for name in names if sound and name.endswith(f"_{sound_tag(self.tag)}{SUFFIX}")}
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
+        kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
+        has_references = table.references is not None and table.batch_size > 1 and kind.has_latents
+        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
+        is_empty, folder = True, table.cache_directory
         with pause_collection():
-            for name, stem, what in latent_names(wanted, cache_tag, table.kind):
+            for name, stem, what in latent_names(wanted, self.tag, table.kind):
                 if stems is not None and stem not in stems:
-                    unlisted[table.picture_folder, stem] = None
+                    self.unlisted[table.picture_folder, stem] = None
                     continue
                 is_empty = False
-                text = stem + texts.end
-                if not one.texts and (text in texts.unfinished_first or text not in texts.first):
-                    kept = unfinished if text in texts.unfinished_first else missing
-                    kept[table.cache_directory / text] = None
-                    if text not in texts.first:
-                        continue
-                empty_of_source = text_file_name(stem, cache_tag, EMPTY) if own_empty is not None else ""
-                if own_empty is not None and empty_of_source not in own_empty:
-                    missing_empty.append(table.cache_directory / empty_of_source)
-                    own_empty = None
+                if texts is not None and not texts.has(stem):
+                    continue
                 if id(what) not in buckets:
-                    buckets[id(what)] = _bucket(table, what, latent, table.cache_directory / name)
+                    buckets[id(what)] = _bucket(table, what, self.latent, folder / name)
                 files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
-                captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
-                bucket = buckets[id(what)]
-                sizes = _reference_sizes(store, name) if has_references else ()
-                sizes = references.setdefault(sizes, sizes)
-                item = TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes)
-                if sound is not None and hears:
-                    has_sound = sound_file_name(name, cache_tag) in with_sound
-                    shape = _sound_shape(store, item, sound) if table.batch_size > 1 else ()
-                    item = replace(item, has_sound=has_sound, sound=sounds.setdefault(shape, shape))
-                    if not has_sound and table.audio == REQUIRED:
-                        missing_sound.append(item.sound_path)
-                items.append(item)
+                if texts is None:
+                    captions = 1 + len(live.sources[stem].more_captions)
+                else:
+                    captions = texts.captions.get(stem, 1)
+                bucket, shape = buckets[id(what)], tuple[int, ...]()
+                references = _reference_sizes(store, name) if has_references else ()
+                has_sound = sound is not None and sound_file_name(name, self.tag) in with_sound
+                if sound is not None and table.batch_size > 1:
+                    shape = _sound_shape(store, name, bucket[2], sound)
+                if sound is not None and not has_sound and table.audio == REQUIRED:
+                    found.missing_sound.append(folder / sound_file_name(name, self.tag))
+                shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
+                found.items.append(
+                    TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
+                )
         if is_empty:
-            empty.append(table)
-        elif table.drops_captions and not one.texts and not has_empty_text:
-            missing_empty.append(table.cache_directory / empty_text)
-    return FoundItems(
-        tuple(items),
-        tuple(missing),
-        tuple(empty),
-        tuple(path.with_name(path.name + PART) for path in unfinished),
-        tuple(missing_empty),
-        tuple(incomplete),
-        tuple(missing_sound),
-        sound if items and not live and not any(item.has_sound for item in items) else None,
-        tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
-    )
+            found.empty_tables.append(table)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
@@ -319,40 +307,60 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         return ()
 
 
-def _sound_shape(store: CacheStore, item: TrainingItem, sound: SoundSpec) -> tuple[int, ...]:
+def _sound_shape(store: CacheStore, name: str, frames: int, sound: SoundSpec) -> tuple[int, ...]:
     """Return C T M of an item's sound, silent or not; () if its cache does not say how long it lasts."""
     try:
-        rate = float(store.read(item.file_name, is_whole=False).header.metadata[FPS])
+        rate = float(store.read(name, is_whole=False).header.metadata[FPS])
     except (CacheError, KeyError, ValueError):  # as reading it for a batch says
         return ()
-    return sound.shape(item.bucket[2], rate)
+    return sound.shape(frames, rate)
 
 
 class _TextNames:
     """The text caches of a table among the names of its entries."""
 
-    def __init__(self, table: DatasetTable, names: Collection[str], tag: str) -> None:
-        self.end = text_file_name("", tag)
-        self.first = {name for name in names if name.endswith(self.end)}
-        parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
-        self.unfinished_first = {name for name in parts if name.endswith(self.end)}
-        # of further captions and of the empty prompt, if the table uses these
-        self.unfinished = [
-            name
-            for name in parts
-            if (table.multi_caption and parse_more_text_name(name, tag) is not None)
-            or (table.drops_captions and is_empty_text_name(name, tag))
-        ]
+    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
+        """found: gets those that are unfinished or missing."""
+        self._table, self._tag, self._found = table, tag, found
+        self._end = text_file_name("", tag)
+        self._first = {name for name in names if name.endswith(self._end)}
+        unfinished = [name for name in names if name.endswith(PART)]
+        self._unfinished_first = {name for name in unfinished if name.endswith(self._end + PART)}
+        for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
+            whole = name.removesuffix(PART)
+            is_further = table.multi_caption and parse_more_text_name(whole, tag) is not None
+            if is_further or (table.drops_captions and is_empty_text_name(whole, tag)):
+                found.unfinished_text[table.cache_directory / name] = None
         further: dict[str, set[int]] = {}
         for name in names if table.multi_caption else ():
-            found = parse_more_text_name(name, tag) if ".caption" in name else None
-            if found is not None:
-                further.setdefault(found[0], set()).add(found[1])
+            parsed = parse_more_text_name(name, tag) if ".caption" in name else None
+            if parsed is not None:
+                further.setdefault(parsed[0], set()).add(parsed[1])
         # the first, and further ones up to a gap in their numbers
         self.captions = {
             stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
             for stem, numbers in further.items()
         }
+        # of the empty prompt; None: they need not be there, or one that is not has been found
+        self._empty: set[str] | None = None
+        if table.drops_captions:
+            self._empty = {name for name in names if is_empty_text_name(name, tag)}
+
+    def has(self, stem: str) -> bool:
+        """Return whether there is the first text of a source."""
+        text, folder = stem + self._end, self._table.cache_directory
+        if text + PART in self._unfinished_first:
+            self._found.unfinished_text[folder / (text + PART)] = None
+        elif text not in self._first:
+            self._found.missing_text[folder / text] = None
+        if text not in self._first:
+            return False
+        if self._empty is not None:
+            name = _text_name(self._table, stem, self._tag, EMPTY)
+            if name not in self._empty:
+                self._found.missing_empty.append(folder / name)
+                self._empty = None
+        return True
 
 
 def _listed_stems(
@@ -385,7 +393,7 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
     return (*name.size, name.span[1])
 
 
-def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
@@ -393,30 +401,26 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     """
     if found.unsound:
         lines = [line for _, line in found.unsound]
-        raise CacheError(
-            "\n  ".join([*lines, "Shards are made whole by:", commands.latents, commands.text])
-            if any("convert_cache" not in line for line in lines)
-            else "\n".join(lines)
-        )
+        if any("convert_cache" not in line for line in lines):
+            lines += ["Shards are made whole by:", commands.latents, commands.text]
+        raise CacheError("\n  ".join(lines))
     if found.unfinished_text:
         raise CacheError(
-            f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: "
-            "text caching was "
-            f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
+            f"{len(found.unfinished_text)} text caches are unfinished, such as "
+            f"{next(iter(found.unfinished_text))}: text caching was stopped before all text encoders had "
+            f"written.\n  Finish it with: {commands.text}"
         )
-    untexted = sorted({path.parent for path in found.missing_text})
     faults = [
         f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}"
         for table in found.empty_tables
     ]
-    lacking = Counter(path.parent for path in found.missing_sound)
-    faults += [
-        f'audio = "required", but {count} clips have no sound in {folder}, such as '
-        f"{next(path.name for path in found.missing_sound if path.parent == folder)}"
-        for folder, count in lacking.items()
-    ]
+    for folder, count in Counter(path.parent for path in found.missing_sound).items():
+        one = next(path.name for path in found.missing_sound if path.parent == folder)
+        faults.append(f'audio = "required", but {count} clips have no sound in {folder}, such as {one}')
     if not faults and not found.items:
-        faults = [f"no text cache in {folder}" for folder in untexted]
+        faults = [
+            f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})
+        ]
     if found.silent is not None:
         faults.append(f"no clip of the dataset has cached sound. Give some, or {found.silent.without}")
     faults += [f"caption_dropout_rate needs the empty prompt's cache, {path}" for path in found.missing_empty]
@@ -425,16 +429,12 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     if found.missing_text:
         logger.warning(
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
-            len(found.missing_text),
-            found.missing_text[0],
-            commands.text,
+            *(len(found.missing_text), next(iter(found.missing_text)), commands.text),
         )
     if found.removed:
         logger.warning(
-            "%d sources have caches but are no longer there, or in no list (the first: %s): they are left "
-            "out.",
-            len(found.removed),
-            found.removed[0],
+            "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
+            *(len(found.removed), found.removed[0]),
         )
     counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
     logger.info("In the caches: %s of %s", *counts)
@@ -444,9 +444,6 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
 def _others_in(table: DatasetTable) -> str:
     """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
     names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
-    other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
-    return (
-        ""
-        if other is None
-        else f" of {table.kind}s for this model: {other} is for another model, or of something else"
-    )
+    for name in filter(_LATENTS_OF_ANY.search, names):
+        return f" of {table.kind}s for this model: {name} is for another model, or of something else"
+    return ""

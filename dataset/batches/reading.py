@@ -1,8 +1,8 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.batches.sound import read_sound
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
@@ -46,7 +45,6 @@ from modules.contract.data import (
     SOUND,
     SOUND_MADE,
     Batch,
-    Conditions,
     LatentSpec,
     MadeBy,
 )
@@ -109,266 +107,251 @@ def read_batch(
     and `captions` of the batch are as their files have them. undropped: the numbers before dropout, for a
     teacher, all cached; if `captions` are others, the batch has these texts too.
     """
-    checks, stores = checks or CacheChecks(), stores or stores_for(items[0], latent)
+    stores = stores or stores_for(items[0], latent)
+    reader = _Reader(stores, latent, commands, checks or CacheChecks(), live)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
-    read = []
-    for place, (item, number, flip) in enumerate(zip(items, numbers, sides, strict=True)):
-        encoded = live.encoded.get(place)
-        one = _read_item(item, stores, latent, commands, checks, number, encoded, live)
-        read.append(replace(one, tensors=choose_side(one.tensors, flip)))
-    has_sound = [SOUND in one.tensors for one in read]
-    if any(has_sound):  # of the others it is not learned
-        like = next(one.tensors[SOUND] for one in read if SOUND in one.tensors)
-        read = [replace(one, tensors={SOUND: torch.zeros_like(like), **one.tensors}) for one in read]
-    if any(LOSS_MASK in one.tensors for one in read):  # one without a mask gets ones, which change nothing
-        shapes = [one.tensors["latents"].shape[1:] for one in read]
-        whole = [{LOSS_MASK: torch.ones(shape, dtype=torch.float16)} for shape in shapes]
-        read = [replace(one, tensors={**mask, **one.tensors}) for one, mask in zip(read, whole, strict=True)]
-    first = read[0]
-    for item, other in zip(items, read, strict=True):
-        if other.tensors.keys() != first.tensors.keys():
-            odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
-            in_text = other.text != first.text
-            paths = (
-                (other.text_path, first.text_path) if in_text else (item.latent_path, items[0].latent_path)
-            )
-            raise CacheError(
-                f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
-                f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
-            )
-    tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
+    media = [
+        reader.read_media(item, place, side)
+        for place, (item, side) in enumerate(zip(items, sides, strict=True))
+    ]
+    texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
+    has_sound = [SOUND in one.tensors for one in media]
+    for one in media:
+        if any(has_sound):  # of the others it is not learned
+            like = media[has_sound.index(True)].tensors[SOUND]
+            one.tensors.setdefault(SOUND, torch.zeros_like(like))
+    if any(LOSS_MASK in one.tensors for one in media):  # one without a mask gets ones, which change nothing
+        for one in media:
+            ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
+            one.tensors.setdefault(LOSS_MASK, ones)
+    tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
     if any(has_sound):
         tensors[HAS_SOUND] = torch.tensor(has_sound)
     if isinstance(rates := tensors.get(FPS), Tensor):
         tensors[FPS] = (1000 * rates.double()).round().long()
-    made_by = tuple(made for one in read for made in one.made_by)
+    read, full = [part for pair in zip(media, texts, strict=True) for part in pair], dict[str, Any]()
+    if undropped and tuple(undropped) != tuple(numbers):
+        whole_texts = [reader.read_text(*pair) for pair in zip(items, undropped, strict=True)]
+        full, read = _stack(whole_texts, commands.text), [*read, *whole_texts]
     weights = tuple(item.table.prior_loss_weight for item in items)
     preserved = tuple(item.table.preserves_output for item in items)
-    full: Conditions = {}
-    if undropped and tuple(undropped) != tuple(numbers):
-        whole_texts = [
-            _read_text(item, stores, commands, checks, number, live)
-            for item, number in zip(items, undropped, strict=True)
-        ]
-        full = {name: _stack(name, items, whole_texts, commands) for name in sorted(first.text)}
-        made_by += tuple(made for one in whole_texts for made in one.made_by)
     return Batch(
         tensors,
-        tuple(one.caption for one in read),
+        tuple(one.caption for one in texts),
         tuple(item.key for item in items),
-        made_by,
+        tuple(made for one in read for made in one.made_by),
         () if set(weights) == {1.0} else weights,
         preserved if any(preserved) else (),
         full,
     )
 
 
+@dataclass
+class _Part:
+    """The tensors of an item that come from its media, or from a caption."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    variable: frozenset[str] = frozenset()
+    caption: str = ""
+    made_by: tuple[MadeBy, ...] = ()
+
+
 @dataclass(frozen=True)
-class _ReadItem:
-    tensors: Mapping[str, Tensor]
-    text_path: Path
-    text: frozenset[str]  # names of those that come from the text cache
-    variable: frozenset[str]
-    caption: str
-    made_by: tuple[MadeBy, ...]
+class _Reader:
+    """Read the parts of the items of a batch; the arguments are those of `read_batch`."""
 
+    stores: Stores
+    latent: LatentSpec
+    commands: CachingCommands
+    checks: CacheChecks
+    live: LiveParts
 
-def _read_item(
-    item: TrainingItem,
-    stores: Stores,
-    latent: LatentSpec,
-    commands: CachingCommands,
-    checks: CacheChecks,
-    number: int,
-    encoded: Mapping[str, Tensor] | None,
-    live: LiveParts,
-) -> _ReadItem:
-    """Read an item. encoded: latents in place of its cache."""
-    tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
-    if encoded is None:
-        store = stores.of(item.table)
-        with _remedy(commands.latents, store, item.latent_path.name):
-            latents, media = _read_latents(item, store, latent, checks)
-        tensors, variable = dict(latents.tensors), latents.variable
-        made_by += [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
-        if item.has_sound:
-            with _remedy(commands.latents, store, item.sound_path.name):
-                tensors[SOUND], record = read_sound(item, store, checks)
-            made_by += [] if record is None else [MadeBy(item.sound_path, SOUND_MADE, record.encoder)]
-    if not item.kind.has_text:
-        checks.add(item.table.index, item.key)
-        caption = live.tables[item.table.index].caption(item.source_stem, number)
-        return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
-    text = _read_text(item, stores, commands, checks, number, live)
-    checks.add(item.table.index, item.key)
-    return replace(
-        text,
-        tensors={**tensors, **text.tensors},
-        variable=variable | text.variable,
-        made_by=(*made_by, *text.made_by),
-    )
+    def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
+        """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
+        path, encoded = item.latent_path, self.live.encoded.get(place)
+        if encoded is not None:
+            part = _Part(path, dict(encoded))
+        else:
+            part = self._read_entry(item, path, LATENTS_MADE, "latents", self._latent_faults)
+            if item.has_sound:
+                sound = self._read_entry(item, item.sound_path, SOUND_MADE, SOUND, self._sound_faults)
+                part.tensors[SOUND] = sound.tensors[SOUND]
+                part.made_by += sound.made_by
+        self.checks.add(item.table.index, item.key)
+        sides = {key.removesuffix(FLIPPED): one for key, one in part.tensors.items() if key.endswith(FLIPPED)}
+        part.tensors = {key: one for key, one in part.tensors.items() if not key.endswith(FLIPPED)}
+        if flip:
+            if LOSS_MASK in part.tensors:
+                sides[LOSS_MASK] = part.tensors[LOSS_MASK].flip(-1)
+            part.tensors |= sides
+        return part
 
+    def read_text(self, item: TrainingItem, number: int) -> _Part:
+        """Read a caption of an item, of which live texts have no tensors."""
+        path, store = item.caption_path(number), self.stores.of_texts(item.table)
+        live = self.live.tables.get(item.table.index)
+        caption = "" if live is None else live.caption(item.source_stem, number)
+        if not item.kind.has_text:
+            return _Part(path, {}, caption=caption)
+        with _remedy(self.commands.text, store, path.name):
+            entry = store.read(path.name)
+            tensors = entry.tensors
+            absent = sorted(item.kind.text_keys - tensors.keys())
+            if absent:
+                maker = entry.header.metadata.get("architecture", "")
+                raise CacheError(
+                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}"
+                    + (f" (made for {maker})" if maker else "")
+                )
+            records = text_records(entry.header)
+            cached = _check_caption(item, number, entry, records, self.checks, store.is_shared(path.name))
+        self.checks.add(item.table.index, path.name)
+        made_by = tuple(MadeBy(path, name, record.encoder) for name, record in records.items())
+        # a cache of another program does not say its caption
+        return _Part(path, tensors, entry.variable, caption or cached, made_by)
 
-def _read_text(
-    item: TrainingItem,
-    stores: Stores,
-    commands: CachingCommands,
-    checks: CacheChecks,
-    number: int,
-    live: LiveParts,
-) -> _ReadItem:
-    """Read a cached caption of an item, without latents."""
-    text_path, store = item.caption_path(number), stores.of_texts(item.table)
-    with _remedy(commands.text, store, text_path.name):
-        text = store.read(text_path.name)
-        absent = sorted(item.kind.text_keys - text.tensors.keys())
-        if absent:
-            maker = text.header.metadata.get("architecture", "")
-            raise CacheError(
-                f"{text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
-                + (f" (made for {maker})" if maker else "")
+    def _read_entry(
+        self,
+        item: TrainingItem,
+        path: Path,
+        part: str,
+        key: str,
+        faults: Callable[[TrainingItem, Mapping[str, Tensor], LatentRecord | None], Iterator[str]],
+    ) -> _Part:
+        """Read a cache of media. part: for `MadeBy`. key: what it must have. faults: yields why its tensors
+        are not what the table asks for.
+        """
+        store = self.stores.of(item.table)
+        with _remedy(self.commands.latents, store, path.name):
+            entry = store.read(path.name)
+            tensors, record = entry.tensors, latent_record(entry.header)
+            if key not in tensors:
+                raise CacheError(
+                    f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
+                )
+            fault = next(faults(item, tensors, record), None)
+            if fault is not None:
+                raise CacheError(f"{path}: {fault}")
+            if record is not None:
+                verify_tensors(entry, record.crc32)
+        made_by = () if record is None else (MadeBy(path, part, record.encoder),)
+        return _Part(path, tensors, entry.variable, made_by=made_by)
+
+    def _latent_faults(
+        self, item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None
+    ) -> Iterator[str]:
+        table, latent, found = item.table, self.latent, list(tensors["latents"].shape)
+        if found[0] != latent.channels:
+            yield other_space(found[0], latent)
+        if record is not None:
+            made_from = record.options.get("mask")
+        else:  # other programs make no mask but from transparency
+            theirs = self.stores.of(table).is_shared(item.latent_path.name) and LOSS_MASK in tensors
+            made_from = FROM_ALPHA if theirs else None
+        if table.alpha_mask:
+            wanted: set[str | None] = {FROM_ALPHA}
+        elif table.mask_directory is not None:
+            wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+        else:
+            wanted = {FROM_FILE, None} if table.directory is None else {None}
+        if made_from not in wanted:
+            now = (
+                "alpha_mask = true"
+                if table.alpha_mask
+                else "no mask"
+                if wanted == {None}
+                else "a mask for it"
             )
-        texts = text_records(text.header)
-        caption = _check_caption(item, number, text, texts, checks, store.is_shared(text_path.name))
-    if item.table.index in live.tables:  # caches of other programs do not say theirs
-        caption = live.tables[item.table.index].caption(item.source_stem, number) or caption
-    checks.add(item.table.index, text_path.name)
-    made_by = tuple(MadeBy(text_path, name, record.encoder) for name, record in texts.items())
-    return _ReadItem(text.tensors, text_path, frozenset(text.tensors), text.variable, caption, made_by)
+            yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {now}"
+        if table.augmentation.flip and "latents" + FLIPPED not in tensors:
+            yield "it has no mirrored latents, which flip_aug needs"
+        yield from _reference_faults(item, tensors)
+        if record is not None:
+            yield from self._record_faults(item, record, any(key.startswith(CONTROL) for key in tensors))
+        width, height, frames = (*item.bucket, 1)[:3]
+        expected = list(latent.shape(frames, height, width)[1:])
+        if found != expected:
+            yield (
+                f"its latents have the shape {_sides(found)}, {table.name} asks for {_sides(expected)} "
+                f"({frames} frames of {width}x{height})"
+            )
+        mask = tensors.get(LOSS_MASK)
+        if mask is not None and list(mask.shape) != expected[1:]:
+            yield f"the mask of its loss is {_sides(mask.shape)}, its latents are {_sides(expected[1:])}"
 
+    def _record_faults(self, item: TrainingItem, record: LatentRecord, has_control: bool) -> Iterator[str]:
+        """Yield how the record of latents differs from what a table asks for."""
+        table, options = item.table, record.options
+        bucket = bucket_of(table, tuple(options["size"]), self.latent.pixel_step, item.latent_path)
+        if tuple(options["bucket"]) != bucket:
+            yield f"made for {_sides(options['bucket'])} pixels, {table.name} asks for {_sides(bucket)}"
+        control = {key: value for key, value in options.items() if key in CONTROL_DEFAULTS}
+        sections = {key: value for key, value in options.items() if key in SECTION_DEFAULTS}
+        changed = [options_difference(sections, table.section_keys, self.latent)]
+        if has_control:
+            changed.append(
+                difference({**CONTROL_DEFAULTS, **control}, {**CONTROL_DEFAULTS, **table.control_keys})
+            )
+        yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+        if record.parts != item.parts:
+            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
+        folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
+        if options.get("mask") == FROM_FILE:
+            folders[-1] = table.mask_directory
+        yield from self._source_faults(item, folders, record)
 
-def choose_side(tensors: Mapping[str, Tensor], flip: bool) -> dict[str, Tensor]:
-    """Return the tensors of one side of an item. flip: of the mirrored one."""
-    sides = {key.removesuffix(FLIPPED): tensor for key, tensor in tensors.items() if key.endswith(FLIPPED)}
-    chosen = {key: tensor for key, tensor in tensors.items() if not key.endswith(FLIPPED)}
-    if not flip:
-        return chosen
-    if LOSS_MASK in chosen:
-        sides[LOSS_MASK] = chosen[LOSS_MASK].flip(-1)
-    return {**chosen, **sides}
+    def _sound_faults(
+        self, item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None
+    ) -> Iterator[str]:
+        table, found = item.table, tuple(tensors[SOUND].shape)
+        if item.sound and found != item.sound:
+            yield f"its latents have the shape {found}, a clip of its frames and rate has {item.sound}"
+        if record is None:
+            return
+        is_given = len(record.files) > 1
+        if table.directory is not None and is_given != (table.audio_directory is not None):
+            made = "a file of audio_directory" if is_given else "the track of its clip"
+            yield f"it was made from {made}, which {table.name} does not use now"
+        yield from self._source_faults(item, [table.directory, table.audio_directory], record)
+
+    def _source_faults(
+        self, item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord
+    ) -> Iterator[str]:
+        """Yield how the sources of a record differ; lists need not be there. folders: of each file."""
+        table, rate = item.table, record.options.get("source_fps")
+        if table.kind == "video" and rate != table.source_fps:
+            yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+        if table.directory is not None and not self.checks.knows(table.index, item.key):
+            file = self.checks.changed_file(folders[: len(record.files)], record.files)
+            if file is not None:
+                yield f"{file} has changed since it was encoded"
 
 
 def stores_for(item: TrainingItem, latent: LatentSpec) -> Stores:
+    """Return the stores of a run whose tables say where their caches are."""
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 
-def _read_latents(
-    item: TrainingItem, store: CacheStore, latent: LatentSpec, checks: CacheChecks
-) -> tuple[Entry, LatentRecord | None]:
-    """Read the latents of an item. Raises CacheError if they are not what its table asks for."""
-    entry = store.read(item.latent_path.name)
-    record = latent_record(entry.header)
-    # other programs make no mask but from transparency
-    theirs = store.is_shared(item.latent_path.name) and LOSS_MASK in entry.tensors
-    made_from = (FROM_ALPHA if theirs else None) if record is None else record.options.get("mask")
-    fault = next(_latent_faults(item, entry, record, made_from, latent, checks), None)
-    if fault is not None:
-        raise CacheError(f"{item.latent_path}: {fault}")
-    return entry, record
-
-
-def _latent_faults(
-    item: TrainingItem,
-    entry: Entry,
-    record: LatentRecord | None,
-    made_from: str | None,
-    latent: LatentSpec,
-    checks: CacheChecks,
-) -> Iterator[str]:
-    """Yield why latents are not what a table asks for. made_from: what their mask is made from.
-
-    Raises CacheError if a checksum is wrong.
-    """
-    table = item.table
-    if "latents" not in entry.tensors:
-        yield "it has no latents, so it is not a cache; move it out of the cache folder"
-    found = list(entry.tensors["latents"].shape)
-    if found[0] != latent.channels:
-        yield other_space(found[0], latent)
-    if table.alpha_mask:
-        wanted: set[str | None] = {FROM_ALPHA}
-    elif table.mask_directory is not None:
-        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
-    else:
-        wanted = {FROM_FILE, None} if table.directory is None else {None}
-    if made_from not in wanted:
-        now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
-        yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {now}"
-    if table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
-        yield "it has no mirrored latents, which flip_aug needs"
-    fault = _reference_fault(item, entry)
-    if fault is not None:
-        yield fault
-    if record is not None:
-        verify_tensors(entry, record.crc32)
-        width, height = record.options["size"]
-        made_for = record.options["bucket"]
-        bucket = bucket_of(table, (width, height), latent.pixel_step, item.latent_path)
-        if tuple(made_for) != bucket:
-            yield f"made for {_sides(made_for)} pixels, {table.name} asks for {_sides(bucket)}"
-        if any(key.startswith(CONTROL) for key in entry.tensors):
-            made_with = {key: value for key, value in record.options.items() if key in CONTROL_DEFAULTS}
-            changed = difference(
-                {**CONTROL_DEFAULTS, **made_with}, {**CONTROL_DEFAULTS, **table.control_keys}
-            )
-            if changed is not None:
-                yield f"{changed} in {table.name}"
-        rate = record.options.get("source_fps")
-        if table.kind == "video" and rate != table.source_fps:
-            yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
-        made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
-        changed = options_difference(made_with, table.section_keys, latent)
-        if changed is not None:
-            yield f"{changed} in {table.name}"
-        if record.parts != item.parts:
-            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        if not checks.knows(table.index, item.key):
-            file = checks.changed_file(_folders_of(item, record), record.files)
-            if file is not None:
-                yield f"{file} has changed since it was encoded"
-    width, height, frames = (*item.bucket, 1)[:3]
-    expected = list(latent.shape(frames, height, width)[1:])
-    if found != expected:
-        yield (
-            f"its latents have the shape {_sides(found)}, {table.name} asks for {_sides(expected)} "
-            f"({frames} frames of {width}x{height})"
-        )
-    mask = entry.tensors.get(LOSS_MASK)
-    if mask is not None and list(mask.shape) != expected[1:]:
-        yield f"the mask of its loss is {_sides(mask.shape)}, its latents are {_sides(expected[1:])}"
-
-
-def _reference_fault(item: TrainingItem, entry: Entry) -> str | None:
-    """Return why latents of reference pictures are not what a table asks for. Pictures that are gone are no
+def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+    """Yield why latents of reference pictures are not what a table asks for. Pictures that are gone are no
     fault, but those that a list no longer names.
     """
     table, rules = item.table, item.table.references
     if rules is None:
-        return None
-    cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in entry.tensors)
+        return
+    cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)
+    made_with = f"it was made with {count_of(cached, 'reference picture')}"
     if table.directory is None:
         named = count_named_references(table, item.source_stem)
-        if named is None or min(named, rules.most) == cached:
-            return None
-        return f"it was made with {count_of(cached, 'reference picture')}, now {table.source} names {named}"
-    if cached and table.control_directory is None:
-        return f"it was made with reference pictures, {table.name} has no control_directory"
-    if cached < rules.most:
+        if named is not None and min(named, rules.most) != cached:
+            yield f"{made_with}, now {table.source} names {named}"
+    elif cached and table.control_directory is None:
+        yield f"it was made with reference pictures, {table.name} has no control_directory"
+    elif cached < rules.most:
         there = min(count_references(table, item.source_stem), rules.most)
         if cached < there:
-            return f"it was made with {count_of(cached, 'reference picture')}, now its image has {there}"
-    return None
-
-
-def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file of a record: the source, its control media, its mask."""
-    table, count = item.table, len(record.files)
-    if table.directory is None:
-        return [None] * count
-    folders = [table.directory, *[table.control_directory] * (count - 1)][:count]
-    if record.options.get("mask") == FROM_FILE:
-        folders[-1] = table.mask_directory
-    return folders
+            yield f"{made_with}, now its image has {there}"
 
 
 def _check_caption(
@@ -383,52 +366,59 @@ def _check_caption(
 
     is_shared: whether another program may have made it, which keeps no record.
     """
-    path = text.header.path
-    is_known = number == EMPTY or checks.knows(item.table.index, path.name)
-    if not is_known and not records and not is_shared:
-        _check_settings(item, path, {})
+    path, table = text.header.path, item.table
     for record in records.values():
         verify_tensors(text, record.crc32)
-        if is_known:
-            continue
-        _check_settings(item, path, record.settings)
-        if record.references and item.table.directory is not None:
-            folders = [item.table.control_directory] * len(record.references)
+    if number != EMPTY and not checks.knows(table.index, path.name):
+        usual = {**CAPTION_DEFAULTS, "captions": 1}
+        now = {**usual, **table.caption_settings, "captions": item.captions}
+        # a file of ours without records was made with the usual keys, or by hand
+        for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
+            changed = difference({**usual, **made_with}, now)
+            if changed is not None:
+                raise CacheError(f"{path}: {changed} in {table.name}")
+        for record in records.values():
+            if table.directory is None:
+                break
+            folders = [table.control_directory] * len(record.references)
             file = checks.changed_file(folders, record.references)
             if file is not None:
                 raise CacheError(f"{path}: {file} has changed since its encoder saw it")
-        if record.file is None or item.table.directory is None:
-            continue
-        caption_path = item.table.directory / record.file.name
-        now = checks.changed_caption(caption_path, record.caption, item.table, number)
-        if now is not None:
-            raise CacheError(f"{path}: made from the caption {record.caption!r}, which now is {now!r}")
+            if record.file is None:
+                continue
+            caption_path = table.directory / record.file.name
+            text_now = checks.changed_caption(caption_path, record.caption, table, number)
+            if text_now is not None:
+                raise CacheError(
+                    f"{path}: made from the caption {record.caption!r}, which now is {text_now!r}"
+                )
     stored = [record.caption for record in records.values()]
     return stored[0] if stored else text.header.metadata.get("caption1", "")
 
 
-def _check_settings(item: TrainingItem, path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise CacheError if a caption was made with other keys of its table, or is one of another number."""
-    then = {**CAPTION_DEFAULTS, "captions": 1, **settings}
-    changed = difference(then, {**CAPTION_DEFAULTS, **item.table.caption_settings, "captions": item.captions})
-    if changed is not None:
-        raise CacheError(f"{path}: {changed} in {item.table.name}")
-
-
-def _stack(
-    name: str, items: Sequence[TrainingItem], read: Sequence[_ReadItem], commands: CachingCommands
-) -> Tensor | list[Tensor]:
-    tensors = [one.tensors[name] for one in read]
-    if name in read[0].variable:
-        return tensors
-    for item, tensor in zip(items, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
+def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
+    """Return the tensors of equal parts of all items. Raises CacheError with the command that makes them."""
+    first, stacked = parts[0], dict[str, Tensor | list[Tensor]]()
+    for part in parts:
+        if part.tensors.keys() != first.tensors.keys():
+            odd = ", ".join(sorted(part.tensors.keys() ^ first.tensors.keys()))
             raise CacheError(
-                f"{item.latent_path}: {name} has the shape {_sides(tensor.shape)}, in {items[0].latent_path} "
-                f"it has {_sides(tensors[0].shape)}.\n  Make both again with the same options: "
-                f"{commands.latents}"
+                f"{part.path} and {first.path} do not have the same tensors: {odd}.\n"
+                f"  Make them again with the same options: {command}"
             )
-    return torch.stack(tensors)
+    for name, like in first.tensors.items():
+        tensors = [part.tensors[name] for part in parts]
+        if name in first.variable:
+            stacked[name] = tensors
+            continue
+        for part, tensor in zip(parts, tensors, strict=True):
+            if tensor.shape != like.shape:
+                raise CacheError(
+                    f"{part.path}: {name} has the shape {_sides(tensor.shape)}, in {first.path} it has "
+                    f"{_sides(like.shape)}.\n  Make both again with the same options: {command}"
+                )
+        stacked[name] = torch.stack(tensors)
+    return stacked
 
 
 def _sides(shape: Iterable[int]) -> str:

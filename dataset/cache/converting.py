@@ -3,6 +3,7 @@
 Entries are copied byte for byte, whoever made them; the originals go when all copies have been read again.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
@@ -22,10 +23,11 @@ from dataset.cache.files import (
 )
 from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
+from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import ConvertCacheOptions
 from dataset.sources.media_source import INDEX, OLD_INDEX, is_of_shards
-from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
+from modules.atomic_write import explain_errors, remove_leftovers
 from modules.bars import track
 from modules.command import as_typed
 from modules.console import as_size
@@ -77,7 +79,7 @@ def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | Non
     names: Iterable[str]
     if form == "shards":
         names = _single_files(folder, lambda name: _is_of(name, tag, table.kind))
-        found = next((name for name in names if shards is None or shards.stamp(name) is None), None)
+        found = next((name for name in names if shards is None or name not in shards), None)
     else:
         names = [name for name in shards.names() if _is_of(name, tag, table.kind)] if shards else ()
         found = next((name for name in names if not (folder / name).exists()), None)
@@ -147,41 +149,20 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     Raises CacheError, OutputError.
     """
     names = list(_single_files(folder, is_cache_name))
-    store = ShardStore(folder)
-    copied = size_bytes = 0
-    for name in track(names, f"Packing {folder.name}", len(names)):
-        data = (folder / name).read_bytes()
-        if store.stamp(name) is not None:
-            try:
-                if store.read_bytes(name) == data:
-                    continue
-            except CacheError:
-                pass
-            if not dry_run:
-                logger.warning(
-                    "%s is in a shard too, with other contents: the file replaces it", folder / name
-                )
-        copied, size_bytes = copied + 1, size_bytes + len(data)
-        if not dry_run:
-            store.write_bytes(name, data)
+    files, shards = SingleFiles(folder), ShardStore(folder)
+    faults = list[str]()
+    counts = _copy(names, files, shards, "file", dry_run, faults)
+    if faults:
+        raise CacheError("\n  ".join(faults))
     if not dry_run:
-        store.close()
+        shards.close()
         merge_shards(folder, with_tars=True)
         if not keep:
-            _remove_files(folder, names)
-    return copied, len(names) - copied, size_bytes
-
-
-def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    """Remove single files whose bytes are also in the shards, opened anew."""
-    store = ShardStore(folder)
-    for name in names:
-        data = (folder / name).read_bytes()
-        if store.read_bytes(name) != data:
-            raise CacheError(f"{folder / name}: its copy in the shards differs; the file is kept")
-    with explain_errors(folder):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+            _require_equal(names, folder)
+            with explain_errors(folder):
+                for name in names:
+                    files.remove(name)
+    return counts
 
 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
@@ -190,51 +171,69 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged: the others
     are files then, the shards are kept. Raises OutputError.
     """
-    store = ShardStore(folder)
+    shards = ShardStore(folder)
     if not dry_run:
-        store.close(is_last=True)  # what a killed run left is whole after it
+        shards.close(is_last=True)  # what a killed run left is whole after it
         if folder.is_dir():
             remove_leftovers(folder, is_cache_name, older_seconds=0)
-    names = sorted(filter(is_safe_name, store.names()))
-    copied = size_bytes = 0
+    names = sorted(filter(is_safe_name, shards.names()))
     damaged = [] if dry_run else shard_faults(folder)
-    for name in track(names, f"Unpacking {folder.name}", len(names)):
-        try:
-            data = store.read_bytes(name)
-        except CacheError as error:
-            damaged.append(str(error))
-            continue
-        path = folder / name
-        if path.is_file() and path.read_bytes() == data:
-            continue
-        if path.exists() and not dry_run:
-            logger.warning("%s is there with other contents: the entry of the shard replaces it", path)
-        copied, size_bytes = copied + 1, size_bytes + len(data)
-        if not dry_run:
-            write_bytes(path, data)
+    counts = _copy(names, shards, SingleFiles(folder), "entry of the shard", dry_run, damaged)
     if damaged:
         raise CacheError(
-            f"{folder}: {len(damaged)} faults in the shards, which are kept; {copied} entries are whole. "
+            f"{folder}: {len(damaged)} faults in the shards, which are kept; {counts[0]} entries are whole. "
             f"The first: {damaged[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
-        _remove_shards(folder, names)
-    return copied, len(names) - copied, size_bytes
+        _require_equal(names, folder)
+        catalog = Catalog(folder)
+        if set(catalog.names()) != set(names):
+            raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
+        if catalog.busy:
+            raise CacheError(
+                f"{folder / min(catalog.busy)}: another process writes it. Run this again later."
+            )
+        with explain_errors(folder):
+            # the indexes first: without the shards they would say that all of them are lost
+            for name in (INDEX, OLD_INDEX, *catalog.shards):
+                (folder / name).unlink(missing_ok=True)
+    return counts
 
 
-def _remove_shards(folder: Path, names: Sequence[str]) -> None:
-    """Remove the shards of a folder if single files have the bytes of all their entries."""
-    store = ShardStore(folder)
-    if set(store.names()) != set(names):
-        raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
+Form = SingleFiles | ShardStore
+
+
+def _copy(
+    names: Sequence[str], source: Form, target: Form, what: str, dry_run: bool, damaged: list[str]
+) -> Converted:
+    """Copy entries that are not in the target. what: an entry of the source. damaged: gets why some cannot
+    be read.
+    """
+    copied = there = size_bytes = 0
+    for name in track(names, f"Converting {source.folder.name}", len(names)):
+        try:
+            data = source.read_bytes(name)
+        except CacheError as error:
+            damaged.append(str(error))
+            continue
+        if name in target:
+            with contextlib.suppress(CacheError):
+                if target.read_bytes(name) == data:
+                    there += 1
+                    continue
+            if not dry_run:
+                path = target.folder / name
+                logger.warning("%s is in both forms, with other contents: the %s replaces it", path, what)
+        copied, size_bytes = copied + 1, size_bytes + len(data)
+        if not dry_run:
+            target.write_bytes(name, data)
+    return copied, there, size_bytes
+
+
+def _require_equal(names: Sequence[str], folder: Path) -> None:
+    """Raise CacheError if entries of the shards, opened anew, are not those of the files."""
+    files, shards = SingleFiles(folder), ShardStore(folder)
     for name in names:
-        if (folder / name).read_bytes() != store.read_bytes(name):
-            raise CacheError(f"{folder / name}: the file differs from its entry; the shards are kept")
-    catalog = Catalog(folder)
-    if catalog.busy:
-        raise CacheError(f"{folder / min(catalog.busy)}: another process writes it. Run this again later.")
-    with explain_errors(folder):
-        # the indexes first: without the shards they would say that all of them are lost
-        for name in (INDEX, OLD_INDEX, *catalog.shards):
-            (folder / name).unlink(missing_ok=True)
+        if files.read_bytes(name) != shards.read_bytes(name):
+            raise CacheError(f"{folder / name}: the file differs from its entry in the shards; both are kept")

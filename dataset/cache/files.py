@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
-Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
-NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know whether it has changed
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from dataset.cache.files import (
     FLIPPED,
-    NEVER_OLD,
     PART,
     SUFFIX,
     Entry,
     Header,
-    Stamp,
     is_text_name,
     parse_latent_name,
     parse_more_text_name,
@@ -110,9 +108,8 @@ class NpzStore:
             if (name := self._entry_name(file, folder, stems)) is not None
         ]
 
-    def stamp(self, name: str) -> Stamp | None:
-        """Return the same for all: one file has the entries of several tables, so that it must be read."""
-        return (0, NEVER_OLD) if self._path(name).is_file() else None
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry, always whole: most of the time goes into opening the file."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from dataset.cache.catalog import Catalog, CatalogRow, address, connect, encode_name, list_shards
-from dataset.cache.files import NEVER_OLD, Entry, Header, Stamp, unpack, unpack_header
+from dataset.cache.files import Entry, Header, unpack, unpack_header
 from dataset.cache.shard_files import SHARD_BYTES, ShardWriter, explain_sqlite, merge_shards, read_row
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
@@ -29,7 +29,6 @@ T = TypeVar("T")
 SHARD_SECONDS = 300.0
 COMMIT_SECONDS = 0.25
 MOST_OPEN = 64  # shards at once
-_MOST = (1 << 63) - 1  # of a signed number
 
 
 class ShardStore:
@@ -67,20 +66,11 @@ class ShardStore:
                 found += [name for name, row in self._added.items() if row.size is not None]
             return found
 
-    def stamp(self, name: str) -> Stamp | None:
-        """Return values that change with the bytes of an entry, unread; None if it is not there."""
+    def __contains__(self, name: str) -> bool:
+        """Whether there is an entry of that name, whole, damaged or lost."""
         with self._lock:
             row = self._row(name)
-            if row is None or row.size is None:
-                return None
-            if row.shard is None or row.shard in self._look().damaged:
-                return 0, NEVER_OLD
-            is_old = row.shard.endswith(".tar")
-            try:
-                changed_ns = (self.folder / row.shard).stat().st_mtime_ns if is_old else 0
-            except OSError:  # merged meanwhile
-                return None
-            return (row.size << 32 | row.crc32) & _MOST, changed_ns
+            return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
@@ -104,8 +94,7 @@ class ShardStore:
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         with self._lock:
-            row = self._row(name)
-            if row is not None and row.size is not None:
+            if name in self:
                 self._put(name, None)
 
     def close(self, is_last: bool = False) -> None:

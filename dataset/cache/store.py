@@ -13,10 +13,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from dataset.cache.files import (
-    NEVER_OLD,
     Entry,
     Header,
-    Stamp,
     is_cache_name,
     read_entry,
     read_header,
@@ -25,7 +23,7 @@ from dataset.cache.files import (
 from dataset.cache.npz import NpzNames, open_npz
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
-from modules.atomic_write import remove_leftovers
+from modules.atomic_write import remove_leftovers, write_bytes
 from modules.errors import CacheError, DatasetError
 
 
@@ -52,8 +50,8 @@ class CacheStore(Protocol):
         """Return the names of all entries, and of other files that lie beside them."""
         ...
 
-    def stamp(self, name: str) -> Stamp | None:
-        """Return values that change with the bytes of an entry, unread; None if it is not there."""
+    def __contains__(self, name: str) -> bool:
+        """Whether there is an entry of that name, whole or damaged."""
         ...
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
@@ -97,19 +95,26 @@ class SingleFiles:
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
-    def stamp(self, name: str) -> Stamp | None:
-        try:
-            found = os.stat(f"{self.folder}/{name}")  # noqa: PTH116  # a Path would take longer
-        except OSError:
-            return None
-        return found.st_size, found.st_mtime_ns
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
-        path = f"{self.folder}{os.sep}{name}"  # as in `stamp`
+        path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
         return read_entry(path) if is_whole else Entry(read_header(path), {})
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a file as it is. Raises CacheError if it cannot be read."""
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise CacheError(f"{self.folder / name}: cannot be read ({error.strerror})") from error
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file of these bytes. Raises OutputError."""
+        write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -137,8 +142,8 @@ class MemoryStore:
     def names(self) -> Collection[str]:
         return list(self.entries)
 
-    def stamp(self, name: str) -> Stamp | None:
-        return (0, NEVER_OLD) if name in self.entries else None
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         if name not in self.entries:

@@ -88,7 +88,7 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[H
         try:
             is_ours = is_cache(store.read(name, is_whole=False).header)
         except CacheError as error:
-            if store.stamp(name) is None:  # another process has just removed it
+            if name not in store:  # another process has just removed it
                 continue
             is_ours = store.holds_only_caches
             if not is_ours:

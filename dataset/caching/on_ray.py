@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ class CachingActor:
         main, words: a caching script and its words. threads: that read ahead, if the words do not say.
         folder: in which the command was typed, for the actor's process to go to.
         """
-        self._main, self._words, self._is_latents = main, words, is_latents
-        self._num_shards, self._threads, self._folder = num_shards, threads, folder
+        self._begin = partial(main, words, self._make)
+        self._is_latents, self._num_shards = is_latents, num_shards
+        self._threads, self._folder = threads, folder
         self._work: MediaWork | TextWork | None = None
         self._tables: Sequence[DatasetTable] = ()
 
@@ -68,22 +70,16 @@ class CachingActor:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
                     os.chdir(self._folder)  # so that paths mean what they mean where they were typed
-                self._main(self._words, self._make)
-            assert self._work is not None
-            shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
+                self._begin()
             work: Any = self._work
+            shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
             report = work.encode(shard.of(work.pieces), None).report
             work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)
-        return {
-            "shard_index": index,
-            "written": report.written,
-            "kept": report.kept,
-            "sources": report.share,
-            "failures": json.dumps([str(one) for one in report.failures]),
-            "error": error,
-        }
+        counts = {"written": report.written, "kept": report.kept, "sources": report.share}
+        failures = json.dumps([str(one) for one in report.failures])
+        return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
         """Make the caches, as the script would."""
@@ -91,12 +87,10 @@ class CachingActor:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
             leave_cudnn_out()
+        kind = MediaWork if self._is_latents else TextWork
+        # Ray shows an actor its own GPUs only
+        self._work = kind(family, config, options, choose_device(options.device))
         self._tables = config.datasets
-        device = choose_device(options.device)  # Ray shows an actor its own GPUs only
-        if self._is_latents:
-            self._work = MediaWork(family, config, options, device)
-        else:
-            self._work = TextWork(family, config, options, device)
 
 
 def run_on_ray(main: Main, options: RayOptions) -> None:
@@ -166,12 +160,12 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
     )
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     failures = [text for row in rows for text in json.loads(row["failures"])]
-    for what, lines in (
-        (f"{len(rows)} shards could not be done; all others are:", errors),
-        ("the sources could not be used; all others are done:", failures),
-    ):
-        if lines:
-            raise DatasetError("\n  ".join([f"{len(lines)} of {what}", *lines]))
+    if errors:
+        errors.insert(0, f"{len(errors)} of {len(rows)} shards could not be done; all others are:")
+    elif failures:
+        errors = [f"{len(failures)} of the sources could not be used; all others are done:", *failures]
+    if errors:
+        raise DatasetError("\n  ".join(errors))
 
 
 def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:

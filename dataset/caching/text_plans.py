@@ -186,7 +186,7 @@ class TextRecipe:
         reads_values: compare them with their checksums too. None: it is trusted to be right.
         """
         store, name = self.stores.of_texts(file.table), file.file_name
-        if self.stores.trusts and store.is_shared(name) and store.stamp(name) is not None:
+        if self.stores.trusts and store.is_shared(name) and name in store:
             return None
         _, right = self.find(file, reads_values=reads_values)
         if len(right) == len(self.encoders):  # the unfinished file, if there is one, is not needed
@@ -212,7 +212,7 @@ class TextRecipe:
             entry = store.read(name, reads_values)
             records = text_records(entry.header)
         except CacheError as error:
-            if store.stamp(name) is not None:  # else it is not there
+            if name in store:
                 logger.warning("%s. It is made again.", error)
             return None, right
         for encoder, identity in self.encoders:

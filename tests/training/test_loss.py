@@ -392,4 +392,4 @@ def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_lea
         for message in caplog.messages
         if message.startswith("Not all caches were made by the same encoders:")
     )
-    assert f"{held.text_path}: letters second" in said
+    assert f"{held.caption_path(0)}: letters second" in said

@@ -51,7 +51,7 @@ def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
     ]
     assert [item.bucket for item in found.items] == [(32, 32, 1), (32, 32, 5)] * 2
     assert found.items[0].source_stem == "clip_0"
-    assert found.items[0].text_path.name == "clip_0_toy_te.safetensors"
+    assert found.items[0].caption_path(0).name == "clip_0_toy_te.safetensors"
 
 
 def test_whole_clips_beside_sections_are_one_part_each(tmp_path: Path) -> None:
