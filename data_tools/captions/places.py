@@ -72,6 +72,27 @@ class CaptionList:
             else:
                 self.entries[expand_path(entry)] = entry
 
+    def take_waiting(self, waiting: Path) -> None:
+        """Put in the captions that a killed run of an earlier version left in a file beside the list.
+
+        Raises OutputError.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        # the last line may be unfinished, even within a letter
+        for line in waiting.read_bytes().decode("utf-8", "replace").split("\n"):
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                one = parse_json(line)
+                found[one["path"]] = one
+        changes: dict[str, Change] = {}
+        is_foreign = False
+        for entry in self._numbers:
+            one, old = found.get(_key_of(entry), {}), self.record(entry).get("caption")
+            if "caption" in one and (None if old is None else _hash_of(str(old))) == one.get("old"):
+                changes[entry] = {"caption": old}, {"caption": one["caption"]}
+                is_foreign = is_foreign or bool(one.get("is_foreign"))
+        self.write(changes, is_foreign)
+        waiting.unlink()
+
     def record(self, entry: str) -> dict[str, Any]:
         """Return the values of the line with that path; none if it is there no more."""
         number = self._numbers.get(entry)

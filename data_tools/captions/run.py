@@ -71,6 +71,10 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     """
     start = time.monotonic()
     is_again = options.overwrite or options.overwrite_all
+    for table in config.datasets if not options.dry_run else ():
+        waiting = table.jsonl_file and table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
+        if waiting and waiting.exists():
+            CaptionList(table).take_waiting(waiting)
     places = find_places(config, texts=is_again or options.fill_empty)
     made = read_made(places)
     jobs, num_done = plan_captions(places, made, options)

@@ -1,5 +1,6 @@
 """Which captions are written, kept and edited."""
 
+import json
 import os
 import subprocess
 import sys
@@ -297,3 +298,22 @@ def _written(folder: Path, is_list: bool) -> list[str]:
         return list(read_captions(folder).values())
     texts = [line.get("caption") for line in read_lines(folder)]
     return sorted({str(text) for text in texts if text is not None})
+
+
+def test_a_run_goes_on_with_what_a_killed_earlier_version_left(tmp_path: Path, server: FakeServer) -> None:
+    config = make_list(tmp_path, ['{"image_path": {}}'] * 2 + ['{"image_path": {}, "caption": "hand"}'])
+    _, second, third = (line["image_path"] for line in read_lines(tmp_path))
+    waiting = tmp_path / ".list.jsonl.captions"
+    made = {second: "of before", third: "no"}
+    records = [{"path": path, "old": None, "caption": text} for path, text in made.items()]
+    waiting.write_bytes("\n".join(["", *map(json.dumps, records), '{"p']).encode() + b"\xc3")
+    state = everything_in(tmp_path)
+    run(config, None, "--model", tmp_path, "--dry_run")
+    assert everything_in(tmp_path) == state
+    before = len(server.bodies)
+
+    run(config, server)
+
+    assert len(server.bodies) == before + 1
+    assert [line["caption"] for line in read_lines(tmp_path)][1:] == ["of before", "hand"]
+    assert not waiting.exists()
