@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
     "blissful_tuner": (3650, 21),
     "browser": (2820, 15),
-    "data_tools": (6350, 31),
+    "data_tools": (6380, 31),
     "dataset": (12690, 51),
     "downloads": (780, 6),
     "encoders": (3980, 17),
@@ -41,7 +41,7 @@ BUDGET = {
     "wan": (3600, 17),
     "z_image": (590, 7),
 }
-TESTS = 96510  # lines
+TESTS = 96530  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (166, 1191), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05

@@ -151,7 +151,8 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             bad |= {} if path is None else {path: str(error)}
     if missing:
         logger.warning(
-            "%d of %d have no caption, and text caching needs one for each. The first: %s",
+            "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
+            "at least " if len(sources) > MOST_READ else "",
             len(missing),
             len(sources),
             missing_captions(missing[:1])[0],
