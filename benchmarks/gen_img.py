@@ -130,7 +130,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
 
     words = ["--ckpt", str(folder / "model"), "--tokenizer_cache_dir", str(folder / "tokenizers")]
     options = read_gen_img("", [*words, "--prompt", "x", "--device", "cpu"])
-    maker = assemble(options, torch.device("cpu")).maker
+    maker = assemble(options, torch.device("cpu"))
     settings = PictureSettings(args.size, args.size, args.steps, SCALE)
     pictures = [
         AskedPicture(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)

@@ -5,8 +5,9 @@ the meaning of a family's own.
 import ast
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -19,20 +20,7 @@ logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
-# numbers of `--network_args`: their kind, least, and the number that they are below
-_NUMBERS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
-    "conv_dim": (int, 1, math.inf),
-    "conv_alpha": (float, 0, math.inf),
-    "rank_dropout": (float, 0, 1),
-    "module_dropout": (float, 0, 1),
-    "loraplus_lr_ratio": (float, 0, math.inf),
-    "loraplus_unet_lr_ratio": (float, 0, math.inf),
-    "loraplus_text_encoder_lr_ratio": (float, 0, math.inf),
-    "ggpo_sigma": (float, 0, math.inf),
-    "ggpo_beta": (float, 0, math.inf),
-}
-_PATTERNS = ("include_patterns", "exclude_patterns", "network_reg_dims", "network_reg_lrs")
-SETTINGS = (*_NUMBERS, *_PATTERNS, "dora_wd", "verbose")
+Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
 # searched in names of modules; the last that fits counts
 ByPattern = tuple[tuple[re.Pattern[str], float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
@@ -57,16 +45,17 @@ class LoraRules:
     encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """Return the names of all arguments that the family's module has of its own."""
-        return (
-            *(argument for argument, _ in self.types),
-            *(("train_blocks",) if self.choices else ()),
-            *self.indices,
-            *((self.outside,) if self.outside else ()),
-            *(("split_qkv",) if self.fused else ()),
-            *self.encoders,
-        )
+    def readers(self) -> dict[str, Reader]:
+        """Return how the arguments are read that the family's module has of its own."""
+        found: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in self.types}
+        if self.choices:
+            found["train_blocks"] = partial(_read_choice, self.choices)
+        found |= dict.fromkeys(self.indices, read_block_numbers)
+        if self.outside:
+            found[self.outside] = partial(read_ranks, self.outside_paths)
+        if self.fused:
+            found["split_qkv"] = _read_switch
+        return found | dict.fromkeys(self.encoders, _read_switch)
 
     def types_of(self, path: str) -> list[str]:
         """Return the arguments that may hold the rank of a module; the first given one counts."""
@@ -88,8 +77,9 @@ class LoraRules:
         return fused_heights(parts, rows, columns)
 
 
-def read_block_numbers(argument: str, text: str) -> BlockNumbers:
+def read_block_numbers(argument: str, given: Any) -> BlockNumbers:
     """Read `all`, `none` or a list such as `0,1,8-12`. Raises OptionError for anything else."""
+    text = str(given)
     if text.strip() in ("all", "none"):
         return None if text.strip() == "all" else frozenset()
     numbers: set[int] = set()
@@ -103,10 +93,11 @@ def read_block_numbers(argument: str, text: str) -> BlockNumbers:
     return frozenset(numbers)
 
 
-def read_ranks(argument: str, text: str, paths: Sequence[str]) -> tuple[int, ...]:
+def read_ranks(paths: Sequence[str], argument: str, given: Any) -> tuple[int, ...]:
     """Read one rank for each of `paths` from `[4,2,0]`; 0 leaves a module out. Raises OptionError if it is
     none.
     """
+    text = str(given)
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
     if len(parts) != len(paths) or not all(part.isdecimal() for part in parts):
         raise OptionError(
@@ -155,95 +146,53 @@ def read_settings(
 
     rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
-    rest = {key: value for key, value in arguments.items() if value is not None}
-    given = {key: _number(rest, key, *limits) for key, limits in _NUMBERS.items()}
-    ratios = [given[f"loraplus_{part}lr_ratio"] for part in ("", "unet_", "text_encoder_")]
-    sigma, beta = given["ggpo_sigma"], given["ggpo_beta"]
-    if (sigma is None) != (beta is None):
+    readers = {**_READERS, **({} if rules is None else rules.readers)}
+    texts = {key: text for key, text in arguments.items() if text is not None}
+    given = {key: read(key, texts[key]) for key, read in readers.items() if key in texts}
+    if unknown := [key for key in texts if key not in readers]:
+        raise OptionError(
+            f"--network_args {unknown[0]}: this network has no such setting."
+            f"{did_you_mean(unknown[0], readers)} It has {', '.join(readers)}"
+        )
+    given = {key: value for key, value in given.items() if value is not None}
+    if ("ggpo_sigma" in given) != ("ggpo_beta" in given):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
-    dropouts = [neuron_dropout, given["rank_dropout"], given["module_dropout"]]
-    settings = LoraSettings(
+    exclusive = [
+        name for name in ("split_qkv", "ggpo_sigma", "dora_wd") if given.get(name, False) is not False
+    ]
+    if len(exclusive) > 1:
+        raise OptionError(
+            f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: leave one out"
+        )
+    dropouts = (neuron_dropout, given.get("rank_dropout"), given.get("module_dropout"))
+    ratio = given.get("loraplus_lr_ratio")
+    own = rules or LoraRules(())  # without arguments of a family
+    return LoraSettings(
         rank=DEFAULT_RANK if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
-        conv_rank=None if given["conv_dim"] is None else int(given["conv_dim"]),
-        conv_alpha=DEFAULT_ALPHA if given["conv_alpha"] is None else given["conv_alpha"],
+        conv_rank=given.get("conv_dim"),
+        conv_alpha=given.get("conv_alpha", DEFAULT_ALPHA),
         dropouts=Dropouts(*(share or 0.0 for share in dropouts)),
-        include=_patterns(rest, "include_patterns"),
-        exclude=_patterns(rest, "exclude_patterns"),
-        loraplus_lr_ratio=ratios[0] if ratios[1] is None else ratios[1],
-        loraplus_encoder_ratio=ratios[0] if ratios[2] is None else ratios[2],
-        decomposes=_switch(rest, "dora_wd"),
-        verbose=_switch(rest, "verbose"),
-        reg_ranks=_by_pattern(rest, "network_reg_dims", int),
-        reg_rates=_by_pattern(rest, "network_reg_lrs", float),
-        perturbation=None if sigma is None or beta is None else (sigma, beta),
+        include=given.get("include_patterns", ()),
+        exclude=given.get("exclude_patterns", ()),
+        loraplus_lr_ratio=given.get("loraplus_unet_lr_ratio", ratio),
+        loraplus_encoder_ratio=given.get("loraplus_text_encoder_lr_ratio", ratio),
+        decomposes=given.get("dora_wd", False),
+        verbose=given.get("verbose", False),
+        reg_ranks=given.get("network_reg_dims", ()),
+        reg_rates=given.get("network_reg_lrs", ()),
+        perturbation=(given["ggpo_sigma"], given["ggpo_beta"]) if "ggpo_sigma" in given else None,
         rules=rules,
-        **({} if rules is None else _by_rules(rest, rules)),
+        type_ranks={argument: given[argument] for argument, _ in own.types if argument in given},
+        train_blocks=given.get("train_blocks"),
+        block_numbers={argument: given[argument] for argument in own.indices if argument in given},
+        outside_ranks=given.get(own.outside, ()),
+        splits=given.get("split_qkv", False),
+        encoders_off=frozenset(prefix for name, prefix in own.encoders.items() if not given.get(name)),
     )
-    if rest:
-        known = (*SETTINGS, *(() if rules is None else rules.arguments))
-        key = next(iter(rest))
-        raise OptionError(
-            f"--network_args {key}: this network has no such setting.{did_you_mean(key, known)} It has "
-            f"{', '.join(known)}"
-        )
-    exclusive = {
-        "split_qkv": settings.splits,
-        "ggpo_sigma": sigma is not None,
-        "dora_wd": settings.decomposes,
-    }
-    if len(both := [name for name, is_on in exclusive.items() if is_on]) > 1:
-        raise OptionError(f"--network_args {both[0]} and {both[-1]} cannot be used together: leave one out")
-    return settings
-
-
-def _by_rules(rest: dict[str, Any], rules: LoraRules) -> dict[str, Any]:
-    """Remove the settings that only the family's module has from `rest` and return them as fields."""
-    ranks = {argument: _number(rest, argument, int, 0, math.inf) for argument, _ in rules.types}
-    blocks = rest.pop("train_blocks", None) if rules.choices else None
-    if blocks is not None and blocks not in rules.choices:
-        raise OptionError(f"--network_args train_blocks={blocks}: give one of {', '.join(rules.choices)}")
-    numbers = {
-        argument: read_block_numbers(argument, str(rest.pop(argument)))
-        for argument in rules.indices
-        if argument in rest
-    }
-    outside = (
-        read_ranks(rules.outside, str(rest.pop(rules.outside)), rules.outside_paths)
-        if rules.outside and rules.outside in rest
-        else ()
-    )
-    return {
-        "type_ranks": {argument: int(rank) for argument, rank in ranks.items() if rank is not None},
-        "train_blocks": blocks,
-        "block_numbers": numbers,
-        "outside_ranks": outside,
-        "splits": _switch(rest, "split_qkv") if rules.fused else False,
-        "encoders_off": frozenset(
-            prefix for argument, prefix in rules.encoders.items() if not _switch(rest, argument)
-        ),
-    }
-
-
-def _by_pattern(rest: dict[str, Any], key: str, kind: type[int] | type[float]) -> ByPattern:
-    """Remove `pattern=number,pattern=number` from `rest` and return its pairs."""
-    text = rest.pop(key, None)
-    if text is None:
-        return ()
-    pairs = []
-    for part in str(text).split(","):
-        pattern, equals, number = part.strip().partition("=")
-        found = _read_number(number, kind)
-        if not equals or not pattern.strip() or found is None:
-            raise OptionError(
-                f"--network_args {key}: {part.strip()!r} is no pair; write pattern=number,pattern=number, "
-                f"with numbers {'of at least 0 that are whole' if kind is int else 'of at least 0'}"
-            )
-        pairs.append((_compile(key, pattern.strip()), found))
-    return tuple(pairs)
 
 
 def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
@@ -264,23 +213,22 @@ def log_overlaps(argument: str, pairs: ByPattern, found: Sequence[tuple[int, ...
         )
 
 
-def _number(
-    rest: dict[str, Any], key: str, kind: type[int] | type[float], low: float, high: float
+def _read_number(
+    kind: type[int] | type[float], argument: str, text: Any, least: float = 0, below: float = math.inf
 ) -> float | None:
-    """Remove a number from `rest` and return it; None if missing. `low` is allowed, `high` is not."""
-    text = rest.pop(key, None)
-    if text is None or text == "None":
+    """Return a number from its text; None for `None`."""
+    if text == "None":
         return None
-    value = _read_number(text, kind)
-    if value is None or not low <= value < high:
-        limits = f"from {low:g} to below {high:g}" if high < math.inf else f"of at least {low:g}"
+    value = _as_number(kind, text)
+    if value is None or not least <= value < below:
+        limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of at least {least:g}"
         raise OptionError(
-            f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
+            f"--network_args {argument}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
         )
     return value
 
 
-def _read_number(text: Any, kind: type[int] | type[float]) -> float | None:
+def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
     """Return a number of at least 0 from its text, None if it is none."""
     try:
         value = kind(text)
@@ -289,37 +237,68 @@ def _read_number(text: Any, kind: type[int] | type[float]) -> float | None:
     return value if 0 <= value < math.inf else None
 
 
-def _switch(rest: dict[str, Any], key: str) -> bool:
-    """Remove True or False, or its text, from `rest` and return it; False if missing."""
-    text = str(rest.pop(key, False))
-    if text.lower() not in {"true", "false"}:
-        raise OptionError(f"--network_args {key}={text}: give True or False")
-    return text.lower() == "true"
+def _read_pairs(kind: type[int] | type[float], argument: str, text: Any) -> ByPattern:
+    """Return the pairs of `pattern=number,pattern=number`."""
+    pairs = []
+    for part in str(text).split(","):
+        pattern, equals, number = part.strip().partition("=")
+        found = _as_number(kind, number)
+        if not equals or not pattern.strip() or found is None:
+            whole = " that are whole" if kind is int else ""
+            raise OptionError(
+                f"--network_args {argument}: {part.strip()!r} is no pair; write pattern=number,"
+                f"pattern=number, with numbers of at least 0{whole}"
+            )
+        pairs.append((_compile(argument, pattern.strip()), found))
+    return tuple(pairs)
 
 
-def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
-    """Remove a list of regular expressions, or the text of a Python list, from `rest` and return it.
+def _read_switch(argument: str, text: Any) -> bool:
+    if str(text).lower() not in {"true", "false"}:
+        raise OptionError(f"--network_args {argument}={text}: give True or False")
+    return str(text).lower() == "true"
 
-    Raises OptionError for an invalid expression.
-    """
-    given = rest.pop(key, ())
+
+def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
+    if text not in choices:
+        raise OptionError(f"--network_args {argument}={text}: give one of {', '.join(choices)}")
+    return text
+
+
+def _read_patterns(argument: str, given: Any) -> tuple[re.Pattern[str], ...]:
+    """Return a list of regular expressions, or the text of a Python list, compiled."""
     if isinstance(given, str):
         try:
             given = ast.literal_eval(given)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             given = None
     if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
-        raise OptionError(
-            f"""--network_args {key}: write a Python list of strings, such as "{key}=[r'.*ffn.*']"."""
-        )
-    return tuple(_compile(key, pattern) for pattern in given)
+        example = f"{argument}=[r'.*ffn.*']"
+        raise OptionError(f'--network_args {argument}: write a Python list of strings, such as "{example}".')
+    return tuple(_compile(argument, pattern) for pattern in given)
 
 
-def _compile(key: str, pattern: str) -> re.Pattern[str]:
+def _compile(argument: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
         raise OptionError(
-            f"--network_args {key}: {pattern!r} is not a regular expression ({error}). Correct it, or leave "
-            "it out"
+            f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Correct it, or "
+            "leave it out"
         ) from None
+
+
+_SHARE, _RATIO = partial(_read_number, float, below=1), partial(_read_number, float)
+_READERS: Mapping[str, Reader] = {
+    "conv_dim": partial(_read_number, int, least=1),
+    "conv_alpha": _RATIO,
+    **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
+    **dict.fromkeys(
+        ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), _RATIO
+    ),
+    **dict.fromkeys(("ggpo_sigma", "ggpo_beta"), _RATIO),
+    **dict.fromkeys(("include_patterns", "exclude_patterns"), _read_patterns),
+    "network_reg_dims": partial(_read_pairs, int),
+    "network_reg_lrs": partial(_read_pairs, float),
+    **dict.fromkeys(("dora_wd", "verbose"), _read_switch),
+}

@@ -16,7 +16,7 @@ from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
-from stable_diffusion.loras import ChosenLoras, check_networks, load_networks, read_networks
+from stable_diffusion.loras import check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
@@ -77,16 +77,8 @@ def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callabl
     return forward
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedPipeline:
-    """The maker of pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
-
-    maker: Maker
-    networks: ChosenLoras | None = None
-
-
-def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
-    """Load the checkpoint and all that acts on it.
+def assemble(options: GenImgOptions, device: torch.device) -> Maker:
+    """Load the checkpoint and all that acts on it; return what makes pictures with them.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
@@ -111,7 +103,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
     networks = load_networks(options.networks, model, loras)
-    maker = Maker(
+    return Maker(
         model,
         Texts(model.texts, model.kind, options.text, list(layers)),
         options.sampling,
@@ -130,4 +122,3 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
         None if strength is None else PictureVectors(model, options.model.tokenizer_cache_dir, strength),
         load_guides(options.guides, model),
     )
-    return LoadedPipeline(maker, networks)

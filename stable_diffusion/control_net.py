@@ -26,7 +26,7 @@ from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
-from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
+from stable_diffusion.control_net_files import OPTION, load_control_net
 from stable_diffusion.network_options import ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
 
@@ -106,9 +106,7 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     unet: the configuration of diffusers' UNet2DConditionModel. Raises CheckpointError.
     """
     for use in options.uses if options.control_net_models else ():
-        with open_control_net(use.path) as checkpoint:
-            plan = read_control_net(use.path, checkpoint, unet, kind.words)
-            load_control_net(plan, None, torch.device("meta"), torch.float32)  # compares, reads nothing
+        load_control_net(use.path, unet, kind.words, torch.device("meta"), torch.float32)
 
 
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
@@ -120,9 +118,8 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         return None
     networks = []
     for use in options.uses:
-        with open_control_net(use.path) as checkpoint:
-            plan = read_control_net(use.path, checkpoint, model.unet.config, model.kind.words)
-            network: Any = load_control_net(plan, model.unet, model.device, model.dtype)
+        place = model.device, model.dtype, model.unet
+        network: Any = load_control_net(use.path, model.unet.config, model.kind.words, *place)
         # it computes as the U-Net does: the package for attention, the layout in memory
         if any(isinstance(each, XFormersAttnProcessor) for each in model.unet.attn_processors.values()):
             network.set_attn_processor(XFormersAttnProcessor())

@@ -7,16 +7,15 @@ differences holds by how much its network differs from the U-Net that it was tra
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from modules.checkpoints.dialects import count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
@@ -60,34 +59,52 @@ _HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes thro
 _BLOCKS = rf"{_HINT}\.blocks\.\d+"
 
 
-@dataclass(frozen=True)
-class ControlNetPlan:
-    """How an open file is loaded."""
+def load_control_net(
+    path: Path,
+    unet: Mapping[str, Any],
+    words: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: nn.Module | None = None,
+) -> ControlNetModel:
+    """Load a ControlNet from a file or a folder of diffusers; on the meta device nothing is read, but all is
+    compared.
 
-    checkpoint: Checkpoint  # without prefix
-    sources: Mapping[str, TensorSource]  # by diffusers' names
-    config: Mapping[str, Any]  # of diffusers' ControlNetModel
-    is_difference: bool
-
-
-def open_control_net(path: Path) -> Checkpoint:
-    """Open a file or a folder of diffusers. Raises CheckpointError."""
-    given = require_file(path, OPTION, "")
-    return open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
-
-
-def read_control_net(
-    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
-) -> ControlNetPlan:
-    """Plan how to load a ControlNet for a U-Net.
-
-    path: as the user gave it, checkpoint: that file, open. unet: the configuration of diffusers'
-    UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
-    belongs to another U-Net.
+    unet: the configuration of diffusers' UNet2DConditionModel, words: what model that is. base: that U-Net,
+    to which a file of differences is added. Raises CheckpointError if the file is something else or belongs
+    to another U-Net, or if tensors are missing, unexpected, of other shapes or damaged.
     """
-    unet = {**_UNET_DEFAULTS, **unet}
+    given = require_file(path, OPTION, "")
+    opened = open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
+
+    def add_base(name: str, weight: Tensor) -> Tensor:
+        if name.startswith(OWN_PARTS):
+            return weight
+        assert base is not None
+        return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
+
+    with opened as checkpoint:
+        plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet}, words)
+        network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
+        is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
+        load_module(
+            network,
+            plan.checkpoint,
+            plan.sources,
+            device=device,
+            dtype=lambda *_: dtype,
+            patch=add_base if is_difference else None,
+            ignore=plan.ignore,
+            what=OPTION,
+        )
+    return network.eval()
+
+
+def _read_control_net(
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+) -> LoadPlan[dict[str, Any]]:
+    """Plan how to load an open file. path: as the user gave it."""
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
-    is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
@@ -107,7 +124,7 @@ def read_control_net(
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
-    return ControlNetPlan(bare, sources, {**config, **_read_folder(path)}, is_difference)
+    return LoadPlan({**config, **_read_folder(path)}, bare, sources, ignore=(DIFFERENCE,))
 
 
 _OWN_NAMES = (
@@ -256,32 +273,3 @@ def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
 
 def _words(values: tuple[Any, ...]) -> str:
     return ", ".join("none" if value is None else str(value) for value in values)
-
-
-def load_control_net(
-    plan: ControlNetPlan, unet: Any, device: torch.device, dtype: torch.dtype
-) -> ControlNetModel:
-    """Load the network of an open file; on the meta device nothing is read, but all is compared.
-
-    unet: diffusers' U-Net, to which a file of differences is added. Raises CheckpointError if tensors are
-    missing, unexpected, of other shapes or damaged.
-    """
-    network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
-
-    def add_unet(name: str, weight: Tensor) -> Tensor:
-        if name.startswith(OWN_PARTS):
-            return weight
-        base: Tensor = unet.get_parameter(name)
-        return weight.float() + base.to(weight.device, torch.float32)
-
-    load_module(
-        network,
-        plan.checkpoint,
-        plan.sources,
-        device=device,
-        dtype=lambda *_: dtype,
-        patch=add_unet if plan.is_difference else None,
-        ignore=(DIFFERENCE,),
-        what=OPTION,
-    )
-    return network.eval()

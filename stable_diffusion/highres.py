@@ -121,17 +121,12 @@ class SavedStage:
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
 
-@dataclass(frozen=True, eq=False)
-class Highres:
-    """How pictures are made in two stages; made once for a run, before the model is loaded."""
-
-    options: HighresOptions
-    upscaler: UpscalingModule | None = None
-    vae_batch_size: float | None = None  # --vae_batch_size: below 1 it is a share of a batch
+# how pictures are made in two stages, made once for a run; the upscaler of the first stage's pictures, if any
+Highres = tuple[HighresOptions, UpscalingModule | None]
 
 
-def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None) -> Highres | None:
-    """Import the upscaler of the first stage's pictures. None: there is one stage only.
+def prepare_highres(options: HighresOptions) -> Highres | None:
+    """Import the upscaler of the first stage's pictures, before the model is loaded. None: one stage only.
 
     Raises OptionError if --highres_fix_upscaler cannot be used.
     """
@@ -139,7 +134,7 @@ def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None
         return None
     name = options.highres_fix_upscaler
     upscaler = None if name is None else load_upscaler(name, options.highres_fix_upscaler_args)
-    return Highres(options, upscaler, vae_batch_size)
+    return options, upscaler
 
 
 def make_pictures(
@@ -153,7 +148,7 @@ def make_pictures(
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")
         return
-    options, upscaler, settings = highres.options, highres.upscaler, pictures[0].settings
+    (options, upscaler), settings = highres, pictures[0].settings
     scale = options.highres_fix_scale
     assert scale is not None
     # the nearest pixel, then down to a multiple for the autoencoder
@@ -166,7 +161,7 @@ def make_pictures(
     made = maker.make(first, None, wants_images)
     if options.highres_fix_save_1st:
         yield SavedStage(first, made, FIRST)
-    start = enlarge(highres, maker.model, made, settings)
+    start = enlarge(maker, highres, made, settings)
     del made
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
@@ -179,16 +174,17 @@ def make_pictures(
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
-def enlarge(highres: Highres, model: Model, made: Made, settings: PictureSettings) -> SecondStart:
+def enlarge(maker: Maker, highres: Highres, made: Made, settings: PictureSettings) -> SecondStart:
     """Return the first stage's result in the size that is wanted, for the second stage to begin with.
 
     settings: of the whole picture. Raises OptionError if --highres_fix_upscaler fails.
     """
     size = settings.width, settings.height
-    if highres.upscaler is not None:
-        count = len(made.latents)
-        return highres.upscaler.upscale(model, made, *size, vae_batch(highres.vae_batch_size, count))
-    if highres.options.highres_fix_latents_upscaling:
+    options, upscaler = highres
+    if upscaler is not None:
+        at_once = vae_batch(maker.vae_batch_size, len(made.latents))
+        return upscaler.upscale(maker.model, made, *size, at_once)
+    if options.highres_fix_latents_upscaling:
         return SecondStart(latents=interpolate(made.latents.float(), latent_size(settings), mode="bicubic"))
     assert made.images is not None
     return SecondStart(images=[fit(image, *size) for image in made.images])

@@ -5,6 +5,7 @@ and shapes of all tensors, tokenizers, the package for attention.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,6 @@ import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor, nn
 
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
@@ -82,19 +82,13 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     )
     for words, plan in zip(tokenizers, release.texts, strict=True):
         check_vocabulary(words, plan.network.config.vocabulary, release.path)
-    networks = _build(release)
-    unet, vae, texts = networks
-    _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
+    parts = _make_networks(release, dtype, vae_dtype)
+    _fill(parts, META)  # compares names and shapes; reads nothing
     _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
-    _fill(networks, release, device, dtype, vae_dtype)
-    read = [None if plan.projection is None else plan.projection.read() for plan in release.texts]
-    projections = [None if one is None else one.to(device, dtype) for one in read]
-    towers = tuple(
-        _tower(release, number, network, words, projection)
-        for number, (network, words, projection) in enumerate(
-            zip(texts, tokenizers, projections, strict=True)
-        )
-    )
+    _fill(parts, device)
+    *texts, unet, vae = (network for network, *_ in parts)
+    rows = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
+    towers = tuple(_tower(*row, release.kind is SD2, device, dtype) for row in rows)
     _set_up(options, unet, vae)
     return Model(
         kind=release.kind,
@@ -240,40 +234,31 @@ def _check_together(release: OpenedCheckpoint) -> None:
             )
 
 
-# diffusers' U-Net and VAE, and our text encoders
-DiffusionNetworks = tuple[Any, Any, tuple[ClipText, ...]]
+_Part = tuple[Any, LoadPlan[Any], torch.dtype, str]  # a network, how it is loaded, and its name in messages
 
 
-def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
-    """Make all networks on the meta device."""
+def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype) -> list[_Part]:
+    """Make all networks on the meta device: our text encoders, then diffusers' U-Net and VAE."""
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
-        texts = tuple(ClipText(plan.network.config) for plan in release.texts)
+        texts = [(ClipText(plan.network.config), plan.network) for plan in release.texts]
     unet = build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
     vae = build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
-    return unet, vae, texts
-
-
-def _fill(
-    networks: DiffusionNetworks,
-    release: OpenedCheckpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-) -> None:
-    """Fill all networks from the open files; on the meta device nothing is read, but all is compared."""
-    unet, vae, texts = networks
-    parts: list[tuple[Any, LoadPlan[Any], torch.dtype, str]] = [
-        (one, plan.network, dtype, "the text encoder of --ckpt")
-        for one, plan in zip(texts, release.texts, strict=True)
+    return [
+        *((*text, dtype, "the text encoder of --ckpt") for text in texts),
+        (unet, release.unet, dtype, "the U-Net of --ckpt"),
+        (vae, release.vae, vae_dtype, "the VAE"),
     ]
-    parts += [(unet, release.unet, dtype, "the U-Net of --ckpt"), (vae, release.vae, vae_dtype, "the VAE")]
-    for network, plan, own, what in parts:
-        load_planned(plan, partial(_keep, network), device, own, what).requires_grad_(False)
 
 
-def _keep(network: nn.Module, _: Any) -> nn.Module:
+def _fill(parts: Sequence[_Part], device: torch.device) -> None:
+    """Fill networks from the open files; on the meta device nothing is read, but all is compared."""
+    for network, plan, dtype, what in parts:
+        load_planned(plan, partial(_keep, network), device, dtype, what).requires_grad_(False)
+
+
+def _keep(network: Any, _: Any) -> Any:
     return network
 
 
@@ -294,17 +279,23 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
 
 
 def _tower(
-    release: OpenedCheckpoint, number: int, network: ClipText, words: ClipWords, projection: Tensor | None
+    plan: TextPlan,
+    network: ClipText,
+    words: ClipWords,
+    lora_prefix: str,
+    is_sd2: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> TextTower:
     return TextTower(
         network=network,
         tokenize=words.tokenize,
         start=words.start,
         end=words.end,
-        pad=OPEN_CLIP_PAD if release.texts[number].is_open_clip else words.end,
-        lora_prefix=release.kind.lora_prefixes[number],
-        projection=projection,
-        missing_layers=1 if release.kind is SD2 else 0,
+        pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
+        lora_prefix=lora_prefix,
+        projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
+        missing_layers=1 if is_sd2 else 0,
     )
 
 

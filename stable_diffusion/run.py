@@ -27,7 +27,7 @@ from modules.devices import Failures, choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
 from modules.media.writing import write_png
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.assembling import LoadedPipeline, assemble
+from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
 from stable_diffusion.highres import FIRST, Highres, make_pictures, prepare_highres
 from stable_diffusion.lines import (
@@ -40,6 +40,7 @@ from stable_diffusion.lines import (
     make_prompter,
     prompted_lines,
 )
+from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions, PictureOutputOptions
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def show_picture(program: str, path: Path) -> None:
     )
 
 
-Load = Callable[[GenImgOptions, torch.device], LoadedPipeline]
+Load = Callable[[GenImgOptions, torch.device], Maker]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ class Run:
     """The parts of a run."""
 
     options: GenImgOptions
-    loaded: LoadedPipeline
+    maker: Maker
     highres: Highres | None
     asking: Asking
     files: PictureFiles
@@ -201,14 +202,14 @@ class Run:
         """Make a batch and write its pictures as soon as a stage of them is there."""
         paths = []
         try:
-            for stage in make_pictures(self.loaded.maker, self.highres, batch):
+            for stage in make_pictures(self.maker, self.highres, batch):
                 assert stage.made.images is not None
                 made = zip(stage.pictures, stage.made.images, strict=True)
                 for number, (picture, image) in enumerate(made):
                     paths.append(self.files.save(picture, image, stage.digit, number))
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
-            free_memory(self.loaded.maker.model.device)
+            free_memory(self.maker.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
                 f"the device has too little memory for {count_of(len(batch), 'picture')} of "
@@ -226,15 +227,15 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     device = choose_device(options.device)
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.uses))
-    highres = prepare_highres(options.highres, options.model.vae_batch_size)
+    highres = prepare_highres(options.highres)
 
     def start(lines: Sequence[Line] | None = None) -> Run:
         """Load the networks. lines: all that are asked for, if they are known."""
-        loaded = load(options, device)
-        kind = loaded.maker.model.kind
+        maker = load(options, device)
+        kind = maker.model.kind
         asking = Asking(options, kind, inputs, make_seeds(options, lines))
         files = PictureFiles(options.output, kind, options.sampling.sampler)
-        return Run(options, loaded, highres, asking, files)
+        return Run(options, maker, highres, asking, files)
 
     if options.prompts.interactive:
         converse(start())
@@ -301,7 +302,7 @@ def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[
 
 def _module_lines(run: Run, module: ModuleType, failures: Failures) -> Callable[[], Iterator[Line]]:
     """Return the function that yields the lines of a round; a module that fails ends it."""
-    prompter = make_prompter(module, run.options, run.loaded.maker.model, run.loaded.networks)
+    prompter = make_prompter(module, run.options, run.maker.model, run.maker.networks)
     asking = run.asking
 
     def lines() -> Iterator[Line]:

@@ -124,19 +124,9 @@ def _update(name: str, of: Of) -> UpdateConfig:
 
 
 OPTION = "--model"
-META = torch.device("meta")
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
 COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where everything of a mode lies."""
-
-    main: Path
-    flow: Path  # may be the main file, which holds it too
-    settings: Path | None
 
 
 @dataclass(frozen=True)
@@ -152,10 +142,10 @@ class ModeSettings:
 USUAL = ModeSettings()
 
 
-def find_files(path: Path, kind: str) -> ModelFiles:
-    """Return the files of a mode. path: the folder, or the main file in it.
+def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
+    """Return the files of a mode: of the network, of the flow, and settings. path: the folder or main file.
 
-    Raises CheckpointError if one is missing.
+    The first may hold the flow too. Raises CheckpointError if one is missing.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder. Give the folder to {OPTION}.", path)
@@ -185,7 +175,7 @@ def find_files(path: Path, kind: str) -> ModelFiles:
                 folder,
             )
     settings = folder / f"{kind}_arb.yaml"
-    return ModelFiles(main, flow or main, settings if settings.is_file() else None)
+    return main, flow or main, settings if settings.is_file() else None
 
 
 def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
@@ -260,29 +250,23 @@ class InterpolationNetworks:
         ]
 
 
-def check_networks(path: Path, kind: str) -> None:
-    """Read the headers of a mode's files. Raises CheckpointError as `load_networks`."""
-    load_networks(path, kind, META, torch.float32)
-
-
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
+    On the meta device headers alone are read.
     Raises CheckpointError if a file is missing or does not fit its name, or if both do not fit each other.
     """
-    files = find_files(path, kind)
-    settings = read_settings(files.settings)
+    main, flow, beside = find_files(path, kind)
+    settings = read_settings(beside)
 
     def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
-    with open_checkpoint(files.main) as checkpoint:
+    with open_checkpoint(main) as checkpoint:
         plan = read_gimm(checkpoint)
         if is_with_raft(plan.config) != (kind == WITH_RAFT):
             other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
-            raise CheckpointError(
-                f"{files.main} is a file of {other}, not of {kind}. Use --mode {other}.", files.main
-            )
+            raise CheckpointError(f"{main} is a file of {other}, not of {kind}. Use --mode {other}.", main)
         motion = replace(
             plan.config.motion,
             coordinates=settings.coordinates,
@@ -291,11 +275,18 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
         )
         plan = replace(plan, config=replace(plan.config, motion=motion))
         gimm = load_planned(plan, GimmVfi, device, dtype_of, OPTION)
-    with open_checkpoint(files.flow) as checkpoint:
-        if files.flow == files.main:
+    with open_checkpoint(flow) as checkpoint:
+        if flow == main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
         estimator, widths = _load_estimator(checkpoint, kind, settings, device)
-    _require_fitting(plan.config.synthesis, widths, files)
+    config = plan.config.synthesis
+    taken = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, widths[2])
+    if widths != taken:
+        raise CheckpointError(
+            f"{flow} does not fit {main.name}: it makes maps of {widths[0]} and {widths[1]} channels. Give "
+            "both files of one release.",
+            flow,
+        )
     return InterpolationNetworks(gimm, estimator)
 
 
@@ -312,14 +303,3 @@ def _load_estimator(
     first, second = (stage.width for stage in plan.config.context)
     widths = (first, second, plan.config.matching)
     return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths
-
-
-def _require_fitting(config: SynthesisConfig, found: tuple[int, int, int], files: ModelFiles) -> None:
-    """Raise CheckpointError if the maps of the flow are not those that the synthesis takes."""
-    wanted = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, found[2])
-    if found != wanted:
-        raise CheckpointError(
-            f"{files.flow} does not fit {files.main.name}: it makes maps of {found[0]} and {found[1]} "
-            "channels. Give both files of one release.",
-            files.flow,
-        )

@@ -17,7 +17,7 @@ from modules.errors import CheckpointError, MediaError, OptionError, UserError
 from modules.media.encoding import Picture, Pixels
 from modules.media.measures import Thumbnail, clock_time, scene_distance, thumbnail
 from post.contract import Clip, Stage, to_pixels, to_tensor
-from post.interpolation.files import check_networks, load_networks
+from post.interpolation.files import load_networks
 from post.interpolation.motion import Frame, Interpolation
 from post.options import InterpolationOptions
 from post.tiling import compile_parts, network_dtype
@@ -34,7 +34,7 @@ LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale 
 
 def check_interpolation(options: InterpolationOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    check_networks(options.network.model, options.kind)
+    load_networks(options.network.model, options.kind, torch.device("meta"), torch.float32)
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:

@@ -128,7 +128,7 @@ def make_here(files: Files, pictures: Sequence[AskedPicture], *arguments: object
     """Make pictures without the script, for their latents."""
     words = [*files.options, "--prompt", "none", *arguments]
     options = read_gen_img(None, [str(word) for word in words])
-    return assemble(options, torch.device("cpu")).maker.make(pictures)
+    return assemble(options, torch.device("cpu")).make(pictures)
 
 
 def assert_close(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], by: int = 1) -> None:

@@ -19,7 +19,6 @@ from encoders.clip_layers import ClipText
 from modules.parser import parse_options
 from networks.module_names import to_alias
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
-from stable_diffusion.assembling import LoadedPipeline
 from stable_diffusion.contract import (
     SD1,
     SD2,
@@ -120,6 +119,7 @@ class PlainMaker:
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
     batches: list[list[AskedPicture]] = field(default_factory=list)
+    networks: None = None
 
     @property
     def model(self) -> Any:
@@ -136,8 +136,8 @@ class PlainMaker:
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
         return Made(latents, images if wants_images else None)
 
-    def load(self, options: GenImgOptions, device: torch.device) -> LoadedPipeline:
-        return LoadedPipeline(self)
+    def load(self, options: GenImgOptions, device: torch.device) -> Any:
+        return self
 
     @property
     def pictures(self) -> list[AskedPicture]:

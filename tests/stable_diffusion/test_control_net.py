@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, MediaError, OptionError
 from stable_diffusion.contract import SD1, UnetCall
 from stable_diffusion.control_net import BatchGuides, check_control_nets, load_control_nets
-from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
+from stable_diffusion.control_net_files import load_control_net
 from stable_diffusion.network_options import ControlOptions, ControlUse
 from tests.manifests import write_hollow
 from tests.stable_diffusion import loaded
@@ -64,9 +64,8 @@ def test_each_layout_gives_the_same_network(tmp_path: Path, kind: str, layout: s
     )
     unet = loaded.unet_of(kind)
 
-    with open_control_net(path) as checkpoint:
-        plan = read_control_net(path, checkpoint, unet.config, loaded.OF_NAME[kind].words)
-        found = load_control_net(plan, unet, CPU, torch.float32).state_dict()
+    words = loaded.OF_NAME[kind].words
+    found = load_control_net(path, unet.config, words, CPU, torch.float32, unet).state_dict()
 
     wanted = control_nets.control_net_state(kind)
     assert found.keys() == wanted.keys()

@@ -66,7 +66,7 @@ class Project:
 
     def load(self, *words: object, **scales: float) -> Maker:
         given = [*self.files.options, "--prompt", "x", *self.words(**scales), *map(str, words)]
-        made = assemble(read_gen_img(None, given), CPU).maker
+        made = assemble(read_gen_img(None, given), CPU)
         assert isinstance(made, Maker)
         return made
 

@@ -42,6 +42,7 @@ class Maker:
     """Makes pictures whose numbers depend on the seed."""
 
     asked: list[Asked] = field(default_factory=list)
+    vae_batch_size: float | None = None
     model: Any = field(
         default_factory=lambda: SimpleNamespace(
             vae=SimpleNamespace(device=torch.device("cpu")), device=torch.device("cpu"), dtype=torch.float32

@@ -57,7 +57,7 @@ def load(folder: Path, write: Any = write_sd1, *words: str, **sizes: Any) -> Mak
     checkpoint = write(folder, **sizes)
     tokenizers = tokenizer_folder(folder / "tokenizers")
     given = ["--ckpt", str(checkpoint), "--tokenizer_cache_dir", str(tokenizers), "--prompt", "x", *words]
-    made = assemble(read_gen_img(None, given), torch.device("cpu")).maker
+    made = assemble(read_gen_img(None, given), torch.device("cpu"))
     assert isinstance(made, Maker)
     return made
 
