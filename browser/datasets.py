@@ -24,14 +24,16 @@ from modules.text_files import parse_json, parse_toml, read_text
 SETTLED_SECONDS = 2.0  # that files must be unchanged before they are measured anew: caching writes many
 MOST_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^\s*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
-# frames per second and step of sides of models, for files of which no run tells the model
+# frames per second, steps of sides and of frames of models, for files of which no run tells the model
 MODELS = {
-    "Wan": ("16", "16"),
-    "Wan2.2 TI2V-5B": ("24", "32"),
-    "HunyuanVideo": ("24", "16"),
-    "FramePack": ("30", "16"),
+    "Wan": ("16", "16", "4"),
+    "Wan2.2 TI2V-5B": ("24", "32", "4"),
+    "HunyuanVideo": ("24", "16", "4"),
+    "FramePack": ("30", "16", "4"),
+    "LTX-2": ("24", "32", "8"),
 }
-OF_RUNS = {"hunyuan_video": "HunyuanVideo", "framepack": "FramePack"}  # by what a run calls its model
+# by what a run calls its model
+OF_RUNS = {"hunyuan_video": "HunyuanVideo", "framepack": "FramePack", "ltx2_v1": "LTX-2"}
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 
@@ -202,8 +204,9 @@ class Datasets:
             threading.Thread(target=self._run, args=(dataset, measured), daemon=True).start()
 
     def _run(self, dataset: FoundDataset, measured: Measured) -> None:
-        fps, step = MODELS[measured.model]
+        fps, step, frames = MODELS[measured.model]
         options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", step]
+        options += ["--frame_step", frames]
         options += ["--json", "--files", "--no_download", "--num_workers", "2"]
         options += [] if measured.decodes else ["--no_decode"]
         with self._one:

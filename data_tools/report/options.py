@@ -27,17 +27,20 @@ class ReportOptions(Options, title="report"):
         hint="0 for no thumbnails",
     )
     fps: float = option(
-        "frames per second of the model, for tables with source_fps: 16 for Wan, 24 for HunyuanVideo "
-        "and Wan2.2 TI2V-5B, 30 for FramePack",
+        "frames per second of the model, for tables with source_fps: 16 for Wan, 24 for HunyuanVideo, "
+        "Wan2.2 TI2V-5B and LTX-2, 30 for FramePack",
         default=16.0,
         above=0,
     )
     pixel_step: int = option(
-        "sides of buckets are multiples of this: 16, or 32 for Wan2.2 TI2V-5B",
+        "sides of buckets are multiples of this: 16, or 32 for Wan2.2 TI2V-5B and LTX-2",
         default=16,
         least=1,
         most=1024,
-        hint="16, or 32 for Wan2.2 TI2V-5B",
+        hint="16, or 32 for Wan2.2 TI2V-5B and LTX-2",
+    )
+    frame_step: int = option(
+        "clips have a multiple of so many frames, and one: 4, or 8 for LTX-2", default=4, choices=(4, 8)
     )
     references: int = option(
         "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "

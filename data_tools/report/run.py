@@ -18,7 +18,7 @@ from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
-from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable, with_references
+from dataset.config import DatasetConfig, DatasetTable, with_references
 from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
@@ -34,8 +34,12 @@ from modules.paths import hide_secrets, is_address
 logger = logging.getLogger(__name__)
 
 NAMED = 10  # faults of one kind in the log
-# channels of the latents and the pixels of each, by --pixel_step: those of Wan2.2 TI2V-5B, and of all others
-LATENTS: Mapping[int, tuple[int, tuple[int, int, int]]] = {32: (48, (4, 16, 16))}
+# channels of the latents and the pixels of each, by --pixel_step and --frame_step: those of Wan2.2 TI2V-5B
+# and LTX-2; USUAL of all others
+LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
+    (32, 4): (48, (4, 16, 16)),
+    (32, 8): (128, (8, 32, 32)),
+}
 USUAL = (16, (4, 8, 8))
 
 
@@ -45,7 +49,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    latent = LatentSpec(*LATENTS.get(options.pixel_step, USUAL), options.pixel_step, FRAME_STEP)
+    steps = options.pixel_step, options.frame_step
+    latent = LatentSpec(*LATENTS.get(steps, USUAL), *steps)
     decodes = not options.no_decode
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))

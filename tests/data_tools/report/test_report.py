@@ -173,6 +173,19 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
         assert sizes == expected.buckets
 
 
+@pytest.mark.parametrize(("options", "frames"), [((), 13), (("--frame_step", "8", "--pixel_step", "32"), 9)])
+def test_clips_have_the_frames_that_the_model_takes(
+    tmp_path: Path, options: tuple[str, ...], frames: int
+) -> None:
+    (tmp_path / "clips").mkdir()
+    save_still_clip(tmp_path / "clips/a.mp4", picture(1, (96, 72)), 15)
+    table = "video_directory = '{folder}/clips'\nframe_extraction = 'full'\nmax_frames = 65"
+
+    result = report(write_config(tmp_path, table), *options)
+
+    assert [one["frames"] for one in result["tables"][0]["buckets"]] == [frames]
+
+
 def test_blurred_pictures_are_told_from_sharp_ones(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     save_picture(tmp_path / "p/sharp.png", 1, (512, 384))
