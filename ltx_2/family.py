@@ -203,10 +203,6 @@ class Ltx2(OneTransformer):
 
     # the network
 
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks; the file's header says it."""
-        return (self.files.dit_header().config.num_layers,)
-
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, for video alone without the sound's stream."""
         network = self.files.load_dit(placement)
