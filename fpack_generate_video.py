@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions
-from frame_pack.section_syntax import parse_entries
+from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, parse_entries
 from generation.options import GenerationOptions
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults

@@ -3,13 +3,12 @@
 answers: pages, JSON, refusals; bodies and forms of requests
 captions: write caption files, undo, refuse to overwrite others
 compare: find samples and clips of chosen files, plan the rest
-compare_views: page of a comparison and its button
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
 options: options of run_browser.py: folders, address, token
-queue_views: page of the queue, and its buttons
+queue_views: pages of queue and comparison, their buttons
 runs: find runs by their histories, tell each at a glance
 server: routes, and what a request must have to pass
 start: serve pages or export one; show the address

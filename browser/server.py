@@ -16,10 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser.answers import NO_WRITING, Form, answer_form, answer_gone, answer_json, answer_page
-from browser.compare_views import compare_routes
 from browser.dataset_pages import dataset_routes
 from browser.jobs import JobQueue, open_queue
-from browser.queue_views import queue_routes
+from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
 

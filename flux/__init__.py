@@ -1,10 +1,9 @@
 """FLUX.1 and Chroma: read family.py first, then model.py.
 
 blocks: attention of pictures and text: double and single blocks
-checkpoints: transformer files, as published and as diffusers writes
 configs: dimensions of a transformer, releases and their settings
 family: FLUX.1 and Chroma, described for the shared loops
-files: paths of a run, each checked against its option
+files: transformer files and paths of a run, each checked
 kontext/: the variant that edits a reference picture
 model: the transformer, with the names of published checkpoints
 official_options: the image guides' command line, in our words

@@ -27,8 +27,7 @@ from flux_2.options import (
     Flux2TextCachingOptions,
     Flux2TrainingOptions,
 )
-from flux_2.text_encoders import KEY
-from flux_2.versions import DEV, VERSIONS
+from flux_2.versions import DEV, KEY, VERSIONS
 from modules.contract.data import (
     CONTROL,
     Batch,

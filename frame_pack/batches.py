@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frame_pack.configs import FramePackConfig
-from frame_pack.text_encoders import FRAMEPACK_CLIP, FramePackLlama
+from frame_pack.files import FRAMEPACK_CLIP, FramePackLlama
 from modules.contract.data import Batch, Conditions
 from modules.errors import CacheError
 

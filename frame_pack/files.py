@@ -1,20 +1,120 @@
-"""Files of a FramePack run: their paths, and the check that each fits its option."""
+"""Files of a FramePack run: transformer, text encoders, paths, and the check that each fits its option.
+
+The text encoders are HunyuanVideo's with outputs in another form: names, shapes and dtypes are those of
+the cache format.
+"""
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from frame_pack.checkpoints import FORMAT
-from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
-from frame_pack.text_encoders import FramePackClip, FramePackLlama
+import torch
+from torch import Tensor
+
+import hunyuan_model.checkpoints as hunyuan
+from encoders.clip_l import PooledClip
+from frame_pack.configs import DIT, FramePackConfig
+from frame_pack.image_encoder import FILES, OPTION, read_siglip
+from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER
+from modules.checkpoints.dialects import DitShapes, other_kind
+from modules.checkpoints.dits import DitFormat, DitHeader, own_names
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.errors import OptionError
+from modules.contract.data import Conditions
+from modules.contract.requests import Prompt
+from modules.errors import CheckpointError, OptionError
+
+FRAMEPACK_CLIP = replace(CLIP, pooled="clip_l_pooler", mask=None)
+TEXT_ROWS = 512  # rows for the language model's states, zeros after those of the prompt
+
+
+class FramePackLlama(LlavaTextEncoder):
+    """Text encoder 1: the language model's states of a prompt's own tokens, at most 256 of them."""
+
+    usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
+
+        Each is encoded alone and padded to one length, as in the release. Fewer tokens or several prompts at
+        once would be faster, but sum in another order, which changes the last bits.
+        """
+        read = super().encode
+        return [_in_rows(encoded) for prompt in prompts for encoded in read([prompt])]
+
+
+class FramePackClip(PooledClip):
+    """Text encoder 2: CLIP-L's pooled state, one vector for each prompt, each encoded alone."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
+        """Set up the encoder. Arguments as of `PooledClip`."""
+        super().__init__(path, dtype, tokenizer, FRAMEPACK_CLIP)
+        self.name = "clip_l"
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"clip_l_pooler": C} for each prompt."""
+        read = super().encode
+        return [encoded for prompt in prompts for encoded in read([prompt])]
+
+
+def _in_rows(encoded: Conditions) -> Conditions:
+    states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
+    assert isinstance(states, Tensor)
+    assert isinstance(mask, Tensor)
+    count = int(mask.sum())
+    rows = states.new_zeros(TEXT_ROWS, states.shape[1])
+    rows[:count] = states[:count]
+    return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
+
+
+# FramePack and FramePack-F1 have the same tensors, so their files cannot be told apart
+WHAT = "a FramePack transformer"
+FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
+DIMENSIONS = {  # for `hunyuan.read_dimensions`
+    "in_dim": "x_embedder.proj.weight",
+    "num_heads": "transformer_blocks.0.attn.norm_q.weight",
+    "ffn_dim": FEED_FORWARD,
+    "refiner_blocks": "context_embedder.token_refiner.refiner_blocks",
+    "refiner_ffn_dim": "context_embedder.token_refiner.refiner_blocks.0.ff.net.0.proj.weight",
+    "text_dim": "context_embedder.proj_in.weight",
+    "pooled_dim": "time_text_embed.text_embedder.linear_1.weight",
+    "freq_dim": "time_text_embed.timestep_embedder.linear_1.weight",
+    "out_dim": "proj_out.weight",
+}
+MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
+    path, names = checkpoint.path, checkpoint.tensors
+    if not any(mark in names for mark in MARKS):
+        files = (
+            "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
+            "FramePackI2V_HY_bf16.safetensors,"
+        )
+        relative = hunyuan.describe(checkpoint)
+        if relative is None:
+            raise other_kind(checkpoint, WHAT, "--dit", files)
+        raise CheckpointError(
+            f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
+        )
+    config = _config(DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack"))
+    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
+
+
+def _config(found: DitShapes) -> FramePackConfig:
+    shared = hunyuan.read_dimensions(found, DIT, DIMENSIONS)
+    image_hidden_dim, image_dim = found.of("image_projection.up.weight")
+    return FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
+
+
+FORMAT = DitFormat(_header, lambda _: WHAT, FramePackModel, own_names)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from frame_pack.section_syntax import parse_entries
 from hunyuan_model.options import (
     ALWAYS_TILED,
     REPRODUCE,
@@ -17,6 +17,46 @@ from hunyuan_model.options import (
 )
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, option
+
+SEPARATOR = ";;;"
+_PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
+MOST_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
+
+
+def parse_entries(text: str, option: str) -> dict[int, str]:
+    """Return the texts by section number, always with an entry 0.
+
+    If no piece is for section 0, the first one from the start takes its place, else the furthest from the
+    end. If two pieces are for the same section, the later one counts. option: "--prompt", for messages.
+    Raises OptionError for a range that runs backwards or is too long.
+    """
+    if SEPARATOR not in text:
+        return {0: text}
+    entries: dict[int, str] = {}
+    for piece in text.split(SEPARATOR):
+        if piece.strip():
+            entries.update(_pieces(piece, option))
+    if not entries:
+        return {0: ""}
+    nearest = min((index for index in entries if index >= 0), default=min(entries))
+    return {0: entries[nearest], **entries}
+
+
+def _pieces(piece: str, option: str) -> Iterator[tuple[int, str]]:
+    head, colon, text = piece.partition(":")
+    places = _PLACES.fullmatch(head.strip())
+    if not colon or places is None:
+        yield 0, piece.strip()
+        return
+    first = int(places[1])
+    last = first if places[2] is None else int(places[2])
+    if not first <= last < first + MOST_SECTIONS:
+        raise OptionError(
+            f"{option}: {head.strip()} is not a range of sections. Write the smaller number first, as 1-2."
+        )
+    for index in range(first, last + 1):
+        yield index, text.strip()
+
 
 logger = logging.getLogger(__name__)
 

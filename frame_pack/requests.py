@@ -1,6 +1,6 @@
 """Settle a request for FramePack before anything is loaded: sections, their texts and images, or one picture.
 
-`Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
+`Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.options` reads
 it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and
 `control_image_mask_path` (a path a line). It is parsed here, once, into a `FramePackRequest`.
 """
@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frame_pack.one_frame import OneFrame, parse_one_frame
-from frame_pack.options import FRAMES_PER_SECOND
-from frame_pack.section_syntax import MOST_SECTIONS, parse_entries
+from frame_pack.options import FRAMES_PER_SECOND, MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
     count_sections,

@@ -23,7 +23,7 @@ from modules.contract.steps import Predict, Section, Tweaks
 from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
-from modules.offload.mesh import ProcessGrid, device_mesh
+from modules.offload.context import ProcessGrid, device_mesh
 from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
 from modules.speed_options import ShardingOptions
 

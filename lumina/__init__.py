@@ -1,11 +1,9 @@
 """Lumina-Image-2.0: read family.py first, then model.py.
 
 blocks: attention and feed-forward, modulated by the time
-checkpoints: transformer files: published, diffusers' layout, all-in-one
 configs: dimensions of the transformer, as data
 family: Lumina-Image-2.0, described for the shared loops
-files: paths of a run, each checked against its option
-gemma: Gemma 2 as a language model
+files: transformer files and paths of a run, each checked
 model: the transformer, with the names of published checkpoints
 official_options: the image guides' command line, in our words
 options: own options for caching, training and generation

@@ -1,18 +1,96 @@
-"""Files of a Lumina-Image-2.0 run: their paths, and the check that each fits its option."""
+"""Files of a Lumina-Image-2.0 run: transformer files as published, in diffusers' layout and all-in-one; their
+paths, and the check that each fits its option.
+"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from encoders.pictures import AutoencoderFiles
-from lumina.checkpoints import FORMAT
-from lumina.gemma import FILES, OPTION, read_gemma
+from lumina.configs import LuminaConfig
+from lumina.model import LuminaModel
 from lumina.options import MAX_TOKENS, LuminaTextOptions
-from lumina.text_encoder import GEMMA_FILES, GemmaTextEncoder
+from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTextEncoder, read_gemma
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
+from modules.errors import CheckpointError
+from networks.names.image import LUMINA
+from networks.names.layouts import tensor_patterns
+
+WHAT = "a Lumina-Image-2.0 transformer"
+FILES = (
+    "lumina_2_model_bf16.safetensors, the folder transformer of Alpha-VLLM/Lumina-Image-2.0, or an "
+    "all-in-one file such as Neta Lumina's"
+)
+OPTION = "--pretrained_model_name_or_path"
+PATCH = 2
+# dialect -> a tensor that only it has, its names
+DIALECTS: dict[str, tuple[str, Names]] = {
+    "official": ("layers.0.attention.qkv.weight", ()),
+    "diffusers": ("layers.0.attn.to_q.weight", tensor_patterns(LUMINA)),
+}
+MARK = "cap_embedder.1.weight"  # of Lumina-Image-2.0, in published names
+UNUSED = "norm_final.weight"  # in the published files; the model does not use it
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
+    names = checkpoint.tensors
+    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
+    mark, table = DIALECTS[dialect]
+    shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
+    if mark not in names or MARK not in shapes:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    return DitHeader(
+        _config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype
+    )
+
+
+def _config(found: DitShapes) -> LuminaConfig:
+    dim, patch_width = found.of("x_embedder.weight")
+    (head_width,) = found.of("layers.0.attention.q_norm.weight", axes=1)
+    rows = found.of("layers.0.attention.qkv.weight")[0]
+    time_dim, freq_dim = found.of("t_embedder.mlp.0.weight")
+    kv_rows = rows - dim
+    if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
+        raise CheckpointError(
+            f"{found.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "
+            "are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            found.path,
+        )
+    num_heads, num_kv_heads = dim // head_width, kv_rows // (2 * head_width)
+    if num_heads % num_kv_heads or patch_width % PATCH**2:
+        raise CheckpointError(
+            f"{found.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
+            f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            found.path,
+        )
+    return LuminaConfig(
+        dim=dim,
+        ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_layers=found.blocks("layers"),
+        noise_refiner_layers=found.blocks("noise_refiner"),
+        context_refiner_layers=found.blocks("context_refiner"),
+        in_dim=patch_width // PATCH**2,
+        text_dim=found.of(MARK)[1],
+        time_dim=time_dim,
+        freq_dim=freq_dim,
+    )
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
+
+
+FORMAT = DitFormat(_header, lambda _: WHAT, LuminaModel, _sources, OPTION, (UNUSED,))
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
 @dataclass(frozen=True)
@@ -40,7 +118,7 @@ class LuminaFiles(AutoencoderFiles):
 
     @property
     def gemma2_path(self) -> Path:
-        return require_file(self.gemma2, OPTION, "Gemma 2 encodes the prompts")
+        return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
     def text_encoder(self) -> GemmaTextEncoder:
         """Return the text encoder; its file is opened when it is loaded."""
@@ -57,7 +135,7 @@ class LuminaFiles(AutoencoderFiles):
         """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.gemma2 is not None or needed:
             path, takes = self.text_encoder().path, None if config is None else config.text_dim
-            check_state_width(OPTION, path, read_once(path, _gemma_width), self.dit, takes, FILES)
+            check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)
 

@@ -67,10 +67,10 @@ def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.de
     """
     if sharding.context_parallel == 1:
         return
-    from modules.offload import context, mesh
+    from modules.offload import context
 
     groups = sharding.groups_of(distributed.get_world_size())
-    grid = mesh.ProcessGrid(distributed.get_rank(), groups, context=sharding.context_parallel)
+    grid = context.ProcessGrid(distributed.get_rank(), groups, context=sharding.context_parallel)
     context.share_tokens(network, grid, device)
 
 

@@ -23,7 +23,7 @@ class FamilyEntry:
     """Name the folder, scripts and option records of a family."""
 
     room: str  # its folder; functions and records of its options.py have the same names in each
-    files: str = "checkpoints"  # the module in it with `identify`; "": its files are another family's
+    files: str = "files"  # the module in it with `identify`; "": its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
     makes: str = "image"  # end of its generation script's name
@@ -149,6 +149,7 @@ FAMILIES = {
     ),
     "z_image": FamilyEntry(
         "z_image",
+        files="checkpoints",
         script="zimage",
         cache="zimage_cache",
         record="ZImage",
@@ -157,6 +158,7 @@ FAMILIES = {
     ),
     "hunyuan_video": FamilyEntry(
         "hunyuan_model",
+        files="checkpoints",
         script="hv",
         cache="cache",
         makes="video",
@@ -165,6 +167,7 @@ FAMILIES = {
     ),
     "ltx_2": FamilyEntry(
         "ltx_2",
+        files="checkpoints",
         script="ltx2",
         cache="ltx2_cache",
         makes="video",
@@ -174,7 +177,15 @@ FAMILIES = {
         repeated=("ltx2_checkpoint", "ltx_mode"),
         others=("ltx2_v1",),
     ),
-    "wan": FamilyEntry("wan", script="wan", cache="wan_cache", makes="video", record="Wan", texts="--t5 T5"),
+    "wan": FamilyEntry(
+        "wan",
+        files="checkpoints",
+        script="wan",
+        cache="wan_cache",
+        makes="video",
+        record="Wan",
+        texts="--t5 T5",
+    ),
 }
 # those with scripts of their own for caching, training and generation; gen_img.py has files of its own
 WITH_SCRIPTS = {name: entry for name, entry in FAMILIES.items() if entry.script}

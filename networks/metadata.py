@@ -8,9 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import regex
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,9 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
 from networks.module_names import FAMILIES, read_family
+
+if TYPE_CHECKING:
+    import regex
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, UNET_IN_DIFFUSERS
 from networks.names.stable_diffusion import diffusers_path_of_text
 
@@ -242,6 +244,8 @@ class PeftPatterns:
 
 
 def _compile_key(key: str) -> "regex.Pattern[str]":
+    import regex  # seldom needed
+
     try:
         return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:

@@ -46,7 +46,7 @@ from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
-from qwen_image.files import VERSIONS, QwenImageFiles, Version, files_of
+from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, Version, files_of
 from qwen_image.options import (
     ORIGINAL,
     QwenImageGenerationOptions,
@@ -56,7 +56,6 @@ from qwen_image.options import (
     QwenImageTrainingOptions,
 )
 from qwen_image.references import AS_TRAINED, add_pictures, area_of, fill_size, read_anchor, read_reference
-from qwen_image.text_encoder import KEY, QWEN_USE
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_cache_latents.py"

@@ -1,24 +1,115 @@
-"""Qwen-Image's releases as data, and the files of a run: paths and dtypes, each checked against its option.
+"""Qwen-Image's releases and text encoder (Qwen2.5-VL) as data, and the files of a run, each checked.
 
-Transformers of the releases look alike: the option says which one it is.
+Transformer files have the released names in diffusers and ComfyUI too.
+Transformers of the releases look alike: the option says which one it is. Templates and lengths of texts are
+those of the releases; the name of the states is that of the known caches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.language_encoder import LanguageModelFiles, LanguageUse, read_qwen_tokenizer
+from encoders.language_models import QWEN25_VL
+from encoders.picture_prompts import PictureUse
+from encoders.text_encoder import TokenizerSource
+from modules.checkpoints.dialects import DitShapes, other_kind
+from modules.checkpoints.dits import DitFormat, DitHeader, own_names
 from modules.checkpoints.model_files import inside, read_once
+from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.rules import ModelRelease, ReferenceRules
-from qwen_image.checkpoints import FORMAT
-from qwen_image.configs import EDIT_RELEASES, QWEN_IMAGE
+from modules.errors import CheckpointError
+from qwen_image.configs import EDIT_RELEASES, PATCH, QWEN_IMAGE, QwenImageConfig
+from qwen_image.model import QwenImageModel
 from qwen_image.options import EDIT, EDIT_2509, EDIT_2511, NAME, ORIGINAL, QwenImageModelOptions
-from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
+from qwen_image.references import MEGAPIXEL, SHOWN_AREA, read_reference
 from wan.spec import LATENT as WAN_LATENT
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
+
+KEY = "vl_embed"
+TOKENIZER = TokenizerFiles(
+    option="--text_encoder_tokenizer",
+    names=("tokenizer.json", "vocab.json"),
+    folder="",
+    repository="Qwen/Qwen2.5-VL-7B-Instruct",
+    # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+    beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
+    token="<|im_start|>",
+)
+QWEN_USE = LanguageUse(
+    name="vl",
+    states_key=KEY,
+    model=QWEN25_VL,
+    source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
+    most=1024,  # with those of the template behind the prompt
+    before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
+    "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    dropped=34,
+    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+)
+_SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
+# sizes as trained; the model sees one picture
+EDIT_USE = replace(
+    QWEN_USE,
+    before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
+    "objects, background), then explain how the user's text instruction should alter or modify the image. "
+    "Generate a new image that meets the user's requirements while maintaining consistency with the original "
+    "input where appropriate.<|im_end|>\n<|im_start|>user\n",
+    dropped=64,
+    pictures=PictureUse(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), shown=1),
+)
+# it sees several, which prompts call by their numbers
+PLUS_USE = replace(
+    EDIT_USE,
+    pictures=PictureUse("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),
+)
+
+
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = (
+    "qwen_image_bf16.safetensors, qwen_image_2512_bf16.safetensors, or the folder transformer of "
+    "Qwen/Qwen-Image"
+)
+MARK = "transformer_blocks.0.img_mod.1.weight"
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
+    names = checkpoint.tensors
+    if MARK not in names:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    shapes = DitShapes(checkpoint.path, {name: info.shape for name, info in names.items()}, NAME)
+    dim, numbers = shapes.of("img_in.weight")
+    (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    if dim % width or width % 16 or numbers % PATCH**2:
+        raise CheckpointError(
+            f"{checkpoint.path}: width {dim}, heads of {width} and tokens of {numbers} numbers are not those "
+            f"of {WHAT}. Copy the file again.",
+            checkpoint.path,
+        )
+    query = "transformer_blocks.0.attn.to_q.weight"
+    shapes.of(query)  # that it is there
+    config = QwenImageConfig(
+        dim=dim,
+        ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
+        num_heads=dim // width,
+        num_layers=shapes.blocks("transformer_blocks"),
+        channels=numbers // PATCH**2,
+        text_dim=shapes.of("txt_in.weight")[1],
+        freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+    )
+    return DitHeader(config, "released", names[query].dtype)
+
+
+FORMAT = DitFormat(_header, lambda _: WHAT, QwenImageModel, own_names, OPTION)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
 
 MOST = 10  # pictures to edit; trained with up to three
 

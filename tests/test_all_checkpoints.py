@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import flux.checkpoints
-import flux_2.checkpoints
-import frame_pack.checkpoints
-import hunyuan_image.checkpoints
+import flux.files
+import flux_2.files
+import frame_pack.files
+import hunyuan_image.files
 import hunyuan_model.checkpoints
-import lumina.checkpoints
-import qwen_image.checkpoints
+import lumina.files
+import qwen_image.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
@@ -105,11 +105,9 @@ KINDS = {
             )
             for name, what in (("t2v", "a HunyuanVideo or SkyReels V1 T2V"), ("i2v", "the SkyReels V1 I2V"))
         ),
-        Kind("framepack", frame_pack.checkpoints, framepack_dit, dit("a FramePack"), framepack_dit.DIALECTS),
+        Kind("framepack", frame_pack.files, framepack_dit, dit("a FramePack"), framepack_dit.DIALECTS),
         *(
-            Kind(
-                f"flux {name}", flux.checkpoints, tiny_flux, dit(what, f"--dit ({GIVEN})"), NAMED_THERE, name
-            )
+            Kind(f"flux {name}", flux.files, tiny_flux, dit(what, f"--dit ({GIVEN})"), NAMED_THERE, name)
             for name, what in (
                 ("dev", "a FLUX.1 dev"),
                 ("schnell", "a FLUX.1 schnell"),
@@ -117,17 +115,15 @@ KINDS = {
             )
         ),
         *(
-            Kind(
-                f"flux_2 {name}", flux_2.checkpoints, tiny_flux_2, dit(f"a FLUX.2 {name}"), NAMED_THERE, name
-            )
+            Kind(f"flux_2 {name}", flux_2.files, tiny_flux_2, dit(f"a FLUX.2 {name}"), NAMED_THERE, name)
             for name in ("klein", "dev")
         ),
-        Kind("lumina", lumina.checkpoints, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
-        Kind("qwen_image", qwen_image.checkpoints, tiny_qwen_image, dit("a Qwen-Image")),
+        Kind("lumina", lumina.files, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
+        Kind("qwen_image", qwen_image.files, tiny_qwen_image, dit("a Qwen-Image")),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
-            *("hunyuan_image", hunyuan_image.checkpoints, tiny_hunyuan_image, dit("a HunyuanImage-2.1")),
+            *("hunyuan_image", hunyuan_image.files, tiny_hunyuan_image, dit("a HunyuanImage-2.1")),
             tiny_hunyuan_image.DIALECTS,
         ),
     )
@@ -323,12 +319,12 @@ def test_flux_1_and_flux_2_are_told_apart(tmp_path: Path, layout: str) -> None:
         kind.write(tmp_path, kind.state(), layout) for kind in (KINDS["flux dev"], KINDS["flux_2 klein"])
     )
     with pytest.raises(CheckpointError, match=r"is not a FLUX.2 transformer; it looks like"):
-        flux_2.checkpoints.load_dit(first, CPU)
+        flux_2.files.load_dit(first, CPU)
     with pytest.raises(CheckpointError, match=r"it looks like a FLUX.2 transformer"):
-        flux.checkpoints.load_dit(second, CPU)
+        flux.files.load_dit(second, CPU)
 
 
 def test_the_layered_qwen_image_is_refused_by_name(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list("qwen-image-layered-dit"))
     with pytest.raises(CheckpointError, match=r"Qwen-Image-Layered, which makes transparent(.|\n)*--dit"):
-        qwen_image.checkpoints.load_dit(path, META)
+        qwen_image.files.load_dit(path, META)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from frame_pack.checkpoints import load_dit as load_framepack
+from frame_pack.files import load_dit as load_framepack
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch

@@ -115,7 +115,7 @@ LIGHT_FILES = {
     "dataset/key_reading.py",
     "dataset/subsets.py",
     "dataset/table.py",
-} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/chain_options.py"}
+} | {"frame_pack/options.py", "downloads/catalogue.py", "post/chain_options.py"}
 HEAVY = (
     "torch",
     "numpy",

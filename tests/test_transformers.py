@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import frame_pack.checkpoints
+import frame_pack.files
 import hunyuan_model.checkpoints
 import hunyuan_model.family
 import tests.frame_pack.making as framepack_making
@@ -78,7 +78,7 @@ TRANSFORMERS = {
         lambda _: framepack_making.tiny_inputs(),
         lambda _: framepack_dit.tiny_state(),
         framepack_dit.write_dit,
-        frame_pack.checkpoints.load_dit,
+        frame_pack.files.load_dit,
         framepack_dit.FP8_DIALECTS,
         "folder",
         "single_transformer_blocks.1.proj_mlp",

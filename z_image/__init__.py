@@ -2,8 +2,7 @@
 
 checkpoints: transformer files: released names, and ComfyUI's
 configs: dimensions of a transformer, latents, names of parts
-family: Z-Image, described for the shared loops
+family: Z-Image and its text encoder, described for the shared loops
 model: Lumina-Image-2.0's blocks with padding of learned tokens
 options: own options for caching, training and generation
-text_encoder: what is taken from Qwen3, as data
 """

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
-from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_models import QWEN3
 from encoders.pictures import SAME_AUTOENCODER, AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
 from modules.attention.attend import BACKENDS
@@ -40,7 +41,21 @@ from z_image.options import (
     ZImageTextCachingOptions,
     ZImageTrainingOptions,
 )
-from z_image.text_encoder import KEY, Z_IMAGE_USE
+
+KEY = "llm_embed"
+_BEFORE, _AFTER = qwen3_chat(thinks=True)
+Z_IMAGE_USE = LanguageUse(
+    name="llm",
+    states_key=KEY,
+    model=QWEN3,
+    source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
+    most=512,  # with those of the template
+    before=_BEFORE,
+    after=_AFTER,
+    states=(-2,),
+    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+)
+
 
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner

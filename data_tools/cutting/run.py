@@ -34,9 +34,8 @@ from modules.errors import DatasetError, MediaError, OptionError, OutputError, U
 from modules.media.encoding import Picture, settle_codec
 from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
-from modules.media.sections import VideoSection
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import write_shown
+from modules.media.writing import VideoSection, write_shown
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,9 @@ from torch import Tensor
 from encoders.clip_l import CLIP_L
 from encoders.pictures import GUIDANCE, picture_defaults, references_in, references_of
 from encoders.t5 import USE
-from flux.checkpoints import NAMES
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
 from flux.family import Flux
-from flux.files import FluxFiles
+from flux.files import NAMES, FluxFiles
 from flux.kontext.options import GUIDANCE as USUAL_GUIDANCE
 from flux.kontext.options import (
     NAME,

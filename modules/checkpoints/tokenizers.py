@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from tokenizers import Encoding, Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
@@ -87,6 +86,8 @@ class TokenizerFiles:
 
         Raises CheckpointError if it is not there and the hub cannot be reached, or may not be asked.
         """
+        from huggingface_hub import hf_hub_download  # seldom needed, and 0.1 s to import
+
         try:
             return Path(
                 hf_hub_download(

@@ -11,9 +11,8 @@ options: options of how videos are encoded
 pixels: media as pixels for a VAE, and back
 reading: read images and videos as uint8 frames, and their texts
 samples: the sound of a part of a file as samples
-sections: the sound of a part of a video
 sound: encode sound and repack subtitles if a file needs it
 streams: a video as pictures with exact times
 tracks: made sound into a new video, or a WAV file
-writing: write frames to files, and join videos
+writing: write and join videos, take sound of a part
 """

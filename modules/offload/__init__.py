@@ -3,9 +3,8 @@ recompute activations.
 
 block_swap: copy blocks from host memory before they run
 checkpointing: gradient checkpointing, of blocks and pieces of tokens
-context: share the tokens of a clip among processes
+context: lay out processes, share tokens of a clip
 host_memory: pinned and shared memory, copies, loaded networks
-mesh: how processes are grouped
 sharding: split blocks over processes by FSDP
 swap_plan: choose which weights stay in host memory
 turns: networks take turns on a device

@@ -1,4 +1,8 @@
-"""Share the tokens of a clip among processes: each runs the blocks on a part of them (--context_parallel).
+"""Lay out the processes of a run, and share the tokens of a clip among them (--context_parallel).
+
+Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbours share the tokens, as
+they exchange most; round them stand those that share the passes of a step (--cfg_parallel), round these those
+with micro-batches of their own. A transformer that is split (--shard_base) has its parts in all of them.
 
 All processes embed the whole clip; then each takes a run of its tokens, runs the blocks, and gathers the runs
 of all. In attention among tokens it has all of them in their order, with a part of the heads: an exchange
@@ -7,13 +11,11 @@ before it and one behind it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepS
 What is before and behind the blocks is computed in every process, of equal inputs, and so is the loss. Each
 divides its loss by the number of processes, and gradients are summed over them.
 """
-# Letters: B batch, L all tokens, l tokens of this process, P processes, N heads, n = N / P, D head width,
-# C = N * D
 
 import functools
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,10 +25,41 @@ from torch.nn.functional import pad
 from modules.attention.attend import SecondText
 from modules.contract.steps import Tweaks
 from modules.errors import OptionError
-from modules.offload.mesh import ProcessGrid, device_mesh
 from modules.offload.sharding import TOKEN_GROUP, TOKEN_PART, gather_parts
 from modules.private_torch import exchange_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+AXES = ("data", "passes", "context")  # the last one changes fastest
+
+
+@dataclass(frozen=True)
+class ProcessGrid:
+    """How many processes share what, and where this one stands."""
+
+    rank: int  # of this process, from 0
+    data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)
+    passes: int = 1  # parts of a group that share the passes of a step
+    context: int = 1  # processes of a part, which share the tokens of a clip
+
+    @property
+    def pass_rank(self) -> int:
+        """Return which part of the passes of a step this process runs."""
+        return self.rank // self.context % self.passes
+
+    @property
+    def context_rank(self) -> int:
+        """Return which part of a clip's tokens this process has."""
+        return self.rank % self.context
+
+
+def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
+    """Make the groups of processes, with the names in `AXES`. All processes must call it."""
+    from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
+
+    return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from encoders.language_encoder import LanguageModelEncoder
 from encoders.t5 import T5TextEncoder
 from encoders.text_encoder import FileTextEncoder
-from flux_2.text_encoders import MISTRAL_USE
-from frame_pack.text_encoders import FramePackClip, FramePackLlama
+from flux_2.versions import MISTRAL_USE
+from frame_pack.files import FramePackClip, FramePackLlama
 from hunyuan_image.text_encoders import QwenTextEncoder
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder, PromptTemplate
 from lumina.text_encoder import GemmaTextEncoder

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from flux.checkpoints import identify, load_dit, read_dit_header
 from flux.configs import ApproximatorConfig
+from flux.files import identify, load_dit, read_dit_header
 from flux.model import Approximator, pack
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement

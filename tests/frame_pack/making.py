@@ -7,7 +7,7 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from torch import Tensor
 
-from frame_pack.checkpoints import load_dit
+from frame_pack.files import load_dit
 from frame_pack.model import FramePackModel
 from tests.golden_cases import load_model, read_case
 from tests.tiny.framepack_dit import CONFIG, tiny_state

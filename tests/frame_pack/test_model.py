@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import hunyuan_model.checkpoints
 import wan.checkpoints
 from frame_pack.batches import HISTORY
-from frame_pack.checkpoints import identify
 from frame_pack.family import FramePack
-from frame_pack.files import FramePackFiles
+from frame_pack.files import FramePackFiles, identify
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
 from modules import families

@@ -13,8 +13,7 @@ from torch._dynamo.utils import counters
 
 from frame_pack.configs import DIT
 from frame_pack.family import HISTORY, FramePack, family_for_generation
-from frame_pack.options import FramePackGenerationOptions
-from frame_pack.section_syntax import parse_entries
+from frame_pack.options import FramePackGenerationOptions, parse_entries
 from frame_pack.sections import (
     ANTI_DRIFTING,
     F1,

@@ -19,10 +19,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from encoders.text_encoder import FileTextEncoder
 from frame_pack.family import family_for_generation
-from frame_pack.image_checkpoints import SiglipConfig, read_siglip
-from frame_pack.image_encoder import SiglipVision, load_siglip
+from frame_pack.files import TEXT_ROWS, FramePackClip, FramePackLlama
+from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
 from frame_pack.options import FramePackGenerationOptions
-from frame_pack.text_encoders import TEXT_ROWS, FramePackClip, FramePackLlama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate, template_of
 from modules.checkpoints.model_files import read_once
 from modules.contract.requests import Prompt

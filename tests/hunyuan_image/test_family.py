@@ -15,10 +15,9 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
-from hunyuan_image.checkpoints import read_dit_header
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
-from hunyuan_image.files import HunyuanImageFiles
+from hunyuan_image.files import HunyuanImageFiles, read_dit_header
 from hunyuan_image.options import HunyuanImageTrainingOptions, ProjectedGuidanceOptions, translate_training
 from hunyuan_image_train_network import DEFAULTS as TRAINING
 from modules.checkpoints.opening import open_checkpoint

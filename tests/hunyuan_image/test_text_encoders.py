@@ -20,9 +20,8 @@ from hunyuan_image.text_encoders import (
     find_quoted,
     glyph_text,
 )
-from hunyuan_image.vae import HunyuanImageVae, load_vae
+from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from hunyuan_image.vae_blocks import HunyuanImageVaeConfig, compute_in_rows
-from hunyuan_image.vae_checkpoints import read_vae
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt

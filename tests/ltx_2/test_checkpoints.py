@@ -15,7 +15,7 @@ from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from qwen_image.checkpoints import load_dit as load_qwen
+from qwen_image.files import load_dit as load_qwen
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_state, write_dit
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import qwen_image

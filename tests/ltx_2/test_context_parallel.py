@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from modules.contract.steps import Away, Tweaks
-from modules.offload.context import share_tokens
-from modules.offload.mesh import ProcessGrid
+from modules.offload.context import ProcessGrid, share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
 
 PROCESSES = 2

@@ -6,7 +6,7 @@ import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
-from lumina.checkpoints import load_dit
+from lumina.files import load_dit
 from lumina.model import LuminaModel
 from tests.golden_cases import load_model
 from tests.tiny.lumina import CONFIG, diffusers_state, tiny_state

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
-from lumina.checkpoints import load_dit
 from lumina.family import DEFAULTS, Lumina
-from lumina.files import LuminaFiles
-from lumina.gemma import load_gemma, read_gemma
+from lumina.files import LuminaFiles, load_dit
 from lumina.official_options import generation_words, read_minimal
 from lumina.options import LuminaTrainingOptions, translate_training
-from lumina.text_encoder import GemmaTextEncoder
+from lumina.text_encoder import GemmaTextEncoder, load_gemma, read_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
 from modules.checkpoints.model_files import read_once

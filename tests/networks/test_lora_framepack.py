@@ -9,7 +9,7 @@ import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
-from frame_pack.checkpoints import load_dit
+from frame_pack.files import load_dit
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch

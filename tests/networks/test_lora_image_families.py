@@ -15,7 +15,7 @@ import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
-from flux.checkpoints import load_dit
+from flux.files import load_dit
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from networks.apply import LoraPatch

@@ -22,6 +22,7 @@ from modules.contract.steps import Anchor, Section
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
 from qwen_image.family import QwenImage, family_for_generation
+from qwen_image.files import EDIT_USE, PLUS_USE, QWEN_USE
 from qwen_image.options import (
     VERSIONS,
     QwenImageGenerationOptions,
@@ -29,7 +30,6 @@ from qwen_image.options import (
     QwenImageVersionOptions,
 )
 from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
-from qwen_image.text_encoder import EDIT_USE, PLUS_USE, QWEN_USE
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.foreign_caches import train_with_and_without_records
 from tests.tiny.families import TinyFamily, family_called

@@ -258,7 +258,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr("modules.checkpoints.tokenizers.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
 
 
 def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_download_is_kept_for_runs_without_a_network(
         asked.append((repository, name))
         return str(whole)
 
-    monkeypatch.setattr("modules.checkpoints.tokenizers.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     cache = tmp_path / "cache"
 
     first = find_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from encoders.language_models import LanguageConfig, build_language_model
 from lumina.configs import LuminaConfig
-from lumina.gemma import GEMMA_2, SCALAR
 from lumina.model import LuminaModel
+from lumina.text_encoder import GEMMA_2, SCALAR
 from tests.golden_cases import read_case
 from tests.tiny.dit_files import draw, draw_state, write_dialect
 from tests.tiny.picture_encoders import write_autoencoder

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import frame_pack.checkpoints as framepack
+import frame_pack.files as framepack
 import hunyuan_model.checkpoints as hunyuan
 import wan.checkpoints as wan
 from frame_pack.configs import DIT as FRAMEPACK_DIT

@@ -13,9 +13,8 @@ from PIL import Image
 from modules.errors import MediaError
 from modules.media.encoding import Picture
 from modules.media.reading import timed_frames
-from modules.media.sections import VideoSection
 from modules.media.streams import Clock, shown_frames, source_info
-from modules.media.writing import write_shown
+from modules.media.writing import VideoSection, write_shown
 from tests.modules.hostile_media import SIZE, Source, write_source, write_stream
 
 FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
