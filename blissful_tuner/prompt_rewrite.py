@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from modules.answers import take_answer
 from modules.contract.requests import Prepared, Prompts
-from modules.control_codes import shorten
+from modules.control_codes import shorten, take_answer
 from modules.errors import CheckpointError
 from modules.offload.host_memory import LoadedNetwork
 

@@ -3,6 +3,5 @@
 captions/: write and edit captions with a vision-language model
 cogvideox/: prepare clips in CogVideoX form, encoded
 cutting/: find scenes in footage, and write clips of them
-frames: read chosen frames of a clip
 report/: faults and pages of a dataset, frames a model sees
 """

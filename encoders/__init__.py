@@ -6,7 +6,6 @@ clip_checkpoints: files of CLIP's text and image towers
 clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
 files: files of one transformer, and what follows
-gemma_3: what the tensors of Gemma 3 do not show
 language_encoder: language models for the shared loops; chat templates
 language_models: files of Llama, Qwen, Mistral, and their networks
 language_states: running language models, and the states of layers

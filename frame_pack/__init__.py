@@ -12,7 +12,6 @@ inputs: images of a request, encoded for its sections
 model: the transformer, with the names of published checkpoints
 one_frame: single images: one target frame with an index
 options: own options for each task; texts by section
-positions: rotary positions of tokens, by frame index
 requests: sections and their texts, settled before loading
 sections: number and order of sections, what each sees
 """

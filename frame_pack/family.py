@@ -16,6 +16,7 @@ from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
+from frame_pack.model import position_scale
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
@@ -25,7 +26,6 @@ from frame_pack.options import (
     FramePackTextCachingOptions,
     FramePackTrainingOptions,
 )
-from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS

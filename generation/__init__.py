@@ -3,7 +3,6 @@
 anchors: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
-decoding: decode latent files, their sound too
 denoise: the denoising loop over sections: passes, guidance, solver
 dressing: how networks and LoRAs are loaded, and features around them
 expert_memory: host memory of experts that wait
@@ -21,8 +20,6 @@ sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns
-several_cards: the ways in which several cards make clips
 sheets: clips side by side; sheets of varied options
 together: generate in processes that share the transformer
-tracks: latents of sound to tracks, before the pictures
 """

@@ -44,8 +44,15 @@ from generation.progress import (
 )
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
-from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_media, wanted_texts
-from generation.tracks import decode_tracks
+from generation.session import (
+    CPU,
+    NO_ENCODERS,
+    Session,
+    decode_tracks,
+    encode_inputs,
+    needs_media,
+    wanted_texts,
+)
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite

@@ -312,7 +312,7 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
     cards, size = options.speed.plan.cards
     room = room_on(device, size)
     if cards > 1:
-        import_own("generation.several_cards").plan_ways(family, options, device, cards, room)
+        import_own("generation.together").plan_ways(family, options, device, cards, room)
         return
     with quiet():
         prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)

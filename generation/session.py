@@ -19,12 +19,15 @@ from blissful_tuner.video_to_video import encode_source
 from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
 from modules.bars import track
+from modules.checkpoints.finite import is_finite
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import Family, TextEncoder, can_divide
+from modules.contract.family import Family, HearsSound, TextEncoder, can_divide
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.contract.steps import DitAt, EncodedPrompts
 from modules.devices import free_memory
+from modules.errors import UserError
+from modules.media.tracks import Track
 from modules.planning.device_memory import host_room, spare_bytes
 from networks.text_loras import TextLoras
 
@@ -229,3 +232,34 @@ def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:
     for network in networks:
         if network is not None:
             network.to(device)
+
+
+@torch.no_grad()
+def decode_tracks(
+    family: HearsSound,
+    latents: Mapping[str, Tensor],
+    device: torch.device,
+    note: Callable[[str], AbstractContextManager[object]],
+) -> dict[str, Track]:
+    """Return the track of each clip, by its label, without those that fail.
+
+    latents: 1 C T M in model space, by label. note: label -> a block that notes an error of the clip.
+    """
+    made: dict[str, Track] = {}
+    if not latents:
+        return made
+    networks = family.sound_networks(device, decodes=True)
+    try:
+        for label in track(latents, "Decoding sound", len(latents), unit="clip"):
+            with note(label):
+                sound = family.decode_sound(networks, latents[label].to(device))
+                if not is_finite(sound.samples):
+                    raise UserError(
+                        "The sound's decoder made values that are NaN or infinite of good latents: nothing "
+                        "would be heard. Give --vae_dtype float32"
+                    )
+                made[label] = sound.samples.float().cpu().numpy(), sound.rate
+    finally:
+        del networks
+        free_memory(device)
+    return made

@@ -7,5 +7,4 @@ model: HunyuanVideo's blocks over the pixels of a picture
 options: own options for caching, training and generation
 text_encoders: a language model, and one for glyphs
 vae: pictures to latents and back; its files
-vae_blocks: encoder and decoder, pixels folded into channels
 """

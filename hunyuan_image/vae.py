@@ -1,25 +1,24 @@
 """The VAE of HunyuanImage-2.1: pictures to latents and back, 32 pixels to one along each side.
 
+Encoder and decoder have FLUX's levels, with pixels folded into channels between; module names follow the
+published file. The shortcuts that average or repeat channels are those of Chen et al. 2024, arXiv 2410.10733.
 Latents are those of cache files: not multiplied by the scaling factor. A picture is a clip of one frame.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
 
 from encoders.autoencoder import ATTENTION, DIFFUSERS, PictureVae, as_matrices
+from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
 from hunyuan_image.configs import LATENT, STRIDE
-from hunyuan_image.vae_blocks import (
-    FOLDED,
-    GROUPS,
-    HunyuanImageVaeConfig,
-    HunyuanImageVaeDecoder,
-    HunyuanImageVaeEncoder,
-    compute_in_rows,
-)
 from modules.checkpoints.dialects import (
     LoadPlan,
     count,
@@ -34,6 +33,151 @@ from modules.contract.loading import TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out
+
+GROUPS = 32  # in every group norm
+FOLDED = 4  # pixels of one resolution in a pixel of the next
+
+
+@dataclass(frozen=True)
+class HunyuanImageVaeConfig:
+    """Dimensions of a VAE, read from a checkpoint's tensors."""
+
+    latent_channels: int  # Z
+    widths: tuple[int, ...]  # channels of each level, from the picture to the latents
+    encoder_blocks: int  # residual blocks in a level
+    decoder_blocks: int
+
+
+class FoldDown(nn.Module):
+    """Halve height and width: B C H W -> B C' H/2 W/2. The pixels of a square become channels.
+
+    The shortcut does the same with the input and averages neighbouring channels.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width_out // FOLDED, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = _fold(self.conv(x))
+        return folded.add_(average_channels(_fold(x), folded.shape[1]))
+
+
+class FoldUp(nn.Module):
+    """Double height and width: B C H W -> B C' 2H 2W, the reverse of `FoldDown`.
+
+    The shortcut repeats channels.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width_out * FOLDED, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unfolded = self.conv(x)
+        return _unfold(unfolded).add_(_unfold(repeat_channels(x, unfolded.shape[1])))
+
+
+class HunyuanImageVaeEncoder(nn.Module):
+    """Encode pixels B 3 H W as means and logarithms of variances, B 2Z h w."""
+
+    def __init__(self, config: HunyuanImageVaeConfig) -> None:
+        super().__init__()
+        widths, moments = config.widths, 2 * config.latent_channels
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = _levels(widths, config.encoder_blocks)
+        for level, width, following in zip(self.down, widths, widths[1:], strict=False):
+            level.downsample = FoldDown(width, following)
+        self.mid = Middle(widths[-1], GROUPS)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        x = self.mid(x)
+        shortcut = average_channels(x, self.conv_out.out_channels)
+        return self.conv_out(norm_and_silu(self.norm_out, x)).add_(shortcut)
+
+
+class HunyuanImageVaeDecoder(nn.Module):
+    """Decode latents B Z h w to pixels B 3 H W. Levels stand in computing order."""
+
+    def __init__(self, config: HunyuanImageVaeConfig) -> None:
+        super().__init__()
+        widths = config.widths[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], GROUPS)
+        self.up = _levels(widths, config.decoder_blocks)
+        for level, width, following in zip(self.up, widths, widths[1:], strict=False):
+            level.upsample = FoldUp(width, following)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x).add_(repeat_channels(x, self.conv_in.out_channels)))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(norm_and_silu(self.norm_out, x))
+
+
+class RowConvolution(nn.Module):
+    """A 3x3 convolution that computes a few rows at a time, with the rows beside them: the same result.
+
+    It takes over the weights of the layer that it stands for.
+    """
+
+    def __init__(self, layer: nn.Conv2d, rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.out_channels = layer.out_channels
+        self._rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: B C H W
+        height = x.shape[2]
+        if height <= self._rows:
+            return functional.conv2d(x, self.weight, self.bias, padding=1)
+        whole = x.new_empty(x.shape[0], self.out_channels, *x.shape[2:])
+        for top in range(0, height, self._rows):
+            bottom = min(top + self._rows, height)
+            piece = x[:, :, max(top - 1, 0) : bottom + 1]
+            # zeros only where the picture ends
+            piece = functional.pad(piece, (0, 0, int(top == 0), int(bottom == height)))
+            whole[:, :, top:bottom] = functional.conv2d(piece, self.weight, self.bias, padding=(0, 1))
+        return whole
+
+
+def compute_in_rows(network: nn.Module, rows: int) -> None:
+    """Replace the 3x3 convolutions of a network by ones that compute so many rows at a time."""
+    for module in list(network.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                setattr(module, name, RowConvolution(layer, rows))
+
+
+def average_channels(x: Tensor, width: int) -> Tensor:
+    """Average groups of neighbouring channels: B C H W -> B width H W."""
+    return x.unflatten(1, (width, -1)).mean(dim=2)
+
+
+def repeat_channels(x: Tensor, width: int) -> Tensor:
+    """Repeat each channel: B C H W -> B width H W."""
+    return x.repeat_interleave(width // x.shape[1], dim=1)
+
+
+def _fold(x: Tensor) -> Tensor:
+    return rearrange(x, "b c (h high) (w wide) -> b (high wide c) h w", high=2, wide=2)
+
+
+def _unfold(x: Tensor) -> Tensor:
+    return rearrange(x, "b (high wide c) h w -> b c (h high) (w wide)", high=2, wide=2)
+
+
+def _levels(widths: Sequence[int], blocks: int) -> nn.ModuleList:
+    return nn.ModuleList(Level(width, width, blocks, GROUPS) for width in widths)
+
 
 LEVELS = 6
 RELEASE = (

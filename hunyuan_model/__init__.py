@@ -2,7 +2,6 @@
 
 blocks: attention of video and text: double and single blocks
 checkpoints: transformer files: dialects, kinds, loading
-conditioning: cached latents, and the image condition
 configs: dimensions of a transformer, and training settings
 family: HunyuanVideo and SkyReels V1, described for the shared loops
 files: paths of a run, each checked against its option
@@ -13,7 +12,7 @@ options: own options for caching, training and generation
 spec: latents, guidance and names in the transformer
 text_encoders: a language model and CLIP-L, for the shared loops
 token_refiner: language model states to text tokens
-vae: the video VAE: pixels to latents and back
+vae: clips to latents and back; SkyReels' first frame
 vae_blocks: causal convolutions and norms over a clip
 vae_checkpoints: VAE files: dialects, dimensions from tensors
 """

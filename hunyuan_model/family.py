@@ -11,12 +11,6 @@ from torch import Tensor, nn
 
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator
-from hunyuan_model.conditioning import (
-    encode_latents,
-    first_frame_condition,
-    first_frame_of,
-    sample_moments,
-)
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -27,6 +21,12 @@ from hunyuan_model.options import (
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import CLIP, LLAVA_USE
+from hunyuan_model.vae import (
+    encode_latents,
+    first_frame_condition,
+    first_frame_of,
+    sample_moments,
+)
 from modules.contract.data import (
     Batch,
     CacheEntry,

@@ -1,6 +1,5 @@
 """What all rooms share. Read contract/ first.
 
-answers: take the text out of a chat model's answer
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
 bars: progress bars of one look

@@ -1,6 +1,8 @@
-"""Text for a console. Standard library only."""
+"""Text for a console, and the text in a chat model's answer. Standard library only."""
 
 import re
+
+from modules.limits import MAX_ANSWER_CHARACTERS
 
 # C0 but for newline and tab, DEL, C1; line and paragraph separators; what turns the direction of writing;
 # halves of characters
@@ -51,3 +53,21 @@ def shorten_lines(text: str, most: int) -> str:
 def _compute_plainly(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+# what models that think aloud say before their answer; a thought may have no end
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
+_QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
+
+
+def take_answer(text: str, most_characters: int = MAX_ANSWER_CHARACTERS) -> str:
+    """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
+    around it.
+
+    Text beyond `most_characters` is cut off.
+    """
+    text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
+    text = " ".join(drop_control_codes(text).split())[:most_characters]
+    if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
+        text = text[1:-1].strip()
+    return text

@@ -2,6 +2,5 @@
 
 backend: the build backend that pyproject.toml names
 reelsmith/: what stands at the top of the package
-rewriting: imports and texts as they are below reelsmith
 staging: lays out the files of a distribution
 """

@@ -37,12 +37,12 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "limits", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"text_files"},
+        {"control_codes", "text_files"},
         {"output_files", "paths"},
-        {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
+        {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
         {"compile_options"},
         {"speed_options"},
@@ -67,7 +67,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"frames"}, {"captions", "cogvideox", "cutting", "report"}),
+    "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},

@@ -20,8 +20,7 @@ from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import read_all, read_sample_prompts
-from generation.session import Session, encode_inputs, wanted_texts
-from generation.tracks import decode_tracks
+from generation.session import Session, decode_tracks, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionPlace
-from data_tools.frames import pick_frames
 from dataset.sources.captions import add_trigger, lines_of
-from modules.answers import take_answer
+from modules.control_codes import take_answer
 from modules.limits import MAX_CAPTION_BYTES
-from modules.media.reading import Frame, read_image, resize_stretched
+from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
 
 Frames = tuple[Frame, ...]  # each H W 3
 Look = Callable[[CaptionPlace], Frames]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
-from data_tools.frames import pick_frames
 from dataset.caching.existing import describe_embeds, embeds_note
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
@@ -37,7 +36,7 @@ from modules.bars import Bar
 from modules.errors import MediaError
 from modules.media.buckets import Size
 from modules.media.pixels import to_pixels
-from modules.media.reading import Frame, resize_cover, resize_stretched
+from modules.media.reading import Frame, pick_frames, resize_cover, resize_stretched
 from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed
 from modules.text_files import parse_json, read_text

@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -306,3 +306,31 @@ def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     if left_out:
         logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))
     return {name: text for name, text in tags.items() if name not in left_out}
+
+
+TRIES = 3
+
+
+def pick_frames(
+    path: Path,
+    choose: Callable[[int], Collection[int]],
+    reduce: Callable[[Frame], Frame],
+    threads: int = 0,
+    exact: bool = True,
+) -> list[Frame]:
+    """Return frames of a clip, of which only the reduced ones are kept. All of it is read, to find damage.
+
+    choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
+    exact: choose anew wherever the header is wrong, else only if it makes chosen frames missing. Raises
+    MediaError if the clip cannot be read.
+    """
+    number = video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
+    for _ in range(TRIES):
+        chosen, found, frames = choose(number), 0, []
+        for found, frame in enumerate(video_frames(path, threads=threads), 1):
+            if found - 1 in chosen:
+                frames.append(reduce(frame))
+        if found == number or (not exact and len(frames) == len(chosen)):
+            return frames
+        number = found
+    raise MediaError(f"{path} has another number of frames each time it is read. Is it being written?")

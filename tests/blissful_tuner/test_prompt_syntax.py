@@ -15,7 +15,7 @@ import wan_generate_video
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.prompt_syntax import choose_alternatives, expand_texts, parse_weights, unescape
-from modules.answers import take_answer
+from modules.control_codes import take_answer
 from modules.errors import CheckpointError, OptionError
 from tests.golden_cases import read_case
 from tests.tiny.published import write_chat_model

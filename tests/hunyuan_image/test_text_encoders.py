@@ -20,8 +20,7 @@ from hunyuan_image.text_encoders import (
     find_quoted,
     glyph_text,
 )
-from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
-from hunyuan_image.vae_blocks import HunyuanImageVaeConfig, compute_in_rows
+from hunyuan_image.vae import HunyuanImageVae, HunyuanImageVaeConfig, compute_in_rows, load_vae, read_vae
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from generation.denoise import SeededNoise
-from hunyuan_model import conditioning
+from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from modules.contract.data import Batch, MediaTable
@@ -228,7 +228,7 @@ def test_the_cached_first_frame_stands_behind_the_noise_and_zeros_after_it(famil
 def test_without_it_the_first_frame_of_the_latents_does_with_one_notice(
     family_of: FamilyOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    conditioning._note_missing_image.cache_clear()
+    hunyuan_vae._note_missing_image.cache_clear()
     latents = torch.randn(1, 16, 3, 4, 4)
 
     for _ in range(2):

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from benchmarks.traffic_count import Counting
 from frame_pack.model import FramePackRefiner as FramePackRefiner
-from hunyuan_model.conditioning import encode_latents
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from hunyuan_model.model import HunyuanVideoModel
-from hunyuan_model.vae import HunyuanVae, load_vae
+from hunyuan_model.vae import HunyuanVae, encode_latents, load_vae
 from modules.contract.data import MediaBatch
 from modules.contract.steps import Tweaks
 from modules.layers.rope import exact_table, rotate

@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataset.cache.files import tensor_key
-from encoders.gemma_3 import GEMMA_3
 from encoders.language_models import ALL_STATES, SPEC, build_language_model, read_language_model
 from ltx_2.connectors import TextConnectors, read_connectors
-from ltx_2.text_encoder import MASK, ROWS, Ltx2TextEncoder
+from ltx_2.text_encoder import GEMMA_3, MASK, ROWS, Ltx2TextEncoder
 from modules.contract.family import DividedEncoder, LayeredEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError

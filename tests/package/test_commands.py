@@ -9,8 +9,7 @@ from packaging.requirements import Requirement
 
 from package.reelsmith import commands
 from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words
-from package.rewriting import add_entry_point, find_own_imports, rename_scripts, rewrite_imports
-from package.staging import find_rooms
+from package.staging import add_entry_point, find_own_imports, find_rooms, rename_scripts, rewrite_imports
 from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS
 

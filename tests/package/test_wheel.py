@@ -15,8 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from modules.version import VERSION
-from package.rewriting import find_own_imports
-from package.staging import find_own_names, find_rooms
+from package.staging import find_own_imports, find_own_names, find_rooms
 from tests.commands import ROOT, assert_user_error, run_program, run_python, run_script
 from tests.test_imports import HEAVY, SCRIPTS, TOOLS
 from tests.tiny.families import FAMILIES

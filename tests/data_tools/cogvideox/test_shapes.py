@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import wan_cache_latents
-from data_tools import frames
 from data_tools.cogvideox.clips import batches_by_shape, choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
 from dataset.cache.files import read_header
 from dataset.cache.records import latent_record
 from modules.errors import DatasetError, MediaError, UserError
+from modules.media import reading
 from modules.media.reading import video_info
 from tests.data_tools.cogvideox.making import NAMES, save, write_config, write_data
 from tests.dataset.making import frame_numbers, make_clip, make_frames
@@ -102,7 +102,7 @@ def test_a_wrong_header_counts_as_long_as_its_frames_are_there(
 ) -> None:
     path = make_clip(tmp_path / "clip.mp4", 23, (40, 72))
     info = replace(video_info(path), frames=stated)
-    monkeypatch.setattr(frames, "video_info", lambda _: info)
+    monkeypatch.setattr(reading, "video_info", lambda _: info)
 
     clip = read_clip(path, shape(), "name", threads=1)
 
