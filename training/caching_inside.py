@@ -3,34 +3,42 @@
 Options say where latents and texts of a table are kept: in npz files beside the pictures, or in host memory.
 Without these options, caches of the caching scripts are used; if there are none, latents are encoded once
 into memory (which is encoding at each step but for the posterior's noise) and texts at each step. Pictures
-that augmentation changes each time are encoded at each step too.
+that augmentation changes each time are encoded at each step too: the training process reads, changes and
+encodes them once for each of their micro-batches. Their randomness is a function of the run's seed and the
+micro-batch's number, as that of noise and timesteps.
 """
 
 import logging
+import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch import Tensor
 
-from dataset.batches.items import LiveTable
-from dataset.cache.files import parse_latent_name, text_file_name
-from dataset.cache.npz import NpzNames, open_npz
-from dataset.cache.store import CacheStore, MemoryStore, Stores, open_store
-from dataset.caching.existing import Caches, npz_names
+from dataset.batches.items import LiveTable, TrainingItem
+from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
+from dataset.cache.npz import open_npz
+from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
+from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
 from dataset.options import CachingInRunOptions, CachingOptions
+from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.fetching import fetch
+from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_all_sources, require_captions
 from dataset.sources.media_source import MediaSource
-from dataset.table import DatasetConfig, DatasetTable
+from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size
-from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
+from modules.contract.data import LOSS_MASK
+from modules.contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import DatasetError, OptionError
 from modules.installation import import_own
 from modules.media.buckets import Size
 from modules.media.reading import image_size
+from modules.seeds import derive_seed
 from networks.own_modules import OWN_MODULES
-from training.data.live import NO_TEXTS, BatchSources, LiveMedia, LiveTexts
+from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -326,3 +334,63 @@ def _learning(
             "out"
         )
     return learning
+
+
+class LiveMedia:
+    """The media encoders of a family, kept while training, for pictures."""
+
+    def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
+        """tables: by index; those with `media` are encoded here."""
+        self._family, self._tables = family, tables
+        self._encoders = EncodersOnDemand(family, device)
+
+    def load(self) -> None:
+        """Load the encoders. Raises CheckpointError if they cannot be."""
+        self._encoders.get()
+
+    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
+        """Encode the items of a batch that are not cached; return by their places tensors without batch
+        dimension, on the CPU.
+
+        stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
+        if it has changed its size.
+        """
+        groups: dict[tuple[object, ...], list[tuple[int, Crop]]] = {}
+        for place, item in enumerate(items):
+            if not item.kind.has_latents:
+                crop = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
+                key = (item.table.index, *(tensor.shape for tensor in crop.tensors))
+                groups.setdefault(key, []).append((place, crop))
+        found: dict[int, dict[str, Tensor]] = {}
+        for pairs in groups.values():
+            table = items[pairs[0][0]].table
+            # another posterior sample each time, so the names that it is seeded by are others
+            keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
+            found |= self._encode([place for place, _ in pairs], [crop for _, crop in pairs], keys, table)
+        return found
+
+    def _read(self, item: TrainingItem, numbers: random.Random) -> Crop:
+        source = self._tables[item.table.index].sources[item.source_stem]
+        # an item that is validated on has another table, which changes nothing
+        source = replace(source, table=item.table)
+        spec, fps = self._family.latent, self._family.defaults.fps
+        changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
+        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes)
+        if media.bucket != item.bucket:
+            sides = "x".join(map(str, media.size))
+            raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
+        return cut(media, IMAGE_SPANS[0])
+
+    def _encode(
+        self, places: Sequence[int], crops: Sequence[Crop], keys: Sequence[str], table: DatasetTable
+    ) -> dict[int, dict[str, Tensor]]:
+        media = batch_media(crops, keys, IMAGE_SPANS * len(crops), table)
+        with torch.no_grad():
+            encoded = self._family.encode_media(self._encoders.get(), media)
+        found = {}
+        for place, crop, (entry,) in zip(places, crops, encoded, strict=True):
+            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            if crop.mask is not None:
+                tensors[LOSS_MASK] = shrink_mask(crop.mask, self._family.latent.stride)
+            found[place] = tensors
+        return found

@@ -13,6 +13,7 @@ from dataset.batches.items import CachingCommands, TrainingItem, find_items, req
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
@@ -23,9 +24,8 @@ from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
-from training.caching_inside import find_live_texts, prepare_sources
 from training.checks import check_before_loading, check_teacher, list_unused_options
-from training.data.live import BatchSources, LiveTexts
+from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
@@ -108,9 +108,15 @@ def make_plan(
     check_computing(family, options, device, fp8)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    texts = find_live_texts(family, options, config)
-    check_teacher(family, options, texts)
-    sources = prepare_sources(family, config, options.caching, device, texts.keys)
+    if encodes_while_training(options, config):
+        from training.caching_inside import find_live_texts, prepare_sources
+
+        texts = find_live_texts(family, options, config)
+        check_teacher(family, options, texts)
+        sources = prepare_sources(family, config, options.caching, device, texts.keys)
+    else:
+        texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
+        check_teacher(family, options, texts)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
@@ -157,6 +163,12 @@ def make_plan(
         changes=changes,
         others=others,
     )
+
+
+def encodes_while_training(options: TrainingOptions, config: DatasetConfig) -> bool:
+    """Return whether the training command may have to encode pictures or captions itself."""
+    changing = (table.changes.varying_keys or table.augmentation.varying_keys for table in config.datasets)
+    return options.is_for_images or options.caching is not None or any(changing)
 
 
 def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:

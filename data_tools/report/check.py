@@ -38,8 +38,8 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.converting import list_shard_faults, other_form
 from dataset.cache.files import EMPTY
-from dataset.cache.store import Stores
-from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
+from dataset.cache.store import Stores, npz_names
+from dataset.caching.existing import LatentNames, media_table, names_of, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork
@@ -56,7 +56,7 @@ from dataset.sources.references import reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
-from modules.contract.family import Described, TextEncoder, has_frame_rates, hears_sound
+from modules.contract.family import Caches, Described, TextEncoder, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_CAPTION_BYTES

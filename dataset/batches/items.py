@@ -10,12 +10,12 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from dataset.cache.converting import list_unsound
 from dataset.cache.files import (
     EMPTY,
     PART,
     SUFFIX,
     LatentName,
+    NpzNames,
     empty_text_name,
     is_empty_text_name,
     latent_names,
@@ -24,14 +24,12 @@ from dataset.cache.files import (
     sound_tag,
     text_file_name,
 )
-from dataset.cache.npz import NpzNames
 from dataset.cache.records import section_frames
 from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
-from dataset.sources.decoding import bucket_of
-from dataset.sources.listing import find_sources
-from dataset.sources.media_source import MediaSource, pause_collection
+from dataset.sources.frames import bucket_of
+from dataset.sources.media_source import MediaSource, is_of_shards, pause_collection
 from modules.console import count_of
 from modules.contract.data import FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -234,7 +232,7 @@ class _Search:
         store, texts_store, found = self.stores.of(table), self.stores.of_texts(table), self.found
         names = store.names()
         if table.index not in self.stores.given:
-            found.unsound += [(table, line) for line in list_unsound(names, table, self.tag)]
+            found.unsound += [(table, line) for line in _list_unsound(names, table, self.tag)]
         end = f"_{self.tag}{SUFFIX}"
         latent_files = live.latent_names(self.tag) if live.media else names
         wanted = sorted([name for name in latent_files if name.endswith(end)])
@@ -363,6 +361,19 @@ class _TextNames:
         return True
 
 
+def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
+
+    names: of the table's store, as they have just been listed.
+    """
+    form = table.cache_format
+    if form == "npz" or (form == "files" and not any(map(is_of_shards, names))):
+        return []
+    from dataset.cache.converting import list_shard_faults, other_form
+
+    return [*other_form(table, tag), *list_shard_faults(table)]
+
+
 def _listed_stems(
     table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str], tag: str
 ) -> Collection[str] | None:
@@ -377,6 +388,8 @@ def _listed_stems(
     first = next(latent_names(latents, tag, table.kind), None)
     if first is None or not store.is_shared(first[0]):
         return None
+    from dataset.sources.listing import find_sources
+
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
     except DatasetError:  # none at all: the caches were copied without the pictures

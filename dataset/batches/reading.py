@@ -17,8 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
-from dataset.cache.npz import NpzNames
+from dataset.cache.files import EMPTY, FLIPPED, Entry, NpzNames, tensor_key
 from dataset.cache.records import (
     CacheChecks,
     LatentRecord,
@@ -30,10 +29,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
-from dataset.sources.decoding import bucket_of
-from dataset.sources.folders import count_references
-from dataset.sources.frames import has_mask
-from dataset.sources.tables import count_named_references
+from dataset.sources.frames import bucket_of, has_mask
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.console import count_of
 from modules.contract.data import (
@@ -343,12 +339,16 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)
     made_with = f"it was made with {count_of(cached, 'reference picture')}"
     if table.directory is None:
+        from dataset.sources.tables import count_named_references
+
         named = count_named_references(table, item.source_stem)
         if named is not None and min(named, rules.most) != cached:
             yield f"{made_with}, now {table.source} names {named}"
     elif cached and table.control_directory is None:
         yield f"it was made with reference pictures, {table.name} has no control_directory"
     elif cached < rules.most:
+        from dataset.sources.folders import count_references
+
         there = min(count_references(table, item.source_stem), rules.most)
         if cached < there:
             yield f"{made_with}, now its image has {there}"

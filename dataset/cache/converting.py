@@ -6,7 +6,7 @@ Entries are copied byte for byte, whoever made them; the originals go when all c
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dataset.cache.catalog import Catalog, list_shards
@@ -26,7 +26,7 @@ from dataset.cache.shards import ShardStore
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import ConvertCacheOptions
-from dataset.sources.media_source import INDEX, OLD_INDEX, is_of_shards
+from dataset.sources.media_source import INDEX, OLD_INDEX
 from modules.atomic_write import explain_errors, remove_leftovers
 from modules.bars import track
 from modules.command import as_typed
@@ -51,29 +51,18 @@ def require_form(config: DatasetConfig, tag: str, elsewhere: Container[int] = ()
         raise DatasetError("\n".join(said))
 
 
-def list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
-    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
-
-    names: of the table's store, as they have just been listed.
-    """
-    return [*other_form(table, tag, names), *list_shard_faults(table)]
-
-
 def list_shard_faults(table: DatasetTable) -> list[str]:
     """Return what is wrong with the shards of a table, if it has any."""
     return shard_faults(table.cache_directory) if table.cache_format == "shards" else []
 
 
-def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
+def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
     """Yield a fault if a table has caches of a family in another form than `cache_format`.
 
-    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault. names_there:
-    of the table's store, so that a folder of single files is not listed again.
+    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
     """
     folder, form = table.cache_directory, table.cache_format
     if form == "npz":  # beside files of other forms, which other trainings may use
-        return
-    if form == "files" and names_there is not None and not any(map(is_of_shards, names_there)):
         return
     shards = ShardStore(folder) if list_shards(folder) else None
     names: Iterable[str]

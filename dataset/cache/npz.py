@@ -24,6 +24,7 @@ from dataset.cache.files import (
     SUFFIX,
     Entry,
     Header,
+    NpzNames,
     is_text_name,
     parse_latent_name,
     parse_more_text_name,
@@ -46,12 +47,10 @@ from dataset.cache.npz_files import (
     write_members,
 )
 from dataset.config import DatasetTable
-from dataset.sources.decoding import bucket_of
-from dataset.sources.frames import shrink_mask
+from dataset.sources.frames import bucket_of, shrink_mask
 from dataset.sources.listing import find_sources
 from modules.atomic_write import explain_errors
-from modules.contract.data import LOSS_MASK, LatentSpec
-from modules.contract.rules import NpzFormat
+from modules.contract.data import LOSS_MASK
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
@@ -65,22 +64,6 @@ NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
 ALPHA, MIRRORED = "alpha_mask", "latents" + FLIPPED
 _KNOWN = ("latents", MIRRORED)
-
-
-@dataclass(frozen=True)
-class NpzNames:
-    """How a family's caches are named in npz files."""
-
-    tag: str  # the family's cache_tag
-    latent: LatentSpec
-    text_keys: frozenset[str]  # of a whole text cache
-
-    @property
-    def format(self) -> NpzFormat:
-        """Return the family's format. Raises CacheError if it has none."""
-        if self.latent.npz is None:
-            raise CacheError('this model has no npz caches; use cache_format = "files" or "shards"')
-        return self.latent.npz
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from dataset.cache.files import Entry, Header, checksum
 from dataset.config import DatasetTable
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
-from dataset.sources.parquet import read_cell
 from dataset.table import SECTION_DEFAULTS
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
@@ -238,6 +237,8 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     if isinstance(origin, TarMember):
         return hash_member(origin)
     if isinstance(origin, ParquetCell):
+        from dataset.sources.parquet import read_cell
+
         return hashlib.sha256(read_cell(origin)).hexdigest()
     if not path.is_dir():
         with path.open("rb") as file:

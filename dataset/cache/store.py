@@ -15,15 +15,15 @@ from torch import Tensor
 from dataset.cache.files import (
     Entry,
     Header,
+    NpzNames,
     is_cache_name,
     read_entry,
     read_header,
     write_tensors,
 )
-from dataset.cache.npz import NpzNames, open_npz
-from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
+from modules.contract.family import Caches
 from modules.errors import CacheError, DatasetError
 
 
@@ -179,10 +179,21 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
                 f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
                 '"shards"'
             )
+        from dataset.cache.npz import open_npz
+
         return open_npz(table, names, table.cache_directory)
     if table.cache_format == "shards":
+        from dataset.cache.shards import ShardStore
+
         return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)
+
+
+def npz_names(family: Caches) -> NpzNames:
+    """Return how a family's caches are named in npz files."""
+    # the keys may be known only if all encoders are given, which a check does not need
+    has_npz = family.latent.npz is not None
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
 @dataclass

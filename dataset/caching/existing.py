@@ -8,12 +8,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from dataset.cache.files import Header, LatentName, latent_names
-from dataset.cache.npz import NpzNames
 from dataset.cache.records import difference
 from dataset.cache.store import CacheStore
 from dataset.caching.text_plans import CaptionFile
@@ -22,23 +21,12 @@ from dataset.sources.cogvideox import PREPARED, explain_channels, read_prepared,
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions, MediaTable
-from modules.contract.family import Described, Encodes, TextEncoder
+from modules.contract.family import Caches, TextEncoder
 from modules.devices import dtype_name
 from modules.errors import CacheError, CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
-
-
-class Caches(Described, Encodes, Protocol):
-    """Functions that caching needs of a family."""
-
-
-def npz_names(family: Caches) -> NpzNames:
-    """Return how a family's caches are named in npz files."""
-    # the keys may be known only if all encoders are given, which a check does not need
-    has_npz = family.latent.npz is not None
-    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
 # the latent cache files of one source, with what their names say but for the stem

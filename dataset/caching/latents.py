@@ -11,7 +11,7 @@ from torch import Tensor
 from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_key
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.cache.store import CacheStore
-from dataset.caching.existing import Caches, Names, media_table
+from dataset.caching.existing import Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
 from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
@@ -23,6 +23,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from modules.contract.family import Caches
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 

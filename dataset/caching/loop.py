@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from dataset.cache.store import Stores
-from dataset.caching.existing import Caches
 from dataset.caching.prefetch import CacheReport, conclude, join_reports
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
 from modules.console import Row, in_words
+from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import OptionError
 from modules.installation import import_own

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset.caching.existing import Caches
 from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
@@ -21,6 +20,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, RayOptions, ShardOptions
 from modules.command import as_typed
 from modules.console import show_box
+from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT

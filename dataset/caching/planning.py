@@ -26,8 +26,8 @@ from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.sources.cogvideox import GivenClip, measure_source
-from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
-from dataset.sources.frames import Span, describe_short, frames_wanted, spans
+from dataset.sources.decoding import DecodedSource, plan_source
+from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.bars import Bar
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable

@@ -32,7 +32,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import Stores
-from dataset.caching.existing import Caches, ExistingNames, LatentNames, names_of, remove_caches
+from dataset.caching.existing import ExistingNames, LatentNames, names_of, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, WriteBehind, read_ahead
 from dataset.config import DatasetTable
@@ -42,7 +42,7 @@ from dataset.sources.media_source import MediaSource, Origin
 from dataset.sources.sound import NoSound, find_sound, kept_rate, read_sounds
 from modules.bars import Bar
 from modules.contract.data import SOUND
-from modules.contract.family import HearsSound
+from modules.contract.family import Caches, HearsSound
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 

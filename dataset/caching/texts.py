@@ -31,8 +31,8 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
-from dataset.cache.store import Stores
-from dataset.caching.existing import Caches, npz_names, read_embeds, refuse_changing, remove_caches
+from dataset.cache.store import Stores, npz_names
+from dataset.caching.existing import read_embeds, refuse_changing, remove_caches
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind
 from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
@@ -45,7 +45,7 @@ from dataset.sources.references import explain_reference, hold_references
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.contract.data import Conditions
-from modules.contract.family import TextEncoder
+from modules.contract.family import Caches, TextEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, CheckpointError, MediaError
 from modules.paths import path_exists

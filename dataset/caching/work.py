@@ -19,14 +19,12 @@ import torch
 from dataset.cache.converting import require_form
 from dataset.cache.files import SUFFIX, LatentName, grid_in_name, is_latent_cache, tensor_name
 from dataset.cache.records import LatentRecord
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import CacheStore, Stores, npz_names
 from dataset.caching.existing import (
-    Caches,
     ExistingNames,
     LatentNames,
     media_table,
     names_of,
-    npz_names,
     refuse_changing,
     refuse_moments,
     remove_caches,
@@ -55,7 +53,7 @@ from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, show_box
 from modules.contract.data import FPS, LOSS_MASK, CacheEntry, MomentsBatch
-from modules.contract.family import has_frame_rates, hears_sound
+from modules.contract.family import Caches, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 

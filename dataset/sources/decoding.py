@@ -17,6 +17,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
     Span,
+    bucket_of,
     frames_wanted,
     keep_pattern,
     read_moving,
@@ -27,19 +28,15 @@ from dataset.sources.frames import (
 )
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import fit_reference, read_reference
-from modules.errors import DatasetError, MediaError
+from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import (
     Fit,
     Size,
-    bucket_sizes,
-    choose_bucket,
-    choose_image_bucket,
     fit_cover,
     fit_like,
     fit_without_enlarging,
     how_to_resize,
-    image_bucket_sizes,
 )
 from modules.media.decoding import is_animation
 from modules.media.reading import (
@@ -218,51 +215,6 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
             yield from _kept_frames(here.path, source.table, fps)
 
 
-def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
-    """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
-
-    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
-    `step`.
-    """
-    if table.load_tensors:
-        return size
-    (width, height), rule = table.resolution, table.buckets
-    if not table.enable_bucket:
-        if width % step or height % step:
-            down = width // step * step, height // step * step
-            up = -(-width // step) * step, -(-height // step) * step
-            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
-            raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-                f"enable_bucket is false. Use {options}, or enable_bucket = true."
-            )
-        return table.resolution
-    if rule is not None and rule.step % step:
-        raise DatasetError(
-            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
-            f"needs. Use {-(-rule.step // step) * step}."
-        )
-    no_upscale, area = table.bucket_no_upscale, width * height
-    try:
-        sizes: tuple[Size, ...] = ()
-        if rule is None:
-            sizes = _bucket_sizes(width, height, step)
-        elif not no_upscale:
-            sizes = _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
-    except ValueError as error:
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
-    try:
-        if rule is None:
-            return choose_bucket(size, sizes, area, step, no_upscale)
-        return (
-            fit_without_enlarging(size, area, rule.step).bucket
-            if no_upscale
-            else choose_image_bucket(size, sizes)
-        )
-    except ValueError as error:
-        raise MediaError(f"{path or 'an image'} is too small: {error}") from None
-
-
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
     """Return how an image of `size` is resized and cropped to its bucket. Raises as `bucket_of` does."""
     bucket, rule = bucket_of(table, size, step, path), table.buckets
@@ -279,10 +231,6 @@ def check_resolution(table: DatasetTable, step: int) -> None:
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
-
-
-_bucket_sizes = functools.cache(bucket_sizes)
-_image_sizes = functools.cache(image_bucket_sizes)
 
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:

@@ -1,4 +1,6 @@
-"""Choose the frames of a video: drop frames to reach a rate, then cut spans in one of five ways.
+"""Choose the frames of a video and the size of a picture.
+
+Frames are dropped to reach a rate, then spans are cut in one of five ways.
 
 A span is (first frame, number of frames), counted in kept frames. Below: masks of the loss, whose white areas
 are learned and black ones not; from a file (`mask_directory`, `mask_path`) or transparency (`alpha_mask`).
@@ -17,8 +19,15 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.sources.media_source import Fault, MediaSource
-from modules.errors import MediaError
-from modules.media.buckets import Size
+from modules.errors import DatasetError, MediaError
+from modules.media.buckets import (
+    Size,
+    bucket_sizes,
+    choose_bucket,
+    choose_image_bucket,
+    fit_without_enlarging,
+    image_bucket_sizes,
+)
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_video
 from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image
@@ -236,3 +245,52 @@ def _grey(path: Path, frame: Frame, place: Place, size: Size) -> NDArray[np.uint
             "shape, or the mask would cover other places"
         )
     return place(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))
+
+
+def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
+    """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
+
+    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
+    `step`.
+    """
+    if table.load_tensors:
+        return size
+    (width, height), rule = table.resolution, table.buckets
+    if not table.enable_bucket:
+        if width % step or height % step:
+            down = width // step * step, height // step * step
+            up = -(-width // step) * step, -(-height // step) * step
+            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+                f"enable_bucket is false. Use {options}, or enable_bucket = true."
+            )
+        return table.resolution
+    if rule is not None and rule.step % step:
+        raise DatasetError(
+            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
+            f"needs. Use {-(-rule.step // step) * step}."
+        )
+    no_upscale, area = table.bucket_no_upscale, width * height
+    try:
+        sizes: tuple[Size, ...] = ()
+        if rule is None:
+            sizes = _bucket_sizes(width, height, step)
+        elif not no_upscale:
+            sizes = _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
+    try:
+        if rule is None:
+            return choose_bucket(size, sizes, area, step, no_upscale)
+        return (
+            fit_without_enlarging(size, area, rule.step).bucket
+            if no_upscale
+            else choose_image_bucket(size, sizes)
+        )
+    except ValueError as error:
+        raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+_bucket_sizes = functools.cache(bucket_sizes)
+_image_sizes = functools.cache(image_bucket_sizes)

@@ -269,6 +269,10 @@ class Encodes(Protocol):
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]: ...
 
 
+class Caches(Described, Encodes, Protocol):
+    """Functions that caching needs of a family."""
+
+
 class HearsSound(Protocol):
     """A family whose clips can have sound, with latents of its own beside the picture's."""
 

@@ -26,7 +26,6 @@ from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.media.reading import Frame
-from modules.media.writing import write_video
 from modules.text_files import require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -131,6 +130,8 @@ def embed_clip(
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
+    from modules.media.writing import write_video
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         reduced = (reduce_frame(frame, largest_side) for frame in frames)

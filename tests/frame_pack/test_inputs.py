@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.sources.decoding import bucket_of
+from dataset.sources.frames import bucket_of
 from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles

@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataset.caching.existing import Caches
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import (
     Batch,
@@ -22,7 +21,7 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import DitSpec, NoiseSpec, TextEncoder
+from modules.contract.family import Caches, DitSpec, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from modules.control_codes import escape_control_codes
 from modules.media.reading import Frame, read_image, video_frames, video_info
-from modules.media.writing import write_png
 from modules.pages.page import reduce_frame
 
 FOLDER = "sample"  # of samples, in the output folder
@@ -105,6 +104,8 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
         draw.text((GAP, y), _fit(prompt, width, TEXT_SIZE), font=_font(TEXT_SIZE), fill=(210, 210, 215))
         sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
         y += text_height + strip.shape[0] + 2 * GAP
+    from modules.media.writing import write_png
+
     write_png(path, np.asarray(sheet))
 
 

@@ -19,8 +19,7 @@ from dataset.cache import npz_files
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
 from dataset.cache.npz_files import format_array, read_arrays, write_members
-from dataset.cache.store import Stores
-from dataset.caching.existing import npz_names
+from dataset.cache.store import Stores, npz_names
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.options import ConvertCacheOptions
