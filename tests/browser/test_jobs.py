@@ -17,7 +17,7 @@ from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from modules.errors import OptionError, OutputError
-from pocket.measure import POCKET, model_options
+from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.serving import Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, assert_user_error, run_python
@@ -323,7 +323,7 @@ def training_words(cached: Path, output: Path, repeats: int, *options: object) -
         "--max_data_loader_n_workers 0 --save_every_n_steps 1 --save_state --gradient_accumulation_steps 999"
     )
     places = ("--dataset_config", output / "dataset.toml", "--output_dir", output)
-    words = (*model_options(POCKET), *learner.split(), *places, *options)
+    words = (*model_options(POCKET), *IN_FLOAT32, *learner.split(), *places, *options)
     return ["python", "wan_train_network.py", *map(str, words)]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pocket.measure import POCKET, model_options
+from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.serving import Served, serve_runs
 from tests.faults.runs import assert_same_end
 from tests.faults.test_kill_and_resume import KILLED, Running, kill_after, start, wait_until
@@ -21,7 +21,10 @@ LEARNER = (
 def command(cached: Path, output: Path, *words: object) -> Sequence[str]:  # noqa: F811
     data = ("--dataset_config", cached / "dataset.toml", "--sample_prompts", cached / "samples.txt")
     to = ("--output_dir", output)
-    return ["wan_train_network.py", *map(str, (*model_options(POCKET), *LEARNER.split(), *data, *to, *words))]
+    return [
+        "wan_train_network.py",
+        *map(str, (*model_options(POCKET), *IN_FLOAT32, *LEARNER.split(), *data, *to, *words)),
+    ]
 
 
 def start_until_saved(command: Sequence[str], output: Path, step: int) -> Running:

@@ -18,7 +18,7 @@ from pocket.captions import caption
 from pocket.captions import plain as unmarked
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS
-from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
+from pocket.measure import CLIP, IN_FLOAT32, POCKET, Accuracy, Asked, judge, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
 from wan.t5 import TOKENIZER, WanTextEncoder
@@ -45,7 +45,7 @@ def generate(folder: Path, prompts: Mapping[int, str], *options: object) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "prompts.txt", "".join(f"{prompt} --d {seed}\n" for seed, prompt in prompts.items()))
     files = ["--from_file", str(folder / "prompts.txt"), "--save_path", str(folder), "--output_type", "both"]
-    wan_generate_video.main([*model_options(POCKET), *CLIP, *STEPS, *files, *map(str, options)])
+    wan_generate_video.main([*model_options(POCKET), *IN_FLOAT32, *CLIP, *STEPS, *files, *map(str, options)])
     return {seed: look(np.stack(list(video_frames(*folder.glob(f"*_{seed}.mp4"))))) for seed in prompts}
 
 

@@ -11,7 +11,7 @@ from modules.media.writing import write_video
 from pocket import drawing, train_vae
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, DATASET
-from pocket.measure import CLIP, POCKET, model_options
+from pocket.measure import CLIP, IN_FLOAT32, POCKET, model_options
 from pocket.vae_learning import decode, encode, fold_statistics
 from tests.commands import run_script
 from tests.tiny.wan_encoders import random_tensors, vae_config
@@ -47,7 +47,9 @@ def train(folder: Path, name: str, *options: object) -> Path:
         *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / name),
         *("--output_name", "blorp"),
     )
-    run_script("wan_train_network.py", *model_options(POCKET), *network, *times, *output, *options)
+    run_script(
+        "wan_train_network.py", *model_options(POCKET), *IN_FLOAT32, *network, *times, *output, *options
+    )
     return folder / name / "blorp.safetensors"
 
 
@@ -84,6 +86,7 @@ def test_a_converted_lora_makes_the_same_clip(trained: Path, tmp_path: Path) -> 
         run_script(
             "wan_generate_video.py",
             *model_options(POCKET),
+            *IN_FLOAT32,
             *CLIP,
             *prompt,
             *("--lora_weight", path, "--save_path", folder),
