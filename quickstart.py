@@ -45,7 +45,8 @@ SAMPLES = {
 }
 # float32: most processors multiply bfloat16 several times more slowly
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors", "--dit_dtype", "float32"]
-ENCODERS = ["--vae", "pocket/vae.safetensors", "--t5", "pocket/t5.safetensors"]
+VAE = ["--vae", "pocket/vae.safetensors", "--vae_dtype", "float32"]
+T5 = ["--t5", "pocket/t5.safetensors"]
 SIZE = f"--video_size {SIDE} {SIDE} --video_length {FRAMES}"
 CLIP = f"{SIZE} --infer_steps {INFER_STEPS} --guidance_scale 3 --flow_shift 3".split()
 
@@ -101,7 +102,7 @@ def show_footage(runner: "Runner") -> None:
     """Take real clips through the decoder, the cache and the VAE."""
     runner.run("Taking real footage", ["-m", "pocket.footage", "quickstart/footage"])
     dataset = ["--dataset_config", "quickstart/footage/dataset.toml"]
-    runner.run("Caching its latents", ["wan_cache_latents.py", *dataset, *ENCODERS[:2]])
+    runner.run("Caching its latents", ["wan_cache_latents.py", *dataset, *VAE])
     runner.run("Looking at what the VAE makes of it", ["-m", "pocket.reconstruct", "quickstart/footage"])
 
 
@@ -110,11 +111,9 @@ def teach(runner: "Runner", name: str) -> None:
     dataset = ["--dataset_config", f"quickstart/{name}/dataset.toml"]
     runner.run(
         f"{name}: caching latents, every clip goes through the VAE once",
-        ["wan_cache_latents.py", *dataset, *ENCODERS[:2]],
+        ["wan_cache_latents.py", *dataset, *VAE],
     )
-    runner.run(
-        f"{name}: caching text embeddings", ["wan_cache_text_encoder_outputs.py", *dataset, *ENCODERS[2:]]
-    )
+    runner.run(f"{name}: caching text embeddings", ["wan_cache_text_encoder_outputs.py", *dataset, *T5])
     runner.run(f"{name}: training a LoRA for {STEPS} steps, with samples on the way", training_command(name))
 
 
@@ -129,14 +128,14 @@ def training_command(name: str) -> list[str]:
     output = f"--output_dir {folder}/output --output_name {name} --logging_dir {folder}/logs"
     dataset = f"--dataset_config {folder}/dataset.toml --seed 42 --sdpa --save_state_on_train_end"
     options = f"{dataset} {network} {times} {rate} {samples} {output}"
-    return [*launch.split(), "wan_train_network.py", *MODEL, *ENCODERS, *options.split()]
+    return [*launch.split(), "wan_train_network.py", *MODEL, *VAE, *T5, *options.split()]
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:
     """Generate the clips of quickstart/PROMPTS.txt into quickstart/FOLDER."""
     weights = ["--lora_weight", *(lora(name) for name in loras)] if loras else []
     clips = ["--from_file", f"quickstart/{prompts}.txt", "--save_path", f"quickstart/{folder}"]
-    runner.run(title, ["wan_generate_video.py", *MODEL, *ENCODERS, *CLIP, *clips, *weights])
+    runner.run(title, ["wan_generate_video.py", *MODEL, *VAE, *T5, *CLIP, *clips, *weights])
 
 
 def lora(name: str, folder: str | None = None) -> str:

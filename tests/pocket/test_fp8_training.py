@@ -72,7 +72,10 @@ def cached(folder: Path, clips: int, validation: int, batch_size: int) -> Path:
     path = folder / "dataset.toml"
     path.write_text(text + "validation = true\n", encoding="utf-8")
     wan_cache_latents.main(
-        ["--dataset_config", str(path), "--vae", str(POCKET / "vae.safetensors"), "--device", "cpu"]
+        [
+            *("--dataset_config", str(path), "--device", "cpu"),
+            *("--vae", str(POCKET / "vae.safetensors"), "--vae_dtype", "float32"),
+        ]
     )
     wan_cache_text_encoder_outputs.main(
         ["--dataset_config", str(path), "--t5", str(POCKET / "t5.safetensors"), "--device", "cpu"]

@@ -31,7 +31,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "dataset.toml").write_text(DATASET.format(folder=folder.as_posix()), encoding="utf-8")
     (folder / "samples.txt").write_text(SAMPLE, encoding="utf-8")
     dataset = ("--dataset_config", folder / "dataset.toml")
-    run_script("wan_cache_latents.py", *dataset, "--vae", POCKET / "vae.safetensors")
+    vae = ("--vae", POCKET / "vae.safetensors", "--vae_dtype", "float32")
+    run_script("wan_cache_latents.py", *dataset, *vae)
     run_script("wan_cache_text_encoder_outputs.py", *dataset, "--t5", POCKET / "t5.safetensors")
     return folder
 
