@@ -134,7 +134,7 @@ FORMAT = DitFormat(
 # without the sound's stream: none of its weights is read
 SILENT = replace(
     FORMAT,
-    network=lambda config, attention: LtxModel(config.silent, attention),
+    network=lambda config, attention: LtxModel(replace(config, sound=None), attention),
     ignore=(*CONNECTORS, *OF_SOUND),
 )
 identify = FORMAT.identify
