@@ -88,50 +88,43 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     Norms and biases of scores stay in float32. Raises CheckpointError for other files.
     """
     with open_checkpoint(path) as checkpoint:
-        kind, plan = read_upscaler(checkpoint)
-        network = load_planned(plan, kind.build, device, lambda name, _: _dtype(name, dtype), OPTION)
+        checkpoint = checkpoint.without_prefix(*PREFIXES)
+        names = checkpoint.tensors
+        plan: LoadPlan[Any]
+        if SWINIR_NAME in names and HAT_NAME not in names:
+            kind, plan = SWINIR, _read_swinir(checkpoint)
+        elif "body.0.weight" in names:
+            kind, plan = COMPACT, _read_compact(checkpoint)
+        else:
+            kind, plan = RRDB, _read_rrdb(checkpoint)
+
+        def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+            return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
+
+        network = load_planned(plan, kind.build, device, dtype_of, OPTION)
     if device != META:
         lay_out(network, device)
     return Upscaler(kind, plan.config, network)
 
 
-def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
-
-
-def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
-    """Plan how to load the network of an open file. Raises CheckpointError if no network fits."""
-    checkpoint = checkpoint.without_prefix(*PREFIXES)
+def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     names = checkpoint.tensors
-    if SWINIR_NAME in names and HAT_NAME not in names:
-        return SWINIR, _read_swinir(checkpoint)
-    if "body.0.weight" in names:
-        return COMPACT, _read_compact(checkpoint)
-    tables = {
-        "model.1.sub.0.RDB1.conv1.0.weight": _old_names(checkpoint),
-        "RRDB_trunk.0.RDB1.conv1.weight": MIDDLE_NAMES,
-        "body.0.rdb1.conv1.weight": (),
-    }
-    table = next((table for name, table in tables.items() if name in names), None)
-    if table is None:
+    table: Names = ()
+    if "model.1.sub.0.RDB1.conv1.0.weight" in names:
+        # the number of the last layer gives that of enlargements
+        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+        last = max((int(layer[1]) for layer in layers if layer), default=0)
+        ups = max(last - 4, 0) // 3
+        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
+        ends += [
+            (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
+            (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
+        ]
+        table = (*OLD_NAMES, *ends)
+    elif "RRDB_trunk.0.RDB1.conv1.weight" in names:
+        table = MIDDLE_NAMES
+    elif "body.0.rdb1.conv1.weight" not in names:
         raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
-    return RRDB, _read_rrdb(checkpoint, table)
-
-
-def _old_names(checkpoint: Checkpoint) -> Names:
-    """Return the table of old names; the number of the last layer gives that of enlargements."""
-    layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in checkpoint.tensors)
-    last = max((int(layer[1]) for layer in layers if layer), default=0)
-    ups = max(last - 4, 0) // 3
-    ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
-    ends += [
-        (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
-        (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
-    ]
-    return (*OLD_NAMES, *ends)
-
-
-def _read_rrdb(checkpoint: Checkpoint, table: Names) -> LoadPlan[RrdbConfig]:
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
