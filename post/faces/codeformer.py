@@ -221,13 +221,18 @@ class CodeFormer(nn.Module):
         faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, seen = self._encode(faces)
-        x = self._look_up(self._choose(latents), latents).to(latents.dtype)
-        places = first_blocks(self.config)
-        for number, block in enumerate(self.generator.blocks):
+        # the features of the codes get the mean and spread that the latents have
+        found = self.quantize["embedding"](self._choose(latents))
+        found = rearrange(found, "b (h w) c -> b c h w", h=self.config.side)
+        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (found, latents.float()))
+        x = ((found - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
+        size, is_doubled = self.config.side, False
+        for block, part in zip(self.generator.blocks, self.config.generator, strict=True):
             x = block(x)
-            if number in places and fidelity > 0:
-                size = places[number]
+            if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
                 x = self.fuse_convs_dict[str(size)](seen[size], x, fidelity)
+            is_doubled = part.kind == RESIZE
+            size *= 2 if is_doubled else 1
         return x.float()
 
     def codes(self, faces: Tensor) -> Tensor:
@@ -251,13 +256,6 @@ class CodeFormer(nn.Module):
             tokens = layer(tokens, self.position_emb)
         return self.idx_pred_layer(tokens).argmax(dim=-1)
 
-    def _look_up(self, codes: Tensor, latents: Tensor) -> Tensor:
-        """Return the features of the codes with the mean and spread that the latents have."""
-        found = rearrange(self.quantize["embedding"](codes), "b (h w) c -> b c h w", h=self.config.side)
-        mean, spread = _statistics(found)
-        wanted_mean, wanted_spread = _statistics(latents.float())
-        return (found - mean) / spread * wanted_spread + wanted_mean
-
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of B C h w."""
@@ -272,17 +270,6 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
         if block.kind == RESIZE:
             found[size] = number - 1
             size //= 2
-    return found
-
-
-def first_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return number of the generator's first block behind a doubling -> size, if it is fused there."""
-    found, size = {}, config.side
-    for number, block in enumerate(config.generator):
-        if block.kind == RESIZE:
-            size *= 2
-            if size in config.fused:
-                found[number + 1] = size
     return found
 
 

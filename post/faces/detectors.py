@@ -15,7 +15,7 @@ from modules.limits import MAX_PICKLE_BYTES
 from post.faces.boxes import Detector
 from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
 from post.faces.retinaface import FILES, load_retinaface, read_retinaface
-from post.faces.yolo import YoloLayout, is_yunet, load_yolo, load_yunet, read_layout
+from post.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet, read_layout
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def no_landmarks(detector: str) -> CheckpointError:
 
 def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
     """Return how to read a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
-    if is_yunet(header):
+    if header.outputs.keys() >= OUTPUTS:  # a YuNet that today's OpenCV knows
         return None
     layout = read_layout(path, header, side)
     if layout is None:

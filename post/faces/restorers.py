@@ -259,41 +259,34 @@ ORIGINS = {
 }
 
 
-def find_model(given: Path, mode: str) -> Path:
-    """Return the model's file for the value of --model. Raises CheckpointError if a folder has none."""
-    if not given.is_dir():
-        return given  # a file that is not there is reported when it is opened
-    return _first_file(given, MODELS[mode], "--model", ORIGINS[mode], mode)
+def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
+    """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing.
 
-
-def find_parsenet(model: Path, mode: str) -> Path:
-    """Return ParseNet's file beside the model's. Raises CheckpointError if there is none."""
-    what = "ParseNet, which finds the parts of a face"
-    return _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode)
-
-
-def find_detector(model: Path, mode: str, named: str) -> Path:
-    """Return the detector's file: one of the known names beside the model's, else the path itself.
-
-    Raises CheckpointError if it is not there.
+    --model is the model or its folder. The others lie beside it, but for a detector that is given as a path.
     """
-    what = f"--detection_model {named}"
+    mode, model, named = options.mode, options.network.model, options.detection_model
+    if model.is_dir():
+        model = _first_file(model, MODELS[mode], "--model", ORIGINS[mode], mode)
+    elif not model.exists():
+        raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
+    what, detector = f"--detection_model {named}", Path(named)
     if named in RETINAFACES:
         stem = RETINAFACES[named]
         is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
-        return _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
-    if named == YUNET:
+        detector = _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
+    elif named == YUNET:
         files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if files:
-            return files[-1]  # their names end with a date
-        raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
-    path = Path(named)
-    if not path.exists():
-        names = ", ".join([*RETINAFACES, YUNET])
+        if not files:
+            raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
+        detector = files[-1]  # their names end with a date
+    elif not detector.exists():
         raise CheckpointError(
-            f"{what}: there is no such file. Give the path of one, or one of {names}.", path
+            f"{what}: there is no such file. Give the path of one, or one of "
+            f"{', '.join([*RETINAFACES, YUNET])}.",
+            detector,
         )
-    return path
+    what = "ParseNet, which finds the parts of a face"
+    return model, _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode), detector
 
 
 def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
