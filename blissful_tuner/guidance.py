@@ -233,7 +233,21 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     for entry in filter(None, (part.strip() for part in text.split(","))):
         numbers, colon, scale_text = entry.removeprefix("!").partition(":")
         try:
-            chosen = _steps_of(numbers.strip(), steps)
+            first_text, dash, last_text = numbers.strip().partition("-")
+            whole = "{!r} is not a whole number"
+            if first_text.startswith("e~"):
+                every = read_or_explain(int, numbers.strip()[2:], whole)
+                if every < 1:
+                    raise ValueError("the interval after ~ must be at least 1")
+                chosen = range(every, steps + 1, every)
+            else:
+                first = read_or_explain(int, first_text, whole)
+                last = read_or_explain(int, last_text, whole) if dash else first
+                if first > last:
+                    raise ValueError(f"it runs backwards, from {first} to {last}")
+                if first < 1 or last > steps:
+                    raise ValueError(f"the steps are 1 to {steps}")
+                chosen = range(first, last + 1)
             if entry.startswith("!"):
                 excluded.update(chosen)
                 continue
@@ -249,23 +263,6 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
             ) from None
         scales.update(dict.fromkeys(chosen, scale))
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
-
-
-def _steps_of(numbers: str, steps: int) -> range:
-    whole = "{!r} is not a whole number"
-    if numbers.startswith("e~"):
-        every = read_or_explain(int, numbers[2:], whole)
-        if every < 1:
-            raise ValueError("the interval after ~ must be at least 1")
-        return range(every, steps + 1, every)
-    first_text, dash, last_text = numbers.partition("-")
-    first = read_or_explain(int, first_text, whole)
-    last = read_or_explain(int, last_text, whole) if dash else first
-    if first > last:
-        raise ValueError(f"it runs backwards, from {first} to {last}")
-    if first < 1 or last > steps:
-        raise ValueError(f"the steps are 1 to {steps}")
-    return range(first, last + 1)
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
