@@ -232,7 +232,29 @@ def choose_alternatives(text: str, choose: Choose) -> str:
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
-    groups = _groups_of(text)
+    opened: list[_Group] = []
+    groups: list[_Group] = []  # those that have a choice, in the order in which they begin
+    for mark in _MARKS.finditer(text):
+        if mark[0] == "{":
+            opened.append(_Group(mark.start()))
+        elif mark[0] == "|" and opened:
+            opened[-1].bars.append(mark.start())
+        elif mark[0] == "}" and opened:
+            group = opened.pop()
+            group.end = mark.start()
+            if group.bars:
+                groups.append(group)
+    groups.sort(key=lambda group: group.start)
+    around: list[int] = []  # ends of the groups that the present one stands in
+    for group in groups:
+        while around and around[-1] < group.start:
+            around.pop()
+        around.append(group.end)
+        if len(around) > MAX_NESTED:
+            raise OptionError(
+                f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
+                "alternatives into files and use --prompt_wildcards"
+            )
     starts = [group.start for group in groups]
 
     def of(start: int, end: int) -> str:
@@ -257,34 +279,6 @@ def choose_alternatives(text: str, choose: Choose) -> str:
 def unescape(text: str) -> str:
     """Return a text with `{`, `}` and `|` in place of `\\{`, `\\}` and `\\|`."""
     return _ESCAPED.sub(r"\1", text)
-
-
-def _groups_of(text: str) -> list[_Group]:
-    """Return the groups that have a choice, in the order in which they begin."""
-    opened: list[_Group] = []
-    found: list[_Group] = []
-    for mark in _MARKS.finditer(text):
-        if mark[0] == "{":
-            opened.append(_Group(mark.start()))
-        elif mark[0] == "|" and opened:
-            opened[-1].bars.append(mark.start())
-        elif mark[0] == "}" and opened:
-            group = opened.pop()
-            group.end = mark.start()
-            if group.bars:
-                found.append(group)
-    found.sort(key=lambda group: group.start)
-    around: list[int] = []  # ends of the groups that the present one stands in
-    for group in found:
-        while around and around[-1] < group.start:
-            around.pop()
-        around.append(group.end)
-        if len(around) > MAX_NESTED:
-            raise OptionError(
-                f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
-                "alternatives into files and use --prompt_wildcards"
-            )
-    return found
 
 
 USUAL = 1.1  # of (text)

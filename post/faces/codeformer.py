@@ -8,6 +8,7 @@ Source: Zhou et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 201
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -123,26 +124,22 @@ class Doubling(nn.Module):
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Blocks(nn.Module):
-    """The encoder or the generator: blocks one after the other."""
-
-    def __init__(self, blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(_build(block, resize) for block in blocks)
-
-
-def _build(block: CodeFormerBlock, resize: Callable[[int], nn.Module]) -> nn.Module:
-    match block.kind:
-        case "res":
-            return ResBlock(block.width_in, block.width)
-        case "attention":
-            return AttentionBlock(block.width)
-        case "resize":
-            return resize(block.width)
-        case "norm":
-            return _norm(block.width)
-        case _:
-            return _conv(block.width_in, block.width)
+def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> nn.ModuleDict:
+    """Build the encoder or the generator: blocks one after the other."""
+    made = nn.ModuleList()
+    for block in blocks:
+        match block.kind:
+            case "res":
+                made.append(ResBlock(block.width_in, block.width))
+            case "attention":
+                made.append(AttentionBlock(block.width))
+            case "resize":
+                made.append(resize(block.width))
+            case "norm":
+                made.append(_norm(block.width))
+            case _:
+                made.append(_conv(block.width_in, block.width))
+    return nn.ModuleDict({"blocks": made})
 
 
 class CodeFormerAttention(nn.Module):
@@ -205,8 +202,8 @@ class CodeFormer(nn.Module):
         super().__init__()
         width, (codes, code_width) = config.tokens, config.codes
         self.config = config
-        self.encoder = Blocks(config.encoder, Halving)
-        self.generator = Blocks(config.generator, Doubling)
+        self.encoder: Any = _build(config.encoder, Halving)
+        self.generator: Any = _build(config.generator, Doubling)
         self.position_emb = nn.Parameter(torch.empty(config.places, width))
         self.feat_emb = nn.Linear(code_width, width)
         self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
@@ -227,7 +224,7 @@ class CodeFormer(nn.Module):
         (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (found, latents.float()))
         x = ((found - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
         size, is_doubled = self.config.side, False
-        for block, part in zip(self.generator.blocks, self.config.generator, strict=True):
+        for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
             if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
                 x = self.fuse_convs_dict[str(size)](seen[size], x, fidelity)
@@ -244,7 +241,7 @@ class CodeFormer(nn.Module):
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         seen = {}
-        for number, block in enumerate(self.encoder.blocks):
+        for number, block in enumerate(self.encoder["blocks"]):
             x = block(x)
             if sizes.get(number) in self.config.fused:
                 seen[sizes[number]] = x

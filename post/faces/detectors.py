@@ -34,10 +34,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
-    _refuse_pickled_yolo(path, option)
-    with open_checkpoint(path) as checkpoint:
-        plan = read_retinaface(checkpoint, option)
-        load_retinaface(plan, torch.device("meta"), torch.float32, None, option)
+    load_detector(path, torch.device("meta"), option=option)
 
 
 def load_detector(

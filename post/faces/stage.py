@@ -19,9 +19,9 @@ from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.onnx_header import may_be_onnx
 from post.faces.restorers import (
     Restorer,
-    check_restorer,
     face_parts,
     find_files,
+    load_both,
     load_restorer,
 )
 from post.options import FacefixOptions
@@ -219,7 +219,7 @@ class Facefix:
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
     model, parsenet, detector = find_files(options)
-    check_restorer(options, model, parsenet)
+    load_both(options, model, parsenet, torch.device("meta"), torch.float32)
     check_detector(detector, "--detection_model", needs_landmarks=True)
 
 

@@ -5,6 +5,7 @@ Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are nam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,14 +99,6 @@ class FlowFormerUpdate(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
 
-class DecoderLayer(nn.Module):
-    """Holds the attention to the memory, for the sake of its name in the files."""
-
-    def __init__(self, config: FlowDecoderConfig) -> None:
-        super().__init__()
-        self.cross_attend = TokenAttention(config.query, config.memory, joined=True)
-
-
 class MemoryDecoder(nn.Module):
     """Flow of the first picture's places."""
 
@@ -115,7 +108,9 @@ class MemoryDecoder(nn.Module):
         self.flow_token_encoder = nn.Sequential(
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
-        self.decoder_layer = DecoderLayer(config)
+        # one deeper, as in the files
+        attention = TokenAttention(config.query, config.memory, joined=True)
+        self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
         self.att = Alike(config)
 
@@ -129,7 +124,8 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
         # what stays the same in all iterations
-        layer, block = self.decoder_layer.cross_attend, self.update_block
+        layer: Any = self.decoder_layer["cross_attend"]
+        block = self.update_block
         mean = self.att(context, keeps_table)
         kept, turns = layer.keep(memory), block.gru.turns(context)
         start = places = grid_of(context)
@@ -175,20 +171,12 @@ class FlowFormerConfig:
     decoder: FlowDecoderConfig
 
 
-class Trunk(nn.Module):
-    """Holds the trunk of an encoder, for the sake of its name in the files."""
-
-    def __init__(self, stages: tuple[StageConfig, ...]) -> None:
-        super().__init__()
-        self.svt = Twins(stages)
-
-
 class MemoryEncoder(nn.Module):
     """Features to compare, and the memory of their costs."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
-        self.feat_encoder = Trunk(config.features)
+        self.feat_encoder = nn.ModuleDict({"svt": Twins(config.features)})  # one deeper, as in the files
         self.channel_convertor = nn.Conv2d(config.features[-1].width, config.matching, 1, bias=False)
         self.cost_perceiver_encoder = CostPerceiver(config.memory)
 
@@ -207,16 +195,16 @@ class FlowFormer(nn.Module):
         super().__init__()
         self.iterations, self.table_bytes = iterations, table_bytes
         self.memory_encoder = MemoryEncoder(config)
-        self.context_encoder = Trunk(config.context)
+        self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedPicture:
         """Return the features of a single picture. image: 1 3 H W, 0..255, sides multiples of 32."""
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
-            quarter, eighth = self.context_encoder.svt(image)
+            quarter, eighth = self.context_encoder["svt"](image)
             encoder = self.memory_encoder
-            matching = encoder.channel_convertor(encoder.feat_encoder.svt(image)[-1])
+            matching = encoder.channel_convertor(encoder.feat_encoder["svt"](image)[-1])
             return EncodedPicture(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
