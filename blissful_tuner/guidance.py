@@ -307,14 +307,6 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
         if is_guided and options.perp_neg == 0:
             reason = "--perp_neg 0 leaves it out"
         logger.warning("the negative prompt %r is ignored because %s", text, reason)
-    for option, reason in _unused(prepared, options, passes, is_guided).items():
-        logger.warning("%s is ignored because %s", option, reason)
-
-
-def _unused(
-    prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
-) -> dict[str, str]:
-    """Return the given options without effect, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
         f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
@@ -324,19 +316,21 @@ def _unused(
     layers, _, perp_neg, embedded = given
     reasons: dict[str, str] = {} if is_guided else dict.fromkeys(given, NO_STEP)
     if is_guided and not any(one.tweaks.skip_blocks for one in passes):
-        steps = active_steps(options, prepared.num_steps)
+        skipping = active_steps(options, prepared.num_steps)
         if options.slg_mode == "original" and options.slg_scale == 0:
             reasons[layers] = "--slg_scale is 0"
         elif options.perp_neg == 0:
             reasons[layers] = "--perp_neg 0 has no negative pass"
-        elif not steps:
+        elif not skipping:
             count = prepared.num_steps
             reasons[layers] = f"--slg_start and --slg_end leave none of the {count} steps"
         else:
-            first, last = steps[0] + 1, steps[-1] + 1
+            first, last = skipping[0] + 1, skipping[-1] + 1
             reasons[layers] = f"none of its steps, {first} to {last}, has a negative pass"
         if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
             reasons[perp_neg] = "the negative prompt is empty"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
-    return {option: reason for option, reason in reasons.items() if given[option]}
+    for option, reason in reasons.items():
+        if given[option]:
+            logger.warning("%s is ignored because %s", option, reason)

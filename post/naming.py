@@ -53,14 +53,22 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
             f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
             "picture. Give a video."
         )
-    _check_inputs_stay(jobs)
+    for job in jobs:  # no result may replace an input or a folder, whatever the names look like
+        if job.output.is_dir():
+            raise OutputError(f"{job.output} is a folder. Choose another --output.")
+        for other in jobs if job.output.exists() else ():
+            if job.output.samefile(other.source):
+                raise OutputError(
+                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
+                    "is never overwritten. Choose another --output."
+                )
     first: dict[str, Path] = {}
     for job in jobs:
         # file systems of Windows and macOS take names for equal that differ in capitals
-        other = first.setdefault(str(job.output).casefold(), job.source)
-        if other is not job.source:
+        earlier = first.setdefault(str(job.output).casefold(), job.source)
+        if earlier is not job.source:
             raise OutputError(
-                f"{other.name} and {job.source.name} would both be written to {job.output}. "
+                f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
                 "Rename one of them, or move it to another folder."
             )
     return jobs if chain.run.yes else settle_existing(jobs, ask)
@@ -170,18 +178,3 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
         taken.add(output)
         settled.append(replace(job, output=output))
     return settled
-
-
-def _check_inputs_stay(jobs: Sequence[FileJob]) -> None:
-    """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
-    for job in jobs:
-        if not job.output.exists():
-            continue
-        if job.output.is_dir():
-            raise OutputError(f"{job.output} is a folder. Choose another --output.")
-        for other in jobs:
-            if job.output.samefile(other.source):
-                raise OutputError(
-                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
-                    "is never overwritten. Choose another --output."
-                )

@@ -87,8 +87,9 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
             weight = _weights(area, whole, (left, top, right, bottom) if options.ellipse else None, feather)
             plain = result[there].astype(np.float32)
             mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-            covered = np.rint(mixed).astype(pixels.dtype)
-        result[there] = covered
+            result[there] = np.rint(mixed).astype(pixels.dtype)
+        else:
+            result[there] = covered
     return result
 
 

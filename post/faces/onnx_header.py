@@ -128,8 +128,15 @@ class _Checks:
             self._tensor(self.parts(tensor))
         for node in map(self.parts, graph[_NODES]):
             outputs = list(map(_text, node[_NODE_OUTPUTS]))
-            for attribute in node[_ATTRIBUTES]:
-                self._attribute(self.parts(attribute), outputs, depth)
+            for attribute in map(self.parts, node[_ATTRIBUTES]):
+                for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
+                    self._tensor(self.parts(tensor), outputs)
+                for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
+                    self.graph(self.parts(inner), depth + 1)
+                # 2**31 - 1: the end, of old files
+                sizes = (one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1)
+                if _product(sizes) > MAX_ONNX_VALUES:
+                    raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
             kind = next(map(_text, node[_KIND]), "")
             inputs = list(map(_text, node[_NODE_INPUTS]))
             known = [self.constants[name] for name in inputs if name in self.constants]
@@ -137,15 +144,6 @@ class _Checks:
                 raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
             if kind in _FOLDED and inputs and len(known) == len(inputs):
                 self.constants |= dict.fromkeys(outputs, math.prod(known))
-
-    def _attribute(self, attribute: _Parts, outputs: Sequence[str], depth: int) -> None:
-        for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
-            self._tensor(self.parts(tensor), outputs)
-        for graph in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
-            self.graph(self.parts(graph), depth + 1)
-        # 2**31 - 1: the end, of old files
-        if _product(one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1) > MAX_ONNX_VALUES:
-            raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
 
     def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; note the product of a few."""

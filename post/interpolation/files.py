@@ -267,6 +267,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
         # with the channels of its quarter, eighth and matching maps
         estimator: Raft | FlowFormer
+        widths: tuple[int, ...]
         if kind == WITH_RAFT:
             raft = read_raft(checkpoint)
             build = partial(Raft, iterations=settings.raft_iterations)

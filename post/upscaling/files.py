@@ -1,7 +1,7 @@
 """Read upscalers from files: SwinIR, RRDBNet under old, middle and new names, Real-ESRGAN's compact ones."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count as numbers_from
 from math import isqrt
@@ -90,13 +90,14 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         names = checkpoint.tensors
-        plan: LoadPlan[Any]
+        read: Callable[[Checkpoint], LoadPlan[Any]]
         if SWINIR_NAME in names and HAT_NAME not in names:
-            kind, plan = SWINIR, _read_swinir(checkpoint)
+            kind, read = SWINIR, _read_swinir
         elif "body.0.weight" in names:
-            kind, plan = COMPACT, _read_compact(checkpoint)
+            kind, read = COMPACT, _read_compact
         else:
-            kind, plan = RRDB, _read_rrdb(checkpoint)
+            kind, read = RRDB, _read_rrdb
+        plan = read(checkpoint)
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
@@ -174,7 +175,21 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     if side**2 != tables[0][0] or side % 2 == 0 or side < 3 or any(dim % each for each in heads):
         raise shape.error(f"{dim} channels, {heads} heads and {tables[0][0]} distances do not go together")
     window = (side + 1) // 2
-    upsampler, ups, features = _upsampler(shape, sources, dim)
+    # the kind of the last layers, the factor of each enlargement, and the channels meanwhile
+    upsampler, ups, features = "none", list[int](), 0
+    if "conv_before_upsample.0.weight" in sources:
+        features = shape.of("conv_before_upsample.0.weight", 4)[0]
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
+        upsampler = "nearest+conv" if "conv_up1.weight" in sources else "pixelshuffle"
+        ups = [2] * count(sources, r"conv_up\d+")
+        if upsampler == "pixelshuffle":
+            names = [name for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"]
+            enlarging = sorted(int(name.split(".")[1]) for name in names)
+            ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in enlarging]
+    elif "upsample.0.weight" in sources:
+        upsampler, ups = "pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)]
+    else:
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
     config = SwinirConfig(
         dim=dim,
         heads=heads,
@@ -183,29 +198,11 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=upsampler,
-        ups=ups,
+        ups=tuple(ups),
         features=features,
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
     return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
-
-
-def _upsampler(shape: "_Shapes", sources: Mapping[str, Any], dim: int) -> tuple[str, tuple[int, ...], int]:
-    """Return the kind of the last layers, the factor of each enlargement, and the channels meanwhile."""
-    if "conv_before_upsample.0.weight" in sources:
-        features = shape.of("conv_before_upsample.0.weight", 4)[0]
-        shape.expect("conv_last.weight", 4, 0, COLOURS)
-        if "conv_up1.weight" in sources:
-            return "nearest+conv", (2,) * count(sources, r"conv_up\d+"), features
-        layers = sorted(
-            int(name.split(".")[1]) for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"
-        )
-        ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
-        return "pixelshuffle", tuple(ups), features
-    if "upsample.0.weight" in sources:
-        return "pixelshuffledirect", (_factor(shape, "upsample.0.weight", COLOURS),), 0
-    shape.expect("conv_last.weight", 4, 0, COLOURS)
-    return "none", (), 0
 
 
 def _factor(shape: "_Shapes", name: str, channels: int) -> int:
