@@ -17,6 +17,7 @@ from blissful_tuner.guidance_formulas import (
     POSITIVE,
     GuidanceStage,
     Momentum,
+    NormalisedGuidance,
     Pass,
     PassPlan,
     RunPasses,
@@ -27,8 +28,6 @@ from blissful_tuner.guidance_formulas import (
     guide_stream,
     keep_norms,
     limit_norm,
-    make_passes,
-    nag_tweaks,
     perp_neg,
     projected,
     rescale,
@@ -36,9 +35,10 @@ from blissful_tuner.guidance_formulas import (
     watched,
 )
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
+from modules.contract.data import Conditions
 from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, StreamGuidance, expert_at
-from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,26 @@ def make_guidance(
             plan = PassPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        if not asked or asked[0][0] is not section:
-            asked[:] = [(section, nag_tweaks(options.nag, section) if options.nag.is_on else NO_TWEAKS)]
-        made = make_passes(plan, predict, section, asked[0][1], join, run)
-        return plan.combine(made, step, section)
+        if not asked or asked[0][0] is not section:  # whose conditions are on the device by now
+            steered, nag = NO_TWEAKS, options.nag
+            if nag.is_on:
+                assert section.away is not None, "`needs` asks for the text"
+                assert nag.nag_scale is not None
+                steer = NormalisedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
+                steered = Tweaks(away=Away(section.away, steer))
+            asked[:] = [(section, steered)]
+        calls: dict[Tweaks, dict[int, Conditions]] = {}
+        place: dict[Pass, tuple[Tweaks, int]] = {}  # two with the same conditions and tweaks are one
+        for one in plan.passes:
+            conditions = getattr(section, one.text)
+            assert conditions is not None, f"the section has no {one.text} conditions"
+            tweaks = join(one.tweaks, plan.tweaks)
+            if one.text == "positive":
+                tweaks = join(tweaks, asked[0][1])
+            calls.setdefault(tweaks, {})[id(conditions)] = conditions
+            place[one] = tweaks, id(conditions)
+        made = run(calls, predict, section)
+        return plan.combine({one: made[where] for one, where in place.items()}, step, section)
 
     return guide
 
