@@ -86,7 +86,7 @@ class ConnectorsConfig:
     is_shared: bool  # 2.0: one projection for both streams, of states in a range
     has_bias: bool  # of the projections
     streams: Mapping[str, ConnectorConfig]
-    longest: int
+    longest: int  # rows that positions are measured by
 
     def projection(self, stream: str) -> str:
         """Return the name of the projection of a stream."""
@@ -131,7 +131,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         layers = count(sources, rf"{name}\.transformer_1d_blocks\.\d+")
         ffn_dim = shape(f"{block}ff.net.0.proj.weight", 2)[0]
         found[stream] = ConnectorConfig(dim, ffn_dim, heads, layers, registers, is_gated)
-    try:  # positions of another kind
+    try:  # positions of another kind are refused
         usual = told.get("connector_rope_base_seq_len", LONGEST)
         (longest,) = told.get("connector_positional_embedding_max_pos", [usual])
         kind, theta = told.get("rope_type", "split"), told.get("rope_theta", THETA)
