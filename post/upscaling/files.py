@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import count as numbers_from
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -97,7 +97,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
             kind, read = COMPACT, _read_compact
         else:
             kind, read = RRDB, _read_rrdb
-        plan = read(checkpoint)
+        plan = cast("LoadPlan[Any]", read(checkpoint))
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
