@@ -17,6 +17,7 @@ from blissful_tuner.guidance_formulas import (
     POSITIVE,
     GuidanceStage,
     Momentum,
+    NormalisedGuidance,
     Pass,
     PassPlan,
     RunPasses,
@@ -27,8 +28,6 @@ from blissful_tuner.guidance_formulas import (
     guide_stream,
     keep_norms,
     limit_norm,
-    make_passes,
-    nag_tweaks,
     perp_neg,
     projected,
     rescale,
@@ -36,9 +35,10 @@ from blissful_tuner.guidance_formulas import (
     watched,
 )
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
+from modules.contract.data import Conditions
 from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, StreamGuidance, expert_at
-from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,26 @@ def make_guidance(
             plan = PassPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        if not asked or asked[0][0] is not section:
-            asked[:] = [(section, nag_tweaks(options.nag, section) if options.nag.is_on else NO_TWEAKS)]
-        made = make_passes(plan, predict, section, asked[0][1], join, run)
-        return plan.combine(made, step, section)
+        if not asked or asked[0][0] is not section:  # whose conditions are on the device by now
+            steered, nag = NO_TWEAKS, options.nag
+            if nag.is_on:
+                assert section.away is not None, "`needs` asks for the text"
+                assert nag.nag_scale is not None
+                steer = NormalisedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
+                steered = Tweaks(away=Away(section.away, steer))
+            asked[:] = [(section, steered)]
+        calls: dict[Tweaks, dict[int, Conditions]] = {}
+        place: dict[Pass, tuple[Tweaks, int]] = {}  # two with the same conditions and tweaks are one
+        for one in plan.passes:
+            conditions = getattr(section, one.text)
+            assert conditions is not None, f"the section has no {one.text} conditions"
+            tweaks = join(one.tweaks, plan.tweaks)
+            if one.text == "positive":
+                tweaks = join(tweaks, asked[0][1])
+            calls.setdefault(tweaks, {})[id(conditions)] = conditions
+            place[one] = tweaks, id(conditions)
+        made = run(calls, predict, section)
+        return plan.combine({one: made[where] for one, where in place.items()}, step, section)
 
     return guide
 
@@ -233,7 +249,21 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     for entry in filter(None, (part.strip() for part in text.split(","))):
         numbers, colon, scale_text = entry.removeprefix("!").partition(":")
         try:
-            chosen = _steps_of(numbers.strip(), steps)
+            first_text, dash, last_text = numbers.strip().partition("-")
+            whole = "{!r} is not a whole number"
+            if first_text.startswith("e~"):
+                every = read_or_explain(int, numbers.strip()[2:], whole)
+                if every < 1:
+                    raise ValueError("the interval after ~ must be at least 1")
+                chosen = range(every, steps + 1, every)
+            else:
+                first = read_or_explain(int, first_text, whole)
+                last = read_or_explain(int, last_text, whole) if dash else first
+                if first > last:
+                    raise ValueError(f"it runs backwards, from {first} to {last}")
+                if first < 1 or last > steps:
+                    raise ValueError(f"the steps are 1 to {steps}")
+                chosen = range(first, last + 1)
             if entry.startswith("!"):
                 excluded.update(chosen)
                 continue
@@ -249,23 +279,6 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
             ) from None
         scales.update(dict.fromkeys(chosen, scale))
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
-
-
-def _steps_of(numbers: str, steps: int) -> range:
-    whole = "{!r} is not a whole number"
-    if numbers.startswith("e~"):
-        every = read_or_explain(int, numbers[2:], whole)
-        if every < 1:
-            raise ValueError("the interval after ~ must be at least 1")
-        return range(every, steps + 1, every)
-    first_text, dash, last_text = numbers.partition("-")
-    first = read_or_explain(int, first_text, whole)
-    last = read_or_explain(int, last_text, whole) if dash else first
-    if first > last:
-        raise ValueError(f"it runs backwards, from {first} to {last}")
-    if first < 1 or last > steps:
-        raise ValueError(f"the steps are 1 to {steps}")
-    return range(first, last + 1)
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
@@ -310,14 +323,6 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
         if is_guided and options.perp_neg == 0:
             reason = "--perp_neg 0 leaves it out"
         logger.warning("the negative prompt %r is ignored because %s", text, reason)
-    for option, reason in _unused(prepared, options, passes, is_guided).items():
-        logger.warning("%s is ignored because %s", option, reason)
-
-
-def _unused(
-    prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
-) -> dict[str, str]:
-    """Return the given options without effect, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
         f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
@@ -327,19 +332,21 @@ def _unused(
     layers, _, perp_neg, embedded = given
     reasons: dict[str, str] = {} if is_guided else dict.fromkeys(given, NO_STEP)
     if is_guided and not any(one.tweaks.skip_blocks for one in passes):
-        steps = active_steps(options, prepared.num_steps)
+        skipping = active_steps(options, prepared.num_steps)
         if options.slg_mode == "original" and options.slg_scale == 0:
             reasons[layers] = "--slg_scale is 0"
         elif options.perp_neg == 0:
             reasons[layers] = "--perp_neg 0 has no negative pass"
-        elif not steps:
+        elif not skipping:
             count = prepared.num_steps
             reasons[layers] = f"--slg_start and --slg_end leave none of the {count} steps"
         else:
-            first, last = steps[0] + 1, steps[-1] + 1
+            first, last = skipping[0] + 1, skipping[-1] + 1
             reasons[layers] = f"none of its steps, {first} to {last}, has a negative pass"
         if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
             reasons[perp_neg] = "the negative prompt is empty"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
-    return {option: reason for option, reason in reasons.items() if given[option]}
+    for option, reason in reasons.items():
+        if given[option]:
+            logger.warning("%s is ignored because %s", option, reason)

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from blissful_tuner.options import GuidanceOptions, NagOptions
+from blissful_tuner.options import GuidanceOptions
 from modules.contract.data import Conditions
 from modules.contract.rules import Projection, StreamGuidance
-from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Predict, Section, Step, Tweaks
 
-JoinTweaks = Callable[[Tweaks, Tweaks], Tweaks]  # those of a pass, those of all passes -> both together
 Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
 Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
 RunPasses = Callable[[Calls, Predict, Section], Made]
@@ -109,34 +108,6 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
         for tweaks, together in calls.items()
         for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
     }
-
-
-def make_passes(
-    plan: PassPlan,
-    predict: Predict,
-    section: Section,
-    of_positive: Tweaks,
-    join: JoinTweaks,
-    run: RunPasses = run_passes,
-) -> Velocities:
-    """Run the passes of a step and return their velocities.
-
-    Two passes with the same conditions and tweaks are one. of_positive: further tweaks of the passes that
-    take the positive conditions. join: returns the same object whenever it is given the same ones, as
-    `Tweaks.turn` requires.
-    """
-    calls: dict[Tweaks, dict[int, Conditions]] = {}
-    place: dict[Pass, tuple[Tweaks, int]] = {}
-    for one in plan.passes:
-        conditions = getattr(section, one.text)
-        assert conditions is not None, f"the section has no {one.text} conditions"
-        tweaks = join(one.tweaks, plan.tweaks)
-        if one.text == "positive":
-            tweaks = join(tweaks, of_positive)
-        calls.setdefault(tweaks, {})[id(conditions)] = conditions
-        place[one] = tweaks, id(conditions)
-    made = run(calls, predict, section)
-    return {one: made[where] for one, where in place.items()}
 
 
 # CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
@@ -306,21 +277,16 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
         total = momentum.add(positive - without)
         length = total.square().sum(axes, keepdim=True).sqrt()
         step = total * (rule.norm_limit / length).clamp(max=1.0)
-        along, across = _split(step, positive)
-        return without + rule.scale * (across + rule.eta * along)
+        # its parts along the positive velocity and across. float64, as released: the part across is a small
+        # difference of large numbers; MPS has no float64
+        exact = step.dtype if step.device.type == "mps" else torch.float64
+        whole, direction = step.to(exact), positive.to(exact)
+        unit = direction / direction.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
+        along = (whole * unit).sum(axes, keepdim=True) * unit
+        across = (whole - along).to(step.dtype)
+        return without + rule.scale * (across + rule.eta * along.to(step.dtype))
 
     return GuidanceStage((POSITIVE, negative), change)
-
-
-def _split(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Split B ... into its parts along and across a direction, each sample by itself."""
-    # float64, as released: the part across is a small difference of large numbers; MPS has no float64
-    exact = vector.dtype if vector.device.type == "mps" else torch.float64
-    vector_exact, direction_exact = vector.to(exact), direction.to(exact)
-    axes = tuple(range(1, vector.ndim))
-    unit = direction_exact / direction_exact.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
-    along = (vector_exact * unit).sum(axes, keepdim=True) * unit
-    return along.to(vector.dtype), (vector_exact - along).to(vector.dtype)
 
 
 # Letters: B batch, L tokens, N heads, D head width
@@ -349,14 +315,3 @@ class NormalisedGuidance:
 def _size(seen: Tensor) -> Tensor:
     """Return B L 1 1 float32."""
     return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-
-
-def nag_tweaks(options: NagOptions, section: Section) -> Tweaks:
-    """Return the tweaks of a section's positive passes. The guidance is on.
-
-    Call it once for each section, whose conditions are on the device by then.
-    """
-    assert section.away is not None, "`needs` asks for the text"
-    assert options.nag_scale is not None
-    steer = NormalisedGuidance(options.nag_scale, options.nag_tau, options.nag_alpha)
-    return Tweaks(away=Away(section.away, steer))

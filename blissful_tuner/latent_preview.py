@@ -108,11 +108,15 @@ class LatentPreviews:
 
         None if the device cannot.
         """
-        vae = self._vae_with_room(*latents.shape[3:])
+        if self.vae is not None and self.device.type != "cpu":
+            needed = decoding_bytes(self.vae.config, dtype_on(self.device), *latents.shape[3:])
+            if not self.has_room(needed):
+                room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
+                self._leave_out_vae(f"the device is not known to have {room}")
         is_picture = latents.shape[2] == 1
-        if vae is not None:
+        if self.vae is not None:
             try:
-                chunks = [bring_home(chunk) for chunk in vae.frames(latents[0], self.device)]
+                chunks = [bring_home(chunk) for chunk in self.vae.frames(latents[0], self.device)]
                 return lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture
             except torch.OutOfMemoryError:
                 self._leave_out_vae("the device ran out of memory")
@@ -150,16 +154,6 @@ class LatentPreviews:
                 then = "There are no more of this run" if self.has_ended else "It is tried again"
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("A latent preview has failed: %s\n  %s; the generation goes on.", reason, then)
-
-    def _vae_with_room(self, height: int, width: int) -> TinyVae | None:
-        """Return the decoder if the device has room for it beside the network. height, width: of latents."""
-        if self.vae is None or self.device.type == "cpu":
-            return self.vae
-        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
-        if not self.has_room(needed):
-            room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
-            self._leave_out_vae(f"the device is not known to have {room}")
-        return self.vae
 
     def _leave_out_vae(self, why: str) -> None:
         self.vae, self.has_ended = None, not self.latent.preview_factors

@@ -87,8 +87,10 @@ def output_metadata(
     values |= {f"guidance_scale_{expert.name}": scale for expert, scale in further}
     if further:
         values["timestep_boundary"] = ", ".join(f"{expert.lowest:g}" for expert, _ in further)
+    # paths, one per line or by section (`0:a/first.png;;;1-2:b/then.png`), become names of files
+    folders = r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]"
     values |= {
-        name: _without_folders(text) if name.endswith("_path") else text
+        name: re.sub(folders, r"\1", text) if name.endswith("_path") else text
         for name, text in request.own_metadata.items()
     }
     values |= {
@@ -136,11 +138,6 @@ def _record(settings: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _without_folders(text: str) -> str:
-    """Reduce paths, one per line or by section (`0:a/first.png;;;1-2:b/then.png`), to file names."""
-    return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
-
-
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return metadata of a latent file with both spellings that known tools read: `bt_seeds` and `seeds`.
 
@@ -155,12 +152,6 @@ def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
-def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG: the tags, and `parameters`, which viewers of generated pictures read."""
-    text = parameters_of(metadata)
-    return as_tags(metadata) | ({} if text is None else {"parameters": text})
-
-
 NEGATIVE = "Negative prompt:"
 # name in `parameters` -> key of the metadata
 PARAMETERS = {
@@ -171,15 +162,15 @@ PARAMETERS = {
 }
 
 
-def parameters_of(metadata: Mapping[str, str]) -> str | None:
-    """Return metadata as the text that AUTOMATIC1111's web UI writes into PNG files; None without a prompt.
+def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata for PNG: the tags, and with a prompt `parameters`, which viewers of pictures read.
 
-    The prompt's lines, then a line with the negative prompt, then one with all settings. A prompt with lines
-    that would be taken for these becomes one line.
+    That is the text of AUTOMATIC1111's web UI: the prompt's lines, then a line with the negative prompt, then
+    one with all settings. A prompt with lines that would be taken for these becomes one line.
     """
     prompt, negative = value_in(metadata, "prompt"), value_in(metadata, "negative_prompt")
     if prompt is None:
-        return None
+        return as_tags(metadata)
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
     found = {name: value_in(metadata, key) for name, key in PARAMETERS.items()}
@@ -198,7 +189,7 @@ def parameters_of(metadata: Mapping[str, str]) -> str | None:
     lines = [prompt.strip()]
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
-    return "\n".join([*lines, ", ".join(settings)])
+    return as_tags(metadata) | {"parameters": "\n".join([*lines, ", ".join(settings)])}
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:

@@ -81,7 +81,12 @@ class ModelUtilityOptions(Options):
     disable_weights_only: bool = option("refused: code in a file is never run", title=_SAFETY)
 
     def __post_init__(self) -> None:
-        self._check_weights_only()
+        given = self.weights_only.strip().lower()
+        if self.disable_weights_only or given in {"false", "no", "0"}:
+            flag = "--disable_weights_only" if self.disable_weights_only else "--weights_only false"
+            raise OptionError(f"{flag}: {_NO_CODE}. Ask for a safetensors version of the file")
+        if given not in {"true", "yes", "1"}:
+            raise OptionError(f"--weights_only {self.weights_only}: only true can be used: {_NO_CODE}")
         if self.dtype is not None and self.dtype not in DTYPES:
             if "8" in self.dtype:
                 raise OptionError(
@@ -107,11 +112,3 @@ class ModelUtilityOptions(Options):
         if found["binary"]:
             unit = {1: 0, 10**3: 1 << 10, 10**6: 1 << 20, 10**9: 1 << 30, 10**12: 1 << 40}[unit]
         return int(float(found["number"]) * unit)
-
-    def _check_weights_only(self) -> None:
-        given = self.weights_only.strip().lower()
-        if self.disable_weights_only or given in {"false", "no", "0"}:
-            flag = "--disable_weights_only" if self.disable_weights_only else "--weights_only false"
-            raise OptionError(f"{flag}: {_NO_CODE}. Ask for a safetensors version of the file")
-        if given not in {"true", "yes", "1"}:
-            raise OptionError(f"--weights_only {self.weights_only}: only true can be used: {_NO_CODE}")

@@ -248,26 +248,22 @@ def output_name(path: Path, in_shards: bool) -> Path:
     return path
 
 
-def say_what(checkpoint: Checkpoint, knowledge: Knowledge) -> str:
-    """Return the kind of an open file in words."""
-    lora = knowledge.describe_lora(checkpoint)
-    if lora is not None:
-        return lora
-    found = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)
-    if found is None:
-        return f"an unknown model with tensors such as {', '.join(sorted(checkpoint.tensors)[:3])}"
-    return found.removeprefix("it is ").removeprefix("it looks like ")
-
-
 def _selection(options: ModelUtilityOptions) -> Selection:
     return Selection(options.target_keys or (), options.exclude_keys or ())
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
     """Print the facts of the file."""
+    what = knowledge.describe_lora(checkpoint)
+    if what is None:
+        what = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)
+        if what is None:
+            what = f"an unknown model with tensors such as {', '.join(sorted(checkpoint.tensors)[:3])}"
+        else:
+            what = what.removeprefix("it is ").removeprefix("it looks like ")
     facts = Facts(
         checkpoint.path,
-        say_what(checkpoint, knowledge),
+        what,
         tuple(checkpoint.parts),
         dict(checkpoint.tensors),
         dict(checkpoint.metadata),

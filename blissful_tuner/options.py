@@ -323,8 +323,18 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
     )
 
     def __post_init__(self) -> None:
-        if self.magcache_mag_ratios is not None:
-            self._check_ratios(self.magcache_mag_ratios)
+        if self.magcache_mag_ratios in ((), (0.0,)):
+            raise OptionError(
+                "--magcache_mag_ratios 0 means built-in ratios, and there are none for this model: calibrate "
+                "first. Run the command once with --magcache_calibration in its place, which prints the "
+                "option to give"
+            )
+        for ratio in self.magcache_mag_ratios or ():
+            if not 0 < ratio <= MOST_RATIO:
+                raise OptionError(
+                    f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
+                    "calibration, as --magcache_calibration prints them"
+                )
         count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
         if not 1 <= count <= MOST_COEFFICIENTS:
             raise OptionError(
@@ -337,17 +347,3 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         """Whether passes are skipped or measured, whatever a prompt line adds."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)
-
-    def _check_ratios(self, ratios: tuple[float, ...]) -> None:
-        if ratios in {(), (0.0,)}:
-            raise OptionError(
-                "--magcache_mag_ratios 0 means built-in ratios, and there are none for this model: calibrate "
-                "first. Run the command once with --magcache_calibration in its place, which prints the "
-                "option to give"
-            )
-        for ratio in ratios:
-            if not 0 < ratio <= MOST_RATIO:
-                raise OptionError(
-                    f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
-                    "calibration, as --magcache_calibration prints them"
-                )

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -186,26 +187,22 @@ def read_lines_of(path: Path, where: str) -> Lines:
     texts, weights, numbers = [], [], []
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            text, weight = _read_line(line.strip(), f"{path}, line {number}")
+            text, colon, stated = line.strip().rpartition(":")
+            is_weighted = bool(colon) and NUMBER.fullmatch(stated.strip()) is not None
+            text = text.strip() if is_weighted else line.strip()
+            weight = float(stated.strip()[:40]) if is_weighted else 1.0
+            if not 0 <= weight <= MOST_WEIGHT:
+                raise OptionError(
+                    f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
+                )
+            if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
+                text = text[1:-1]
             texts.append(text)
             weights.append(weight)
             numbers.append(number)
     if not texts:
         raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
     return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
-
-
-def _read_line(line: str, where: str) -> tuple[str, float]:
-    """Return the text and the weight of a line; quotes around the text keep a number behind a colon."""
-    text, colon, number = line.rpartition(":")
-    is_weighted = bool(colon) and NUMBER.fullmatch(number.strip()) is not None
-    text = text.strip() if is_weighted else line
-    weight = float(number.strip()[:40]) if is_weighted else 1.0
-    if not 0 <= weight <= MOST_WEIGHT:
-        raise OptionError(f"{where}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}")
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]
-    return text, weight
 
 
 # Alternatives in a prompt: `a {red|blue} car` becomes one of the two, `{3::red|blue}` red three times as
@@ -235,38 +232,8 @@ def choose_alternatives(text: str, choose: Choose) -> str:
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
-    groups = _groups_of(text)
-    starts = [group.start for group in groups]
-
-    def of(start: int, end: int) -> str:
-        pieces, place = [], start
-        while (number := bisect.bisect_left(starts, place)) < len(groups) and groups[number].start < end:
-            group = groups[number]
-            first, last = branch_of(group)
-            pieces += [text[place : group.start], of(first, last).strip()]
-            place = group.end + 1
-        return "".join([*pieces, text[place:end]])
-
-    def branch_of(group: _Group) -> tuple[int, int]:
-        edges = [group.start, *group.bars, group.end]
-        branches = [(before + 1, after) for before, after in zip(edges, edges[1:], strict=False)]
-        weights = [_WEIGHT.match(text, *branch) for branch in branches]
-        index = choose([1.0 if found is None else float(found[1][:40]) for found in weights])
-        found = weights[index]
-        return branches[index] if found is None else (found.end(), branches[index][1])
-
-    return of(0, len(text)) if groups else text
-
-
-def unescape(text: str) -> str:
-    """Return a text with `{`, `}` and `|` in place of `\\{`, `\\}` and `\\|`."""
-    return _ESCAPED.sub(r"\1", text)
-
-
-def _groups_of(text: str) -> list[_Group]:
-    """Return the groups that have a choice, in the order in which they begin."""
     opened: list[_Group] = []
-    found: list[_Group] = []
+    groups: list[_Group] = []  # those that have a choice, in the order in which they begin
     for mark in _MARKS.finditer(text):
         if mark[0] == "{":
             opened.append(_Group(mark.start()))
@@ -276,10 +243,10 @@ def _groups_of(text: str) -> list[_Group]:
             group = opened.pop()
             group.end = mark.start()
             if group.bars:
-                found.append(group)
-    found.sort(key=lambda group: group.start)
+                groups.append(group)
+    groups.sort(key=lambda group: group.start)
     around: list[int] = []  # ends of the groups that the present one stands in
-    for group in found:
+    for group in groups:
         while around and around[-1] < group.start:
             around.pop()
         around.append(group.end)
@@ -288,7 +255,30 @@ def _groups_of(text: str) -> list[_Group]:
                 f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
                 "alternatives into files and use --prompt_wildcards"
             )
-    return found
+    starts = [group.start for group in groups]
+
+    def of(start: int, end: int) -> str:
+        pieces, place = [], start
+        while (number := bisect.bisect_left(starts, place)) < len(groups) and groups[number].start < end:
+            group = groups[number]
+            branches = [
+                (before + 1, after) for before, after in pairwise([group.start, *group.bars, group.end])
+            ]
+            weights = [_WEIGHT.match(text, *branch) for branch in branches]
+            index = choose([1.0 if found is None else float(found[1][:40]) for found in weights])
+            first, last = branches[index]
+            found = weights[index]
+            chosen = of(first if found is None else found.end(), last).strip()
+            pieces += [text[place : group.start], chosen]
+            place = group.end + 1
+        return "".join([*pieces, text[place:end]])
+
+    return of(0, len(text)) if groups else text
+
+
+def unescape(text: str) -> str:
+    """Return a text with `{`, `}` and `|` in place of `\\{`, `\\}` and `\\|`."""
+    return _ESCAPED.sub(r"\1", text)
 
 
 USUAL = 1.1  # of (text)

@@ -54,9 +54,8 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder")
     if source.option == LATENTS:
-        frames = (_load_saved_latents(source, rules, latent, only_shape=True).shape[2] - 1) * latent.stride[
-            0
-        ] + 1
+        found = _load_saved_latents(source, rules, latent, only_shape=True).shape[2]
+        frames = (found - 1) * latent.stride[0] + 1
         return request if request.frames is not None else replace(request, frames=frames)
     check_opens(source.option, source.path, source.option == IMAGE)
     if source.option == IMAGE and request.frames not in (None, 1):
@@ -95,7 +94,21 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
         if found < needed:
             raise _too_short(source, found, needed)
     if source.needs_vae and family.source.stretches:
-        _warn_of_stretch(source, prepared, family)
+        if source.option == IMAGE:
+            width, height = image_size(source.path)
+        else:
+            info = video_info(source.path)
+            width, height = info.width, info.height
+        change = prepared.width * height / (prepared.height * width)
+        # the source's proportions, about the area asked for
+        step, factor = family.latent.pixel_step, (prepared.width * prepared.height / (width * height)) ** 0.5
+        kept = (max(step, round(side * factor / step) * step) for side in (height, width))
+        if max(change, 1 / change) > UNSEEN:
+            logger.warning(
+                "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep "
+                "its proportions",
+                *(source.option, source.path, width, height, prepared.width, prepared.height, *kept),
+            )
     schedule = make_schedule(
         prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, prepared.levels
     )
@@ -122,29 +135,6 @@ def _too_short(source: Source, found: int, needed: int) -> MediaError:
         f"--{source.option} {source.path}: it has {found} frames, {needed} are needed. Lower the length, "
         "give a longer video, or repeat its last frame with --v2v_pad_mode end."
     )
-
-
-def _warn_of_stretch(source: Source, prepared: Prepared, family: Family) -> None:
-    if source.option == IMAGE:
-        width, height = image_size(source.path)
-    else:
-        info = video_info(source.path)
-        width, height = info.width, info.height
-    change = prepared.width * height / (prepared.height * width)
-    if max(change, 1 / change) > UNSEEN:
-        # the source's proportions, about the area asked for
-        step, factor = family.latent.pixel_step, (prepared.width * prepared.height / (width * height)) ** 0.5
-        logger.warning(
-            "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep its "
-            "proportions",
-            source.option,
-            source.path,
-            width,
-            height,
-            prepared.width,
-            prepared.height,
-            *(max(step, round(side * factor / step) * step) for side in (height, width)),
-        )
 
 
 # clean latents

@@ -11,8 +11,7 @@ options: own options for caching, training and generation
 refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
-sound: mel spectrograms, audio VAE, vocoders
-sound_checkpoints: their files: dialects, sizes
+sound: mel spectrograms, audio VAE, vocoders, and their files
 text_encoder: Gemma 3 with the connectors behind it
 vae_checkpoints: files of the video VAE: dialects, list of layers
 video_vae: the video VAE: pixels to latents and back

@@ -11,7 +11,7 @@ checkpoints.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -217,9 +217,10 @@ class LtxBlock(nn.Module):
 
         query_shift, query_scale, query_gate = of_text or (None, None, None)  # not in LTX-2.0
         h = modulate(norm_tokens(x.float()), query_shift, query_scale, dtype, stream.given)
-        layer, texts = self._layer(names, "attn2"), stream.texts
+        layer, texts = getattr(self, f"{names.prefix}attn2"), stream.texts
         if stream.text_rows is not None:
-            shift, scale = (self._table(names, "prompt_scale_shift_table") + stream.text_rows).unbind(2)
+            table = getattr(self, f"{names.prefix}prompt_scale_shift_table").float()
+            shift, scale = (table + stream.text_rows).unbind(2)
             texts = tuple(modulate(text, shift, scale, dtype) for text in texts)
         query = layer.queries(h)
         seen = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
@@ -266,7 +267,7 @@ class LtxBlock(nn.Module):
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        layer, stream = self._layer(names, "attn1"), tokens.streams[names]
+        layer, stream = getattr(self, f"{names.prefix}attn1"), tokens.streams[names]
         value = layer.values(x)
         if tokens.sees_values:
             return layer.project(x, value)
@@ -291,16 +292,10 @@ class LtxBlock(nn.Module):
         key, value = theirs.part.gather_tokens(key, value)
         return layer.project(x, mine.part.gather_heads(_attend(query, key, value, tokens)))
 
-    def _layer(self, names: StreamNames, name: str) -> Any:
-        return getattr(self, names.prefix + name)
-
-    def _table(self, names: StreamNames, name: str = "scale_shift_table") -> Tensor:
-        table: Tensor = getattr(self, names.prefix + name)
-        return table.float()
-
     def _rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
-        return (self._table(names) + stream.rows).unbind(2)
+        table: Tensor = getattr(self, f"{names.prefix}scale_shift_table")
+        return (table.float() + stream.rows).unbind(2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:

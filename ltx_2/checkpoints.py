@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ltx_2.configs import LATENT, OF_SOUND, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
@@ -13,9 +12,7 @@ from ltx_2.released import CONFIG, read_settings
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
-from modules.speed_options import AttentionChoice
 from networks.names.layouts import tensor_patterns
 from networks.names.video import LTX_2
 
@@ -56,10 +53,12 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
         told = {"av_ca_timestep_scale_multiplier": 1.0, **told}
     projects = "caption_projection.linear_1.weight" in known
     try:
+        gates = f"{BLOCK}.attn1.to_gate_logits.weight"
+        heads = shapes.of(gates)[0] if is_gated else int(told.get("num_attention_heads", USUAL_HEADS))
         config = LtxConfig(
             video=_stream(shapes, VIDEO, projects),
             sound=_stream(shapes, SOUND, projects),
-            num_heads=_count_heads(shapes, told, is_gated),
+            num_heads=heads,
             num_layers=shapes.blocks("transformer_blocks"),
             cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
             projects_text=projects,
@@ -68,7 +67,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
             freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
             **_told_fields(told),
         )
-        fits = all(width % (2 * config.num_heads) == 0 for width in _widths(config))
+        widths = (*(one.dim for one in config.streams.values()), config.cross_dim)
+        fits = all(width % (2 * heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
@@ -76,20 +76,13 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
             checkpoint.path,
         ) from None
     if not fits:
-        widths = ", ".join(map(str, _widths(config)))
         raise CheckpointError(
-            f"{checkpoint.path}: widths of {widths} and {config.num_heads} heads are not those of an {NAME} "
-            "transformer. Copy the file again.",
+            f"{checkpoint.path}: widths of {', '.join(map(str, widths))} and {heads} heads are not those of "
+            f"an {NAME} transformer. Copy the file again.",
             checkpoint.path,
         )
     block = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
     return DitHeader(config, dialect, block.dtype)
-
-
-def _count_heads(shapes: DitShapes, told: Mapping[str, Any], is_gated: bool) -> int:
-    if is_gated:
-        return shapes.of(f"{BLOCK}.attn1.to_gate_logits.weight")[0]
-    return int(told.get("num_attention_heads", USUAL_HEADS))
 
 
 def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,10 +111,6 @@ def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _widths(config: LtxConfig) -> tuple[int, ...]:
-    return (*(one.dim for one in config.streams.values()), config.cross_dim)
-
-
 def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConfig:
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
@@ -134,27 +123,18 @@ def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConf
     )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[LtxConfig]) -> Mapping[str, TensorSource]:
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
-
-
-def describe(header: DitHeader[LtxConfig]) -> str:
-    """Return how messages call a transformer: by its version."""
-    return f"an {NAME} transformer (version {header.kind})"
-
-
-def _silent(config: LtxConfig, attention: AttentionChoice) -> LtxModel:
-    return LtxModel(config.silent, attention)
-
-
-FORMAT = DitFormat(_header, describe, LtxModel, _sources, OPTION, CONNECTORS)
-SILENT = replace(FORMAT, network=_silent, ignore=(*CONNECTORS, *OF_SOUND))
-read_dit_header, identify = FORMAT.read_header, FORMAT.identify
-
-
-def load_dit(path: Path, placement: Placement, with_sound: bool = True) -> LtxModel:
-    """Load a transformer. with_sound: with the sound's stream; without, none of its weights is read.
-
-    Raises CheckpointError as `DitFormat.load`.
-    """
-    return (FORMAT if with_sound else SILENT).load(path, placement)
+FORMAT = DitFormat(
+    _header,
+    lambda header: f"an {NAME} transformer (version {header.kind})",
+    LtxModel,
+    lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
+    OPTION,
+    CONNECTORS,
+)
+# without the sound's stream: none of its weights is read
+SILENT = replace(
+    FORMAT,
+    network=lambda config, attention: LtxModel(replace(config, sound=None), attention),
+    ignore=(*CONNECTORS, *OF_SOUND),
+)
+identify = FORMAT.identify

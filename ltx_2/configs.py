@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from modules.contract.data import LatentSpec
@@ -82,11 +82,6 @@ class LtxConfig:
     def streams(self) -> dict[StreamNames, StreamConfig]:
         """Return the streams that the network has, the video first."""
         return {VIDEO: self.video} | ({} if self.sound is None else {SOUND: self.sound})
-
-    @property
-    def silent(self) -> "LtxConfig":
-        """Return the same without the sound's stream."""
-        return replace(self, sound=None)
 
 
 EPS = 1e-6  # in the norms of tokens, queries and keys

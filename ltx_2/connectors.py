@@ -11,8 +11,6 @@ show.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +25,12 @@ from modules.checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
-    load_planned,
     other_kind,
     rename_sources,
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.layers.rope import THETA
 
@@ -89,7 +86,7 @@ class ConnectorsConfig:
     is_shared: bool  # 2.0: one projection for both streams, of states in a range
     has_bias: bool  # of the projections
     streams: Mapping[str, ConnectorConfig]
-    longest: int = LONGEST
+    longest: int  # rows that positions are measured by
 
     def projection(self, stream: str) -> str:
         """Return the name of the projection of a stream."""
@@ -134,23 +131,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         layers = count(sources, rf"{name}\.transformer_1d_blocks\.\d+")
         ffn_dim = shape(f"{block}ff.net.0.proj.weight", 2)[0]
         found[stream] = ConnectorConfig(dim, ffn_dim, heads, layers, registers, is_gated)
-    config = ConnectorsConfig(
-        text_dim=shape(f"{start}{first}.weight", 2)[1],
-        is_shared=is_shared,
-        has_bias=f"{start}{first}.bias" in sources,
-        streams=found,
-        longest=_read_longest(checkpoint, told),
-    )
-    unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
-    return LoadPlan(config, own, sources, tuple(unused))
-
-
-def _read_longest(checkpoint: Checkpoint, told: Mapping[str, Any]) -> int:
-    """Return the rows that positions are measured by.
-
-    Raises CheckpointError for positions of another kind.
-    """
-    try:
+    try:  # positions of another kind are refused
         usual = told.get("connector_rope_base_seq_len", LONGEST)
         (longest,) = told.get("connector_positional_embedding_max_pos", [usual])
         kind, theta = told.get("rope_type", "split"), told.get("rope_theta", THETA)
@@ -162,16 +143,10 @@ def _read_longest(checkpoint: Checkpoint, told: Mapping[str, Any]) -> int:
             f"{FILES} to {OPTION}.",
             checkpoint.path,
         ) from error
-    return longest
-
-
-def load_connectors(
-    path: Path, device: torch.device, dtype: torch.dtype, streams: Collection[str] = STREAMS
-) -> "TextConnectors":
-    """Load the connectors of these streams. Raises CheckpointError as `read_connectors`."""
-    with open_checkpoint(path) as checkpoint:
-        plan = read_connectors(checkpoint, streams)
-        return load_planned(plan, TextConnectors, device, dtype, f"LTX-2's text connectors ({OPTION})")
+    text_dim, has_bias = shape(f"{start}{first}.weight", 2)[1], f"{start}{first}.bias" in sources
+    config = ConnectorsConfig(text_dim, is_shared, has_bias, found, longest)
+    unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
+    return LoadPlan(config, own, sources, tuple(unused))
 
 
 class TextConnectors(nn.Module):
@@ -189,17 +164,15 @@ class TextConnectors(nn.Module):
         for stream, one in config.streams.items():
             self.add_module(f"{stream}_embeddings_connector", Connector(one, config.longest))
 
-    @property
-    def device(self) -> torch.device:
-        """Return where it computes."""
-        return next(self.parameters()).device
-
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
         """Return the text of each stream: T S. states: L n C, of a prompt's own tokens. rows: T."""
-        norm = _lay_in_range if self.config.is_shared else norm_tokens
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
         for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
-            normed[..., index] = norm(state.float())
+            x = state.float()
+            if self.config.is_shared:  # less their mean, in a range of 8
+                normed[..., index] = (x - x.mean()) / (x.amax() - x.amin() + EPS) * RANGE
+            else:
+                normed[..., index] = norm_tokens(x)
         normed = normed.flatten(1)
         found = {}
         for stream, one in self.config.streams.items():
@@ -207,11 +180,6 @@ class TextConnectors(nn.Module):
             text = self.text_embedding_projection[self.config.projection(stream)](normed * factor)
             found[stream] = self.get_submodule(f"{stream}_embeddings_connector")(text, rows)
         return found
-
-
-def _lay_in_range(state: Tensor) -> Tensor:
-    """Return the states of a layer less their mean, in a range of 8. state: L C."""
-    return (state - state.mean()) / (state.amax() - state.amin() + EPS) * RANGE
 
 
 class Connector(nn.Module):

@@ -22,8 +22,17 @@ from ltx_2.options import (
     Ltx2TransformerOptions,
     Ltx2VaeOptions,
 )
-from ltx_2.sound import RATE, SoundVae, Vocoder, latent_count, load_sound_vae, load_vocoder
-from ltx_2.sound_checkpoints import JOINED, Settings, read_sound_vae
+from ltx_2.sound import (
+    JOINED,
+    RATE,
+    Settings,
+    SoundVae,
+    Vocoder,
+    latent_count,
+    load_sound_vae,
+    load_vocoder,
+    read_sound_vae,
+)
 from ltx_2.text_encoder import Ltx2TextEncoder
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae

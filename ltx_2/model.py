@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
-from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_table
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
@@ -71,29 +71,25 @@ class LtxModel(nn.Module):
         self.config = config
         self.attention = attention
         for names, one in config.streams.items():
-            self._add_stream(names, one, config)
+            prefix, time = names.prefix, partial(TimeModulation, config, one.dim)
+            setattr(self, f"{prefix}patchify_proj", nn.Linear(one.channels, one.dim))
+            if config.projects_text:
+                setattr(self, f"{prefix}caption_projection", TextProjection(one.text_dim, one.dim))
+            setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
+            if config.modulates_text:
+                setattr(self, f"{prefix}prompt_adaln_single", time(2))
+            if config.sound is not None:
+                setattr(self, names.cross_rows, time(4))
+                setattr(self, names.cross_gate, time(1))
+            setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
+            setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
+            setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
         # each of the tables of a pass: positions of either stream, for itself and for the other
         make = partial(make_table, config)
         self._rotary = {
             (names, by_time): GridTable[Places](make) for names in (VIDEO, SOUND) for by_time in (False, True)
         }
-
-    def _add_stream(self, names: StreamNames, one: StreamConfig, config: LtxConfig) -> None:
-        prefix = names.prefix
-        time = partial(TimeModulation, config, one.dim)
-        setattr(self, f"{prefix}patchify_proj", nn.Linear(one.channels, one.dim))
-        if config.projects_text:
-            setattr(self, f"{prefix}caption_projection", TextProjection(one.text_dim, one.dim))
-        setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
-        if config.modulates_text:
-            setattr(self, f"{prefix}prompt_adaln_single", time(2))
-        if config.sound is not None:
-            setattr(self, names.cross_rows, time(4))
-            setattr(self, names.cross_gate, time(1))
-        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
-        setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
-        setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -156,19 +152,33 @@ class LtxModel(nn.Module):
         asked = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
         parts, streams, has_cross = {}, {}, len(latents) == 2 and not tweaks.isolated
         for names, one in latents.items():
-            text = [each["sound_text" if names is SOUND else "text"] for each in asked]
+            texts_of = [each["sound_text" if names is SOUND else "text"] for each in asked]
+            if self.config.projects_text:
+                texts_of = list(map(self._part(names, "caption_projection"), texts_of))
             given = tweaks.given_frames if names is VIDEO else 0
-            parts[names] = in_own_dtype(self._part(names, "patchify_proj"), to_tokens(one)).to(dtype)
-            rows, time = self._embed_times(self._part(names, "adaln_single"), timesteps[names], given > 0)
-            cross = None
-            if has_cross:
-                cross = self._cross_inputs(names, one, timesteps, fps, given > 0, has_sound)
+            own = timesteps[names]
+            # B F*H*W Z of a video's latents, B M Z*K of a sound's
+            flat = one.flatten(2).mT if names is VIDEO else one.transpose(1, 2).flatten(2)
+            parts[names] = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
+            rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0)
+            text_rows = cross = None
+            if self.config.modulates_text:
+                text_rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), own)
+            if has_cross:  # shifts and scales follow its own times, the gate the other stream's
+                others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
+                cross_rows, _ = self._embed_times(getattr(self, names.cross_rows), own, given > 0)
+                gate, _ = self._embed_times(getattr(self, names.cross_gate), others)
+                heard = None
+                if names is VIDEO and has_sound is not None:
+                    heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
+                by_time = self._rotation(names, one, fps, by_time=True)
+                cross = CrossInputs(by_time, cross_rows, gate.squeeze(2), heard)
             streams[names] = Stream(
                 self._rotation(names, one, fps),
-                tuple(self._embed_text(names, each, dtype) for each in text),
+                tuple(each.to(dtype) for each in texts_of),
                 rows,
                 time,
-                self._embed_text_times(names, timesteps[names]),
+                text_rows,
                 given * one.shape[-1] * one.shape[-2],
                 cross,
             )
@@ -197,7 +207,9 @@ class LtxModel(nn.Module):
     def _part(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)
 
-    def _embed_times(self, layer: nn.Module, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
+    def _embed_times(
+        self, layer: nn.Module, timesteps: Tensor, has_given: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return rows, B S R C, and embedded times, B S C; first those of given frames, 0."""
         if not has_given:
             rows, time = layer(timesteps)
@@ -205,37 +217,6 @@ class LtxModel(nn.Module):
         rows, time = layer(torch.cat([timesteps, timesteps.new_zeros(1)]))
         rows, time = (torch.stack([one[-1:].expand_as(one[:-1]), one[:-1]], dim=1) for one in (rows, time))
         return rows, time
-
-    def _embed_text_times(self, names: StreamNames, timesteps: Tensor) -> Tensor | None:
-        if not self.config.modulates_text:
-            return None
-        rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), timesteps, has_given=False)
-        return rows
-
-    def _embed_text(self, names: StreamNames, text: Tensor, dtype: torch.dtype) -> Tensor:
-        projected = self._part(names, "caption_projection")(text) if self.config.projects_text else text
-        return projected.to(dtype)
-
-    def _cross_inputs(
-        self,
-        names: StreamNames,
-        latents: Tensor,
-        timesteps: dict[StreamNames, Tensor],
-        fps: Fps,
-        has_given: bool,
-        has_sound: Tensor | None,
-    ) -> CrossInputs:
-        """Return what a stream needs to see the other one.
-
-        Shifts and scales follow its own times, the gate the other stream's.
-        """
-        others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
-        rows, _ = self._embed_times(getattr(self, names.cross_rows), timesteps[names], has_given)
-        gate, _ = self._embed_times(getattr(self, names.cross_gate), others, has_given=False)
-        heard = None
-        if names is VIDEO and has_sound is not None:
-            heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
-        return CrossInputs(self._rotation(names, latents, fps, by_time=True), rows, gate.squeeze(2), heard)
 
     def _rotation(self, names: StreamNames, latents: Tensor, fps: Fps, by_time: bool = False) -> Tensor:
         """Return the rotations of a stream's tokens."""
@@ -262,13 +243,6 @@ class LtxModel(nn.Module):
             numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]
             if numbers != config.channels:
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
-
-
-def to_tokens(latents: Tensor) -> Tensor:
-    """Return tokens: B Z F H W -> B F*H*W Z, of a video; B Z M K -> B M Z*K, of sound."""
-    if latents.ndim == 5:
-        return latents.flatten(2).transpose(1, 2)
-    return latents.transpose(1, 2).flatten(2)
 
 
 def see_one(seen: Tensor) -> Tensor:

@@ -4,18 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ltx_2.refused_options import (
-    GENERATION_NEEDLESS,
-    GENERATION_REFUSED,
-    LATENTS_NEEDLESS,
-    LATENTS_REFUSED,
-    SOUND,
-    TEXTS_NEEDLESS,
-    TEXTS_REFUSED,
-    TRAINING_NEEDLESS,
-    TRAINING_REFUSED,
-    declare_all,
-)
+from ltx_2.refused_options import GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -384,10 +373,10 @@ def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -
     return theirs if ours is None else ours
 
 
-declare_all(Ltx2LatentCachingOptions, LATENTS_REFUSED, LATENTS_NEEDLESS)
-declare_all(Ltx2TextCachingOptions, TEXTS_REFUSED, TEXTS_NEEDLESS)
-declare_all(Ltx2TrainingOptions, TRAINING_REFUSED, TRAINING_NEEDLESS)
-declare_all(Ltx2GenerationOptions, GENERATION_REFUSED, GENERATION_NEEDLESS)
+declare_all(Ltx2LatentCachingOptions, LATENTS)
+declare_all(Ltx2TextCachingOptions, TEXTS)
+declare_all(Ltx2TrainingOptions, TRAINING)
+declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -74,9 +74,22 @@ SOUND_SO = (
 )
 WORK_SO = "processes share the work, and weights wait in host memory, where that is of use."
 
-Table = Mapping[str, str]  # reason -> options
+# reason -> options, those that are refused first. A reason that ends with a point says what happens without
+# options that are not needed
+Table = Mapping[str, str]
 
-LATENTS_REFUSED: Table = {
+# of training and generation
+_STAGES = """
+    sample_two_stage spatial_upsampler_path:str temporal_upsampler_path:str distilled_lora_path:str
+    sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
+    sample_stage2_distilled_lora_multiplier:float
+"""
+_TILES = """
+    sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
+    sample_vae_temporal_tile_overlap=8
+"""
+
+LATENTS: Table = {
     DATA: "save_dataset_manifest:str video_decode_backend:str video_decode_device:str",
     SOUND: """
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
@@ -89,8 +102,6 @@ LATENTS_REFUSED: Table = {
         vae_chunk_size:int vae_spatial_tile_size:int vae_spatial_tile_overlap=64 vae_temporal_tile_size:int
         vae_temporal_tile_overlap=24
     """,
-}
-LATENTS_NEEDLESS: Table = {
     FILES_SO: "cpu_staged_checkpoint_loading atomic_cache_writes",
     SAMPLES_SO: """
         precache_sample_latents sample_prompts:str sample_latents_cache:str reference_frames=1
@@ -100,7 +111,7 @@ LATENTS_NEEDLESS: Table = {
     SOUND_SO: "preserve_audio_timing:switch",
     WORK_SO: "cache_distributed",
 }
-TEXTS_REFUSED: Table = {
+TEXTS: Table = {
     BITS: """
         gemma_load_in_4bit gemma_bnb_4bit_quant_type=nf4 gemma_bnb_4bit_disable_double_quant
         gemma_bnb_4bit_compute_dtype=auto
@@ -108,8 +119,6 @@ TEXTS_REFUSED: Table = {
     CONNECTORS: "cache_before_connector",
     DATA: "caption_field:str",
     TERMS: "blank_preservation dop dop_class_prompt= dop_args*:str",
-}
-TEXTS_NEEDLESS: Table = {
     FILES_SO: "cpu_staged_checkpoint_loading atomic_cache_writes",
     SAMPLES_SO: """
         precache_sample_prompts sample_prompts:str sample_prompts_cache:str
@@ -119,7 +128,7 @@ TEXTS_NEEDLESS: Table = {
     """,
     WORK_SO: "cache_distributed gemma_fp8_weight_offload?",
 }
-TRAINING_REFUSED: Table = {
+TRAINING: Table = {
     ATTENTION: """
         av_cross_attention_mode=both ltx2_causal_temporal_attention ltx2_soft_av_alignment
         ltx2_soft_av_alignment_sigma=1.0
@@ -215,11 +224,7 @@ TRAINING_REFUSED: Table = {
         split_attn_mode:str split_attn_chunk_size=0 ffn_chunk_target:str ffn_chunk_size=0
         blockwise_checkpointing blocks_to_checkpoint=-1
     """,
-    STAGES: """
-        sample_two_stage spatial_upsampler_path:str temporal_upsampler_path:str distilled_lora_path:str
-        sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
-        sample_stage2_distilled_lora_multiplier:float
-    """,
+    STAGES: _STAGES,
     TERMS: """
         weight_noise_mode=none weight_noise_scale=0.01 huber_delta=1.0 differential_guidance
         differential_guidance_scale=3.0 differential_guidance_schedule=constant
@@ -239,10 +244,7 @@ TRAINING_REFUSED: Table = {
         latent_temporal_weighting_args*:str latent_delta_loss latent_delta_loss_args*:str hfato
         hfato_args*:str tread tread_args*:str cts_lambda_video_driven=0.0 cts_lambda_audio_driven=0.0
     """,
-    TILES: """
-        sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
-        sample_vae_temporal_tile_overlap=8
-    """,
+    TILES: _TILES,
     WEIGHTS: """
         fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 w8a8_backend:str int8_base int8_base_dynamic
         int8_convrot_base int8_convrot_dynamic int8_convrot_groupsize=auto int8_convrot_no_mse_clip
@@ -261,8 +263,6 @@ TRAINING_REFUSED: Table = {
         int8_weights_w8a8 int8_weights_prequant:str nf4_base nf4_block_size=32 quantize_device:str
         loftq_init loftq_iters=2 awq_calibration awq_alpha=0.25 awq_num_batches=8
     """,
-}
-TRAINING_NEEDLESS: Table = {
     FILES_SO: "save_checkpoint_metadata ltx2_low_ram_load",
     SAMPLES_SO: """
         precache_sample_prompts use_precached_sample_prompts sample_prompts_cache:str
@@ -276,7 +276,7 @@ TRAINING_NEEDLESS: Table = {
         sample_audio_subprocess?=True
     """,
 }
-GENERATION_REFUSED: Table = {
+GENERATION: Table = {
     ATTENTION: """
         ltx2_causal_temporal_attention ltx2_soft_av_alignment ltx2_soft_av_alignment_sigma=1.0
         av_cross_attention_mode=both
@@ -301,15 +301,8 @@ GENERATION_REFUSED: Table = {
         flash_attn flash3 cudnn_attn xformers sage_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0
     """,
-    STAGES: """
-        sample_two_stage spatial_upsampler_path:str temporal_upsampler_path:str distilled_lora_path:str
-        sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
-        sample_stage2_distilled_lora_multiplier:float
-    """,
-    TILES: """
-        sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
-        sample_vae_temporal_tile_overlap=8
-    """,
+    STAGES: _STAGES,
+    TILES: _TILES,
     WEIGHTS: """
         fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
         fp8_upcast_seed=0 nf4_base nf4_block_size=64 int4_convrot_base int4_convrot_dynamic
@@ -317,8 +310,6 @@ GENERATION_REFUSED: Table = {
         int4_convrot_group_scales=0 int4_convrot_group_ratio_q8 quantize_device:str loftq_init loftq_iters=2
         awq_calibration awq_alpha=0.25 awq_num_batches=8 network_dim=0
     """,
-}
-GENERATION_NEEDLESS: Table = {
     KERNELS_SO: "sdpa",
     SAMPLES_SO: """
         use_precached_sample_prompts,precache_sample_prompts sample_prompts_cache:str
@@ -329,18 +320,13 @@ GENERATION_NEEDLESS: Table = {
 }
 
 
-def declare_all(record: R, refused: Table, needless: Table) -> R:
-    """Add the options of the tables to a record and return it."""
-    tables: tuple[tuple[Table, Callable[..., Refusal]], ...] = (
-        (refused, unsupported),
-        (needless, not_needed),
-    )
-    for table, make in tables:
-        for reason, words in table.items():
-            for word in words.split():
-                (name, *others), settings = _read_word(word)
-                flags = tuple(f"--{other}" for other in others)
-                setattr(record, name, make(reason, **settings, flags=flags))
+def declare_all(record: R, table: Table) -> R:
+    """Add the options of a table to a record and return it."""
+    for reason, words in table.items():
+        make: Callable[..., Refusal] = not_needed if reason.endswith(".") else unsupported
+        for word in words.split():
+            (name, *others), settings = _read_word(word)
+            setattr(record, name, make(reason, **settings, flags=tuple(f"--{other}" for other in others)))
     return record
 
 

@@ -25,8 +25,9 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import ReadPictures
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
-from ltx_2.connectors import FILES, OPTION, TextConnectors, load_connectors, read_connectors
+from ltx_2.connectors import FILES, OPTION, TextConnectors, read_connectors
 from ltx_2.options import STREAMS
+from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.model_files import inside
@@ -55,10 +56,8 @@ def read_settings(told: Mapping[str, Any], num_layers: int, head_width: int) -> 
     stretch = float(scaling.get("factor", 1.0)) if told else STRETCH
     theta = float(far.get("rope_theta", told.get("rope_theta", THETA)))
     near_theta = float(near.get("rope_theta", told.get("rope_local_base_freq", NEAR_THETA)))
-    scalar, window = (
-        int(told.get("query_pre_attn_scalar", head_width)),
-        int(told.get("sliding_window", WINDOW)),
-    )
+    scalar = int(told.get("query_pre_attn_scalar", head_width))
+    window = int(told.get("sliding_window", WINDOW))
     pattern = int(told.get("sliding_window_pattern", told.get("_sliding_window_pattern", PATTERN)))
     numbers = (stretch, theta, near_theta, scalar, window, pattern)
     if kind not in ("default", "linear") or not all(0 < one < math.inf for one in numbers):
@@ -195,8 +194,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     def load_network(self, device: torch.device) -> nn.Module:
         """Load Gemma, with the connectors beside its layers."""
         self.check()
-        # first: Gemma takes the room that is left
-        connectors = load_connectors(self.connectors, device, self.dtype, self.streams)
+        with open_checkpoint(self.connectors) as checkpoint:  # first: Gemma takes the room that is left
+            plan = read_connectors(checkpoint, self.streams)
+            what = f"LTX-2's text connectors ({OPTION})"
+            connectors = load_planned(plan, TextConnectors, device, self.dtype, what)
         network: Any = super().load_network(device)
         network.connectors = connectors
         return network
@@ -215,7 +216,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     ) -> list[Conditions]:
         """Return the texts of the streams, each 1024 S, and the mask of ones that the known caches have."""
         connectors: Any = network.connectors
-        device, results = connectors.device, list[Conditions]()
+        device, results = next(connectors.parameters()).device, list[Conditions]()
         for row in rows:  # singly, as the states of all layers are large
             ((states,),) = (found[STATES] for found in super().compute(network, tokenizer, [row], dropped))
             parts = states.to(device).unflatten(-1, (-1, network.get_parameter(self.embedding).shape[1]))

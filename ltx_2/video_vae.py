@@ -66,11 +66,11 @@ class LtxVideoVae(nn.Module):
         step, side, _ = self.config.stride
         check_clip(pixels, step, side)
         batch, _, frames, height, width = pixels.shape
-        rows, columns = self._tiles(height // side), self._tiles(width // side)
+        size = (frames - 1) // step + 1, height // side, width // side
+        rows, columns = map(self._tiles, size[1:])
         if len(rows) == len(columns) == 1:
             means = torch.cat(list(self._means(pixels)), dim=2)
         else:
-            size = ((frames - 1) // step + 1, height // side, width // side)
             means = torch.zeros((batch, self.config.latent_channels, *size), device=self.device)
             add_in_tiles(self._means, pixels, (rows, columns), (side, 1), means)
         mean, std = self._statistics()
@@ -109,8 +109,7 @@ class LtxVideoVae(nn.Module):
         """Yield the pixels, B 3 F H W float32, of latents that need no tiles."""
         mean, std = self._statistics()
         frames = (self._place(one.to(self.device).float() * std + mean) for one in latents.split(1, dim=2))
-        for chunk in self.decoder(frames):
-            yield chunk.float()
+        yield from (chunk.float() for chunk in self.decoder(frames))
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, 1 Z 1 1 1 float32."""

@@ -137,53 +137,42 @@ class ClipConv(nn.Module):
         self.is_normed = is_normed
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Convolve the next frames of a clip, B C T H W; None: it has ended. Returns B C' T' H W."""
+        """Convolve the next frames of a clip, B C T H W; None: it has ended. Returns B C' T' H W.
+
+        Raises ValueError if borders are mirrored and a side is 1.
+        """
         if x is not None and not x.shape[2]:
-            return self._no_frames(x)
+            return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
         known = memory.take(self)
         if x is None:
             assert known is not None
             joined = torch.cat([known, known[:, :, -1:]], dim=2)
-        else:
-            joined = self._join(known, x)
-        memory.keep(self, joined[:, :, 1 - KERNEL :])
-        if x is not None and joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
-            return self._no_frames(x)
-        return conv3d(self.conv, joined)
-
-    def _no_frames(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
-
-    def _join(self, known: Tensor | None, x: Tensor) -> Tensor:
-        """Return x behind the frames before it, normed and with its mirrored border.
-
-        Written into one tensor, so that no concatenation copies it again.
-        """
+            memory.keep(self, joined[:, :, 1 - KERNEL :])
+            return conv3d(self.conv, joined)
         batch, channels, frames, height, width = x.shape
         if self.reflects and min(height, width) < 2:
             raise ValueError(f"latents of {height} x {width}: this VAE mirrors borders, so it needs 2 x 2")
         edge = int(self.reflects)
         first = self.before if known is None else known.shape[2]
+        # x goes behind the frames before it in one tensor, so that no concatenation copies it again
         joined = empty_clip(x, batch, channels, first + frames, height + 2 * edge, width + 2 * edge)
         now = joined[:, :, first:]
         inside = now[..., edge : edge + height, edge : edge + width]
         if self.is_normed:
-            functional.silu(_normalise(x, inside), inplace=True)
+            # float32: a length rounded to 16 bits would scale the whole pixel wrongly
+            exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).square_() / channels + EPS
+            functional.silu(torch.mul(x, scale.rsqrt_(), out=inside), inplace=True)
         else:
             inside.copy_(x)
         if self.reflects:
             now[..., 0, :], now[..., -1, :] = now[..., 2, :], now[..., -3, :]
             now[..., 0], now[..., -1] = now[..., 2], now[..., -3]
         joined[:, :, :first] = now[:, :, :1] if known is None else known
-        return joined
-
-
-def _normalise(x: Tensor, out: Tensor) -> Tensor:
-    """Write x, B C ..., divided by the root mean square over C, into `out` and return it."""
-    # float32: a length rounded to 16 bits would scale the whole pixel wrongly
-    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact)
-    return torch.mul(x, (length.square_() / x.shape[1] + EPS).rsqrt_(), out=out)
+        memory.keep(self, joined[:, :, 1 - KERNEL :])
+        if joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
+            return x.new_empty(batch, self.conv.out_channels, 0, height, width)
+        return conv3d(self.conv, joined)
 
 
 class PixelResidualBlock(nn.Module):
@@ -262,7 +251,7 @@ class ResidualBlocks(nn.Module):
         self.res_blocks = nn.ModuleList(PixelResidualBlock(part.width, half) for _ in range(part.count))
 
 
-def _flat(groups: Sequence[nn.Module]) -> list[nn.Module]:
+def _flat(groups: nn.ModuleList) -> list[nn.Module]:
     """Return residual blocks and resamplings in computing order."""
     layers: list[nn.Module] = []
     for group in groups:
@@ -289,7 +278,7 @@ class VideoVaeEncoder(nn.Module):
         # unlike a plain unfolding, the column in a patch changes slower than the row
         x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch)
         x = x.contiguous(memory_format=layouts(x.device)[0])
-        for layer in (self.conv_in, *_flat(list(self.down_blocks)), self.conv_out):
+        for layer in (self.conv_in, *_flat(self.down_blocks), self.conv_out):
             x = layer(x, memory)
         return x
 
@@ -315,7 +304,7 @@ class VideoVaeDecoder(nn.Module):
         layer in turn is told that the clip has ended, a frame or two at a time: so no layer ever computes
         more frames at once than a latent frame makes.
         """
-        layers = (self.conv_in, *_flat(list(self.up_blocks)), self.conv_out)
+        layers = (self.conv_in, *_flat(self.up_blocks), self.conv_out)
         memory = ClipMemory()
         for latent in latents:
             yield from self._pixels(layers, latent, memory)

@@ -175,8 +175,17 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.record)
-    given = as_options(words[1:], parser)
-    _refuse_run_options(given, parser)
+    of_run, own, given = Parser(add_help=False), _flags(parser), []
+    add_options(of_run, ToolRunOptions)
+    flags = {**_flags(of_run), **own}
+    for word in words[1:]:  # `factor=2` is `--factor=2`, and `only_center` `--only_center`; others stay
+        name, has_value, _ = word.partition("=")
+        flag = flags.get(f"--{name}")
+        given.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
+    for word in given:
+        name = word.partition("=")[0]
+        if name in flags and name not in own:
+            raise OptionError(f"{name} holds for the whole run. Write it before the first {THEN}.")
     return tool, read_options(tool.record, _parse(parser, tool, given))
 
 
@@ -262,32 +271,6 @@ def split_assigned(words: Sequence[str], flag: str) -> list[str]:
     return [
         part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])
     ]
-
-
-def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Write `factor=2` as `--factor=2` and `only_center` as `--only_center`; other words stay."""
-    flags = {**_run_flags(), **_flags(parser)}
-    made = []
-    for word in words:
-        name, has_value, _ = word.partition("=")
-        flag = flags.get(f"--{name}")
-        made.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
-    return made
-
-
-def _refuse_run_options(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raise OptionError for options that hold for the whole run."""
-    own, of_run = _flags(parser), _run_flags()
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag in of_run and flag not in own:
-            raise OptionError(f"{flag} holds for the whole run. Write it before the first {THEN}.")
-
-
-def _run_flags() -> dict[str, argparse.Action]:
-    parser = Parser(add_help=False)
-    add_options(parser, ToolRunOptions)
-    return _flags(parser)
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -38,19 +38,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
     """
     sources = list_sources(chain)
-    _keep_out_of_datasets(chain, sources)
-    jobs = [FileJob(path, name_output(chain, path), is_picture(path)) for path in sources]
-    _check_pictures(chain, jobs)
-    _check_inputs_stay(jobs)
-    _check_names_differ(jobs)
-    return jobs if chain.run.yes else settle_existing(jobs, ask)
-
-
-def _keep_out_of_datasets(chain: Chain, sources: Sequence[Path]) -> None:
-    """Raise OptionError if results would lie among the clips of a data set, where trainings read them too."""
-    if chain.run.output is not None:
-        return
-    for path in sources:
+    for path in sources if chain.run.output is None else ():
         caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
         if caption is not None:
             raise OptionError(
@@ -58,6 +46,32 @@ def _keep_out_of_datasets(chain: Chain, sources: Sequence[Path]) -> None:
                 "would take the results too. Give another folder: --output "
                 f"{path.parent.name or 'made'}_{chain.added}/"
             )
+    jobs = [FileJob(path, name_output(chain, path), is_picture(path)) for path in sources]
+    if chain.needs_video and any(job.is_picture for job in jobs):
+        tool = next(tool for tool, _ in chain.tools if tool.needs_video)
+        raise OptionError(
+            f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
+            "picture. Give a video."
+        )
+    for job in jobs:  # no result may replace an input or a folder, whatever the names look like
+        if job.output.is_dir():
+            raise OutputError(f"{job.output} is a folder. Choose another --output.")
+        for other in jobs if job.output.exists() else ():
+            if job.output.samefile(other.source):
+                raise OutputError(
+                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
+                    "is never overwritten. Choose another --output."
+                )
+    first: dict[str, Path] = {}
+    for job in jobs:
+        # file systems of Windows and macOS take names for equal that differ in capitals
+        earlier = first.setdefault(str(job.output).casefold(), job.source)
+        if earlier is not job.source:
+            raise OutputError(
+                f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
+                "Rename one of them, or move it to another folder."
+            )
+    return jobs if chain.run.yes else settle_existing(jobs, ask)
 
 
 def list_sources(chain: Chain) -> list[Path]:
@@ -143,13 +157,12 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
         return list(jobs)
-    names = _names([job.output for job in existing])
-    answer = ask(f"{names} {'exist' if len(existing) > 1 else 'exists'} already. Overwrite")
+    more = f" and {len(existing) - NAMED} more" if len(existing) > NAMED else ""
+    names = f"{', '.join(str(job.output) for job in existing[:NAMED])}{more}"
+    exist = f"{names} {'exist' if len(existing) > 1 else 'exists'} already"
+    answer = ask(f"{exist}. Overwrite")
     if answer is None:
-        raise OutputError(
-            f"{names} {'exist' if len(existing) > 1 else 'exists'} already. Use --yes to overwrite, or "
-            "choose another --output."
-        )
+        raise OutputError(f"{exist}. Use --yes to overwrite, or choose another --output.")
     if answer == "overwrite":
         return list(jobs)
     if answer == "leave":
@@ -159,55 +172,9 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     taken = {job.output for job in jobs if job not in existing}
     settled = []
     for job in jobs:
-        output = free_name(job.output, taken) if job in existing else job.output
+        output = job.output
+        while job in existing and (os.path.lexists(output) or output in taken):
+            output = output.with_name(f"{output.stem}_{output.suffix}")
         taken.add(output)
         settled.append(replace(job, output=output))
     return settled
-
-
-def free_name(path: Path, taken: set[Path] | frozenset[Path] = frozenset()) -> Path:
-    """Append `_` to a name, before its ending, until no file has it."""
-    while os.path.lexists(path) or path in taken:
-        path = path.with_name(f"{path.stem}_{path.suffix}")
-    return path
-
-
-def _check_pictures(chain: Chain, jobs: Sequence[FileJob]) -> None:
-    if chain.needs_video and any(job.is_picture for job in jobs):
-        tool = next(tool for tool, _ in chain.tools if tool.needs_video)
-        raise OptionError(
-            f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
-            "picture. Give a video."
-        )
-
-
-def _check_inputs_stay(jobs: Sequence[FileJob]) -> None:
-    """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
-    for job in jobs:
-        if not job.output.exists():
-            continue
-        if job.output.is_dir():
-            raise OutputError(f"{job.output} is a folder. Choose another --output.")
-        for other in jobs:
-            if job.output.samefile(other.source):
-                raise OutputError(
-                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
-                    "is never overwritten. Choose another --output."
-                )
-
-
-def _check_names_differ(jobs: Sequence[FileJob]) -> None:
-    first: dict[str, Path] = {}
-    for job in jobs:
-        # file systems of Windows and macOS take names for equal that differ in capitals
-        other = first.setdefault(str(job.output).casefold(), job.source)
-        if other is not job.source:
-            raise OutputError(
-                f"{other.name} and {job.source.name} would both be written to {job.output}. "
-                "Rename one of them, or move it to another folder."
-            )
-
-
-def _names(paths: Sequence[Path]) -> str:
-    shown = ", ".join(map(str, paths[:NAMED]))
-    return shown if len(paths) <= NAMED else f"{shown} and {len(paths) - NAMED} more"

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
@@ -135,15 +135,6 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     logger.info("%s", job.output)
 
 
-@contextmanager
-def own_folder(path: Path) -> Iterator[Path]:
-    """Reserve a name for a folder: append `_` until nothing has it and no other run has reserved it."""
-    with ExitStack() as claims:
-        while not claims.enter_context(claim_name(path)) or os.path.lexists(path):
-            path = path.with_name(f"{path.name}_")
-        yield path
-
-
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
     """Write each picture to `folder` as 000000.png and so on, and pass it on."""
     for index, picture in enumerate(pictures):
@@ -170,7 +161,10 @@ def run_video(
     def write(pictures: Iterator[Picture]) -> None:
         with ExitStack() as opened:
             if form.keep_pngs:
-                name = opened.enter_context(own_folder(job.source.with_name("frames")))
+                name = job.source.with_name("frames")
+                # until nothing has the name, and no other run has reserved it
+                while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
+                    name = name.with_name(f"{name.name}_")
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
             write_shown(
                 *(job.output, pictures, rate, codec),

@@ -45,16 +45,11 @@ class Pipe(Generic[T]):
             self._items.append(item)
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """Say that nothing more will come."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Say that nothing more will come. error: what the taker is to raise; what waits is then dropped."""
         with self._changed:
-            self._is_ended = True
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Have the taker raise an error; what waits is dropped."""
-        with self._changed:
-            self._items.clear()
+            if error is not None:
+                self._items.clear()
             self._error, self._is_ended = error, True
             self._changed.notify_all()
 
@@ -98,7 +93,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
         except Closed:
             pass  # whoever took the items wants no more of them
         except BaseException as error:  # raised again where items are taken
-            pipe.fail(error)
+            pipe.end(error)
         finally:
             close = getattr(source, "close", None)  # of a generator: its files are closed in this thread
             if close is not None:
@@ -147,14 +142,14 @@ def write_behind(
     try:
         yield put
     except BaseException:
-        pipe.fail(StreamStopped())
+        pipe.end(StreamStopped())
         _wait_for(thread)
         raise
     pipe.end()
     try:
         _wait_for(thread)
     except BaseException:  # Ctrl-C
-        pipe.fail(StreamStopped())
+        pipe.end(StreamStopped())
         _wait_for(thread, last_wait)
         raise
     if errors:

@@ -131,17 +131,6 @@ def room_on(device: torch.device) -> int | None:
     return None if room is None else round(SHARE * room)
 
 
-def largest_tile(height: int, width: int, room: float, per_pixel: float, step: int, overlap: int) -> int:
-    """Return the size of the largest tiles that memory holds, `WHOLE` if it holds the picture.
-
-    room: bytes. per_pixel: bytes that a network takes for each pixel of its input.
-    """
-    if height * width * per_pixel <= room:
-        return WHOLE
-    side = int((max(room, 0) / per_pixel) ** 0.5) // step * step
-    return max(side, least_tile(step, overlap))
-
-
 def least_tile(step: int, overlap: int) -> int:
     """Return the size of the smallest tiles that are chosen here."""
     return round_up(max(LEAST, 2 * overlap), step)
@@ -184,24 +173,23 @@ class Fitting:
                     raise
                 reason = short_reason(error)
             # here, as the error holds the tensors of the run that failed
-            self._take_less(len(images), max(images.shape[-2:]), reason)
+            batch, longest = min(self.batch, len(images)), max(images.shape[-2:])
+            least, now = least_tile(self.step, self.overlap), min(self.tile or longest, longest)
+            if batch > 1:
+                self.batch = batch // 2
+                logger.info("Memory is full: from now on %d at once.", self.batch)
+            elif self.is_auto and now > least:
+                self.tile = max(round_up(now // 2, self.step), least)
+                logger.info(
+                    "Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile
+                )
+            else:
+                raise MemoryPlanError(
+                    f"the device has too little memory even for {now} x {now} pixels at once ({reason}).\n"
+                    "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
+                    "device."
+                )
             free_memory(self.device)
-
-    def _take_less(self, batch: int, longest: int, reason: str) -> None:
-        """Halve the size of a part. longest: side of a picture."""
-        if min(self.batch, batch) > 1:
-            self.batch = min(self.batch, batch) // 2
-            logger.info("Memory is full: from now on %d at once.", self.batch)
-            return
-        least = least_tile(self.step, self.overlap)
-        now = min(self.tile or longest, longest)
-        if not self.is_auto or now <= least:
-            raise MemoryPlanError(
-                f"the device has too little memory even for {now} x {now} pixels at once ({reason}).\n"
-                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the device."
-            )
-        self.tile = max(round_up(now // 2, self.step), least)
-        logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
 
 
 def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
@@ -234,17 +222,6 @@ class Guarded:
         is_good = made.isfinite().flatten(1).all(dim=1)
         if bool(is_good.all()):
             return made
-        bad = (~is_good).nonzero().flatten()
-        again = self._in_float32(images[bad])
-        if not bool(again.isfinite().all()):
-            raise CheckpointError(
-                f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
-                "Download or copy it again."
-            )
-        made[bad] = again
-        return made
-
-    def _in_float32(self, images: Tensor) -> Tensor:
         if self._exact is None:
             logger.info(
                 "A result of %s in %s is not finite: such pictures are computed again in float32.",
@@ -252,7 +229,15 @@ class Guarded:
                 str(self.dtype).removeprefix("torch."),
             )
             self._exact = self._load_exact()
-        return self._exact(images).float()
+        bad = (~is_good).nonzero().flatten()
+        again = self._exact(images[bad]).float()
+        if not bool(again.isfinite().all()):
+            raise CheckpointError(
+                f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
+                "Download or copy it again."
+            )
+        made[bad] = again
+        return made
 
 
 USUAL = Compilation()

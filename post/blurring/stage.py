@@ -62,46 +62,35 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
     The picture itself stays as it is.
     """
     result = pixels.copy()
-    for box in sorted(set(boxes)):
-        _cover_box(result, box, options)
-    return result
-
-
-def kernel_of(longer: int, options: BlurOptions) -> tuple[int, float]:
-    """Return size (odd) and standard deviation of the blur for a box of that longer side, in pixels.
-
-    The size asked for, but at least half of the box: this leaves a few spots of colour at any resolution.
-    More than the whole box would only mix its surroundings in.
-    """
-    asked = options.strength | 1
-    size = min(max(asked, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
-    return size, max(options.sigmax * size / asked, LEAST_SIGMA * size)
-
-
-def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
-    """Cover a box in place."""
     height, width = pixels.shape[:2]
-    left, top, right, bottom = _grown(box, options.margin)
-    whole = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
-    feather = round(options.feather * min(right - left, bottom - top))
-    area = whole.widened(feather, width, height)
-    if area.left >= area.right or area.top >= area.bottom:
-        return  # outside of the picture
-    there = area.slices()
-    if options.method == "fill":
-        covered = np.zeros_like(pixels[there])
-    else:
-        size, sigma = kernel_of(max(whole.right - whole.left, whole.bottom - whole.top), options)
-        # with what is around it: else its edges would be made of themselves
-        around = area.widened(size // 2, width, height)
-        covered = blurred(pixels[around.slices()], size, sigma)[area.slices(around)]
-    if not options.ellipse and feather == 0:
-        pixels[there] = covered
-        return
-    weight = _weights(area, whole, (left, top, right, bottom) if options.ellipse else None, feather)
-    plain = pixels[there].astype(np.float32)
-    mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-    pixels[there] = np.rint(mixed).astype(pixels.dtype)
+    for box in sorted(set(boxes)):
+        across, down = options.margin * (box[2] - box[0]), options.margin * (box[3] - box[1])
+        left, top, right, bottom = box[0] - across, box[1] - down, box[2] + across, box[3] + down
+        whole = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+        feather = round(options.feather * min(right - left, bottom - top))
+        area = whole.widened(feather, width, height)
+        if area.left >= area.right or area.top >= area.bottom:
+            continue  # outside of the picture
+        there = area.slices()
+        if options.method == "fill":
+            covered = np.zeros_like(result[there])
+        else:
+            # the size asked for, but at least half of the box: this leaves a few spots of colour at any
+            # resolution; more than the whole box would only mix its surroundings in
+            longer, asked = max(whole.right - whole.left, whole.bottom - whole.top), options.strength | 1
+            size = min(max(asked, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
+            sigma = max(options.sigmax * size / asked, LEAST_SIGMA * size)
+            # with what is around it: else its edges would be made of themselves
+            around = area.widened(size // 2, width, height)
+            covered = blurred(result[around.slices()], size, sigma)[area.slices(around)]
+        if options.ellipse or feather:
+            weight = _weights(area, whole, (left, top, right, bottom) if options.ellipse else None, feather)
+            plain = result[there].astype(np.float32)
+            mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
+            result[there] = np.rint(mixed).astype(pixels.dtype)
+        else:
+            result[there] = covered
+    return result
 
 
 def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
@@ -138,12 +127,6 @@ def _weights(area: _Area, whole: _Area, ellipse: Box | None, feather: int) -> ND
         outside = np.maximum(radius - 1, 0) * min(axes)
     soft = 1 - outside / (feather + 1) if feather else outside <= 0
     return np.clip(soft, 0, 1).astype(np.float32)
-
-
-def _grown(box: Box, margin: float) -> Box:
-    left, top, right, bottom = box
-    across, down = margin * (right - left), margin * (bottom - top)
-    return left - across, top - down, right + across, bottom + down
 
 
 def check_blur(options: BlurOptions) -> None:
@@ -206,12 +189,25 @@ class BlurStage:
             count.found += bool(boxes)
             if len(waiting) > max(options.hold, options.lookback):
                 yield self._cover(waiting.popleft(), tracks, count)
+        least = f"nothing in it scores {options.conf} (--conf) or more"
+        if count.pictures and not count.found and not options.allow_none:
+            raise NothingFoundError(
+                f"{clip.path}: nothing was blurred and no file was written: {least}.\n  Lower --conf, look "
+                "closer with a larger --detection_size, or write the video as it is with --allow_none."
+            )
         if count.pictures and not count.found:
-            self._nothing(clip)
+            logger.warning("%s: nothing was blurred: %s.", clip.path, least)
         while waiting:
             yield self._cover(waiting.popleft(), tracks, count)
-        if count.found:
-            _report(clip, count, tracks)
+        if count.found and count.pictures == 1:
+            logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
+        elif count.found:
+            logger.info(
+                "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
+                "before or after, %d left as they are. Tracks: %d, the longest gap in one: %d frames.",
+                *(clip.path.name, count.pictures, count.found, count.held),
+                *(count.pictures - count.found - count.held, tracks.started, tracks.longest_gap),
+            )
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
         number, picture, is_found = waiting
@@ -221,16 +217,6 @@ class BlurStage:
             return picture
         count.held += not is_found
         return Picture(cover(picture.pixels, boxes, self.options), picture.start, picture.seconds)
-
-    def _nothing(self, clip: Clip) -> None:
-        """Say that nothing was found. Raises NothingFoundError unless that is allowed."""
-        least = f"nothing in it scores {self.options.conf} (--conf) or more"
-        if not self.options.allow_none:
-            raise NothingFoundError(
-                f"{clip.path}: nothing was blurred and no file was written: {least}.\n  Lower --conf, look "
-                "closer with a larger --detection_size, or write the video as it is with --allow_none."
-            )
-        logger.warning("%s: nothing was blurred: %s.", clip.path, least)
 
 
 def within(found: Sequence[FoundFace], height: int, width: int) -> list[Box]:
@@ -246,22 +232,3 @@ def within(found: Sequence[FoundFace], height: int, width: int) -> list[Box]:
         if left < right and top < bottom:
             boxes.append((left, top, right, bottom))
     return boxes
-
-
-def _report(clip: Clip, count: _Count, tracks: Tracks) -> None:
-    """Say how much of a video was blurred."""
-    if count.pictures == 1:
-        logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
-        return
-    plain = count.pictures - count.found - count.held
-    logger.info(
-        "%s: of %d frames, %d with something found, %d blurred only because it was found shortly before or "
-        "after, %d left as they are. Tracks: %d, the longest gap in one: %d frames.",
-        clip.path.name,
-        count.pictures,
-        count.found,
-        count.held,
-        plain,
-        tracks.started,
-        tracks.longest_gap,
-    )

@@ -8,6 +8,7 @@ Source: Zhou et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 201
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -123,26 +124,22 @@ class Doubling(nn.Module):
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Blocks(nn.Module):
-    """The encoder or the generator: blocks one after the other."""
-
-    def __init__(self, blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(_build(block, resize) for block in blocks)
-
-
-def _build(block: CodeFormerBlock, resize: Callable[[int], nn.Module]) -> nn.Module:
-    match block.kind:
-        case "res":
-            return ResBlock(block.width_in, block.width)
-        case "attention":
-            return AttentionBlock(block.width)
-        case "resize":
-            return resize(block.width)
-        case "norm":
-            return _norm(block.width)
-        case _:
-            return _conv(block.width_in, block.width)
+def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> nn.ModuleDict:
+    """Build the encoder or the generator: blocks one after the other."""
+    made = nn.ModuleList()
+    for block in blocks:
+        match block.kind:
+            case "res":
+                made.append(ResBlock(block.width_in, block.width))
+            case "attention":
+                made.append(AttentionBlock(block.width))
+            case "resize":
+                made.append(resize(block.width))
+            case "norm":
+                made.append(_norm(block.width))
+            case _:
+                made.append(_conv(block.width_in, block.width))
+    return nn.ModuleDict({"blocks": made})
 
 
 class CodeFormerAttention(nn.Module):
@@ -205,8 +202,8 @@ class CodeFormer(nn.Module):
         super().__init__()
         width, (codes, code_width) = config.tokens, config.codes
         self.config = config
-        self.encoder = Blocks(config.encoder, Halving)
-        self.generator = Blocks(config.generator, Doubling)
+        self.encoder: Any = _build(config.encoder, Halving)
+        self.generator: Any = _build(config.generator, Doubling)
         self.position_emb = nn.Parameter(torch.empty(config.places, width))
         self.feat_emb = nn.Linear(code_width, width)
         self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
@@ -221,13 +218,18 @@ class CodeFormer(nn.Module):
         faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, seen = self._encode(faces)
-        x = self._look_up(self._choose(latents), latents).to(latents.dtype)
-        places = first_blocks(self.config)
-        for number, block in enumerate(self.generator.blocks):
+        # the features of the codes get the mean and spread that the latents have
+        found = self.quantize["embedding"](self._choose(latents))
+        found = rearrange(found, "b (h w) c -> b c h w", h=self.config.side)
+        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (found, latents.float()))
+        x = ((found - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
+        size, is_doubled = self.config.side, False
+        for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
-            if number in places and fidelity > 0:
-                size = places[number]
+            if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
                 x = self.fuse_convs_dict[str(size)](seen[size], x, fidelity)
+            is_doubled = part.kind == RESIZE
+            size *= 2 if is_doubled else 1
         return x.float()
 
     def codes(self, faces: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ class CodeFormer(nn.Module):
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         seen = {}
-        for number, block in enumerate(self.encoder.blocks):
+        for number, block in enumerate(self.encoder["blocks"]):
             x = block(x)
             if sizes.get(number) in self.config.fused:
                 seen[sizes[number]] = x
@@ -250,13 +252,6 @@ class CodeFormer(nn.Module):
         for layer in self.ft_layers:
             tokens = layer(tokens, self.position_emb)
         return self.idx_pred_layer(tokens).argmax(dim=-1)
-
-    def _look_up(self, codes: Tensor, latents: Tensor) -> Tensor:
-        """Return the features of the codes with the mean and spread that the latents have."""
-        found = rearrange(self.quantize["embedding"](codes), "b (h w) c -> b c h w", h=self.config.side)
-        mean, spread = _statistics(found)
-        wanted_mean, wanted_spread = _statistics(latents.float())
-        return (found - mean) / spread * wanted_spread + wanted_mean
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,17 +267,6 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
         if block.kind == RESIZE:
             found[size] = number - 1
             size //= 2
-    return found
-
-
-def first_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return number of the generator's first block behind a doubling -> size, if it is fused there."""
-    found, size = {}, config.side
-    for number, block in enumerate(config.generator):
-        if block.kind == RESIZE:
-            size *= 2
-            if size in config.fused:
-                found[number + 1] = size
     return found
 
 

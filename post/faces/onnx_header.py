@@ -74,7 +74,23 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
     """
     content = _read_bytes(path)
     try:
-        return _read_model(memoryview(content)), content
+        checks = _Checks()
+        model = checks.parts(memoryview(content))
+        if not model[_GRAPH]:
+            raise ValueError("no graph")
+        notes = [dict(_fields(note)) for note in model[_NOTES]]
+        graph = checks.parts(model[_GRAPH][-1])
+        outputs = dict(map(_read_value, graph[_OUTPUTS]))
+        if not graph[_NODES] or not outputs:
+            raise ValueError("an empty graph")
+        checks.graph(graph)
+        filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
+        taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
+        for name, shape in taken.items():
+            if any(size is not None and size > MAX_ONNX_SIDE for size in shape):
+                raise _RefusedError(f"its input {name} has the shape {list(shape)}")
+        texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
+        return OnnxHeader(taken, outputs, texts), content
     except _RefusedError as error:
         raise CheckpointError(f"{path} cannot be used: {error}.", path) from None
     except (ValueError, IndexError, struct.error):
@@ -97,25 +113,6 @@ def _read_bytes(path: Path, most: int | None = None) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
 
 
-def _read_model(content: memoryview) -> OnnxHeader:
-    checks = _Checks()
-    model = checks.parts(content)
-    if not model[_GRAPH]:
-        raise ValueError("no graph")
-    found = [dict(_fields(note)) for note in model[_NOTES]]
-    graph = checks.parts(model[_GRAPH][-1])
-    outputs = dict(map(_read_value, graph[_OUTPUTS]))
-    if not graph[_NODES] or not outputs:
-        raise ValueError("an empty graph")
-    checks.graph(graph)
-    filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
-    taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
-    for name, shape in taken.items():
-        if any(size is not None and size > MAX_ONNX_SIDE for size in shape):
-            raise _RefusedError(f"its input {name} has the shape {list(shape)}")
-    return OnnxHeader(taken, outputs, {_text(note.get(1)): _text(note.get(2)) for note in found})
-
-
 @dataclass
 class _Checks:
     """Looks through all that a reader of the file would do."""
@@ -129,29 +126,24 @@ class _Checks:
             raise _RefusedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
             self._tensor(self.parts(tensor))
-        for node in graph[_NODES]:
-            self._node(self.parts(node), depth)
-
-    def _node(self, node: _Parts, depth: int) -> None:
-        outputs = list(map(_text, node[_NODE_OUTPUTS]))
-        for attribute in node[_ATTRIBUTES]:
-            self._attribute(self.parts(attribute), outputs, depth)
-        kind = next(map(_text, node[_KIND]), "")
-        inputs = list(map(_text, node[_NODE_INPUTS]))
-        known = [self.constants[name] for name in inputs if name in self.constants]
-        if kind in _GROWING and max(known, default=0) > MAX_ONNX_VALUES:
-            raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
-        if kind in _FOLDED and inputs and len(known) == len(inputs):
-            self.constants |= dict.fromkeys(outputs, math.prod(known))
-
-    def _attribute(self, attribute: _Parts, outputs: Sequence[str], depth: int) -> None:
-        for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
-            self._tensor(self.parts(tensor), outputs)
-        for graph in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
-            self.graph(self.parts(graph), depth + 1)
-        # 2**31 - 1: the end, of old files
-        if _product(one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1) > MAX_ONNX_VALUES:
-            raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
+        for node in map(self.parts, graph[_NODES]):
+            outputs = list(map(_text, node[_NODE_OUTPUTS]))
+            for attribute in map(self.parts, node[_ATTRIBUTES]):
+                for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
+                    self._tensor(self.parts(tensor), outputs)
+                for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
+                    self.graph(self.parts(inner), depth + 1)
+                # 2**31 - 1: the end, of old files
+                sizes = (one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1)
+                if _product(sizes) > MAX_ONNX_VALUES:
+                    raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
+            kind = next(map(_text, node[_KIND]), "")
+            inputs = list(map(_text, node[_NODE_INPUTS]))
+            known = [self.constants[name] for name in inputs if name in self.constants]
+            if kind in _GROWING and max(known, default=0) > MAX_ONNX_VALUES:
+                raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
+            if kind in _FOLDED and inputs and len(known) == len(inputs):
+                self.constants |= dict.fromkeys(outputs, math.prod(known))
 
     def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; note the product of a few."""

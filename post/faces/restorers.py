@@ -159,51 +159,52 @@ class Restorer:
     size: int
 
 
-def check_restorer(options: FacefixOptions, model: Path, parsenet: Path) -> None:
-    """Read the headers of both files. Raises CheckpointError if they do not fit, or not each other."""
-    restorer = _load_model(options, model, META, torch.float32)
-    size = restorer.config.size
-    parts = _load(parsenet, read_parsenet, ParseNet, META, torch.float32, "ParseNet")
-    _check_sizes(size, parts.config, model, parsenet)
+def load_both(
+    options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Gfpgan | CodeFormer, ParseNet]:
+    """Load both networks. Raises CheckpointError if a file does not fit, or they do not fit each other."""
+    restorer = _load_model(options, model, device, dtype)
+    parts = _load(parsenet, read_parsenet, ParseNet, device, dtype, "ParseNet")
+    size, stride = restorer.config.size, parts.config.stride
+    # the mirrored edges of its smallest features need two of them
+    if size % stride or size < 2 * stride:
+        raise CheckpointError(
+            f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
+            f"pixels, from {2 * stride} on, the second makes faces of {size}. Give the released files.",
+            parsenet,
+        )
+    return restorer, parts
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load both networks in the dtype that --dtype says. Raises CheckpointError as `check_restorer`."""
+    """Load both networks in the dtype that --dtype says. Raises CheckpointError as `load_both`."""
     network, name = options.network, "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
 
-    def load(kept: torch.dtype) -> Gfpgan | CodeFormer:
-        made = _load_model(options, model, device, kept)
-        if isinstance(made, Gfpgan) and network.seed is not None:
-            seed = derive_seed("noise of faces", network.seed)
-            made.draw_noise(torch.Generator().manual_seed(seed))
+    def prepared(made: Gfpgan | CodeFormer) -> Run:
+        """Return a function of faces alone."""
+        if isinstance(made, CodeFormer):
+            return lambda faces: made(faces, options.weight)
+        if network.seed is not None:
+            made.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
         return made
 
-    def load_parts(kept: torch.dtype) -> ParseNet:
-        return _load(parsenet, read_parsenet, ParseNet, device, kept, "ParseNet")
+    def exact_restorer() -> Run:
+        return prepared(_load_model(options, model, device, torch.float32))
 
-    if isinstance(restorer := load(dtype), CodeFormer) and network.seed is not None:
+    def exact_parts() -> ParseNet:
+        return _load(parsenet, read_parsenet, ParseNet, device, torch.float32, "ParseNet")
+
+    restorer, parts = load_both(options, model, parsenet, device, dtype)
+    if isinstance(restorer, CodeFormer) and network.seed is not None:
         logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
-    parts = load_parts(dtype)
-    size = restorer.config.size
-    _check_sizes(size, parts.config, model, parsenet)
     logger.info("%s; %s.", LICENCES[options.mode], PARSENET_LICENCE)
     compile_parts(network, (restorer, parts))
     return Restorer(
-        Guarded(_runner(restorer, options), dtype, lambda: _runner(load(torch.float32), options), name),
-        Guarded(parts, dtype, lambda: load_parts(torch.float32), "ParseNet"),
-        size,
+        Guarded(prepared(restorer), dtype, exact_restorer, name),
+        Guarded(parts, dtype, exact_parts, "ParseNet"),
+        restorer.config.size,
     )
-
-
-def _runner(network: Gfpgan | CodeFormer, options: FacefixOptions) -> Run:
-    """Return a function of faces alone."""
-
-    def run(faces: Tensor) -> Tensor:
-        made: Tensor = network(faces) if isinstance(network, Gfpgan) else network(faces, options.weight)
-        return made
-
-    return run
 
 
 def _load_model(
@@ -232,17 +233,6 @@ def _load(
         return load_planned(read(checkpoint), build, device, dtype_of, what)
 
 
-def _check_sizes(size: int, config: ParseNetConfig, model: Path, parsenet: Path) -> None:
-    # the mirrored edges of its smallest features need two of them
-    if size % config.stride or size < 2 * config.stride:
-        raise CheckpointError(
-            f"{parsenet} and {model} do not go together: the first takes faces of a multiple of "
-            f"{config.stride} pixels, from {2 * config.stride} on, the second makes faces of {size}. Give "
-            "the released files.",
-            parsenet,
-        )
-
-
 # Find the files that restoring faces takes: the model, and beside it the detector and ParseNet.
 # without suffix, the first that is there counts
 MODELS = {
@@ -259,41 +249,34 @@ ORIGINS = {
 }
 
 
-def find_model(given: Path, mode: str) -> Path:
-    """Return the model's file for the value of --model. Raises CheckpointError if a folder has none."""
-    if not given.is_dir():
-        return given  # a file that is not there is reported when it is opened
-    return _first_file(given, MODELS[mode], "--model", ORIGINS[mode], mode)
+def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
+    """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing.
 
-
-def find_parsenet(model: Path, mode: str) -> Path:
-    """Return ParseNet's file beside the model's. Raises CheckpointError if there is none."""
-    what = "ParseNet, which finds the parts of a face"
-    return _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode)
-
-
-def find_detector(model: Path, mode: str, named: str) -> Path:
-    """Return the detector's file: one of the known names beside the model's, else the path itself.
-
-    Raises CheckpointError if it is not there.
+    --model is the model or its folder. The others lie beside it, but for a detector that is given as a path.
     """
-    what = f"--detection_model {named}"
+    mode, model, named = options.mode, options.network.model, options.detection_model
+    if model.is_dir():
+        model = _first_file(model, MODELS[mode], "--model", ORIGINS[mode], mode)
+    elif not model.exists():
+        raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
+    what, detector = f"--detection_model {named}", Path(named)
     if named in RETINAFACES:
         stem = RETINAFACES[named]
         is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
-        return _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
-    if named == YUNET:
+        detector = _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
+    elif named == YUNET:
         files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if files:
-            return files[-1]  # their names end with a date
-        raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
-    path = Path(named)
-    if not path.exists():
-        names = ", ".join([*RETINAFACES, YUNET])
+        if not files:
+            raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
+        detector = files[-1]  # their names end with a date
+    elif not detector.exists():
         raise CheckpointError(
-            f"{what}: there is no such file. Give the path of one, or one of {names}.", path
+            f"{what}: there is no such file. Give the path of one, or one of "
+            f"{', '.join([*RETINAFACES, YUNET])}.",
+            detector,
         )
-    return path
+    what = "ParseNet, which finds the parts of a face"
+    return model, _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode), detector
 
 
 def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:

@@ -24,12 +24,11 @@ from modules.layers.convolution import lay_out, layouts
 from post.contract import batch_norm
 from post.faces.boxes import FoundFace, best_of, shrunk
 from post.faces.retinaface_bodies import (
+    MOBILE_STRIDES,
     MobileNet,
     MobileNetConfig,
     ResNet,
     ResNetConfig,
-    read_mobilenet,
-    read_resnet,
 )
 
 logger = logging.getLogger(__name__)
@@ -226,8 +225,24 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         checkpoint.path,
     )
     shape = shapes_of(checkpoint, sources, wrong)
-    body = read_resnet(shape, lambda start: count(names, rf"{start}\.\d+")) if is_resnet else None
-    config = RetinaFaceConfig(body or read_mobilenet(shape), shape("fpn.output1.0.weight")[0])
+    body: ResNetConfig | MobileNetConfig
+    if is_resnet:
+        layers = [f"body.layer{number}" for number in (1, 2, 3, 4)]
+        last = [shape(f"{layer}.0.conv3.weight") for layer in layers]
+        body = ResNetConfig(
+            stem=shape("body.conv1.weight")[0],
+            blocks=tuple(count(names, rf"{layer}\.\d+") for layer in layers),
+            inner=tuple(sizes[1] for sizes in last),
+            outer=tuple(sizes[0] for sizes in last),
+        )
+    else:
+        stages = [
+            [f"body.stage{stage}.{block}.3.weight" for block in range(len(strides))]
+            for stage, strides in enumerate(MOBILE_STRIDES, start=1)
+        ]
+        stages[0][0] = "body.stage1.0.0.weight"  # the first block has no other convolution
+        body = MobileNetConfig(tuple(tuple(shape(name)[0] for name in stage) for stage in stages))
+    config = RetinaFaceConfig(body, shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))
 
 

@@ -4,7 +4,6 @@ Sources: He et al. 2015, arXiv 1512.03385 (stride in the 3x3 convolution, as tor
 al. 2017, arXiv 1704.04861. Both return features of 1/8, 1/16 and 1/32 of the picture's size.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from post.contract import batch_norm
 
 # Letters: B batch, C channels, H W height and width of the picture
 
-Shape = Callable[[str], tuple[int, ...]]  # name of a tensor in the file -> its shape
 MOBILE_STRIDES = ((2, 1, 2, 1, 2, 1), (2, 1, 1, 1, 1, 1), (2, 1))  # of the blocks of each stage
 MOBILE_SLOPE = 0.1
 
@@ -109,7 +107,11 @@ class MobileNet(nn.Module):
         for strides, widths in zip(MOBILE_STRIDES, config.stages, strict=True):
             blocks = []
             for stride, wider in zip(strides, widths, strict=True):
-                blocks.append(_first(wider, stride) if width == 3 else _separable(width, wider, stride))
+                if width == 3:
+                    layers = _layers(width, wider, 3, stride)
+                else:  # each channel by itself, then across channels
+                    layers = _layers(width, width, 3, stride, groups=width) + _layers(width, wider, 1)
+                blocks.append(nn.Sequential(*layers))
                 width = wider
             stages.append(nn.Sequential(*blocks))
         self.stage1, self.stage2, self.stage3 = stages
@@ -123,46 +125,7 @@ class MobileNet(nn.Module):
         return found
 
 
-def read_resnet(shape: Shape, count: Callable[[str], int]) -> ResNetConfig:
-    """Read the widths of a ResNet off its tensors. count: beginning of names -> how many blocks follow."""
-    layers = [f"body.layer{number}" for number in (1, 2, 3, 4)]
-    last = [shape(f"{layer}.0.conv3.weight") for layer in layers]
-    return ResNetConfig(
-        stem=shape("body.conv1.weight")[0],
-        blocks=tuple(count(layer) for layer in layers),
-        inner=tuple(sizes[1] for sizes in last),
-        outer=tuple(sizes[0] for sizes in last),
-    )
-
-
-def read_mobilenet(shape: Shape) -> MobileNetConfig:
-    """Read the widths of a MobileNet off its tensors."""
-
-    def widths(stage: int, strides: Sequence[int]) -> tuple[int, ...]:
-        names = [f"body.stage{stage}.{block}.3.weight" for block in range(len(strides))]
-        if stage == 1:
-            names[0] = "body.stage1.0.0.weight"
-        return tuple(shape(name)[0] for name in names)
-
-    return MobileNetConfig(
-        tuple(widths(stage, strides) for stage, strides in enumerate(MOBILE_STRIDES, start=1))
-    )
-
-
-def _first(width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride, padding=1, bias=False),
-        batch_norm(width),
-        nn.LeakyReLU(MOBILE_SLOPE),
-    )
-
-
-def _separable(width: int, wider: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
-        batch_norm(width),
-        nn.LeakyReLU(MOBILE_SLOPE),
-        nn.Conv2d(width, wider, 1, bias=False),
-        batch_norm(wider),
-        nn.LeakyReLU(MOBILE_SLOPE),
-    )
+def _layers(width: int, wider: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """Return a convolution, its norm and its activation."""
+    convolve = nn.Conv2d(width, wider, size, stride, padding=size // 2, groups=groups, bias=False)
+    return [convolve, batch_norm(wider), nn.LeakyReLU(MOBILE_SLOPE)]

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.errors import CheckpointError
 from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
 from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
@@ -21,11 +19,9 @@ from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.onnx_header import may_be_onnx
 from post.faces.restorers import (
     Restorer,
-    check_restorer,
     face_parts,
-    find_detector,
-    find_model,
-    find_parsenet,
+    find_files,
+    load_both,
     load_restorer,
 )
 from post.options import FacefixOptions
@@ -125,18 +121,23 @@ def paste(
     across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
     # from places in the picture to those in the enlarged one; pixels have centres
     to_canvas = np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
-    back = [to_canvas @ _whole(cv2.invertAffineTransform(matrix)) for matrix in matrices]
-    areas = [_area(matrix, size, (canvas.shape[1], canvas.shape[0])) for matrix in back]
+    back, areas = [], []
+    for matrix in matrices:
+        back.append(to_canvas @ np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]]))
+        corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]]) @ back[-1][:2].T
+        x0, y0 = (max(0, math.floor(value)) for value in corners.min(axis=0))
+        x1, y1 = (math.ceil(value) + 1 for value in corners.max(axis=0))
+        areas.append((x0, y0, min(canvas.shape[1], x1), min(canvas.shape[0], y1)))
     left, top = (min(area[side] for area in areas) for side in (0, 1))
     right, bottom = (max(area[side] for area in areas) for side in (2, 3))
     if left >= right or top >= bottom:
         return canvas
     most = float(np.iinfo(canvas.dtype).max)
     region = canvas[top:bottom, left:right].astype(np.float32)
-    for (x0, y0, x1, y1), matrix, face in zip(areas, back, faces, strict=True):
+    for (x0, y0, x1, y1), there, face in zip(areas, back, faces, strict=True):
         if x0 >= x1 or y0 >= y1:
             continue
-        here = matrix[:2] - np.array([[0, 0, x0], [0, 0, y0]])
+        here = there[:2] - np.array([[0, 0, x0], [0, 0, y0]])
         shown = cv2.warpAffine(face.mask, here, (x1 - x0, y1 - y0))[..., None]
         colours = cv2.warpAffine(face.face, here, (x1 - x0, y1 - y0)) * most
         part = region[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -145,19 +146,6 @@ def paste(
     result: Pixels = canvas.copy()
     result[top:bottom, left:right] = np.rint(region).clip(0, most)
     return result
-
-
-def _whole(matrix: object) -> Matrix:
-    return np.vstack([np.asarray(matrix, dtype=np.float64), [0, 0, 1]])
-
-
-def _area(matrix: Matrix, size: int, limits: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom of where a face of that size falls in a picture of those sides."""
-    corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]]) @ matrix[:2].T
-    low, high = corners.min(axis=0), corners.max(axis=0)
-    left, top = (max(0, math.floor(value)) for value in low)
-    right, bottom = (min(limit, math.ceil(value) + 1) for limit, value in zip(limits, high, strict=True))
-    return left, top, right, bottom
 
 
 LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
@@ -185,7 +173,14 @@ class Facefix:
         steady = SteadyLandmarks(self.options.smooth)
         seen = changed = faces = 0
         for picture in pictures:
-            matrices = self._faces(picture.pixels, steady)
+            found = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
+            if any(face.landmarks is None for face in found):
+                raise no_landmarks(f"--detection_model {self.options.detection_model}")
+            size = picture.pixels.shape[1], picture.pixels.shape[0]
+            shown = restorable(found, size, self.options.only_center)
+            landmarks = steady.steady([face.landmarks for face in shown if face.landmarks is not None])
+            placed = (alignment(points, self.restorer.size) for points in landmarks)
+            matrices = [matrix for matrix in placed if matrix is not None]
             seen, changed, faces = seen + 1, changed + bool(matrices), faces + len(matrices)
             pixels = self._restore(picture.pixels, matrices, clip.is_deep)
             yield picture if pixels is picture.pixels else replace(picture, pixels=pixels)
@@ -198,16 +193,6 @@ class Facefix:
                 clip.path.name,
                 self.least_score,
             )
-
-    def _faces(self, pixels: Pixels, steady: SteadyLandmarks) -> list[Matrix]:
-        """Return how the faces to restore in the next picture are cut out."""
-        found = self.detector.find(in_eight_bits(pixels), self.least_score)
-        if any(face.landmarks is None for face in found):
-            raise no_landmarks(f"--detection_model {self.options.detection_model}")
-        faces = restorable(found, (pixels.shape[1], pixels.shape[0]), self.options.only_center)
-        landmarks = steady.steady([face.landmarks for face in faces if face.landmarks is not None])
-        matrices = [alignment(points, self.restorer.size) for points in landmarks]
-        return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
         if not matrices and self.options.upscale == 1:
@@ -233,25 +218,16 @@ class Facefix:
 
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    model, parsenet, detector = _files(options)
-    check_restorer(options, model, parsenet)
+    model, parsenet, detector = find_files(options)
+    load_both(options, model, parsenet, torch.device("meta"), torch.float32)
     check_detector(detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_facefix`."""
-    model, parsenet, path = _files(options)
+    model, parsenet, path = find_files(options)
     restorer = load_restorer(options, model, parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
     detector = load_detector(path, device, torch.float32, option="--detection_model")
     least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
     return Facefix(options, detector, restorer, device, least)
-
-
-def _files(options: FacefixOptions) -> tuple[Path, Path, Path]:
-    """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing."""
-    model = find_model(options.network.model, options.mode)
-    if not model.exists():
-        raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
-    detector = find_detector(model, options.mode, options.detection_model)
-    return model, find_parsenet(model, options.mode), detector

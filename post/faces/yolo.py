@@ -260,11 +260,6 @@ class YuNetDetector:
         return found
 
 
-def is_yunet(header: OnnxHeader) -> bool:
-    """Return whether an ONNX file is a YuNet that today's OpenCV knows."""
-    return header.outputs.keys() >= OUTPUTS
-
-
 def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
     """Load a YuNet and let it look once. Raises CheckpointError if this OpenCV cannot run it.
 

@@ -1,6 +1,6 @@
 """Find the files of GIMM-VFI in the folder of --model, and load the networks in them."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,45 +52,17 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
     layers = count((f"{name}." for name in sources), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(of(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
-    config = GimmConfig(_motion(sources.keys(), of, widths), _synthesis(sources.keys(), of))
-    last, first = config.synthesis.last, config.synthesis.first
-    if (
-        last.outputs % PER_BLEND
-        or config.synthesis.feature <= 0
-        or any(decoder.side > decoder.width for decoder in (first, last))
-        or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
-    ):
-        raise other
-    return LoadPlan(config, checkpoint, rename_sources(sources, _ours), IGNORED)
-
-
-def is_with_raft(config: GimmConfig) -> bool:
-    """Return whether a network works with RAFT, whose features it projects; FlowFormer's it takes as is."""
-    return bool(config.synthesis.projections)
-
-
-def _ours(name: str) -> str:
-    """Return the name in our network, which has two parts."""
-    if name.startswith("amt_"):
-        return f"synthesis.{name}"
-    return name if name == "g_filter" or name.startswith(ESTIMATOR) else f"motion.{name}"
-
-
-def _motion(names: Set[str], of: Of, layers: tuple[int, ...]) -> MotionConfig:
-    encoder, residual = (count(names, rf"{part}\.\d+\.layers") for part in ("cnn_encoder", "res_conv"))
-    return MotionConfig(
+    encoder, residual = (count(sources, rf"{part}\.\d+\.layers") for part in ("cnn_encoder", "res_conv"))
+    motion = MotionConfig(
         encoder=(of("cnn_encoder.0")[0], of("cnn_encoder.1")[0], of(f"cnn_encoder.{encoder + 4}")[0]),
         encoder_blocks=encoder,
         residual=(of("res_conv.0")[0], of("res_conv.1")[0]),
         residual_blocks=residual,
-        layers=layers,
+        layers=widths,
     )
-
-
-def _synthesis(names: Set[str], of: Of) -> SynthesisConfig:
     first, last = _decoder("amt_init_decoder", 1, of), _decoder("amt_final_decoder", 2, of)
-    shapes = [of(name) for name in PROJECTIONS if f"{PROJECTIONS[0]}.weight" in names]
-    return SynthesisConfig(
+    shapes = [of(name) for name in PROJECTIONS if f"{PROJECTIONS[0]}.weight" in sources]
+    synthesis = SynthesisConfig(
         projections=tuple((inputs, outputs) for outputs, inputs, *_ in shapes),
         quarter=16 * of("amt_final_decoder.upsample.2.0")[1],
         eighth=4 * of("amt_init_decoder.upsample.1.0")[1],
@@ -100,6 +72,20 @@ def _synthesis(names: Set[str], of: Of) -> SynthesisConfig:
         high=_update("amt_update4_high", of),
         mixed=of("amt_comb_block.0")[0],
     )
+    if (
+        last.outputs % PER_BLEND
+        or synthesis.feature <= 0
+        or any(decoder.side > decoder.width for decoder in (first, last))
+        or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
+    ):
+        raise other
+
+    def ours(name: str) -> str:  # our network has two parts
+        if name == "g_filter" or name.startswith(ESTIMATOR):
+            return name
+        return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
+
+    return LoadPlan(GimmConfig(motion, synthesis), checkpoint, rename_sources(sources, ours), IGNORED)
 
 
 def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
@@ -264,7 +250,8 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
     with open_checkpoint(main) as checkpoint:
         plan = read_gimm(checkpoint)
-        if is_with_raft(plan.config) != (kind == WITH_RAFT):
+        # it projects the features of RAFT, and takes FlowFormer's as they are
+        if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
             other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
             raise CheckpointError(f"{main} is a file of {other}, not of {kind}. Use --mode {other}.", main)
         motion = replace(
@@ -278,7 +265,18 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     with open_checkpoint(flow) as checkpoint:
         if flow == main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
-        estimator, widths = _load_estimator(checkpoint, kind, settings, device)
+        # with the channels of its quarter, eighth and matching maps
+        estimator: Raft | FlowFormer
+        widths: tuple[int, ...]
+        if kind == WITH_RAFT:
+            raft = read_raft(checkpoint)
+            build = partial(Raft, iterations=settings.raft_iterations)
+            estimator = load_planned(raft, build, device, torch.float32, OPTION)
+            widths = (*raft.config.stages[1:], raft.config.features)
+        else:
+            flowformer = read_flowformer(checkpoint)
+            estimator = load_planned(flowformer, FlowFormer, device, torch.float32, OPTION)
+            widths = (*(one.width for one in flowformer.config.context), flowformer.config.matching)
     config = plan.config.synthesis
     taken = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, widths[2])
     if widths != taken:
@@ -288,18 +286,3 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             flow,
         )
     return InterpolationNetworks(gimm, estimator)
-
-
-def _load_estimator(
-    checkpoint: Checkpoint, kind: str, settings: ModeSettings, device: torch.device
-) -> tuple[Raft | FlowFormer, tuple[int, int, int]]:
-    """Return the network, and the channels of its quarter, eighth and matching maps."""
-    if kind == WITH_RAFT:
-        raft = read_raft(checkpoint)
-        build = partial(Raft, iterations=settings.raft_iterations)
-        widths = (*raft.config.stages[1:], raft.config.features)
-        return load_planned(raft, build, device, torch.float32, OPTION), widths
-    plan = read_flowformer(checkpoint)
-    first, second = (stage.width for stage in plan.config.context)
-    widths = (first, second, plan.config.matching)
-    return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths

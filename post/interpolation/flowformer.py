@@ -5,6 +5,7 @@ Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are nam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,14 +99,6 @@ class FlowFormerUpdate(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
 
-class DecoderLayer(nn.Module):
-    """Holds the attention to the memory, for the sake of its name in the files."""
-
-    def __init__(self, config: FlowDecoderConfig) -> None:
-        super().__init__()
-        self.cross_attend = TokenAttention(config.query, config.memory, joined=True)
-
-
 class MemoryDecoder(nn.Module):
     """Flow of the first picture's places."""
 
@@ -115,7 +108,9 @@ class MemoryDecoder(nn.Module):
         self.flow_token_encoder = nn.Sequential(
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
-        self.decoder_layer = DecoderLayer(config)
+        # one deeper, as in the files
+        attention = TokenAttention(config.query, config.memory, joined=True)
+        self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
         self.att = Alike(config)
 
@@ -129,7 +124,8 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
         # what stays the same in all iterations
-        layer, block = self.decoder_layer.cross_attend, self.update_block
+        layer: Any = self.decoder_layer["cross_attend"]
+        block = self.update_block
         mean = self.att(context, keeps_table)
         kept, turns = layer.keep(memory), block.gru.turns(context)
         start = places = grid_of(context)
@@ -175,20 +171,12 @@ class FlowFormerConfig:
     decoder: FlowDecoderConfig
 
 
-class Trunk(nn.Module):
-    """Holds the trunk of an encoder, for the sake of its name in the files."""
-
-    def __init__(self, stages: tuple[StageConfig, ...]) -> None:
-        super().__init__()
-        self.svt = Twins(stages)
-
-
 class MemoryEncoder(nn.Module):
     """Features to compare, and the memory of their costs."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
-        self.feat_encoder = Trunk(config.features)
+        self.feat_encoder = nn.ModuleDict({"svt": Twins(config.features)})  # one deeper, as in the files
         self.channel_convertor = nn.Conv2d(config.features[-1].width, config.matching, 1, bias=False)
         self.cost_perceiver_encoder = CostPerceiver(config.memory)
 
@@ -207,16 +195,16 @@ class FlowFormer(nn.Module):
         super().__init__()
         self.iterations, self.table_bytes = iterations, table_bytes
         self.memory_encoder = MemoryEncoder(config)
-        self.context_encoder = Trunk(config.context)
+        self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedPicture:
         """Return the features of a single picture. image: 1 3 H W, 0..255, sides multiples of 32."""
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
-            quarter, eighth = self.context_encoder.svt(image)
+            quarter, eighth = self.context_encoder["svt"](image)
             encoder = self.memory_encoder
-            matching = encoder.channel_convertor(encoder.feat_encoder.svt(image)[-1])
+            matching = encoder.channel_convertor(encoder.feat_encoder["svt"](image)[-1])
             return EncodedPicture(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
@@ -240,13 +228,41 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     features = _read_trunk("memory_encoder.feat_encoder.svt", shape)
     context = _read_trunk("context_encoder.svt", shape)
     matching = shape("memory_encoder.channel_convertor.weight")[0]
-    memory = _read_memory(
-        shape, count(sources, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+")
+    start = "memory_encoder.cost_perceiver_encoder"
+    _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
+    part, seen = shape(f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2)
+    first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
+    layers = count(sources, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+")
+    memory = MemoryConfig(tokens, width, seen, part, (first, second, third), layers)
+
+    def rows(name: str) -> int:
+        return shape(f"memory_decoder.{name}.weight")[0]
+
+    query, taken = shape("memory_decoder.decoder_layer.cross_attend.k.weight", axes=2)
+    decoder = FlowDecoderConfig(
+        memory=taken,
+        query=query,
+        hidden=rows("proj") // 2,
+        compared=rows("att.to_qk") // 2,
+        correlation=(rows("update_block.encoder.convc1"), rows("update_block.encoder.convc2")),
+        flow=(rows("update_block.encoder.convf1"), rows("update_block.encoder.convf2")),
+        motion=rows("update_block.encoder.conv") + 2,
+        head=rows("update_block.flow_head.conv1"),
+        mask=rows("update_block.mask.0"),
     )
-    config = FlowFormerConfig(features, context, matching, memory, _read_decoder(shape))
-    if not _is_possible(config):
+    is_possible = (  # heads and waves divide the widths, and the parts fit each other
+        all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
+        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
+        and width % HEADS == query % HEADS == 0
+        and (width + part) % 4 == third % 4 == 0
+        and context[-1].width == seen == 2 * decoder.hidden
+        and taken == width
+    )
+    if not is_possible:
         raise wanted
-    return LoadPlan(config, checkpoint, sources, UNUSED)
+    return LoadPlan(
+        FlowFormerConfig(features, context, matching, memory, decoder), checkpoint, sources, UNUSED
+    )
 
 
 Shape = Callable[..., tuple[int, ...]]
@@ -258,44 +274,3 @@ def _read_trunk(name: str, shape: Shape) -> tuple[StageConfig, ...]:
         width, _, patch, _ = shape(f"{name}.patch_embeds.{stage}.proj.weight")
         stages.append(StageConfig(patch, width, shape(f"{name}.blocks.{stage}.1.attn.sr.weight")[2]))
     return tuple(stages)
-
-
-def _read_memory(shape: Shape, layers: int) -> MemoryConfig:
-    start = "memory_encoder.cost_perceiver_encoder"
-    _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
-    part, context = shape(f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2)
-    first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
-    return MemoryConfig(tokens, width, context, part, (first, second, third), layers)
-
-
-def _read_decoder(shape: Shape) -> FlowDecoderConfig:
-    start = "memory_decoder"
-    query, memory = shape(f"{start}.decoder_layer.cross_attend.k.weight", axes=2)
-
-    def rows(name: str) -> int:
-        return shape(f"{start}.{name}.weight")[0]
-
-    return FlowDecoderConfig(
-        memory=memory,
-        query=query,
-        hidden=rows("proj") // 2,
-        compared=rows("att.to_qk") // 2,
-        correlation=(rows("update_block.encoder.convc1"), rows("update_block.encoder.convc2")),
-        flow=(rows("update_block.encoder.convf1"), rows("update_block.encoder.convf2")),
-        motion=rows("update_block.encoder.conv") + 2,
-        head=rows("update_block.flow_head.conv1"),
-        mask=rows("update_block.mask.0"),
-    )
-
-
-def _is_possible(config: FlowFormerConfig) -> bool:
-    """Whether heads and waves divide the widths, and the parts fit each other."""
-    memory, decoder, trunks = config.memory, config.decoder, (config.features, config.context)
-    return (
-        all(stage.width % HEAD_WIDTH == 0 for trunk in trunks for stage in trunk)
-        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in trunks)
-        and memory.width % HEADS == decoder.query % HEADS == 0
-        and (memory.width + memory.context_part) % 4 == memory.costs[2] % 4 == 0
-        and config.context[-1].width == memory.context == 2 * decoder.hidden
-        and decoder.memory == memory.width
-    )

@@ -225,14 +225,12 @@ class CostPerceiver(nn.Module):
             seen = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(seen))
 
-        rows = rows_of_part(self.bytes_of_map(height, width), self.latent_tokens.device, part_bytes)
-        return in_ranges(run, height * width, rows)
-
-    def bytes_of_map(self, height: int, width: int) -> int:
-        """Return the bytes of one place's cost map while tokens are made of it, in float32."""
+        # bytes of one place's cost map while tokens are made of it, in float32
         first, second, _ = self.config.costs
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results
         # a 64th of them: map, tokens, keys, values, products before and after the softmax
         attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
-        return cells * max(convolved // 4, attended // 16)
+        bytes_of_map = cells * max(convolved // 4, attended // 16)
+        rows = rows_of_part(bytes_of_map, self.latent_tokens.device, part_bytes)
+        return in_ranges(run, height * width, rows)

@@ -175,7 +175,10 @@ class Correlation:
             scales.append(avg_pool2d(scales[-1], 2, stride=2))
         self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
         if keeps_volume is None:
-            keeps_volume = is_volume_small(first.shape[-2], first.shape[-1], levels)
+            # by the size alone, so that a clip gives the same pictures on every device
+            height, width = self._size
+            places = sum((height >> level) * (width >> level) for level in range(levels))
+            keeps_volume = 4 * height * width * places <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ scale[0].flatten(1) for scale in scales]
@@ -238,15 +241,6 @@ class Correlation:
             for places, own in zip(index.split(chunk), self._first.split(chunk), strict=True)
         ]
         return torch.cat(products).view(-1, REACH, REACH)
-
-
-def is_volume_small(height: int, width: int, levels: int = LEVELS) -> bool:
-    """Return whether the products of all pairs of places are kept for features of this size.
-
-    It depends on nothing else, so that a clip gives the same pictures on every device.
-    """
-    places = sum((height >> level) * (width >> level) for level in range(levels))
-    return 4 * height * width * places <= VOLUME_BYTES
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:

@@ -115,10 +115,15 @@ class MotionField(nn.Module):
 
         That is more where both flows agree and where the flow is even.
         """
-        made = []
+        near, made = torch.tensor([1.0, 2.0, 1.0], device=forth.device), []
+        kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
         for own, other in ((forth, back), (back, forth)):
             error = (-warp(other, own) - own).abs().mean(dim=1, keepdim=True)
-            uneven = unevenness(own)
+            # the deviation of the flow around each pixel, the mean of x and y
+            mean, of_squares = (
+                conv2d(pad(each, (1, 1, 1, 1), mode="reflect"), kernel, groups=2) for each in (own, own**2)
+            )
+            uneven = (of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
             made.append(1 / (1 + self.alpha_fe * error) + 1 / (1 + self.alpha_v * uneven))
         return made[0], made[1]
 
@@ -156,18 +161,6 @@ def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.maximum(forth.abs().amax(), back.abs().amax())
     both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
     return (both + 1) / 2, scale
-
-
-def unevenness(flow: Tensor) -> Tensor:
-    """Return B 1 H W: the deviation of the flow around each pixel, the mean of x and y."""
-    near = torch.tensor([1.0, 2.0, 1.0], device=flow.device)
-    kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
-
-    def smooth(values: Tensor) -> Tensor:
-        return conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2)
-
-    variance = smooth(flow**2) - smooth(flow) ** 2
-    return variance.clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
 
 
 # GIMM-VFI: pictures at any time between two, from their optical flow.

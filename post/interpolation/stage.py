@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.errors import CheckpointError, MediaError, OptionError
 from modules.media.encoding import Picture, Pixels
 from modules.media.measures import Thumbnail, clock_time, scene_distance, thumbnail
 from post.contract import Clip, Stage, to_pixels, to_tensor
@@ -105,7 +105,6 @@ class Interpolator:
         factor, start = self._options.factor, first.picture.start
         step = (second.picture.start - start) / factor
         yield replace(first.picture, seconds=step)
-        numbers = range(1, factor)
         threshold = self._options.scene_threshold
         is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
         is_cut = not is_same and 0 < threshold <= scene_distance(first.thumbnail, second.thumbnail)
@@ -118,10 +117,10 @@ class Interpolator:
         if is_same or is_cut:
             made = repeat(first.picture.pixels, factor - 1)
         else:
-            times = [number / factor for number in numbers]
+            times = [number / factor for number in range(1, factor)]
             between = self._network.between(first.frame, second.frame, times)
             made = (self._pixels(image, first.picture, is_deep) for image in between)
-        for number, pixels in zip(numbers, made, strict=True):
+        for number, pixels in enumerate(made, 1):
             yield Picture(pixels, start + number * step, step)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -138,15 +137,13 @@ class Interpolator:
         left, _, top, _ = self._edges(height, width)
         image = image[..., top : top + height, left : left + width]
         if not bool(image.isfinite().all()):
-            raise self._not_finite()
+            what, network = f"a picture of {NAME} has values that are NaN or infinite", self._options.network
+            if self._network.network.synthesis.dtype != torch.float32:
+                raise OptionError(f"--dtype {network.dtype}: {what}. Use --dtype bf16 or fp32.")
+            raise CheckpointError(
+                f"{network.model}: {what}. A file may be damaged: download or copy it again.", network.model
+            )
         return to_pixels(image, is_deep)
-
-    def _not_finite(self) -> UserError:
-        what = f"a picture of {NAME} has values that are NaN or infinite"
-        if self._network.network.synthesis.dtype == torch.float32:
-            path = self._options.network.model
-            return CheckpointError(f"{path}: {what}. A file may be damaged: download or copy it again.", path)
-        return OptionError(f"--dtype {self._options.network.dtype}: {what}. Use --dtype bf16 or fp32.")
 
 
 class _Shown:

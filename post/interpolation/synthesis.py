@@ -169,13 +169,9 @@ class Maps:
     matching: Tensor  # float32
 
 
-@dataclass(frozen=True)
-class Refined:
-    """The flow at a quarter of the size, with its feature and masks."""
-
-    flow: Tensor  # 1 4 h w, to the first and to the second picture, in pixels of this size, float32
-    mask: Tensor  # 1 1 h w, logit, float32
-    feature: Tensor  # 1 C h w
+# at a quarter of the size: flow to both pictures, 1 4 h w in pixels of this size, float32; mask, 1 1 h w,
+# logit, float32; feature, 1 C h w
+Refined = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -255,25 +251,26 @@ class Synthesis(nn.Module):
         parts += [both, _joined(images), _joined(warp(images, flow))]
         made = _through(decoder.convblock, parts, self.dtype)
         change, mask, feature = made.split([FLOWS, 1, made.shape[1] - FLOWS - 1], dim=1)
-        return Refined(both + change.float(), mask.float(), feature)
+        return both + change.float(), mask.float(), feature
 
     def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
         """Change flow and feature by what the pictures look like where the flow points to."""
-        flow = refined.flow
+        flow, mask, wide = refined
         low = 0.5 * resize(flow, 0.5)
         correlation = compared.lookup(low, time)
-        feature, change = self.amt_update4_low(resize(refined.feature, 0.5), low, correlation)
+        feature, change = self.amt_update4_low(resize(wide, 0.5), low, correlation)
         flow = flow + 2 * resize(change, 2)
-        refined_feature = refined.feature + resize(feature, 2)
-        feature, change = self.amt_update4_high(refined_feature, flow, resize(correlation, 2))
-        return Refined(flow + change, refined.mask, refined_feature + feature)
+        wide = wide + resize(feature, 2)
+        feature, change = self.amt_update4_high(wide, flow, resize(correlation, 2))
+        return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
         """Estimate at full size. first, second: maps of a quarter."""
         decoder, dtype = self.amt_final_decoder, self.dtype
-        both, mask = 4 * resize(refined.flow, 4), resize(refined.mask, 4)
+        flow, mask, feature = refined
+        both, mask = 4 * resize(flow, 4), resize(mask, 4)
         flow = both[0].unflatten(0, (2, 2))
-        parts = [resize(refined.feature, 4)]
+        parts = [resize(feature, 4)]
         for place, each in enumerate((first, second)):
             parts.append(warp(decoder.upsample(each), flow[place, None]).to(dtype))
         parts += [both, mask, _joined(images), _joined(warp(images, flow))]

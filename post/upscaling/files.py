@@ -1,12 +1,12 @@
 """Read upscalers from files: SwinIR, RRDBNet under old, middle and new names, Real-ESRGAN's compact ones."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count as numbers_from
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -88,50 +88,44 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     Norms and biases of scores stay in float32. Raises CheckpointError for other files.
     """
     with open_checkpoint(path) as checkpoint:
-        kind, plan = read_upscaler(checkpoint)
-        network = load_planned(plan, kind.build, device, lambda name, _: _dtype(name, dtype), OPTION)
+        checkpoint = checkpoint.without_prefix(*PREFIXES)
+        names = checkpoint.tensors
+        read: Callable[[Checkpoint], LoadPlan[Any]]
+        if SWINIR_NAME in names and HAT_NAME not in names:
+            kind, read = SWINIR, _read_swinir
+        elif "body.0.weight" in names:
+            kind, read = COMPACT, _read_compact
+        else:
+            kind, read = RRDB, _read_rrdb
+        plan = cast("LoadPlan[Any]", read(checkpoint))
+
+        def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+            return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
+
+        network = load_planned(plan, kind.build, device, dtype_of, OPTION)
     if device != META:
         lay_out(network, device)
     return Upscaler(kind, plan.config, network)
 
 
-def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
-
-
-def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
-    """Plan how to load the network of an open file. Raises CheckpointError if no network fits."""
-    checkpoint = checkpoint.without_prefix(*PREFIXES)
+def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     names = checkpoint.tensors
-    if SWINIR_NAME in names and HAT_NAME not in names:
-        return SWINIR, _read_swinir(checkpoint)
-    if "body.0.weight" in names:
-        return COMPACT, _read_compact(checkpoint)
-    tables = {
-        "model.1.sub.0.RDB1.conv1.0.weight": _old_names(checkpoint),
-        "RRDB_trunk.0.RDB1.conv1.weight": MIDDLE_NAMES,
-        "body.0.rdb1.conv1.weight": (),
-    }
-    table = next((table for name, table in tables.items() if name in names), None)
-    if table is None:
+    table: Names = ()
+    if "model.1.sub.0.RDB1.conv1.0.weight" in names:
+        # the number of the last layer gives that of enlargements
+        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+        last = max((int(layer[1]) for layer in layers if layer), default=0)
+        ups = max(last - 4, 0) // 3
+        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
+        ends += [
+            (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
+            (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
+        ]
+        table = (*OLD_NAMES, *ends)
+    elif "RRDB_trunk.0.RDB1.conv1.weight" in names:
+        table = MIDDLE_NAMES
+    elif "body.0.rdb1.conv1.weight" not in names:
         raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
-    return RRDB, _read_rrdb(checkpoint, table)
-
-
-def _old_names(checkpoint: Checkpoint) -> Names:
-    """Return the table of old names; the number of the last layer gives that of enlargements."""
-    layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in checkpoint.tensors)
-    last = max((int(layer[1]) for layer in layers if layer), default=0)
-    ups = max(last - 4, 0) // 3
-    ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
-    ends += [
-        (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
-        (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
-    ]
-    return (*OLD_NAMES, *ends)
-
-
-def _read_rrdb(checkpoint: Checkpoint, table: Names) -> LoadPlan[RrdbConfig]:
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
@@ -181,7 +175,21 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     if side**2 != tables[0][0] or side % 2 == 0 or side < 3 or any(dim % each for each in heads):
         raise shape.error(f"{dim} channels, {heads} heads and {tables[0][0]} distances do not go together")
     window = (side + 1) // 2
-    upsampler, ups, features = _upsampler(shape, sources, dim)
+    # the kind of the last layers, the factor of each enlargement, and the channels meanwhile
+    upsampler, ups, features = "none", list[int](), 0
+    if "conv_before_upsample.0.weight" in sources:
+        features = shape.of("conv_before_upsample.0.weight", 4)[0]
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
+        upsampler = "nearest+conv" if "conv_up1.weight" in sources else "pixelshuffle"
+        ups = [2] * count(sources, r"conv_up\d+")
+        if upsampler == "pixelshuffle":
+            names = [name for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"]
+            enlarging = sorted(int(name.split(".")[1]) for name in names)
+            ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in enlarging]
+    elif "upsample.0.weight" in sources:
+        upsampler, ups = "pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)]
+    else:
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
     config = SwinirConfig(
         dim=dim,
         heads=heads,
@@ -190,29 +198,11 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=upsampler,
-        ups=ups,
+        ups=tuple(ups),
         features=features,
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
     return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
-
-
-def _upsampler(shape: "_Shapes", sources: Mapping[str, Any], dim: int) -> tuple[str, tuple[int, ...], int]:
-    """Return the kind of the last layers, the factor of each enlargement, and the channels meanwhile."""
-    if "conv_before_upsample.0.weight" in sources:
-        features = shape.of("conv_before_upsample.0.weight", 4)[0]
-        shape.expect("conv_last.weight", 4, 0, COLOURS)
-        if "conv_up1.weight" in sources:
-            return "nearest+conv", (2,) * count(sources, r"conv_up\d+"), features
-        layers = sorted(
-            int(name.split(".")[1]) for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"
-        )
-        ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
-        return "pixelshuffle", tuple(ups), features
-    if "upsample.0.weight" in sources:
-        return "pixelshuffledirect", (_factor(shape, "upsample.0.weight", COLOURS),), 0
-    shape.expect("conv_last.weight", 4, 0, COLOURS)
-    return "none", (), 0
 
 
 def _factor(shape: "_Shapes", name: str, channels: int) -> int:

@@ -20,7 +20,7 @@ from post.tiling import (
     Fitting,
     Guarded,
     compile_parts,
-    largest_tile,
+    least_tile,
     network_dtype,
     pad_to_multiple,
     room_on,
@@ -41,24 +41,21 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network need the same, so one of each form is run.
     """
-    sizes = tuple(round_up(size, config.step) for size in SIZES)
-    low, high = (_peak(kind, config.short, dtype, size) for size in sizes)
-    return (high - low) / (sizes[1] ** 2 - sizes[0] ** 2)
+    sizes, peaks = tuple(round_up(size, config.step) for size in SIZES), []
+    for size in sizes:
+        with META:
+            network = kind.build(config.short).to(dtype)
+        with dry_run() as ledger, torch.no_grad():
+            place(network, ledger)
+            images = torch.empty(1, 3, size, size, dtype=dtype, device=ACCELERATOR)
+            network(images.contiguous(memory_format=torch.channels_last))
+        peaks.append(sum(largest(ledger.peaks)[1].values()))
+    return (peaks[1] - peaks[0]) / (sizes[1] ** 2 - sizes[0] ** 2)
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
     """Return the bytes of a whole result on the device, in float32, with its conversion there."""
     return 4 * OUTSIDE * width * height * config.factor**2
-
-
-def _peak(kind: UpscalerKind, config: Config, dtype: torch.dtype, size: int) -> int:
-    with META:
-        network = kind.build(config).to(dtype)
-    with dry_run() as ledger, torch.no_grad():
-        place(network, ledger)
-        images = torch.empty(1, 3, size, size, dtype=dtype, device=ACCELERATOR)
-        network(images.contiguous(memory_format=torch.channels_last))
-    return sum(largest(ledger.peaks)[1].values())
 
 
 GIB = 1 << 30
@@ -77,27 +74,16 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     path = options.network.model
     dtype = network_dtype(options.network, device, "the upscaler")
     upscaler = load_upscaler(path, device, dtype)
-    _say(options, upscaler.kind, upscaler.config.factor)
+    name, kind, factor = path.name, upscaler.kind.name, upscaler.config.factor
+    if upscaler.kind.mode != options.mode:
+        logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
+    resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
+    logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
     compile_parts(options.network, upscaler.network.repeated)
     guarded = Guarded(
-        upscaler.network,
-        dtype,
-        lambda: load_upscaler(path, device, torch.float32).network,
-        upscaler.kind.name,
+        upscaler.network, dtype, lambda: load_upscaler(path, device, torch.float32).network, kind
     )
     return UpscalerStage(upscaler, guarded, options, device)
-
-
-def _say(options: UpscalerOptions, kind: UpscalerKind, factor: int) -> None:
-    name = options.network.model.name
-    if kind.mode != options.mode:
-        logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind.name)
-    if options.scale == factor:
-        logger.info("%s: %s, %d times as large.", name, kind.name, factor)
-    else:
-        logger.info(
-            "%s: %s, %d times as large, then resized to --scale %g.", name, kind.name, factor, options.scale
-        )
 
 
 @dataclass(frozen=True)
@@ -141,34 +127,29 @@ class UpscalerStage:
 
     def _fitting(self, clip: Clip) -> Fitting:
         """Return the first sizes of batch and tiles to try for a clip."""
-        options, step = self.options, self.upscaler.config.step
+        options, config, tile = self.options, self.upscaler.config, self.options.tile
         batch = options.batch_size
         if batch is None:
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
             batch = min(max(fits, 1), MOST_AT_ONCE)
+        if tile is None:
+            tile = self._forecast(clip, batch)
+        elif tile % config.step:
+            whole = max(tile // config.step, 1) * config.step
+            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
+            tile = whole
         return Fitting(
             self.device,
             batch,
-            self._first_tile(clip, batch),
+            tile,
             is_auto=options.tile is None,
             overlap=options.tile_overlap,
-            step=step,
-            factor=self.upscaler.config.factor,
+            step=config.step,
+            factor=config.factor,
         )
 
-    def _first_tile(self, clip: Clip, batch: int) -> int:
-        """Return the size of the tiles that are tried first."""
-        tile, config = self.options.tile, self.upscaler.config
-        if tile is None:
-            return self._forecast(clip, batch)
-        if tile % config.step == 0:
-            return tile
-        whole = max(tile // config.step, 1) * config.step
-        logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
-        return whole
-
     def _forecast(self, clip: Clip, batch: int) -> int:
-        """Return the size of tiles for which memory will suffice.
+        """Return the size of the largest tiles for which memory will suffice, `WHOLE` if it holds pictures.
 
         On a CPU the system would end a program that takes too much, and some drivers would lend a GPU the
         host's memory, which is slower than tiles.
@@ -181,13 +162,15 @@ class UpscalerStage:
             return WHOLE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         free = room - batch * result_bytes(config, width, height)
-        tile = largest_tile(height, width, free, per_pixel, config.step, self.options.tile_overlap)
-        if tile != WHOLE:
-            logger.info(
-                "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut "
-                "into tiles of %d pixels.",
-                *(clip.width, clip.height, width * height * per_pixel / GIB, free / GIB, tile),
-            )
+        if height * width * per_pixel <= free:
+            return WHOLE
+        side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
+        tile = max(side, least_tile(config.step, self.options.tile_overlap))
+        logger.info(
+            "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
+            "tiles of %d pixels.",
+            *(clip.width, clip.height, width * height * per_pixel / GIB, free / GIB, tile),
+        )
         return tile
 
 

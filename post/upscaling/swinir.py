@@ -237,14 +237,6 @@ def as_tokens(x: Tensor) -> Tensor:
     return rearrange(x, "b c h w -> b h w c").contiguous()
 
 
-class PatchEmbed(nn.Module):
-    """Holds the first norm under its name in the files."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = Float32LayerNorm(dim, EPSILON, affine=True)
-
-
 class SwinIR(nn.Module):
     """Enlarge or restore pictures."""
 
@@ -253,7 +245,8 @@ class SwinIR(nn.Module):
         self.config = config
         dim, features = config.dim, config.features
         self.conv_first = nn.Conv2d(COLOURS, dim, 3, padding=1)
-        self.patch_embed = PatchEmbed(dim)
+        # one deeper, as in the files
+        self.patch_embed = nn.ModuleDict({"norm": Float32LayerNorm(dim, EPSILON, affine=True)})
         self.layers = nn.ModuleList(
             Layer(config, heads, depth) for heads, depth in zip(config.heads, config.depths, strict=True)
         )
@@ -292,7 +285,7 @@ class SwinIR(nn.Module):
         first = self.conv_first(x)
         tokens = as_tokens(first)
         index = distances(self.config.window, x.device)
-        tokens = self.patch_embed.norm(tokens).to(x.dtype)
+        tokens = self.patch_embed["norm"](tokens).to(x.dtype)
         for layer in self.layers:
             tokens = layer(tokens, index)
         tokens = self.norm(tokens).to(x.dtype)

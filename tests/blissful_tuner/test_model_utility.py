@@ -209,19 +209,14 @@ def record(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_index(folder: Path, name: str) -> Path:
-    save_file({"a": torch.ones(1)}, folder / "a.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": name}}), encoding="utf-8")
-    return index
-
-
 @pytest.mark.parametrize("name", ["../b.safetensors", "{}/b.safetensors"])
 def test_an_index_leads_to_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
     save_file({"b": torch.ones(1)}, tmp_path / "b.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
-    write_index(folder, name.format(tmp_path))
+    save_file({"a": torch.ones(1)}, folder / "a.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": name.format(tmp_path)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
     with pytest.raises(CheckpointError, match=r"b\.safetensors is not in its folder"):
         run(folder)

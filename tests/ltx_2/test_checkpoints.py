@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_2.checkpoints import load_dit, read_dit_header
+from ltx_2.checkpoints import FORMAT, SILENT
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
@@ -37,10 +37,10 @@ def test_every_layout_gives_the_same_weights_and_dimensions(
     expected = dit_state(version, sound=config.sound if with_sound else None)
     path = write_dit(tmp_path / "größer als", version, layout)
 
-    dit = load_dit(path, CPU, with_sound)
+    dit = (FORMAT if with_sound else SILENT).load(path, CPU)
 
-    assert read_once(path, read_dit_header).config == config
-    assert dit.config == (config if with_sound else config.silent)
+    assert read_once(path, FORMAT.read_header).config == config
+    assert dit.config == (config if with_sound else replace(config, sound=None))
     loaded = dit.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
@@ -53,7 +53,7 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
     told = {"rope_type": "interleaved", "base_height": 1024, "cross_attn_timestep_scale_multiplier": 500}
     other = write_dit(tmp_path / "two", "2.0", "diffusers_sharded", **told)
 
-    first, second = (read_once(path, read_dit_header).config for path in (official, other))
+    first, second = (read_once(path, FORMAT.read_header).config for path in (official, other))
 
     expected = replace(DIT_CONFIGS["2.0"], splits_heads=False)
     assert first == replace(expected, gate_time=0.001, longest=(10.0, 1024.0, 1024.0))
@@ -75,12 +75,12 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
 )
 def test_settings_without_sense_are_one_message(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="again"):
-        load_dit(write_dit(tmp_path, "2.0", "official", **settings), CPU)
+        FORMAT.load(write_dit(tmp_path, "2.0", "official", **settings), CPU)
 
 
 @pytest.mark.parametrize("layout", ["fp8", "fp8_scaled", "fp8_weight_scale"])
 def test_files_in_8_bits_load(tmp_path: Path, layout: str) -> None:
-    dit = load_dit(write_dit(tmp_path, layout=layout), CPU)
+    dit = FORMAT.load(write_dit(tmp_path, layout=layout), CPU)
 
     assert dit.compute_dtype == torch.bfloat16
     for name, tensor in dit_state().items():
@@ -93,7 +93,7 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     path = tmp_path / "dit.safetensors"
     save_file(dit_state(dtype=torch.bfloat16), path)
 
-    dit = load_dit(path, Placement(torch.device("cpu"), fp8=Quantisation("scaled")))
+    dit = FORMAT.load(path, Placement(torch.device("cpu"), fp8=Quantisation("scaled")))
 
     in_8_bits = {name for name, weight in dit.state_dict().items() if weight.dtype.itemsize == 1}
     assert {
@@ -110,7 +110,7 @@ def test_released_files_load_without_leftovers(
 ) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list(f"ltx2.3-{layout}"))
 
-    dit = load_dit(path, META, with_sound)
+    dit = (FORMAT if with_sound else SILENT).load(path, META)
 
     assert sum(weight.numel() for weight in dit.parameters()) == weights
     assert (dit.config.num_layers, dit.config.num_heads, dit.config.dim) == (48, 32, 4096)
@@ -121,7 +121,7 @@ def test_a_file_of_the_first_release_loads_without_leftovers(tmp_path: Path) -> 
         network = diffusers.LTX2VideoTransformer3DModel()
     shapes = {name: ("BF16", tuple(one.shape)) for name, one in network.state_dict().items()}
 
-    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", shapes), META)
+    dit = FORMAT.load(write_hollow(tmp_path / "dit.safetensors", shapes), META)
 
     assert sum(weight.numel() for weight in dit.parameters()) == 18876174592
     assert (dit.config.kind, dit.config.num_heads, dit.config.projects_text) == ("2.0", 32, True)
@@ -142,7 +142,7 @@ def test_other_versions_and_incomplete_files_are_refused(tmp_path: Path, left_ou
     save_file({name: one for name, one in load_file(path).items() if not name.endswith(left_out)}, path)
 
     with pytest.raises(CheckpointError, match=rf"(?s){words}"):
-        load_dit(path, CPU)
+        FORMAT.load(path, CPU)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str, words: str) 
     save_file({name: torch.zeros(4, 4)}, path)
 
     with pytest.raises(CheckpointError, match=words):
-        load_dit(path, CPU)
+        FORMAT.load(path, CPU)
 
 
 def test_other_families_are_told_apart(tmp_path: Path) -> None:
@@ -169,6 +169,6 @@ def test_other_families_are_told_apart(tmp_path: Path) -> None:
     )
 
     with pytest.raises(CheckpointError, match="is not an LTX-2 transformer; it looks like a Qwen-Image"):
-        load_dit(second, CPU)
+        FORMAT.load(second, CPU)
     with pytest.raises(CheckpointError, match="it looks like an LTX-2 transformer"):
         load_qwen(first, CPU)

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ltx_2.checkpoints import load_dit
+from ltx_2.checkpoints import FORMAT
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
 from modules.contract.loading import Placement
@@ -144,7 +144,7 @@ def test_every_dialect_merged_predicts_what_the_network_does(
     for each in (written, back):
         patch = LoraPatch([LoraUse(read_lora(each), 1.0)])
         model = write_dit(path.parent / "model", version, "official")
-        dit = load_dit(model, Placement(torch.device("cpu"), patch=patch))
+        dit = FORMAT.load(model, Placement(torch.device("cpu"), patch=patch))
         assert_both(dit(**dit_inputs(version)), expected)
 
 
@@ -156,5 +156,5 @@ def test_a_lora_is_merged_into_the_official_file(saved: tuple[str, Path, tuple[T
     succeed_here("merge_lora.py", *words, folder=path.parent)
 
     with torch.no_grad():
-        dit = load_dit(path.parent / "merged.safetensors", Placement(torch.device("cpu")))
+        dit = FORMAT.load(path.parent / "merged.safetensors", Placement(torch.device("cpu")))
         assert_both(dit(**dit_inputs(version)), expected)

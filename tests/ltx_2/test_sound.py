@@ -20,8 +20,9 @@ from ltx_2.sound import (
     load_sound_vae,
     load_vocoder,
     log_mel,
+    read_sound_vae,
+    read_vocoder,
 )
-from ltx_2.sound_checkpoints import read_sound_vae, read_vocoder
 from modules.errors import CheckpointError
 from tests.ltx_2.tiny_media import sound_vae, sound_vae_official, vocoder, vocoder_official
 from tests.manifests import fit, manifest_names, tensor_list, write_hollow

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
             **{"noisy": mixed[0][None], "sound": mixed[1][None], "timesteps": time, "sound_timesteps": time},
             **{"text": item.text[None], "sound_text": item.sound_text[None], "fps": item.fps},
         }
-        gate = dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(partial(_at_time, time))
+        gate = dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_, time=time: (time,))
         made = in_diffusers(dit, inputs, timestep=times.flatten(1), isolate_modalities=item.sound is None)
         gate.remove()
         errors = [
@@ -147,10 +146,6 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
         found.append(torch.stack([errors[0][:, given:].mean(), of_sound_here]))
     picture, heard = torch.stack(found).mean(0)
     return picture, heard
-
-
-def _at_time(time: Tensor, *_: object) -> tuple[Tensor]:
-    return (time,)
 
 
 def told(project: Project, name: str = "lora") -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from post.interpolation.files import is_with_raft, read_gimm
+from post.interpolation.files import read_gimm
 from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig, read_flowformer
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.layers import Correlation, EncodedPicture, FlowEstimator, grid_of, splat, warp
@@ -52,7 +52,7 @@ def test_published_files_load_at_full_size(tmp_path: Path, manifest: str) -> Non
         with open_checkpoint(write_hollow(tmp_path / "main.safetensors", content, prefix)) as checkpoint:
             plan = read_gimm(checkpoint)
             network = load_planned(plan, GimmVfi, META, torch.float32, "--model")
-        assert is_with_raft(plan.config) == (manifest == "gimmvfi-r")
+        assert bool(plan.config.synthesis.projections) == (manifest == "gimmvfi-r")
         stored = sum(
             torch.Size(shape).numel()
             for name, (dtype, shape) in tensors.items()
@@ -257,7 +257,7 @@ def test_frames_made_with_flowformer_are_as_recorded(tmp_path: Path) -> None:
     with open_checkpoint(main) as checkpoint:
         plan = read_gimm(checkpoint)
         network = load_planned(plan, GimmVfi, CPU, torch.float32, "--model")
-    assert not is_with_raft(plan.config)
+    assert not plan.config.synthesis.projections
     check_recorded(case, tensors, network, load(flow))
 
 

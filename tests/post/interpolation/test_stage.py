@@ -204,7 +204,9 @@ def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) ->
         check_interpolation(options(folder, mode="gimmvfi_f"))
     main = tmp_path / "gimmvfi_r_arb.pt"
     weights = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
-    published = torch.load(rewrite(folder, main, weights.gimm.state_dict()), weights_only=True)
+    tensors = weights.gimm.state_dict()
+    published = {f"module.{name.split('.', 1)[1]}": tensor for name, tensor in tensors.items()}
+    torch.save(published, main)
     with pytest.raises(CheckpointError, match="optical flow of gimmvfi_r is not beside"):
         check_interpolation(options(tmp_path))
     raft = weights.estimator.state_dict()  # type: ignore[attr-defined]
@@ -215,12 +217,6 @@ def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) ->
     loaded = load_networks(tmp_path, "gimmvfi_r", CPU, torch.float32)
     for name, tensor in loaded.estimator.state_dict().items():  # type: ignore[attr-defined]
         assert torch.equal(tensor, raft[name])
-
-
-def rewrite(folder: Path, path: Path, weights: dict[str, Tensor]) -> Path:
-    """Save the main file in a wrapper, each name with `module.`."""
-    torch.save({f"module.{name.split('.', 1)[1]}": tensor for name, tensor in weights.items()}, path)
-    return path
 
 
 def test_files_of_two_releases_are_refused(folder: Path, tmp_path: Path) -> None:
