@@ -11,7 +11,7 @@ Our modules have the names of the released ae.safetensors. diffusers' Autoencode
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -106,10 +106,15 @@ def read_autoencoder(
             f"Give {kind.release}.",
             checkpoint.path,
         )
-    widths = tuple(
-        shape(f"encoder.down.{level}.block.0.conv1.weight")[0]
-        for level in range(_levels(checkpoint, sources, kind))
-    )
+    for start in (r"encoder\.down", r"decoder\.up"):
+        found = count(sources, rf"{start}\.\d+")
+        if found != LEVELS:
+            raise CheckpointError(
+                f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
+                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
+                checkpoint.path,
+            )
+    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = stated_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, widths, groups)
     config = AutoencoderConfig(
@@ -135,24 +140,7 @@ def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
     """Turn 1x1 convolutions of a file into linear layers. layers: pattern of their weights' names."""
     for name, source in sources.items():
         if re.fullmatch(layers, name):
-            sources[name] = source.then(_as_matrix)
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
-
-
-def _levels(checkpoint: Checkpoint, sources: Mapping[str, TensorSource], kind: AutoencoderKind) -> int:
-    """Return the number of levels. Raises CheckpointError if it is not that of FLUX's autoencoder."""
-    for start in (r"encoder\.down", r"decoder\.up"):
-        found = count(sources, rf"{start}\.\d+")
-        if found != LEVELS:
-            raise CheckpointError(
-                f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
-                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
-                checkpoint.path,
-            )
-    return LEVELS
+            sources[name] = source.then(lambda weight: weight.flatten(1))
 
 
 # Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8

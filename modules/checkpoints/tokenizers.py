@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
-from modules.contract.rules import Place
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH
 from modules.paths import explain_missing
@@ -187,14 +186,6 @@ class TokenizerFiles:
             else f"the files of {self.repository}"
         )
         return f"{place} (or its {' or '.join(self.names[:2])})"
-
-
-def token_places(encoded: Encoding) -> list[Place]:
-    """Return where each token of an encoded text stands in it; one that the tokenizer adds has no place."""
-    return [
-        None if is_added else place
-        for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
-    ]
 
 
 def first_line(error: Exception) -> str:

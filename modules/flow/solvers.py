@@ -154,24 +154,20 @@ class UniPC:
             _Level.at(self.schedule, place, self.variant.keeps_data) for place in (index, index + 1)
         )
         now = _Prediction.make(here, velocity, sample)
-        self.corrected = self._correct(here, sample.float(), now)
+        if self.corrected is None:
+            self.corrected = sample.float()
+        else:
+            *older, last = self._past[-self._order :]
+            step = here.lam - last.level.lam
+            points = [*_relative(older, last, step), _Point(1.0, now.x0 - last.x0)]
+            self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(step, points))
 
         self._past = [*self._past, now][-self.variant.order :]
         self._order = len(self._past) if there.sigma > 0 else 1
-        return self._predict(there, self.corrected)
-
-    def _predict(self, there: "_Level", sample: Tensor) -> Tensor:
         *older, last = self._past[-self._order :]
         step = there.lam - last.level.lam
-        return _move(last.level, there, sample, last.x0, self._change(step, _relative(older, last, step)))
-
-    def _correct(self, here: "_Level", sample: Tensor, now: "_Prediction") -> Tensor:
-        if self.corrected is None:
-            return sample
-        *older, last = self._past[-self._order :]
-        step = here.lam - last.level.lam
-        points = [*_relative(older, last, step), _Point(1.0, now.x0 - last.x0)]
-        return _move(last.level, here, self.corrected, last.x0, self._change(step, points))
+        change = self._change(step, _relative(older, last, step))
+        return _move(last.level, there, self.corrected, last.x0, change)
 
     def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
         """Return how much the prediction changes over the step."""
