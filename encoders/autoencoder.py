@@ -8,10 +8,9 @@ little: neighbours share a quarter, as in diffusers.
 Our modules have the names of the released ae.safetensors. diffusers' AutoencoderKL has its own.
 """
 
-import functools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -297,10 +296,4 @@ def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> Autoe
     Only headers are read. option: that names the file, for messages. Raises CheckpointError if it is missing,
     damaged or another model.
     """
-    return read_once(inside(path, "vae"), _config_reader(option))
-
-
-@functools.cache  # `read_once` knows a file by its reader
-def _config_reader(option: str) -> Callable[[Checkpoint], AutoencoderConfig]:
-    kind = replace(FLUX_KIND, option=option)
-    return lambda checkpoint: read_autoencoder(checkpoint, kind).config
+    return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

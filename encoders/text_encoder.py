@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles, piece_surfaces
+from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
 from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
@@ -139,9 +139,9 @@ class TokenizerSource:
         """Read a SentencePiece model, which puts nothing around a text. origin: its file, for messages."""
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            check_sentencepiece(model)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self.files.unreadable(origin, error) from error
-        self.files.check_sentencepiece(model, origin)
         first = [processor.bos_id()] if self.begin else []
         last = [processor.eos_id()] if self.end else []
         if min([0, *first, *last]) < 0:

@@ -161,8 +161,21 @@ class Companions:
     def _add(self, target: Any, stream: Any) -> None:
         """Add a stream by the first way that the format allows."""
         name = _name(stream)
-        if stream.type == "video":
-            self._add_picture(target, stream, name)
+        codec = stream.codec_context.name if stream.codec_context is not None else ""
+        if stream.type == "video" and not is_cover(stream):
+            self._leave_out(name, "only the main stream of pictures is written", remedy="")
+        elif stream.type == "video" and not self._covers:
+            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
+        elif stream.type == "video" and self._suffix == ".mkv" and codec in _COVERS:
+            with open_container(self._path) as again:
+                picture = _first_packet(again, stream.index)
+            if picture is not None:
+                target.add_attachment(*_COVERS[codec], bytes(picture))
+        elif stream.type == "video":
+            if self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
+                self._add_copy(target, stream, name)
+            else:
+                self._leave_out(name)
         elif stream.type == "attachment":
             tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
             is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
@@ -228,25 +241,6 @@ class Companions:
         except (av.FFmpegError, ValueError):
             return False
         return True
-
-    def _add_picture(self, target: Any, stream: Any, name: str) -> None:
-        """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not is_cover(stream):
-            self._leave_out(name, "only the main stream of pictures is written", remedy="")
-            return
-        if not self._covers:
-            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
-            return
-        codec = stream.codec_context.name if stream.codec_context is not None else ""
-        if self._suffix == ".mkv" and codec in _COVERS:
-            with open_container(self._path) as again:
-                picture = _first_packet(again, stream.index)
-            if picture is not None:
-                target.add_attachment(*_COVERS[codec], bytes(picture))
-        elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
-            self._add_copy(target, stream, name)
-        else:
-            self._leave_out(name)
 
     def _keep(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
         self._describe(added, stream)
