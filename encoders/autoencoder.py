@@ -8,10 +8,9 @@ little: neighbours share a quarter, as in diffusers.
 Our modules have the names of the released ae.safetensors. diffusers' AutoencoderKL has its own.
 """
 
-import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -106,10 +105,15 @@ def read_autoencoder(
             f"Give {kind.release}.",
             checkpoint.path,
         )
-    widths = tuple(
-        shape(f"encoder.down.{level}.block.0.conv1.weight")[0]
-        for level in range(_levels(checkpoint, sources, kind))
-    )
+    for start in (r"encoder\.down", r"decoder\.up"):
+        found = count(sources, rf"{start}\.\d+")
+        if found != LEVELS:
+            raise CheckpointError(
+                f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
+                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
+                checkpoint.path,
+            )
+    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = stated_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, widths, groups)
     config = AutoencoderConfig(
@@ -135,24 +139,7 @@ def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
     """Turn 1x1 convolutions of a file into linear layers. layers: pattern of their weights' names."""
     for name, source in sources.items():
         if re.fullmatch(layers, name):
-            sources[name] = source.then(_as_matrix)
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
-
-
-def _levels(checkpoint: Checkpoint, sources: Mapping[str, TensorSource], kind: AutoencoderKind) -> int:
-    """Return the number of levels. Raises CheckpointError if it is not that of FLUX's autoencoder."""
-    for start in (r"encoder\.down", r"decoder\.up"):
-        found = count(sources, rf"{start}\.\d+")
-        if found != LEVELS:
-            raise CheckpointError(
-                f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
-                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
-                checkpoint.path,
-            )
-    return LEVELS
+            sources[name] = source.then(lambda weight: weight.flatten(1))
 
 
 # Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8
@@ -309,10 +296,4 @@ def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> Autoe
     Only headers are read. option: that names the file, for messages. Raises CheckpointError if it is missing,
     damaged or another model.
     """
-    return read_once(inside(path, "vae"), _config_reader(option))
-
-
-@functools.cache  # `read_once` knows a file by its reader
-def _config_reader(option: str) -> Callable[[Checkpoint], AutoencoderConfig]:
-    kind = replace(FLUX_KIND, option=option)
-    return lambda checkpoint: read_autoencoder(checkpoint, kind).config
+    return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

@@ -66,18 +66,14 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json with merges.txt."""
     merges = merges_of(file)
-    return files.read(file) if merges is None else _from_merges(files, file, merges)
-
-
-def _from_merges(files: TokenizerFiles, vocabulary: Path, merges: Path) -> Tokenizer:
-    for file in (vocabulary, merges):
-        files.check_bytes(file)
+    if merges is None:
+        return files.read(file)
+    for part in (file, merges):
+        files.check_bytes(part)
     try:
-        model = models.BPE.from_file(
-            str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>"
-        )
+        model = models.BPE.from_file(str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
     except Exception as error:  # the library raises nothing more precise
-        raise files.unreadable(vocabulary, error) from error
+        raise files.unreadable(file, error) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -90,7 +86,7 @@ def _from_merges(files: TokenizerFiles, vocabulary: Path, merges: Path) -> Token
     )
     start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
     if start is None or end is None:
-        raise files.unreadable(vocabulary, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+        raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
     tokenizer.post_processor = processors.RobertaProcessing(
         (CLIP_END, end), (CLIP_START, start), False, False
     )

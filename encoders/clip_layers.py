@@ -277,8 +277,13 @@ class ClipVision(nn.Module):
 
         Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
         """
-        prepared = numpy.stack([self._square(image) for image in images])
-        pixels = rearrange(torch.from_numpy(prepared), "b h w c -> b c h w").float() / 255
+        size, squares = self.image_size, []
+        for image in images:
+            width, height = (size * side // min(image.size) for side in image.size)
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - size) // 2, (height - size) // 2
+            squares.append(numpy.array(resized.crop((left, top, left + size, top + size))))
+        pixels = rearrange(torch.from_numpy(numpy.stack(squares)), "b h w c -> b c h w").float() / 255
         return _normalise(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
@@ -288,13 +293,6 @@ class ClipVision(nn.Module):
         resized = F.interpolate(pixels, inner, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (inner[0] - size) // 2, (inner[1] - size) // 2
         return _normalise(resized[..., top : top + size, left : left + size])
-
-    def _square(self, image: Image.Image) -> "numpy.typing.NDArray[numpy.uint8]":
-        size, shorter = self.image_size, min(image.size)
-        width, height = (size * side // shorter for side in image.size)
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        return numpy.array(resized.crop((left, top, left + size, top + size)))
 
 
 def _normalise(pixels: Tensor) -> Tensor:

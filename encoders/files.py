@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
-from modules.checkpoints.encoders import dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
@@ -70,7 +69,8 @@ class TransformerFiles(ABC):
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         """Return an encoder's dtype: `chosen`, else the usual one, or float32 if the transformer is."""
-        return dtype_beside(chosen, self.compute_dtype(), usual or self.usual)
+        in_float32 = self.compute_dtype() == torch.float32
+        return chosen or (torch.float32 if in_float32 else usual or self.usual)
 
     @abstractmethod
     def load_vae(self, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -383,7 +383,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def text_width(self) -> int:
         """Return how many numbers the joined states of the text encoder have."""
-        return read_once(self.language_model().path, _width_reader(self.text_use))
+        return read_once(self.language_model().path, _joined_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoder: `TransformerFiles.check_texts`."""
@@ -392,22 +392,16 @@ class LanguageModelFiles(TransformerFiles):
             path, takes = self.language_model().path, None if config is None else config.text_dim
             check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
             if use.pictures is not None:
-                read_once(path, _tower_reader(use))
+                read_once(path, _tower_of, use)
         if self.text_encoder_tokenizer is not None:
             use.source.files.check_given(self.text_encoder_tokenizer)
 
 
-@functools.cache  # `read_once` compares functions
-def _width_reader(use: LanguageUse) -> Callable[[Checkpoint], int]:
-    """Return the function that reads how many numbers the joined states of a text encoder have."""
-
-    def read(checkpoint: Checkpoint) -> int:
-        config = read_language_model(checkpoint, use.model, use.states).config
-        return len(use.states or all_states(config.num_layers)) * config.dim
-
-    return read
+def _joined_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
+    """Return how many numbers the joined states of a text encoder have."""
+    config = read_language_model(checkpoint, use.model, use.states).config
+    return len(use.states or all_states(config.num_layers)) * config.dim
 
 
-@functools.cache
-def _tower_reader(use: LanguageUse) -> Callable[[Checkpoint], Any]:
-    return lambda checkpoint: read_vision_tower(checkpoint, use.model)
+def _tower_of(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
+    return read_vision_tower(checkpoint, use.model)

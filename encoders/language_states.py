@@ -11,26 +11,6 @@ from torch import Tensor, nn
 from encoders.language_models import FAR, NEAR, all_states
 
 
-def causal_mask(mask: Tensor) -> Tensor:
-    """Return B 1 L L: which keys each query attends to. mask: B L, 1 for real tokens."""
-    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
-    return causal & mask.bool()[:, None, None, :]
-
-
-def _layer_masks(network: nn.Module, mask: Tensor, tokens: Tensor) -> Tensor | dict[str, Tensor]:
-    """Return the mask of all layers, or one for each kind of layers. transformers take both as they are."""
-    config: Any = network.config
-    masks = {FAR: causal_mask(mask)}
-    window = getattr(config, "sliding_window", None)
-    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
-        behind = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-        masks[NEAR] = masks[FAR] & behind.triu(1 - int(window))
-    if config._attn_implementation == "eager":  # adds it to the scores
-        least = torch.finfo(tokens.dtype).min
-        masks = {kind: tokens.new_zeros(one.shape).masked_fill(~one, least) for kind, one in masks.items()}
-    return masks if NEAR in masks else masks[FAR]
-
-
 def language_states(
     network: nn.Module,
     tokens: Tensor,
@@ -49,6 +29,16 @@ def language_states(
     layers: Any = network.layers
     states = states or all_states(len(layers))
     kept = [tokens] if states[0] == 0 and len(states) > 1 else []
+    # which keys each query attends to, B 1 L L: for all layers, or for each kind of layers
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    masks = {FAR: causal & mask.bool()[:, None, None, :]}
+    config: Any = network.config
+    window = getattr(config, "sliding_window", None)
+    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
+        masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
+    if config._attn_implementation == "eager":  # adds it to the scores
+        least = torch.finfo(tokens.dtype).min
+        masks = {kind: tokens.new_zeros(one.shape).masked_fill(~one, least) for kind, one in masks.items()}
     hooks = [
         layers[state - 1].register_forward_hook(functools.partial(_keep, kept))
         for state in states[len(kept) : -1]
@@ -56,7 +46,7 @@ def language_states(
     try:
         found = network(
             inputs_embeds=tokens,
-            attention_mask=_layer_masks(network, mask, tokens),
+            attention_mask=masks if NEAR in masks else masks[FAR],
             position_ids=places,
             use_cache=False,
         )

@@ -1,6 +1,6 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -36,7 +36,7 @@ from modules.contract.requests import (
     size_of,
     whole_patches,
 )
-from modules.contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
+from modules.contract.rules import IMAGE, LATENTS, SourceRules
 from modules.contract.steps import EncodedPrompts, Section
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
@@ -206,8 +206,26 @@ class ModelOfPictures(OneTransformer, Protocol):
         rules = self.references
         taken = {**NO_MEDIA, "control_images": rules is not None}
         request = keep_usable_media(request, taken, f"{who} does not take it")
-        if rules is not None:
-            check_references(request.control_images, rules, who)
+        if rules is None or not request.control_images:
+            return request
+        from modules.media.reading import image_size
+
+        option, paths = "--control_image_path (--ci in a prompt line)", request.control_images
+        if len(paths) > rules.most:
+            raise OptionError(
+                f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
+                + " ".join(map(str, paths[rules.most :]))
+            )
+        for path in paths:  # they exist, as `keep_usable_media` has seen
+            try:
+                width, height = image_size(path)
+            except MediaError as error:
+                raise OptionError(f"{option}: {str(error).rstrip('.')}. Give an image file.") from None
+            if min(width, height) < rules.step:
+                raise OptionError(
+                    f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
+                    f"{rules.step}. Give a larger picture."
+                )
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -260,28 +278,3 @@ def picture_defaults(
     """
     usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
     return replace(usual, **others)
-
-
-def check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
-    """Raise OptionError if a model cannot take these pictures. Reads headers. who: takes them, for messages.
-
-    They exist, as `keep_usable_media` has seen.
-    """
-    from modules.media.reading import image_size
-
-    option = "--control_image_path (--ci in a prompt line)"
-    if len(paths) > rules.most:
-        raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
-            + " ".join(map(str, paths[rules.most :]))
-        )
-    for path in paths:
-        try:
-            width, height = image_size(path)
-        except MediaError as error:
-            raise OptionError(f"{option}: {str(error).rstrip('.')}. Give an image file.") from None
-        if min(width, height) < rules.step:
-            raise OptionError(
-                f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
-                f"{rules.step}. Give a larger picture."
-            )

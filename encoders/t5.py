@@ -180,11 +180,7 @@ def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None
 
 def read_byt5_header(path: Path) -> T5Config:
     """Return the dimensions of the encoder in a file; only headers are read. Raises as `load_byt5`."""
-    return read_once(path, _config)
-
-
-def _config(checkpoint: Checkpoint) -> T5Config:
-    return read_t5(checkpoint, BYT5).config
+    return read_once(path, read_t5, BYT5).config
 
 
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

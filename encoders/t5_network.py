@@ -331,14 +331,10 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        compute = dtype or _compute_dtype(stored, device)
+        is_kept = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
+        # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
+        compute = dtype or (stored if is_kept else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
         t5 = load_planned(plan, T5Network, device, compute, what, in_fp8, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5
-
-
-def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    if stored == torch.float32 or (stored == torch.float16 and device.type != "cpu"):
-        return stored
-    return torch.bfloat16  # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16

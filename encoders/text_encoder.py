@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles, piece_surfaces, token_places
+from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
 from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
@@ -105,11 +105,16 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             logger.info("tokenizer of %s: the one inside %s", what, checkpoint_path)
-            return self._read_pieces(_read_embedded(checkpoint_path), checkpoint_path)
+            with open_checkpoint(checkpoint_path) as checkpoint:
+                name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
+                model = checkpoint.read(name).numpy().tobytes()
+            return self._read_pieces(model, checkpoint_path)
         if file is None:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
-        return self._read_json(file) if file.suffix == ".json" else self._read_pieces(None, file)
+        if file.suffix == ".json":
+            return self._read_json(file)
+        return self._read_pieces(self.files.read_bytes(file), file)
 
     def _read_json(self, file: Path) -> TextTokenizer:
         tokenizer = self.read_file(self.files, file)
@@ -123,18 +128,20 @@ class TokenizerSource:
 
         def read(text: str) -> Tokens:
             encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            return Tokens([*first, *encoded.ids], [*(None for _ in first), *token_places(encoded)])
+            places: list[Place] = [None for _ in first]
+            for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                places.append(None if is_added else place)
+            return Tokens([*first, *encoded.ids], places)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
-    def _read_pieces(self, model: bytes | None, origin: Path) -> TextTokenizer:
-        """Read a SentencePiece model, which puts nothing around a text. model: None: it is the file."""
-        model = self.files.read_bytes(origin) if model is None else model
+    def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
+        """Read a SentencePiece model, which puts nothing around a text. origin: its file, for messages."""
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            check_sentencepiece(model)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self.files.unreadable(origin, error) from error
-        self.files.check_sentencepiece(model, origin)
         first = [processor.bos_id()] if self.begin else []
         last = [processor.eos_id()] if self.end else []
         if min([0, *first, *last]) < 0:
@@ -147,7 +154,10 @@ class TokenizerSource:
 
         def read(text: str) -> Tokens:
             ids: list[int] = processor.encode(text)
-            places = _piece_places(processor, text)
+            surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
+            # they follow one another; white space that is dropped can only stand in front of them
+            begin = len(text) - sum(map(len, surfaces))
+            places = itertools.pairwise(itertools.accumulate(map(len, surfaces), initial=begin))
             return Tokens([*first, *ids, *last], [*(None for _ in first), *places, *(None for _ in last)])
 
         return TextTokenizer(read, processor.piece_to_id, origin)
@@ -194,20 +204,6 @@ def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         group.append(prompt)
     if group:
         yield group
-
-
-def _piece_places(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[tuple[int, int]]:
-    """Return where each piece of a text starts and ends in it, in characters."""
-    surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-    # they follow one another; white space that is dropped can only stand in front of them
-    ends = itertools.accumulate(map(len, surfaces), initial=len(text) - sum(map(len, surfaces)))
-    return list(itertools.pairwise(ends))
-
-
-def _read_embedded(checkpoint_path: Path) -> bytes:
-    with open_checkpoint(checkpoint_path) as checkpoint:
-        name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
-        return checkpoint.read(name).numpy().tobytes()
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -353,10 +349,16 @@ class FileTextEncoder(ABC, Generic[Network]):
         results = compute(network, tokenizer, rows, dropped)
         if not self.weighed:
             return results
-        return [
-            self._weigh(found, weights_within(one, tokens, dropped)) if one.spans else found
-            for found, one, tokens in zip(results, written, kept, strict=True)
-        ]
+        weighed = []
+        for found, one, tokens in zip(results, written, kept, strict=True):
+            if one.spans:
+                start = len(one.before)
+                inside = range(start, start + len(one.own))  # tokens around the prompt have the weight 1
+                own = [place if place and place[0] in inside else None for place in tokens.places[dropped:]]
+                spans = [(first + start, last + start, weight) for first, last, weight in one.spans]
+                found = self._weigh(found, token_weights(one.text, own, spans))
+            weighed.append(found)
+        return weighed
 
     def _weigh(self, found: Conditions, weights: Sequence[float]) -> Conditions:
         if self.pads_left:
@@ -369,12 +371,3 @@ class FileTextEncoder(ABC, Generic[Network]):
     def free(self) -> None:
         """Release the encoder and its memory."""
         self._loaded.free()
-
-
-def weights_within(written: Written, tokens: Tokens, dropped: int) -> list[float]:
-    """Return the weights of the tokens behind those that are dropped; those around the prompt have 1."""
-    start = len(written.before)
-    inside = range(start, start + len(written.own))
-    own = [place if place is not None and place[0] in inside else None for place in tokens.places[dropped:]]
-    shifted = [(first + start, last + start, weight) for first, last, weight in written.spans]
-    return token_weights(written.text, own, shifted)

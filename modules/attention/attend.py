@@ -60,16 +60,6 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
     return _fill_up(packed.split(lengths.counts), length)
 
 
-def attend_by_sample(
-    dense: Dense, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None = None
-) -> Tensor:
-    """Run `dense` on one sample at a time, over its real tokens only. Returns zeros in the padding."""
-    counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
-    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)
-    parts = [dense(q[None, :count], k[None, :count], v[None, :count])[0] for q, k, v, count in samples]
-    return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
-
-
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
     """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
     pieces = [piece for one in samples for piece in (one, one.new_zeros(length - len(one), *one.shape[1:]))]
@@ -250,10 +240,14 @@ def attend(
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None and not (choice.split and len(query) > 1):
         return dense(query, key, value)
-    if lengths is None or choice.split or backend.packed is None:
-        return attend_by_sample(dense, query, key, value, lengths)
-    packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
-    return unpack(packed, lengths, query.shape[1])
+    if lengths is not None and not choice.split and backend.packed is not None:
+        packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
+        return unpack(packed, lengths, query.shape[1])
+    # one sample at a time, over its real tokens only
+    counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
+    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)
+    parts = [dense(q[None, :count], k[None, :count], v[None, :count])[0] for q, k, v, count in samples]
+    return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
 
 
 def check_backend(

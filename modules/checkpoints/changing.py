@@ -37,6 +37,11 @@ from modules.errors import CheckpointError, OptionError
 from modules.fp8.weights import dequantise, is_fp8
 from modules.text_files import parse_json, read_text
 
+logger = logging.getLogger(__name__)
+
+INDEX = ".index.json"
+LISTED = 3  # names in a message
+MOST_SHARDS = 99_999  # their names have five digits
 QUANTISATION = "_quantization_metadata"  # ComfyUI's record of layers in 8 bits
 NO_NAME = "__metadata__"  # taken in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
@@ -105,8 +110,19 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
         and change.cast.takes(name)
         and is_fp8(checkpoint.tensors[name].dtype)
     }
-    names = _without_companions(checkpoint, names, unscaled)
-    _check_pairs(checkpoint, names, scales, unscaled)
+    # what these weights no longer need once their scales are applied
+    gone = {scales[weight] for weight in unscaled}
+    gone |= {weight.removesuffix(".weight") + ending for weight in unscaled for ending in _COMPANIONS}
+    if unscaled and not set(scales) & set(names) - unscaled:
+        gone |= {name for name in names if name.endswith(_MARKER)}
+    names = [name for name in names if name not in gone]
+    remaining = set(names)
+    for weight, scale in scales.items():
+        is_pair = (weight in remaining) == (scale in remaining)
+        if weight in checkpoint.tensors and weight not in unscaled and not is_pair:
+            raise OptionError(
+                f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
+            )
 
     made: dict[str, TensorInfo] = {}
     old_names: dict[str, str] = {}
@@ -162,28 +178,6 @@ def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: S
         )
 
 
-def _without_companions(checkpoint: Checkpoint, names: Sequence[str], unscaled: set[str]) -> list[str]:
-    """Return the names without those that these weights no longer need after their scales are applied."""
-    scales = scales_in(checkpoint.tensors)
-    gone = {scales[weight] for weight in unscaled}
-    gone |= {weight.removesuffix(".weight") + ending for weight in unscaled for ending in _COMPANIONS}
-    if unscaled and not set(scales) & set(names) - unscaled:
-        gone |= {name for name in names if name.endswith(_MARKER)}
-    return [name for name in names if name not in gone]
-
-
-def _check_pairs(
-    checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
-) -> None:
-    """Raise OptionError if a weight would be written without its scale, or a scale without its weight."""
-    kept = set(names)
-    for weight, scale in scales.items():
-        if weight in checkpoint.tensors and weight not in unscaled and (weight in kept) != (scale in kept):
-            raise OptionError(
-                f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
-            )
-
-
 def _as_dtype(
     checkpoint: Checkpoint, name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -215,33 +209,25 @@ def _metadata(
     kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
     notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]
     if QUANTISATION in kept:
-        kept[QUANTISATION] = _record_of_layers(checkpoint, change, unscaled)
-        if not kept[QUANTISATION]:
-            del kept[QUANTISATION]
+        new = {}  # ComfyUI's record of layers in 8 bits, for the new file
+        try:
+            record = json.loads(kept[QUANTISATION])
+            for layer, how in record["layers"].items():
+                # the names of layers have no prefix of a whole model: find the tensor that is meant
+                pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
+                weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+                if len(weights) == 1 and change.kept.takes(weights[0]) and weights[0] not in unscaled:
+                    had = weights[0].removesuffix(f"{layer}.weight")
+                    new[rename(weights[0], change).removesuffix(".weight").removeprefix(had)] = how
+            if new:
+                kept[QUANTISATION] = json.dumps({**record, "layers": new})
+            else:
+                del kept[QUANTISATION]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+            ) from error
     return {"format": "pt", **kept}, notes  # transformers loads no file without a format
-
-
-def _record_of_layers(checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str]) -> str:
-    """Return ComfyUI's record of layers in 8 bits for the new file; empty if there are none."""
-    try:
-        record = json.loads(checkpoint.metadata[QUANTISATION])
-        layers = record["layers"].items()
-        new = {}
-        for layer, how in layers:
-            # the names of layers have no prefix of a whole model: find the tensor that is meant
-            pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
-            weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-            if len(weights) == 1 and change.kept.takes(weights[0]) and weights[0] not in unscaled:
-                had = weights[0].removesuffix(f"{layer}.weight")
-                new[rename(weights[0], change).removesuffix(".weight").removeprefix(had)] = how
-        return json.dumps({**record, "layers": new}) if new else ""
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
-        ) from error
-
-
-MOST_SHARDS = 99_999  # their names have five digits
 
 
 def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
@@ -257,11 +243,6 @@ def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, 
     return groups
 
 
-def index_path(path: Path) -> Path:
-    """Return the name of the index of a model cut into files."""
-    return path.with_name(path.name + INDEX)
-
-
 def existing_shards(path: Path) -> list[Path]:
     """Return the index of an earlier model of this name, and the files, any number, that it was cut into.
 
@@ -273,7 +254,8 @@ def existing_shards(path: Path) -> list[Path]:
         for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
         if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
     ]
-    return ([index_path(path)] if index_path(path).exists() else []) + sorted(found)
+    index = path.with_name(path.name + INDEX)
+    return ([index] if index.exists() else []) + sorted(found)
 
 
 def write_shards(
@@ -302,20 +284,15 @@ def write_shards(
     size_bytes = sum(info.size_bytes for info in tensors.values())
     weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
     index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
+    index_path = path.with_name(path.name + INDEX)
     with atomic_files(path, size_bytes) as folder:
         for group, target in zip(groups, paths, strict=True):
             stream_tensors(folder / target.name, group, read, metadata)
-        write_text(folder / index_path(path).name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / index_path.name, json.dumps(index, indent=2, sort_keys=True) + "\n")
         # an old index must not lead to new files, nor old files lie among new ones; the new index is last
-        for old in (index_path(path), *paths):
+        for old in (index_path, *paths):
             old.unlink(missing_ok=True)
-    return [*paths, index_path(path)]
-
-
-logger = logging.getLogger(__name__)
-
-INDEX = ".index.json"
-LISTED = 3  # names in a message
+    return [*paths, index_path]
 
 
 def gather(path: Path) -> Checkpoint:
@@ -325,7 +302,19 @@ def gather(path: Path) -> Checkpoint:
     if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict each other
     or lack tensors of the index.
     """
-    parts, index = _parts_of(path)
+    index = path if path.name.endswith(INDEX) else None
+    if not path.is_dir():
+        parts = checkpoint_paths(path)
+    else:
+        indexes = sorted(path.glob(f"*{INDEX}"))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not indexes and found:
+            require_all_shards(found)
+            parts, index = found, None
+        else:
+            parts, index = checkpoint_paths(path), indexes[0]  # raises for none, and for several indexes
+            for file in sorted(set(found) - set(parts)):
+                logger.info("%s is not in %s and is left out", file.name, index.name)
     repeated: list[str] = []
 
     def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
@@ -338,7 +327,14 @@ def gather(path: Path) -> Checkpoint:
 
     checkpoint = open_files(path, parts, are_equal)
     try:
-        _check_index(index, checkpoint)
+        named = () if index is None else parse_json(read_text(index))["weight_map"]
+        missing = [name for name in named if name not in checkpoint.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. "
+                "Copy the files again.",
+                index,
+            )
     except BaseException:
         checkpoint.close()
         raise
@@ -351,34 +347,6 @@ def gather(path: Path) -> Checkpoint:
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]
         )
     return checkpoint
-
-
-def _parts_of(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model and its index, if there is one."""
-    if not path.is_dir():
-        return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
-    indexes = sorted(path.glob(f"*{INDEX}"))
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not indexes and found:
-        require_all_shards(found)
-        return found, None
-    parts = checkpoint_paths(path)  # raises for none, and for several indexes
-    for file in sorted(set(found) - set(parts)):
-        logger.info("%s is not in %s and is left out", file.name, indexes[0].name)
-    return parts, indexes[0]
-
-
-def _check_index(index: Path | None, checkpoint: Checkpoint) -> None:
-    if index is None:
-        return
-    named = parse_json(read_text(index))["weight_map"]
-    missing = [name for name in named if name not in checkpoint.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. Copy "
-            "the files again.",
-            index,
-        )
 
 
 def _digest(file: TensorFile, name: str) -> bytes:

@@ -8,9 +8,9 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,28 +55,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
-class TensorFile(Protocol):
-    """One open file of named tensors."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def left_out(self) -> Sequence[str]: ...  # what stands beside the tensors and is not read
-
-    # to be copied from at once; bytes may lie in `scratch` (uint8)
-    def borrow(self, name: str, scratch: Tensor) -> Tensor: ...
-
-    def close(self) -> None: ...
-
-
-def open_file(path: Path) -> TensorFile:
+def open_file(path: Path) -> "TensorFile":
     """Open one file by its content; the suffix decides only if the first bytes are damaged.
 
     Raises CheckpointError that names the file's real kind, or its damage.
@@ -186,6 +165,7 @@ class SafetensorsFile:
         return metadata
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
         info = self.tensors[name]
         room = scratch[: info.size_bytes]
         self._file.seek(self._places[name])
@@ -236,6 +216,9 @@ class TorchFile:
         self._tensors = {}
 
 
+TensorFile = SafetensorsFile | TorchFile  # one open file of named tensors
+
+
 def load_pickled(path: Path) -> Any:
     """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
@@ -270,9 +253,7 @@ def load_pickled(path: Path) -> Any:
         ) from error
     except (MemoryError, CheckpointError):
         raise
-    except (
-        Exception
-    ) as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
+    except Exception as error:  # torch's reader meets a damaged file with whatever its next step raises
         raise _pickle_damage_error(path, str(error) or type(error).__name__) from error
 
 
@@ -285,25 +266,23 @@ def _check_plain(content: Any, path: Path) -> None:
     seen: set[int] = set()  # a harmful file may put a container in itself
     while waiting:
         name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            kind = _special_kind(value)
-            if kind is not None:
-                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
-        elif isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in seen:
+        if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in seen:
             seen.add(id(value))
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
-
-
-def _special_kind(tensor: Tensor) -> str | None:
-    """Return the kind of a tensor that is not plain; None for a plain one."""
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout is not torch.strided:
-        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
-    if tensor.is_quantized:
-        return f"a quantised tensor ({dtype_name(tensor.dtype)})"
-    return f"a tensor without data ({tensor.device.type})" if tensor.device.type != "cpu" else None
+        if not isinstance(value, Tensor):
+            continue
+        kind = None
+        if value.is_nested:
+            kind = "a nested tensor"
+        elif value.layout is not torch.strided:
+            kind = f"a sparse tensor ({str(value.layout).removeprefix('torch.')})"
+        elif value.is_quantized:
+            kind = f"a quantised tensor ({dtype_name(value.dtype)})"
+        elif value.device.type != "cpu":
+            kind = f"a tensor without data ({value.device.type})"
+        if kind is not None:
+            raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
 
 
 def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:

@@ -12,11 +12,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import encoder_loading, load_module, on_meta_device
+from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
 from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
+from modules.fp8.weights import linear_weights
+from modules.speed_options import Quantisation
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -54,7 +56,11 @@ def load_planned(
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors) if in_fp8 else None
+    fp8 = None
+    if in_fp8:  # embeddings and norms are not rounded, and what the file has in 8 bits stays as it is
+        linear = linear_weights(network)
+        kept = find_fp8_weights(linear, plan.sources, plan.checkpoint.tensors)
+        fp8 = Fp8Loading(Quantisation("rows", float32_scales=True), linear - kept, kept)
     load_module(
         network,
         plan.checkpoint,
@@ -152,9 +158,7 @@ class DitShapes:
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option. wanted, give: the right kind, and files of
-    it.
-    """
+    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files."""
     kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
@@ -182,8 +186,12 @@ def join_parts(
     for theirs, source in stored.items():
         name, _, part = translate_name(theirs, table).partition("#")
         parts.setdefault(name, {})[int(part or 0)] = source
+
+    def swap_halves(tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(2)[::-1])
+
     sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
-    return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
+    return sources | {name: sources[name].then(swap_halves) for name in swapped if name in sources}
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
@@ -276,7 +284,3 @@ def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
         return part, None if scale is None else rows_of(scale, len(weight))
 
     return TensorSource(source.names, build, None if source.as_fp8 is None else as_fp8)
-
-
-def _swap_halves(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])

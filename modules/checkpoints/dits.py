@@ -52,12 +52,10 @@ class DitConfig(Protocol):
     @property
     def dim(self) -> int:
         """Return the width of the model."""
-        ...
 
     @property
     def kind(self) -> str:
         """Return what the model is conditioned on: t2v, i2v, ..."""
-        ...
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -100,9 +98,7 @@ class DitFormat(Generic[Config, Dit]):
 
         Raises CheckpointError if the file is not a supported transformer.
         """
-        return self._read(bare_names(checkpoint))
-
-    def _read(self, checkpoint: Checkpoint) -> DitHeader[Config]:
+        checkpoint = bare_names(checkpoint)
         # first, since some have all the tensors of a network of ours
         kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
         if kind is None:
@@ -136,7 +132,7 @@ class DitFormat(Generic[Config, Dit]):
         """
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
-            header = self._read(checkpoint)
+            header = self.read_header(opened)
             what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)

@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
@@ -105,18 +103,6 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
         logger.info("%s is ignored because it does not belong to %s", file, path.name)
         return {}
     return settings
-
-
-def dtype_beside(
-    chosen: torch.dtype | None, dit_dtype: torch.dtype | None, usual: torch.dtype
-) -> torch.dtype:
-    """Return an encoder's compute dtype: `chosen`, else float32 if the transformer's is, else `usual`.
-
-    dit_dtype: compute dtype of the transformer; None if there is none.
-    """
-    if chosen is not None:
-        return chosen
-    return torch.float32 if dit_dtype == torch.float32 else usual
 
 
 def check_state_width(

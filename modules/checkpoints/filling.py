@@ -31,7 +31,7 @@ from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_pinned_memory
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import E4M3, attach, dequantise, linear_weights, quantise
+from modules.fp8.weights import E4M3, attach, dequantise, is_fp8, quantise
 from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
@@ -53,19 +53,14 @@ def find_fp8_weights(
     names: Collection[str], sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
 ) -> frozenset[str]:
     """Return those of the weights that a file with these tensors holds in 8 bits."""
-    return frozenset(name for name in names if name in sources and sources[name].is_fp8_in(tensors))
-
-
-def encoder_loading(
-    encoder: nn.Module, sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
-) -> Fp8Loading:
-    """Keep all linear layers of a text encoder in 8 bits; those of an fp8 file stay as they are.
-
-    Embeddings and norms are not rounded.
-    """
-    names = linear_weights(encoder)
-    kept = find_fp8_weights(names, sources, tensors)
-    return Fp8Loading(Quantisation("rows", float32_scales=True), names - kept, kept)
+    kept = set()
+    for source_name in names:
+        source = sources.get(source_name)
+        if source is not None and source.as_fp8 is not None:
+            formats = {tensors[name].dtype for name in source.names if is_fp8(tensors[name].dtype)}
+            if len(formats) == 1:  # rows joined from two formats have no common format
+                kept.add(source_name)
+    return frozenset(kept)
 
 
 _SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
@@ -182,10 +177,13 @@ class _Filling:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
-            self.held = host.hold(
-                module,
-                {name: TensorInfo(self._kept_dtype(name), shape) for name, shape in self._shapes.items()},
-            )
+            infos = {}
+            for name, shape in self._shapes.items():
+                kept = dtypes[name] if fp8 is None or name not in fp8 else E4M3
+                if fp8 is not None and name in fp8.kept:
+                    kept = self._stored_dtype(name)
+                infos[name] = TensorInfo(kept, shape)
+            self.held = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
         self._finite = FiniteCheck(checkpoint.path)
         self.errors: dict[str, Tensor] = {}  # of rounding to 8 bits, by name
@@ -206,24 +204,39 @@ class _Filling:
 
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
-        place, dtype = self.held.get(name), self._dtypes[name]
-        if self._fp8 is not None and name in self._fp8:
-            self._fill_fp8(name, self._fp8, place)
-            return
-        if place is not None and not self._is_filled_here:
-            tensor = place
-            if self._patch is not None:  # it notes which deltas find their weight
-                self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"))
-        else:
-            shape = self._shapes[name]
-            tensor = torch.empty(shape, dtype=dtype, device=self._device) if place is None else place
-            self._write(name, tensor)
+        place, dtype, fp8 = self.held.get(name), self._dtypes[name], self._fp8
         parent_name, _, leaf = name.rpartition(".")
         parent = self._module.get_submodule(parent_name)
-        if leaf in parent._parameters:
-            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if fp8 is None or name not in fp8:
+            if place is not None and not self._is_filled_here:
+                tensor = place
+                if self._patch is not None:  # it notes which deltas find their weight
+                    self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"))
+            else:
+                shape = self._shapes[name]
+                tensor = torch.empty(shape, dtype=dtype, device=self._device) if place is None else place
+                self._write(name, tensor)
+            if leaf in parent._parameters:
+                parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                parent._buffers[leaf] = tensor
+            return
+        # a linear layer in 8 bits: the file's own weight, or the file's rounded after the patch. All
+        # processes that share places make the scales, one of them writes the weights
+        assert isinstance(parent, nn.Linear)
+        scale: Tensor | None
+        if self._device.type == "meta":
+            weight, scale = torch.empty(parent.weight.shape, dtype=E4M3, device="meta"), None
+        elif name in fp8.kept:
+            weight, scale = self._sources[name].make_fp8(self._parts(self._sources[name]))
+            weight = weight.clone() if place is None else weight  # not a view of the buffer
         else:
-            parent._buffers[leaf] = tensor
+            made = self._make(name, self._stored_dtype(name))
+            weight, scale = quantise(made, fp8.quantisation)
+            self.errors[name] = _rounding_error(made, weight, scale)
+        if place is not None:
+            weight = place.copy_(weight) if self._is_filled_here else place
+        attach(parent, weight, None if scale is None else scale.clone(), fp8.quantisation)
 
     def finish(self) -> None:
         """Check that all values are finite, and free the buffer."""
@@ -234,11 +247,6 @@ class _Filling:
 
     def _stored_dtype(self, name: str) -> torch.dtype:
         return self._checkpoint.tensors[self._sources[name].names[0]].dtype
-
-    def _kept_dtype(self, name: str) -> torch.dtype:
-        if self._fp8 is None or name not in self._fp8:
-            return self._dtypes[name]
-        return self._stored_dtype(name) if name in self._fp8.kept else E4M3
 
     def _write(self, name: str, tensor: Tensor) -> None:
         """Write the values of a tensor of the network into its memory."""
@@ -270,28 +278,6 @@ class _Filling:
             start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
         return parts
 
-    def _fill_fp8(self, name: str, fp8: Fp8Loading, place: Tensor | None) -> None:
-        """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
-
-        place: where the weight is to stay; None: on the device. All processes that share places make the
-        scales, one of them writes the weights.
-        """
-        layer = self._module.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(layer, nn.Linear)
-        scale: Tensor | None
-        if self._device.type == "meta":
-            weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device="meta"), None
-        elif name in fp8.kept:
-            weight, scale = self._sources[name].make_fp8(self._parts(self._sources[name]))
-            weight = weight.clone() if place is None else weight  # not a view of the buffer
-        else:
-            made = self._make(name, self._stored_dtype(name))
-            weight, scale = quantise(made, fp8.quantisation)
-            self.errors[name] = _rounding_error(made, weight, scale)
-        if place is not None:
-            weight = place.copy_(weight) if self._is_filled_here else place
-        attach(layer, weight, None if scale is None else scale.clone(), fp8.quantisation)
-
 
 def _rounding_error(weight: Tensor, rounded: Tensor, scale: Tensor | None) -> Tensor:
     """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
@@ -318,43 +304,32 @@ def _check_fit(
         if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)
     }
     known = used | {part for name, source in sources.items() if name not in wanted for part in source.names}
-    unused = [
-        name
-        for name in checkpoint.tensors
-        if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignore)
-    ]
-    unused = [
-        name
-        for name in unused
-        if name in known or not any(fnmatch.fnmatchcase(name, p) for p in QUANT_EXTRAS)
-    ]
+    unused = []
+    for name in checkpoint.tensors:
+        patterns = ignore if name in known else (*ignore, *QUANT_EXTRAS)
+        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            unused.append(name)
     lines = [f"  missing: {line}" for line in compress_names(absent)]
     lines += [f"  unexpected: {line}" for line in compress_names(unused)]
     for name, tensor in wanted.items():
         if name not in absent:
-            shape = _built_shape(sources[name], checkpoint)
-            if shape != tuple(tensor.shape):
-                lines.append(
-                    f"  {name}: the file has {_sizes(shape)}, {_sizes(tuple(tensor.shape))} is needed"
-                )
+            source, wanted_shape = sources[name], tuple(tensor.shape)
+            infos = [checkpoint.tensors[part] for part in source.names]
+            shape: tuple[int, ...] | None = infos[0].shape
+            if source.build is not None:
+                parts = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
+                try:
+                    shape = tuple(source.make(parts).shape)
+                except (RuntimeError, IndexError):
+                    shape = None  # the parts do not even go together
+            if shape != wanted_shape:
+                lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(wanted_shape)} is needed")
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(
             f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
-
-
-def _built_shape(source: TensorSource, checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    infos = [checkpoint.tensors[part] for part in source.names]
-    if source.build is None:
-        return infos[0].shape
-    try:
-        return tuple(
-            source.make([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]).shape
-        )
-    except (RuntimeError, IndexError):
-        return None  # the parts do not even go together
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
@@ -372,20 +347,15 @@ def compress_names(names: Iterable[str]) -> list[str]:
         groups.setdefault(key, []).extend([int(found[0])] if found else [])
     lines = []
     for (before, after), numbers in sorted(groups.items()):
-        for first, last in _runs(sorted(numbers)):
-            lines.append(
-                f"{before}{first}{after}" if first == last else f"{before}{{{first}..{last}}}{after}"
-            )
+        runs: list[list[int]] = []  # first and last of numbers without a gap
+        for number in sorted(numbers):
+            if runs and number == runs[-1][1] + 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        for first, last in runs:
+            some = str(first) if first == last else f"{{{first}..{last}}}"
+            lines.append(f"{before}{some}{after}")
         if not numbers:
             lines.append(before)
     return lines
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return runs

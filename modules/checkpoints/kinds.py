@@ -190,11 +190,9 @@ def kind_of(names: Iterable[str], marks: Marks = (*OF_OTHERS, *OF_FAMILIES, *OF_
 
     marks: the kinds to recognise; the first that fits counts.
     """
-    bare = {_without_prefix(name) for name in names}
+    bare = set()
+    for name in names:
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        bare.add(name)
     return next((what for mark, what in marks if mark in bare), None)
-
-
-def _without_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

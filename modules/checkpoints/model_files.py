@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.finite import is_finite
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.contract.data import SOUND
 from modules.control_codes import shorten
@@ -43,23 +43,24 @@ def inside(path: Path, folder: str) -> Path:
     return path / folder if (path / folder).is_dir() else path
 
 
-def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
-    """Return the result of `read` for the open file, such as its dimensions.
+def read_once(path: Path, read: Callable[..., Found], *given: Any) -> Found:
+    """Return the result of `read` for the open file, and what else it is given, such as its dimensions.
 
     The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
-    Raises
-    CheckpointError as it does, if the file holds another kind of network.
+    given: can be hashed. Raises CheckpointError as `read` does, if the file holds another kind of network.
     """
     stat = path.stat()
-    found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read)
+    found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read, given)
     return found
 
 
 @lru_cache(maxsize=16)  # called for every prompt of a long list and for every batch
-def _read_once(path: Path, where: Path, stamp: tuple[int, int], read: Callable[[Checkpoint], Any]) -> Any:
+def _read_once(
+    path: Path, where: Path, stamp: tuple[int, int], read: Callable[..., Any], given: tuple[Any, ...]
+) -> Any:
     """Read the file. where, stamp: identify it; path: as messages name it."""
     with open_checkpoint(path) as checkpoint:
-        return read(checkpoint)
+        return read(checkpoint, *given)
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:

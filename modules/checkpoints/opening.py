@@ -5,6 +5,7 @@ with open_checkpoint(path) as checkpoint:
     ...                                              # `filling.load_module` fills a network with them
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -12,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -102,9 +102,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -155,8 +153,25 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
     Raises CheckpointError if one is missing.
     """
-    if path.is_dir():
-        return _folder_paths(path)
+    if path.is_dir():  # the files of an index, else all shards, else the only model file
+        indexes = sorted(path.glob("*.index.json"))
+        if len(indexes) == 1:
+            return _read_index(indexes[0])
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+        is_one = len(safe) == 1 or all(_SHARD.fullmatch(file.name) for file in safe)
+        if not indexes and safe and is_one:
+            require_all_shards(safe)
+            return safe
+        if not indexes and len(files) == 1:
+            return files
+        found = [file.name for file in indexes + files]
+        names = ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
+        raise CheckpointError(
+            f"{path} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
+            "of the file.",
+            path,
+        )
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -190,34 +205,28 @@ def _shards_of(name: str) -> list[str]:
 
 def _read_index(path: Path) -> list[Path]:
     try:
-        named = parse_json(read_text(path))["weight_map"]
-        names = sorted({_name_below(name) for name in named.values()})
+        names = set()
+        for name in parse_json(read_text(path))["weight_map"].values():
+            below = Path(name)
+            if below.is_absolute() or below.drive or ".." in below.parts:
+                raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
+            names.add(str(below))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
         ) from error
-    return _require_existing(path, names)
-
-
-def _name_below(name: str) -> str:
-    """Return the name of a file in an index. Raises ValueError if it leads out of the index's folder."""
-    path = Path(name)
-    if path.is_absolute() or path.drive or ".." in path.parts:
-        raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
-    return str(path)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
+    return _require_existing(path, sorted(names))
 
 
 def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
-    missing = [name for name in names if not _is_file(path.parent / name)]
+    missing = []
+    for name in names:
+        with contextlib.suppress(OSError):  # a name that is too long
+            if (path.parent / name).is_file():
+                continue
+        missing.append(name)
     if missing:
         shown = [shorten(name, MOST_OF_NAME) for name in missing[:LISTED]]
         which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
@@ -227,28 +236,6 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def _folder_paths(folder: Path) -> list[Path]:
-    """Return the files of an index, else all shards, else the only model file."""
-    indexes = sorted(folder.glob("*.index.json"))
-    if len(indexes) == 1:
-        return _read_index(indexes[0])
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-    is_one = len(safe) == 1 or all(_SHARD.fullmatch(file.name) for file in safe)
-    if not indexes and safe and is_one:
-        require_all_shards(safe)
-        return safe
-    if not indexes and len(files) == 1:
-        return files
-    found = [file.name for file in indexes + files]
-    names = ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
-    raise CheckpointError(
-        f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Give the path of "
-        "the file.",
-        folder,
-    )
-
-
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -256,8 +243,7 @@ def fingerprint(path: Path) -> str:
     """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
 
     It covers sizes, beginnings, and chunks spread over the files: equal content gives equal text under any
-    name.
-    Raises CheckpointError as `open_checkpoint` does.
+    name. Raises CheckpointError as `open_checkpoint` does.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -287,7 +273,26 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
-    _refuse_foreign_quantisation(checkpoint)
+    kinds = [
+        name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)
+    ]
+    try:
+        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        formats = {str(layer["format"]) for layer in layers.values()}
+        for name in checkpoint.tensors:
+            if name.endswith(".comfy_quant"):
+                formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+        ) from error
+    if kinds or formats - _QUANT_FORMATS:
+        how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
+        raise CheckpointError(
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
+            "fp8 file of the model.",
+            checkpoint.path,
+        )
     scales = scales_in(checkpoint.tensors)
     beside = set(scales.values())
     sources = {}
@@ -314,27 +319,3 @@ def scales_in(names: Iterable[str]) -> dict[str, str]:
         for ending in _SCALES
         if name.endswith(ending)
     }
-
-
-def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
-    kinds = [
-        name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)
-    ]
-    formats: set[str] = set()
-    try:
-        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        formats |= {str(layer["format"]) for layer in layers.values()}
-        for name in checkpoint.tensors:
-            if name.endswith(".comfy_quant"):
-                formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
-        ) from error
-    if kinds or formats - _QUANT_FORMATS:
-        how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
-        raise CheckpointError(
-            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
-            "fp8 file of the model.",
-            checkpoint.path,
-        )

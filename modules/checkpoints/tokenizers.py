@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
-from modules.contract.rules import Place
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH
 from modules.paths import explain_missing
@@ -114,7 +113,8 @@ class TokenizerFiles:
         self.check_bytes(file)
         try:
             tokenizer = Tokenizer.from_file(str(file))
-            check_tokenizer(tokenizer)
+            if tokenizer.normalizer is not None:
+                _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
         except Exception as error:  # the library raises nothing more precise
             raise self.unreadable(file, error) from error
         except BaseException as error:
@@ -132,13 +132,6 @@ class TokenizerFiles:
             return read_content(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise self.unreadable(file, OSError(error.strerror)) from error
-
-    def check_sentencepiece(self, model: bytes, origin: Path) -> None:
-        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text too much."""
-        try:
-            check_sentencepiece(model)
-        except ValueError as error:
-            raise self.unreadable(origin, error) from error
 
     def check_bytes(self, file: Path) -> None:
         """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
@@ -189,14 +182,6 @@ class TokenizerFiles:
         return f"{place} (or its {' or '.join(self.names[:2])})"
 
 
-def token_places(encoded: Encoding) -> list[Place]:
-    """Return where each token of an encoded text stands in it; one that the tokenizer adds has no place."""
-    return [
-        None if is_added else place
-        for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
-    ]
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, or its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -205,16 +190,11 @@ def first_line(error: Exception) -> str:
 _PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
 
 
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a tokenizer's normaliser could make a text MAX_TOKENIZER_GROWTH times longer."""
-    if tokenizer.normalizer is not None:
-        _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
-
-
 def check_sentencepiece(model: bytes) -> None:
-    """The same for a SentencePiece model.
+    """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
 
-    Source: sentencepiece_model.proto, ModelProto and NormalizerSpec.
+    Its normaliser may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
+    sentencepiece_model.proto, ModelProto and NormalizerSpec.
     """
     for specification in _entries(model, 3):
         for charsmap in _entries(specification, 2):

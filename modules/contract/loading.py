@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.fp8.weights import is_fp8
 from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 
@@ -44,12 +43,6 @@ class TensorSource:
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0] if self.build is None else self.build(*tensors)
-
-    def is_fp8_in(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Return whether the file, which has these tensors, holds it as an 8-bit weight that can be kept."""
-        formats = {tensors[name].dtype for name in self.names if is_fp8(tensors[name].dtype)}
-        # rows joined from two formats have no common format
-        return self.as_fp8 is not None and len(formats) == 1
 
     def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return the weight in 8 bits, and its scale."""

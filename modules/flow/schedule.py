@@ -98,7 +98,15 @@ def make_schedule(
             raise ValueError(f"{steps} steps with the noise levels {', '.join(map(str, levels))}")
         sigmas = torch.tensor(levels, dtype=torch.float32)
         return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
-    return _table_grid(table, steps) if table else _GRIDS[solver](steps, flow_shift)
+    if not table:
+        return _GRIDS[solver](steps, flow_shift)
+    places = np.linspace(len(table) - 1, 0, steps)
+    of_table = np.append(np.interp(places, np.arange(len(table)), table), 0.0)
+    return Schedule(
+        torch.from_numpy(of_table).float(),
+        torch.from_numpy(places).float(),
+        torch.ones(steps + 1, dtype=torch.float64),
+    )
 
 
 def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
@@ -106,24 +114,9 @@ def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
     return Schedule(sigmas, timesteps, 1 - sigmas.double())
 
 
-def _table_grid(table: Sequence[float], steps: int) -> Schedule:
-    places = np.linspace(len(table) - 1, 0, steps)
-    sigmas = np.append(np.interp(places, np.arange(len(table)), table), 0.0)
-    return Schedule(
-        torch.from_numpy(sigmas).float(),
-        torch.from_numpy(places).float(),
-        torch.ones(steps + 1, dtype=torch.float64),
-    )
-
-
-def _even_grid(steps: int, flow_shift: float) -> Schedule:
-    sigmas = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float32), flow_shift)
-    return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
-
-
-def _thousandth_grid(steps: int, flow_shift: float) -> Schedule:
-    # evenly down to 1/1000, of which the last level is left out for 0
-    levels = torch.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1, dtype=torch.float32)[:-1]
+def _even_grid(lowest: float, keeps_lowest: bool, steps: int, flow_shift: float) -> Schedule:
+    # evenly from 1 down to `lowest`, which is the last level before 0, or is left out for 0
+    levels = torch.linspace(1, lowest, steps + (not keeps_lowest), dtype=torch.float32)[:steps]
     sigmas = shift_sigmas(levels, flow_shift)
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
 
@@ -154,23 +147,17 @@ def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), timesteps)
 
 
-def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
-    # down to the lowest timestep that models are trained on, from which the last jump goes to 0
-    levels = torch.linspace(1, 1 / TRAIN_TIMESTEPS, steps, dtype=torch.float32)
-    sigmas = shift_sigmas(levels, flow_shift)
-    return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
-
-
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
-    "euler": _even_grid,
+    "euler": partial(_even_grid, 0.0, False),
     "euler-trained": _trained_grid,
     # `shift_terminal` of the releases of Qwen-Image and of LTX-2
     "euler-terminal": partial(_terminal_grid, 0.02),
     "euler-tenth": partial(_terminal_grid, 0.1),
-    "euler-thousandth": _thousandth_grid,
+    "euler-thousandth": partial(_even_grid, 1 / TRAIN_TIMESTEPS, False),
     "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
-    "unipc-bh1": _even_grid,
+    "unipc-bh1": partial(_even_grid, 0.0, False),
     "dpm++": partial(_whole_timesteps, 1.0),
     "dpm++sde": partial(_whole_timesteps, 1.0),
-    "lcm": _lcm_grid,
+    # down to the lowest timestep that models are trained on, from which the last jump goes to 0
+    "lcm": partial(_even_grid, 1 / TRAIN_TIMESTEPS, True),
 }

@@ -154,33 +154,29 @@ class UniPC:
             _Level.at(self.schedule, place, self.variant.keeps_data) for place in (index, index + 1)
         )
         now = _Prediction.make(here, velocity, sample)
-        self.corrected = self._correct(here, sample.float(), now)
+        if self.corrected is None:
+            self.corrected = sample.float()
+        else:
+            *older, last = self._past[-self._order :]
+            step = here.lam - last.level.lam
+            points = [*_relative(older, last, step), (1.0, now.x0 - last.x0)]
+            self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(step, points))
 
         self._past = [*self._past, now][-self.variant.order :]
         self._order = len(self._past) if there.sigma > 0 else 1
-        return self._predict(there, self.corrected)
-
-    def _predict(self, there: "_Level", sample: Tensor) -> Tensor:
         *older, last = self._past[-self._order :]
         step = there.lam - last.level.lam
-        return _move(last.level, there, sample, last.x0, self._change(step, _relative(older, last, step)))
+        change = self._change(step, _relative(older, last, step))
+        return _move(last.level, there, self.corrected, last.x0, change)
 
-    def _correct(self, here: "_Level", sample: Tensor, now: "_Prediction") -> Tensor:
-        if self.corrected is None:
-            return sample
-        *older, last = self._past[-self._order :]
-        step = here.lam - last.level.lam
-        points = [*_relative(older, last, step), _Point(1.0, now.x0 - last.x0)]
-        return _move(last.level, here, self.corrected, last.x0, self._change(step, points))
-
-    def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
+    def _change(self, step: float, points: list[tuple[float, Tensor]]) -> Tensor | float:
         """Return how much the prediction changes over the step."""
         alone = len(points) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
         weights = (
-            [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
+            [self.variant.lone_weight(step)] if alone else _weights(step, [ratio for ratio, _ in points])
         )
         return sum(
-            (weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)),
+            (weight / ratio * one for weight, (ratio, one) in zip(weights, points, strict=True)),
             start=0.0,
         )
 
@@ -215,21 +211,14 @@ class _Prediction:
         return cls(level, sample.float() - level.sigma * velocity.float())
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Hold another prediction as seen from the start of a step."""
+def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[tuple[float, Tensor]]:
+    """Return the earlier predictions as seen from the start of a step, nearest first.
 
-    ratio: float  # its distance in lambda, in units of h
-    difference: Tensor  # to the prediction at the start
-
-
-def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[_Point]:
-    """Return the earlier predictions, nearest first.
-
-    Those made at pure noise are left out: they are infinitely far away.
+    For each: its distance in lambda, in units of h, and its difference to the prediction at the start. Those
+    made at pure noise are left out: they are infinitely far away.
     """
-    points = [_Point((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
-    return [point for point in points if math.isfinite(point.ratio)]
+    points = [((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
+    return [(ratio, difference) for ratio, difference in points if math.isfinite(ratio)]
 
 
 def _weights(step: float, ratios: list[float]) -> list[float]:

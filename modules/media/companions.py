@@ -91,7 +91,12 @@ class Companions:
         for stream in self._source.streams:
             if stream is not self._main:
                 self._add(target, stream)
-        target.set_chapters([self._moved(chapter) for chapter in self._source.chapters()])
+        chapters = []
+        for chapter in self._source.chapters():
+            ticks = round(self._origin / chapter["time_base"])
+            start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
+            chapters.append({**chapter, "start": start, "end": end})
+        target.set_chapters(chapters)
         wanted = [self._source.streams[index] for index in self._tracks]
         if wanted:
             self._packets = self._read(wanted)
@@ -107,7 +112,10 @@ class Companions:
             self._write(target, self._waiting)
             self._waiting = next(self._packets, None)
         if seconds is None:
-            self._report()
+            lost = {track.name: track.lost for track in self._tracks.values()}
+            for name, count in (lost | {"its sound or subtitles": self._failed}).items():
+                if count:
+                    logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
         """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
@@ -118,12 +126,6 @@ class Companions:
                 raise
             self._sent -= 1
             self._failed += 1
-
-    def _report(self) -> None:
-        lost = {track.name: track.lost for track in self._tracks.values()}
-        for name, count in (lost | {"its sound or subtitles": self._failed}).items():
-            if count:
-                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -143,7 +145,12 @@ class Companions:
             track.lost += 1
             return
         for one in converted:
-            self._move(one)
+            if one.dts is None:
+                one.dts = one.pts
+            if self._origin:
+                ticks = round(self._origin / one.time_base)
+                one.dts = None if one.dts is None else one.dts - ticks
+                one.pts = None if one.pts is None else one.pts - ticks
             one.stream = track.target
             try:
                 target.mux(one)
@@ -151,26 +158,34 @@ class Companions:
             except _damage():
                 track.lost += 1
 
-    def _move(self, packet: Any) -> None:
-        if packet.dts is None:
-            packet.dts = packet.pts
-        if self._origin:
-            ticks = round(self._origin / packet.time_base)
-            packet.dts = None if packet.dts is None else packet.dts - ticks
-            packet.pts = None if packet.pts is None else packet.pts - ticks
-
-    def _moved(self, chapter: Mapping[str, Any]) -> dict[str, Any]:
-        ticks = round(self._origin / chapter["time_base"])
-        start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
-        return {**chapter, "start": start, "end": end}
-
     def _add(self, target: Any, stream: Any) -> None:
         """Add a stream by the first way that the format allows."""
         name = _name(stream)
-        if stream.type == "video":
-            self._add_picture(target, stream, name)
+        codec = stream.codec_context.name if stream.codec_context is not None else ""
+        if stream.type == "video" and not is_cover(stream):
+            self._leave_out(name, "only the main stream of pictures is written", remedy="")
+        elif stream.type == "video" and not self._covers:
+            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
+        elif stream.type == "video" and self._suffix == ".mkv" and codec in _COVERS:
+            with open_container(self._path) as again:
+                picture = _first_packet(again, stream.index)
+            if picture is not None:
+                target.add_attachment(*_COVERS[codec], bytes(picture))
+        elif stream.type == "video":
+            if self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
+                self._add_copy(target, stream, name)
+            else:
+                self._leave_out(name)
         elif stream.type == "attachment":
-            self._add_attachment(target, stream, name)
+            tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
+            is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
+            if not self._covers and not is_font:  # subtitles need fonts
+                self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
+            elif self._suffix == ".mkv":
+                mimetype = stream.metadata.get("mimetype", "application/octet-stream")
+                target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
+            else:
+                self._leave_out(name)
         elif stream.type == "data" and (
             int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
         ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
@@ -194,8 +209,13 @@ class Companions:
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
         delayed = None
-        if self._suffix == ".mkv" and stream.type == "audio" and (samples := self._priming(stream)) > 0:
-            delayed = open_delayed(stream, samples)
+        if self._suffix == ".mkv" and stream.type == "audio":
+            with open_container(self._path) as again:
+                first = _first_packet(again, stream.index)
+            if first is not None and first.pts is not None:
+                before = self._origin - first.pts * first.time_base  # what comes before time 0
+                samples = round(before * stream.codec_context.sample_rate)
+                delayed = open_delayed(stream, samples) if samples > 0 else None
         if delayed is None:
             self._keep(stream, target.add_stream_from_template(stream, opaque=True), name, _copy)
             return
@@ -203,14 +223,6 @@ class Companions:
             added = target.add_stream_from_template(delayed.streams.audio[0], opaque=True)
         added.time_base = stream.time_base
         self._keep(stream, added, name, _copy)
-
-    def _priming(self, stream: Any) -> int:
-        """Return how many samples of sound come before time 0."""
-        with open_container(self._path) as again:
-            first = _first_packet(again, stream.index)
-            if first is None or first.pts is None:
-                return 0
-            return -round((first.pts * first.time_base - self._origin) * stream.codec_context.sample_rate)
 
     def _can_hold(self, stream: Any) -> bool:
         """Return whether the new file can hold the stream: a small one is written in memory."""
@@ -229,36 +241,6 @@ class Companions:
         except (av.FFmpegError, ValueError):
             return False
         return True
-
-    def _add_picture(self, target: Any, stream: Any, name: str) -> None:
-        """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not is_cover(stream):
-            self._leave_out(name, "only the main stream of pictures is written", remedy="")
-            return
-        if not self._covers:
-            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
-            return
-        codec = stream.codec_context.name if stream.codec_context is not None else ""
-        if self._suffix == ".mkv" and codec in _COVERS:
-            with open_container(self._path) as again:
-                picture = _first_packet(again, stream.index)
-            if picture is not None:
-                target.add_attachment(*_COVERS[codec], bytes(picture))
-        elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
-            self._add_copy(target, stream, name)
-        else:
-            self._leave_out(name)
-
-    def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
-        is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
-        if not self._covers and not is_font:  # subtitles need fonts
-            self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
-        elif self._suffix == ".mkv":
-            mimetype = stream.metadata.get("mimetype", "application/octet-stream")
-            target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
-        else:
-            self._leave_out(name)
 
     def _keep(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
         self._describe(added, stream)

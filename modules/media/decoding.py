@@ -27,19 +27,49 @@ def decode_frames(
     length that it states, or has no frame.
     """
     stream.thread_type = "AUTO"
-    decode = _alpha_decoder(path, stream) if alpha else None
+    decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
+    codec = stream.codec_context.name if alpha else ""
+    if codec in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1":
+        try:
+            decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
+        except ValueError:
+            raise MediaError(
+                f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
+                "Convert it to ProRes 4444, or to a folder of PNG images."
+            ) from None
+        decoder.options = {"max_pixels": str(MAX_PIXELS)}
     usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames, end_seconds = 0, 0.0
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
-        for frame in packet.decode() if decode is None else decode(packet):
+        # the last packet, which has no data, makes the decoder give what it holds back
+        for frame in packet.decode() if decoder is None else decoder.decode(packet if packet.size else None):
             num_frames += 1
             base = frame.time_base or stream.time_base
             start = end_seconds + usual_seconds if frame.pts is None else float(frame.pts * base)
             end_seconds = max(end_seconds, start)
             yield frame, start
-    _check_whole(path, container, stream, num_frames, end_seconds)
+    if not num_frames:
+        raise _no_frames(path)
+    # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
+    # length as a tag
+    seconds = stated_end(container, stream)
+    frame_seconds = usual_seconds or 0.1
+    if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
+        return
+    # a picture may be held long at the end; a file that has all its bytes, with no zeros for an end that was
+    # not fetched, is not cut
+    stated, has_all = _matroska_size(path), False
+    if 0 < stated <= path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(max(stated - TAIL, 0))
+            has_all = any(file.read(TAIL))
+    if not has_all:
+        raise MediaError(
+            f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
+            f"at {end_seconds:.2f} s"
+        )
 
 
 Turned = TypeVar("Turned", bound=NDArray[Any])
@@ -89,16 +119,6 @@ def stated_end(container: Any, stream: Any) -> Fraction | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3])
 
 
-def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file is as long as its header says, without zeros for an end not fetched."""
-    stated = _matroska_size(path)
-    if not 0 < stated <= path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(max(stated - TAIL, 0))
-        return any(file.read(TAIL))
-
-
 def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
     """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
     first = next(container.decode(stream), None)
@@ -137,43 +157,6 @@ def time_origin(container: Any) -> Fraction:
         if stream.type in ("audio", "video") and stream.start_time is not None
     ]
     return min((time for time in exact if abs(time - rounded) < Fraction(2, 1_000_000)), default=rounded)
-
-
-def _alpha_decoder(path: Path, stream: Any) -> Any:
-    """Return a decoder for packets with transparency, if the stream's own decoder would drop it."""
-    codec = stream.codec_context.name
-    if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA_DECODERS:
-        return None
-    try:
-        decoder: Any = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
-    except ValueError:
-        raise MediaError(
-            f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
-            "Convert it to ProRes 4444, or to a folder of PNG images."
-        ) from None
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}
-    # the last packet, which has no data, makes the decoder give what it holds back
-    return lambda packet: decoder.decode(packet if packet.size else None)
-
-
-def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
-    """Raise MediaError if a file ends before the length it states.
-
-    Most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
-    length as a tag.
-    """
-    if not num_frames:
-        raise _no_frames(path)
-    seconds = stated_end(container, stream)
-    frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
-    if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
-        return
-    # a picture may be held long at the end; a file that has all its bytes is not cut
-    if not _has_all_bytes(path):
-        raise MediaError(
-            f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
-            f"at {end_seconds:.2f} s"
-        )
 
 
 # Read animated GIF and WebP files: frames with transparency, and how long each one is shown.

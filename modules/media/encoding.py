@@ -166,8 +166,28 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
 
     An odd last row or column is cropped. Raises MediaError if the encoder fails.
     """
+    colours = av.video.reformatter
+    bt709 = colours.Colorspace.ITU709.value
     for index, pixels in enumerate(pictures):
-        converted = _video_frame(pixels, stream, index)
+        if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
+            raise MediaError(
+                f"the pictures of a video change their size: picture {index + 1} has {pixels.shape[1]} x "
+                f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
+            )
+        even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
+        is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
+        exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
+        converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
+            format=stream.pix_fmt,
+            dst_colorspace=colours.Colorspace.ITU709,
+            dst_color_range=colours.ColorRange.MPEG,
+            threads=1,  # with several, swscale at times damages rows where their parts meet
+        )
+        converted.pts = index
+        converted.time_base = 1 / stream.codec_context.framerate
+        # ProRes takes them from the frames
+        converted.colorspace = converted.color_primaries = converted.color_trc = bt709
+        del even, exact  # before the encoder takes memory
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets
@@ -190,29 +210,6 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     packets = [*encoder.encode(picture), *encoder.encode(), None]
     (shown,) = [found for packet in packets for found in decoder.decode(packet)]
     return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
-
-
-def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
-    if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
-        raise MediaError(
-            f"the pictures of a video change their size: picture {index + 1} has {pixels.shape[1]} x "
-            f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
-        )
-    even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-    is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
-    exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
-    colours = av.video.reformatter
-    converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
-        format=stream.pix_fmt,
-        dst_colorspace=colours.Colorspace.ITU709,
-        dst_color_range=colours.ColorRange.MPEG,
-        threads=1,  # with several, swscale at times damages rows where their parts meet
-    )
-    converted.pts = index
-    converted.time_base = 1 / stream.codec_context.framerate
-    # ProRes takes them from the frames
-    converted.colorspace = converted.color_primaries = converted.color_trc = colours.Colorspace.ITU709.value
-    return converted
 
 
 @contextlib.contextmanager

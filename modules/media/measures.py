@@ -209,20 +209,16 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     most_structure = 2.0  # of pictures that are each other's negatives
     if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
         return 0.0
-    return float(np.sqrt(_structure(first, second) * colours)) * smallness
-
-
-def _structure(first: Thumbnail, second: Thumbnail) -> float:
-    """Return 1 minus the highest correlation over all shifts; brightness and contrast do not matter."""
     height, width = first.grey.shape
     most_y, most_x = min(MOST_SHIFT, height // 4), min(MOST_SHIFT, width // 4)
     best = _correlation(first, second, 0, 0)
-    if best is None:
+    if best is None:  # the structure counts 0
         return 0.0
     for y in range(-most_y, most_y + 1):
         for x in range(-most_x, most_x + 1):
             best = max(best, _correlation(first, second, y, x) or 0.0)
-    return 1 - min(1.0, best)
+    structure = 1 - min(1.0, best)
+    return float(np.sqrt(structure * colours)) * smallness
 
 
 def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:

@@ -181,7 +181,8 @@ def _resampled(
                 if resampler is not None:
                     yield from _numbered(resampler.resample(None), place)
                 heard = heard if time is None else time
-                resampler, form, place = _resampler(layout, rate), now, round(heard * rate)
+                resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+                form, place = now, round(heard * rate)
             frame.pts = None
             heard += Fraction(frame.samples, frame.sample_rate)
             for first, samples in _numbered(resampler.resample(frame), place):
@@ -203,10 +204,6 @@ def _frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
         if packet.is_corrupt and not lenient:
             raise av.InvalidDataError(errno.EINVAL, "it is cut short")
         yield from packet.decode()
-
-
-def _resampler(layout: str, rate: int) -> Any:
-    return av.AudioResampler(format="fltp", layout=layout, rate=rate)
 
 
 def _numbered(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:

@@ -166,7 +166,16 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     codec = source.codec_context.name
 
     def convert(packet: Any) -> Iterator[Any]:
-        text = plain_text(bytes(packet), codec) if packet.size else ""
+        data = bytes(packet) if packet.size else b""
+        if codec == "mov_text":
+            data = data[2 : 2 + int.from_bytes(data[:2], "big")]
+        text = data.decode("utf-8", "replace")
+        if codec in ("ass", "ssa"):  # without marks of style, as below
+            text = re.sub(r"\{[^}]*\}", "", text.split(",", _ASS_FIELDS)[-1])
+            text = text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
+        elif codec != "mov_text":
+            text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
+        text = text.strip()
         if text:
             data = text.encode("utf-8")
             repacked = av.Packet(data if suffix == ".mkv" else len(data).to_bytes(2, "big") + data)
@@ -176,17 +185,3 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
             yield repacked
 
     return stream, convert
-
-
-def plain_text(data: bytes, codec: str) -> str:
-    """Return the text of one packet of subtitles, without marks of style."""
-    if codec == "mov_text":
-        size = int.from_bytes(data[:2], "big")
-        return data[2 : 2 + size].decode("utf-8", "replace").strip()
-    text = data.decode("utf-8", "replace")
-    if codec in ("ass", "ssa"):
-        text = text.split(",", _ASS_FIELDS)[-1]
-        text = re.sub(r"\{[^}]*\}", "", text).replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
-    else:
-        text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
-    return text.strip()

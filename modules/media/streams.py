@@ -63,7 +63,15 @@ def source_info(path: Path) -> SourceInfo:
         check_size(path, container, stream)
         first, width, height = first_picture(path, container, stream)
         rate = _plain_rate(stream)
-        return SourceInfo(width, height, rate, _count(path, container, stream, rate), _is_deep(first))
+        # a header may claim any number of frames; each takes a byte at least
+        count, most = int(stream.frames), path.stat().st_size
+        if not 0 < count <= most:
+            seconds = Fraction(stream.duration * stream.time_base) if stream.duration else None
+            if seconds is None and container.duration:
+                seconds = Fraction(container.duration, 1_000_000)
+            count = 0 if seconds is None else round(seconds * rate)
+        frames = count if 0 < count <= most else None
+        return SourceInfo(width, height, rate, frames, _is_deep(first))
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
@@ -108,11 +116,26 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
         rate, origin = _plain_rate(stream), time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
-        end = _stated_end(container, stream, origin)
+        # when the last picture ends: files keep no duration of it, or that of the one stored last
+        end = stated_end(container, stream)
+        if "mov" in container.format.name and stream.duration:
+            end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
+        if end is not None and container.duration:
+            # tags stay as they were when a file is cut, its own length does not
+            length = Fraction(container.start_time or 0, 1_000_000) + Fraction(container.duration, 1_000_000)
+            end = min(end, length) - origin
+        else:
+            end = None
         for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
             base = frame.time_base or stream.time_base
             if number == 0:
-                _warn_of_hdr(path, frame)
+                hdr = _HDR.get(int(frame.color_trc))
+                if hdr is not None:
+                    logger.warning(
+                        "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
+                        "because it is marked as an ordinary video (BT.709). Convert it to SDR first.",
+                        *(path, hdr),
+                    )
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
@@ -123,21 +146,6 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
             yield Picture(turn_upright(pixels, frame.rotation), start, seconds)
-
-
-def _stated_end(container: Any, stream: Any, origin: Fraction) -> Fraction | None:
-    """Return when the last picture ends: files keep no duration of it, or that of the one stored last."""
-    if "mov" in container.format.name and stream.duration:
-        end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
-    else:
-        end = stated_end(container, stream)
-    if end is None or not container.duration:
-        return None
-    # tags stay as they were when a file is cut, its own length does not
-    return (
-        min(end, Fraction(container.start_time or 0, 1_000_000) + Fraction(container.duration, 1_000_000))
-        - origin
-    )
 
 
 class Clock:
@@ -194,30 +202,5 @@ def _plain_rate(stream: Any) -> Fraction:
     return Fraction(average).limit_denominator(1001) or Fraction(average)
 
 
-def _count(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
-    # a header may claim any number of frames; each takes a byte at least
-    if 0 < stream.frames <= path.stat().st_size:
-        return int(stream.frames)
-    if stream.duration:
-        seconds = Fraction(stream.duration * stream.time_base)
-    elif container.duration:
-        seconds = Fraction(container.duration, 1_000_000)
-    else:
-        return None
-    count = round(seconds * rate)
-    return count if 0 < count <= path.stat().st_size else None
-
-
 def _is_deep(frame: Any) -> bool:
     return any(part.bits > 8 for part in frame.format.components)
-
-
-def _warn_of_hdr(path: Path, frame: Any) -> None:
-    name = _HDR.get(int(frame.color_trc))
-    if name is not None:
-        logger.warning(
-            "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, because it is "
-            "marked as an ordinary video (BT.709). Convert it to SDR first.",
-            path,
-            name,
-        )

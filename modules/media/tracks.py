@@ -1,7 +1,7 @@
 """Put a track that was made beside the pictures of a new video, or into a WAV file."""
 
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ LOUDEST = 32767  # of 16 bits
 
 class TrackSound:
     """A track, encoded (AAC) as far as the new video has grown and as long as its pictures."""
-
-    tags: Mapping[str, str] = {}
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
         """lasts: returns the seconds of all pictures, when all are there."""
@@ -48,10 +46,6 @@ class TrackSound:
             target.mux(self._stream.encode(frame))
         if seconds is None:
             target.mux(self._stream.encode(None))
-
-    def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the pictures."""
-        target.mux(packet)
 
 
 def write_wav(path: Path, track: Track) -> None:

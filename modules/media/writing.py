@@ -56,11 +56,6 @@ class SectionSound:
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
 
-    @property
-    def tags(self) -> Mapping[str, str]:
-        """Tags of the whole file say nothing of a section."""
-        return {}
-
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream of sound to the new file, if there is any. video: the stream of pictures."""
         main = self._source.streams.best("video")
@@ -84,10 +79,6 @@ class SectionSound:
                 return
             target.mux(self._waiting)
             self._waiting = None
-
-    def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the pictures."""
-        target.mux(packet)
 
     def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
         position, layout, rate = 0, stream.layout.name, stream.rate
@@ -122,8 +113,6 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._first: int | None = None  # when the first packet is stored, in ticks
-        self._ahead: int | None = None  # ticks between those that are stored before the first is shown
         self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
 
     @property
@@ -154,8 +143,22 @@ class Timing:
         The last one waits until it is known to be the last.
         """
         held = None
+        first: int | None = None  # when the first packet is stored, in ticks
+        ahead: int | None = None  # ticks between those that are stored before the first is shown
         for packet in packets:
-            self._apply(packet)
+            shown, stored = (
+                round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts)
+            )
+            packet.time_base = Fraction(1, self._ticks)
+            packet.pts, packet.duration = self._held[shown]
+            if stored < 0 and ahead is None:
+                # the shortest of the first: with a mean, pictures held long would begin the file early
+                ahead = min(length for _, length in self._held.values())
+            before = round(self._begin * self._ticks) + stored * (ahead or 0)  # counted backwards
+            packet.dts = before if stored < 0 else self._held[stored][0]
+            first = packet.dts if first is None else first
+            for number in [number for number in self._held if number < stored]:
+                del self._held[number]  # no later packet is stored or shown before this one
             if held is not None:
                 yield held
             held = packet
@@ -163,25 +166,12 @@ class Timing:
             return
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
-        assert self._first is not None
-        end, last = self._first + round(self.seconds * self._ticks), round(self._end * self._ticks)
+        assert first is not None
+        end, last = first + round(self.seconds * self._ticks), round(self._end * self._ticks)
         held.dts = max(held.dts, min(held.pts, end - held.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
         held.duration = max(held.duration, min(end - held.dts, last - held.pts))
         yield held
-
-    def _apply(self, packet: Any) -> None:
-        shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
-        packet.time_base = Fraction(1, self._ticks)
-        packet.pts, packet.duration = self._held[shown]
-        if stored < 0 and self._ahead is None:
-            # the shortest of the first: with a mean, pictures held long would begin the file seconds early
-            self._ahead = min(length for _, length in self._held.values())
-        before = round(self._begin * self._ticks) + stored * (self._ahead or 0)  # counted backwards
-        packet.dts = before if stored < 0 else self._held[stored][0]
-        self._first = packet.dts if self._first is None else self._first
-        for number in [number for number in self._held if number < stored]:
-            del self._held[number]  # no later packet is stored or shown before this one
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -279,7 +269,7 @@ def write_shown(
     ):
         given = tags or {}
         replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
-        old = others.tags if others else {}
+        old = others.tags if isinstance(others, Companions) else {}
         all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
         options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
         if suffix != ".mkv":
@@ -295,11 +285,12 @@ def write_shown(
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
             for packet in timing.timed(encode_pictures(stream, pictures)):
-                if others is None:
-                    container.mux(packet)
-                else:
+                if others is not None:
                     others.write(container, packet.dts * packet.time_base)
+                if isinstance(others, Companions):
                     others.mux(container, packet)
+                else:
+                    container.mux(packet)
             if others is not None:
                 others.write(container, None)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)

@@ -44,38 +44,20 @@ def make_umt5(folder: Path, name: str = "tokenizer.json") -> WanTextEncoder:
     return WanTextEncoder(folder / T5_FILE, folder / "google" / "umt5-xxl" / name)
 
 
-def make_t5(folder: Path) -> T5TextEncoder:
-    folder.mkdir(parents=True, exist_ok=True)
-    return T5TextEncoder(write_t5xxl(folder), torch.float32, max_length=32, uses_mask=True)
-
-
 def make_llama(folder: Path, adds_begin: bool = True) -> LlavaTextEncoder:
     write_text_encoders(folder)
     write_llama_tokenizer(folder / "text_encoder", adds_begin)
     return LlavaTextEncoder(folder, torch.float32, template=TEMPLATE)
 
 
-def make_framepack(folder: Path) -> FramePackLlama:
-    write_text_encoders(folder)
-    return FramePackLlama(folder, torch.float32, template=TEMPLATE)
+def of_hunyuan(kind: Callable[..., Encoder], **settings: Any) -> Callable[[Path], Encoder]:
+    """A text encoder of HunyuanVideo's files."""
 
+    def make_one(folder: Path) -> Encoder:
+        write_text_encoders(folder)
+        return kind(folder, torch.float32, **settings)
 
-def make_clip(folder: Path) -> Encoder:
-    write_text_encoders(folder)
-    return HunyuanClip(folder, torch.float32)
-
-
-def make_pooled_clip(folder: Path) -> FramePackClip:
-    write_text_encoders(folder)
-    return FramePackClip(folder, torch.float32)
-
-
-def make_qwen(folder: Path) -> QwenTextEncoder:
-    return QwenTextEncoder(write_qwen(folder), torch.float32)
-
-
-def make_gemma(folder: Path) -> GemmaTextEncoder:
-    return GemmaTextEncoder(write_gemma(folder), torch.float32, system_prompt="Draw.", max_tokens=40)
+    return make_one
 
 
 def make_mistral(folder: Path) -> LanguageModelEncoder:
@@ -88,14 +70,16 @@ def make_mistral(folder: Path) -> LanguageModelEncoder:
 KINDS: dict[str, Callable[[Path], Any]] = {
     "umT5": make_umt5,
     "umT5 by pieces": lambda folder: make_umt5(folder, "spiece.model"),
-    "T5": make_t5,
+    "T5": lambda folder: T5TextEncoder(write_t5xxl(folder), torch.float32, max_length=32, uses_mask=True),
     "Llama": make_llama,
     "Llama without begin": lambda folder: make_llama(folder, adds_begin=False),
-    "FramePack's Llama": make_framepack,
-    "CLIP-L": make_clip,
-    "FramePack's CLIP-L": make_pooled_clip,
-    "Qwen": make_qwen,
-    "Gemma": make_gemma,
+    "FramePack's Llama": of_hunyuan(FramePackLlama, template=TEMPLATE),
+    "CLIP-L": of_hunyuan(HunyuanClip),
+    "FramePack's CLIP-L": of_hunyuan(FramePackClip),
+    "Qwen": lambda folder: QwenTextEncoder(write_qwen(folder), torch.float32),
+    "Gemma": lambda folder: GemmaTextEncoder(
+        write_gemma(folder), torch.float32, system_prompt="Draw.", max_tokens=40
+    ),
     "Mistral": make_mistral,
 }
 

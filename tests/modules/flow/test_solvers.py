@@ -72,22 +72,15 @@ def recorded_draws(seed: int) -> Callable[[Sequence[int]], Tensor]:
     return lambda shape: torch.randn(*shape, generator=generator)
 
 
-def diffusers_solver(name: str) -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    if name == "unipc":
-        return diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
-        )
-    return diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
-    )
-
-
 @pytest.mark.parametrize("name", ["unipc", "dpm++"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20])
 def test_steps_equal_those_of_diffusers_on_the_same_sigmas(name: str, steps: int) -> None:
     solver = solver_for(name, steps, 5.0)
-    theirs = diffusers_solver(name)
+    diffusers = pytest.importorskip("diffusers")
+    kind = diffusers.UniPCMultistepScheduler if name == "unipc" else diffusers.DPMSolverMultistepScheduler
+    theirs = kind(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
+    )
     theirs.set_timesteps(steps)
     theirs.sigmas, theirs.timesteps = solver.schedule.sigmas, solver.schedule.timesteps.long()
     generator = torch.Generator().manual_seed(0)

@@ -225,9 +225,11 @@ def test_a_recording_of_a_broadcast_becomes_a_file_that_begins_at_zero(tmp_path:
     assert [start - starts[0] for start in starts] == [Fraction(index, 25) for index in range(20)]
 
 
-def write_cover(path: Path, muxer: str) -> Path:
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / "source.mp4"
     picture = np.full((32, 32, 3), 200, np.uint8)
-    with av.open(str(path), "w", format=muxer) as target:
+    with av.open(str(source), "w", format="mp4") as target:
         video = target.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
         cover = target.add_stream("mjpeg", rate=1)
@@ -239,12 +241,6 @@ def write_cover(path: Path, muxer: str) -> Path:
         target.mux(video.encode())
         target.mux(cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         target.mux(cover.encode())
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
-def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
-    source = write_cover(tmp_path / "source.mp4", "mp4")
 
     made = remake(source, suffix)
 
