@@ -51,7 +51,10 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
-    expert = options.expert or expert_of_model(options.dit)
+    # by the file's name or its folder's: `high_noise_model/` is the official repository's, `transformer/`
+    # beside `transformer_2/` diffusers'
+    folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
+    expert = options.expert or expert_of_file(options.dit, folders)
     merge_into_file(
         options.dit,
         [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
@@ -192,14 +195,6 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def expert_of_model(path: Path) -> str | None:
-    """Return the expert that a model's file or folder holds, by its name or its folder's; None if unknown.
-
-    `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
-    """
-    return expert_of_file(path, {start.removesuffix("."): expert for start, expert in NETWORKS.items()})
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:

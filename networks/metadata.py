@@ -313,11 +313,15 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
+    # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
+    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
+    layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
+    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
         _of_numbers("rank", ranks),
         _of_numbers("alpha", Counter(alphas)),
-        f"{len(modules)} layers: {_layers(modules)}",
+        f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
@@ -330,11 +334,3 @@ def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:
     if len(numbers) > LISTED:
         return f"{word} {min(numbers):g} to {max(numbers):g}"
     return f"{word} {', '.join(f'{number:g}' for number in sorted(numbers))}"
-
-
-def _layers(modules: Mapping[str, Factors]) -> str:
-    """`blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
-    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
-    shown = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
-    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
-    return ", ".join(shown) + more
