@@ -98,17 +98,10 @@ class Asking:
             asked: list[AskedPicture] = []
             self.lines += 1
             with failures.note_errors(line.label):
-                asked = self.of_line(line)
+                texts = enumerate(self._texts(line), self.made)
+                asked = [self._picture(line, text, seed, number) for number, (seed, text) in texts]
+                self.made += len(asked)
             yield from asked
-
-    def of_line(self, line: Line) -> list[AskedPicture]:
-        """Return the pictures of a line. Raises OptionError if it cannot be used."""
-        asked = [
-            self._picture(line, text, seed, self.made + number)
-            for number, (seed, text) in enumerate(self._texts(line))
-        ]
-        self.made += len(asked)
-        return asked
 
     def _texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seed of each picture of a line, and the line with its variants chosen."""

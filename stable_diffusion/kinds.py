@@ -91,9 +91,10 @@ def check_told(options: ModelOptions, kind: ModelKind) -> None:
     given = zip(KINDS, (options.v1, options.v2, options.sdxl), strict=True)
     told = next((each for each, is_told in given if is_told), kind)
     if told is not kind:
+        flag = {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[told]
         raise OptionError(
-            f"{_option(told)}: {options.ckpt} is {kind.words}, by its tensors. Leave {_option(told)} out, or "
-            f"give a checkpoint of {told.words}."
+            f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a checkpoint "
+            f"of {told.words}."
         )
 
 
@@ -136,7 +137,3 @@ def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | Non
 
 def _has(names: Iterable[str], start: str) -> bool:
     return any(name.startswith(start) for name in names)
-
-
-def _option(kind: ModelKind) -> str:
-    return {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[kind]

@@ -101,17 +101,13 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
 
-    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name.
+    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name of a
+    file, on this system or another.
     """
     values = parse_line(line, LINE_OPTIONS, where)
     name = values.get("file_name")
-    if name is not None:
-        _check_name(name)
-    return values
-
-
-def _check_name(name: str) -> None:
-    """Raise OptionError if --f is no name of a file, on this system or another."""
+    if name is None:
+        return values
     shown = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
@@ -125,6 +121,7 @@ def _check_name(name: str) -> None:
             f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} beside the number and "
             "the ending. Give a shorter one"
         )
+    return values
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
@@ -300,12 +297,8 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
         ]
     if prompts.prompt is not None:
         return [Line("the prompt", prompts.prompt)]
-    return _lines_of_images(inputs.images)
-
-
-def _lines_of_images(images: Sequence[Path]) -> list[Line]:
     lines = []
-    for number, path in enumerate(images):
+    for number, path in enumerate(inputs.images):
         texts = read_tags(path)
         if "prompt" in texts:
             negative = texts.get("negative-prompt", "")

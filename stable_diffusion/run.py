@@ -180,22 +180,18 @@ class Run:
         paths = []
         asked = self.asking.pictures(lines, failures)
         for batch in batches(asked, self.options.prompts.batch_size):
-            paths += self._make_batch(batch, failures)
-        return paths
-
-    def _make_batch(self, batch: Sequence[AskedPicture], failures: Failures) -> list[Path]:
-        if len(batch) > 1:
-            try:
-                return self._make(batch)
-            except OutputError:
-                raise
-            except Exception as error:
-                what = count_of(len(batch), "picture")
-                logger.warning("A batch of %s failed and is made one by one: %s", what, error)
-        paths = []
-        for picture in batch:
-            with failures.note_errors(picture.label, fatal=OutputError):
-                paths += self._make([picture])
+            if len(batch) > 1:
+                try:
+                    paths += self._make(batch)
+                    continue
+                except OutputError:
+                    raise
+                except Exception as error:
+                    what = count_of(len(batch), "picture")
+                    logger.warning("A batch of %s failed and is made one by one: %s", what, error)
+            for picture in batch:
+                with failures.note_errors(picture.label, fatal=OutputError):
+                    paths += self._make([picture])
         return paths
 
     def _make(self, batch: Sequence[AskedPicture]) -> list[Path]:

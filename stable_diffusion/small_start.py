@@ -124,20 +124,15 @@ class _Shrinking:
             return call
         # a ControlNet sees the whole size: what it adds has to be of the features' size
         skips, middle = call.residuals
-        sizes = self.skip_sizes()
-        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
-        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
-
-    def skip_sizes(self) -> list[Size]:
-        """Return the sizes of the input blocks' outputs."""
-        size, sizes = self.size, []
+        size, sizes = self.size, []  # of the input blocks' outputs
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
-                size = smaller_size(size, self.shrink.ds_ratio)
+                size = smaller_size(size, shrink.ds_ratio)
             if isinstance(block, Downsample2D):
                 size = -(-size[0] // 2), -(-size[1] // 2)
             sizes.append(size)
-        return sizes
+        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
+        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
     # What the hooks call
 

@@ -270,16 +270,13 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 
     Pictures are encoded one by one, so that none depends on its batch.
     """
-    return torch.cat(
-        [_sample(model, each[None], generator) for each, generator in zip(pixels, generators, strict=True)]
-    )
-
-
-def _sample(model: Model, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    posterior = model.vae.encode(pixels.to(model.device, model.vae_dtype)).latent_dist
-    mean = posterior.mean.float()
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return (mean + posterior.std.float() * noise) * model.kind.latent_scale
+    samples = []
+    for each, generator in zip(pixels, generators, strict=True):
+        posterior = model.vae.encode(each[None].to(model.device, model.vae_dtype)).latent_dist
+        mean = posterior.mean.float()
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        samples.append((mean + posterior.std.float() * noise) * model.kind.latent_scale)
+    return torch.cat(samples)
 
 
 @torch.no_grad()

@@ -210,7 +210,10 @@ def _not_extended(path: Path, why: str) -> CheckpointError:
 def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if one is none."""
     for name, tensor in tensors.items():
-        if not _is_rows(tensor):
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
+        # no more numbers than the file can hold, as rows may share memory
+        if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
             why = f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}"
             raise _not_one(path, why) if option == OPTION else _not_extended(path, why)
         if not tensor.float().isfinite().all():  # 8 bits have no such test
@@ -218,17 +221,6 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
                 f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
             )
     return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    """Return whether a tensor holds vectors of numbers, and no more of them than its file can hold."""
-    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-    return (
-        is_plain
-        and tensor.is_floating_point()
-        and tensor.ndim in (1, 2)
-        and 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES
-    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
