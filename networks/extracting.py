@@ -118,12 +118,21 @@ def extract_whole(options: ExtractOptions) -> None:
         pair = original, tuned
         family = _family_of_both(pair)
         same = _unchanged_texts(pair, options.min_diff)
-        wanted = {}
+        wanted: dict[str, list[tuple[str, int, str, TensorPiece]]] = {}
         for name in original.tensors:
-            pieces = [one for one in pieces_of(name) if one.name.endswith(".weight")]
-            found = [(one, _module(one, family)) for one in pieces if one.network not in same]
-            ranked = [(module, _rank(module, options), module, one) for one, module in found]
-            wanted[name] = [each for each in ranked if each[1]]
+            wanted[name] = []
+            for one in pieces_of(name):
+                if not one.name.endswith(".weight") or one.network in same:
+                    continue
+                if one.network:
+                    module = f"{one.network}_{replace_dots(one.name.removesuffix('.weight'))}"
+                    own = options.dim if _IN_TEXT.search(module) else 0
+                else:
+                    module = OURS + alias(module_of_tensor(one.name)[0], family)
+                    own = (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
+                    own = options.dim if _ATTENTION.search(module) else own
+                if own:
+                    wanted[name].append((module, own, module, one))
         rank = options.conv_dim
         arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
         version, kind = family.written_version, family.architecture
@@ -236,22 +245,6 @@ def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
             "and its fine-tuned version.",
             pair[1].path,
         )
-
-
-def _module(piece: TensorPiece, family: FamilyNames) -> str:
-    """Return the name of a weight's module in LoRA files, ours."""
-    if not piece.network:
-        return OURS + alias(module_of_tensor(piece.name)[0], family)
-    return f"{piece.network}_{replace_dots(piece.name.removesuffix('.weight'))}"
-
-
-def _rank(module: str, options: ExtractOptions) -> int:
-    """Return the rank of a module's LoRA; 0: it gets none."""
-    if module.startswith(OURS):
-        if _ATTENTION.search(module):
-            return options.dim
-        return (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
-    return options.dim if _IN_TEXT.search(module) else 0
 
 
 def _family_of_both(pair: Pair) -> FamilyNames:

@@ -13,7 +13,7 @@ from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, 
 from networks.key_formats import OURS
 from networks.loading import list_some, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
-from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
+from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, read_family
 from networks.parts import for_model
@@ -41,8 +41,9 @@ class OwnNetwork(nn.Module):
         self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
         if settings.perturbation is not None:
             linear = {name: one for name, one in layers.items() if isinstance(one.original, nn.Linear)}
-            strengths = RowStrengths({name: one.original.out_features for name, one in linear.items()})
+            strengths = nn.Module()  # buffers, which are saved with the state of a training
             for index, (name, layer) in enumerate(linear.items()):
+                strengths.register_buffer(name, torch.zeros(layer.original.out_features))
                 self._bases[name] = mean_row_norm(layer.original, index)
                 layer.noise_of = strengths, name  # there is none until the first step
             self.state_beside_file = {"ggpo": strengths}

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
 from modules.checkpoints.dialects import LoadPlan, load_planned
@@ -94,7 +92,19 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)
     rows = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
-    towers = tuple(_tower(*row, release.kind is SD2, device, dtype) for row in rows)
+    towers = tuple(
+        TextTower(
+            network=network,
+            tokenize=words.tokenize,
+            start=words.start,
+            end=words.end,
+            pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
+            lora_prefix=lora_prefix,
+            projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
+            missing_layers=1 if release.kind is SD2 else 0,
+        )
+        for plan, network, words, lora_prefix in rows
+    )
     # options that change the computation of networks without changing their weights
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
@@ -270,11 +280,7 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
     """Fill networks from the open files; on the meta device nothing is read, but all is compared."""
     for network, plan, dtype, what in parts:
-        load_planned(plan, partial(_keep, network), device, dtype, what).requires_grad_(False)
-
-
-def _keep(network: Any, _: Any) -> Any:
-    return network
+        load_planned(plan, lambda _, made=network: made, device, dtype, what).requires_grad_(False)
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:
@@ -291,24 +297,3 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     except OptionError as error:
         given = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", given)) from error
-
-
-def _tower(
-    plan: TextPlan,
-    network: ClipText,
-    words: ClipWords,
-    lora_prefix: str,
-    is_sd2: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TextTower:
-    return TextTower(
-        network=network,
-        tokenize=words.tokenize,
-        start=words.start,
-        end=words.end,
-        pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
-        lora_prefix=lora_prefix,
-        projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
-        missing_layers=1 if is_sd2 else 0,
-    )

@@ -141,7 +141,7 @@ class _Shrinking:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
-    def enter_output(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Fit the features to an output block's first skip, and note the sizes of the others."""
         if self.depth is None:
             return None
@@ -152,7 +152,7 @@ class _Shrinking:
         if wanted is not None and [-(-side // 2) for side in wanted] != list(self.skips[-1]):
             wanted = None
         fitted = resize_like(kwargs["hidden_states"], self.skips[0])
-        return {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
+        return args, {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
         """Fit the features to the skip that the next layer of the output block takes."""
@@ -178,7 +178,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
     for output in unet.up_blocks:
         yield output.register_forward_pre_hook(
-            lambda _, args, kwargs: _keep(args, shrinking.enter_output(kwargs)), with_kwargs=True
+            lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
         )
         attentions = getattr(output, "attentions", None)
         for layer, last in enumerate(list(attentions or output.resnets)[:-1]):
@@ -186,10 +186,6 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
     yield unet.conv_norm_out.register_forward_pre_hook(lambda _, args: shrinking.enter_end(args[0]))
-
-
-def _keep(args: Any, kwargs: dict[str, Any] | None) -> tuple[Any, dict[str, Any]] | None:
-    return None if kwargs is None else (args, kwargs)
 
 
 # Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.
