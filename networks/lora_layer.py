@@ -137,7 +137,12 @@ class LoraLayer(nn.Module):
         if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
             return self._original_forward(x)
         if self._joins(x, dtype):
-            out = whole = self._add_in_place(x, dropping)
+            seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+            hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
+            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+            held = hold(hidden, up, heights)
+            out = self._original_forward(seen)
+            out = whole = add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
         else:
             out = self._original_forward(x)
             added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
@@ -192,15 +197,6 @@ class LoraLayer(nn.Module):
             return False
         largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
         return self.dora_scale is None and largest >= self.joins_from
-
-    def _add_in_place(self, x: Tensor, dropping: bool) -> Tensor:
-        """Return the output of the frozen module with the LoRA's, both of x's dtype."""
-        seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-        hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
-        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-        held = hold(hidden, up, heights)
-        out = self._original_forward(seen)
-        return add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
 
     def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
         """Return hidden, ... R, times multiplier and scale: this tensor is small. dropping: with dropouts."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,11 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
     """Fill networks from the open files; on the meta device nothing is read, but all is compared."""
     for network, plan, dtype, what in parts:
-        load_planned(plan, lambda _, made=network: made, device, dtype, what).requires_grad_(False)
+        load_planned(plan, partial(_keep, network), device, dtype, what).requires_grad_(False)
+
+
+def _keep(network: Any, _: Any) -> Any:
+    return network
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:

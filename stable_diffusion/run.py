@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ from stable_diffusion.lines import (
     find_inputs,
     import_prompter,
     list_lines,
-    make_prompter,
-    prompted_lines,
+    module_lines,
 )
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions, PictureOutputOptions
@@ -246,8 +244,18 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         else:
             module = import_prompter(options.prompts.from_module)
             run = start()
-            paths = run.make_all(_rounds(run, _module_lines(run, module, failures)), failures)
-            asked = run.asking.lines
+            asking, seeds, maker = run.asking, run.asking.seeds, run.maker
+            of_round = module_lines(
+                module, options, maker.model, maker.networks, seeds.random, lambda: asking.made
+            )
+
+            def prompted() -> Iterator[Line]:
+                """Yield the lines of a round; a module that fails ends it."""
+                with failures.note_errors("the next prompt"):
+                    yield from of_round(seeds.round_seed)
+
+            paths = run.make_all(_rounds(run, prompted), failures)
+            asked = asking.lines
     if len(paths) > 1:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     where = options.prompts.from_file
@@ -294,19 +302,6 @@ def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[
             asking.seeds.random.shuffle(lines)
         for line in lines:
             yield line if prompts.n_iter == 1 else replace(line, label=f"{line.label}, round {number}")
-
-
-def _module_lines(run: Run, module: ModuleType, failures: Failures) -> Callable[[], Iterator[Line]]:
-    """Return the function that yields the lines of a round; a module that fails ends it."""
-    prompter = make_prompter(module, run.options, run.maker.model, run.maker.networks)
-    asking = run.asking
-
-    def lines() -> Iterator[Line]:
-        with failures.note_errors("the next prompt"):
-            seeds = asking.seeds
-            yield from prompted_lines(prompter, seeds.random, seeds.round_seed, lambda: asking.made)
-
-    return lines
 
 
 def converse(run: Run) -> None:

@@ -225,15 +225,8 @@ class PictureVectors:
         CheckpointError if the tower's files are damaged or do not fit the model.
         """
         new = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
-        if new:
-            self._see(new)
-        return [
-            replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
-        ]
-
-    def _see(self, paths: Sequence[Path]) -> None:
         device = self._model.device
-        if self._tower is None:
+        if new and self._tower is None:
             self._tower = load_clip_vision(self._path, device, self._model.dtype, OPTION, RELEASE)
             logger.info("CLIP vision conditioning: %s", self._path)
             text, found = self._model.texts[-1], self._tower.visual_projection.out_features
@@ -245,12 +238,16 @@ class PictureVectors:
                     f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
                     self._path,
                 )
-        tower = self._tower.to(device)
-        for path in paths:
-            image = Image.fromarray(first_frame(path)[..., :3])
-            self._vectors[path] = tower.encode([image])[0] * self._strength
-        if device.type != "cpu":
-            tower.to("cpu")
+        if new and self._tower is not None:
+            tower = self._tower.to(device)
+            for path in new:
+                image = Image.fromarray(first_frame(path)[..., :3])
+                self._vectors[path] = tower.encode([image])[0] * self._strength
+            if device.type != "cpu":
+                tower.to("cpu")
+        return [
+            replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
+        ]
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
