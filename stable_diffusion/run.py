@@ -63,9 +63,33 @@ class PictureFiles:
         digit: of the stage, empty if there is one stage. number: of the picture in its batch, from 0. Raises
         OutputError if it cannot be written.
         """
-        texts = png_texts(picture, self.kind, self.sampler)
+        # under the names of the image guides
+        settings = picture.settings
+        texts: dict[str, object] = {
+            "prompt": picture.prompt,
+            "seed": picture.seed,
+            "sampler": self.sampler,
+            "steps": settings.steps,
+            "scale": settings.scale,
+            "negative-prompt": picture.negative_prompt or None,
+            "negative-scale": settings.negative_scale,
+            "clip-prompt": picture.clip_prompt,
+            "raw-prompt": picture.raw_prompt,
+        }
+        if self.kind is SDXL:
+            sizes = settings.sizes
+            height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
+            texts |= {
+                "original-height": height,
+                "original-width": width,
+                "original-height-negative": sizes.original_height_negative or height,
+                "original-width-negative": sizes.original_width_negative or width,
+                "crop-top": sizes.crop_top or 0,
+                "crop-left": sizes.crop_left or 0,
+            }
+        storable = {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
         with self._free(self._names(picture, digit, number)) as path:
-            write_png(path, np.asarray(image.convert("RGB")), texts)
+            write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
     def _names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
@@ -106,34 +130,6 @@ class PictureFiles:
 def _named(stem: str, digit: str) -> Iterator[str]:
     stem = f"{stem}_{digit}" if digit == FIRST else stem
     return chain([stem], (f"{stem}_{number}" for number in count(1)))
-
-
-def png_texts(picture: AskedPicture, kind: ModelKind, sampler: str) -> Mapping[str, str]:
-    """Return the texts of a PNG, under the names of the image guides."""
-    settings = picture.settings
-    texts: dict[str, object] = {
-        "prompt": picture.prompt,
-        "seed": picture.seed,
-        "sampler": sampler,
-        "steps": settings.steps,
-        "scale": settings.scale,
-        "negative-prompt": picture.negative_prompt or None,
-        "negative-scale": settings.negative_scale,
-        "clip-prompt": picture.clip_prompt,
-        "raw-prompt": picture.raw_prompt,
-    }
-    if kind is SDXL:
-        sizes = settings.sizes
-        height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
-        texts |= {
-            "original-height": height,
-            "original-width": width,
-            "original-height-negative": sizes.original_height_negative or height,
-            "original-width-negative": sizes.original_width_negative or width,
-            "crop-top": sizes.crop_top or 0,
-            "crop-left": sizes.crop_left or 0,
-        }
-    return {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:

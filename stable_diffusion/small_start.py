@@ -163,9 +163,6 @@ class _Shrinking:
             return resize_like(output[0], size), *output[1:]
         return resize_like(output, size)
 
-    def enter_end(self, features: Tensor) -> Tensor | None:
-        return None if self.depth is None else resize_like(features, self.size)
-
 
 def _size(features: Tensor) -> Size:
     height, width = features.shape[-2:]
@@ -185,7 +182,9 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
             yield last.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
-    yield unet.conv_norm_out.register_forward_pre_hook(lambda _, args: shrinking.enter_end(args[0]))
+    yield unet.conv_norm_out.register_forward_pre_hook(
+        lambda _, args: None if shrinking.depth is None else resize_like(args[0], shrinking.size)
+    )
 
 
 # Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.
