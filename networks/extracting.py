@@ -100,10 +100,27 @@ def _extract_blocks(
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
         pair = bare_names(one), bare_names(other)
-        _check_blocks(pair, weights)
+        for checkpoint in pair:
+            if weights.example not in checkpoint.tensors:
+                kind = kind_of(checkpoint.tensors)
+                raise CheckpointError(
+                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
+                    f"{f' It is {kind}.' if kind else ''}\n"
+                    "  Give a model with the published names to --model_org and --model_tuned.",
+                    checkpoint.path,
+                )
+        names = [weights.of(checkpoint) for checkpoint in pair]
+        _check_same_shapes(pair, names)
+        for checkpoint, own in zip(pair, names, strict=True):
+            if coarse := [name for name in own if checkpoint.tensors[name].dtype.itemsize == 1]:
+                raise CheckpointError(
+                    f"{checkpoint.path} stores {coarse[0]} in 8 bits, too coarse for a difference of "
+                    "models.\n  Give the bf16 or fp16 file.",
+                    checkpoint.path,
+                )
         wanted: Wanted = {
             name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
-            for name in weights.of(pair[0])
+            for name in names[0]
         }
         _extract(options, pair, wanted, _metadata(options, *names_of(pair[0])), None)
 
@@ -210,28 +227,6 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
         limit = torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     return down, up
-
-
-def _check_blocks(pair: Pair, weights: BlockWeights) -> None:
-    """Raise CheckpointError if two models do not have the same blocks, or have them in 8 bits."""
-    for checkpoint in pair:
-        if weights.example not in checkpoint.tensors:
-            kind = kind_of(checkpoint.tensors)
-            raise CheckpointError(
-                f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
-                f"{f' It is {kind}.' if kind else ''}\n"
-                "  Give a model with the published names to --model_org and --model_tuned.",
-                checkpoint.path,
-            )
-    _check_same_shapes(pair, [weights.of(one) for one in pair])
-    for checkpoint in pair:
-        for name in weights.of(checkpoint):
-            if checkpoint.tensors[name].dtype.itemsize == 1:
-                raise CheckpointError(
-                    f"{checkpoint.path} stores {name} in 8 bits, too coarse for a difference of models.\n"
-                    "  Give the bf16 or fp16 file.",
-                    checkpoint.path,
-                )
 
 
 def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
