@@ -218,9 +218,9 @@ def _finite(value: Any) -> float:
 
 
 def _expression(key: str) -> Callable[[str], bool]:
-    """Return whether a key of PEFT's `alpha_pattern` matches a module's path.
+    """Return the function that tells whether a key of PEFT's `alpha_pattern` matches a module's path.
 
-    Raises ValueError if the key is no expression; the function does if it takes too long.
+    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
     """
     import regex  # seldom needed
 
