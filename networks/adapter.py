@@ -129,13 +129,7 @@ class ForeignNetwork:
         Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
         network.
         """
-        self._check_weights(path)
-        if hasattr(self.module, "load_weights"):
-            return self.module.load_weights(str(path))
-        return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
-
-    def _check_weights(self, path: Path) -> None:
-        """Compare a file with the tensors that a foreign network would save, by common names."""
+        # by the names of the tensors that the network would save: other tools' files have many layouts
         mine = self.module.state_dict()
         with open_checkpoint(path) as checkpoint:
             finite = FiniteCheck(path)
@@ -154,6 +148,9 @@ class ForeignNetwork:
                 "  Give the --network_module, --network_dim and --network_args that it was trained with.",
                 path,
             )
+        if hasattr(self.module, "load_weights"):
+            return self.module.load_weights(str(path))
+        return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
 
 
 TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
@@ -307,22 +304,15 @@ def _build_foreign(
     models = [dit, *encoders.values()]
     frozen = [dict(model.named_parameters()) for model in models]
     module.apply_to(texts, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
+    # LyCORIS' `algo=full` takes the frozen weights of layers, as it computes with its own; they come back,
+    # because the model reads dtypes from its layers
     for model, parameters in zip(models, frozen, strict=True):
-        _put_back(model, parameters)
+        for name, parameter in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            layer = model.get_submodule(path)
+            if layer._parameters.get(leaf) is None:
+                layer.register_parameter(leaf, parameter)
     return module
-
-
-def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
-    """Give layers back the frozen weights that a network took from them.
-
-    LyCORIS' `algo=full` does so, since it computes with weights of its own; but the model reads dtypes from
-    its layers.
-    """
-    for name, parameter in frozen.items():
-        path, _, leaf = name.rpartition(".")
-        layer = dit.get_submodule(path)
-        if layer._parameters.get(leaf) is None:
-            layer.register_parameter(leaf, parameter)
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:

@@ -117,7 +117,10 @@ class AddedPart:
 
         out: nothing else may use it.
         """
-        if self._joins(out):
+        is_sum = self._chain and self.place.is_linear and self.region is None and self._bias is None
+        is_followed = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if is_sum and not is_followed and out.dtype == self._chain[-1].dtype:
+            # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._chain
             return add_product(out, self._hidden(x, down).view(-1, len(down)), up.flatten(1).t())
         added: Tensor | None = None
@@ -134,13 +137,6 @@ class AddedPart:
         if added is None:
             return out
         return out + (added if self.region is None else self.region(added))
-
-    def _joins(self, out: Tensor) -> bool:
-        """Return whether the last product is added to `out` in place: one pass over it, not three."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._chain:
-            return False
-        is_sum = self.place.is_linear and self.region is None and self._bias is None
-        return is_sum and out.dtype == self._chain[-1].dtype
 
     def changes(self) -> dict[str, Tensor]:
         """Return the addends to the module's parameters, by their names, float32."""
@@ -212,26 +208,22 @@ class AddedLayer(nn.Module):
         if not active:
             return self._before(*inputs, **named)
         if not self._place.adds_to_output:
-            return self._run_changed(active, *inputs, **named)
+            # no matrix (a norm, a block with a parameter of its own): it runs with changed weights
+            if all(part.region is None for part in active):
+                return self._run_with(active, *inputs, **named)
+            plain = self._before(*inputs, **named)
+            out = plain
+            for part in active:
+                added = self._run_with([part], *inputs, **named) - plain
+                out = out + (added if part.region is None else part.region(added))
+            return out
         out = self._before(*inputs, **named)
         for part in active:
             out = part.add_to(out, inputs[0])
         return out
 
-    def _run_changed(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
-        """Run a module that is no matrix (a norm, a block with a parameter of its own) with changed weights,
-        then put them back.
-        """
-        if any(part.region is not None for part in parts):
-            plain = self._before(*inputs, **named)
-            out = plain
-            for part in parts:
-                added = self._run_with([part], *inputs, **named) - plain
-                out = out + (added if part.region is None else part.region(added))
-            return out
-        return self._run_with(parts, *inputs, **named)
-
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
+        """Run the module with changed weights, then put them back."""
         parameters = self._original[0]._parameters
         kept = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
         # all from the weights as they are, before any is changed
@@ -242,14 +234,12 @@ class AddedLayer(nn.Module):
                     parameter = parameters[name]
                     assert parameter is not None
                     # another parameter, not other data: the backward pass needs the changed values
-                    parameters[name] = nn.Parameter(_sum(parameter.data, delta), requires_grad=False)
+                    weight = parameter.data
+                    changed = (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
+                    parameters[name] = nn.Parameter(changed, requires_grad=False)
             return self._before(*inputs, **named)
         finally:
             parameters.update(kept)
-
-
-def _sum(weight: Tensor, delta: Tensor) -> Tensor:
-    return (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
 
 
 class AddedLoras:

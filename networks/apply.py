@@ -28,9 +28,9 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
+from networks.loading import LoraUse, list_some, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
-from networks.names.layouts import FIRST_LAYERS, FamilyNames
+from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
 
 logger = getLogger(__name__)
@@ -261,30 +261,26 @@ class LoraPatch:
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
         for use in self._uses:
-            keys = self._keys(use)
-            if keys and not self._seen.intersection(keys):
-                raise self._misfit(use.lora, keys, choose_family(self._modules, LIKELY_MODEL))
-
-    def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
-        """Return the error for a model and a LoRA that have nothing in common."""
-        if self._path is not None and family is None and not self._is_text:
-            return CheckpointError(
-                f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
-                f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
-                self._path,
+            keys, lora = self._keys(use), use.lora
+            if not keys or self._seen.intersection(keys):
+                continue
+            family = choose_family(self._modules, LIKELY_MODEL)
+            if self._path is not None and family is None and not self._is_text:
+                raise CheckpointError(
+                    f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
+                    f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
+                    self._path,
+                )
+            if self._is_text:
+                keys = [key.removeprefix(OURS) for key in keys]
+            made, kinds = lora.family(), ""
+            if made is not None and family is not None and made is not family:
+                kinds = f" It is for {made.name}, the model is {family.name}."
+            raise CheckpointError(
+                f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
+                f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",
+                self._path or lora.path,
             )
-        if self._is_text:
-            missed = [key.removeprefix(OURS) for key in missed]
-        made = lora.family()
-        kinds = ""
-        if made is not None and family is not None and made is not family:
-            kinds = f" It is for {made.name}, the model is {family.name}."
-        return CheckpointError(
-            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as "
-            f"{list_some(missed, 2)}."
-            f"{kinds}\n  Give a LoRA that was trained for this model.",
-            self._path or lora.path,
-        )
 
     def _find(self, name: str) -> list[tuple[str, Change, Relative | None]]:
         """Return the changes of a parameter with their keys: its own name, or those of parts and wholes in

@@ -43,14 +43,17 @@ def average_files(options: AveragingOptions) -> None:
         else:
             logger.info("The files do not all say their step, so they are sorted by their time of change.")
             opened.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
-        files = _leave_out(opened)
-        _check_same(files)
+        files = _choose_files(opened)
         weights = file_weights(len(files), options)
         for file, weight in zip(files, weights, strict=True):
             logger.info("%6.2f %%  %s", 100 * weight, file.path)
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
-        metadata[NOTE] = _note(options, files, weights)
+        rule: Mapping[str, float | None] = {"sigma_rel": options.sigma_rel}
+        if options.sigma_rel is None:
+            rule = {"beta": options.beta, "beta2": options.beta2}
+        shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
+        metadata[NOTE] = json.dumps({**rule, "files": shares}, ensure_ascii=False)
         read = _averaged(files, weights)
         if sum(info.size_bytes for info in last.tensors.values()) > LARGEST_HASHED:
             stream_tensors(options.output_file, last.tensors, read, metadata)
@@ -97,8 +100,11 @@ def exponent_of(sigma_rel: float) -> float:
     return low
 
 
-def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are others."""
+def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the files without copies, and without averages (EMA) if there are others.
+
+    Raises CheckpointError if names or shapes differ, or if the files are for different experts.
+    """
     found: list[Checkpoint] = []
     has_others = any("ss_ema_decay" not in file.metadata for file in files)
     hashes: dict[str, Path] = {}
@@ -115,20 +121,15 @@ def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         raise CheckpointError(f"{found[0].path} is the only file that is left: give two or more of one run")
     if len({file.metadata.get("ss_session_id") for file in found}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
-    return found
-
-
-def _check_same(files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if names or shapes differ, or if the files are for different experts."""
-    first = files[0]
-    found = {file.path: expert_of(file.metadata, file.path) for file in files}
-    experts = {path: expert.replace("_", " ") for path, expert in found.items() if expert is not None}
+    first = found[0]
+    said = {file.path: expert_of(file.metadata, file.path) for file in found}
+    experts = {path: expert.replace("_", " ") for path, expert in said.items() if expert is not None}
     if len(set(experts.values())) > 1:
         listed = ", ".join(f"{path} ({expert})" for path, expert in experts.items())
         raise CheckpointError(
             f"The files are LoRAs of different experts: {listed}.\n  Give files of one expert."
         )
-    for file in files[1:]:
+    for file in found[1:]:
         names = sorted(first.tensors.keys() ^ file.tensors.keys())
         shapes = [
             f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}"
@@ -142,6 +143,7 @@ def _check_same(files: Sequence[Checkpoint]) -> None:
                 "  Give files of one run, with equal ranks.",
                 file.path,
             )
+    return found
 
 
 def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
@@ -167,13 +169,3 @@ def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable
         return total.to(last.dtype)
 
     return read
-
-
-def _note(options: AveragingOptions, files: Sequence[Checkpoint], weights: Sequence[float]) -> str:
-    rule: Mapping[str, float | None] = (
-        {"beta": options.beta, "beta2": options.beta2}
-        if options.sigma_rel is None
-        else {"sigma_rel": options.sigma_rel}
-    )
-    shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
-    return json.dumps({**rule, "files": shares}, ensure_ascii=False)

@@ -159,25 +159,20 @@ def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator
                 for piece in pieces_of(name)
                 if piece.network
             )
-            of_network = ((bare, *each) for each in _of_network(bare, family).items())
+            # our names -> how their tensors are made from the file's, as far as the family's lists go
+            sources = plain_sources(bare)
+            if family is not None:
+                turned = [part for part in family.parts if part.index == SWAPPED]
+                swapped = [f"{one.ours}.weight" for one in turned if f"{one.theirs}.weight" in sources]
+                joined = join_parts(sources, tensor_patterns(family), swapped)
+                sources = cut_parts(joined, joined_tensors(family))
+            of_network = ((bare, *each) for each in sources.items())
             for checkpoint, name, source in (*texts, *of_network):
                 module, leaf = module_of_tensor(name)
                 if leaf == "weight":
                     module = module if family is None else alias(module, family)
                     found.setdefault(module, []).append((checkpoint, source))
         yield found
-
-
-def _of_network(checkpoint: Checkpoint, family: FamilyNames | None) -> dict[str, TensorSource]:
-    """Map our names to how their tensors are made from a file's, as far as the family's lists go."""
-    stored = plain_sources(checkpoint)
-    if family is None:
-        return stored
-    swapped = [
-        part.ours for part in family.parts if part.index == SWAPPED and f"{part.theirs}.weight" in stored
-    ]
-    joined = join_parts(stored, tensor_patterns(family), [f"{module}.weight" for module in swapped])
-    return cut_parts(joined, joined_tensors(family))
 
 
 def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:

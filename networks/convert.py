@@ -55,7 +55,20 @@ def convert(options: ConvertOptions) -> None:
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(options.input, options.output, options.target, baking=baking)
         return
-    low, high = _read_pair(options)
+    first = read_lora(options.input, by_expert=True)
+    if options.input_high_noise is not None:
+        low, high = first, read_lora(options.input_high_noise, by_expert=True)
+    elif first.parts:
+        low = high = first
+    else:
+        option = "--expert" if options.expert is not None else "--output_high_noise"
+        raise OptionError(
+            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
+            f"holds a single one. Leave {option} out"
+        )
+    for one, expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
+        warn_of_other_expert(one.for_expert(expert), expert)
+    low, high = low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
     if options.expert is not None:
         one = high if options.expert == HIGH_NOISE else low
         _convert_one(one, options.output, options.target, baking=baking)
@@ -118,37 +131,29 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
             "  Give a LoRA for Z-Image.",
             source,
         )
-    words = ""
-    if not options.reverse:
-        tensors, words = _bake_stacked(lora, tensors, options.lokr_rank)
-        tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, tensors, lora.metadata, [lora], words)
-
-
-def _bake_stacked(
-    lora: LoraFile, tensors: Mapping[str, Tensor], rank: int | None
-) -> tuple[Mapping[str, Tensor], str]:
-    """Make plain LoRAs of the LoHas and LoKrs for modules that are joined; return the tensors, and in words
-    the loss.
-    """
-    kinds = OTHER_KINDS - {DORA}
+    if options.reverse:
+        _save(options.dst_path, tensors, lora.metadata, [lora])
+        return
+    # LoHas and LoKrs for modules that are joined: plain LoRAs take their places
     stacked = {
         name: factors
-        for name, factors in group_by_module(tensors).items()
-        if factors.keys() & kinds and joined_path(name.removeprefix(OURS), Z_IMAGE) is None
+        for name, factors in modules.items()
+        if factors.keys() & (OTHER_KINDS - {DORA}) and joined_path(name.removeprefix(OURS), Z_IMAGE) is None
     }
-    if not stacked:
-        return tensors, ""
-    if rank is None:
-        raise OptionError(
-            f"{lora.path} is a LoHa or LoKr for queries, keys and values ({next(iter(stacked))}), which are "
-            "one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such as 64: "
-            "the best LoRA of that rank takes the place of each"
-        )
-    own = {f"{name}.{part}": one for name, factors in stacked.items() for part, one in factors.items()}
-    baked, words = bake(replace(lora, tensors=own), Z_IMAGE, Baking(rank, choose_device(None)))
-    rest = {name: one for name, one in tensors.items() if name not in own}
-    return {**rest, **baked.tensors}, words
+    words = ""
+    if stacked:
+        if options.lokr_rank is None:
+            raise OptionError(
+                f"{source} is a LoHa or LoKr for queries, keys and values ({next(iter(stacked))}), which are "
+                "one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such as "
+                "64: the best LoRA of that rank takes the place of each"
+            )
+        own = {f"{name}.{part}": one for name, factors in stacked.items() for part, one in factors.items()}
+        baking = Baking(options.lokr_rank, choose_device(None))
+        baked, words = bake(replace(lora, tensors=own), Z_IMAGE, baking)
+        tensors = {**{name: one for name, one in tensors.items() if name not in own}, **baked.tensors}
+    tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
+    _save(options.dst_path, tensors, lora.metadata, [lora], words)
 
 
 def convert_file(
@@ -196,24 +201,6 @@ def convert_file(
         )
 
 
-def _read_pair(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
-    """Return the LoRAs of the low-noise and the high-noise expert."""
-    first = read_lora(options.input, by_expert=True)
-    if options.input_high_noise is not None:
-        low, high = first, read_lora(options.input_high_noise, by_expert=True)
-    elif first.parts:
-        low = high = first
-    else:
-        option = "--expert" if options.expert is not None else "--output_high_noise"
-        raise OptionError(
-            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
-            f"holds a single one. Leave {option} out"
-        )
-    for one, expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
-        warn_of_other_expert(one.for_expert(expert), expert)
-    return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
-
-
 def _convert_one(
     lora: LoraFile, output: Path, target: str, family_name: str | None = None, baking: Baking | None = None
 ) -> None:
@@ -227,13 +214,23 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking |
     starts = {expert: start for start, expert in NETWORKS.items()}
     each = {expert: converted(lora, "diffusers", starts[expert]) for expert, (lora, _) in found.items()}
     tensors = {name: tensor for one, _ in each.values() for name, tensor in one.items()}
-    # without the hashes of the files that they are from
-    lasting = {
-        expert: {key: value for key, value in metadata.items() if not key.startswith(STALE)}
-        for expert, (_, metadata) in each.items()
+    # without the hashes of the files that they are from; `metadata_of` takes what is joined apart again
+    own = {
+        expert: {
+            key: value for key, value in one.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
+        }
+        for expert, (_, one) in each.items()
     }
+    first, *others = own.values()
+    metadata = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
+    own = {
+        expert: {key: value for key, value in one.items() if key not in metadata}
+        for expert, one in own.items()
+    }
+    if any(own.values()):
+        metadata[PARTS_METADATA] = json.dumps(own, ensure_ascii=False, sort_keys=True)
     words = "\n".join(words for _, words in found.values() if words)
-    _save(output, tensors, join_metadata(lasting), [lora for lora, _ in found.values()], words)
+    _save(output, tensors, metadata, [lora for lora, _ in found.values()], words)
 
 
 def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
@@ -295,52 +292,27 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
 
 def _likely_family(lora: LoraFile) -> str | None:
-    """Return the family that a file without metadata is probably for, if several have its names."""
-    inputs = {
-        name.removeprefix(OURS): factors[LORA[0]].shape[1]
-        for name, factors in lora.modules().items()
-        if LORA[0] in factors
-    }
-    found = likely_family(inputs)
-    return LIKELY_FAMILY.get(lora.dialect) if found is None else found.name
+    """Return the family that a file without metadata is probably for, if several have its names.
 
-
-def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
-    """Return the family whose published models have as many blocks as these modules, and as wide ones.
-
-    inputs: underscored name in diffusers' layout or ComfyUI's -> how many values the module takes. For files
-    that do not name their model; None if no family fits.
+    It is the one whose published models have as many blocks as the file's modules, and as wide ones.
     """
     numbers: dict[str, int] = {}
     widths: set[int] = set()
-    for name, width in inputs.items():
+    for module, factors in lora.modules().items():
+        if LORA[0] not in factors:
+            continue
+        name = module.removeprefix(OURS)
         found = re.match(r"((?:single_)?transformer_blocks|layers)_(\d+)_", name)
         if found is not None:
             numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
         if name.endswith(("attn_to_q", "attn_add_q_proj", "attention_qkv", "attention_to_q")):
-            widths.add(width)
+            widths.add(factors[LORA[0]].shape[1])
     fitting = [
         family
         for family in FAMILIES
         if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
     ]
-    return fitting[0] if fitting else None
-
-
-def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return metadata for a file with a part for each expert; `metadata_of` takes them apart again.
-
-    parts: expert -> its metadata.
-    """
-    plain = [{key: value for key, value in one.items() if key != TRAINED_EXPERT} for one in parts.values()]
-    common = {key: value for key, value in plain[0].items() if all(one.get(key) == value for one in plain)}
-    own = {
-        expert: {key: value for key, value in one.items() if key not in common}
-        for expert, one in zip(parts, plain, strict=True)
-    }
-    if not any(own.values()):
-        return common
-    return {**common, PARTS_METADATA: json.dumps(own, ensure_ascii=False, sort_keys=True)}
+    return fitting[0].name if fitting else LIKELY_FAMILY.get(lora.dialect)
 
 
 def _save(

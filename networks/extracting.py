@@ -100,10 +100,27 @@ def _extract_blocks(
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
         pair = bare_names(one), bare_names(other)
-        _check_blocks(pair, weights)
+        for checkpoint in pair:
+            if weights.example not in checkpoint.tensors:
+                kind = kind_of(checkpoint.tensors)
+                raise CheckpointError(
+                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
+                    f"{f' It is {kind}.' if kind else ''}\n"
+                    "  Give a model with the published names to --model_org and --model_tuned.",
+                    checkpoint.path,
+                )
+        names = [weights.of(checkpoint) for checkpoint in pair]
+        _check_same_shapes(pair, names)
+        for checkpoint, own in zip(pair, names, strict=True):
+            if coarse := [name for name in own if checkpoint.tensors[name].dtype.itemsize == 1]:
+                raise CheckpointError(
+                    f"{checkpoint.path} stores {coarse[0]} in 8 bits, too coarse for a difference of "
+                    "models.\n  Give the bf16 or fp16 file.",
+                    checkpoint.path,
+                )
         wanted: Wanted = {
             name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
-            for name in weights.of(pair[0])
+            for name in names[0]
         }
         _extract(options, pair, wanted, _metadata(options, *names_of(pair[0])), None)
 
@@ -118,12 +135,21 @@ def extract_whole(options: ExtractOptions) -> None:
         pair = original, tuned
         family = _family_of_both(pair)
         same = _unchanged_texts(pair, options.min_diff)
-        wanted = {}
+        wanted: dict[str, list[tuple[str, int, str, TensorPiece]]] = {}
         for name in original.tensors:
-            pieces = [one for one in pieces_of(name) if one.name.endswith(".weight")]
-            found = [(one, _module(one, family)) for one in pieces if one.network not in same]
-            ranked = [(module, _rank(module, options), module, one) for one, module in found]
-            wanted[name] = [each for each in ranked if each[1]]
+            wanted[name] = []
+            for one in pieces_of(name):
+                if not one.name.endswith(".weight") or one.network in same:
+                    continue
+                if one.network:
+                    module = f"{one.network}_{replace_dots(one.name.removesuffix('.weight'))}"
+                    own = options.dim if _IN_TEXT.search(module) else 0
+                else:
+                    module = OURS + alias(module_of_tensor(one.name)[0], family)
+                    own = (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
+                    own = options.dim if _ATTENTION.search(module) else own
+                if own:
+                    wanted[name].append((module, own, module, one))
         rank = options.conv_dim
         arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
         version, kind = family.written_version, family.architecture
@@ -203,28 +229,6 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
     return down, up
 
 
-def _check_blocks(pair: Pair, weights: BlockWeights) -> None:
-    """Raise CheckpointError if two models do not have the same blocks, or have them in 8 bits."""
-    for checkpoint in pair:
-        if weights.example not in checkpoint.tensors:
-            kind = kind_of(checkpoint.tensors)
-            raise CheckpointError(
-                f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
-                f"{f' It is {kind}.' if kind else ''}\n"
-                "  Give a model with the published names to --model_org and --model_tuned.",
-                checkpoint.path,
-            )
-    _check_same_shapes(pair, [weights.of(one) for one in pair])
-    for checkpoint in pair:
-        for name in weights.of(checkpoint):
-            if checkpoint.tensors[name].dtype.itemsize == 1:
-                raise CheckpointError(
-                    f"{checkpoint.path} stores {name} in 8 bits, too coarse for a difference of models.\n"
-                    "  Give the bf16 or fp16 file.",
-                    checkpoint.path,
-                )
-
-
 def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
     """Raise CheckpointError if only one model has a tensor, or in another size. names: those of each."""
     shapes = [{name: one.tensors[name].shape for name in own} for one, own in zip(pair, names, strict=True)]
@@ -236,22 +240,6 @@ def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
             "and its fine-tuned version.",
             pair[1].path,
         )
-
-
-def _module(piece: TensorPiece, family: FamilyNames) -> str:
-    """Return the name of a weight's module in LoRA files, ours."""
-    if not piece.network:
-        return OURS + alias(module_of_tensor(piece.name)[0], family)
-    return f"{piece.network}_{replace_dots(piece.name.removesuffix('.weight'))}"
-
-
-def _rank(module: str, options: ExtractOptions) -> int:
-    """Return the rank of a module's LoRA; 0: it gets none."""
-    if module.startswith(OURS):
-        if _ATTENTION.search(module):
-            return options.dim
-        return (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
-    return options.dim if _IN_TEXT.search(module) else 0
 
 
 def _family_of_both(pair: Pair) -> FamilyNames:

@@ -32,9 +32,17 @@ class FactoredLayer(nn.Module):
         super().__init__()
         self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not
         self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
+        # first values as in LyCORIS: one factor is zero, so the change begins with nothing
+        zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-            _fill(name, self.get_parameter(name), shapes)
+            weight = nn.Parameter(torch.empty(shape))
+            self.register_parameter(name, weight)
+            if name == zero:
+                nn.init.zeros_(weight)
+            elif name.startswith("hada"):
+                nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+            else:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.rank, self.multiplier = rank, 1.0
         self.factors = tuple(shapes)
         self.kind = "LoHa" if "hada_w1_a" in shapes else "LoKr"
@@ -163,14 +171,3 @@ def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
 
 def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
     return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
-
-
-def _fill(name: str, weight: Tensor, shapes: Shapes) -> None:
-    """Set the first values, as LyCORIS does: one factor is zero, so the change begins with nothing."""
-    zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
-    if name == zero:
-        nn.init.zeros_(weight)
-    elif name.startswith("hada"):
-        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
-    else:
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

@@ -145,7 +145,7 @@ def _name_of_text(key: str, first: str) -> str | None:
     first: how the family calls its first text encoder.
     """
     key = _WITH_ADAPTER.sub(_without_adapter, key)
-    key = _PROCESSOR.sub(_in_clip_layer, key)
+    key = _PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None:
         return None
@@ -191,7 +191,8 @@ def _split(key: str) -> tuple[str, str, str] | None:
     name of the part (`lora_down.weight`) and the dialect.
     """
     key = _WITH_ADAPTER.sub(_without_adapter, key)
-    key = _PROCESSOR.sub(_in_attention_layer, key)
+    layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
@@ -214,15 +215,6 @@ def dialect_in_words(dialect: str) -> str:
 
 def _without_adapter(found: re.Match[str]) -> str:
     return f".{found['factor']}{found['leaf']}" if found["factor"] else ".lora_magnitude_vector"
-
-
-def _in_attention_layer(found: re.Match[str]) -> str:
-    layer = "to_out.0" if found["layer"] == "out" else f"to_{found['layer']}"
-    return f".{layer}.lora_{found['factor']}.weight"
-
-
-def _in_clip_layer(found: re.Match[str]) -> str:
-    return f".{found['layer']}_proj.lora_{found['factor']}.weight"
 
 
 def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:

@@ -23,7 +23,7 @@ from networks.metadata import (
     split_names,
     text_alphas,
 )
-from networks.module_names import choose_family, is_optional, read_family
+from networks.module_names import is_optional, read_family
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
@@ -310,15 +310,6 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
         f"{lora.path} was trained for {made.name}, as its metadata say, and is used on a {model.name} model. "
         "The names are the same, what it has learned is not: do not expect much of it."
     )
-
-
-def family_of_network(names: Iterable[str], lora: LoraFile) -> FamilyNames | None:
-    """Return the family that a network was built for, by the names of its modules (ours, with our prefix).
-
-    These are only some of a model's: if they are names of the LoRA's family too, it is taken for that.
-    """
-    made = read_family(lora.metadata)
-    return choose_family((name.removeprefix(OURS) for name in names), None if made is None else made.name)
 
 
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:

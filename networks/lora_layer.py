@@ -137,7 +137,12 @@ class LoraLayer(nn.Module):
         if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
             return self._original_forward(x)
         if self._joins(x, dtype):
-            out = whole = self._add_in_place(x, dropping)
+            seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+            hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
+            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+            held = hold(hidden, up, heights)
+            out = self._original_forward(seen)
+            out = whole = add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
         else:
             out = self._original_forward(x)
             added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
@@ -193,19 +198,16 @@ class LoraLayer(nn.Module):
         largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
         return self.dora_scale is None and largest >= self.joins_from
 
-    def _add_in_place(self, x: Tensor, dropping: bool) -> Tensor:
-        """Return the output of the frozen module with the LoRA's, both of x's dtype."""
-        seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-        hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
-        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-        held = hold(hidden, up, heights)
-        out = self._original_forward(seen)
-        return add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
-
     def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
         """Return hidden, ... R, times multiplier and scale: this tensor is small. dropping: with dropouts."""
         hidden = hidden * (self.multiplier * self.scale)
-        return self._drop(hidden) if dropping else hidden
+        if dropping and self.dropouts.neuron > 0:
+            hidden = self._mask(hidden, "neuron", hidden.shape, self.dropouts.neuron)
+        if dropping and self.dropouts.rank > 0:
+            axes = [1] * hidden.ndim
+            axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
+            hidden = self._mask(hidden, "rank", axes, self.dropouts.rank)
+        return hidden
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.
@@ -245,25 +247,15 @@ class LoraLayer(nn.Module):
         share = self.dropouts.module
         return share > 0 and (self.seed_of("module") & _32_BITS) < share * (_32_BITS + 1)
 
-    def _halves(self, kind: str) -> Halves:
-        """Return the halves of a mask's seed; as tensors in compiled code."""
-        if self.seed_table is not None and torch.compiler.is_compiling():
-            low, high = self.seed_table[KINDS.index(kind)].unbind()
-            return low, high
-        return halves(self.seed_of(kind))
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        if self.dropouts.neuron > 0:
-            hidden = self._mask(hidden, "neuron", hidden.shape, self.dropouts.neuron)
-        if self.dropouts.rank > 0:
-            axes = [1] * hidden.ndim
-            axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
-            hidden = self._mask(hidden, "rank", axes, self.dropouts.rank)
-        return hidden
-
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
         """Set dropped elements to 0 and divide the others by 1 - share."""
-        keep = keep_mask(shape, share, self._halves(kind), hidden.device)
+        seed: Halves
+        if self.seed_table is not None and torch.compiler.is_compiling():
+            low, high = self.seed_table[KINDS.index(kind)].unbind()
+            seed = low, high
+        else:
+            seed = halves(self.seed_of(kind))
+        keep = keep_mask(shape, share, seed, hidden.device)
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
         # the same sign in all elements
         return hidden.masked_fill(~keep, 0.0) / (1 - share)

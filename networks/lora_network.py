@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
-from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
+from networks.loading import list_some, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
-from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
+from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
+from networks.module_names import choose_family, read_family
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -24,7 +25,7 @@ UNET = OURS.removesuffix("_")
 class OwnNetwork(nn.Module):
     """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], settings: LoraSettings) -> None:
+    def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
         """layers: each has `attach`, `norm`, `shrink`, a `rank` and a `multiplier`."""
         super().__init__()
         self.settings = settings
@@ -39,7 +40,13 @@ class OwnNetwork(nn.Module):
         self._bases: dict[str, Tensor] = {}
         self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
         if settings.perturbation is not None:
-            self._prepare_noise(layers)
+            linear = {name: one for name, one in layers.items() if isinstance(one.original, nn.Linear)}
+            strengths = nn.Module()  # buffers, which are saved with the state of a training
+            for index, (name, layer) in enumerate(linear.items()):
+                strengths.register_buffer(name, torch.zeros(layer.original.out_features))
+                self._bases[name] = mean_row_norm(layer.original, index)
+                layer.noise_of = strengths, name  # there is none until the first step
+            self.state_beside_file = {"ggpo": strengths}
         ranks = sorted({layer.rank for layer in self.layers})
         kind = self.layers[0].kind
         logger.info(f"{kind} on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
@@ -68,7 +75,10 @@ class OwnNetwork(nn.Module):
         """
         own = group_by_module(self.state_dict())
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
-        warn_of_other_family(lora, family_of_network(own, lora))
+        # the network has only some of a model's modules: names of the LoRA's family too are taken for that
+        made = read_family(lora.metadata)
+        names = (name.removeprefix(OURS) for name in own)
+        warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
         stored = group_by_module(
             add_missing_alphas(for_model({**lora.tensors, **lora.text_tensors}, heights.get))
@@ -171,15 +181,6 @@ class OwnNetwork(nn.Module):
             key=lambda name: (made.get(name.removesuffix(" plus"), made[name]), name.endswith(" plus")),
         )
         return [groups[name] for name in order], order
-
-    def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
-        """Give the layers on Linear modules a place for their noise, none until the first step."""
-        linear = {name: one.original for name, one in layers.items() if isinstance(one.original, nn.Linear)}
-        strengths = RowStrengths({name: original.out_features for name, original in linear.items()})
-        for index, (name, original) in enumerate(linear.items()):
-            self._bases[name] = mean_row_norm(original, index)
-            layers[name].noise_of = strengths, name
-        self.state_beside_file = {"ggpo": strengths}
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:

@@ -285,12 +285,3 @@ def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
     """
     added: Tensor = _Noise.apply(x, deviations.to(x.device), seed)
     return added
-
-
-class RowStrengths(nn.Module):
-    """The noise of every layer, by its name: buffers that are saved with the state of a training."""
-
-    def __init__(self, heights: dict[str, int]) -> None:
-        super().__init__()
-        for name, rows in heights.items():
-            self.register_buffer(name, torch.zeros(rows))

@@ -57,14 +57,6 @@ class LoraRules:
             found["split_qkv"] = _read_switch
         return found | dict.fromkeys(self.encoders, _read_switch)
 
-    def types_of(self, path: str) -> list[str]:
-        """Return the arguments that may hold the rank of a module; the first given one counts."""
-        return [
-            argument
-            for argument, kinds in self.types
-            if any(all(word in path for word in words) for words in kinds)
-        ]
-
     def heights(self, path: str, rows: int, columns: int) -> tuple[int, ...]:
         """Return the rows of each part of a fused layer, () for other layers.
 

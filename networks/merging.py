@@ -51,7 +51,10 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
-    expert = options.expert or expert_of_model(options.dit)
+    # by the file's name or its folder's: `high_noise_model/` is the official repository's, `transformer/`
+    # beside `transformer_2/` diffusers'
+    folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
+    expert = options.expert or expert_of_file(options.dit, folders)
     merge_into_file(
         options.dit,
         [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
@@ -114,7 +117,29 @@ def _write_sum(
     """Write a merged LoRA with metadata that name its parts."""
     loras = [use.lora for use in uses]
     tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
-    metadata = _made_of(tensors, loras, options.no_metadata)
+    ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
+    text = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    names = {name.partition(".")[0] for name in tensors}
+    in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
+    version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
+    made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
+    hint = name_by_ratios(group_by_module(tensors)) or "flux" if made is None else made.name
+    family = choose_family(in_dit, hint) or made
+    if made is None and family is not None and family.text_width:
+        family = family_of(group_by_module(tensors))
+    module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
+    own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
+    metadata = {
+        "ss_network_module": "networks.lora" if family is not None and family.written_version else module,
+        "ss_network_dim": text,
+        "ss_network_alpha": text,
+        "ss_network_args": "{}",
+        TRAINED_ON: version or own,
+    }
+    if not options.no_metadata:
+        metadata["modelspec.merged_from"] = ", ".join(one.path.name for one in loras)
+        title = next((t for one in loras if (t := one.metadata.get("modelspec.architecture"))), None)
+        metadata |= {} if title is None else {"modelspec.architecture": title}
     named = as_known(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
     rows = [
@@ -192,14 +217,6 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def expert_of_model(path: Path) -> str | None:
-    """Return the expert that a model's file or folder holds, by its name or its folder's; None if unknown.
-
-    `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
-    """
-    return expert_of_file(path, {start.removesuffix("."): expert for start, expert in NETWORKS.items()})
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
@@ -295,31 +312,3 @@ def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mappi
     """Return a LoRA under the names that other tools of its family know."""
     by_aliases = family is not None and family.always_underscored == "aliases"
     return rename_to_aliases(tensors, family) if family is not None and by_aliases else tensors
-
-
-def _made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadata: bool) -> dict[str, str]:
-    """Return the metadata of a LoRA that is made of others."""
-    ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
-    text = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    names = {name.partition(".")[0] for name in tensors}
-    in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
-    version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
-    made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
-    hint = name_by_ratios(group_by_module(tensors)) or "flux" if made is None else made.name
-    family = choose_family(in_dit, hint) or made
-    if made is None and family is not None and family.text_width:
-        family = family_of(group_by_module(tensors))
-    module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
-    own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
-    metadata = {
-        "ss_network_module": "networks.lora" if family is not None and family.written_version else module,
-        "ss_network_dim": text,
-        "ss_network_alpha": text,
-        "ss_network_args": "{}",
-        TRAINED_ON: version or own,
-    }
-    if not no_metadata:
-        metadata["modelspec.merged_from"] = ", ".join(one.path.name for one in loras)
-        title = next((t for one in loras if (t := one.metadata.get("modelspec.architecture"))), None)
-        metadata |= {} if title is None else {"modelspec.architecture": title}
-    return metadata

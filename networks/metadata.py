@@ -6,9 +6,9 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,9 +22,6 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
 from networks.module_names import FAMILIES, read_family
-
-if TYPE_CHECKING:
-    import regex
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, UNET_IN_DIFFUSERS
 from networks.names.stable_diffusion import diffusers_path_of_text
 
@@ -186,17 +183,25 @@ def peft_alphas(
     """
     if not config:
         return {}
-    patterns = PeftPatterns(
-        {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    )
+    # a key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it; of several
+    # that match, PEFT takes the first
+    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    places = {key: place for place, key in enumerate(values)}
+    expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+    if sum(map(len, expressions)) > MAX_EXPRESSIONS:
+        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+    fitting = {key: _expression(key) for key in expressions}
     default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
     alphas = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        alpha = patterns.find(paths[module])
-        alpha = default if alpha is None else alpha
+        path = paths[module]  # `blocks.0.attn1.to_q`
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        found = [end for end in ends if end in places]
+        found += [key for key, fits in fitting.items() if fits(path)]
+        alpha = values[min(found, key=places.__getitem__)] if found else default
         if alpha is None:
             continue
         if config.get("use_rslora"):
@@ -212,44 +217,25 @@ def _finite(value: Any) -> float:
     return number
 
 
-class PeftPatterns:
-    """The keys of PEFT's `alpha_pattern` with their values; of several that match, PEFT takes the first.
+def _expression(key: str) -> Callable[[str], bool]:
+    """Return the function that tells whether a key of PEFT's `alpha_pattern` matches a module's path.
 
-    A key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it.
+    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
     """
-
-    def __init__(self, values: Mapping[str, float]) -> None:
-        """Raises ValueError if a key is no expression, or if these are too long."""
-        self._values = values
-        self._places = {key: place for place, key in enumerate(values)}
-        expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
-        if sum(map(len, expressions)) > MAX_EXPRESSIONS:
-            raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
-        self._expressions = {key: _compile_key(key) for key in expressions}
-
-    def find(self, path: str) -> float | None:
-        """Return the value for a module path (`blocks.0.attn1.to_q`), or None if no key matches.
-
-        Raises ValueError if an expression takes too long.
-        """
-        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
-        found = [end for end in ends if end in self._places]
-        for key, pattern in self._expressions.items():
-            try:
-                if pattern.match(path, timeout=MAX_SEARCH_SECONDS):
-                    found.append(key)
-            except TimeoutError:
-                raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
-        return self._values[min(found, key=self._places.__getitem__)] if found else None
-
-
-def _compile_key(key: str) -> "regex.Pattern[str]":
     import regex  # seldom needed
 
     try:
-        return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
+        pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
         raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+
+    def fits(path: str) -> bool:
+        try:
+            return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
+        except TimeoutError:
+            raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+
+    return fits
 
 
 KINDS = {
@@ -313,11 +299,15 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
+    # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
+    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
+    layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
+    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
         _of_numbers("rank", ranks),
         _of_numbers("alpha", Counter(alphas)),
-        f"{len(modules)} layers: {_layers(modules)}",
+        f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
@@ -330,11 +320,3 @@ def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:
     if len(numbers) > LISTED:
         return f"{word} {min(numbers):g} to {max(numbers):g}"
     return f"{word} {', '.join(f'{number:g}' for number in sorted(numbers))}"
-
-
-def _layers(modules: Mapping[str, Factors]) -> str:
-    """`blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
-    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
-    shown = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
-    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
-    return ", ".join(shown) + more

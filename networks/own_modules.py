@@ -64,28 +64,6 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     return found
 
 
-def choose_encoder_modules(encoder: nn.Module, prefix: str, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules in the blocks of a text encoder, named by the prefix and the published paths.
-
-    Ranks by type and numbers of blocks are for the DiT alone.
-    """
-    plain = replace(settings, rules=None, splits=False)
-    lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-    modules = ((published_path(path), module) for path, module in _modules_below(encoder, lists))
-    return _choose(modules, plain, f"{prefix}_")
-
-
-def named_modules_of(unet: nn.Module, encoders: Mapping[str, nn.Module]) -> dict[str, LoraModule]:
-    """Return all modules that a LoRA may be on, by our names. encoders: by prefix."""
-    networks = {OURS: unet, **{f"{prefix}_": encoder for prefix, encoder in encoders.items()}}
-    return {
-        start + replace_dots(path if start == OURS else published_path(path)): module
-        for start, network in networks.items()
-        for path, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
-
-
 def _choose(
     candidates: Iterator[tuple[str, LoraModule]], settings: LoraSettings, start: str
 ) -> dict[str, Target]:
@@ -149,8 +127,12 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, f
         found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if found is not None and numbers is not None and int(found[1]) not in numbers:
             return None
-    kind = next((each for each in rules.types_of(path) if each in settings.type_ranks), None)
-    return settings.rank if kind is None else settings.type_ranks[kind], settings.alpha
+    ranks = (
+        settings.type_ranks[argument]
+        for argument, kinds in rules.types
+        if argument in settings.type_ranks and any(all(word in path for word in words) for words in kinds)
+    )
+    return next(ranks, settings.rank), settings.alpha
 
 
 _IN_BLOCKS = ("double_blocks.", "single_blocks.")
@@ -237,10 +219,27 @@ def read_own(
 ) -> tuple[LoraSettings, MakeShapes]:
     """Read the settings of one of our modules, and how a LoHa or LoKr makes its factors.
 
+    Of a LoKr, `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be);
+    `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
+    matrix's side or more keeps that matrix whole.
     Raises OptionError for a setting that is unknown or out of range, or that only LoRAs have.
     """
     own, rest = OWN_MODULES[name], dict(arguments)
-    make_shapes = _lokr_settings(rest) if own.kind == "LoKr" else loha_shapes
+    make_shapes: MakeShapes = loha_shapes
+    if own.kind == "LoKr":
+        factor, decompose_both = rest.pop("factor", -1), str(rest.pop("decompose_both", False))
+        try:
+            size = int(factor)
+        except ValueError:
+            size = 0
+        if size < 1 and size != -1:
+            raise OptionError(
+                f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+            )
+        if decompose_both not in _SWITCH:
+            raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+        decomposes = _SWITCH[decompose_both]
+        make_shapes = functools.partial(lokr_shapes, factor=size, decompose_both=decomposes)
     settings = read_settings(rank, alpha, dropout, rest, own.rules)
     ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
     others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
@@ -251,27 +250,6 @@ def read_own(
             "networks.lora"
         )
     return settings, make_shapes
-
-
-def _lokr_settings(arguments: dict[str, Any]) -> MakeShapes:
-    """Take `factor` and `decompose_both` out of the arguments; return module -> factors of a LoKr.
-
-    `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be); `decompose_both=True`
-    gives the smaller matrix two factors too. A `--network_dim` of half the larger matrix's side or more keeps
-    that matrix whole. Raises OptionError if they cannot be used.
-    """
-    factor, decompose_both = arguments.pop("factor", -1), arguments.pop("decompose_both", False)
-    try:
-        size = int(factor)
-    except ValueError:
-        size = 0
-    if size < 1 and size != -1:
-        raise OptionError(
-            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
-        )
-    if str(decompose_both) not in _SWITCH:
-        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-    return functools.partial(lokr_shapes, factor=size, decompose_both=_SWITCH[str(decompose_both)])
 
 
 def build_network(
@@ -301,7 +279,10 @@ def build_network(
     targets = {} if dit is None else choose_modules(dit, settings)
     for prefix, encoder in encoders.items():
         if prefix not in settings.encoders_off:
-            targets |= choose_encoder_modules(encoder, prefix, settings)
+            # in its blocks, by published paths; ranks by type and numbers of blocks are for the DiT alone
+            lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+            modules = ((published_path(path), module) for path, module in _modules_below(encoder, lists))
+            targets |= _choose(modules, replace(settings, rules=None, splits=False), f"{prefix}_")
     for path, (module, its_rank, its_alpha, heights) in targets.items():
         layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
     return OwnNetwork(layers, settings)
@@ -331,7 +312,13 @@ def build_from_tensors(
         )
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
-    known = named_modules_of(dit, encoders)
+    networks = {OURS: dit, **{f"{prefix}_": encoder for prefix, encoder in encoders.items()}}
+    known = {
+        start + replace_dots(path if start == OURS else published_path(path)): module
+        for start, network in networks.items()
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
     fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []

@@ -137,7 +137,13 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
     if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
-        factors = _at_full_rank(factors)
+        # a whole difference of a matrix, out x in: the LoRA of it and a unit matrix
+        whole = factors["diff"]
+        out, inner = whole.shape
+        one = torch.eye(min(out, inner), dtype=whole.dtype)
+        rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
+        down, up = (whole, one) if out <= inner else (one, whole)
+        factors = {**rest, LORA[0]: down, LORA[1]: up}
     if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if has_input_magnitudes(factors):
@@ -154,16 +160,6 @@ def _in_diffusers(factors: Factors) -> Form:
             magnitudes.flatten() if ndim == 2 else magnitudes.reshape(1, -1, *[1] * (ndim - 2))
         )
     return form
-
-
-def _at_full_rank(factors: Factors) -> Factors:
-    """Return a LoRA for a whole difference of a matrix, out x in: the difference and a unit matrix."""
-    whole = factors["diff"]
-    out, inner = whole.shape
-    rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    if out <= inner:
-        return {**rest, LORA[0]: whole, LORA[1]: torch.eye(out, dtype=whole.dtype)}
-    return {**rest, LORA[0]: torch.eye(inner, dtype=whole.dtype), LORA[1]: whole}
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:

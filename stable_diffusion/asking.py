@@ -98,17 +98,10 @@ class Asking:
             asked: list[AskedPicture] = []
             self.lines += 1
             with failures.note_errors(line.label):
-                asked = self.of_line(line)
+                texts = enumerate(self._texts(line), self.made)
+                asked = [self._picture(line, text, seed, number) for number, (seed, text) in texts]
+                self.made += len(asked)
             yield from asked
-
-    def of_line(self, line: Line) -> list[AskedPicture]:
-        """Return the pictures of a line. Raises OptionError if it cannot be used."""
-        asked = [
-            self._picture(line, text, seed, self.made + number)
-            for number, (seed, text) in enumerate(self._texts(line))
-        ]
-        self.made += len(asked)
-        return asked
 
     def _texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seed of each picture of a line, and the line with its variants chosen."""
@@ -207,7 +200,8 @@ def settle(
     """Return the settings of a picture of one part.
 
     values: of its line, as `read_line` gives them; they go before the options. image: which it begins with;
-    its size is used if none is asked for. Raises OptionError if a value cannot be used.
+    its size is used if none is asked for. Warns of values without effect. Raises OptionError if one cannot be
+    used.
     """
     options = with_line(options, values)
     multipliers = _strengths(options, values)
@@ -220,7 +214,27 @@ def settle(
             side or max(whole // SIDE, 1) * SIDE for side, whole in zip((width, height), usual, strict=True)
         )
     shrink, gradual = options.deep_shrink, options.gradual_latent
-    _warn_of_unused(options, values, kind, image)
+    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
+        logger.warning(
+            "Original sizes and crops are ignored because only %s is told any, and this is %s",
+            *(SDXL.words, kind.words),
+        )
+    if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
+        logger.warning(
+            "--strength is ignored because the picture begins with noise. It is for --image_path and "
+            "--highres_fix_scale"
+        )
+    for name, is_off in (
+        ("dsd1", shrink.ds_depth_1 is None),
+        ("glt", gradual.gradual_latent_timesteps is None),
+    ):
+        unused = [
+            f"--{other}"
+            for other, option in LINE_OPTIONS.items()
+            if other != name and other[:2] == name[:2] and option.key in values
+        ]
+        if is_off and unused:
+            logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
     return PictureSettings(
         width=width,
         height=height,
@@ -233,33 +247,6 @@ def settle(
         deep_shrink=None if shrink.ds_depth_1 is None else shrink,
         gradual_latent=None if gradual.gradual_latent_timesteps is None else gradual,
     )
-
-
-def _warn_of_unused(
-    options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
-) -> None:
-    sampling = options.sampling
-    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
-        logger.warning(
-            "Original sizes and crops are ignored because only %s is told any, and this is %s",
-            *(SDXL.words, kind.words),
-        )
-    if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
-        logger.warning(
-            "--strength is ignored because the picture begins with noise. It is for --image_path and "
-            "--highres_fix_scale"
-        )
-    for name, is_off in (
-        ("dsd1", options.deep_shrink.ds_depth_1 is None),
-        ("glt", options.gradual_latent.gradual_latent_timesteps is None),
-    ):
-        unused = [
-            f"--{other}"
-            for other, option in LINE_OPTIONS.items()
-            if other != name and other[:2] == name[:2] and option.key in values
-        ]
-        if is_off and unused:
-            logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
 def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:

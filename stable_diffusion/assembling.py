@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.dialects import count
+from modules.errors import OptionError
 from networks.names.stable_diffusion import unet_blocks
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
@@ -22,7 +23,6 @@ from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.small_start import DeepShrinks
-from stable_diffusion.starting import check_painting
 from stable_diffusion.text import PictureVectors, Texts, check_texts, check_vision
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,12 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         check_networks(loras, release)
         velocity = release.marks.predicts_velocity or options.model.v_parameterization
         check_sampling(options.sampling, velocity)
-        check_painting(release.unet.config, release.path, options.prompts)
+        is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
+        if release.unet.config["in_channels"] == 9 and not is_painted:
+            raise OptionError(
+                f"--ckpt {release.path} is an inpainting checkpoint, which needs --image_path and "
+                "--mask_path. Give both, or another checkpoint"
+            )
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
         layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}

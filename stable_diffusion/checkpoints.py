@@ -255,8 +255,13 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     )
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
+    # released names, of tensors that diffusers' loader of single files knows -> its own names
+    levels, names = [""] * count(stored, r"decoder\.up\.\d+"), dict[str, str]()
     try:
-        names = _as_diffusers(stored)
+        if levels:
+            hollow = {name: _TensorName(name) for name in stored}
+            made = convert_ldm_vae_checkpoint(hollow, {"down_block_types": levels, "up_block_types": levels})
+            names = {theirs: own_name for own_name, theirs in made.items() if theirs is not None}
     except KeyError as error:  # it asks for the other half of a pair
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {prefix}{error.args[0]} is missing. Download or copy it "
@@ -274,16 +279,6 @@ class _TensorName(str):
     """A name that diffusers' conversion takes for a tensor, which it would turn into a matrix else."""
 
     shape, ndim = (0, 0), 2
-
-
-def _as_diffusers(names: Collection[str]) -> dict[str, str]:
-    """Return released names, of tensors that diffusers' loader of single files knows -> its own names."""
-    levels = [""] * count(names, r"decoder\.up\.\d+")
-    if not levels:
-        return {}
-    stored = {name: _TensorName(name) for name in names}
-    made = convert_ldm_vae_checkpoint(stored, {"down_block_types": levels, "up_block_types": levels})
-    return {theirs: own for own, theirs in made.items() if theirs is not None}
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

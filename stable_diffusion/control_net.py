@@ -55,18 +55,20 @@ class ControlNets:
         parts = pictures[0].settings.parts
 
         def control(call: UnetCall) -> UnetCall:
-            active = [number for number in self._in_turn(call.step) if is_active(self._uses[number], call)]
+            count = len(self._networks)
+            chosen = range(count) if self._model.kind is SDXL else [call.step % count]
+            active = [number for number in chosen if is_active(self._uses[number], call)]
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
             found = [self._residuals(number, call, images[number], parts) for number in active]
-            return replace(call, residuals=_mean(found))
+            if len(found) == 1:
+                return replace(call, residuals=found[0])
+            skips = zip(*(down for down, _ in found), strict=True)
+            means = tuple(torch.stack(each).mean(0) for each in skips)
+            return replace(call, residuals=(means, torch.stack([mid for _, mid in found]).mean(0)))
 
         yield control
-
-    def _in_turn(self, step: int) -> Sequence[int]:
-        count = len(self._networks)
-        return range(count) if self._model.kind is SDXL else [step % count]
 
     def _residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
         # guides: B 3 H W; row r of the call belongs to picture r modulo B
@@ -88,16 +90,6 @@ class ControlNets:
             acts = torch.arange(rows, device=mid.device) < rows - call.negative_rows
             down, mid = [each * acts[:, None, None, None] for each in down], mid * acts[:, None, None, None]
         return tuple(down), mid
-
-
-def _mean(found: Sequence[Residuals]) -> Residuals:
-    if len(found) == 1:
-        return found[0]
-    skips = zip(*(down for down, _ in found), strict=True)
-    return (
-        tuple(torch.stack(each).mean(0) for each in skips),
-        torch.stack([mid for _, mid in found]).mean(0),
-    )
 
 
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:

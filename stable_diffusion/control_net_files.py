@@ -124,7 +124,18 @@ def _read_control_net(
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
-    return LoadPlan({**config, **_read_folder(path)}, bare, sources, ignore=(DIFFERENCE,))
+    # what tensors do not show: the order of colours, and whether residuals are averaged over the picture.
+    # A diffusers folder says it; of single files those with "shuffle" in their names are, as the released one
+    told = path / "config.json"
+    if not told.is_file():
+        config["global_pool_conditions"] = "shuffle" in path.name.lower()
+    else:
+        try:
+            said = parse_json(read_text(told))
+            config |= {name: said[name] for name in _ONLY_IN_FOLDERS if name in said}
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{told} cannot be read: {error}. Copy the folder again.", path) from error
+    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))
 
 
 _OWN_NAMES = (
@@ -210,22 +221,6 @@ _AS_UNET = (
     *("attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps"),
     *("act_fn", "flip_sin_to_cos", "freq_shift"),
 )
-
-
-def _read_folder(path: Path) -> dict[str, Any]:
-    """Return settings that tensors do not show: the order of colours, and whether residuals are averaged.
-
-    A diffusers folder says it in its config.json. Of single files, those with "shuffle" in their names are
-    averaged over the picture, as the released one is. Raises CheckpointError if config.json cannot be read.
-    """
-    config = path / "config.json"
-    if not config.is_file():
-        return {"global_pool_conditions": "shuffle" in path.name.lower()}
-    try:
-        said = parse_json(read_text(config))
-        return {name: said[name] for name in _ONLY_IN_FOLDERS if name in said}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{config} cannot be read: {error}. Copy the folder again.", path) from error
 
 
 _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")

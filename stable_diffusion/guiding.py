@@ -56,7 +56,13 @@ class Vgg16(nn.Module):
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
-        self.features = nn.Sequential(*map(_make_layer, layers))
+        plain = {"relu": nn.ReLU(inplace=True), "pool": nn.MaxPool2d(2)}
+        self.features = nn.Sequential(
+            *(
+                plain[layer] if isinstance(layer, str) else nn.Conv2d(*layer, kernel_size=3, padding=1)
+                for layer in layers
+            )
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features B C h w in the compute dtype. pixels: B 3 H W, in 0..1."""
@@ -95,12 +101,6 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
             layers.append((channels, info.shape[0]))
             channels = info.shape[0]
     return layers
-
-
-def _make_layer(layer: _Layer) -> nn.Module:
-    if isinstance(layer, tuple):
-        return nn.Conv2d(*layer, kernel_size=3, padding=1)
-    return nn.ReLU(inplace=True) if layer == "relu" else nn.MaxPool2d(2)
 
 
 CLIP = ClipUse(
@@ -145,7 +145,13 @@ class Guides:
         Raises MediaError if the guide picture cannot be read.
         """
         measure, model, sampler = self._measure(picture), self.model, passes.sampler
-        self._save_memory(picture)
+        # networks compute their inner features again for gradients, rather than keep all of them; not the
+        # U-Net if its hooks remember the layer at work
+        model.vae.enable_gradient_checkpointing()
+        if picture.settings.parts > 1 or picture.settings.deep_shrink is not None:
+            model.unet.disable_gradient_checkpointing()
+        else:
+            model.unet.enable_gradient_checkpointing()
 
         def steered(step: Step, predict: Predict, section: Section) -> Tensor:
             said = guidance(step, predict, section)
@@ -170,23 +176,16 @@ class Guides:
 
         return steered
 
-    def _save_memory(self, picture: AskedPicture) -> None:
-        """Have networks compute their inner features again for gradients, rather than keep all of them.
-
-        Not in the U-Net if its hooks remember the layer at work.
-        """
-        settings = picture.settings
-        self.model.vae.enable_gradient_checkpointing()
-        if settings.parts > 1 or settings.deep_shrink is not None:
-            self.model.unet.disable_gradient_checkpointing()
-        else:
-            self.model.unet.enable_gradient_checkpointing()
-
     def _measure(self, picture: AskedPicture) -> Measure:
         options, clip, vgg = self.options, self.clip, self.vgg
         measures: list[Measure] = []
         if clip is not None and options.clip_guidance_scale:
-            wanted = clip.encode_text(self._tokens(picture))
+            # the first tokens of the text that CLIP reads, without weights, between start and end
+            parts, text = split_parts(picture.prompt), picture.clip_prompt
+            tower = self.model.texts[0]
+            chunks = cut_into_chunks(parse_weights(" ".join(parts) if text is None else text), tower.tokenize)
+            ids = [token for chunk in chunks for token in chunk.ids][:SIZE]
+            wanted = clip.encode_text([tower.start, *ids, tower.end])
             measures.append(_near(clip, wanted, options.clip_guidance_scale))
         if clip is not None and options.clip_image_guidance_scale:
             wanted = clip.vision.encode([read_picture(picture.guides[0])])
@@ -194,14 +193,6 @@ class Guides:
         if vgg is not None:
             measures.append(_alike(vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
-
-    def _tokens(self, picture: AskedPicture) -> list[int]:
-        """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
-        text = " ".join(split_parts(picture.prompt)) if picture.clip_prompt is None else picture.clip_prompt
-        tower = self.model.texts[0]
-        chunks = cut_into_chunks(parse_weights(text), tower.tokenize)
-        ids = [token for chunk in chunks for token in chunk.ids]
-        return [tower.start, *ids[:SIZE], tower.end]
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
@@ -263,7 +254,19 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
         return None
     clip = vgg = None
     if options.uses_clip:
-        clip = _load_clip(options, model)
+        path, device, dtype, tower = options.clip_guidance_model, model.device, model.dtype, model.texts[0]
+        assert path is not None
+        vision = load_clip_vision(path, device, dtype, CLIP.option, CLIP.release)
+        with open_checkpoint(path) as checkpoint:
+            projection = checkpoint.read(_PROJECTION).to(device, dtype)
+        text = load_clip_text(path, device, dtype, CLIP)
+        if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
+            raise CheckpointError(
+                f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
+                f"{CLIP.release}.",
+                path,
+            )
+        clip = WholeClip(text, projection, vision)
         logger.info("guidance by CLIP: %s", options.clip_guidance_model)
     if options.vgg16_guidance_scale:
         assert options.vgg16_guidance_model is not None
@@ -271,20 +274,3 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
         vgg = load_vgg16(options.vgg16_guidance_model, last, model.device, model.dtype)
         logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
     return Guides(options, model, clip, vgg)
-
-
-def _load_clip(options: GuideOptions, model: Model) -> WholeClip:
-    path, device, dtype = options.clip_guidance_model, model.device, model.dtype
-    assert path is not None
-    vision = load_clip_vision(path, device, dtype, CLIP.option, CLIP.release)
-    with open_checkpoint(path) as checkpoint:
-        projection = checkpoint.read(_PROJECTION).to(device, dtype)
-    text = load_clip_text(path, device, dtype, CLIP)
-    tower = model.texts[0]
-    if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
-        raise CheckpointError(
-            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
-            f"{CLIP.release}.",
-            path,
-        )
-    return WholeClip(text, projection, vision)

@@ -50,22 +50,18 @@ class UpscalingModule:
             raise
         except Exception as error:  # the module may run any code of its own
             raise OptionError(f"{OPTION} {self.name} failed: {type(error).__name__}: {error}") from error
-        return self._start(result, count, (width, height))
-
-    def _start(self, result: Any, count: int, size: tuple[int, int]) -> SecondStart:
+        wanted = (count, 4, height // STRIDE, width // STRIDE)
         if isinstance(result, Tensor):
-            wanted = (count, 4, size[1] // STRIDE, size[0] // STRIDE)
-            if tuple(result.shape) != wanted or not bool(torch.isfinite(result).all()):
-                raise self._bad(f"latents of {' x '.join(map(str, result.shape))}, or not finite", wanted)
-            return SecondStart(latents=result.float())
-        images = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else []
-        if len(images) != count or not all(isinstance(image, Image) for image in images):
-            raise self._bad(type(result).__name__, (count, 4, size[1] // STRIDE, size[0] // STRIDE))
-        return SecondStart(images=[fit(image.convert("RGB"), *size) for image in images])
-
-    def _bad(self, what: str, wanted: tuple[int, ...]) -> OptionError:
-        return OptionError(
-            f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {wanted[0]} PIL "
+            if tuple(result.shape) == wanted and bool(torch.isfinite(result).all()):
+                return SecondStart(latents=result.float())
+            what = f"latents of {' x '.join(map(str, result.shape))}, or not finite"
+        else:
+            found = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else []
+            if len(found) == count and all(isinstance(image, Image) for image in found):
+                return SecondStart(images=[fit(image.convert("RGB"), width, height) for image in found])
+            what = type(result).__name__
+        raise OptionError(
+            f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
             f"pictures, or latents of {' x '.join(map(str, wanted))}"
         )
 

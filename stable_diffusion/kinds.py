@@ -91,9 +91,10 @@ def check_told(options: ModelOptions, kind: ModelKind) -> None:
     given = zip(KINDS, (options.v1, options.v2, options.sdxl), strict=True)
     told = next((each for each, is_told in given if is_told), kind)
     if told is not kind:
+        flag = {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[told]
         raise OptionError(
-            f"{_option(told)}: {options.ckpt} is {kind.words}, by its tensors. Leave {_option(told)} out, or "
-            f"give a checkpoint of {told.words}."
+            f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a checkpoint "
+            f"of {told.words}."
         )
 
 
@@ -101,19 +102,16 @@ def identify(path: Path) -> str | None:
     """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
     try:
         if path.is_dir():
-            is_folder = (path / "unet" / "config.json").is_file()
-            return f"it is a Stable Diffusion folder: {_command(path)}" if is_folder else None
-        with open_checkpoint(path) as checkpoint:
-            kind = _kind_of(checkpoint.tensors)
-            if kind is None or _describe_other(checkpoint.tensors, kind) is not None:
-                return None
-            return f"it is a {kind.words} checkpoint: {_command(path)}"
+            what = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
+        else:
+            with open_checkpoint(path) as checkpoint:
+                kind = _kind_of(checkpoint.tensors)
+                other = _describe_other(checkpoint.tensors, kind)
+            what = None if kind is None or other is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
-
-
-def _command(path: Path) -> str:
-    return as_typed(["python", "gen_img.py", "--ckpt", str(path)])
+    command = as_typed(["python", "gen_img.py", "--ckpt", str(path)])
+    return None if what is None else f"it is a {what}: {command}"
 
 
 def _kind_of(names: Iterable[str]) -> ModelKind | None:
@@ -136,7 +134,3 @@ def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | Non
 
 def _has(names: Iterable[str], start: str) -> bool:
     return any(name.startswith(start) for name in names)
-
-
-def _option(kind: ModelKind) -> str:
-    return {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[kind]

@@ -101,17 +101,13 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
 
-    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name.
+    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name of a
+    file, on this system or another.
     """
     values = parse_line(line, LINE_OPTIONS, where)
     name = values.get("file_name")
-    if name is not None:
-        _check_name(name)
-    return values
-
-
-def _check_name(name: str) -> None:
-    """Raise OptionError if --f is no name of a file, on this system or another."""
+    if name is None:
+        return values
     shown = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
@@ -125,6 +121,7 @@ def _check_name(name: str) -> None:
             f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} beside the number and "
             "the ending. Give a shorter one"
         )
+    return values
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
@@ -267,10 +264,6 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
     return paths[number % len(paths)] if paths else None
 
 
-# generator of seeds, seed of the round, number of the call, pictures so far -> prompts; None: no more
-Prompter = Callable[[Random, int | None, int, int], Sequence[str] | None]
-
-
 @dataclass(frozen=True)
 class Line:
     """A prompt as it was typed, with options in it."""
@@ -300,12 +293,8 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
         ]
     if prompts.prompt is not None:
         return [Line("the prompt", prompts.prompt)]
-    return _lines_of_images(inputs.images)
-
-
-def _lines_of_images(images: Sequence[Path]) -> list[Line]:
     lines = []
-    for number, path in enumerate(images):
+    for number, path in enumerate(inputs.images):
         texts = read_tags(path)
         if "prompt" in texts:
             negative = texts.get("negative-prompt", "")
@@ -346,55 +335,51 @@ def import_prompter(name: str) -> ModuleType:
     return module
 
 
-def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, networks: Any) -> Prompter:
-    """Call a module's get_prompter(args, pipe, networks); return the function that gives prompts.
+def module_lines(
+    module: ModuleType,
+    options: GenImgOptions,
+    pipe: Any,
+    networks: Any,
+    random: Random,
+    made: Callable[[], int],
+) -> Callable[[int | None], Iterator[Line]]:
+    """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
     args: the options by their names, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae`
-    and `texts` are the networks. networks: `loras.ChosenLoras`, or None. Raises UserError if it fails.
+    and `texts` are the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. made: returns
+    how many pictures there are in the round. The function takes the seed of the round, of --iter_same_seed,
+    and ends when the module gives None. A single prompt is made --images_per_prompt times, of several each
+    once. Both raise UserError if the module fails.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"
+
+    def failed(what: str, error: Exception) -> UserError:
+        return UserError(f"{name}: {what} failed: {type(error).__name__}: {error}. Correct the module")
+
     try:
         prompter = module.get_prompter(args, pipe, networks)
     except Exception as error:  # it runs any code of its own
-        raise UserError(_failure(name, "get_prompter", error)) from error
+        raise failed("get_prompter", error) from error
     if not callable(prompter):
         raise UserError(f"{name}: get_prompter returned no function. Correct the module")
 
-    def prompts(random: Random, round_seed: int | None, index: int, made: int) -> list[str] | None:
-        try:
-            found = prompter(args, pipe, random, round_seed, index, made)
-        except Exception as error:  # likewise
-            raise UserError(_failure(name, "the prompter", error)) from error
-        are_texts = isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found)
-        if found is not None and not are_texts:
-            raise UserError(
-                f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, or "
-                "None at the end"
-            )
-        return found
+    def lines(round_seed: int | None) -> Iterator[Line]:
+        number = 0
+        for index in count():
+            try:
+                found = prompter(args, pipe, random, round_seed, index, made())
+            except Exception as error:  # likewise
+                raise failed("the prompter", error) from error
+            if found is None:
+                return
+            if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) for one in found):
+                raise UserError(
+                    f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, "
+                    "or None at the end"
+                )
+            for text in found:
+                number += 1
+                yield Line(f"prompt {number}", text, pictures=1 if len(found) > 1 else None)
 
-    return prompts
-
-
-def _failure(name: str, what: str, error: Exception) -> str:
-    return f"{name}: {what} failed: {type(error).__name__}: {error}. Correct the module"
-
-
-def prompted_lines(
-    prompts: Prompter, random: Random, round_seed: int | None, made: Callable[[], int]
-) -> Iterator[Line]:
-    """Yield the lines of one round, until the module gives None.
-
-    A single prompt is made --images_per_prompt times, of several each once. random: draws seeds. round_seed:
-    of --iter_same_seed. made: returns how many pictures there are in this round. Raises UserError as
-    `make_prompter` says.
-    """
-    number = 0
-    for index in count():
-        found = prompts(random, round_seed, index, made())
-        if found is None:
-            return
-        for text in found:
-            number += 1
-            yield Line(f"prompt {number}", text, pictures=1 if len(found) > 1 else None)
+    return lines

@@ -154,9 +154,30 @@ class Lllites:
         Raises CheckpointError if one does not fit the U-Net.
         """
         self._uses, self._model = uses, model
-        self._layers = [
-            _layers_of(network, use, model.unet) for network, use in zip(networks, uses, strict=True)
-        ]
+        # the layers of the U-Net that each LLLite changes, with their modules
+        self._layers: list[list[tuple[nn.Module, LlliteModule]]] = []
+        for network, use in zip(networks, uses, strict=True):
+            found = []
+            for name, module in network.named_children():
+                assert isinstance(module, LlliteModule)
+                path = _path_of(name)
+                try:
+                    layer = None if path is None else model.unet.get_submodule(path)
+                except AttributeError:
+                    layer = None
+                width, axes = module.part.width, 4 if module.part.is_convolution else 2
+                weight = getattr(layer, "weight", None)
+                if layer is None or weight is None or weight.ndim != axes or weight.shape[1] != width:
+                    shape = None if weight is None else " x ".join(map(str, weight.shape))
+                    has = "has no such layer" if shape is None else f"has {shape} there"
+                    raise CheckpointError(
+                        f"{use.path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with "
+                        f"inputs of {width} channels, and the model {has}. Give one for {SDXL.words} to "
+                        f"{OPTION}.",
+                        use.path,
+                    )
+                found.append((layer, module))
+            self._layers.append(found)
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -202,29 +223,6 @@ class Lllites:
                     hook = layer.register_forward_pre_hook(changed_by(number, module))
                     hooks.callback(hook.remove)
             yield begin
-
-
-def _layers_of(network: Lllite, use: ControlUse, unet: nn.Module) -> list[tuple[nn.Module, LlliteModule]]:
-    """Return the layers of a U-Net that an LLLite changes, each with its module."""
-    found = []
-    for name, module in network.named_children():
-        assert isinstance(module, LlliteModule)
-        path = _path_of(name)
-        try:
-            layer = None if path is None else unet.get_submodule(path)
-        except AttributeError:
-            layer = None
-        width, axes = module.part.width, 4 if module.part.is_convolution else 2
-        weight = getattr(layer, "weight", None)
-        if layer is None or weight is None or weight.ndim != axes or weight.shape[1] != width:
-            has = "has no such layer" if weight is None else f"has {' x '.join(map(str, weight.shape))} there"
-            raise CheckpointError(
-                f"{use.path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-                f"{width} channels, and the model {has}. Give one for {SDXL.words} to {OPTION}.",
-                use.path,
-            )
-        found.append((layer, module))
-    return found
 
 
 def _path_of(name: str) -> str | None:

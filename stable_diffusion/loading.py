@@ -17,7 +17,6 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
 from modules.checkpoints.dialects import LoadPlan, load_planned
@@ -84,12 +83,39 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         check_vocabulary(words, plan.network.config.vocabulary, release.path)
     parts = _make_networks(release, dtype, vae_dtype)
     _fill(parts, META)  # compares names and shapes; reads nothing
-    _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
+    what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
+    logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
+    if release.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
+        logger.warning(
+            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
+            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
+        )
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)
     rows = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
-    towers = tuple(_tower(*row, release.kind is SD2, device, dtype) for row in rows)
-    _set_up(options, unet, vae)
+    towers = tuple(
+        TextTower(
+            network=network,
+            tokenize=words.tokenize,
+            start=words.start,
+            end=words.end,
+            pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
+            lora_prefix=lora_prefix,
+            projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
+            missing_layers=1 if release.kind is SD2 else 0,
+        )
+        for plan, network, words, lora_prefix in rows
+    )
+    # options that change the computation of networks without changing their weights
+    if options.xformers or options.diffusers_xformers:
+        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
+    if options.diffusers_xformers:
+        vae.set_attn_processor(XFormersAttnProcessor())
+    if options.opt_channels_last:
+        for network in (unet, vae):
+            network.to(memory_format=torch.channels_last)
+    if options.vae_slices is not None and options.vae_slices > 1:
+        band_convolutions(vae, options.vae_slices)
     return Model(
         kind=release.kind,
         path=release.path,
@@ -276,47 +302,3 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     except OptionError as error:
         given = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", given)) from error
-
-
-def _tower(
-    plan: TextPlan,
-    network: ClipText,
-    words: ClipWords,
-    lora_prefix: str,
-    is_sd2: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TextTower:
-    return TextTower(
-        network=network,
-        tokenize=words.tokenize,
-        start=words.start,
-        end=words.end,
-        pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
-        lora_prefix=lora_prefix,
-        projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
-        missing_layers=1 if is_sd2 else 0,
-    )
-
-
-def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Apply the options that change the computation of networks without changing their weights."""
-    if options.xformers or options.diffusers_xformers:
-        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
-    if options.diffusers_xformers:
-        vae.set_attn_processor(XFormersAttnProcessor())
-    if options.opt_channels_last:
-        for network in (unet, vae):
-            network.to(memory_format=torch.channels_last)
-    if options.vae_slices is not None and options.vae_slices > 1:
-        band_convolutions(vae, options.vae_slices)
-
-
-def _log(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype, has_own_vae: bool) -> None:
-    what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
-    logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
-    if release.kind is SDXL and vae_dtype == torch.float16 and has_own_vae:
-        logger.warning(
-            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
-            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
-        )

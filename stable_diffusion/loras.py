@@ -173,15 +173,20 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    given = map(LoraUse, loras, options.multipliers)
-    uses = for_encoders(given, model.kind.words, model.kind.lora_prefixes)
+    all_uses = map(LoraUse, loras, options.multipliers)
+    uses = for_encoders(all_uses, model.kind.words, model.kind.lora_prefixes)
     merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]
     targets = [
         _Target(model.unet),
         *(_Target(tower.network, _TEXT_START, tower.lora_prefix) for tower in model.texts),
     ]
-    if merged:
-        _merge(targets, merged)
+    for target in targets if merged else ():
+        if given := uses_for(merged, target.prefix):
+            patch = LoraPatch(given)
+            with torch.no_grad():
+                for path, parameter in target.network.named_parameters():
+                    patch.add_to(target.published(path), parameter.data)
+            patch.check()
     if not adjustable:
         return None
     defaults = tuple(use.multiplier for use in adjustable)
@@ -202,18 +207,6 @@ def load_networks(
 
     layers = [{part.place.module_path: part for part in one.values()} for one in parts[0]]
     return ChosenLoras(defaults, use_multipliers, layers)
-
-
-@torch.no_grad()
-def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
-    for target in targets:
-        given = uses_for(uses, target.prefix)
-        if not given:
-            continue
-        patch = LoraPatch(given)
-        for path, parameter in target.network.named_parameters():
-            patch.add_to(target.published(path), parameter.data)
-        patch.check()
 
 
 def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:

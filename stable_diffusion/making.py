@@ -108,7 +108,11 @@ class Maker:
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
             places = list(group)
             chosen = [pictures[place] for place in places]
-            made = self._make_group(chosen, None if start is None else _part_of(start, places))
+            own = start
+            if start is not None:
+                images = None if start.images is None else [start.images[place] for place in places]
+                own = SecondStart(images, None if start.latents is None else start.latents[places])
+            made = self._make_group(chosen, own)
             latents |= dict(zip(places, made, strict=True))
         joined = torch.stack([latents[place] for place in range(len(pictures))])
         if not wants_images:
@@ -158,7 +162,18 @@ class Maker:
         if self.guides is not None:
             guidance = self.guides.steer(guidance, passes, picture)
         made = sampler.schedule.num_steps - sampler.first
-        section = self._section(beginning.latents, texts, settings)
+        positive_sizes, negative_sizes = (
+            time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
+        )
+        prompted, *others = texts
+        positive = make_conditions(prompted, self.model.device, positive_sizes)
+        avoided, blank = (
+            None
+            if states is None
+            else make_conditions(states, self.model.device, negative_sizes, negative=True)
+            for states in others
+        )
+        section = Section(beginning.latents, positive, avoided, blank)
 
         def network(_: float) -> nn.Module:
             unet: nn.Module = self.model.unet
@@ -181,19 +196,6 @@ class Maker:
                 split=False,
             )
         return latents.squeeze(2)
-
-    def _section(self, noise: Tensor, texts: _Texts, settings: PictureSettings) -> Section:
-        device = self.model.device
-        positive_sizes, negative_sizes = (
-            time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
-        )
-        prompted, *others = texts
-        positive = make_conditions(prompted, device, positive_sizes)
-        negative, blank = (
-            None if states is None else make_conditions(states, device, negative_sizes, negative=True)
-            for states in others
-        )
-        return Section(noise, positive, negative, blank)
 
     # Texts
 
@@ -242,29 +244,19 @@ class Maker:
             return [joined(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
 
         positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
-        return self._see(pictures, positive), everywhere(0), everywhere(1)
-
-    def _see(self, pictures: Sequence[AskedPicture], states: list[TextState]) -> list[TextState]:
-        """Put the vectors of the input pictures into the states, if the options say so."""
-        if self.vision is None:
-            return states
-        paths = [picture.image for picture in pictures if picture.image is not None]
-        if len(paths) < len(pictures):
-            raise OptionError(
-                f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
-            )
-        return self.vision.replace_pooled(states, paths)
+        if self.vision is not None:
+            paths = [picture.image for picture in pictures if picture.image is not None]
+            if len(paths) < len(pictures):
+                raise OptionError(
+                    f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP "
+                    "sees"
+                )
+            positive = self.vision.replace_pooled(positive, paths)
+        return positive, everywhere(0), everywhere(1)
 
     def _choose_loras(self, settings: PictureSettings, part: int | None = None) -> None:
         if self.networks is not None:
             self.networks.choose(settings.multipliers, part)
-
-
-def _part_of(start: SecondStart, places: Sequence[int]) -> SecondStart:
-    return SecondStart(
-        None if start.images is None else [start.images[place] for place in places],
-        None if start.latents is None else start.latents[list(places)],
-    )
 
 
 def time_ids(settings: PictureSettings, negative: bool) -> Tensor:

@@ -249,11 +249,6 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     )
 
     def __post_init__(self) -> None:
-        self._check_modules()
-        self._check_counts()
-        multipliers_for(self.files, self.network_mul or (), "--network_mul")
-
-    def _check_modules(self) -> None:
         for name in self.network_module or ():
             what = NOT_READ.get(name)
             if what is not None:
@@ -265,8 +260,6 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
                     f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
                     "recognised by their tensors"
                 )
-
-    def _check_counts(self) -> None:
         files = len(self.files)
         modules = len(self.network_module or ())
         if modules > 1 and modules != files:
@@ -284,6 +277,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
             raise OptionError(
                 f"--network_merge_n_models {self.network_merge_n_models}: there are {files} --network_weights"
             )
+        multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ from stable_diffusion.lines import (
     find_inputs,
     import_prompter,
     list_lines,
-    make_prompter,
-    prompted_lines,
+    module_lines,
 )
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions, PictureOutputOptions
@@ -65,9 +63,33 @@ class PictureFiles:
         digit: of the stage, empty if there is one stage. number: of the picture in its batch, from 0. Raises
         OutputError if it cannot be written.
         """
-        texts = png_texts(picture, self.kind, self.sampler)
+        # under the names of the image guides
+        settings = picture.settings
+        texts: dict[str, object] = {
+            "prompt": picture.prompt,
+            "seed": picture.seed,
+            "sampler": self.sampler,
+            "steps": settings.steps,
+            "scale": settings.scale,
+            "negative-prompt": picture.negative_prompt or None,
+            "negative-scale": settings.negative_scale,
+            "clip-prompt": picture.clip_prompt,
+            "raw-prompt": picture.raw_prompt,
+        }
+        if self.kind is SDXL:
+            sizes = settings.sizes
+            height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
+            texts |= {
+                "original-height": height,
+                "original-width": width,
+                "original-height-negative": sizes.original_height_negative or height,
+                "original-width-negative": sizes.original_width_negative or width,
+                "crop-top": sizes.crop_top or 0,
+                "crop-left": sizes.crop_left or 0,
+            }
+        storable = {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
         with self._free(self._names(picture, digit, number)) as path:
-            write_png(path, np.asarray(image.convert("RGB")), texts)
+            write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
     def _names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
@@ -108,34 +130,6 @@ class PictureFiles:
 def _named(stem: str, digit: str) -> Iterator[str]:
     stem = f"{stem}_{digit}" if digit == FIRST else stem
     return chain([stem], (f"{stem}_{number}" for number in count(1)))
-
-
-def png_texts(picture: AskedPicture, kind: ModelKind, sampler: str) -> Mapping[str, str]:
-    """Return the texts of a PNG, under the names of the image guides."""
-    settings = picture.settings
-    texts: dict[str, object] = {
-        "prompt": picture.prompt,
-        "seed": picture.seed,
-        "sampler": sampler,
-        "steps": settings.steps,
-        "scale": settings.scale,
-        "negative-prompt": picture.negative_prompt or None,
-        "negative-scale": settings.negative_scale,
-        "clip-prompt": picture.clip_prompt,
-        "raw-prompt": picture.raw_prompt,
-    }
-    if kind is SDXL:
-        sizes = settings.sizes
-        height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
-        texts |= {
-            "original-height": height,
-            "original-width": width,
-            "original-height-negative": sizes.original_height_negative or height,
-            "original-width-negative": sizes.original_width_negative or width,
-            "crop-top": sizes.crop_top or 0,
-            "crop-left": sizes.crop_left or 0,
-        }
-    return {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -180,22 +174,18 @@ class Run:
         paths = []
         asked = self.asking.pictures(lines, failures)
         for batch in batches(asked, self.options.prompts.batch_size):
-            paths += self._make_batch(batch, failures)
-        return paths
-
-    def _make_batch(self, batch: Sequence[AskedPicture], failures: Failures) -> list[Path]:
-        if len(batch) > 1:
-            try:
-                return self._make(batch)
-            except OutputError:
-                raise
-            except Exception as error:
-                what = count_of(len(batch), "picture")
-                logger.warning("A batch of %s failed and is made one by one: %s", what, error)
-        paths = []
-        for picture in batch:
-            with failures.note_errors(picture.label, fatal=OutputError):
-                paths += self._make([picture])
+            if len(batch) > 1:
+                try:
+                    paths += self._make(batch)
+                    continue
+                except OutputError:
+                    raise
+                except Exception as error:
+                    what = count_of(len(batch), "picture")
+                    logger.warning("A batch of %s failed and is made one by one: %s", what, error)
+            for picture in batch:
+                with failures.note_errors(picture.label, fatal=OutputError):
+                    paths += self._make([picture])
         return paths
 
     def _make(self, batch: Sequence[AskedPicture]) -> list[Path]:
@@ -250,8 +240,18 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         else:
             module = import_prompter(options.prompts.from_module)
             run = start()
-            paths = run.make_all(_rounds(run, _module_lines(run, module, failures)), failures)
-            asked = run.asking.lines
+            asking, seeds, maker = run.asking, run.asking.seeds, run.maker
+            of_round = module_lines(
+                module, options, maker.model, maker.networks, seeds.random, lambda: asking.made
+            )
+
+            def prompted() -> Iterator[Line]:
+                """Yield the lines of a round; a module that fails ends it."""
+                with failures.note_errors("the next prompt"):
+                    yield from of_round(seeds.round_seed)
+
+            paths = run.make_all(_rounds(run, prompted), failures)
+            asked = asking.lines
     if len(paths) > 1:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     where = options.prompts.from_file
@@ -298,19 +298,6 @@ def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[
             asking.seeds.random.shuffle(lines)
         for line in lines:
             yield line if prompts.n_iter == 1 else replace(line, label=f"{line.label}, round {number}")
-
-
-def _module_lines(run: Run, module: ModuleType, failures: Failures) -> Callable[[], Iterator[Line]]:
-    """Return the function that yields the lines of a round; a module that fails ends it."""
-    prompter = make_prompter(module, run.options, run.maker.model, run.maker.networks)
-    asking = run.asking
-
-    def lines() -> Iterator[Line]:
-        with failures.note_errors("the next prompt"):
-            seeds = asking.seeds
-            yield from prompted_lines(prompter, seeds.random, seeds.round_seed, lambda: asking.made)
-
-    return lines
 
 
 def converse(run: Run) -> None:

@@ -249,11 +249,7 @@ class UnetPasses:
         )
         for idea in self.ideas:
             call = idea(call)
-        return self._call(dit, call).float().unsqueeze(2)
-
-    def _call(self, unet: nn.Module, call: UnetCall) -> Tensor:
-        dtype = self.model.dtype
-        sample = call.sample
+        dtype, sample = self.model.dtype, call.sample
         if self.beside is not None:
             passes = len(sample) // len(self.beside)
             sample = torch.cat([sample, self.beside.repeat(passes, 1, 1, 1)], dim=1)
@@ -262,7 +258,7 @@ class UnetPasses:
             skips, middle = call.residuals
             others["down_block_additional_residuals"] = tuple(skip.to(dtype) for skip in skips)
             others["mid_block_additional_residual"] = middle.to(dtype)
-        (said,) = unet(
+        (said,) = dit(
             sample.to(dtype),
             torch.full((len(sample),), call.timestep, device=sample.device),
             encoder_hidden_states=call.context.to(dtype),
@@ -270,7 +266,7 @@ class UnetPasses:
             return_dict=False,
             **others,
         )
-        return said
+        return said.float().unsqueeze(2)
 
 
 def _tensor(conditions: Conditions, name: str) -> Tensor:

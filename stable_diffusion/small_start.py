@@ -124,20 +124,15 @@ class _Shrinking:
             return call
         # a ControlNet sees the whole size: what it adds has to be of the features' size
         skips, middle = call.residuals
-        sizes = self.skip_sizes()
-        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
-        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
-
-    def skip_sizes(self) -> list[Size]:
-        """Return the sizes of the input blocks' outputs."""
-        size, sizes = self.size, []
+        size, sizes = self.size, []  # of the input blocks' outputs
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
-                size = smaller_size(size, self.shrink.ds_ratio)
+                size = smaller_size(size, shrink.ds_ratio)
             if isinstance(block, Downsample2D):
                 size = -(-size[0] // 2), -(-size[1] // 2)
             sizes.append(size)
-        return sizes
+        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
+        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
     # What the hooks call
 
@@ -146,7 +141,7 @@ class _Shrinking:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
-    def enter_output(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Fit the features to an output block's first skip, and note the sizes of the others."""
         if self.depth is None:
             return None
@@ -157,7 +152,7 @@ class _Shrinking:
         if wanted is not None and [-(-side // 2) for side in wanted] != list(self.skips[-1]):
             wanted = None
         fitted = resize_like(kwargs["hidden_states"], self.skips[0])
-        return {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
+        return args, {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
         """Fit the features to the skip that the next layer of the output block takes."""
@@ -167,9 +162,6 @@ class _Shrinking:
         if isinstance(output, tuple):
             return resize_like(output[0], size), *output[1:]
         return resize_like(output, size)
-
-    def enter_end(self, features: Tensor) -> Tensor | None:
-        return None if self.depth is None else resize_like(features, self.size)
 
 
 def _size(features: Tensor) -> Size:
@@ -183,18 +175,16 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
     for output in unet.up_blocks:
         yield output.register_forward_pre_hook(
-            lambda _, args, kwargs: _keep(args, shrinking.enter_output(kwargs)), with_kwargs=True
+            lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
         )
         attentions = getattr(output, "attentions", None)
         for layer, last in enumerate(list(attentions or output.resnets)[:-1]):
             yield last.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
-    yield unet.conv_norm_out.register_forward_pre_hook(lambda _, args: shrinking.enter_end(args[0]))
-
-
-def _keep(args: Any, kwargs: dict[str, Any] | None) -> tuple[Any, dict[str, Any]] | None:
-    return None if kwargs is None else (args, kwargs)
+    yield unet.conv_norm_out.register_forward_pre_hook(
+        lambda _, args: None if shrinking.depth is None else resize_like(args[0], shrinking.size)
+    )
 
 
 # Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.

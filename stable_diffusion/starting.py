@@ -7,10 +7,9 @@ the start noise, the posterior of the unmasked input; then come the steps.
 # Letters: B pictures, h w latent size, H W in pixels: 8 times as much
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from torch.nn.functional import interpolate
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from stable_diffusion.contract import AskedPicture, Model, PictureSettings, SecondStart
-from stable_diffusion.options import PictureInputOptions
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
@@ -143,18 +141,6 @@ def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | Non
     return None if picture.image is None and start is None else picture.settings.strength
 
 
-def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PictureInputOptions) -> None:
-    """Raise OptionError if an inpainting checkpoint lacks a picture or a mask.
-
-    unet: the configuration of its U-Net.
-    """
-    if unet["in_channels"] == 9 and (options.image_path is None or options.mask_path is None):
-        raise OptionError(
-            f"--ckpt {checkpoint} is an inpainting checkpoint, which needs --image_path and --mask_path. "
-            "Give both, or another checkpoint"
-        )
-
-
 def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) -> None:
     """Raise OptionError if a picture cannot begin as it says."""
     if is_masked(picture) and picture.image is None and start is None:
@@ -194,7 +180,12 @@ def begin(
     is_painted = is_masked(pictures[0])
     # the first step of inpainting at full strength is noise alone
     from_noise = is_painted and settings.strength == 1
-    pixels = None if start is not None and start.images is None else _pixels(pictures, start)
+    images = None if start is None else start.images
+    if start is None:
+        images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
+    pixels: Tensor | None = None  # B 3 H W
+    if images is not None:
+        pixels = torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None
@@ -221,17 +212,6 @@ def begin(
         return Beginning(latents.unsqueeze(2), sampler, torch.cat([small, left], dim=1))
     assert clean is not None
     return Beginning(latents.unsqueeze(2), replace(sampler, around=Inpainting(sampler, clean, drawn, small)))
-
-
-def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
-    """Return the pixels of the pictures' starts, B 3 H W."""
-    settings = pictures[0].settings
-    if start is not None:
-        assert start.images is not None
-        images = list(start.images)
-    else:
-        images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
-    return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
 # Pictures to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
@@ -270,16 +250,13 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 
     Pictures are encoded one by one, so that none depends on its batch.
     """
-    return torch.cat(
-        [_sample(model, each[None], generator) for each, generator in zip(pixels, generators, strict=True)]
-    )
-
-
-def _sample(model: Model, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    posterior = model.vae.encode(pixels.to(model.device, model.vae_dtype)).latent_dist
-    mean = posterior.mean.float()
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return (mean + posterior.std.float() * noise) * model.kind.latent_scale
+    samples = []
+    for each, generator in zip(pixels, generators, strict=True):
+        posterior = model.vae.encode(each[None].to(model.device, model.vae_dtype)).latent_dist
+        mean = posterior.mean.float()
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        samples.append((mean + posterior.std.float() * noise) * model.kind.latent_scale)
+    return torch.cat(samples)
 
 
 @torch.no_grad()

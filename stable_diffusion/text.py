@@ -225,37 +225,29 @@ class PictureVectors:
         CheckpointError if the tower's files are damaged or do not fit the model.
         """
         new = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
-        if new:
-            self._see(new)
+        device = self._model.device
+        if new and self._tower is None:
+            self._tower = load_clip_vision(self._path, device, self._model.dtype, OPTION, RELEASE)
+            logger.info("CLIP vision conditioning: %s", self._path)
+            text, found = self._model.texts[-1], self._tower.visual_projection.out_features
+            wanted = text.network.embeddings.token_embedding.embedding_dim
+            wanted = wanted if text.projection is None else text.projection.shape[1]
+            if found != wanted:
+                raise CheckpointError(
+                    f"{OPTION}: the image encoder {self._path} makes vectors of {found} numbers, the pooled "
+                    f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
+                    self._path,
+                )
+        if new and self._tower is not None:
+            tower = self._tower.to(device)
+            for path in new:
+                image = Image.fromarray(first_frame(path)[..., :3])
+                self._vectors[path] = tower.encode([image])[0] * self._strength
+            if device.type != "cpu":
+                tower.to("cpu")
         return [
             replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
         ]
-
-    def _see(self, paths: Sequence[Path]) -> None:
-        device = self._model.device
-        if self._tower is None:
-            self._tower = load_clip_vision(self._path, device, self._model.dtype, OPTION, RELEASE)
-            logger.info("CLIP vision conditioning: %s", self._path)
-            self._check_width(self._tower)
-        tower = self._tower.to(device)
-        for path in paths:
-            image = Image.fromarray(first_frame(path)[..., :3])
-            self._vectors[path] = tower.encode([image])[0] * self._strength
-        if device.type != "cpu":
-            tower.to("cpu")
-
-    def _check_width(self, tower: ClipVision) -> None:
-        text = self._model.texts[-1]
-        projection = text.projection
-        wanted = text.network.embeddings.token_embedding.embedding_dim
-        wanted = wanted if projection is None else projection.shape[1]
-        found = tower.visual_projection.out_features
-        if found != wanted:
-            raise CheckpointError(
-                f"{OPTION}: the image encoder {self._path} makes vectors of {found} numbers, the pooled "
-                f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
-                self._path,
-            )
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:

@@ -94,7 +94,13 @@ def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
     own = _part(checkpoint, prefix, "OpenCLIP")
-    plan = plan_clip_text(own, _our_sources(own), {"hidden_act": "gelu"}, USE)
+    sources: dict[str, TensorSource] = {}
+    for name, source in plain_sources(own).items():
+        for ours, third in open_clip_names(name) or [(name, None)]:
+            sources[ours] = (
+                source if third is None else source.then(lambda rows, third=third: rows.chunk(3)[third])  # type: ignore[misc]
+            )
+    plan = plan_clip_text(own, sources, {"hidden_act": "gelu"}, USE)
     plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
     return TextPlan(plan, True, _projection(own, plan.config) if is_projected else None)
 
@@ -108,16 +114,6 @@ def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, others=("",))
-
-
-def _our_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    sources: dict[str, TensorSource] = {}
-    for name, source in plain_sources(checkpoint).items():
-        for ours, third in open_clip_names(name) or [(name, None)]:
-            sources[ours] = (
-                source if third is None else source.then(lambda rows, third=third: rows.chunk(3)[third])  # type: ignore[misc]
-            )
-    return sources
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:

@@ -87,10 +87,32 @@ def add_words(
             )
     for word in words:
         logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
-    return tuple(
-        _with_rows(tower, words, [word.vectors[index] for word in words])
-        for index, tower in enumerate(towers)
-    )
+    learned = []
+    for index, tower in enumerate(towers):
+        vectors = [word.vectors[index] for word in words]
+        embeddings = tower.network.embeddings
+        old = embeddings.token_embedding.weight
+        rows = torch.cat([old.detach(), *(added.to(old.device, old.dtype) for added in vectors)])
+        embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
+
+        ids: dict[str, list[int]] = {}
+        first = len(old)
+        numbered: dict[str, list[int]] = {}
+        strides = torch.zeros(len(rows), dtype=torch.int64)
+        for word, added in zip(words, vectors, strict=True):
+            own = list(range(first, first + _count(word)))
+            if word.layers > 1:
+                strides[own] = len(own)
+            first += len(added)
+            ids[word.word] = own
+            numbered |= {f"{word.word}{place}": [own[place]] for place in range(1, len(own))}
+            if word.token is not None:
+                numbered.setdefault(word.token, own)
+        # what a file is called comes before what follows from another one
+        taken = {name.lower() for name in ids}
+        ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
+        learned.append(replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides))
+    return tuple(learned)
 
 
 def with_words(
@@ -119,30 +141,6 @@ def _alone(name: str) -> str:
     before = r"(?<!\w)" if re.match(r"\w", name) else ""
     behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
     return before + re.escape(name) + behind
-
-
-def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence[Tensor]) -> TextTower:
-    embeddings = tower.network.embeddings
-    old = embeddings.token_embedding.weight
-    rows = torch.cat([old.detach(), *(added.to(old.device, old.dtype) for added in vectors)])
-    embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
-
-    ids: dict[str, list[int]] = {}
-    first = len(old)
-    numbered: dict[str, list[int]] = {}
-    strides = torch.zeros(len(rows), dtype=torch.int64)
-    for word, added in zip(words, vectors, strict=True):
-        own = list(range(first, first + _count(word)))
-        if word.layers > 1:
-            strides[own] = len(own)
-        first += len(added)
-        ids[word.word] = own
-        numbered |= {f"{word.word}{index}": [own[index]] for index in range(1, len(own))}
-        if word.token is not None:
-            numbered.setdefault(word.token, own)
-    taken = {name.lower() for name in ids}  # what a file is called comes before what follows from another one
-    ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
-    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
 
 
 def _count(word: LearnedWord) -> int:
@@ -210,7 +208,10 @@ def _not_extended(path: Path, why: str) -> CheckpointError:
 def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if one is none."""
     for name, tensor in tensors.items():
-        if not _is_rows(tensor):
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
+        # no more numbers than the file can hold, as rows may share memory
+        if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
             why = f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}"
             raise _not_one(path, why) if option == OPTION else _not_extended(path, why)
         if not tensor.float().isfinite().all():  # 8 bits have no such test
@@ -218,17 +219,6 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
                 f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
             )
     return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    """Return whether a tensor holds vectors of numbers, and no more of them than its file can hold."""
-    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-    return (
-        is_plain
-        and tensor.is_floating_point()
-        and tensor.ndim in (1, 2)
-        and 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES
-    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

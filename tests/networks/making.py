@@ -1,6 +1,5 @@
 """LoRAs, networks and transformers for the tests of networks/."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from networks.module_names import module_path
-from networks.names.layouts import FamilyNames
 from tests.golden_cases import make_weights
-from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.hunyuan_model.making import tiny_inputs, tiny_model
 from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -147,28 +144,6 @@ def saved_by_diffusers(
     return path
 
 
-def saved_with_points(
-    network: OwnNetwork,
-    path: Path,
-    family: FamilyNames,
-    start: str,
-    state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> Path:
-    """A network's factors as diffusion-pipe and PEFT name them.
-
-    start: before the paths. state: renames them, as ComfyUI does.
-    """
-    theirs = {}
-    for name, layer in network.named_children():
-        (renamed,) = state(
-            {f"{module_path(name.removeprefix('lora_unet_'), family)}.weight": layer.lora_up.weight}
-        )
-        theirs[f"{start}{renamed.removesuffix('weight')}lora_A.weight"] = layer.lora_down.weight.detach()
-        theirs[f"{start}{renamed.removesuffix('weight')}lora_B.weight"] = layer.lora_up.weight.detach()
-    save_file(theirs, path)
-    return path
-
-
 def assert_recorded(
     network: nn.Module, dit: nn.Module, loss: Tensor, description: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -216,12 +191,3 @@ def run_here(kind: str, path: Path, multiplier: float = 1.0) -> Tensor:
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= NEAR * expected.abs().max()
-
-
-def made_there(
-    folder: Path, kind: str, targets: Any, alpha: int = 4, with_settings: bool = True
-) -> tuple[Path, Tensor]:
-    """A LoRA that diffusers saves, and what its model gives with it."""
-    theirs = in_diffusers(kind)
-    path = saved_by_diffusers(theirs, folder / "theirs.safetensors", targets, alpha, with_settings)
-    return path, run_there(theirs, tiny_inputs(kind))

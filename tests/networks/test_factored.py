@@ -62,19 +62,14 @@ def random_layer(kind: str, alpha: float = 0.7) -> tuple[nn.Linear, FactoredLaye
     return original, layer
 
 
-def by_deltas(original: nn.Linear, layer: FactoredLayer, x: Tensor) -> Tensor:
-    """The output with the weight that generation merges."""
-    delta = weight_delta(layer.state_dict(keep_vars=True), x.device)
-    assert delta is not None
-    return nn.functional.linear(x, original.weight + layer.multiplier * delta, original.bias)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_are_those_of_the_merged_weight(kind: str) -> None:
     original, layer = random_layer(kind)
     x = torch.randn(2, 5, original.in_features, requires_grad=True)
     layer.multiplier = 0.5
-    expected = by_deltas(original, layer, x)
+    delta = weight_delta(layer.state_dict(keep_vars=True), x.device)  # as generation merges it
+    assert delta is not None
+    expected = nn.functional.linear(x, original.weight + layer.multiplier * delta, original.bias)
     layer.attach()
     found = original(x)
 

@@ -135,13 +135,6 @@ CPU = torch.device("cpu")
 TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
 
 
-def framepack_state() -> dict[str, Tensor]:
-    """A FramePack transformer that has the tiny HunyuanVideo's weights wherever both have one of that
-    name.
-    """
-    return tiny_state() | diffusers_state(TRUNK)
-
-
 def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
     """What LoRAs add to each weight."""
     patch = LoraPatch(uses)
@@ -149,17 +142,6 @@ def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
     patch.check()
     assert patch.unused() == []
     return found
-
-
-def random_lora(kind: str) -> LoraFile:
-    """Factors for every matrix of the tiny HunyuanVideo."""
-    generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
-    for module in MATRICES:
-        made = factors(kind, TRUNK[f"{module}.weight"].flatten(1), generator)
-        if kind == "difference":
-            made["diff_b"] = 0.1 * torch.randn(len(made["diff"]), generator=generator)
-        tensors |= {f"lora_unet_{replace_dots(module)}.{part}": one for part, one in made.items()}
-    return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
 
 
 MATRICES = [
@@ -171,9 +153,18 @@ MATRICES = [
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "difference"])
 def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind: str) -> None:
-    lora = LoraUse(random_lora(kind), 0.7)
+    generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
+    for module in MATRICES:
+        made = factors(kind, TRUNK[f"{module}.weight"].flatten(1), generator)
+        if kind == "difference":
+            made["diff_b"] = 0.1 * torch.randn(len(made["diff"]), generator=generator)
+        tensors |= {f"lora_unet_{replace_dots(module)}.{part}": one for part, one in made.items()}
+    metadata = {"ss_base_model_version": "hunyuan_video"}
+    lora = LoraUse(LoraFile(Path("hv.safetensors"), tensors, metadata, "ours"), 0.7)
 
-    here, there = changes(framepack_state(), lora), diffusers_state(changes(TRUNK, lora))
+    # a FramePack that has the tiny HunyuanVideo's weights wherever both have one of that name
+    here = changes(tiny_state() | diffusers_state(TRUNK), lora)
+    there = diffusers_state(changes(TRUNK, lora))
 
     assert there.keys() <= here.keys()
     for name, delta in here.items():

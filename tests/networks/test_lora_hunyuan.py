@@ -19,7 +19,7 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.module_names import relatives, replace_dots
+from networks.module_names import module_path, relatives, replace_dots
 from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import read_case
@@ -69,7 +69,13 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
     tmp_path: Path, state: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: str
 ) -> None:
     network = making.saved(tmp_path / "ours.safetensors", alpha=4)
-    making.saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
+    theirs = {}  # as diffusion-pipe, PEFT and ComfyUI name them
+    for name, layer in network.named_children():
+        path = module_path(name.removeprefix("lora_unet_"), HUNYUAN_VIDEO)
+        (renamed,) = state({f"{path}.weight": layer.lora_up.weight})
+        theirs[f"{start}{renamed.removesuffix('weight')}lora_A.weight"] = layer.lora_down.weight.detach()
+        theirs[f"{start}{renamed.removesuffix('weight')}lora_B.weight"] = layer.lora_up.weight.detach()
+    save_file(theirs, tmp_path / "theirs.safetensors")
 
     out = making.run_here("t2v", tmp_path / "theirs.safetensors")
 
@@ -157,7 +163,9 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
     tmp_path: Path, targets: str, with_settings: bool
 ) -> None:
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    path, expected = making.made_there(tmp_path, "i2v", making.IN_DIFFUSERS[targets], alpha, with_settings)
+    theirs, modules = in_diffusers("i2v"), making.IN_DIFFUSERS[targets]
+    path = making.saved_by_diffusers(theirs, tmp_path / "theirs.safetensors", modules, alpha, with_settings)
+    expected = run_there(theirs, tiny_inputs("i2v"))
 
     out = making.run_here("i2v", path)
 

@@ -163,12 +163,9 @@ def follow(
             said = (steered - (1 - share).sqrt() * sample.detach()) / share.sqrt()
         else:
             said = said + (1 - share).sqrt() * gradient
-        latents = scheduler.step(said, timestep, latents, **_draws(scheduler)).prev_sample
+        draws = {"generator": scheduler.drawn_from} if hasattr(scheduler, "drawn_from") else {}
+        latents = scheduler.step(said, timestep, latents, **draws).prev_sample
     return latents
-
-
-def _draws(scheduler: Any) -> dict[str, Any]:
-    return {"generator": scheduler.drawn_from} if hasattr(scheduler, "drawn_from") else {}
 
 
 def steps_of(sampler: str) -> int:

@@ -62,18 +62,14 @@ def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
         ).sample
 
 
-def layer_of(unet: UNet2DConditionModel, name: str) -> torch.nn.Module:
-    """The layer of a name such as lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q."""
-    block, _, rest = name.removeprefix("lllite_unet_").partition("_transformer_blocks_")
-    number, attention, kind = rest.split("_", 2)
-    return unet.get_submodule(f"{PLACES[block]}.transformer_blocks.{number}.{attention}.{kind}")
-
-
 def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, multiplier: float) -> None:
     """Change a U-Net for good, by the formula. guides: R 3 H W in -1..1."""
     for name in {name.partition(".")[0] for name in state}:
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if name + "." in key}
-        layer = layer_of(unet, name)
+        # lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q
+        block, _, rest = name.removeprefix("lllite_unet_").partition("_transformer_blocks_")
+        number, attention, kind = rest.split("_", 2)
+        layer = unet.get_submodule(f"{PLACES[block]}.transformer_blocks.{number}.{attention}.{kind}")
         told = functional.conv2d(
             guides, weights["conditioning1.0.weight"], weights["conditioning1.0.bias"], stride=4
         )
@@ -220,10 +216,6 @@ def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) 
         sdxl_merge_lora.main([str(word) for word in words])
 
 
-def is_extracted(path: str) -> bool:
-    return in_places(path) and path != "conv_in"
-
-
 @pytest.mark.parametrize(
     ("kind", "tool"),
     [
@@ -237,7 +229,9 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
 ) -> None:
     source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
     model = load(source, "--tokenizer_cache_dir", tokenizers)
-    path = write_kohya(tmp_path / "x.safetensors", model, is_extracted)
+    path = write_kohya(
+        tmp_path / "x.safetensors", model, lambda place: in_places(place) and place != "conv_in"
+    )
     put_in(model, path, "--network_mul", 0.5)
 
     merge(tool, source, path, output, 0.5)

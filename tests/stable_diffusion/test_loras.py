@@ -305,17 +305,6 @@ def renamed(path: Path, out: Path, change: Callable[[str], str]) -> Path:
     return out
 
 
-def diffusers_names(model: Model) -> dict[str, str]:
-    """sd-scripts' name of a module -> `unet.down_blocks.0. ...` or `text_encoder. ...`."""
-    unet = {kohya_name(path, model.kind.name): f"unet.{path}" for path in unet_modules(model)}
-    texts = {
-        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": f"text_encoder{end}.text_model.{path}"
-        for tower, end in zip(model.texts, ("", "_2"), strict=False)
-        for path, _ in tower.network.named_modules()
-    }
-    return unet | texts
-
-
 def peft(name: str) -> str:
     return name.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
 
@@ -344,7 +333,13 @@ def test_names_of_diffusers(
     kohya = tmp_path / "no alpha.safetensors"
     save_file(tensors, kohya)
 
-    known = diffusers_names(model)
+    # sd-scripts' name of a module -> `unet.down_blocks.0. ...` or `text_encoder. ...`
+    known = {kohya_name(path, model.kind.name): f"unet.{path}" for path in unet_modules(model)}
+    known |= {
+        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": f"text_encoder{end}.text_model.{path}"
+        for tower, end in zip(model.texts, ("", "_2"), strict=False)
+        for path, _ in tower.network.named_modules()
+    }
 
     def theirs(name: str) -> str:
         module, _, part = name.partition(".")

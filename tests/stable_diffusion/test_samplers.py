@@ -40,17 +40,6 @@ def follow(solver: SchedulerSolver, latents: Tensor) -> Tensor:
     return latents.squeeze(2)
 
 
-def follow_theirs(scheduler: Any, timesteps: Tensor, latents: Tensor, seeds: tuple[int, ...]) -> Tensor:
-    """Denoise as diffusers' pipelines do."""
-    drawn = generators(*seeds)
-    draws = "generator" in scheduler.step.__code__.co_varnames
-    for timestep in timesteps:
-        said = network(scheduler.scale_model_input(latents, timestep), float(timestep))
-        given = {"generator": drawn} if draws else {}
-        latents = scheduler.step(said, timestep, latents, **given).prev_sample
-    return latents
-
-
 def noise(seed: int = 0) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
@@ -93,7 +82,11 @@ def test_zero_terminal_snr_begins_with_noise_alone(sampler: str) -> None:
     if sampler in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++"):
         theirs = their_scheduler(sampler, True, rescale_betas_zero_snr=True, timestep_spacing="trailing")
         theirs.set_timesteps(STEPS)
-        wanted = follow_theirs(theirs, theirs.timesteps, noise() * theirs.init_noise_sigma, (1, 2))
+        wanted, drawn = noise() * theirs.init_noise_sigma, generators(1, 2)
+        given = {"generator": drawn} if "generator" in theirs.step.__code__.co_varnames else {}
+        for timestep in theirs.timesteps:  # as diffusers' pipelines do
+            said = network(theirs.scale_model_input(wanted, timestep), float(timestep))
+            wanted = theirs.step(said, timestep, wanted, **given).prev_sample
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
 
 
