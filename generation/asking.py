@@ -28,7 +28,18 @@ def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[
         "prompt, quit or Ctrl-D ends.%s",
         more,
     )
-    ask, letters = _reader(), [f"--{letter} {name}" for letter, name in options]
+    letters = [f"--{letter} {name}" for letter, name in options]
+    ask: Callable[[], str] = lambda: input(SIGN)  # noqa: E731
+    if sys.stdin.isatty() and importlib.util.find_spec("prompt_toolkit") is not None:
+        from prompt_toolkit import PromptSession  # optional: pip install prompt_toolkit
+
+        session: PromptSession[str] = PromptSession(SIGN)
+        ask = session.prompt
+    else:
+        try:
+            import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
+        except ImportError:
+            logger.info("For line editing and history: pip install prompt_toolkit")
 
     def read() -> str:
         while _HELP.fullmatch((line := ask()).strip()):
@@ -38,19 +49,6 @@ def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[
         return line
 
     return read
-
-
-def _reader() -> Callable[[], str]:
-    if sys.stdin.isatty() and importlib.util.find_spec("prompt_toolkit") is not None:
-        from prompt_toolkit import PromptSession  # optional: pip install prompt_toolkit
-
-        session: PromptSession[str] = PromptSession(SIGN)
-        return session.prompt
-    try:
-        import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
-    except ImportError:
-        logger.info("For line editing and history: pip install prompt_toolkit")
-    return lambda: input(SIGN)
 
 
 @contextlib.contextmanager

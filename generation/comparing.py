@@ -111,7 +111,18 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
         pairs = [pair for pair in cells[variant.label] if not any(map(Path.exists, _files(options, pair[1])))]
         to_make += [(variant, pairs)] if pairs else []
     missing = sum(len(pairs) for _, pairs in to_make)
-    _show_start(run, variants, jobs, len(variants) * len(jobs) - missing)
+    total = len(variants) * len(jobs)
+    kept = f", {total - missing} of them made before" if missing < total else ""
+    show_box(
+        "Comparing",
+        [
+            ("model", name_model(family.metadata)),
+            ("columns", "\n".join(re.sub(r"\s+", " ", variant.label) for variant in variants)),
+            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
+            ("clips", f"{count_of(total, 'clip')}{kept}"),
+            ("folder", str(options.output.save_path)),
+        ],
+    )
     if to_make:
         denoise_cells(run, to_make)
     paths = decode_cells(run, [cell for pairs in cells.values() for _, cell in pairs])
@@ -316,21 +327,3 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]
     return as_typed(words)
-
-
-def _show_start(
-    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], finished: int
-) -> None:
-    total = len(variants) * len(jobs)
-    kept = f", {finished} of them made before" if finished else ""
-    labels = [re.sub(r"\s+", " ", variant.label) for variant in variants]
-    show_box(
-        "Comparing",
-        [
-            ("model", name_model(run.family.metadata)),
-            ("columns", "\n".join(labels)),
-            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
-            ("clips", f"{count_of(total, 'clip')}{kept}"),
-            ("folder", str(run.options.output.save_path)),
-        ],
-    )

@@ -140,24 +140,14 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     needs no more.
     """
     # of equal ones the last that has something to encode
-    requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
-    sizes = {
-        (
-            prepared.width * prepared.height,
-            prepared.frames,
-            _count_reference_pixels(family, prepared),
-        ): prepared
-        for prepared in requests
-    }
+    sizes: dict[tuple[int, int, int], Prepared] = {}
+    for prepared in sorted(requests, key=lambda prepared: needs_media(family, prepared)):
+        paths = () if family.references is None else prepared.asked.control_images
+        pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
+        sizes[prepared.width * prepared.height, prepared.frames, pixels] = prepared
     largest = [
         size
         for size in sizes
         if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
     ]
     return [sizes[size] for size in largest]
-
-
-def _count_reference_pixels(family: Family, prepared: Prepared) -> int:
-    """Return the pixels of a request's reference pictures, before they are resized."""
-    paths = () if family.references is None else prepared.asked.control_images
-    return sum(prod(image_size(path)) for path in paths)

@@ -72,20 +72,6 @@ class ReadingAhead:
             pass
 
 
-def read_ahead(expert: int, load: LoadAside) -> ReadingAhead:
-    """Begin to load an expert in a thread. What it computes on a GPU wants a stream of its own."""
-    stop = threading.Event()
-
-    def check() -> None:
-        if stop.is_set():
-            raise ReadingStopped
-
-    pool = ThreadPoolExecutor(1, "loading ahead")
-    made = pool.submit(torch.no_grad()(load), expert, check)  # gradients are a setting of each thread
-    pool.shutdown(wait=False)  # once it is made
-    return ReadingAhead(expert, made, stop)
-
-
 @dataclass(frozen=True)
 class TurnRules:
     """How experts share the device."""
@@ -261,27 +247,34 @@ class DitTurns:
         coming = next((expert for expert in self._plan[self._place :] if expert != present), None)
         if coming is None or coming in self._dits or self._ahead is not None:
             return
-        load, words = self.load_aside, self.experts[coming].words
-        reason = self._why_not_ahead(self._dits[present])
-        if load is None or reason:
-            if load is not None and coming not in self._told:
+        load, words, reason = self.load_aside, self.experts[coming].words, ""
+        if load is None:
+            return
+        if self.rules.lazy:
+            reason = ", as --lazy_loading asks"
+        elif self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
+            reason = f": {self.device.type} cannot prepare it beside its work"
+        else:  # it is as large as the present one
+            dit, room = self._dits[present], self.host_room()
+            needed = sum(each.nbytes for each in chain(dit.parameters(), dit.buffers()))
+            if room is not None and needed > room:
+                reason = f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
+        if reason:
+            if coming not in self._told:
                 logger.info("The %s is loaded when its steps begin%s", words, reason)
                 self._told.add(coming)
             return
         logger.info("The %s is read into host memory while the %s works", words, self.experts[present].words)
-        self._ahead = read_ahead(coming, load)
+        stop = threading.Event()
 
-    def _why_not_ahead(self, present: nn.Module) -> str:
-        """Return why another expert, which is as large, cannot be read ahead; empty if it can."""
-        if self.rules.lazy:
-            return ", as --lazy_loading asks"
-        if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
-            return f": {self.device.type} cannot prepare it beside its work"
-        room = self.host_room()
-        needed = sum(each.nbytes for each in chain(present.parameters(), present.buffers()))
-        if room is not None and needed > room:
-            return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
-        return ""
+        def check() -> None:
+            if stop.is_set():
+                raise ReadingStopped
+
+        pool = ThreadPoolExecutor(1, "loading ahead")
+        made = pool.submit(torch.no_grad()(load), coming, check)  # gradients are a setting of each thread
+        pool.shutdown(wait=False)  # once it is made
+        self._ahead = ReadingAhead(coming, made, stop)
 
     def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
         """Take over an expert that was read ahead; raises its error.

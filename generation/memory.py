@@ -15,7 +15,7 @@ from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_o
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
+from modules.contract.family import Family, can_divide, hears_sound, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
@@ -170,7 +170,11 @@ def rehearse_texts(
     extra: MemoryPart,
     room: Room | None,
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
-    """Return a phase for each text encoder, and its outputs for the prompts as tensors without content."""
+    """Return a phase for each text encoder, and its outputs for the prompts as tensors without content.
+
+    An encoder has its blocks split over the processes that share the transformer, or layers in host memory
+    if there is no room for it.
+    """
     wanted = wanted_texts(prepared, options.guidance)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
@@ -181,30 +185,22 @@ def rehearse_texts(
             found = [encoder.encode([text])[0] for text in outputs]
             phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
         if processes > 1 and can_divide(encoder):
-            phase = split_over(phase, encoder.network, options, processes)
-        elif room is not None and phase.device > room.usable:
-            phase = wait_on_host(phase, encoder, room)
+            network, (weights, *others) = encoder.network, phase.parts
+            (split,) = swaps_of(network, spec_of(network), options.speed.swap, processes)
+            note = split.words(0, "").removeprefix("; ")
+            weights = replace(weights, device=weights.device - split.saved, note=note)
+            phase = Phase(phase.name, (weights, *others))
+        elif room is not None and phase.device > room.usable and is_layered(encoder):
+            waiting = encoder.waiting_bytes(room.usable)
+            if waiting:
+                weights, *others = phase.parts
+                left = weights.device - waiting
+                weights = replace(weights, device=left, host=waiting, note="copied layer by layer")
+                phase = Phase(phase.name, (weights, *others))
         phases.append(phase)
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(make_solid(conditions))
-
     return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
-
-
-def split_over(phase: Phase, network: nn.Module, options: GenerationOptions, processes: int) -> Phase:
-    """Return the phase of a text encoder whose blocks are split over processes."""
-    (split,) = swaps_of(network, spec_of(network), options.speed.swap, processes)
-    weights, *others = phase.parts
-    note = split.words(0, "").removeprefix("; ")
-    return Phase(phase.name, (replace(weights, device=weights.device - split.saved, note=note), *others))
-
-
-def wait_on_host(phase: Phase, encoder: TextEncoder, room: Room) -> Phase:
-    """Return the phase of a text encoder for which there is no room, with layers in host memory if it can."""
-    waiting = encoder.waiting_bytes(room.usable) if is_layered(encoder) else 0
-    weights, *others = phase.parts
-    told = replace(weights, device=weights.device - waiting, host=waiting, note="copied layer by layer")
-    return Phase(phase.name, (told, *others)) if waiting else phase
 
 
 def rehearse_denoising(

@@ -24,7 +24,6 @@ from generation.script_options import (
     RequestOptions,
     ScriptDefaults,
     given_among,
-    use_preset,
 )
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -232,8 +231,13 @@ class GenerationOptions(Options, title="run"):
             )
         if self.sheet.is_asked:
             self._check_sheet()
-        if self.latent_path:
-            self._tell_unused_by_decoding()
+        unused = {
+            "--num_videos": self.num_videos > 1,
+            "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
+            "--preview_latent_every": self.preview.preview_latent_every is not None,
+        }
+        for name in (name for name, is_given in unused.items() if is_given and self.latent_path):
+            logger.warning("%s is ignored because --latent_path only decodes", name)
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
@@ -244,15 +248,6 @@ class GenerationOptions(Options, title="run"):
             what = "picture" if self.output.pictures else "video"
             raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
-
-    def _tell_unused_by_decoding(self) -> None:
-        given = {
-            "--num_videos": self.num_videos > 1,
-            "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
-            "--preview_latent_every": self.preview.preview_latent_every is not None,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            logger.warning("%s is ignored because --latent_path only decodes", name)
 
     def _check_sheet(self) -> None:
         """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
@@ -321,25 +316,27 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
 
 
 def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line. Raises OptionError if an option is not supported yet."""
+    """Parse a command line, with --scheduler as --sample_solver and the options that --optimized turns on.
+
+    Raises OptionError if an option is not supported yet, or if both name a solver and they differ.
+    """
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
-        _use_scheduler(parser, args, argv)
+        solver = args.solver_names[args.scheduler]
+        if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
+            raise OptionError(
+                f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
+                f"{args.sample_solver} is given too: give one of them"
+            )
+        args.sample_solver = solver
     if args.optimized:
-        use_preset(parser, args, argv)
+        given = given_among(parser, argv, {*args.preset, "fp8"})
+        # --fp8 is the other way to keep weights in fp8, which --fp8_scaled would replace
+        left = given | {"fp8_scaled"} if "fp8" in given else given
+        args.by_preset = tuple(name for name in args.preset if name not in left)
+        args.not_by_preset = tuple(name for name in args.preset if name in left)
+        for name in args.by_preset:
+            setattr(args, name, args.preset[name])
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
-
-
-def _use_scheduler(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
-) -> None:
-    """Set --sample_solver to the value of --scheduler. Raises OptionError if both are given and differ."""
-    solver = args.solver_names[args.scheduler]
-    if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
-        raise OptionError(
-            f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
-            f"{args.sample_solver} is given too: give one of them"
-        )
-    args.sample_solver = solver

@@ -213,16 +213,32 @@ class GrowingVideo:
     def add(self, piece: Piece) -> None:
         """Add a new piece to the preview.
 
-        An error here ends the preview with a warning; the generation goes on.
+        It is decoded beside the DiT if the device has room, else while the DiT waits in host memory. An error
+        here ends the preview with a warning; the generation goes on. But if the DiT cannot be moved back, the
+        error is raised: the generation needs it.
         """
         if self._has_failed:
             return
         clip = None
         with self._optional():
             if self.session.dit_can_stay(self.needed):
-                clip = self._decode_beside(piece)
+                try:
+                    clip = self._decode(piece)
+                except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
+                    if self.session.device.type == "cpu" or not is_out_of_memory(error):
+                        raise
+                    logger.info(
+                        "Too little memory to decode beside the transformer: it leaves the device during "
+                        "decoding"
+                    )
+                    self.needed = None  # from now on it leaves
         if clip is None and not self._has_failed:
-            clip = self._decode_alone(piece)
+            with ExitStack() as stack:
+                with self._optional():  # if the DiT cannot be moved away, it stays where it was
+                    stack.enter_context(self.session.dit_aside())
+                if not self._has_failed:
+                    with self._optional():
+                        clip = self._decode(piece)
         with self._optional():
             if clip is not None:
                 if self._grows_in_front not in (None, piece.in_front):
@@ -243,36 +259,6 @@ class GrowingVideo:
             logger.warning(
                 "The preview of the video has failed (%s). The video is still generated.%s", reason, stays
             )
-
-    def _decode_beside(self, piece: Piece) -> Tensor | None:
-        """Decode as `_decode` does; return None if the device runs out of memory beside the DiT.
-
-        From then on the DiT leaves the device while pieces are decoded.
-        """
-        try:
-            return self._decode(piece)
-        except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
-            if self.session.device.type == "cpu" or not is_out_of_memory(error):
-                raise
-            logger.info(
-                "Too little memory to decode beside the transformer: it leaves the device during decoding"
-            )
-            self.needed = None
-            return None
-
-    def _decode_alone(self, piece: Piece) -> Tensor | None:
-        """Decode as `_decode` does while the DiT is in host memory; return None if moving or decoding fails.
-
-        If the DiT cannot be moved away it stays where it was, and only the preview ends. If it cannot be
-        moved back, the error is raised: the generation needs it.
-        """
-        with ExitStack() as stack:
-            with self._optional():
-                stack.enter_context(self.session.dit_aside())
-            if not self._has_failed:
-                with self._optional():
-                    return self._decode(piece)
-        return None
 
     def _decode(self, piece: Piece) -> Tensor:
         """Decode a piece to pixels 1 3 F H W in host memory."""

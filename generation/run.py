@@ -156,7 +156,16 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             logger.warning("--optimized goes without --%s here. %s", name, error)
             speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
             left_out.append(name)
-    logger.info("%s", describe_preset(options, left_out))
+    values = dict.fromkeys(options.speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in options.speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if options.speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in options.speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    logger.info("%s", "; ".join(parts))
     if not left_out:
         return options
     settings: dict[str, Any] = {
@@ -165,21 +174,6 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     if speed.fp8.fp8 and not options.speed.fp8.fp8:
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
-
-
-def describe_preset(options: GenerationOptions, left_out: Sequence[str]) -> str:
-    """Return a line on the options that --optimized sets in this run, leaves out, and has replaced."""
-    speed = options.speed
-    values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
-    used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
-    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
-    if left_out:
-        names = ", ".join(as_typed(values, name) for name in left_out)
-        parts.append(f"left out, as the warnings above say why: {names}")
-    if speed.not_by_preset:
-        names = ", ".join(f"--{name}" for name in speed.not_by_preset)
-        parts.append(f"left to what you gave: {names}")
-    return "; ".join(parts)
 
 
 def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:

@@ -168,27 +168,9 @@ class OutputOptions(Options, title="output"):
         return self.output_type != NOTHING
 
 
-def output_help(types: Sequence[str]) -> str:
-    return "what to write: " + ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in types)
-
-
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
     """The option as it is typed: `--attn_mode sageattn`, `--compile`."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
-
-
-def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Turn on the options of --optimized, except given ones.
-
-    The names go to `args.by_preset`, those of the exceptions to `args.not_by_preset`.
-    """
-    given = given_among(parser, argv, {*args.preset, "fp8"})
-    taken = tuple(name for name in args.preset if name not in given)
-    if "fp8" in given:  # the other way to keep weights in fp8, which --fp8_scaled would replace
-        taken = tuple(name for name in taken if name != "fp8_scaled")
-    for name in taken:
-        setattr(args, name, args.preset[name])
-    args.by_preset, args.not_by_preset = taken, tuple(name for name in args.preset if name not in taken)
 
 
 def given_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
@@ -303,6 +285,7 @@ class ScriptDefaults:
             "lora_multiplier_high_noise": 1.0,
             **source["defaults"],
         }
+        written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
         spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
@@ -310,7 +293,7 @@ class ScriptDefaults:
         choices: dict[str, dict[str, Any]] = {
             "output_type": {
                 "choices": list(self.output_types),
-                "help": output_help(self.output_types),
+                "help": f"what to write: {written}",
                 "refused": dict.fromkeys(("video", "both"), NO_VIDEOS) if pictures else {},
             },
             "scheduler": {

@@ -240,7 +240,16 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
         title="" if any(axis.name == "prompt" for axis in axes) else in_short(prompt, MOST_OF_TITLE),
         cell=min(CELL_OF_SHEET, TALLEST // rows - LINE),
     )
-    metadata = {} if output.no_metadata else sheet_metadata(run, cells, paths)
+    metadata: dict[str, str] = {}
+    if not output.no_metadata:  # what all cells share, the axes as --sheet takes them, the file of each cell
+        of_cells = [run.metadata(cells[place].prepared) or {} for place in paths]
+        for key, text in of_cells[0].items():
+            if all(other.get(key) == text for other in of_cells):
+                metadata[key] = text
+        metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
+        for (column, row), path in sorted(paths.items(), key=lambda item: item[0][::-1]):
+            said = ", ".join(_say(axis, index) for axis, index in zip(axes, (column, row), strict=False))
+            metadata[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}"
     words = words_of(prompt) if output.prompt_in_name else ""
     name = "_".join(part for part in (f"{datetime.now():%Y%m%d-%H%M%S}", "sheet", words) if part)
     with own_stem(output.save_path, name) as stem:
@@ -252,20 +261,6 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(path, play(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata))
     return path
-
-
-def sheet_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
-    of_cells = [run.metadata(cells[place].prepared) or {} for place in paths]
-    common = {
-        key: text for key, text in of_cells[0].items() if all(other.get(key) == text for other in of_cells)
-    }
-    common["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
-    for (column, row), path in sorted(paths.items(), key=lambda item: item[0][::-1]):
-        places = zip(run.options.axes, (column, row), strict=False)
-        said = ", ".join(_say(axis, index) for axis, index in places)
-        common[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}"
-    return common
 
 
 def _say(axis: Axis, index: int) -> str:

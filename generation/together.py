@@ -105,7 +105,12 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     device = join_processes(options.device, options.speed.shared_by[0])
     if distributed.get_rank() > 0:
         logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
-        options = _without_files(options)
+        options = replace(
+            options,
+            output=replace(options.output, output_type=NOTHING, save_last_frame=False),
+            preview=NO_PREVIEW,
+            rewriting=PromptRewriteOptions(),
+        )
     try:
         with OtherProcesses(distributed.get_rank(), distributed.get_world_size()) as others, others.explain():
             generate(family, options, device)
@@ -225,13 +230,3 @@ def check_together(family: Family, options: GenerationOptions) -> None:
             f"--post and {asked} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"
         )
-
-
-def _without_files(options: GenerationOptions) -> GenerationOptions:
-    """Return the options of a process that writes nothing."""
-    return replace(
-        options,
-        output=replace(options.output, output_type=NOTHING, save_last_frame=False),
-        preview=NO_PREVIEW,
-        rewriting=PromptRewriteOptions(),
-    )

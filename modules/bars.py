@@ -61,28 +61,25 @@ class Bar:
             return
         if self._bar is not None:
             self._bar.update(amount)
-        elif self.is_terminal():
-            if self.now() - self._start >= DELAY:
-                self._open_bar()
-        elif self.now() - self._told >= LINE_EVERY:
-            self._told = self.now()
-            logger.info("%s", self.line())
-
-    def _open_bar(self) -> None:
-        """Show the bar. Only now: a log line would show one that is still waiting for its time."""
-        self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
-        bar = tqdm(
-            total=self.total,
-            desc=self.what,
-            unit=self.unit,
-            unit_scale=self.unit == BYTES,
-            dynamic_ncols=True,
-            leave=False,
-        )
-        self._bar = self._open.enter_context(bar)
-        bar.start_t -= self.now() - self._start
-        bar.update(self.done)
-        bar.refresh()
+        elif not self.is_terminal():
+            if self.now() - self._told >= LINE_EVERY:
+                self._told = self.now()
+                logger.info("%s", self.line())
+        elif self.now() - self._start >= DELAY:
+            # made only now: a log line would show one that is still waiting for its time
+            self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+            bar = tqdm(
+                total=self.total,
+                desc=self.what,
+                unit=self.unit,
+                unit_scale=self.unit == BYTES,
+                dynamic_ncols=True,
+                leave=False,
+            )
+            self._bar = self._open.enter_context(bar)
+            bar.start_t -= self.now() - self._start
+            bar.update(self.done)
+            bar.refresh()
 
     def line(self) -> str:
         """Return the progress in words, with an estimate of the time left, for frames with their rate."""

@@ -51,12 +51,9 @@ def wants_colour(stream: Any) -> bool:
     """Return whether to write ANSI colours: to a terminal that knows them, if NO_COLOR is not set."""
     if os.environ.get("NO_COLOR") or not draws_boxes(stream):
         return False
-    return os.name != "nt" or _turn_on_colours()
-
-
-def _turn_on_colours() -> bool:
-    """Let a Windows console understand ANSI codes. Returns whether it does."""
-    import ctypes  # only there
+    if os.name != "nt":
+        return True
+    import ctypes  # only there: its console has to be told to understand ANSI codes
 
     kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     is_done = True

@@ -28,19 +28,14 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     kept = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     below = [(escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text]
     title = escape_control_codes(title)
-    draw = partial(draw_box, title, kept, below)
-    logger.info("%s", "\n".join([title, *align(kept), *_lines_below(below)]), extra={"draw": draw})
-
-
-def align(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return rows as lines: indented, with the texts below each other."""
-    width = max((count_columns(label) for label, _ in rows), default=0)
-    lines = []
-    for label, text in rows:
+    width = max((count_columns(label) for label, _ in kept), default=0)
+    lines = [title]
+    for label, text in kept:  # indented, with the texts below each other
         start = f"  {label}: " + " " * (width - count_columns(label))
         first, *others = text.split("\n")
         lines += [start + first, *(" " * (width + 4) + other for other in others)]
-    return lines
+    draw = partial(draw_box, title, kept, below)
+    logger.info("%s", "\n".join([*lines, *_lines_below(below)]), extra={"draw": draw})
 
 
 def count_columns(text: str) -> int:

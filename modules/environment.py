@@ -32,7 +32,10 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     Raises UserError if an installation fails.
     """
     runtime = [TORCH if requirement_name(line) == "torch" else line for line in read_requirements()]
-    wanted = [*runtime, *_extra_requirements(extra), *packages]
+    if extra is not None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        runtime += project["optional-dependencies"][extra]
+    wanted = [*runtime, *packages]
     is_active = sys.prefix != sys.base_prefix
     folder = Path(sys.prefix) if is_active else ROOT / ".venv"
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
@@ -105,13 +108,6 @@ def _install(python: Path, wanted: list[str]) -> None:
                     f"pip could not install {', '.join(lines)}. See its message above, fix the cause and "
                     "run again."
                 )
-
-
-def _extra_requirements(extra: str | None) -> list[str]:
-    if extra is None:
-        return []
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return list(project["optional-dependencies"][extra])
 
 
 def _runs(python: Path, *arguments: str) -> bool:

@@ -52,7 +52,15 @@ def command_words(words: Sequence[str]) -> list[str]:
     if not PREFIX:
         place = next((index for index, word in enumerate(words[:MOST_BEFORE]) if find_script(word)), None)
         if place is not None and words[0] in {"python", "accelerate"}:
-            words[place] = str(_typed_folder() / (find_script(words[place]) or ""))
+            # the folder of this checkout as the running script's path was typed; "." if none was running
+            typed = Path(sys.argv[0])
+            try:
+                inside = typed.resolve().relative_to(ROOT)
+            except ValueError:
+                inside = Path(typed.name)
+            folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
+            folder = folder if find_script(inside.as_posix()) else Path()
+            words[place] = str(folder / (find_script(words[place]) or ""))
         return words
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
         return [Path(words[1]).stem, *words[2:]]
@@ -60,17 +68,6 @@ def command_words(words: Sequence[str]) -> list[str]:
     if words[:2] == ["accelerate", "launch"] and place is not None:
         return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
     return words
-
-
-def _typed_folder() -> Path:
-    """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
-    typed = Path(sys.argv[0])
-    try:
-        inside = typed.resolve().relative_to(ROOT)
-    except ValueError:
-        inside = Path(typed.name)
-    folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
-    return folder if find_script(inside.as_posix()) else Path()
 
 
 def find_script(word: str) -> Path | None:

@@ -90,7 +90,9 @@ class OtherProcesses:
         try:
             yield
         except BaseException as error:
-            is_of_processes = _is_of_processes(error)
+            is_of_processes = isinstance(error, distributed.DistError) or (
+                isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
+            )
             if is_of_processes:
                 self._noticed.wait(self._pace.grace)
             self._over.set()  # from here on this thread ends the process
@@ -207,13 +209,6 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
             time.sleep(PAUSE)
         port = store.get(answer).decode()
     environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
-
-
-def _is_of_processes(error: BaseException) -> bool:
-    """Return whether an error is of the connection between processes."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
 
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:

@@ -164,8 +164,14 @@ class Options:
             object.__setattr__(self, field.name, value)
         for field in known:
             _check_facts(self, field)
-        for field in known:  # as the last, for a message of what is wrong without any file
-            _check_paths(self, field)
+        # as the last, for a message of what is wrong without any file
+        names = {option_name(field): field.name for field in known}
+        for field, facts in ((field, field.metadata) for field in known if "place" in field.metadata):
+            flag = f"{'' if facts['declared'].positional else '--'}{option_name(field)}"
+            for path in _paths(getattr(self, field.name)):
+                check_path(flag, path, facts["place"], facts.get("hint", ""))
+                for name in facts.get("spares", ()):
+                    refuse_replacing(flag, path, _paths(getattr(self, names[name])))
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -244,7 +250,11 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     behind = f" ({hint})" if hint else ""
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not _fits(number, facts):
-            shown = {fact: _short(facts[fact]) for fact in _LIMITS if fact in facts}
+            shown = {
+                fact: f"{facts[fact]:,g}" if isinstance(facts[fact], float) else f"{facts[fact]:,}"
+                for fact in _LIMITS
+                if fact in facts
+            }
             limits = " and ".join(f"{_LIMITS[fact]} {limit}" for fact, limit in shown.items())
             if "least" in shown and "most" in shown:
                 limits = f"from {shown['least']} to {shown['most']}"
@@ -272,19 +282,6 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         logger.warning("%s is ignored because %s given", typed, names)
 
 
-def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if a path of a field is none that its option takes."""
-    facts = field.metadata
-    if "place" not in facts:
-        return
-    option = f"{'' if facts['declared'].positional else '--'}{option_name(field)}"
-    for path in _paths(getattr(record, field.name)):
-        check_path(option, path, facts["place"], facts.get("hint", ""))
-        others = {option_name(one): one.name for one in dataclasses.fields(record)}
-        for name in facts.get("spares", ()):
-            refuse_replacing(option, path, _paths(getattr(record, others[name])))
-
-
 def _paths(value: Any) -> list[Path]:
     return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Path)]
 
@@ -300,10 +297,6 @@ def _fits(number: float, facts: Mapping[str, Any]) -> bool:
         and ("above" not in facts or number > facts["above"])
         and ("below" not in facts or number < facts["below"])
     )
-
-
-def _short(limit: float) -> str:
-    return f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
 
 
 def _either(words: Collection[str]) -> str:

@@ -131,9 +131,22 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
-        self._refuse_line_end(words)
+        last_but_one, last = ["", "", *words][-2:]
+        takes_it = any(last_but_one in one.option_strings and one.nargs != 0 for one in self._actions)
+        if last in _LINE_ENDS and not takes_it:  # for another shell
+            self.error(
+                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
+                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
+            )
         self._refuse_unknown(words)
-        self._refuse_joined(words)
+        # two numbers that are typed as one word: 480x832
+        flags = self._option_string_actions
+        pairs = {flag for flag, one in flags.items() if one.nargs == 2 and one.type in NUMBERS}
+        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+        for before, word in pairwise(typed):
+            joined = _JOINED.fullmatch(word)
+            if before in pairs and joined is not None:
+                self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[2]}")
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
@@ -175,28 +188,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
         if message.startswith(_MISSING):
-            message = "\n  ".join(map(self._explain_missing, message.removeprefix(_MISSING).split(", ")))
+            lines = []
+            for name in message.removeprefix(_MISSING).split(", "):
+                helps = [
+                    action.help
+                    for action in self._actions
+                    if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help
+                ]
+                lines.append(f"{name} is missing" + (f": {helps[0].replace('%%', '%')}" if helps else ""))
+            message = "\n  ".join(lines)
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
         let_the_first_tell()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
-
-    def _explain_missing(self, name: str) -> str:
-        for action in self._actions:
-            if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
-                return f"{name} is missing: {action.help.replace('%%', '%')}"
-        return f"{name} is missing"
-
-    def _refuse_line_end(self, words: Sequence[str]) -> None:
-        """Tell that lines were not joined: a sign at the end that another shell would have taken."""
-        *others, last = words or [""]
-        takes_it = any(others[-1] in one.option_strings and one.nargs != 0 for one in self._actions if others)
-        if last in _LINE_ENDS and not takes_it:
-            self.error(
-                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
-                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
-            )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = self._option_string_actions
@@ -233,16 +238,6 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
             )
-
-    def _refuse_joined(self, words: Sequence[str]) -> None:
-        """Say how to write two numbers if they are typed as one word: 480x832."""
-        flags = self._option_string_actions
-        pairs = {flag for flag, one in flags.items() if one.nargs == 2 and one.type in NUMBERS}
-        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-        for before, word in pairwise(typed):
-            found = _JOINED.fullmatch(word)
-            if before in pairs and found is not None:
-                self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         """Count an option's values as argparse does, but say which ones are wanted if there are too few."""

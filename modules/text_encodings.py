@@ -134,13 +134,10 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
         return alone
     found: list[EncodingGuess | None] = []
     for content, guess in zip(contents, alone, strict=True):
-        text = _decode(content, together.encoding) if _is_unsure(guess) else None
+        is_sure = guess is not None and (guess.is_sure or guess.encoding.startswith("utf"))
+        text = None if is_sure else _decode(content, together.encoding)
         found.append(guess if text is None else EncodingGuess(together.encoding, text, together.is_sure))
     return found
-
-
-def _is_unsure(guess: EncodingGuess | None) -> bool:
-    return guess is None or not (guess.is_sure or guess.encoding.startswith("utf"))
 
 
 def _decode(content: bytes, encoding: str) -> str | None:

@@ -140,7 +140,14 @@ def choose_product(
     reasons = []
     for product in products:
         try:
-            _try(product, device)
+            for tokens in (STEP, FEW_TOKENS + STEP):  # a tile of few and one of more, with bias
+                tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
+                rows, columns = torch.ones(tokens, 1, device=device), torch.ones(1, STEP, device=device)
+                bias = torch.zeros(STEP, device=device)
+                out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
+                if not bool((out == STEP).all()):
+                    found = float(out.flatten()[0])
+                    raise RuntimeError(f"the product of two tiles of ones is {found}, not {STEP}")
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reasons.append(str(error).partition("\n")[0])
         else:
@@ -167,20 +174,6 @@ def add_product(quantisation: Quantisation | None, device: torch.device) -> Quan
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type}"
-
-
-def _try(product: Product, device: torch.device) -> None:
-    """Compute a tile of few and one of more tokens, with bias.
-
-    Raises the product's errors, and RuntimeError if a result is wrong.
-    """
-    for tokens in (STEP, FEW_TOKENS + STEP):
-        tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
-        rows, columns = torch.ones(tokens, 1, device=device), torch.ones(1, STEP, device=device)
-        bias = torch.zeros(STEP, device=device)
-        out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
-        if not bool((out == STEP).all()):
-            raise RuntimeError(f"the product of two tiles of ones is {float(out.flatten()[0])}, not {STEP}")
 
 
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:

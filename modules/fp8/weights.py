@@ -7,7 +7,7 @@ compilation) find it.
 """
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,31 +38,22 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
     """
     wide = quantisation.float32_scales or weight.dtype == torch.float16
     dtype = torch.float32 if wide else weight.dtype
-    scale = (
-        None if quantisation.kind == "cast" else _scale(weight, dtype, per_row=quantisation.kind == "rows")
-    )
+    scale: Tensor | None = None
+    if quantisation.kind != "cast":
+        peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
+        if quantisation.kind != "rows":
+            peak = peak.amax().reshape(1)
+        scale = peak.to(dtype) / LARGEST
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-    for rows in _row_blocks(weight):
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         part = weight[rows].to(dtype)
         if scale is not None:
             part = part / (scale if scale.ndim == 1 else scale[rows])
         rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
     return rounded, None if scale is None else scale.float()
-
-
-def _scale(weight: Tensor, dtype: torch.dtype, per_row: bool) -> Tensor:
-    """Return max|weight| / 448 in that dtype: [out, 1] or [1]."""
-    peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
-    if not per_row:
-        peak = peak.amax().reshape(1)
-    scale = peak.to(dtype) / LARGEST
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -298,30 +298,23 @@ def swap_blocks(
     lists = host.plan.lists(dit)
     blocks = [block for each in lists for block in dit.get_submodule(each.name).children()]
     held = {dit.get_parameter(name) for name in places}
-    swap = BlockSwap(_rings(dit, lists, places), len(blocks), held, transfer or transfer_to(device))
+    rings, start = list[Ring](), 0
+    for each in lists:
+        units = {}
+        for index in each.streamed:
+            layers = [name for name, _ in big_layers(dit, f"{each.name}.{index}")]
+            names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
+            weights, kept = [dit.get_parameter(name) for name in names], [places[name] for name in names]
+            units[start + index] = Unit(start + index, weights, kept)
+        if units:
+            rings.append(Ring(units, [Slot() for _ in range(each.slots)]))
+        start += each.num_blocks
+    swap = BlockSwap(rings, len(blocks), held, transfer or transfer_to(device))
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
     set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, places, device)
-
-
-def _rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
-    rings, start = [], 0
-    for each in lists:
-        units = {}
-        for index in each.streamed:
-            names = [
-                f"{name}.weight"
-                for name, _ in big_layers(dit, f"{each.name}.{index}")
-                if f"{name}.weight" in places
-            ]
-            weights, host = [dit.get_parameter(name) for name in names], [places[name] for name in names]
-            units[start + index] = Unit(start + index, weights, host)
-        if units:
-            rings.append(Ring(units, [Slot() for _ in range(each.slots)]))
-        start += each.num_blocks
-    return rings
 
 
 def _report(

@@ -15,6 +15,7 @@ only their common inputs, which are saved once, before the first piece. At that 
 recomputing the block (its early stop), and continues piece by piece.
 """
 
+import functools
 import math
 import types
 import weakref
@@ -198,7 +199,9 @@ class _Block:
         keeps = self.keeps_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         )
-        contexts = reuse_attention if keeps else noop_context_fn
+        # the second context, in which a block is computed again, reuses attention's results
+        reuse = functools.partial(create_selective_checkpoint_contexts, _policy)
+        contexts = reuse if keeps else noop_context_fn
         kept: AbstractContextManager[object] = nullcontext() if self.offload is None else self.offload.hooks()
         with kept:
             return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
@@ -218,11 +221,6 @@ def checkpoint_blocks(
     for index, block in enumerate(blocks):
         place = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)
-
-
-def reuse_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return the contexts of computing and recomputing a block; the second reuses attention's results."""
-    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:

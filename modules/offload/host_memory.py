@@ -134,7 +134,16 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
 
     The first process makes a file without a name; the others open it through its list of open files.
     """
-    descriptor = _make_file(size) if machine.rank == 0 else None
+    descriptor = None
+    if machine.rank == 0 and hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("swapped weights")
+        try:
+            # fails here if memory is short, instead of crashing when it is written
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.close(descriptor)
+            logger.debug("no shared memory: %s", error)
+            descriptor = None
     offers = _gather((os.getpid(), descriptor))
     pid, theirs = offers[machine.first]
     mapping = None
@@ -159,20 +168,6 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
             "memory."
         )
     return None
-
-
-def _make_file(size: int) -> int | None:
-    if not hasattr(os, "memfd_create"):
-        return None
-    descriptor = os.memfd_create("swapped weights")
-    try:
-        # fails here if memory is short, instead of crashing when it is written
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.close(descriptor)
-        logger.debug("no shared memory: %s", error)
-        return None
-    return descriptor
 
 
 def _gather(value: Any) -> list[Any]:
@@ -217,18 +212,12 @@ def _register(address: int, size: int) -> bool:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
         return True
-    _clear_error()
-    return False
-
-
-def _clear_error() -> None:
-    """Take back the error that the driver keeps for this thread after a refused call.
-
-    torch would report it at the next kernel, which has nothing to do with it. torch does not offer
-    cudaGetLastError, but calls it when it starts a kernel.
-    """
+    # take back the error that the driver keeps for this thread after a refused call: torch would report it
+    # at the next kernel, which has nothing to do with it. torch does not offer cudaGetLastError, but calls it
+    # when it starts a kernel
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
+    return False
 
 
 def _unregister(addresses: Sequence[int]) -> None:

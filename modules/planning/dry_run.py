@@ -136,7 +136,7 @@ class Ledger(TorchDispatchMode):
             round_up_bytes(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
         )
         key = id(storage)
-        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), made)
+        self._known[key] = (weakref.ref(storage, lambda _: self._add(self._known.pop(key)[1], -1)), made)
         self._add(made, 1)
         self._compare()
 
@@ -145,10 +145,6 @@ class Ledger(TorchDispatchMode):
         """Return the device's current bytes by kind."""
         found = {kind: size for kind, size in self._live.items() if kind != WORKING}
         return {**found, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
-
-    def _gone(self, key: int) -> None:
-        _, made = self._known.pop(key)
-        self._add(made, -1)
 
     def _add(self, made: _Allocation, sign: int) -> None:
         if not made.on_device:
@@ -285,7 +281,12 @@ def _watch(
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
-            where = _nth(index, ledger.counts[name])
+            # both ends of a list have two places: the outermost block, and one like all those between
+            where, count = ("first", SECOND, "between")[min(index, 2)], ledger.counts[name]
+            if index == count - 1:
+                where = "last"
+            elif 1 < index == count - 2:
+                where = BEFORE_LAST
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *others)
         ledger.enter("forward outside the blocks")
@@ -294,13 +295,6 @@ def _watch(
         return result
 
     return run
-
-
-def _nth(index: int, count: int) -> str:
-    """Return a block's place name: both ends have two, the outermost block and one like all those between."""
-    if index == count - 1:
-        return "last"
-    return BEFORE_LAST if 1 < index == count - 2 else ("first", SECOND, "between")[min(index, 2)]
 
 
 SECOND, BEFORE_LAST = "second", "last but one"

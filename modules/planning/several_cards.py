@@ -73,23 +73,12 @@ def with_division(speed: Speed, division: Division) -> Speed:
     return override_options(speed, given)
 
 
-def divisions_of(cards: int, is_training: bool) -> Iterator[Division]:
-    """Yield how cards can divide a run, from the one that exchanges least.
-
-    A generation makes one clip at a time if its processes share anything.
-    """
-    contexts = [count for count in range(2, cards + 1) if cards % count == 0]
-    if not is_training:
-        contexts = [cards]
-    for shards in (False, True):
-        yield Division(cards, shards)
-        for context in contexts:
-            yield Division(cards, shards, context)
-
-
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
     """Yield the ways for a number of equal cards. room: of each."""
-    for division in divisions_of(cards, is_training):
+    # from the one that exchanges least; a generation makes one clip at a time if its processes share anything
+    contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
+    splits = [(shards, context) for shards in (False, True) for context in (1, *contexts)]
+    for division in (Division(cards, *split) for split in splits):
         words = ("--shard_base",) * division.shards
         if division.context > 1:
             words = (*words, "--context_parallel", str(division.context))
@@ -198,17 +187,8 @@ def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
     """Return the command to type for a way. added: options that it lacks. argv: of the one that planned."""
-    script = Path(argv[0]).name
-    words = [str(find_script(script) or script), *_undecided(argv[1:]), *added, *way.words]
-    if not is_training and way.at_once > 1:
-        return as_typed(["python", *words])
-    return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])
-
-
-def _undecided(words: Sequence[str]) -> list[str]:
-    """Return the words of a command without the options that a way decides."""
-    kept, following = list[str](), 0
-    for word in words:
+    kept, following = list[str](), 0  # without the options that a way decides, and their values
+    for word in argv[1:]:
         name, equals, _ = word.partition("=")
         if following and not word.startswith("--"):
             following -= 1
@@ -216,4 +196,8 @@ def _undecided(words: Sequence[str]) -> list[str]:
         following = 0 if equals else DECIDED.get(name, 0)
         if name not in DECIDED:
             kept.append(word)
-    return kept
+    script = Path(argv[0]).name
+    words = [str(find_script(script) or script), *kept, *added, *way.words]
+    if not is_training and way.at_once > 1:
+        return as_typed(["python", *words])
+    return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])
