@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.cache.files import (
     SOUND_LENGTH,
     LatentName,
-    is_sound_cache,
+    is_latent_cache,
     latent_names,
     sound_tag,
     tensor_name,
@@ -143,7 +143,7 @@ class SoundWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].not_in(valid, but_of=failed)
-        is_ours = partial(is_sound_cache, architecture=self._family.name)
+        is_ours = partial(is_latent_cache, architecture=self._family.name, sound=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
