@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -188,7 +188,11 @@ def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSam
             others.append(end)
         else:
             beside.setdefault((match[1], int(match[2] or 0)), []).append(end)
-    found = _media(others, rules)
+    found: list[str] = []  # to learn: named exactly like a suffix, else those that end in one
+    for suffixes in (rules.media, rules.spare):
+        exact = [end for end in others if f".{end}" in suffixes]
+        like = [end for end in others if f".{end.rpartition('.')[2]}" in suffixes]
+        found = found or sorted(exact or like)
     if not found:
         return None
     if len(found) > 1:
@@ -199,16 +203,6 @@ def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSam
             raise ValueError(f"it has two files of one kind among {', '.join(ends)}; keep one")
     extras = tuple((*role, files[ends[0]]) for role, ends in sorted(beside.items()))
     return TarSample(key, files[found[0]], caption, extras)
-
-
-def _media(ends: Collection[str], rules: TarRules) -> list[str]:
-    """Return the files to learn: named exactly like a suffix, else those that end in one."""
-    for suffixes in (rules.media, rules.spare):
-        exact = [end for end in ends if f".{end}" in suffixes]
-        found = exact or [end for end in ends if f".{end.rpartition('.')[2]}" in suffixes]
-        if found:
-            return sorted(found)
-    return []
 
 
 def _caption(texts: dict[str, str], rules: TarRules) -> str | None:
@@ -291,7 +285,16 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if found.isreg() and not found.issparse():
             if found.offset_data + found.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
-            name = _without_times(file, found) if found.name[0].isdigit() else found.name
+            name = found.name
+            if name[0].isdigit():
+                # GNU tar writes times into incremental archives, where other tars have the beginning of a
+                # name: `tarfile` takes them for it
+                position = file.tell()
+                file.seek(found.offset_data - BLOCK)
+                header = file.read(BLOCK)
+                file.seek(position)
+                times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
+                name = name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else name
             if len(name.encode()) > MAX_TAR_NAME_BYTES:
                 raise TarDamage(f"a name at byte {found.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
             yield Member(name, found.offset_data, found.size)
@@ -299,18 +302,6 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     block = file.read(BLOCK)
     if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
-
-
-def _without_times(file: BinaryIO, found: tarfile.TarInfo) -> str:
-    """Return a member's name without the times that GNU tar writes into incremental archives, where other
-    tars have the beginning of a name: `tarfile` takes them for it.
-    """
-    place = file.tell()
-    file.seek(found.offset_data - BLOCK)
-    header = file.read(BLOCK)
-    file.seek(place)
-    times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
-    return found.name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else found.name
 
 
 # --- the index that is kept
