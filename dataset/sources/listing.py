@@ -82,7 +82,17 @@ def find_sources(
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
     sources = limit_references(table, sources)
-    found += _bad_stems(table, sources)
+    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
+    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    for source in sources:
+        other = first.setdefault(os.path.normcase(source.stem), source)
+        if other is not source:
+            found.append(Fault(same, f"{other.path} and {source.path}", source.stem))
+        # no character takes more than four bytes
+        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            found.append(Fault(long, text, source.stem))
     if faults is None:
         raise_faults(found)
         warn_skipped(found)
@@ -179,23 +189,6 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
         logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
 
 
-def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
-    """Return the faults of stems that are equal, or too long for the names of caches."""
-    first: dict[str, MediaSource] = {}
-    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    long = f"names of {table.name} are too long for the names of their caches; rename the files"
-    faults = []
-    for source in sources:
-        other = first.setdefault(os.path.normcase(source.stem), source)
-        if other is not source:
-            faults.append(Fault(same, f"{other.path} and {source.path}", source.stem))
-        # no character takes more than four bytes
-        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
-            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
-            faults.append(Fault(long, text, source.stem))
-    return faults
-
-
 # --- tars
 # ------------------------------------------------------------------------------------------------------------
 
@@ -210,7 +203,15 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     run. Raises DatasetError if no tar is named.
     """
     samples: list[tuple[Path, TarSample]] = []
-    rules = _rules(table)
+    rules = TarRules(
+        media=tuple(sorted(media_suffixes(table.kind))),
+        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
+        beside=tuple(sorted(mask_suffixes(table.kind))),
+        caption_suffix=(table.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
+        json_first=table.caption_column is not None,
+        multi_caption=table.multi_caption,
+    )
     num_others, example = 0, ""
     for tar in _find_tars(table, faults):
         kind = f"tars of {table.name} cannot be read to their end"
@@ -238,18 +239,6 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
             table.kind,
         )
     return check_controls(table, _sources(table, samples, faults), faults, f"samples of {table.name}")
-
-
-def _rules(table: DatasetTable) -> TarRules:
-    return TarRules(
-        media=tuple(sorted(media_suffixes(table.kind))),
-        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
-        beside=tuple(sorted(mask_suffixes(table.kind))),
-        caption_suffix=(table.caption_extension or ".txt").lower(),
-        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
-        json_first=table.caption_column is not None,
-        multi_caption=table.multi_caption,
-    )
 
 
 def _sources(
