@@ -178,11 +178,10 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     used: Counter[tuple[str, str]] = Counter()
     found = []
     for table in tables:
-        if table.cache_directory is None:
-            folder = table.picture_folder
-            if table.cache_format == "npz":
-                found.append(dataclasses.replace(table, cache_directory=folder))
-                continue
+        folder = table.picture_folder
+        if table.cache_directory is None and table.cache_format == "npz":
+            table = dataclasses.replace(table, cache_directory=folder)
+        elif table.cache_directory is None:
             name = _sides(table.resolution)
             key = (os.path.normcase(folder.resolve()), name)
             used[key] += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
-from modules.contract.data import CONTROL, SOUND, LatentSpec
+from modules.contract.data import SOUND, LatentSpec
 from modules.contract.loading import TensorInfo
 from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
@@ -265,13 +265,6 @@ class Header:
     def keys(self) -> frozenset[str]:
         """Keys of the tensors in batches."""
         return frozenset(tensor_key(name) for name in self.names)
-
-    @property
-    def reference_sizes(self) -> tuple[int, ...]:
-        """Width and height of each latents of control media, in order; mirrored ones are not counted."""
-        keys = [(tensor_key(name), shape) for name, shape in sorted(self.shapes.items())]
-        found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
-        return tuple(side for shape in found for side in reversed(shape))
 
     @property
     def grids(self) -> frozenset[Grid]:

@@ -193,17 +193,6 @@ def batch_media(
     )
 
 
-def mirror_media(media: MediaBatch) -> MediaBatch:
-    """Return the items with left and right exchanged."""
-    return dataclasses.replace(
-        media,
-        frames=media.frames.flip(3),
-        keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
-        control=tuple(control.flip(3) for control in media.control),
-        alpha=None if media.alpha is None else media.alpha.flip(2),
-    )
-
-
 def add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
     """Return an entry with the latents of its mirrored media too."""
     more = {f"{key}{FLIPPED}": one for key, one in mirrored.tensors.items() if key.startswith("latents")}

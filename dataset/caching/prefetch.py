@@ -94,18 +94,12 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
-    if report.shortened:
-        logger.warning(
-            "%d clips give no item of some lengths. The first: %s",
-            len(report.shortened),
-            "; ".join(map(str, report.shortened[:NAMED])),
-        )
-    if report.silent:
-        logger.info(
-            "%d clips are learned silent. The first: %s",
-            len(report.silent),
-            "; ".join(map(str, report.silent[:NAMED])),
-        )
+    for clips, tell, what in (
+        (report.shortened, logger.warning, "give no item of some lengths"),
+        (report.silent, logger.info, "are learned silent"),
+    ):
+        if clips:
+            tell("%d clips %s. The first: %s", len(clips), what, "; ".join(map(str, clips[:NAMED])))
     if report.foreign:
         logger.warning(
             "%d files were made by another program: only their sizes could be compared (--skip_existing)",

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import SUFFIX, grid_in_name, is_latent_cache, tensor_name
+from dataset.cache.files import FLIPPED, SUFFIX, grid_in_name, is_latent_cache, tensor_name
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import (
     ExistingNames,
@@ -36,7 +36,6 @@ from dataset.caching.latents import (
     add_mirrored,
     batch_media,
     decode,
-    mirror_media,
     write_entry,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
@@ -258,7 +257,14 @@ class MediaWork:
             media = batch_media(crops, keys, [item.span for item in items], table)
             encoded = self._family.encode_media(encoders, media)
             if table.augmentation.flip:
-                mirrored = self._family.encode_media(encoders, mirror_media(media))
+                flipped = dataclasses.replace(
+                    media,
+                    frames=media.frames.flip(3),
+                    keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
+                    control=tuple(control.flip(3) for control in media.control),
+                    alpha=None if media.alpha is None else media.alpha.flip(2),
+                )
+                mirrored = self._family.encode_media(encoders, flipped)
                 encoded = [
                     [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
                     for sides in zip(encoded, mirrored, strict=True)

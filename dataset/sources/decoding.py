@@ -107,37 +107,32 @@ def decode_source(
     them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
     resolution is not a multiple of `step`.
     """
-    with fetch(source) as here:
-        return dataclasses.replace(_decode(here, fps, step, frame_step, numbers), source=source)
-
-
-def _decode(
-    source: MediaSource, fps: float, step: int, frame_step: int, numbers: random.Random | None
-) -> DecodedSource:
     table = source.table
-    if source.tensors is not None:
-        raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
-    if table.kind == "image":
-        return _decode_image(source, step, numbers)
-    decoded = _kept_frames(source.path, table, fps, table.alpha_mask)
-    first = next(decoded)
-    size = (first.shape[1], first.shape[0])
-    bucket = bucket_of(table, size, step, source.path)
-    frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
-    path, count = source.mask, len(frames)
-    if path is not None:  # one image for all frames, or a clip at the same rate
-        place = functools.partial(resize_cover, bucket=bucket)
-        if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
-            mask = read_still(path, place, size, count)
-        else:
-            mask = read_moving(path, _kept_frames(path, table, fps), place, size, count)
-    found, reason = spans_or_reason(table, count, frame_step)
-    control = []
-    for path in source.control if found else ():
-        # a longer control clip is cut, a shorter one repeats its last frame
-        clip, _ = _gather(itertools.islice(_kept_frames(path, table, fps), count), bucket, count)
-        missing = count - len(clip)
-        control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
+    with fetch(source) as here:
+        if source.tensors is not None:
+            why = "its latents are given (load_tensors), so that no frames are read"
+            raise MediaError(f"{source.path}: {why}")
+        if table.kind == "image":
+            return dataclasses.replace(_decode_image(here, step, numbers), source=source)
+        decoded = _kept_frames(here.path, table, fps, table.alpha_mask)
+        first = next(decoded)
+        size = (first.shape[1], first.shape[0])
+        bucket = bucket_of(table, size, step, here.path)
+        frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
+        path, count = here.mask, len(frames)
+        if path is not None:  # one image for all frames, or a clip at the same rate
+            place = functools.partial(resize_cover, bucket=bucket)
+            if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
+                mask = read_still(path, place, size, count)
+            else:
+                mask = read_moving(path, _kept_frames(path, table, fps), place, size, count)
+        found, reason = spans_or_reason(table, count, frame_step)
+        control = []
+        for path in here.control if found else ():
+            # a longer control clip is cut, a shorter one repeats its last frame
+            clip, _ = _gather(itertools.islice(_kept_frames(path, table, fps), count), bucket, count)
+            missing = count - len(clip)
+            control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
     return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
 
 
@@ -187,27 +182,20 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
     `decode_source` that headers show.
     """
+    table, found, reason = source.table, IMAGE_SPANS, None
     with fetch(source) as here:
-        return dataclasses.replace(_plan(here, fps, step, frame_step), source=source)
-
-
-def _plan(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
-    table = source.table
-    if table.kind == "image":
-        size = image_size(source.path)
-        return DecodedSource(
-            source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None
-        )
-    info = video_info(source.path)
-    size = (info.width, info.height)
-    if info.frames is None or table.source_fps == AUTO or is_animation(source.path):
-        kept = sum(1 for _ in _kept_frames(source.path, table, fps))
-    else:
-        kept = len(resample_indices(info.frames, table.stated_fps, fps))
-    found, reason = spans_or_reason(table, kept, frame_step)
-    return DecodedSource(
-        source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
-    )
+        if table.kind == "image":
+            size = image_size(here.path)
+        else:
+            info = video_info(here.path)
+            size = (info.width, info.height)
+            if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
+                kept = sum(1 for _ in _kept_frames(here.path, table, fps))
+            else:
+                kept = len(resample_indices(info.frames, table.stated_fps, fps))
+            found, reason = spans_or_reason(table, kept, frame_step)
+        bucket = bucket_of(table, size, step, here.path)
+    return DecodedSource(source, size, bucket, NO_FRAMES, (), found, reason)
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:

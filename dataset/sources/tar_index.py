@@ -6,6 +6,7 @@ neither absolute ones nor links lead anywhere. Reading the headers of a million 
 from memory, and far longer from a disk, which has to go to each of them.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -100,14 +101,23 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
     )
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(tar.resolve()))}.json"
-    kept = _read_kept(path, made_for)
-    if kept is not None:
-        return kept
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+        stated, others, num_others, kept = json.loads(path.read_text("utf-8"))
+        if stated == made_for:
+            samples = []
+            for key, media, caption, extras in kept:
+                beside = tuple((role, number, Member(*member)) for role, number, member in extras)
+                samples.append(TarSample(key, Member(*media), caption, beside))
+            return TarIndex(samples, [], others, num_others)
     with tar.open("rb", buffering=0) as file:
         found = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
     if len(found.samples) >= LEAST_SAMPLES and found.damage is None and not found.faults:
-        _keep(path, made_for, found)
+        rows = [(one.key, one.media, one.caption, one.extras) for one in found.samples]
+        try:
+            write_text(path, json.dumps([made_for, found.others, found.num_others, rows]))
+        except OutputError as error:  # the tar is read again next time
+            logger.info("the index of a tar is not kept: %s", error)
     return found
 
 
@@ -306,27 +316,3 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 # --- the index that is kept
 # ------------------------------------------------------------------------------------------------------------
-
-
-def _keep(path: Path, made_for: str, index: TarIndex) -> None:
-    """Write an index. A folder that cannot be written is no fault: the tar is read again next time."""
-    samples = [(one.key, one.media, one.caption, one.extras) for one in index.samples]
-    try:
-        write_text(path, json.dumps([made_for, index.others, index.num_others, samples]))
-    except OutputError as error:
-        logger.info("the index of a tar is not kept: %s", error)
-
-
-def _read_kept(path: Path, made_for: str) -> TarIndex | None:
-    """Return a kept index; None if there is none, or one of another state of the tar, or a damaged one."""
-    try:
-        stated, others, num_others, found = json.loads(path.read_text("utf-8"))
-        if stated != made_for:
-            return None
-        samples = []
-        for key, media, caption, extras in found:
-            beside = tuple((role, number, Member(*member)) for role, number, member in extras)
-            samples.append(TarSample(key, Member(*media), caption, beside))
-        return TarIndex(samples, [], others, num_others)
-    except (OSError, ValueError, TypeError):
-        return None
