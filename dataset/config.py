@@ -51,7 +51,26 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
         general = read_keys(KEYS, general, "[general]", problems, misplaced, SPELLINGS)
         read = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
         tables = tuple(table for table in read if table is not None)
-    _check_cache_directories(tables, problems)
+    users: dict[str, DatasetTable] = {}  # of cache directories
+    for table in tables:
+        folder = table.cache_directory
+        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+        if there is not None and not there.is_dir():
+            problems.append(
+                f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
+                "folder, which is made if it is not there"
+            )
+        if table.kind == "video" and table.cache_format == "npz":
+            problems.append(
+                f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
+            )
+        first = users.setdefault(os.path.normcase(folder.resolve()), table)
+        if first is not table and not first.cache_format == table.cache_format == "npz":
+            other = table.place.removeprefix("[[datasets]] ")
+            problems.append(
+                f"{first.place} and {other} share the cache directory {folder}; "
+                "give each its own cache_directory (the default is the folder of the images or videos)"
+            )
     if problems:
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
     return DatasetConfig(path, tables)
@@ -108,9 +127,18 @@ def _read_table(
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = without_nulls(entry, where, problems)
-    source_key = _source_key(entry, where, problems)
-    if source_key is None:
+    given = [name for name in SOURCES if name in entry]
+    if len(given) > 1:
+        names = " and ".join(given)
+        problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
+    if not given:
+        hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
+        problems.append(
+            f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
+        )
+        return None
+    source_key = given[0]
     kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
 
     misplaced = {}
@@ -175,43 +203,3 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
         logger.warning('%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', where)
         fields["frame_extraction"] = "head"
     return True
-
-
-def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
-    given = [name for name in SOURCES if name in entry]
-    if len(given) == 1:
-        return given[0]
-    if given:
-        problems.append(
-            f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each"
-        )
-    else:
-        hints = (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)
-        hint = next(filter(None, hints), "")
-        problems.append(
-            f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
-        )
-    return None
-
-
-def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[str]) -> None:
-    users: dict[str, DatasetTable] = {}
-    for table in datasets:
-        folder = table.cache_directory
-        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
-        if there is not None and not there.is_dir():
-            problems.append(
-                f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
-                "folder, which is made if it is not there"
-            )
-        if table.kind == "video" and table.cache_format == "npz":
-            problems.append(
-                f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
-            )
-        first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
-        if first is not table and not first.cache_format == table.cache_format == "npz":
-            problems.append(
-                f"{first.place} and {table.place.removeprefix('[[datasets]] ')} share the cache directory "
-                f"{table.cache_directory}; "
-                "give each its own cache_directory (the default is the folder of the images or videos)"
-            )

@@ -125,10 +125,6 @@ def _is_text(value: str) -> bool:
     return bool(value.strip()) and not bad_character(value)
 
 
-def _is_line(value: str) -> bool:
-    return len(value) <= MOST_WORDS and len(value.splitlines()) < 2 and not bad_character(value)
-
-
 def _is_short(value: str) -> bool:
     return len(value) <= MOST_WORDS and not bad_character(value)
 
@@ -174,7 +170,12 @@ EXTENSION = _form(
     str, lambda value: _is_text(value) and "." in value, 'an extension with its dot, such as ".txt"'
 )
 # an empty one overrides [general]
-WORDS = _form(str, _is_line, f"text in quotes, one line of at most {MOST_WORDS} characters", str.strip)
+WORDS = _form(
+    str,
+    lambda value: _is_short(value) and len(value.splitlines()) < 2,
+    f"text in quotes, one line of at most {MOST_WORDS} characters",
+    str.strip,
+)
 TEXT = _form(str, _is_short, f"text in quotes, at most {MOST_WORDS} characters")
 
 

@@ -126,21 +126,19 @@ class CachingOptions(Options, title="caching"):
         self.page.require_check(self.check)
         if self.check:
             self.shard.refuse_beside("--check")
-        encoding = self.repair_captions
-        if encoding is not None and encoding != GUESS and not _is_encoding(encoding):
+        encoding, is_text = self.repair_captions, True
+        if encoding is not None and encoding != GUESS:
+            try:
+                is_text = isinstance(b"a".decode(encoding), str)
+            except LookupError:
+                is_text = False
+            except ValueError:  # of two bytes a character
+                pass
+        if not is_text:
             raise OptionError(
                 f"--repair_captions {encoding}: no such encoding. Use for example cp1252, shift_jis or gbk, "
                 "or leave it out to guess."
             )
-
-
-def _is_encoding(name: str) -> bool:
-    try:
-        return isinstance(b"a".decode(name), str)
-    except LookupError:
-        return False
-    except ValueError:  # of two bytes a character
-        return True
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):

@@ -108,7 +108,14 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         record, _, inner = key.field.rpartition(".")
         if key.field:
             parts[record][name if inner == SAME else inner] = values[name]
-    fields = parts[""]
+    fields, sizes = parts[""], BucketRule(**parts["buckets"])
+    # sides of buckets are multiples of the step
+    step, low, high = sizes.step, sizes.minimum, sizes.maximum
+    used = max(step, low // step * step), -(-high // step) * step
+    if values["enable_bucket"] and not values["bucket_no_upscale"] and used != (low, high):
+        logger.warning(
+            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d", where, *used, step
+        )
     changes = CaptionChanges(**parts["changes"])
     from_json, conditioning = values["metadata_file"] is not None, values["conditioning_data_dir"]
     return fields | {
@@ -118,7 +125,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "mask_directory": (conditioning if is_masked else None) or values["mask_directory"],
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
-        "buckets": _buckets(values, BucketRule(**parts["buckets"]), where),
+        "buckets": BucketRule(*used, step, sizes.interpolation),
         "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**parts["augmentation"]),
     }
@@ -162,17 +169,6 @@ def _contradictions(values: Table, is_masked: bool) -> list[str]:
     return problems
 
 
-def _buckets(values: Table, rule: BucketRule, where: str) -> BucketRule:
-    """Return the rule of the buckets with sides that are multiples of its step."""
-    step, low, high = rule.step, rule.minimum, rule.maximum
-    used = max(step, low // step * step), -(-high // step) * step
-    if values["enable_bucket"] and not values["bucket_no_upscale"] and used != (low, high):
-        logger.warning(
-            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d", where, *used, step
-        )
-    return BucketRule(*used, step, rule.interpolation)
-
-
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
     """Give each table without a cache_directory its own folder: `1024x768` beside its pictures.
 
@@ -182,11 +178,10 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     used: Counter[tuple[str, str]] = Counter()
     found = []
     for table in tables:
-        if table.cache_directory is None:
-            folder = table.picture_folder
-            if table.cache_format == "npz":
-                found.append(dataclasses.replace(table, cache_directory=folder))
-                continue
+        folder = table.picture_folder
+        if table.cache_directory is None and table.cache_format == "npz":
+            table = dataclasses.replace(table, cache_directory=folder)
+        elif table.cache_directory is None:
             name = _sides(table.resolution)
             key = (os.path.normcase(folder.resolve()), name)
             used[key] += 1

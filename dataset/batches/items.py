@@ -1,5 +1,6 @@
 """Training items as the loops see them, found by the names of cache files; what is encoded while training."""
 
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dataset.cache.files import (
     EMPTY,
+    FLIPPED,
     PART,
     SUFFIX,
     LatentName,
@@ -22,6 +24,7 @@ from dataset.cache.files import (
     parse_more_text_name,
     sound_file_name,
     sound_tag,
+    tensor_key,
     text_file_name,
 )
 from dataset.cache.records import section_frames
@@ -31,7 +34,7 @@ from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import MediaSource, is_of_shards, pause_collection
 from modules.console import count_of
-from modules.contract.data import FPS, LatentSpec, SoundSpec
+from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.buckets import Size
 
@@ -273,7 +276,11 @@ class _Search:
                 references = _reference_sizes(store, name) if has_references else ()
                 has_sound = sound is not None and sound_file_name(name, self.tag) in with_sound
                 if sound is not None and table.batch_size > 1:
-                    shape = _sound_shape(store, name, bucket[2], sound)
+                    # a cache that does not say how long it lasts is refused when it is read for a batch
+                    rate: float | None = None
+                    with contextlib.suppress(CacheError, KeyError, ValueError):
+                        rate = float(store.read(name, is_whole=False).header.metadata[FPS])
+                    shape = () if rate is None else sound.shape(bucket[2], rate)
                 if sound is not None and not has_sound and table.audio == REQUIRED:
                     found.missing_sound.append(folder / sound_file_name(name, self.tag))
                 shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
@@ -298,20 +305,16 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return the sizes of an entry's references; none if it is damaged, as reading it for a batch says."""
+    """Return width and height of an entry's latents of control media, in order, without mirrored ones; none
+    if it is damaged, as reading it for a batch says.
+    """
     try:
-        return store.read(name, is_whole=False).header.reference_sizes
+        shapes = store.read(name, is_whole=False).header.shapes
     except CacheError:
         return ()
-
-
-def _sound_shape(store: CacheStore, name: str, frames: int, sound: SoundSpec) -> tuple[int, ...]:
-    """Return C T M of an item's sound, silent or not; () if its cache does not say how long it lasts."""
-    try:
-        rate = float(store.read(name, is_whole=False).header.metadata[FPS])
-    except (CacheError, KeyError, ValueError):  # as reading it for a batch says
-        return ()
-    return sound.shape(frames, rate)
+    keys = [(tensor_key(name), shape) for name, shape in sorted(shapes.items())]
+    found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
+    return tuple(side for shape in found for side in reversed(shape))
 
 
 class _TextNames:
@@ -423,10 +426,13 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             f"{next(iter(found.unfinished_text))}: text caching was stopped before all text encoders had "
             f"written.\n  Finish it with: {commands.text}"
         )
-    faults = [
-        f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}"
-        for table in found.empty_tables
-    ]
+    faults = []
+    for table in found.empty_tables:
+        names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
+        other = next(filter(_LATENTS_OF_ANY.search, names), None)
+        there = f" of {table.kind}s for this model: {other} is for another model, or of something else"
+        lacks = f"{table.name}: no latent cache in {table.cache_directory}"
+        faults.append(lacks if other is None else lacks + there)
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)
         faults.append(f'audio = "required", but {count} clips have no sound in {folder}, such as {one}')
@@ -452,11 +458,3 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
     logger.info("In the caches: %s of %s", *counts)
     return found.items
-
-
-def _others_in(table: DatasetTable) -> str:
-    """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
-    names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
-    for name in filter(_LATENTS_OF_ANY.search, names):
-        return f" of {table.kind}s for this model: {name} is for another model, or of something else"
-    return ""

@@ -184,43 +184,36 @@ def split_validation(
     return training, validation
 
 
-def choose_held_back(stems: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
-    """Return which sources of a subset are validated on: those behind the first ceil(n (1 - fraction)) of the
-    sorted names, shuffled by the seed.
-    """
-    names = sorted(set(stems))
-    random.Random(seed).shuffle(names)
-    # rounded first: 10 * (1 - 0.7) is a little above 3
-    return frozenset(names[math.ceil(round(len(names) * (1 - fraction), 9)) :])
-
-
-def as_validated(table: DatasetTable) -> DatasetTable:
-    """Return a table as its items are validated on: once, as they are, with whole captions."""
-    changes = dataclasses.replace(
-        table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
-    )
-    return dataclasses.replace(
-        table,
-        num_repeats=1,
-        augmentation=NO_AUGMENTATION,
-        changes=changes,
-        caption_dropout_rate=0.0,
-        reference_dropout_rate=0.0,
-        prior_loss_weight=1.0,
-    )
-
-
 def _split_subsets(
     items: Sequence[TrainingItem], fraction: float, seed: int
 ) -> tuple[list[TrainingItem], list[TrainingItem]]:
-    """Split the subsets of the image guides, each by itself; regularisation images are all trained on."""
+    """Split the subsets of the image guides, each by itself; regularisation images are all trained on.
+
+    Of a subset those sources are validated on that stand behind the first ceil(n (1 - fraction)) of its
+    sorted names, shuffled by the seed: once, as they are, with whole captions.
+    """
     chosen: dict[int, tuple[frozenset[str], DatasetTable]] = {}  # by index of the table
     for table in tables_of(items):
         share = fraction if table.validation_split is None else table.validation_split
-        if share and not table.is_reg:
-            stems = (item.source_stem for item in items if item.table.index == table.index)
-            table_seed = seed if table.validation_seed is None else table.validation_seed
-            chosen[table.index] = choose_held_back(stems, share, table_seed), as_validated(table)
+        if not share or table.is_reg:
+            continue
+        names = sorted({item.source_stem for item in items if item.table.index == table.index})
+        random.Random(seed if table.validation_seed is None else table.validation_seed).shuffle(names)
+        # rounded first: 10 * (1 - 0.7) is a little above 3
+        held_back = frozenset(names[math.ceil(round(len(names) * (1 - share), 9)) :])
+        changes = dataclasses.replace(
+            table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
+        )
+        as_validated = dataclasses.replace(
+            table,
+            num_repeats=1,
+            augmentation=NO_AUGMENTATION,
+            changes=changes,
+            caption_dropout_rate=0.0,
+            reference_dropout_rate=0.0,
+            prior_loss_weight=1.0,
+        )
+        chosen[table.index] = held_back, as_validated
     training: list[TrainingItem] = []
     validation: list[TrainingItem] = []
     for item in items:
@@ -258,21 +251,19 @@ def changed_caption(
         text = _WILDCARD.sub(
             lambda found: _BRACES.get(found[0]) or generator.choice((found[1] or "").split("|")), text
         )
-    if changes.shuffle or changes.warmup_step or changes.part_dropout_rate:
-        text = _change_parts(text, changes, step, total_steps, generator)
-    return join_parts(text, changes)
+    if not (changes.shuffle or changes.warmup_step or changes.part_dropout_rate):
+        return join_parts(text, changes)
 
+    # parts between those that are fixed are shuffled; those that come later, or that are drawn, are left out
+    def split(one: str) -> list[str]:
+        return [part.strip() for part in one.split(changes.separator)]
 
-def _change_parts(
-    text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
-) -> str:
-    """Shuffle the parts between those that are fixed; leave out those that come later, or that are drawn."""
     separator = changes.keep_tokens_separator
     if separator and separator in text:
-        sections = [_parts(one, changes) for one in text.split(separator, 2)]
+        sections = map(split, text.split(separator, 2))
         first, moving, last = ([part for part in one if part] for one in (*sections, [])[:3])
     else:
-        parts = _parts(text, changes)
+        parts = split(text)
         first, moving, last = parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
     # of the moving parts those that are there yet: from warmup_min, evenly up to all of them
     end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
@@ -283,11 +274,7 @@ def _change_parts(
     rate = changes.part_dropout_rate
     if rate:
         moving = [part for part in moving if generator.random() >= rate]
-    return ", ".join([*first, *moving, *last])
-
-
-def _parts(text: str, changes: CaptionChanges) -> list[str]:
-    return [part.strip() for part in text.split(changes.separator)]
+    return join_parts(", ".join([*first, *moving, *last]), changes)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.cache.files import EMPTY, FLIPPED, Entry, NpzNames, tensor_key
+from dataset.cache.files import EMPTY, FLIPPED, NpzNames, tensor_key
 from dataset.cache.records import (
     CacheChecks,
     LatentRecord,
@@ -185,8 +185,8 @@ class _Reader:
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item, of which live texts have no tensors."""
-        path, store = item.caption_path(number), self.stores.of_texts(item.table)
-        live = self.live.tables.get(item.table.index)
+        path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
+        live = self.live.tables.get(table.index)
         caption = "" if live is None else live.caption(item.source_stem, number)
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
@@ -201,11 +201,46 @@ class _Reader:
                     + (f" (made for {maker})" if maker else "")
                 )
             records = text_records(entry.header)
-            cached = _check_caption(item, number, entry, records, self.checks, store.is_shared(path.name))
-        self.checks.add(item.table.index, path.name)
+            for record in records.values():
+                verify_tensors(entry, record.crc32)
+            if number != EMPTY and not self.checks.knows(table.index, path.name):
+                fault = next(self._text_faults(item, number, records, store.is_shared(path.name)), None)
+                if fault is not None:
+                    raise CacheError(f"{path}: {fault}")
+        self.checks.add(table.index, path.name)
         made_by = tuple(MadeBy(path, name, record.encoder) for name, record in records.items())
         # a cache of another program does not say its caption
+        stored = next((record.caption for record in records.values()), None)
+        cached = entry.header.metadata.get("caption1", "") if stored is None else stored
         return _Part(path, tensors, entry.variable, caption or cached, made_by)
+
+    def _text_faults(
+        self, item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool
+    ) -> Iterator[str]:
+        """Yield how the table or the caption file has changed since a caption was encoded.
+
+        is_shared: another program may have made the cache, which keeps no record.
+        """
+        table, usual = item.table, {**CAPTION_DEFAULTS, "captions": 1}
+        now = {**usual, **table.caption_settings, "captions": item.captions}
+        # a file of ours without records was made with the usual keys, or by hand
+        for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
+            changed = difference({**usual, **made_with}, now)
+            if changed is not None:
+                yield f"{changed} in {table.name}"
+        if table.directory is None:
+            return
+        for record in records.values():
+            folders = [table.control_directory] * len(record.references)
+            file = self.checks.changed_file(folders, record.references)
+            if file is not None:
+                yield f"{file} has changed since its encoder saw it"
+            if record.file is None:
+                continue
+            caption_path = table.directory / record.file.name
+            text_now = self.checks.changed_caption(caption_path, record.caption, table, number)
+            if text_now is not None:
+                yield f"made from the caption {record.caption!r}, which now is {text_now!r}"
 
     def _read_entry(
         self,
@@ -252,19 +287,30 @@ class _Reader:
         else:
             wanted = {FROM_FILE, None} if table.directory is None else {None}
         if made_from not in wanted:
-            now = (
-                "alpha_mask = true"
-                if table.alpha_mask
-                else "no mask"
-                if wanted == {None}
-                else "a mask for it"
-            )
-            yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {now}"
+            has = "no mask" if wanted == {None} else "a mask for it"
+            has = "alpha_mask = true" if table.alpha_mask else has
+            yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {has}"
         if table.augmentation.flip and "latents" + FLIPPED not in tensors:
             yield "it has no mirrored latents, which flip_aug needs"
         yield from _reference_faults(item, tensors)
         if record is not None:
-            yield from self._record_faults(item, record, any(key.startswith(CONTROL) for key in tensors))
+            options = record.options
+            bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
+            if tuple(options["bucket"]) != bucket:
+                yield f"made for {_sides(options['bucket'])} pixels, {table.name} asks for {_sides(bucket)}"
+            control = {key: value for key, value in options.items() if key in CONTROL_DEFAULTS}
+            sections = {key: value for key, value in options.items() if key in SECTION_DEFAULTS}
+            changed = [options_difference(sections, table.section_keys, latent)]
+            if any(key.startswith(CONTROL) for key in tensors):
+                now = {**CONTROL_DEFAULTS, **table.control_keys}
+                changed.append(difference({**CONTROL_DEFAULTS, **control}, now))
+            yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+            if record.parts != item.parts:
+                yield f"{record.parts} files of its clip belong together, {item.parts} are there"
+            folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
+            if options.get("mask") == FROM_FILE:
+                folders[-1] = table.mask_directory
+            yield from self._source_faults(item, folders, record)
         width, height, frames = (*item.bucket, 1)[:3]
         expected = list(latent.shape(frames, height, width)[1:])
         if found != expected:
@@ -275,27 +321,6 @@ class _Reader:
         mask = tensors.get(LOSS_MASK)
         if mask is not None and list(mask.shape) != expected[1:]:
             yield f"the mask of its loss is {_sides(mask.shape)}, its latents are {_sides(expected[1:])}"
-
-    def _record_faults(self, item: TrainingItem, record: LatentRecord, has_control: bool) -> Iterator[str]:
-        """Yield how the record of latents differs from what a table asks for."""
-        table, options = item.table, record.options
-        bucket = bucket_of(table, tuple(options["size"]), self.latent.pixel_step, item.latent_path)
-        if tuple(options["bucket"]) != bucket:
-            yield f"made for {_sides(options['bucket'])} pixels, {table.name} asks for {_sides(bucket)}"
-        control = {key: value for key, value in options.items() if key in CONTROL_DEFAULTS}
-        sections = {key: value for key, value in options.items() if key in SECTION_DEFAULTS}
-        changed = [options_difference(sections, table.section_keys, self.latent)]
-        if has_control:
-            changed.append(
-                difference({**CONTROL_DEFAULTS, **control}, {**CONTROL_DEFAULTS, **table.control_keys})
-            )
-        yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
-        if record.parts != item.parts:
-            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
-        if options.get("mask") == FROM_FILE:
-            folders[-1] = table.mask_directory
-        yield from self._source_faults(item, folders, record)
 
     def _sound_faults(
         self, item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None
@@ -352,48 +377,6 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
         there = min(count_references(table, item.source_stem), rules.most)
         if cached < there:
             yield f"{made_with}, now its image has {there}"
-
-
-def _check_caption(
-    item: TrainingItem,
-    number: int,
-    text: Entry,
-    records: Mapping[str, TextRecord],
-    checks: CacheChecks,
-    is_shared: bool,
-) -> str:
-    """Return the caption of a text file. Raises CacheError if its table or caption file has changed since.
-
-    is_shared: whether another program may have made it, which keeps no record.
-    """
-    path, table = text.header.path, item.table
-    for record in records.values():
-        verify_tensors(text, record.crc32)
-    if number != EMPTY and not checks.knows(table.index, path.name):
-        usual = {**CAPTION_DEFAULTS, "captions": 1}
-        now = {**usual, **table.caption_settings, "captions": item.captions}
-        # a file of ours without records was made with the usual keys, or by hand
-        for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
-            changed = difference({**usual, **made_with}, now)
-            if changed is not None:
-                raise CacheError(f"{path}: {changed} in {table.name}")
-        for record in records.values():
-            if table.directory is None:
-                break
-            folders = [table.control_directory] * len(record.references)
-            file = checks.changed_file(folders, record.references)
-            if file is not None:
-                raise CacheError(f"{path}: {file} has changed since its encoder saw it")
-            if record.file is None:
-                continue
-            caption_path = table.directory / record.file.name
-            text_now = checks.changed_caption(caption_path, record.caption, table, number)
-            if text_now is not None:
-                raise CacheError(
-                    f"{path}: made from the caption {record.caption!r}, which now is {text_now!r}"
-                )
-    stored = [record.caption for record in records.values()]
-    return stored[0] if stored else text.header.metadata.get("caption1", "")
 
 
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:

@@ -40,13 +40,16 @@ class SameEncoders:
         files, parts, has_other_networks = list[str](), set[bool](), False
         for made in made_by:
             first = self._first.setdefault(made.part, made)
-            keys = [] if made.part in self._told else _find_differing(first, made)
-            if not keys:
+            keys = made.encoder.keys() | first.encoder.keys()
+            if made.part == LATENTS_MADE:  # without image conditions a file has no image encoder
+                keys = (made.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
+            keys = {key for key in keys if first.encoder.get(key) != made.encoder.get(key)}
+            if made.part in self._told or not keys:
                 continue
             self._told.add(made.part)
             parts.add(first.part in (LATENTS_MADE, SOUND_MADE))
             for one in (first, made):
-                texts = {key: one.encoder.get(key, "none") for key in keys}
+                texts = {key: one.encoder.get(key, "none") for key in sorted(keys)}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
                 said = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
                 files.append(f"{one.path}: {', '.join(said)}")
@@ -70,15 +73,3 @@ def describe_identity(identity: Mapping[str, str]) -> list[str]:
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()
     ]
-
-
-def _find_differing(one: MadeBy, other: MadeBy) -> list[str]:
-    """Return the keys in which two identities differ.
-
-    A latent file without image conditions has no image encoder; this is not a difference.
-    """
-    if one.part != LATENTS_MADE:
-        keys = one.encoder.keys() | other.encoder.keys()
-    else:
-        keys = (one.encoder.keys() & other.encoder.keys()) - _BESIDE_LATENTS
-    return sorted(key for key in keys if one.encoder.get(key) != other.encoder.get(key))

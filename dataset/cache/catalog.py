@@ -104,7 +104,14 @@ def address(path: Path) -> str:
     if path.suffix != ".writing":
         return f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     # on a volume without locks, or on another machine's, only the age tells whether its writer lives
-    return f"{path.absolute().as_uri()}?mode=rw{'&nolock=1' if _is_old(path) else ''}"
+    return f"{path.absolute().as_uri()}?mode=rw{'&nolock=1' if is_abandoned(path) else ''}"
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody has written a shard for long."""
+    with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
+        return path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
+    return False
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
@@ -117,16 +124,10 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 def may_be_written(path: Path) -> bool:
     """Whether a shard has a writer that lives on another machine, whose locks are not seen everywhere."""
-    if path.suffix != ".writing" or _is_old(path):
+    if path.suffix != ".writing" or is_abandoned(path):
         return False
     words, here = path.stem.removeprefix("cache-"), machine()
     return words[:8] != here[:8] and words[8:16] != here[8:]
-
-
-def _is_old(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
-        return path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-    return False
 
 
 class Catalog:
@@ -184,14 +185,14 @@ class Catalog:
         )
         return [decode_name(name) for (name,) in found]
 
-    def lose(self, names: Iterable[bytes]) -> None:
-        """Remember that some entries are lost, unless another shard has them."""
-        self._rows.executemany(
-            "INSERT OR IGNORE INTO entries VALUES (?, NULL, 0, 0, 0, 0)", ((name,) for name in names)
-        )
+    def write_index(self, lost: Iterable[bytes] = ()) -> None:
+        """Write the index of the folder. lost: names of more entries that are lost, unless a shard has them.
 
-    def write_index(self) -> None:
-        """Write the index of the folder. Raises OutputError or sqlite3.Error."""
+        Raises OutputError or sqlite3.Error.
+        """
+        self._rows.executemany(
+            "INSERT OR IGNORE INTO entries VALUES (?, NULL, 0, 0, 0, 0)", ((name,) for name in lost)
+        )
         path = self.folder / INDEX
         if not self.shards and not self.lost():
             path.unlink(missing_ok=True)
@@ -232,16 +233,27 @@ class Catalog:
             uri = f"{(self.folder / INDEX).absolute().as_uri()}?mode=ro&immutable=1"
             self._rows.execute("ATTACH ? AS old", (uri,))
         for number, (name, size) in enumerate(self.shards.items()):
+            path = self.folder / name
             self._rows.execute("INSERT INTO files VALUES (?, ?, ?)", (number, name, size))
             try:
-                add = self._add_tar if name.endswith(".tar") else self._add_shard
-                add(number, self.folder / name)
+                if name.endswith(".tar"):  # of an earlier version
+                    rows, is_whole = read_old_shard(path)
+                    self._rows.executemany(
+                        f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows
+                    )
+                    self.damaged |= set() if is_whole else {name}
+                else:
+                    self._add_shard(number, path)
             except FileNotFoundError:  # merged meanwhile: what took its place is there
                 pass
             except OSError as error:
-                raise CacheError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
-            if has_index and name in self.damaged:
-                self._add_known(number, name)
+                raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
+            if has_index and name in self.damaged:  # what the index has of it
+                self._rows.execute(
+                    "INSERT INTO entries SELECT name, ?, place, generation, size, crc32 FROM old.entries "
+                    f"WHERE file = (SELECT number FROM old.files WHERE name = ?) {_IF_NEWER}",
+                    (number, name),
+                )
             if name in self.busy | self.foreign:  # so that the index never says that it has all of it
                 self._rows.execute("DELETE FROM files WHERE number = ?", (number,))
         if has_index:
@@ -250,30 +262,6 @@ class Catalog:
                 f"WHERE size IS NOT NULL {_UNLESS_THERE}"
             )
             self._rows.execute("DETACH old")
-
-    def _add_known(self, number: int, name: str) -> None:
-        """Add the rows that the index has of a damaged shard."""
-        self._rows.execute(
-            "INSERT INTO entries SELECT name, ?, place, generation, size, crc32 FROM old.entries "
-            f"WHERE file = (SELECT number FROM old.files WHERE name = ?) {_IF_NEWER}",
-            (number, name),
-        )
-
-    def _add_tar(self, number: int, path: Path) -> None:
-        """Add the rows of a shard of an earlier version."""
-        rows, is_whole = read_old_shard(path)
-        if not is_whole:
-            self.damaged.add(path.name)
-        self._rows.executemany(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows)
-
-    def _salvage(self, number: int) -> None:
-        """Add the rows of a damaged shard that stand before the damage."""
-        with contextlib.suppress(sqlite3.Error):
-            rows = self._rows.execute(
-                "SELECT name, place, generation, size, crc32 FROM shard.entries NOT INDEXED ORDER BY place"
-            )
-            for row in iter(rows.fetchone, None):
-                self._rows.execute(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", row)
 
     def _add_shard(self, number: int, path: Path) -> None:
         is_finished = path.suffix == ".sqlite"
@@ -306,7 +294,15 @@ class Catalog:
             is_busy = not is_finished and isinstance(error, sqlite3.OperationalError)
             (self.busy if is_busy else self.damaged).add(path.name)
             if not is_busy:
-                self._salvage(number)
+                with contextlib.suppress(sqlite3.Error):  # one by one, up to the damage
+                    rows = self._rows.execute(
+                        "SELECT name, place, generation, size, crc32 FROM shard.entries NOT INDEXED "
+                        "ORDER BY place"
+                    )
+                    for row in iter(rows.fetchone, None):
+                        self._rows.execute(
+                            f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", row
+                        )
         finally:
             with contextlib.suppress(sqlite3.Error):  # it was not even opened
                 self._rows.execute("DETACH shard")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
-from modules.contract.data import CONTROL, SOUND, LatentSpec
+from modules.contract.data import SOUND, LatentSpec
 from modules.contract.loading import TensorInfo
 from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
@@ -247,11 +247,6 @@ def grid_in_name(name: str) -> Grid | None:
     return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
 
-def _is_flat(name: str, tensor: Tensor) -> bool:
-    """Return whether latents are C H W of a picture (`LatentSpec.flat_in_caches`)."""
-    return tensor.ndim == 3 and grid_in_name(name) is not None
-
-
 @dataclass(frozen=True)
 class Header:
     """Metadata and tensor names of a cache file."""
@@ -272,13 +267,6 @@ class Header:
         return frozenset(tensor_key(name) for name in self.names)
 
     @property
-    def reference_sizes(self) -> tuple[int, ...]:
-        """Width and height of each latents of control media, in order; mirrored ones are not counted."""
-        keys = [(tensor_key(name), shape) for name, shape in sorted(self.shapes.items())]
-        found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
-        return tuple(side for shape in found for side in reversed(shape))
-
-    @property
     def grids(self) -> frozenset[Grid]:
         """Sizes in the names of tensors."""
         return frozenset(grid for grid in map(grid_in_name, self.names) if grid is not None)
@@ -295,8 +283,8 @@ class Entry:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their keys in batches; latents have an axis of frames, which some files leave out."""
         return {
-            tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
-            for name, tensor in self.named.items()
+            tensor_key(name): tensor.unsqueeze(1) if tensor.ndim == 3 and grid_in_name(name) else tensor
+            for name, tensor in self.named.items()  # C H W of a picture: `LatentSpec.flat_in_caches`
         }
 
     @property
@@ -368,19 +356,13 @@ def checksum(name: str, tensor: Tensor) -> str:
     return f"{zlib.crc32(data.data, start):08x}"
 
 
-def is_latent_cache(header: Header, architecture: str) -> bool:
-    """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA."""
-    return (
-        bool(header.grids)
-        and _all_cache_names(header)
-        and header.metadata.get("architecture", architecture) == architecture
-    )
+def is_latent_cache(header: Header, architecture: str, sound: bool = False) -> bool:
+    """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA.
 
-
-def is_sound_cache(header: Header, architecture: str) -> bool:
-    """Whether the tensor names are those of a cache of a clip's sound of the family `architecture`."""
+    sound: of the cache of a clip's sound.
+    """
     return (
-        SOUND in header.keys
+        (SOUND in header.keys if sound else bool(header.grids))
         and _all_cache_names(header)
         and header.metadata.get("architecture", architecture) == architecture
     )
@@ -399,8 +381,10 @@ def _all_cache_names(header: Header) -> bool:
 
 def _open(path: Path | str, use: Callable[[BinaryIO, int], T]) -> T:
     """Return what `use` makes of a file and its size. There may be millions: nothing is asked twice."""
+    at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
     try:
-        with open(path, "rb", 0, opener=_open_at_once) as file:  # noqa: PTH123  # Path.open takes longer
+        # Path.open takes longer
+        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
             found = os.fstat(file.fileno())
             if stat.S_ISREG(found.st_mode):
                 return use(file, found.st_size)
@@ -409,10 +393,6 @@ def _open(path: Path | str, use: Callable[[BinaryIO, int], T]) -> T:
     except OSError as error:
         raise _damage_error(path, error) from error
     raise CacheError(f"{path}: no such cache file")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # does not wait for a pipe's writer
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:

@@ -39,11 +39,9 @@ from dataset.cache.npz_files import (
     as_array,
     describe_tensors,
     format_array,
-    list_arrays,
     open_record,
     read_arrays,
     read_members,
-    shrink_alpha,
     write_members,
 )
 from dataset.config import DatasetTable
@@ -197,14 +195,22 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> Entry:
-        path, end = self._path(name), self._suffix(name)
+        path, grid, latent = self._path(name), self._grid(name), self.family.latent
+        end = "_{}x{}".format(*grid)
         found = read_arrays(path, lambda one: one.endswith(end))
         arrays = {one.removesuffix(end): array for one, array in found.items()}
         if "latents" not in arrays:
-            others = sorted(one.removeprefix("latents") for one in list_arrays(path) if "latents_" in one[:8])
+            others = sorted(
+                one.removeprefix("latents") for one in read_members(path) if one.startswith("latents_")
+            )
             raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
-        entry = open_record(path, arrays, self._as_ours)
-        return entry or self._foreign_latents(path, arrays, self._grid(name))
+
+        def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # in pixels
+                return shrink_mask(tensor[None] * 255, latent.stride)
+            return tensor.reshape(shape)
+
+        return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, grid)
 
     def _foreign_latents(self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]) -> Entry:
         """Return another program's latents, if they fit the table."""
@@ -219,7 +225,15 @@ class NpzStore:
         for key in wanted:
             array = arrays[key].tensor
             if key == ALPHA:
-                tensors[LOSS_MASK] = shrink_alpha(path, array, grid, latent.stride)
+                pixels = grid[0] * latent.stride[1], grid[1] * latent.stride[2]
+                if array.shape not in (grid, pixels):
+                    shape = tuple(array.shape)
+                    raise CacheError(f"{path}: its alpha_mask has the shape {shape}, its latents have {grid}")
+                is_small = array.shape == grid
+                mask = (
+                    array[None].half() if is_small else shrink_mask(array.float()[None] * 255, latent.stride)
+                )
+                tensors[LOSS_MASK] = mask
                 continue
             if array.shape != (latent.channels, *grid) or not array.is_floating_point():
                 raise CacheError(
@@ -228,12 +242,6 @@ class NpzStore:
                 )
             tensors[key] = array[:, None]
         return _foreign_entry(path, {tensor_name(key, one): one for key, one in tensors.items()})
-
-    def _as_ours(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return an array of ours in the shape that it had."""
-        if key == LOSS_MASK and tensor.numel() != math.prod(shape):
-            return shrink_mask(tensor[None] * 255, self.family.latent.stride)
-        return tensor.reshape(shape)
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         (size, bucket), end = self._bucket(name), self._suffix(name)
@@ -244,8 +252,10 @@ class NpzStore:
             array, place = as_array(tensor, keep_half=False), f"{OURS}_{key}"
             if key in _KNOWN and tensor.shape[1] == 1:
                 array, place = array[:, 0], key
-            elif key == LOSS_MASK and self.table.alpha_mask:
-                array, place = self._pixels(tensor), ALPHA
+            elif key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
+                _, down, across = self.family.latent.stride
+                mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
+                array, place = as_array(mask, keep_half=False), ALPHA
             arrays[place], sources[place] = array, named
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque; other programs ask for it all the same
             width, height = bucket
@@ -258,23 +268,15 @@ class NpzStore:
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with explain_errors(path), only_one(path.with_name(LOCK)):
-            added = {one + end: data for one, data in members.items()}
-            write_members(path, self._others_in(path, end) | added)
-
-    def _pixels(self, mask: Tensor) -> Array:
-        """Return the mask of latents, 1 H W, as one of pixels, which averages to the same: H W float32."""
-        _, down, across = self.family.latent.stride
-        return as_array(mask[0].repeat_interleave(down, 0).repeat_interleave(across, 1), keep_half=False)
-
-    def _others_in(self, path: Path, end: str) -> dict[str, bytes]:
-        """Return the arrays of other resolutions in a file; of a damaged one none."""
-        if not path.is_file():
-            return {}
-        try:
-            return {name: data for name, data in read_members(path).items() if not name.endswith(end)}
-        except CacheError as error:
-            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
-            return {}
+            others: dict[str, bytes] = {}  # of other resolutions
+            try:
+                if path.is_file():
+                    others = {one: data for one, data in read_members(path).items() if not one.endswith(end)}
+            except CacheError as error:
+                logger.warning(
+                    "%s. It is made again; what it held of other sizes has to be cached again.", error
+                )
+            write_members(path, others | {one + end: data for one, data in members.items()})
 
     # --- texts ---
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, tensor_key
-from dataset.sources.frames import shrink_mask
 from modules.atomic_write import atomic_path
 from modules.devices import dtype_name
 from modules.errors import CacheError
@@ -60,12 +59,6 @@ class NpzArray(NamedTuple):
 
     tensor: Tensor
     crc32: int  # of the whole member, which reading has compared
-
-
-def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
-    with _open(path) as file:
-        return _names(file)
 
 
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
@@ -146,16 +139,6 @@ def as_array(tensor: Tensor, keep_half: bool) -> Array:
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
     found: Array = tensor.detach().cpu().contiguous().numpy()
     return found
-
-
-def shrink_alpha(path: Path, mask: Tensor, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Return the mask of the loss, 1 H W of latents, for an alpha mask in pixels or in latent pixels."""
-    height, width = grid
-    if mask.shape == grid:
-        return mask[None].half()
-    if mask.shape != (height * stride[1], width * stride[2]):
-        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
-    return shrink_mask(mask.float()[None] * 255, stride)
 
 
 def describe_tensors(

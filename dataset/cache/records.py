@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config import DatasetTable
 from dataset.sources.captions import captions_in, read_caption
-from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
+from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, member_pieces
 from dataset.table import SECTION_DEFAULTS
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
@@ -104,7 +104,24 @@ def latent_record(header: Header) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-    return _read_record(header, "latents", latent_record_of)
+
+    def parse(data: Mapping[str, Any]) -> LatentRecord:
+        clip = data["clip"]
+        if clip is not None:
+            kept = clip["kept_frames"]
+            if type(kept) is not int or not 0 <= kept <= MAX_FRAMES:
+                raise ValueError(f"a clip of {kept!r} frames")
+            clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"])
+        return LatentRecord(
+            encoder=dict(data["encoder"]),
+            options=dict(data["options"]),
+            files=tuple(FileIdentity(**file) for file in data.get("files", ())),
+            clip=clip,
+            parts=int(data["parts"]),
+            crc32=dict(data.get("crc32", {})),
+        )
+
+    return _read_record(header, "latents", parse)
 
 
 def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
@@ -122,54 +139,26 @@ def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]
     return parts, files
 
 
-def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
-    """Return the record in the JSON values of metadata.
-
-    Raises KeyError, TypeError or ValueError.
-    """
-    clip = data["clip"]
-    if clip is not None:
-        clip = ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
-    return LatentRecord(
-        encoder=dict(data["encoder"]),
-        options=dict(data["options"]),
-        files=tuple(FileIdentity(**file) for file in data.get("files", ())),
-        clip=clip,
-        parts=int(data["parts"]),
-        crc32=dict(data.get("crc32", {})),
-    )
-
-
-def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
-    """Return the records in the JSON values of metadata.
-
-    Raises KeyError, TypeError or ValueError.
-    """
-    return {
-        name: TextRecord(
-            encoder=dict(one["encoder"]),
-            caption=str(one.get("caption", "")),
-            file=None if one.get("file") is None else FileIdentity(**one["file"]),
-            crc32=dict(one.get("crc32", {})),
-            settings=dict(one.get("settings", {})),
-            references=tuple(FileIdentity(**file) for file in one.get("references", ())),
-        )
-        for name, one in data.items()
-    }
-
-
 def text_records(header: Header) -> dict[str, TextRecord]:
     """Return the records of a text cache by encoder name; empty if it has none.
 
     Raises CacheError if they are damaged.
     """
-    return _read_record(header, "texts", text_records_of) or {}
 
+    def parse(data: Mapping[str, Any]) -> dict[str, TextRecord]:
+        return {
+            name: TextRecord(
+                encoder=dict(one["encoder"]),
+                caption=str(one.get("caption", "")),
+                file=None if one.get("file") is None else FileIdentity(**one["file"]),
+                crc32=dict(one.get("crc32", {})),
+                settings=dict(one.get("settings", {})),
+                references=tuple(FileIdentity(**file) for file in one.get("references", ())),
+            )
+            for name, one in data.items()
+        }
 
-def _frames(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_FRAMES:
-        raise ValueError(f"a clip of {value!r} frames")
-    return value
+    return _read_record(header, "texts", parse) or {}
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -216,11 +205,14 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return the size of a file and when it was last written; of a folder, of all its images together.
 
-    origin: of a source's part. Raises OSError if it is missing, MediaError if a folder has no images.
+    origin: of a source's part, whose time is that of the whole. Raises OSError if it is missing, MediaError
+    if a folder has no images.
     """
-    if isinstance(origin, (TarMember, ParquetCell)):
-        return origin_stamp(origin)
-    one = os.stat(path)  # noqa: PTH116  # a third faster, a million times
+    if isinstance(origin, ParquetCell):  # its size is not known without reading it
+        return 0, os.stat(origin.file).st_mtime_ns  # noqa: PTH116  # a third faster, a million times
+    if isinstance(origin, TarMember):
+        return origin.size_bytes, os.stat(origin.tar).st_mtime_ns  # noqa: PTH116
+    one = os.stat(path)  # noqa: PTH116
     if not stat.S_ISDIR(one.st_mode):
         return one.st_size, one.st_mtime_ns
     found = [file.stat() for file in folder_images(path)]
@@ -234,8 +226,11 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
     Size and time are only part of this function's cache key.
     """
+    whole = hashlib.sha256()
     if isinstance(origin, TarMember):
-        return hash_member(origin)
+        for piece in member_pieces(origin):
+            whole.update(piece)
+        return whole.hexdigest()
     if isinstance(origin, ParquetCell):
         from dataset.sources.parquet import read_cell
 
@@ -243,7 +238,6 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    whole = hashlib.sha256()
     for part in folder_images(path):
         with part.open("rb") as file:
             whole.update(

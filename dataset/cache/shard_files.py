@@ -71,6 +71,7 @@ class ShardWriter:
             rows.execute("PRAGMA journal_mode = TRUNCATE")
             rows.execute(f"PRAGMA user_version = {FORMAT}")
             rows.executescript(SHARD_TABLE)
+            rows.isolation_level = "DEFERRED"  # from now on, rows are kept by a COMMIT
         except BaseException:
             rows.close()
             raise
@@ -80,29 +81,14 @@ class ShardWriter:
         """Write a row in place of an earlier one; return its place. data: None of a removed entry."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
-        self._begin_rows()
         if generation:
-            self.drop(name)
+            self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
         done = self.rows.execute(
             "INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", (name, generation, size, crc32, data)
         )
         self.size += size or 0
         assert done.lastrowid is not None
         return done.lastrowid
-
-    def drop(self, name: bytes) -> int:
-        """Remove the row of a name, if this shard has one; return how many that were."""
-        self._begin_rows()
-        return self.rows.execute("DELETE FROM entries WHERE name = ?", (name,)).rowcount
-
-    def _begin_rows(self) -> None:
-        if not self.rows.in_transaction:
-            self.rows.execute("BEGIN")
-
-    def discard(self) -> None:
-        """Remove the shard, unless it is finished."""
-        self.rows.close()
-        self.path.unlink(missing_ok=True)
 
     def finish(self) -> Path:
         """Make sure that all rows survive, and give the shard its final name."""
@@ -198,11 +184,19 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _adopt(path: Path) -> None:
-    """Finish a shard whose writer was killed; leave it if the writer may live."""
+    """Finish a shard whose writer was killed; leave it if the writer may live, however long ago it wrote."""
     with contextlib.suppress(OSError, sqlite3.Error):
         if may_be_written(path):
             return
-        with contextlib.closing(connect(_own_address(path), seconds=0)) as rows:
+        uri = f"{path.absolute().as_uri()}?mode=rw"
+        with contextlib.closing(connect(uri, seconds=0)) as rows:
+            try:
+                rows.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                    return
+                uri = address(path)  # a volume without locks
+        with contextlib.closing(connect(uri, seconds=0)) as rows:
             rows.execute("PRAGMA locking_mode = EXCLUSIVE")
             rows.execute("BEGIN EXCLUSIVE")  # undoes what its writer had not committed
             (tables,) = rows.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -211,21 +205,6 @@ def _adopt(path: Path) -> None:
                 path.unlink()
                 return
         give_final_name(path)
-
-
-def _own_address(path: Path) -> str:
-    """Return the address of a shard that this process is to finish. Raises sqlite3.OperationalError if it is
-    locked: its writer lives, however long ago it wrote.
-    """
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    with contextlib.closing(connect(uri, seconds=0)) as rows:
-        try:
-            rows.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-                raise
-            return address(path)  # a volume without locks
-    return uri
 
 
 def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
@@ -262,14 +241,14 @@ def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> Non
             writer.finish()
     except BaseException:
         if writer is not None:
-            writer.discard()
+            writer.rows.close()
+            writer.path.unlink(missing_ok=True)  # unless it is finished
         raise
     finally:
         for one in opened.values():
             one.close()
     after = Catalog(folder, without=shards)
-    after.lose(unreadable)
-    after.write_index()
+    after.write_index(lost=unreadable)
     for shard in shards:
         with contextlib.suppress(PermissionError):  # Windows: someone reads it
             (folder / shard).unlink(missing_ok=True)

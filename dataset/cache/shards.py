@@ -77,25 +77,67 @@ class ShardStore:
         path = self.folder / name
         if is_whole:
             return unpack(path, self.read_bytes(name))
-        return Entry(self._with_row(name, lambda row: self._read_header(path, row)), {})
+
+        def read_header(row: CatalogRow) -> Header:
+            rows = self._open(row)
+            if rows is None:
+                data = read_row(rows, self.folder, row)
+                return unpack_header(path, len(data), io.BytesIO(data).read)
+            with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
+                return unpack_header(path, len(blob), blob.read)
+
+        return Entry(self._with_row(name, read_header), {})
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of an entry's file. Raises CacheError if it is missing or damaged."""
-        return self._with_row(name, lambda row: self._read_data(name, row))
+
+        def read(row: CatalogRow) -> bytes:
+            data = read_row(self._open(row), self.folder, row)
+            if zlib.crc32(data) != row.crc32:
+                raise CacheError(
+                    f"{self.folder / name}: damaged, its bytes in {row.shard} do not match their checksum"
+                )
+            return data
+
+        return self._with_row(name, read)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, in place of one of the same name. Raises OutputError."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write an entry that is the bytes of a file. Raises OutputError."""
-        self._put(name, data)
+    def write_bytes(self, name: str, data: bytes | None) -> None:
+        """Write an entry that is the bytes of a file; None: remove it. Raises OutputError."""
+        with self._lock:
+            self._raise_failure()
+            old, writer = self._row(name), self._writer
+            if writer is not None and (
+                writer.size >= self._shard_bytes or writer.began + SHARD_SECONDS < time.monotonic()
+            ):
+                self._finish()
+            if self._writer is None:
+                self._writer = ShardWriter(self.folder)
+            writer, row_name = self._writer, encode_name(name)
+            generation = 0 if old is None else old.generation + 1
+            is_only_here = old is not None and generation == 1 and old.shard == writer.path.name
+            try:
+                with explain_sqlite(writer.path):
+                    if data is None and is_only_here:  # no other shard knows it
+                        writer.rows.execute("DELETE FROM entries WHERE name = ?", (row_name,))
+                        place = 0
+                    else:
+                        place = writer.put(row_name, generation, data)
+                    self._commit_in_time(writer)
+            except BaseException:
+                self._give_up()
+                raise
+            size, crc32 = (None, 0) if data is None else (len(data), zlib.crc32(data))
+            self._added[name] = CatalogRow(writer.path.name, place, generation, size, crc32)
 
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         with self._lock:
             if name in self:
-                self._put(name, None)
+                self.write_bytes(name, None)
 
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives; more begins another shard.
@@ -111,43 +153,11 @@ class ShardStore:
                 self._forget()
                 merge_shards(self.folder, self._shard_bytes)
 
-    # --- writing ---
-
-    def _put(self, name: str, data: bytes | None) -> None:
-        with self._lock:
-            self._raise_failure()
-            old, writer = self._row(name), self._writer
-            if writer is not None and (
-                writer.size >= self._shard_bytes or writer.began + SHARD_SECONDS < time.monotonic()
-            ):
-                self._finish()
-            if self._writer is None:
-                self._writer = ShardWriter(self.folder)
-            generation = 0 if old is None else old.generation + 1
-            try:
-                with explain_sqlite(self._writer.path):
-                    if (
-                        generation == 1
-                        and data is None
-                        and old is not None
-                        and old.shard == self._writer.path.name
-                    ):
-                        place = self._writer.drop(encode_name(name))  # no other shard knows it
-                    else:
-                        place = self._writer.put(encode_name(name), generation, data)
-                    self._commit_in_time()
-            except BaseException:
-                self._give_up()
-                raise
-            size, crc32 = (None, 0) if data is None else (len(data), zlib.crc32(data))
-            self._added[name] = CatalogRow(self._writer.path.name, place, generation, size, crc32)
-
-    def _commit_in_time(self) -> None:
+    def _commit_in_time(self, writer: ShardWriter) -> None:
         """Commit at most four times a second: each waits for the disk."""
-        assert self._writer is not None
         left = self._committed + COMMIT_SECONDS - time.monotonic()
         if left <= 0:
-            self._writer.rows.execute("COMMIT")
+            writer.rows.execute("COMMIT")
             self._committed = time.monotonic()
         elif self._timer is None:
             self._timer = threading.Timer(left, self._commit_later)
@@ -232,22 +242,6 @@ class ShardStore:
                 self._opened.clear()
                 self._look(is_new=True)
         raise AssertionError("unreachable")
-
-    def _read_data(self, name: str, row: CatalogRow) -> bytes:
-        data = read_row(self._open(row), self.folder, row)
-        if zlib.crc32(data) != row.crc32:
-            raise CacheError(
-                f"{self.folder / name}: damaged, its bytes in {row.shard} do not match their checksum"
-            )
-        return data
-
-    def _read_header(self, path: Path, row: CatalogRow) -> Header:
-        rows = self._open(row)
-        if rows is None:
-            data = read_row(rows, self.folder, row)
-            return unpack_header(path, len(data), io.BytesIO(data).read)
-        with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
-            return unpack_header(path, len(blob), blob.read)
 
     def _open(self, row: CatalogRow) -> sqlite3.Connection | None:
         """Return an open shard; None of a tar. Another thread that still reads from one keeps it open."""

@@ -19,10 +19,9 @@ from dataset.sources.cogvideox import measure, read_moments
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
-from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.contract.family import Caches
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
@@ -68,14 +67,23 @@ class Pending:
 
 
 def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[Pending]]:
-    """Read the frames of a source; return its plan, complete, and its missing items.
+    """Read the frames of a source, or its moments; return its plan, complete, and its missing items.
 
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
     """
     source, clip, latent, rate = plan.source, None, recipe.latent, None
     if source.tensors is not None:
-        media, clip, crop = _take_moments(source, latent)
+        paths = [path for path, _ in source.parts]
+        # copies: a file that is mapped can change, and Windows does not replace it
+        moments = tuple(read_moments(path, latent).clone() for path in paths)
+        given = measure(moments[0], latent, paths[0])
+        if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
+            raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
+        span = given.span(latent.frame_step)
+        media = DecodedSource(source, given.size, given.size, NO_FRAMES, (), (span,), None)
+        clip = ClipFacts(given.size, given.frames, complete=True)
+        crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
         files = tuple(itertools.starmap(identify, source.parts))
         rate = kept_rate(source, recipe.fps) if recipe.has_rates else None
         return plan, list(_missing_items(plan, media, existing, recipe, files, clip, crop, rate))
@@ -132,20 +140,6 @@ def _missing_items(
         )
 
 
-def _take_moments(source: MediaSource, latent: LatentSpec) -> tuple[DecodedSource, ClipFacts, Crop]:
-    """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
-    paths = [path for path, _ in source.parts]
-    # copies: a file that is mapped can change, and Windows does not replace it
-    moments = tuple(read_moments(path, latent).clone() for path in paths)
-    clip = measure(moments[0], latent, paths[0])
-    if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
-        raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
-    span = clip.span(latent.frame_step)
-    media = DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), (span,), None)
-    facts = ClipFacts(clip.size, clip.frames, complete=True)
-    return media, facts, Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
-
-
 def cut(media: DecodedSource, span: Span) -> Crop:
     """Cut a span out of a clip; copy it, to free the rest of the clip, unless it is most of the clip."""
     alone = 2 * span[1] < len(media.frames)
@@ -196,17 +190,6 @@ def batch_media(
         ),
         alpha=_stack_batch(alphas) if alphas else None,
         table=media_table(table, bool(crops[0].control)),
-    )
-
-
-def mirror_media(media: MediaBatch) -> MediaBatch:
-    """Return the items with left and right exchanged."""
-    return dataclasses.replace(
-        media,
-        frames=media.frames.flip(3),
-        keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
-        control=tuple(control.flip(3) for control in media.control),
-        alpha=None if media.alpha is None else media.alpha.flip(2),
     )
 
 

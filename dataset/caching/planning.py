@@ -185,7 +185,17 @@ class _Planning:
         if table.kind == "image":
             size = self._image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
-        clip = self._find_known_clip()
+        # what earlier runs found by decoding the source, if it has not changed since
+        rate, known = recipe.table_options(self.source), list[ClipFacts]()
+        for file in self.existing:
+            record = self._record_of(file)
+            if record is None or record.clip is None:
+                continue
+            if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
+                continue
+            if record.files and self._is_unchanged(0, record.files[0]):
+                known.append(record.clip)
+        clip = max(known, key=lambda one: (one.complete, one.kept_frames), default=None)
         if self.source.tensors is not None:
             given = (
                 measure_source(self.source, latent)
@@ -334,20 +344,6 @@ class _Planning:
         with contextlib.suppress(CacheError):
             return self._record(file)
         return None
-
-    def _find_known_clip(self) -> ClipFacts | None:
-        """Return an earlier run's facts from decoding the source; None if unknown or if it changed."""
-        rate = self.recipe.table_options(self.source)
-        known = []
-        for file in self.existing:
-            record = self._record_of(file)
-            if record is None or record.clip is None:
-                continue
-            if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
-                continue
-            if record.files and self._is_unchanged(0, record.files[0]):
-                known.append(record.clip)
-        return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _image_size(self) -> Size | None:
         """Return the size of an image, of thousands by caches: opening the images takes longer. None if it

@@ -94,18 +94,12 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
-    if report.shortened:
-        logger.warning(
-            "%d clips give no item of some lengths. The first: %s",
-            len(report.shortened),
-            "; ".join(map(str, report.shortened[:NAMED])),
-        )
-    if report.silent:
-        logger.info(
-            "%d clips are learned silent. The first: %s",
-            len(report.silent),
-            "; ".join(map(str, report.silent[:NAMED])),
-        )
+    for clips, tell, what in (
+        (report.shortened, logger.warning, "give no item of some lengths"),
+        (report.silent, logger.info, "are learned silent"),
+    ):
+        if clips:
+            tell("%d clips %s. The first: %s", len(clips), what, "; ".join(map(str, clips[:NAMED])))
     if report.foreign:
         logger.warning(
             "%d files were made by another program: only their sizes could be compared (--skip_existing)",
@@ -259,10 +253,24 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 
     Reads its header only if the table uses the whole clip.
     """
+    table = source.table
     if source.tensors is not None:
         return 0  # moments are small
-    width, height = source.table.resolution
-    frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
+    frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
+    if not frames and source.origins:  # it would have to be fetched: `check_memory` looks when it is here
+        frames = UNKNOWN_FRAMES
+    elif not frames:
+        try:
+            info = video_info(source.path)
+            is_timed = table.source_fps == AUTO or is_animation(source.path)
+            frames = info.frames or UNKNOWN_FRAMES
+            if is_timed and info.fps:  # they may be repeated too
+                frames = frames * FASTEST_FPS / info.fps
+            else:
+                frames = frames * min(1.0, FASTEST_FPS / (table.stated_fps or FASTEST_FPS))
+        except UserError:
+            frames = 0  # decoding reports the reason
+    width, height = table.resolution
     channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)
     return int(frames) * width * height * channels
 
@@ -279,17 +287,3 @@ def check_memory(source: MediaSource) -> None:
             f"has {limit / 1e9:.0f} GB. "
             'Cut it into shorter clips, or use frame_extraction = "head".'
         )
-
-
-def _frames_in_header(source: MediaSource) -> float:
-    if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
-        return UNKNOWN_FRAMES
-    try:
-        info = video_info(source.path)
-        is_timed = source.table.source_fps == AUTO or is_animation(source.path)
-    except UserError:
-        return 0  # decoding reports the reason
-    frames = info.frames or UNKNOWN_FRAMES
-    if is_timed and info.fps:  # they may be repeated too
-        return frames * FASTEST_FPS / info.fps
-    return frames * min(1.0, FASTEST_FPS / (source.table.stated_fps or FASTEST_FPS))

@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.cache.files import (
     SOUND_LENGTH,
     LatentName,
-    is_sound_cache,
+    is_latent_cache,
     latent_names,
     sound_tag,
     tensor_name,
@@ -55,20 +55,13 @@ class HearingFamily(Caches, HearsSound, Protocol):
 
 @dataclass(frozen=True)
 class SoundPlan:
-    """Sound of the cached items of one clip."""
+    """Sound of the cached items of one clip; behind `missing`, what was read for these."""
 
     source: MediaSource
     kept: tuple[str, ...]  # names of valid files
     foreign: int  # how many of them have no record
     missing: tuple[LatentName, ...]  # items without a valid file
-
-
-@dataclass(frozen=True)
-class _Read:
-    """The sound of what a plan lacks."""
-
-    plan: SoundPlan
-    files: tuple[FileIdentity, ...] = ()  # that it is from
+    files: tuple[FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
     silent: str | None = None  # why there is none
@@ -125,13 +118,18 @@ class SoundWork:
                 if isinstance(read, Failure):
                     report = replace(report, failures=(*report.failures, read))
                     continue
-                files = [name.file_name(self._tag) for name in read.plan.missing]
-                for file, name, samples in zip(files, read.plan.missing, read.samples, strict=False):
+                files = [name.file_name(self._tag) for name in read.missing]
+                for file, name, samples in zip(files, read.missing, read.samples, strict=False):
                     writer.submit(self._encode(file, name, samples, read))
-                valid |= {
-                    (source.table.index, file) for file in (*read.plan.kept, *files[: len(read.samples)])
-                }
-                report = _add(report, read)
+                valid |= {(source.table.index, file) for file in (*read.kept, *files[: len(read.samples)])}
+                silent = () if read.silent is None else (Failure.of(source, read.silent),)
+                report = replace(
+                    report,
+                    written=report.written + len(read.samples),
+                    kept=report.kept + len(read.kept),
+                    foreign=report.foreign + read.foreign,
+                    silent=report.silent + silent,
+                )
                 del read  # frees its samples before waiting for the next source
         return report, frozenset(valid)
 
@@ -143,7 +141,7 @@ class SoundWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].not_in(valid, but_of=failed)
-        is_ours = partial(is_sound_cache, architecture=self._family.name)
+        is_ours = partial(is_latent_cache, architecture=self._family.name, sound=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
@@ -209,10 +207,10 @@ class SoundWork:
         rates = {"source_fps": stated, "fps": None if stated is None else self._family.defaults.fps}
         return {"span": [*(name.span or ())], **rates}
 
-    def _read(self, plan: SoundPlan) -> _Read:
+    def _read(self, plan: SoundPlan) -> SoundPlan:
         """Decode the sound that a plan lacks. Raises MediaError or OSError."""
         if not plan.missing:
-            return _Read(plan)
+            return plan
         spans = [name.span for name in plan.missing if name.span is not None]
         try:
             with fetch(plan.source) as here:
@@ -221,15 +219,16 @@ class SoundWork:
         except NoSound as reason:
             if plan.source.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
-            return _Read(plan, silent=str(reason))
-        return _Read(plan, tuple(itertools.starmap(identify, _parts(plan.source))), rate, tuple(samples))
+            return replace(plan, silent=str(reason))
+        files = tuple(itertools.starmap(identify, _parts(plan.source)))
+        return replace(plan, files=files, rate=rate, samples=tuple(samples))
 
-    def _encode(self, file: str, name: LatentName, samples: Tensor, read: _Read) -> Callable[[], None]:
+    def _encode(self, file: str, name: LatentName, samples: Tensor, read: SoundPlan) -> Callable[[], None]:
         """Encode the sound of an item; return what writes it."""
         if self._networks is None:
             self._networks = self._family.sound_networks(self._device, decodes=False)
         assert name.span is not None
-        frames, source = name.span[1], read.plan.source
+        frames, source = name.span[1], read.source
         (latents,) = self._family.encode_sound(self._networks, samples[None], frames, read.rate)
         expected = self._spec.shape(frames, read.rate)
         if tuple(latents.shape) != expected:  # batches are made by it
@@ -246,15 +245,3 @@ class SoundWork:
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
     """Return what sound is made from: the clip, whose rate tells the seconds of its frames; a given file."""
     return [source.parts[0], *([] if source.sound is None else [source.sound])]
-
-
-def _add(report: CacheReport, read: _Read) -> CacheReport:
-    """Return a report with that of one clip."""
-    silent = () if read.silent is None else (Failure.of(read.plan.source, read.silent),)
-    return replace(
-        report,
-        written=report.written + len(read.samples),
-        kept=report.kept + len(read.plan.kept),
-        foreign=report.foreign + read.plan.foreign,
-        silent=report.silent + silent,
-    )

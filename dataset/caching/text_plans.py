@@ -2,6 +2,7 @@
 unfinished files, and which are missing.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import (
-    FileIdentity,
     TextRecord,
     difference,
     is_unchanged,
@@ -68,9 +68,11 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     files: list[CaptionFile] = []
     with pause_collection():
         for found in of_tables.values():
-            table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile]())
+            # first captions, further ones, empty prompts
+            table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
             of_table = table.caption_settings
             for source in found:
+                seen = source if source.control and table.texts_see_references else None
                 captions = (source.caption, *source.more_captions)
                 settings = of_table
                 if len(captions) > 1:
@@ -82,31 +84,20 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
                     passes[first].append(
                         CaptionFile(
                             *(table, name, source.stem, caption, source.caption_path, settings, first),
-                            *(embeds, _if_seen(source)),
+                            *(embeds, seen),
                         )
                     )
-            files += [*passes[0], *passes[1]]
-            if table.drops_captions and table.texts_see_references:
-                files += [
-                    CaptionFile(
-                        table,
+                if table.drops_captions and table.texts_see_references:
+                    name, shown = (
                         text_file_name(source.stem, tag, EMPTY),
                         f"the empty prompt of {source.stem}",
-                        *("", None),
-                        pass_over=2,
-                        source=_if_seen(source),
                     )
-                    for source in found
-                ]
-            elif table.drops_captions:
-                files.append(
-                    CaptionFile(table, empty_text_name(tag), "the empty prompt", "", None, pass_over=2)
-                )
+                    passes[2].append(CaptionFile(table, name, shown, "", None, pass_over=2, source=seen))
+            if table.drops_captions and not table.texts_see_references:
+                name = empty_text_name(tag)
+                passes[2].append(CaptionFile(table, name, "the empty prompt", "", None, pass_over=2))
+            files += itertools.chain(*passes)
     return files
-
-
-def _if_seen(source: MediaSource) -> MediaSource | None:
-    return source if source.control and source.table.texts_see_references else None
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
@@ -130,18 +121,17 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Describe how the text, the encoder or the settings of a record differ from those that are there now."""
-    return (
+    """Describe how the text, the encoder, the settings, or the pictures that it saw with the text, differ in
+    a record from those that are there now.
+    """
+    changed = (
         difference(record.encoder, identity)
         or difference({"caption": record.caption}, {"caption": file.caption})
         or difference(record.settings, file.settings)
-        or _find_changed_reference(record.references, file)
     )
-
-
-def _find_changed_reference(then: Sequence[FileIdentity], file: CaptionFile) -> str | None:
-    """Describe how the pictures that an encoder saw with a text differ from those that are there now."""
-    now = file.references
+    if changed is not None:
+        return changed
+    then, now = record.references, file.references
     if len(then) != len(now):
         return f"it was made with {len(then)} reference pictures, now there are {len(now)}"
     for (path, origin), one in zip(now, then, strict=True):

@@ -91,7 +91,12 @@ class TextWork:
         family.check_given_files()
         require_form(config, family.cache_tag, stores.given)
         self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), self.stores)
-        self.pieces: Sequence[TextBatch] = text_batches(self._files, options.batch_size)
+        batches: list[TextBatch] = []  # consecutive texts of one table and kind
+        for _, some in itertools.groupby(self._files, lambda file: (file.table.index, file.pass_over)):
+            texts = tuple(some)
+            size = options.batch_size or texts[0].table.batch_size
+            batches += [texts[start : start + size] for start in range(0, len(texts), size)]
+        self.pieces: Sequence[TextBatch] = batches
         encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         skip_existing, verify = options.skip_existing, options.verify
         self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify)
@@ -365,20 +370,3 @@ def _join(old: Entry, new: Entry) -> Entry:
     records = text_metadata({**text_records(old.header), **text_records(new.header)})
     metadata = {**old.header.metadata, **new.header.metadata, **records}
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
-
-
-def text_batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[TextBatch]:
-    """Group consecutive texts of one table and kind by `batch_size`, or by the table's batch size."""
-    batches: list[list[CaptionFile]] = []
-    for file in files:
-        last = batches[-1] if batches else None
-        if (
-            last is None
-            or last[0].table is not file.table
-            or last[0].pass_over != file.pass_over
-            or len(last) >= (batch_size or file.table.batch_size)
-        ):
-            batches.append([file])
-        else:
-            last.append(file)
-    return [tuple(batch) for batch in batches]

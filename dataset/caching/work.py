@@ -17,9 +17,8 @@ from typing import cast
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import SUFFIX, LatentName, grid_in_name, is_latent_cache, tensor_name
-from dataset.cache.records import LatentRecord
-from dataset.cache.store import CacheStore, Stores, npz_names
+from dataset.cache.files import FLIPPED, SUFFIX, grid_in_name, is_latent_cache, tensor_name
+from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import (
     ExistingNames,
     LatentNames,
@@ -37,7 +36,6 @@ from dataset.caching.latents import (
     add_mirrored,
     batch_media,
     decode,
-    mirror_media,
     write_entry,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
@@ -95,7 +93,21 @@ class MediaWork:
             how = options.skip_existing, options.verify, device
             self._sound = SoundWork(cast(HearingFamily, family), config.datasets, self.stores, *how)
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
-        _check_tables(family, config, sources)
+        problems = []
+        controlled = {source.table.index for source in sources if source.control}
+        for table in config.datasets:
+            has_control = table.index in controlled
+            try:
+                refuse_changing(table, table.augmentation.varying_keys, "latents")
+                # first: load_tensors ignores the keys that a family's own check would have changed
+                refuse_moments(family, table)
+                check_resolution(table, family.latent.pixel_step)
+                family.check_table(media_table(table, has_control))
+            except DatasetError as error:
+                is_hint = has_control and table.conditioning_directory is not None
+                problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
+        if problems:
+            raise DatasetError("\n".join(problems))
         warn_captions(sources)
         family.check_given_files()
         self.pieces: Sequence[MediaSource] = use_moments(family, sources)
@@ -245,7 +257,14 @@ class MediaWork:
             media = batch_media(crops, keys, [item.span for item in items], table)
             encoded = self._family.encode_media(encoders, media)
             if table.augmentation.flip:
-                mirrored = self._family.encode_media(encoders, mirror_media(media))
+                flipped = dataclasses.replace(
+                    media,
+                    frames=media.frames.flip(3),
+                    keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
+                    control=tuple(control.flip(3) for control in media.control),
+                    alpha=None if media.alpha is None else media.alpha.flip(2),
+                )
+                mirrored = self._family.encode_media(encoders, flipped)
                 encoded = [
                     [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
                     for sides in zip(encoded, mirrored, strict=True)
@@ -255,51 +274,38 @@ class MediaWork:
 
     def _submit(self, item: Pending, entries: Sequence[CacheEntry], writer: WriteBehind) -> None:
         """Have an item's files written, and then its other files removed: sections that it no longer has."""
-        names, crop = set(), item.crop
+        names, crop, spec = set(), item.crop, self._family.latent
         store = self._recipe.stores.of(item.table)
-        mask = None if crop.mask is None else shrink_mask(crop.mask, self._recipe.latent.stride)
+        mask = None if crop.mask is None else shrink_mask(crop.mask, spec.stride)
         record = dataclasses.replace(item.record, parts=len(entries))
+        facts = {"width": str(item.name.size[0]), "height": str(item.name.size[1])}
+        if item.name.span is not None:
+            facts["frame_count"] = str(item.name.span[1])
+        if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
+            facts[FPS] = repr(item.rate)
         for entry in entries:
-            name = dataclasses.replace(item.name, section=entry.section)
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             if item.rate is not None:
                 tensors[FPS] = torch.tensor(item.rate)
-            whole = dataclasses.replace(entry, tensors=tensors)
-            writer.submit(partial(self._write, store, name, record, whole, item.rate))
-            names.add(name.file_name(self._recipe.tag))
+            named = {
+                tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
+                for key, tensor in tensors.items()
+            }
+            if spec.flat_in_caches:
+                named = {
+                    name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
+                    for name, tensor in named.items()
+                }
+            file = dataclasses.replace(item.name, section=entry.section).file_name(self._recipe.tag)
+            writer.submit(partial(write_entry, store, self._family, file, named, record, facts))
+            names.add(file)
         self._written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
         if surplus:
             is_ours = partial(is_latent_cache, architecture=self._family.name)
             writer.submit(partial(remove_caches, store, surplus, is_ours))
-
-    def _write(
-        self,
-        store: CacheStore,
-        name: LatentName,
-        record: LatentRecord,
-        entry: CacheEntry,
-        rate: float | None,
-    ) -> None:
-        """Write one latent cache. Raises as `write_entry`."""
-        spec = self._family.latent
-        named = {
-            tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
-            for key, tensor in entry.tensors.items()
-        }
-        if spec.flat_in_caches:
-            named = {
-                name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
-                for name, tensor in named.items()
-            }
-        facts = {"width": str(name.size[0]), "height": str(name.size[1])}
-        if name.span is not None:
-            facts["frame_count"] = str(name.span[1])
-        if rate is not None:  # as text, too: what can share a batch is found by headers alone
-            facts[FPS] = repr(rate)
-        write_entry(store, self._family, name.file_name(self._recipe.tag), named, record, facts)
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""
@@ -335,25 +341,6 @@ MASKS_HINT = (
     " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
     "mask_directory."
 )
-
-
-def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with the reasons of all tables that cannot be cached."""
-    problems = []
-    controlled = {source.table.index for source in sources if source.control}
-    for table in config.datasets:
-        has_control = table.index in controlled
-        try:
-            refuse_changing(table, table.augmentation.varying_keys, "latents")
-            # first: load_tensors ignores the keys that a family's own check would have changed
-            refuse_moments(family, table)
-            check_resolution(table, family.latent.pixel_step)
-            family.check_table(media_table(table, has_control))
-        except DatasetError as error:
-            is_hint = has_control and table.conditioning_directory is not None
-            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
-    if problems:
-        raise DatasetError("\n".join(problems))
 
 
 def workers_of(options: CachingOptions) -> int:

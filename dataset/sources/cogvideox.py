@@ -198,7 +198,14 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     rows, *columns = (_open_lists if table.dataset_file is None else _open_table)(table, root, name)
     for row in rows:
         try:
-            caption, video = (_text_in(row, column) for column in columns)
+            texts = []
+            for column in columns:
+                text = row.values.get(column, "")
+                if row.fault is not None or not isinstance(text, str) or not text.strip():
+                    raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
+                check_text(text, f"{row.where}: {column}")
+                texts.append(text.strip())
+            caption, video = texts
             path = locate(video, root, row.where)
         except DatasetError as error:
             faults.append(Fault(f"lines of {name} cannot be used", str(error)))
@@ -212,15 +219,6 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
     return [
         Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
     ]
-
-
-def _text_in(row: TableRow, column: str) -> str:
-    """Return a text of a row. Raises DatasetError if there is none, or it cannot be used."""
-    text = row.values.get(column, "")
-    if row.fault is not None or not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
-    check_text(text, f"{row.where}: {column}")
-    return text.strip()
 
 
 Rows = tuple[Iterable[TableRow], str, str]  # with the columns of captions and of videos
@@ -284,15 +282,6 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> Rows:
 _Listed = tuple[Path, frozenset[str] | None, frozenset[str] | None]
 
 
-def _list_tensors(folder: str) -> _Listed:
-    """List the names once: a million files are not asked for one by one."""
-    path = Path(folder)
-    moments, embeds = (
-        frozenset(os.listdir(place)) if place.is_dir() else None for place in (path / MOMENTS, path / EMBEDS)
-    )
-    return path, moments, embeds
-
-
 def _find_tensors(row: CogRow, folders: dict[str, _Listed], faults: list[Fault]) -> GivenTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
@@ -300,11 +289,15 @@ def _find_tensors(row: CogRow, folders: dict[str, _Listed], faults: list[Fault])
     to `faults` and returns None if a file is missing.
     """
     x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
-    if x not in folders:
-        folders[x] = _list_tensors(x)
-        if folders[x][1] is None:
-            kind = "folders are missing, which load_tensors needs"
-            faults.append(Fault(kind, str(folders[x][0] / MOMENTS)))
+    if x not in folders:  # listed once: a million files are not asked for one by one
+        folder = Path(x)
+        moments, embeds = (
+            frozenset(os.listdir(folder / inner)) if (folder / inner).is_dir() else None
+            for inner in (MOMENTS, EMBEDS)
+        )
+        folders[x] = folder, moments, embeds
+        if moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(folder / MOMENTS)))
     folder, moments, embeds = folders[x]
     if moments is None:
         return None

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,32 +107,33 @@ def decode_source(
     them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
     resolution is not a multiple of `step`.
     """
-    with fetch(source) as here:
-        return dataclasses.replace(_decode(here, fps, step, frame_step, numbers), source=source)
-
-
-def _decode(
-    source: MediaSource, fps: float, step: int, frame_step: int, numbers: random.Random | None
-) -> DecodedSource:
     table = source.table
-    if source.tensors is not None:
-        raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
-    if table.kind == "image":
-        return _decode_image(source, step, numbers)
-    decoded = _kept_frames(source.path, table, fps, table.alpha_mask)
-    first = next(decoded)
-    size = (first.shape[1], first.shape[0])
-    bucket = bucket_of(table, size, step, source.path)
-    frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
-    if source.mask is not None:
-        mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
-    found, reason = spans_or_reason(table, len(frames), frame_step)
-    control = (
-        tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
-        if found
-        else ()
-    )
-    return DecodedSource(source, size, bucket, frames, control, found, reason, mask=mask)
+    with fetch(source) as here:
+        if source.tensors is not None:
+            why = "its latents are given (load_tensors), so that no frames are read"
+            raise MediaError(f"{source.path}: {why}")
+        if table.kind == "image":
+            return dataclasses.replace(_decode_image(here, step, numbers), source=source)
+        decoded = _kept_frames(here.path, table, fps, table.alpha_mask)
+        first = next(decoded)
+        size = (first.shape[1], first.shape[0])
+        bucket = bucket_of(table, size, step, here.path)
+        frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
+        path, count = here.mask, len(frames)
+        if path is not None:  # one image for all frames, or a clip at the same rate
+            place = functools.partial(resize_cover, bucket=bucket)
+            if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
+                mask = read_still(path, place, size, count)
+            else:
+                mask = read_moving(path, _kept_frames(path, table, fps), place, size, count)
+        found, reason = spans_or_reason(table, count, frame_step)
+        control = []
+        for path in here.control if found else ():
+            # a longer control clip is cut, a shorter one repeats its last frame
+            clip, _ = _gather(itertools.islice(_kept_frames(path, table, fps), count), bucket, count)
+            missing = count - len(clip)
+            control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
+    return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
 
 
 def _decode_image(source: MediaSource, step: int, numbers: random.Random | None) -> DecodedSource:
@@ -142,9 +143,14 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
     if numbers is not None:
-        fit = _draw_fit(source, size, fit, numbers)
-        is_mirrored = table.augmentation.flip and numbers.random() < 0.5
-        image = change_colours(image, numbers) if table.augmentation.color else image
+        changes = table.augmentation
+        face = None if changes.face_crop_range is None else face_in_name(source.stem)
+        if face is not None and changes.face_crop_range is not None:
+            fit = fit_face(size, fit.bucket, face, changes.face_crop_range, numbers, changes.random_crop)
+        elif changes.random_crop:
+            fit = crop_anywhere(fit, numbers)
+        is_mirrored = changes.flip and numbers.random() < 0.5
+        image = change_colours(image, numbers) if changes.color else image
 
     def place(picture: Frame) -> Frame:
         """Fit control images and masks in the same way as the image."""
@@ -153,25 +159,21 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
         placed = fit_frame(picture, own)
         return mirror(placed) if is_mirrored else placed
 
-    if table.references is None:
-        control = tuple(_control_image(read_image(path, alpha=True), place) for path in source.control)
-    else:
-        control = tuple(read_reference(path, source, place, is_mirrored) for path in source.control)
+    control = []
+    for path in source.control:
+        if table.references is not None:
+            control.append(read_reference(path, source, place, is_mirrored))
+            continue
+        # alpha apart from the colours: Pillow would darken these by it, and generation does not
+        colours, own_alpha = _colours_and_alpha(read_image(path, alpha=True))
+        parts = [place(colours)] + ([] if own_alpha is None else [place(own_alpha)[..., None]])
+        control.append(np.concatenate(parts, axis=2)[None])
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
         mask, alpha = stack_alphas([alpha]), None
     frames = place(image)[None]
-    return DecodedSource(source, size, fit.bucket, frames, control, IMAGE_SPANS, None, alpha, mask)
-
-
-def _draw_fit(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
-    """Return another fit to the same bucket, as the table's `augmentation` says."""
-    changes = source.table.augmentation
-    face = None if changes.face_crop_range is None else face_in_name(source.stem)
-    if face is not None and changes.face_crop_range is not None:
-        return fit_face(size, fit.bucket, face, changes.face_crop_range, numbers, changes.random_crop)
-    return crop_anywhere(fit, numbers) if changes.random_crop else fit
+    return DecodedSource(source, size, fit.bucket, frames, tuple(control), IMAGE_SPANS, None, alpha, mask)
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -180,27 +182,20 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
     `decode_source` that headers show.
     """
+    table, found, reason = source.table, IMAGE_SPANS, None
     with fetch(source) as here:
-        return dataclasses.replace(_plan(here, fps, step, frame_step), source=source)
-
-
-def _plan(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
-    table = source.table
-    if table.kind == "image":
-        size = image_size(source.path)
-        return DecodedSource(
-            source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None
-        )
-    info = video_info(source.path)
-    size = (info.width, info.height)
-    if info.frames is None or table.source_fps == AUTO or is_animation(source.path):
-        kept = sum(1 for _ in _kept_frames(source.path, table, fps))
-    else:
-        kept = len(resample_indices(info.frames, table.stated_fps, fps))
-    found, reason = spans_or_reason(table, kept, frame_step)
-    return DecodedSource(
-        source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
-    )
+        if table.kind == "image":
+            size = image_size(here.path)
+        else:
+            info = video_info(here.path)
+            size = (info.width, info.height)
+            if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
+                kept = sum(1 for _ in _kept_frames(here.path, table, fps))
+            else:
+                kept = len(resample_indices(info.frames, table.stated_fps, fps))
+            found, reason = spans_or_reason(table, kept, frame_step)
+        bucket = bucket_of(table, size, step, here.path)
+    return DecodedSource(source, size, bucket, NO_FRAMES, (), found, reason)
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
@@ -265,38 +260,10 @@ def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> tuple[
     return clip, stack_alphas(alphas)
 
 
-def _mask_of_clip(
-    path: Path, table: DatasetTable, fps: float, bucket: Size, size: Size, num_frames: int
-) -> Mask:
-    """Read the mask of a clip: one image for all frames, or a clip at the same rate."""
-    place = functools.partial(resize_cover, bucket=bucket)
-    if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
-        return read_still(path, place, size, num_frames)
-    return read_moving(path, _kept_frames(path, table, fps), place, size, num_frames)
-
-
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
     """Split an image into H W 3 and its fourth channel, H W, or None."""
     alpha = image[..., 3] if image.shape[2] == 4 else None
     return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
-
-
-def _control_image(image: Frame, place: Callable[[Frame], Frame]) -> Clip:
-    """Resize a control image to 1 H W C. place: resizes and crops a picture.
-
-    Alpha is resized separately from the colours: Pillow would darken these by it, and generation does not.
-    """
-    colours, alpha = _colours_and_alpha(image)
-    parts = [place(colours)] + ([] if alpha is None else [place(alpha)[..., None]])
-    return np.concatenate(parts, axis=2)[None]
-
-
-def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
-    """Read `num_frames` control frames; a longer clip is cut, a shorter one repeats its last frame."""
-    kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
-    frames, _ = _gather(kept, bucket, num_frames)
-    missing = num_frames - len(frames)
-    return np.concatenate([frames, *[frames[-1:]] * missing]) if missing else frames
 
 
 def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
-from dataset.sources.parquet import cell_suffix, read_cell
+from dataset.sources.parquet import read_cell
 from modules.atomic_write import atomic_path, check_space
 from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
 from modules.errors import MediaError, OutputError
@@ -38,6 +38,7 @@ INDIRECT = frozenset(
     }
 )
 HTTP = frozenset({"http", "https"})
+_MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of cells whose suffix counts: they may be animations
 
 
 @contextlib.contextmanager
@@ -91,8 +92,11 @@ def _sweep(folder: str) -> None:
 
 def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
     """Write a part of a file to `copy` with a suffix; returns that path."""
-    content = read_cell(origin) if isinstance(origin, ParquetCell) else None
-    copy = copy.with_name(copy.name + (path.suffix if content is None else cell_suffix(content)))
+    content, suffix = None, path.suffix
+    if isinstance(origin, ParquetCell):
+        content = read_cell(origin)
+        suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")
+    copy = copy.with_name(copy.name + suffix)
     try:
         with copy.open("xb") as file:
             for piece in member_pieces(origin) if isinstance(origin, TarMember) else (content or b"",):

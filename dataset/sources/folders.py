@@ -272,21 +272,16 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
         return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
-        near = _near_name(folder) if isinstance(error, FileNotFoundError) else None
-        hint = "Correct the path." if near is None else f"Did you mean {near}?"
+        hint, missing = "Correct the path.", folder
+        if isinstance(error, FileNotFoundError):
+            # the existing folder whose name is most like that of the missing one, if there is one
+            missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
+            names: list[str] = []
+            with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
+                names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
+            for near in difflib.get_close_matches(missing.name, names, 1):
+                hint = f"Did you mean {missing.with_name(near) / folder.relative_to(missing)}?"
         raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
-
-
-def _near_name(folder: Path) -> Path | None:
-    """Return the existing folder whose name is most like that of a missing one, if there is one."""
-    missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
-    try:
-        with os.scandir(missing.parent) as entries:
-            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
-    except OSError:
-        return None
-    near = difflib.get_close_matches(missing.name, names, 1)
-    return missing.with_name(near[0]) / folder.relative_to(missing) if near else None
 
 
 # --- the files of its kind
@@ -332,28 +327,22 @@ def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Seque
         for path in entries
         if path.suffix.lower() in media_suffixes(table.kind, animated=True) and path.is_file()
     ]
-    if table.kind == "image":
-        animated = [path for path in (*others, *files) if _is_moving(path, if_damaged=False)]
-        _warn(table, animated, "animated: only the first frame of each is used. video_directory takes clips")
-    else:
-        files = [path for path in files if _is_moving(path, if_damaged=True)]
+    animated = []
+    for path in (*others, *files) if table.kind == "image" else files:
+        try:
+            is_moving = is_animation(path)
+        except MediaError:  # which decoding reports
+            is_moving = table.kind == "video"
+        animated += [path] if is_moving else []
+    files = files if table.kind == "image" else animated
     named = {path: os.path.normcase(path.stem) for path in files}
     hidden = [path for path in files if named[path] in taken]
-    _warn(table, hidden, "ignored, because another file of the folder has the same name but for its suffix")
+    only_first = "animated: only the first frame of each is used. video_directory takes clips"
+    same = "ignored, because another file of the folder has the same name but for its suffix"
+    for paths, what in ((animated if table.kind == "image" else [], only_first), (hidden, same)):
+        if paths:
+            logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
     return [path for path in files if named[path] not in taken]
-
-
-def _is_moving(path: Path, if_damaged: bool) -> bool:
-    """Return whether a file is an animation; `if_damaged` if it cannot be read, which decoding reports."""
-    try:
-        return is_animation(path)
-    except MediaError:
-        return if_damaged
-
-
-def _warn(table: DatasetTable, paths: Sequence[Path], what: str) -> None:
-    if paths:
-        logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
 
 
 def _explain(path: Path) -> str:

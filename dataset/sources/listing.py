@@ -82,7 +82,17 @@ def find_sources(
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
     sources = limit_references(table, sources)
-    found += _bad_stems(table, sources)
+    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
+    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    for source in sources:
+        other = first.setdefault(os.path.normcase(source.stem), source)
+        if other is not source:
+            found.append(Fault(same, f"{other.path} and {source.path}", source.stem))
+        # no character takes more than four bytes
+        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            found.append(Fault(long, text, source.stem))
     if faults is None:
         raise_faults(found)
         warn_skipped(found)
@@ -127,7 +137,24 @@ def find_all_sources(
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
     """Return one line per source without a caption: the file, and where its caption was searched."""
-    return [f"{source.path}: {_where_caption(source)}" for source in sources if source.caption is None]
+    lines = []
+    for source in sources:
+        table, where = source.table, "no caption_extension in its table, such as .txt"
+        if source.caption is not None:
+            continue
+        if source.caption_path is not None:
+            hint = ", and no class_tokens in its table" if table.group is not None else ""
+            where = f"no {source.caption_path.name} beside it{hint}"
+        elif table.metadata_file:
+            where = 'neither "caption" nor "tags" in its entry'
+        elif table.jsonl_file:
+            where = 'no "caption" in its line'
+        elif table.table_file:
+            where = f'no "{table.caption_column or "caption"}" in its row'
+        elif table.tars:
+            where = "no text file and no caption in a .json of the same name in the tar"
+        lines.append(f"{source.path}: {where}")
+    return lines
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
@@ -162,38 +189,6 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
         logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
 
 
-def _where_caption(source: MediaSource) -> str:
-    if source.caption_path is not None:
-        hint = ", and no class_tokens in its table" if source.table.group is not None else ""
-        return f"no {source.caption_path.name} beside it{hint}"
-    if source.table.metadata_file:
-        return 'neither "caption" nor "tags" in its entry'
-    if source.table.jsonl_file:
-        return 'no "caption" in its line'
-    if source.table.table_file:
-        return f'no "{source.table.caption_column or "caption"}" in its row'
-    if source.table.tars:
-        return "no text file and no caption in a .json of the same name in the tar"
-    return "no caption_extension in its table, such as .txt"
-
-
-def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
-    """Return the faults of stems that are equal, or too long for the names of caches."""
-    first: dict[str, MediaSource] = {}
-    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    long = f"names of {table.name} are too long for the names of their caches; rename the files"
-    faults = []
-    for source in sources:
-        other = first.setdefault(os.path.normcase(source.stem), source)
-        if other is not source:
-            faults.append(Fault(same, f"{other.path} and {source.path}", source.stem))
-        # no character takes more than four bytes
-        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
-            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
-            faults.append(Fault(long, text, source.stem))
-    return faults
-
-
 # --- tars
 # ------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +203,15 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     run. Raises DatasetError if no tar is named.
     """
     samples: list[tuple[Path, TarSample]] = []
-    rules = _rules(table)
+    rules = TarRules(
+        media=tuple(sorted(media_suffixes(table.kind))),
+        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
+        beside=tuple(sorted(mask_suffixes(table.kind))),
+        caption_suffix=(table.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
+        json_first=table.caption_column is not None,
+        multi_caption=table.multi_caption,
+    )
     num_others, example = 0, ""
     for tar in _find_tars(table, faults):
         kind = f"tars of {table.name} cannot be read to their end"
@@ -238,18 +241,6 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     return check_controls(table, _sources(table, samples, faults), faults, f"samples of {table.name}")
 
 
-def _rules(table: DatasetTable) -> TarRules:
-    return TarRules(
-        media=tuple(sorted(media_suffixes(table.kind))),
-        spare=tuple(sorted(media_suffixes(table.kind, animated=True))),
-        beside=tuple(sorted(mask_suffixes(table.kind))),
-        caption_suffix=(table.caption_extension or ".txt").lower(),
-        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
-        json_first=table.caption_column is not None,
-        multi_caption=table.multi_caption,
-    )
-
-
 def _sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[Fault]
 ) -> list[MediaSource]:
@@ -260,25 +251,24 @@ def _sources(
         [readable_stem(sample.key) for _, sample in samples],
         [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
     )
-    sources = []
-    for (tar, sample), stem in zip(samples, stems, strict=True):
-        path = name_parts(tar, readable_path(sample.media.name))
-        try:
-            sources.append(_source(table, tar, sample, path, stem))
-        except DatasetError as error:
-            faults.append(Fault(f"samples of {table.name} cannot be used", str(error), stem))
-    return sources
 
-
-def _source(table: DatasetTable, tar: Path, sample: TarSample, path: Path, stem: str) -> MediaSource:
-    def part(member: Member) -> Part:
+    def part(tar: Path, member: Member) -> Part:
         origin = TarMember(tar, member.offset, member.size_bytes)
         return name_parts(tar, readable_path(member.name)), origin
 
-    captions = None if sample.caption is None else captions_in(sample.caption, table)
-    controls = [part(one) for role, _, one in sample.extras if role == CONTROL][: table.control_count]
-    mask = next((part(one) for role, _, one in sample.extras if role == MASK), None)
-    return make_source(table, path, stem, part(sample.media), captions, controls, mask)
+    sources = []
+    for (tar, sample), stem in zip(samples, stems, strict=True):
+        media, controls, masks = part(tar, sample.media), list[Part](), list[Part]()
+        for role, _, member in sample.extras:
+            if role in (CONTROL, MASK):
+                (controls if role == CONTROL else masks).append(part(tar, member))
+        try:
+            captions = None if sample.caption is None else captions_in(sample.caption, table)
+            controls, mask = controls[: table.control_count], next(iter(masks), None)
+            sources.append(make_source(table, media[0], stem, media, captions, controls, mask))
+        except DatasetError as error:
+            faults.append(Fault(f"samples of {table.name} cannot be used", str(error), stem))
+    return sources
 
 
 def name_parts(path: Path, name: str) -> Path:

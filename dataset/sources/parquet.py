@@ -33,7 +33,6 @@ _BINARY, _STRUCT = 8, 12  # kinds of fields
 _NUMBERS = (4, 5, 6)
 _SWITCHES = (1, 2)
 _ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and hold, the same row group
-_MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of files whose name counts: they may be animations
 
 
 def parquet_parts(path: Path) -> list[Path]:
@@ -249,11 +248,6 @@ def read_cell(origin: ParquetCell) -> bytes:
     if not content:
         raise MediaError(f"{where}: {origin.column} is empty there")
     return bytes(content)
-
-
-def cell_suffix(content: bytes) -> str:
-    """Return the suffix of a file with this content if it counts, or ""."""
-    return next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows

@@ -38,7 +38,14 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
             "behind are left out. The first: %s has %d",
             *(table.name, len(over), number, most, over[0].path, len(over[0].control)),
         )
-        sources = [_with_first_references(source, most) for source in sources]
+        limited = []
+        for source in sources:
+            surplus = range(1 + most, 1 + len(source.control))
+            if surplus:
+                origins = tuple(one for place, one in enumerate(source.origins) if place not in surplus)
+                source = replace(source, control=source.control[:most], origins=origins)
+            limited.append(source)
+        sources = limited
     none = [source for source in sources if not source.control]
     if none:
         logger.warning(
@@ -47,12 +54,6 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
             *(table.name, len(none), number, none[0].path),
         )
     return sources
-
-
-def _with_first_references(source: MediaSource, most: int) -> MediaSource:
-    surplus = range(1 + most, 1 + len(source.control))
-    origins = tuple(one for place, one in enumerate(source.origins) if place not in surplus)
-    return replace(source, control=source.control[:most], origins=origins) if surplus else source
 
 
 def read_reference(

@@ -60,7 +60,13 @@ class RowReader:
         Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
         """
         if held is None:
-            text = self._path_text(values, where)
+            text = values.get(self.path_column)
+            if not isinstance(text, str) or (not self.is_list and not text.strip()):
+                example = f'{{"{self.path_column}": "...", "caption": "..."}}'
+                hint = f". Each line is one object such as {example}" if self.is_list else ""
+                problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
+                raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
+            check_text(text, f"{where}: {self.path_column}")
             media: Part = self._locate(text, where)
             stem, identity = media[0].stem, text
             if isinstance(media[1], Remote):
@@ -69,7 +75,19 @@ class RowReader:
             (stem, media), identity = held, held[0]
         found = self._captions(values, where)
         captions = complete_captions(found, self.table) if found else None
-        controls = [self._locate(one, where) for one in self._control_texts(values, where)]
+        numbered: dict[int, str] = {}  # control_path, or control_path_<number>
+        for name in values:
+            number = control_number(name)
+            if number is None or (text := self._text(name, values, where)) is None:
+                continue
+            if number in numbered:
+                raise DatasetError(
+                    f"{where}: {name} repeats the number of another control_path; control_path is "
+                    "control_path_0"
+                )
+            numbered[number] = text
+        first_ones = sorted(numbered)[: self.table.control_count]
+        controls = [self._locate(numbered[number], where) for number in first_ones]
         mask_text = self._text("mask_path", values, where)
         mask = None if mask_text is None else self._locate(mask_text, where)
         source = make_source(self.table, where, stem, media, captions, controls, mask)
@@ -97,16 +115,6 @@ class RowReader:
     def unit(self) -> str:
         """Return what a source stands in."""
         return "line" if self.is_list else "row"
-
-    def _path_text(self, values: Mapping[str, Any], where: str) -> str:
-        text = values.get(self.path_column)
-        if not isinstance(text, str) or (not self.is_list and not text.strip()):
-            example = f'{{"{self.path_column}": "...", "caption": "..."}}'
-            hint = f". Each line is one object such as {example}" if self.is_list else ""
-            problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
-            raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
-        check_text(text, f"{where}: {self.path_column}")
-        return text
 
     def _locate(self, text: str, where: str) -> tuple[Path, Remote | None]:
         """Return the path of a file, and where its bytes are if they are not there."""
@@ -150,21 +158,6 @@ class RowReader:
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
         check_text(value, f"{where}: {name}")
         return value
-
-    def _control_texts(self, values: Mapping[str, Any], where: str) -> list[str]:
-        """Return the first `control_count` of `control_path`, or of `control_path_<number>` by number."""
-        numbered: dict[int, str] = {}
-        for name in values:
-            number = control_number(name)
-            if number is None or (text := self._text(name, values, where)) is None:
-                continue
-            if number in numbered:
-                raise DatasetError(
-                    f"{where}: {name} repeats the number of another control_path; control_path is "
-                    "control_path_0"
-                )
-            numbered[number] = text
-        return [numbered[number] for number in sorted(numbered)][: self.table.control_count]
 
 
 def make_source(

@@ -177,7 +177,21 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
     """
     path = table.metadata_file
     assert path is not None
-    content = _read_metadata_file(table, path)
+    try:
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
+    except UnicodeDecodeError:
+        raise not_utf8(path, 0) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            '"a cat"}}'
+        )
     listed: dict[Path, dict[str, Path]] = {}
     found: list[tuple[Path, str | None]] = []
     for key, entry in content.items():
@@ -197,25 +211,6 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
         MediaSource(picture, stem, None if text is None else captions_in(text, table)[0], None, (), table)
         for (picture, text), stem in zip(found, stems, strict=True)
     ]
-
-
-def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
-    try:
-        content = parse_json(read_text(path, MAX_METADATA_BYTES))
-    except UnicodeDecodeError:
-        raise not_utf8(path, 0) from None
-    except OSError as error:
-        raise DatasetError(
-            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
-        ) from error
-    except ValueError as error:
-        raise DatasetError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DatasetError(
-            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
-            '"a cat"}}'
-        )
-    return content
 
 
 def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:

@@ -6,13 +6,14 @@ neither absolute ones nor links lead anywhere. Reading the headers of a million 
 from memory, and far longer from a disk, which has to go to each of them.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -100,14 +101,23 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
     )
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(tar.resolve()))}.json"
-    kept = _read_kept(path, made_for)
-    if kept is not None:
-        return kept
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+        stated, others, num_others, kept = json.loads(path.read_text("utf-8"))
+        if stated == made_for:
+            samples = []
+            for key, media, caption, extras in kept:
+                beside = tuple((role, number, Member(*member)) for role, number, member in extras)
+                samples.append(TarSample(key, Member(*media), caption, beside))
+            return TarIndex(samples, [], others, num_others)
     with tar.open("rb", buffering=0) as file:
         found = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
     if len(found.samples) >= LEAST_SAMPLES and found.damage is None and not found.faults:
-        _keep(path, made_for, found)
+        rows = [(one.key, one.media, one.caption, one.extras) for one in found.samples]
+        try:
+            write_text(path, json.dumps([made_for, found.others, found.num_others, rows]))
+        except OutputError as error:  # the tar is read again next time
+            logger.info("the index of a tar is not kept: %s", error)
     return found
 
 
@@ -188,7 +198,11 @@ def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSam
             others.append(end)
         else:
             beside.setdefault((match[1], int(match[2] or 0)), []).append(end)
-    found = _media(others, rules)
+    found: list[str] = []  # to learn: named exactly like a suffix, else those that end in one
+    for suffixes in (rules.media, rules.spare):
+        exact = [end for end in others if f".{end}" in suffixes]
+        like = [end for end in others if f".{end.rpartition('.')[2]}" in suffixes]
+        found = found or sorted(exact or like)
     if not found:
         return None
     if len(found) > 1:
@@ -199,16 +213,6 @@ def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSam
             raise ValueError(f"it has two files of one kind among {', '.join(ends)}; keep one")
     extras = tuple((*role, files[ends[0]]) for role, ends in sorted(beside.items()))
     return TarSample(key, files[found[0]], caption, extras)
-
-
-def _media(ends: Collection[str], rules: TarRules) -> list[str]:
-    """Return the files to learn: named exactly like a suffix, else those that end in one."""
-    for suffixes in (rules.media, rules.spare):
-        exact = [end for end in ends if f".{end}" in suffixes]
-        found = exact or [end for end in ends if f".{end.rpartition('.')[2]}" in suffixes]
-        if found:
-            return sorted(found)
-    return []
 
 
 def _caption(texts: dict[str, str], rules: TarRules) -> str | None:
@@ -291,7 +295,16 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if found.isreg() and not found.issparse():
             if found.offset_data + found.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
-            name = _without_times(file, found) if found.name[0].isdigit() else found.name
+            name = found.name
+            if name[0].isdigit():
+                # GNU tar writes times into incremental archives, where other tars have the beginning of a
+                # name: `tarfile` takes them for it
+                position = file.tell()
+                file.seek(found.offset_data - BLOCK)
+                header = file.read(BLOCK)
+                file.seek(position)
+                times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
+                name = name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else name
             if len(name.encode()) > MAX_TAR_NAME_BYTES:
                 raise TarDamage(f"a name at byte {found.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
             yield Member(name, found.offset_data, found.size)
@@ -301,41 +314,5 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
 
 
-def _without_times(file: BinaryIO, found: tarfile.TarInfo) -> str:
-    """Return a member's name without the times that GNU tar writes into incremental archives, where other
-    tars have the beginning of a name: `tarfile` takes them for it.
-    """
-    place = file.tell()
-    file.seek(found.offset_data - BLOCK)
-    header = file.read(BLOCK)
-    file.seek(place)
-    times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
-    return found.name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else found.name
-
-
 # --- the index that is kept
 # ------------------------------------------------------------------------------------------------------------
-
-
-def _keep(path: Path, made_for: str, index: TarIndex) -> None:
-    """Write an index. A folder that cannot be written is no fault: the tar is read again next time."""
-    samples = [(one.key, one.media, one.caption, one.extras) for one in index.samples]
-    try:
-        write_text(path, json.dumps([made_for, index.others, index.num_others, samples]))
-    except OutputError as error:
-        logger.info("the index of a tar is not kept: %s", error)
-
-
-def _read_kept(path: Path, made_for: str) -> TarIndex | None:
-    """Return a kept index; None if there is none, or one of another state of the tar, or a damaged one."""
-    try:
-        stated, others, num_others, found = json.loads(path.read_text("utf-8"))
-        if stated != made_for:
-            return None
-        samples = []
-        for key, media, caption, extras in found:
-            beside = tuple((role, number, Member(*member)) for role, number, member in extras)
-            samples.append(TarSample(key, Member(*media), caption, beside))
-        return TarIndex(samples, [], others, num_others)
-    except (OSError, ValueError, TypeError):
-        return None
