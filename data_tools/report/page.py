@@ -298,10 +298,8 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
         # where the edges of the whole source lie, if the bucket's corner is 0, 0
         boxes = [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in frequent]
         left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
-        width, height = (
-            max(x + w for x, _, w, *_ in boxes) - left,
-            max(y + h for _, y, _, h, _ in boxes) - top,
-        )
+        width = max(x + w for x, _, w, *_ in boxes) - left
+        height = max(y + h for _, y, _, h, _ in boxes) - top
         pad = MARGIN * max(width, height) / 100
         text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
         drawings.append(

@@ -134,7 +134,7 @@ def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
     parts = [media.crop(span)]
     height = parts[0].shape[1]
     for frames in media.control_crops(span):
-        if frames.shape[-1] == 4:
+        if frames.shape[-1] != 3:
             alpha = frames[..., 3:].astype(np.float32) / 255
             frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
         if frames.shape[1] != height:  # reference pictures may have another
