@@ -171,7 +171,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
     if math.isinf(low) and math.isinf(high):
         return story
-    named = {
+    named: dict[str, Any] = {
         name: {each: cut(points) for each, points in getattr(story, name).items()}
         for name in ("rates", "experts", "bands")
     }

@@ -125,8 +125,9 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
         for name, value in dataclasses.asdict(options.shape).items()
     }
     earlier = read_prepared(options.output_dir)
-    named = (None, {}) if maker is None else (maker.architecture, maker.identity)
-    now = PreparedFolder(*named, settings)
+    now = PreparedFolder(None, {}, settings)
+    if maker is not None:
+        now = PreparedFolder(maker.architecture, maker.identity, settings)
     if earlier is not None:
         changed = difference(earlier.settings, now.settings)
         if changed is None and earlier.architecture is not None:

@@ -75,7 +75,7 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     """Run --check of a script that caches latents, or texts; returns the exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
-    parts = (MEDIA, LATENTS)
+    parts: tuple[str, ...] = (MEDIA, LATENTS)
     if of_texts:  # the page shows the media too
         parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
     workers = workers_of(options)
