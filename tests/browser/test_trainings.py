@@ -48,7 +48,8 @@ def tell(served: Served) -> tuple[str, str]:
 
 def test_a_killed_run_has_died_and_resumed_it_ends_as_if_it_had_not(project: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "out"
-    words = ("--max_train_epochs", 4, "--sample_every_n_steps", 2)
+    # a save at each step: when the file of the second is there, the state of the first is whole
+    words = ("--max_train_epochs", 4, "--sample_every_n_steps", 2, "--save_every_n_steps", 1)
     assert start(project, command(whole, *words), tmp_path / "log").wait(300) == 0
     process = start_until_saved(project, command(output, *words), output, 2)
     with serve_runs(output) as served:
