@@ -216,17 +216,14 @@ def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Compariso
     comparison.chosen = [prompt for prompt in comparison.known if prompt in wanted]
     usual = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
     comparison.rows = [_known_row(sources, prompt, usual) for prompt in comparison.chosen]
-    comparison.rows += [_typed_row(line, usual) for line in lines]
+    for line in map(str.strip, lines):
+        given = re.search(r" --(?:d|seed) +(\d+)", line)
+        prompt, seed = line.partition(" --")[0].strip(), given[1] if given else usual
+        comparison.rows.append(ComparedPrompt(prompt, line if given else f"{line} --seed {seed}", seed))
     if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MOST_ROWS:
         raise OptionError(f"{MOST_COLUMNS} files and {MOST_ROWS} prompts are the most: choose fewer")
     comparison.problem = next((source.problem for source in sources[:1] if source.problem), "")
     return comparison
-
-
-def _typed_row(line: str, seed: str) -> ComparedPrompt:
-    line, given = line.strip(), re.search(r" --(?:d|seed) +(\d+)", line)
-    prompt = line.partition(" --")[0].strip()
-    return ComparedPrompt(prompt, line if given else f"{line} --seed {seed}", given[1] if given else seed)
 
 
 def _known_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
 from browser.captions import CaptionConflictError, Captions, CaptionText
-from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
+from browser.datasets import MODELS, Datasets, File, FoundDataset
 from browser.runs import Runs
 from browser.views import HERE, POLICY
 from modules.command import as_typed
@@ -108,22 +108,6 @@ class DatasetPages:
         self.runs, self.read_only = runs, read_only
         self.datasets, self.captions, self.thumbnails = Datasets(runs), Captions(), Thumbnails()
 
-    def list_page(self) -> str:
-        """Return the page of all datasets."""
-        values = {"dataset": None, "found": self.datasets.look(), "roots": self.runs.roots}
-        return render_page(HERE / "dataset.html", "Datasets", values, POLICY)
-
-    def page(self, dataset: FoundDataset) -> str:
-        """Return the page of a dataset; its files are asked for by `items`."""
-        values = {
-            "dataset": dataset,
-            "folder": dataset.path.parent,
-            "only": ONLY,
-            "models": list(MODELS),
-            "can_write": not self.read_only,
-        }
-        return render_page(HERE / "dataset.html", dataset.name, values, POLICY)
-
     def items(self, dataset: FoundDataset, asked: Mapping[str, str]) -> dict[str, Any]:
         """Return files of a dataset, and how it stands. asked: text, only, from and count.
 
@@ -138,34 +122,28 @@ class DatasetPages:
         except ValueError as error:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
         if measured is None:
-            folders = [str(each) for each in dict.fromkeys([*self._roots(), *outside])]
+            roots = [root if root.is_dir() else root.parent for root in self.runs.roots]
+            folders = [str(each) for each in dict.fromkeys([*roots, *outside])]
             return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *folders])}
         words = asked.get("text", "").lower().split()
         only = asked.get("only", "")
         with self.datasets.lock:
             files = dict(measured.files)
-            told = self._tell(measured, list(files.values()))
+            told = {
+                "state": "measuring" if measured.is_running else "failed" if measured.error else "ready",
+                "error": measured.error,
+                "version": measured.version,
+                "outside": measured.outside,
+                "remarks": measured.remarks[:TOLD],
+                "model": measured.model,
+                "decodes": measured.decodes,
+            }
         chosen = [(id, file) for id, file in files.items() if is_chosen(file, words, only)]
         part = chosen[max(0, first) : max(0, first) + min(max(0, count), MOST_AT_ONCE)]
         shown = [self.show(dataset, id, file) for id, file in part]
-        return {**told, "chosen": len(chosen), "files": shown}
-
-    def _roots(self) -> list[Path]:
-        return [root if root.is_dir() else root.parent for root in self.runs.roots]
-
-    def _tell(self, measured: Measured, files: Sequence[File]) -> dict[str, Any]:
-        counts = {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
-        return {
-            "state": "measuring" if measured.is_running else "failed" if measured.error else "ready",
-            "error": measured.error,
-            "version": measured.version,
-            "counts": counts,
-            "items": sum(number for file in files for _, number in file["lengths"]),
-            "outside": measured.outside,
-            "remarks": measured.remarks[:TOLD],
-            "model": measured.model,
-            "decodes": measured.decodes,
-        }
+        counts = {name: sum(is_chosen(file, (), name) for file in files.values()) for name in ONLY}
+        items = sum(number for file in files.values() for _, number in file["lengths"])
+        return {**told, "counts": counts, "items": items, "chosen": len(chosen), "files": shown}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return a file as the page shows it, with its caption as it is now."""
@@ -258,10 +236,18 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
         return answer
 
     def show_list(_: Request) -> Response:
-        return answer_page(pages.list_page())
+        values = {"dataset": None, "found": pages.datasets.look(), "roots": runs.roots}
+        return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
 
-    def show_page(dataset: FoundDataset, _: Request) -> Response:
-        return answer_page(pages.page(dataset))
+    def show_page(dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
+        values = {
+            "dataset": dataset,
+            "folder": dataset.path.parent,
+            "only": ONLY,
+            "models": list(MODELS),
+            "can_write": not read_only,
+        }
+        return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
 
     def show_items(dataset: FoundDataset, request: Request) -> Response:
         try:

@@ -219,20 +219,24 @@ class Datasets:
             if all(self.runs.is_below(Path(part.get("in", part["path"]))) for part in file["parts"][:1]):
                 name = f"{file['table']} {file['parts'][0]['path']}"
                 id = hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
-                files[id] = file if self._has_caption_inside(file) else _without_caption(file)
+                path = Path(file["caption_file"] or file["caption_list"])
+                if not self.runs.is_below(path) and (path.exists() or path.is_symlink()):
+                    # the caption lies elsewhere: it is left out, and what may quote it
+                    told: File = {"text": None, "captions": [], "faults": [], "remarks": []}
+                    told["caches"] = {
+                        tag: {part: (state, "") for part, (state, _) in states.items()}
+                        for tag, states in file["caches"].items()
+                    }
+                    file |= told
+                files[id] = file
             else:
                 outside += 1
-        told = [*numbers.get("faults", ()), *numbers.get("remarks", ())]
+        remarks = [*numbers.get("faults", ()), *numbers.get("remarks", ())]
         with self.lock:
             measured.files, measured.outside, measured.error = files, outside, error
-            measured.remarks = [f"{one['kind']}: {one['text']}" for one in told]
+            measured.remarks = [f"{one['kind']}: {one['text']}" for one in remarks]
             measured.version += 1
             measured.is_running = False
-
-    def _has_caption_inside(self, file: File) -> bool:
-        """Return whether the caption file, if there is one, is below the folders, not a link elsewhere."""
-        path = Path(file["caption_file"] or file["caption_list"])
-        return self.runs.is_below(path) or not (path.exists() or path.is_symlink())
 
     def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Return the JSON of the script. Raises ValueError with its own words if it fails."""
@@ -258,15 +262,6 @@ class Datasets:
         """End what is measuring."""
         for process in list(self._processes):
             process.kill()
-
-
-def _without_caption(file: File) -> File:
-    """Return a file without its caption, and without what may quote it."""
-    caches = {
-        tag: {part: (state, "") for part, (state, _) in states.items()}
-        for tag, states in file["caches"].items()
-    }
-    return {**file, "text": None, "captions": [], "faults": [], "remarks": [], "caches": caches}
 
 
 def _locate(given: str, folder: Path) -> tuple[Path, Path]:

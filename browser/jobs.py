@@ -59,10 +59,15 @@ class Job:
     state: str = field(init=False)  # WAITING, or as the state of a run
 
     def __post_init__(self) -> None:
-        self.code = self._read_code()
+        self.code, is_there = self._read_code(), None
+        if self.process is not None and self.code is None:
+            is_there = is_living(self.process)
+            if is_there is None:  # another machine's, or of before this one was started
+                with contextlib.suppress(OSError):
+                    is_there = time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
         if self.process is None:
             self.state = WAITING
-        elif self.code is None and self._is_there():
+        elif is_there:
             self.state = RUNNING
         else:
             self.code = self._read_code()  # it may have ended in between
@@ -72,13 +77,6 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             return int(self.code_path.read_text(encoding="ascii"))
         return None
-
-    def _is_there(self) -> bool:
-        is_there = is_living(self.process or {})
-        if is_there is None:  # another machine's, or of before this one was started
-            with contextlib.suppress(OSError):
-                return time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
-        return bool(is_there)
 
     @property
     def code_path(self) -> Path:

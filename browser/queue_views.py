@@ -1,6 +1,5 @@
 """Make the pages of the queue and of a comparison, and answer their buttons."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -22,48 +21,45 @@ from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
 
 
-def compare_page(
-    runs: Runs, notes: FileNotes, queue: JobQueue, asked: Mapping[str, Sequence[str]], said: str = ""
-) -> str:
-    """Return the page of a comparison. said: what went wrong.
-
-    Raises UserError if the queue cannot be read, OSError if a file vanishes.
-    """
-    comparison = Comparison()
-    try:
-        with runs.lock:
-            comparison, found = read_comparison(runs, asked), runs.look()
-    except OptionError as error:
-        said, found = str(error), runs.look()
-    cells = fill_cells(comparison, notes, asked_cells(queue))
-    jobs = plan_jobs(comparison, cells)
-    chosen = {source.run.id for source in comparison.sources}
-    families = {source.run.model for source in comparison.sources}
-    values: dict[str, Any] = {
-        "comparison": comparison,
-        "cells": cells,
-        "chosen": {file.key for file in comparison.columns},
-        "titles": [file.title for file in comparison.columns],
-        "others": [run for run in found if run.id not in chosen and (not families or run.model in families)],
-        "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
-        "commands": [as_typed(words) for words, *_ in jobs],
-        "can_write": not queue.read_only,
-        "said": said,
-    }
-    return render_page(HERE / "compare.html", "Compare", values, POLICY)
-
-
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
     """Return the routes of comparisons."""
 
-    def show(request: Request) -> Response:
-        return answer({name: request.query_params.getlist(name) for name in request.query_params})
+    def page(asked: Form, said: str) -> str:
+        """Return the page of a comparison. said: what went wrong.
+
+        Raises UserError if the queue cannot be read, OSError if a file vanishes.
+        """
+        comparison = Comparison()
+        try:
+            with runs.lock:
+                comparison, found = read_comparison(runs, asked), runs.look()
+        except OptionError as error:
+            said, found = str(error), runs.look()
+        cells = fill_cells(comparison, notes, asked_cells(queue))
+        chosen = {source.run.id for source in comparison.sources}
+        families = {source.run.model for source in comparison.sources}
+        others = [one for one in found if one.id not in chosen and (not families or one.model in families)]
+        values: dict[str, Any] = {
+            "comparison": comparison,
+            "cells": cells,
+            "chosen": {file.key for file in comparison.columns},
+            "titles": [file.title for file in comparison.columns],
+            "others": others,
+            "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
+            "commands": [as_typed(words) for words, *_ in plan_jobs(comparison, cells)],
+            "can_write": not queue.read_only,
+            "said": said,
+        }
+        return render_page(HERE / "compare.html", "Compare", values, POLICY)
 
     def answer(asked: Form, said: str = "") -> Response:
         try:
-            return answer_page(compare_page(runs, notes, queue, asked, said), 422 if said else 200)
+            return answer_page(page(asked, said), 422 if said else 200)
         except (OSError, UserError) as error:
             return PlainTextResponse(str(error), 500)
+
+    def show(request: Request) -> Response:
+        return answer({name: request.query_params.getlist(name) for name in request.query_params})
 
     def make(_: Request, asked: Form) -> Response:
         try:
@@ -79,23 +75,6 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
     return [Route("/compare", show), Route("/compare", answer_form(make), methods=["POST"])]
 
 
-def queue_page(queue: JobQueue, said: str = "") -> str:
-    """Return the page of the queue. said: what went wrong. Raises OutputError if a file cannot be read."""
-    jobs = queue.jobs()
-    ended = [job for job in jobs if job.state in ENDED]
-    values = {
-        "running": [job for job in jobs if job.state == RUNNING],
-        "waiting": [job for job in jobs if job.state == WAITING],
-        "ended": sorted(ended, key=lambda job: ((job.process or {}).get("born", 0), job.id), reverse=True),
-        "worker": queue.worker,
-        "can_write": not queue.read_only,
-        "said": said or queue.problem,
-        "file": queue.folder / QUEUE,
-        "in_words": in_words,
-    }
-    return render_page(HERE / "queue.html", "Queue", values, POLICY)
-
-
 def queue_routes(queue: JobQueue) -> list[Route]:
     """Return the routes of the queue."""
     changes = {
@@ -104,28 +83,41 @@ def queue_routes(queue: JobQueue) -> list[Route]:
         **{"stop": queue.stop, "retry": queue.retry, "remove": queue.remove},
     }
 
-    def show(_: Request) -> Response:
-        return answer("")
-
     def answer(said: str) -> Response:
+        """Return the page of the queue. said: what went wrong."""
         try:
-            return answer_page(queue_page(queue, said), 422 if said else 200)
+            jobs = queue.jobs()
+            ended = [job for job in jobs if job.state in ENDED]
+            ended.sort(key=lambda job: ((job.process or {}).get("born", 0), job.id), reverse=True)
+            values = {
+                "running": [job for job in jobs if job.state == RUNNING],
+                "waiting": [job for job in jobs if job.state == WAITING],
+                "ended": ended,
+                "worker": queue.worker,
+                "can_write": not queue.read_only,
+                "said": said or queue.problem,
+                "file": queue.folder / QUEUE,
+                "in_words": in_words,
+            }
+            page = render_page(HERE / "queue.html", "Queue", values, POLICY)
+            return answer_page(page, 422 if said else 200)
         except UserError as error:
             return PlainTextResponse(str(error), 500)
 
-    def add(text: str) -> None:
-        lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
-        for words in [split_words(line) for line in lines if line and not line.startswith("#")]:
-            queue.add(words, Path.cwd())
+    def show(_: Request) -> Response:
+        return answer("")
 
     def change(request: Request, form: Form) -> Response:
         what = request.path_params["what"]
-        number, line = ("".join(form.get(name, ())) for name in ("id", "line"))
+        number, text = ("".join(form.get(name, ())) for name in ("id", "line"))
         try:
             if what in ("work", "pause"):
                 (queue.begin_work if what == "work" else queue.end_work)()
             elif what == "add":
-                add(line)
+                lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
+                # all are read before the first is added
+                for words in [split_words(line) for line in lines if line and not line.startswith("#")]:
+                    queue.add(words, Path.cwd())
             elif what in changes and number.isdecimal():
                 changes[what](int(number))
             else:

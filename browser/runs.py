@@ -141,61 +141,53 @@ def read_page_status(history: Path) -> tuple[str, tuple[str, str] | None, int] |
 
 def read_glance(path: Path, status: os.stat_result) -> Glance:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
-    with path.open("rb") as file:
-        if status.st_size <= WHOLE:
-            return _glance(path, status, file.read())
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _glance(path, status, data)
-
-
-def _glance(path: Path, status: os.stat_result, data: Any) -> Glance:
-    size = len(data)
-    tail = data[-(64 << 10) :]
-    ending = _last_row(tail, "ended", 0)
-    # of a run that may be running the newest process counts, wherever its line is
-    started = _last_row(data, "started", 0 if ending is None else max(0, size - NEAR_END)) or _last_row(
-        data[: 64 << 10], "started", 0
-    )
-    rows = [
-        ending,
-        started,
-        _last_row(data, "samples", size - NEAR_END),
-        _last_row(data, "memory", size - NEAR_END),
-    ]
-    if (
-        ending is not None
-        and started is not None
-        and tail.rfind(b', "started": ') > tail.rfind(b', "ended": ')
-    ):
-        rows[0] = None  # it was resumed after it had ended
-    story = Story.of(filter(None, [rows[1], rows[2], rows[3], rows[0]]))
-    found = LOSS.findall(tail[-LAST:]) or LOSS.findall(tail)  # long lines may follow the last step
-    spots = (
-        LOSS.findall(data)
-        if size <= WHOLE
-        else [
-            (spot[1], spot[2])
-            for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS))
-            if (spot := LOSS.search(data[place : place + SPOT])) is not None
-        ]
-    )
-    seconds = [float(each) for each in SECONDS.findall(tail[-LAST:])]
-    samples = [row.files for row in story.samples.values() if row.files]
-    told = None if story.start else read_page_status(path)
-    step = int(found[-1][0]) if found else max(story.starts, default=0)
-    return Glance(
-        path,
-        status.st_mtime,
-        story.start,
-        story.ending or (told[1] if told else None),
-        step,
-        _thin([float(loss) for _, loss in spots]),
-        statistics.median(seconds) if seconds else None,
-        samples[-1][min(samples[-1])] if samples else "",
-        dict(story.memory),
-        story.start.model if story.start else told[0] if told else "",
-        story.start.total_steps if story.start else told[2] if told else step,
-    )
+    with path.open("rb") as file, contextlib.ExitStack() as stack:
+        data: Any = (
+            file.read()
+            if status.st_size <= WHOLE
+            else stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        )
+        size = len(data)
+        tail = data[-(64 << 10) :]
+        ending = _last_row(tail, "ended", 0)
+        # of a run that may be running the newest process counts, wherever its line is
+        started = _last_row(data, "started", 0 if ending is None else max(0, size - NEAR_END)) or _last_row(
+            data[: 64 << 10], "started", 0
+        )
+        if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
+            ending = None  # it was resumed after it had ended
+        others = [_last_row(data, key, size - NEAR_END) for key in ("samples", "memory")]
+        story = Story.of(filter(None, [started, *others, ending]))
+        found = LOSS.findall(tail[-LAST:]) or LOSS.findall(tail)  # long lines may follow the last step
+        spots = (
+            LOSS.findall(data)
+            if size <= WHOLE
+            else [
+                (spot[1], spot[2])
+                for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS))
+                if (spot := LOSS.search(data[place : place + SPOT])) is not None
+            ]
+        )
+        losses = [float(loss) for _, loss in spots]
+        # neighbours become their mean: fewer than two times SPOTS are left
+        width = max(1, len(losses) // SPOTS)
+        seconds = [float(each) for each in SECONDS.findall(tail[-LAST:])]
+        samples = [row.files for row in story.samples.values() if row.files]
+        told = None if story.start else read_page_status(path)
+        step = int(found[-1][0]) if found else max(story.starts, default=0)
+        return Glance(
+            path,
+            status.st_mtime,
+            story.start,
+            story.ending or (told[1] if told else None),
+            step,
+            [statistics.fmean(losses[index : index + width]) for index in range(0, len(losses), width)],
+            statistics.median(seconds) if seconds else None,
+            samples[-1][min(samples[-1])] if samples else "",
+            dict(story.memory),
+            story.start.model if story.start else told[0] if told else "",
+            story.start.total_steps if story.start else told[2] if told else step,
+        )
 
 
 def _last_row(data: Any, key: str, least: int) -> Row | None:
@@ -205,12 +197,6 @@ def _last_row(data: Any, key: str, least: int) -> Row | None:
         return None
     begin, end = data.rfind(b"\n", 0, place) + 1, data.find(b"\n", place)
     return parse_row(data[begin : end + 1]) if end >= 0 else None
-
-
-def _thin(values: Sequence[float]) -> Sequence[float]:
-    """Return means of neighbours, fewer than two times SPOTS."""
-    width = max(1, len(values) // SPOTS)
-    return [statistics.fmean(values[index : index + width]) for index in range(0, len(values), width)]
 
 
 @dataclass

@@ -65,21 +65,16 @@ def open_socket(host: str, port: int) -> socket.socket:
 def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
     """Print the address, and as a picture for a phone if the network may see it."""
     host = options.host
-    if host in ("0.0.0.0", "::", ""):
-        host = _own_address()
+    if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
+        host = socket.gethostname()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+            host = str(probe.getsockname()[0])
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
     sys.stdout.write(f"{url}\n")
     if not options.is_local:
         sys.stdout.write(draw_code(url))
     sys.stdout.flush()
-
-
-def _own_address() -> str:
-    """Return the address that this machine has in its network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent
-        return str(probe.getsockname()[0])
-    return socket.gethostname()
 
 
 def draw_code(text: str) -> str:

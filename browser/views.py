@@ -171,21 +171,13 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
     if math.isinf(low) and math.isinf(high):
         return story
-    rates, experts, bands = (
-        {name: cut(points) for name, points in named.items()}
-        for named in (story.rates, story.experts, story.bands)
-    )
+    named: dict[str, Any] = {
+        name: {each: cut(points) for each, points in getattr(story, name).items()}
+        for name in ("rates", "experts", "bands")
+    }
     validations = {step: loss for step, loss in story.validations.items() if low <= step <= high}
     loss, seconds = cut(story.loss), cut(story.seconds)
-    return replace(
-        story,
-        loss=loss,
-        seconds=seconds,
-        rates=rates,
-        experts=experts,
-        bands=bands,
-        validations=validations,
-    )
+    return replace(story, loss=loss, seconds=seconds, validations=validations, **named)
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:

@@ -121,7 +121,24 @@ def known_components() -> dict[str, Component]:
     """Return every component by its name in the list."""
     data = _read_catalogue()
     licences = {name: Licence(**entry) for name, entry in data["licence"].items()}
-    return {name: _component(entry, licences) for name, entry in data["component"].items()}
+    components = {}
+    for name, entry in data["component"].items():
+        folder = PurePosixPath(entry.get("folder", ""))
+        files = tuple(
+            ReleasedFile(
+                entry["repository"],
+                path,
+                str(folder / entry.get("name", PurePosixPath(path).name)),
+                licences[entry["licence"]],
+                entry.get("size"),
+                entry.get("sha256"),
+                entry.get("release"),
+            )
+            for path in entry.get("files") or [entry["file"]]
+        )
+        tensors, in_fp8 = entry.get("tensors"), entry.get("fp8")
+        components[name] = Component(entry["role"], entry.get("option"), files, tensors, in_fp8)
+    return components
 
 
 def families() -> list[str]:
@@ -141,24 +158,6 @@ def download_hint(path: Path) -> str | None:
                     words += ["--to", str(path.parents[len(parts) - 1])]
                     return f"{as_typed(words)} downloads it"
     return None
-
-
-def _component(entry: Mapping[str, Any], licences: Mapping[str, Licence]) -> Component:
-    paths = entry.get("files") or [entry["file"]]
-    folder = PurePosixPath(entry.get("folder", ""))
-    files = tuple(
-        ReleasedFile(
-            entry["repository"],
-            path,
-            str(folder / entry.get("name", PurePosixPath(path).name)),
-            licences[entry["licence"]],
-            entry.get("size"),
-            entry.get("sha256"),
-            entry.get("release"),
-        )
-        for path in paths
-    )
-    return Component(entry["role"], entry.get("option"), files, entry.get("tensors"), entry.get("fp8"))
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from downloads.catalogue import ModelSet, ReleasedFile
+from downloads.catalogue import ReleasedFile
 from downloads.hubs import RemoteFile, explain_status, find_file
 from downloads.listing import describe_licences, gigabytes, print_lines
 from downloads.options import DownloadOptions
@@ -45,7 +45,17 @@ def run_download(options: DownloadOptions) -> None:
     [chosen] = options.sets()
     files = [file for component in chosen.components for file in component.files]
     planned = [one for one in (_plan(file, options) for file in files) if one is not None]
-    _check_space(planned, options.to)
+    if planned:
+        parts = [partial_path(*one) for one in planned]
+        missing = sum(remote.size_bytes for remote, _ in planned)
+        missing -= sum(part.stat().st_size for part in parts if part.exists())
+        make_folder(options.to, "--to")
+        free = shutil.disk_usage(options.to).free
+        if free < missing + SPARE_BYTES:
+            raise OutputError(
+                f"--to {options.to}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are "
+                "free. Free some space, or choose a folder on another disk."
+            )
     print_lines(describe_licences(chosen))  # before anything is downloaded
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
@@ -55,7 +65,9 @@ def run_download(options: DownloadOptions) -> None:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
             ) from error
-    _report(chosen, options)
+    logger.info("%d files are complete in %s", len(files), options.to)
+    commands = chosen.typed_commands(options.to)
+    print_lines(["", "These commands use the files:", *(line for one in commands for line in ("", one))])
 
 
 def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Path] | None:
@@ -100,31 +112,6 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
     return replace(remote, sha256=file.sha256 or remote.sha256)
 
 
-def _check_space(planned: list[tuple[RemoteFile, Path]], folder: Path) -> None:
-    """Raise OutputError if the disk of `folder` has no room for the missing files."""
-    if not planned:
-        return
-    parts = [partial_path(*one) for one in planned]
-    missing = sum(remote.size_bytes for remote, _ in planned)
-    missing -= sum(part.stat().st_size for part in parts if part.exists())
-    make_folder(folder, "--to")
-    free = shutil.disk_usage(folder).free
-    if free < missing + SPARE_BYTES:
-        raise OutputError(
-            f"--to {folder}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are free. Free "
-            "some space, or choose a folder on another disk."
-        )
-
-
-def _report(model_set: ModelSet, options: DownloadOptions) -> None:
-    tokens = [file.name for one in model_set.components for file in one.files]
-    logger.info("%d files are complete in %s", len(tokens), options.to)
-    lines = ["", "These commands use the files:"]
-    for command in model_set.typed_commands(options.to):
-        lines += ["", command]
-    print_lines(lines)
-
-
 # --- one file
 # ------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +125,13 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
     the kind that the name promises; OutputError if the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_run(target):
+    lock = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_one(lock, waits=False))
+        except BlockingIOError:
+            logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
+            held.enter_context(only_one(lock))
         if target.is_file() and target.stat().st_size == remote.size_bytes:
             return
         partial = partial_path(remote, target)
@@ -229,18 +222,6 @@ def find_other_kind(path: Path, name: str) -> str | None:
         # the message names the file that nobody is to use; what it is comes first
         return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
     return None
-
-
-@contextlib.contextmanager
-def _only_one_run(target: Path) -> Iterator[None]:
-    lock = target.with_name(f".{target.name}.lock")
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(only_one(lock, waits=False))
-        except BlockingIOError:
-            logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
-            held.enter_context(only_one(lock))
-        yield
 
 
 def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -> None:

@@ -64,7 +64,14 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         url = hf_hub_url(file.repository, file.file, endpoint=site)
         found = get_hf_file_metadata(url, token=token or False)
     except Exception as error:  # one class for each reason, and others in each version of the library
-        raise _explain_hub(error, file, page, token is not None) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            problem = DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
+        elif status is not None:
+            problem = explain_status(status, file.file, page, token is not None)
+        else:
+            problem = unreachable(page, error)
+        raise problem from error
     if found.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is no mirror of the hub.")
     # the commit's own address: a later change of the repository does not mix two files
@@ -78,15 +85,6 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         {"authorization": f"Bearer {token}"} if token else {},
         page,
     )
-
-
-def _explain_hub(error: Exception, file: ReleasedFile, page: str, has_token: bool) -> DownloadError:
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return explain_status(status, file.file, page, has_token)
-    return unreachable(page, error)
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:

@@ -146,18 +146,14 @@ def lay_out_package(root: Path, folder: Path) -> None:
     scripts = {command.script for command in commands}
     places = {package / command.path.relative_to(root) for command in commands}
     for path in sorted(package.rglob("*.py")):
-        _rewrite(path, ours, scripts, is_script=path in places)
-
-
-def _rewrite(path: Path, ours: Collection[str], scripts: Collection[str], is_script: bool) -> None:
-    text = path.read_text(encoding="utf-8")
-    try:
-        text = rename_scripts(rewrite_imports(text, ours), scripts)
-        if is_script:
-            text = add_entry_point(text, path.stem)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    path.write_text(text, encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        try:
+            text = rename_scripts(rewrite_imports(text, ours), scripts)
+            if path in places:
+                text = add_entry_point(text, path.stem)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        path.write_text(text, encoding="utf-8")
 
 
 def _copy_texts(root: Path, folder: Path) -> None:

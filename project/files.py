@@ -245,7 +245,15 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     options, files = choice.options, choice.files
     words = shlex.split(choice.model.commands["train"])
     start = next(index for index, word in enumerate(words) if word.endswith(".py")) + 1
-    words = [*words[start:], *shlex.split(choice.model.data.get("train", "")), *_memory_words(choice)]
+    words = [*words[start:], *shlex.split(choice.model.data.get("train", ""))]
+    parts = [part for part in choice.model.components if (part.option or "").startswith("--dit")]
+    size_bytes = sum(part.size_bytes or 0 for part in parts)
+    if choice.memory and size_bytes > choice.memory / 2 * 2**30:
+        words += shlex.split(choice.model.data["fp8"])
+        is_small = choice.memory <= SMALL and choice.frames > 1
+        words += ["--gradient_checkpointing_cpu_offload"] if is_small else []
+    # how many is found when the training starts
+    words += ["--blocks_to_swap", "auto"] if choice.memory else []
     values: dict[str, Any] = {}
     for word in words:
         if word.startswith("--"):
@@ -277,16 +285,6 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
         "# what `run` looks for and runs; the training leaves it alone",
     ]
     return "\n".join([*lines, *_table(f"[{OTHERS_TABLE}]", others), ""])
-
-
-def _memory_words(choice: Choice) -> list[str]:
-    """Return options for the card. How many blocks are swapped is found when the training starts."""
-    parts = [part for part in choice.model.components if (part.option or "").startswith("--dit")]
-    is_tight = sum(part.size_bytes or 0 for part in parts) > choice.memory / 2 * 2**30
-    words = shlex.split(choice.model.data["fp8"]) if is_tight else []
-    if is_tight and choice.memory <= SMALL and choice.frames > 1:
-        words.append("--gradient_checkpointing_cpu_offload")
-    return [*words, "--blocks_to_swap", "auto"] if choice.memory else []
 
 
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:

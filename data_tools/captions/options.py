@@ -174,24 +174,16 @@ class CaptioningOptions(Options, title="what to do"):
         for name in ("batch_size", "dtype", "device") if self.api.api_base is not None else ():
             if getattr(self.model, name) is not None:
                 raise OptionError(f"--{name} is for --model: leave it out with --api_base")
-        if self.edit_only:
-            self._check_edit_only()
-        elif not self.dry_run and self.model.model is None and self.api.api_base is None:
+        is_made = self.model.model is not None or self.api.api_base is not None
+        if not self.edit_only and not self.dry_run and not is_made:
             raise OptionError(
                 "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
-
-    def _check_edit_only(self) -> None:
-        others = {
-            "--model": self.model.model is not None,
-            "--api_base": self.api.api_base is not None,
-            "--prompt": self.ask.prompt is not None,
-        }
-        wrong = next((name for name, is_given in others.items() if is_given), None)
-        if wrong is not None:
-            raise OptionError(f"--edit_only makes no captions: leave out {wrong}")
-        if not self.wording.changes_something:
+        for name, group in (("model", self.model), ("api_base", self.api), ("prompt", self.ask)):
+            if self.edit_only and getattr(group, name) is not None:
+                raise OptionError(f"--edit_only makes no captions: leave out --{name}")
+        if self.edit_only and not self.wording.changes_something:
             raise OptionError(
                 "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
                 "--caption_prefix or --caption_suffix"

@@ -358,22 +358,19 @@ def plan_captions(
     what = pass_of(options)
     jobs, num_done = {}, 0
     for place in places:
-        ours = made[place.file.parent]
-        why = _why(place, ours, options)
+        ours, is_all = made[place.file.parent], options.overwrite_all
+        if not place.has_caption:
+            why: str | None = MISSING
+        elif place.caption is None:  # not read, or a line with a list of captions, which a person wrote
+            why = None
+        elif not place.caption.strip():
+            why = EMPTY if options.fill_empty or is_all else None
+        elif ours.has(place.name, place.caption):
+            why = OURS if options.overwrite or is_all else None
+        else:
+            why = FOREIGN if is_all else None
         if why in (OURS, FOREIGN) and place.name in ours.done_before(what):
             num_done += 1
         elif why is not None:
             jobs[place] = why
     return jobs, num_done
-
-
-def _why(place: CaptionPlace, made: MadeCaptions, options: CaptioningOptions) -> str | None:
-    if not place.has_caption:
-        return MISSING
-    if place.caption is None:  # not read, or a line with a list of captions, which a person wrote
-        return None
-    if not place.caption.strip():
-        return EMPTY if options.fill_empty or options.overwrite_all else None
-    if made.has(place.name, place.caption):
-        return OURS if options.overwrite or options.overwrite_all else None
-    return FOREIGN if options.overwrite_all else None

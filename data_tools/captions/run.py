@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,105 +86,91 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         return
     api = options.api
     engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
-    counts = _counts(list(jobs.values()), num_kept, num_done)
-    show_box("Captioning", [("data", str(config.path)), ("captions", counts), ("made by", engine)])
+    again, foreign = (sum(why == one for why in jobs.values()) for one in (OURS, FOREIGN))
+    parts = [f"{len(jobs)} to make", f"{num_kept} kept"]
+    parts += [f"{again} of these anew"] if again else []
+    parts += [f"{foreign} of these in place of hand-written ones, which become .bak"] if foreign else []
+    parts += [f"{num_done} made anew by the run before"] if num_done else []
+    show_box("Captioning", [("data", str(config.path)), ("captions", ", ".join(parts)), ("made by", engine)])
     for text in say_missing_keys(config):
         logger.warning("%s", text)
-    run = _Run(options, jobs, made)
-    folders = made.values() if is_again else ()
+    failures, changed, folders = list[Failure](), 0, made.values() if is_again else ()
     if jobs:
         is_local = api.api_base is None
         engine_of = load_model(options.model, options.ask) if is_local else ApiServer(api, options.ask)
         for folder in folders:
             folder.begin_pass(pass_of(options))
-        run.make(engine_of.answer)
+        failures, changed = _make_captions(engine_of.answer, jobs, made, options)
     # with failures the pass goes on: the same command tries these again, not all
-    for folder in folders if not run.failures else ():
+    for folder in folders if not failures else ():
         folder.end_pass()
-    kept, changed = num_kept + num_done, run.num_changed
+    written = len(jobs) - len(failures) - changed
     rows: list[Row] = [
-        ("captions", f"{run.num_written} written, {kept + changed} kept"),
+        ("captions", f"{written} written, {len(places) - len(jobs) + changed} kept"),
         ("kept", f"{changed} of them were written by somebody else meanwhile" if changed else None),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
-    if run.failures:
-        lines = _first(list(map(str, run.failures)), LISTED)
+    if failures:
+        lines = _first(list(map(str, failures)), LISTED)
         raise DatasetError(
-            f"{len(run.failures)} of {len(jobs)} got no caption; all others are done:\n"
+            f"{len(failures)} of {len(jobs)} got no caption; all others are done:\n"
             + "\n".join(lines)
             + "\n  Repair or remove these files, or try other options, then run the same command again."
         )
 
 
-@dataclass
-class _Run:
-    """Captions that are being made."""
+def _make_captions(
+    answerer: Answerer,
+    jobs: Mapping[CaptionPlace, str],
+    made: Mapping[Path, MadeCaptions],
+    options: CaptioningOptions,
+) -> tuple[list[Failure], int]:
+    """Have captions made, and write each one as it comes.
 
-    options: CaptioningOptions
-    jobs: Mapping[CaptionPlace, str]
-    made: Mapping[Path, MadeCaptions]
-    failures: list[Failure] = field(default_factory=list)
-    num_written: int = 0
-    num_changed: int = 0  # left alone because a person has written them meanwhile
-    _has_answer: bool = False
-    _num_failed: int = 0  # though their files can be read
-    _server_failed: int = 0  # in a row
+    Returns the failures, and how many captions are left alone because a person has written them meanwhile.
+    Raises UserError if the server or the model fails again and again.
+    """
 
-    def make(self, answerer: Answerer) -> None:
-        """Have captions made, and write each one as it comes."""
-        answers = answerer(list(self.jobs), self._look)
-        with contextlib.closing(answers), Bar(len(self.jobs), "captions", unit="caption") as bar:
-            for place, answer in answers:
-                if isinstance(answer, str):
-                    self._write(place, answer)
-                elif isinstance(answer, (MediaError, NoCaptionError)):
-                    self._fail(place, answer)
-                else:
-                    raise answer
-                bar.update()
-
-    def _look(self, place: CaptionPlace) -> Frames:
-        ask, source = self.options.ask, place.source
+    def look(place: CaptionPlace) -> Frames:
+        ask, source = options.ask, place.source
         media = replace(source, control=(), mask=None, origins=source.origins[:1])
         with fetch(media) as fetched:
             return read_shown(fetched.path, source.table.kind == "image", ask.num_frames, ask.max_pixels)
 
-    def _write(self, place: CaptionPlace, answer: str) -> None:
-        self._has_answer, self._server_failed = True, 0
-        caption = reword(answer, self.options.wording)
-        if not caption:
-            self._fail(place, NoCaptionError(f"--replace leaves nothing of the answer {answer!r}"))
-        elif place.write(caption, self.jobs[place] == FOREIGN, self.made[place.file.parent]):
-            self.num_written += 1
-        else:
-            self.num_changed += 1
-
-    def _fail(self, place: CaptionPlace, error: Exception) -> None:
-        self.failures.append(Failure.of(place.source, error))
-        logger.warning("%s", self.failures[-1])
-        if not isinstance(error, NoCaptionError):
-            return
-        self._num_failed += 1
-        self._server_failed = self._server_failed + 1 if error.server_failed else 0
-        if self._server_failed == SERVER_GONE:
-            raise UserError(
-                f"The server fails again and again: {error}. What is written stays: run again later."
-            )
-        if not self._has_answer and self._num_failed == GIVE_UP:
-            raise UserError(
-                f"None of the first {GIVE_UP} got a caption, the last one because {error}. Nothing more is "
-                "tried. Try another model, or other options."
-            )
-
-
-def _counts(whys: Sequence[str], num_kept: int, num_done: int) -> str:
-    parts = [f"{len(whys)} to make", f"{num_kept} kept"]
-    again, foreign = whys.count(OURS), whys.count(FOREIGN)
-    parts += [f"{again} of these anew"] if again else []
-    parts += [f"{foreign} of these in place of hand-written ones, which become .bak"] if foreign else []
-    parts += [f"{num_done} made anew by the run before"] if num_done else []
-    return ", ".join(parts)
+    failures: list[Failure] = []
+    num_changed = 0
+    has_answer, num_failed = False, 0  # though their files can be read
+    server_failed = 0  # in a row
+    answers = answerer(list(jobs), look)
+    with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
+        for place, answer in answers:
+            if isinstance(answer, str):
+                has_answer, server_failed = True, 0
+                caption = reword(answer, options.wording)
+                if not caption:
+                    answer = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+                elif not place.write(caption, jobs[place] == FOREIGN, made[place.file.parent]):
+                    num_changed += 1
+            if isinstance(answer, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(place.source, answer))
+                logger.warning("%s", failures[-1])
+            elif isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, NoCaptionError):
+                num_failed += 1
+                server_failed = server_failed + 1 if answer.server_failed else 0
+                if server_failed == SERVER_GONE:
+                    raise UserError(
+                        f"The server fails again and again: {answer}. What is written stays: run again later."
+                    )
+                if not has_answer and num_failed == GIVE_UP:
+                    raise UserError(
+                        f"None of the first {GIVE_UP} got a caption, the last one because {answer}. Nothing "
+                        "more is tried. Try another model, or other options."
+                    )
+            bar.update()
+    return failures, num_changed
 
 
 def _first(lines: Sequence[str], most: int) -> list[str]:

@@ -138,8 +138,13 @@ class ApiServer:
         Raises NoCaptionError if the server gives none, UserError if it refuses the key or the model, or if
         there is no server.
         """
-        images = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
-        content = [*images, {"type": "text", "text": prompt_for(place, self.ask)}]
+        content: list[dict[str, Any]] = []
+        for frame in frames:
+            file = io.BytesIO()
+            Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
+            url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        content.append({"type": "text", "text": prompt_for(place, self.ask)})
         system = [{"role": "system", "content": self.ask.system_prompt}] if self.ask.system_prompt else []
         body = {
             "model": self._model,
@@ -267,12 +272,6 @@ class ApiServer:
         if self._key:
             text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
-
-
-def _data_url(frame: Any) -> str:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _error_text(text: str) -> str:

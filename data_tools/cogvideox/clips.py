@@ -13,7 +13,7 @@ import os
 import random
 import uuid
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
-from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
+from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.caching.existing import describe_embeds, embeds_note
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
-from dataset.sources.cogvideox import CogRow
-from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS
+from dataset.config import DatasetTable
+from dataset.sources.cogvideox import missing_clips, read_rows
+from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS, Fault, raise_faults
 from modules.atomic_write import atomic_path, write_text
 from modules.bars import Bar
-from modules.errors import MediaError
+from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.pixels import to_pixels
 from modules.media.reading import Frame, pick_frames, resize_cover, resize_stretched
@@ -102,12 +103,22 @@ class PreparedItem:
             return False
 
 
-def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> list[PreparedItem]:
-    """Return the items of all rows, in order.
+def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[PreparedItem]:
+    """Return an item for each row of the data, in order.
 
     A name is a UUID made of the seed, the path of the clip, and the number of the row of that clip: a rerun,
-    and one after rows were added, finds its files again.
+    and one after rows were added, finds its files again. Raises DatasetError with all that is wrong: every
+    clip must be there.
     """
+    root = source.data_root
+    name = f"--data_root {root}"
+    keys = {key: getattr(source, key) for key in ("dataset_file", "caption_column", "video_column")}
+    keys |= {"cogvideox_root": root, "id_token": (source.id_token or "").strip()}
+    faults: list[Fault] = []
+    rows = list(read_rows(DatasetTable(root, 0, "video", **keys), name, faults))
+    raise_faults([*faults, *missing_clips(name, rows)])
+    if not rows:
+        raise DatasetError(f"{name} has no clips")
     seen: Counter[Path] = Counter()
     items = []
     for row in rows:
@@ -115,8 +126,8 @@ def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> l
         inside = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
         text = json.dumps([seed, inside.as_posix(), seen[row.video]])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        name = str(uuid.UUID(bytes=digest[:16], version=4))
-        items.append(PreparedItem(name, " ".join(row.caption.splitlines()), row.video, folder))
+        uid = str(uuid.UUID(bytes=digest[:16], version=4))
+        items.append(PreparedItem(uid, " ".join(row.caption.splitlines()), row.video, folder))
     return items
 
 
@@ -221,38 +232,14 @@ def prepare_clips(
     Raises OutputError if a file cannot be written.
     """
     failures: list[Failure] = []
-    settings = options.encoding
-    with (
-        WriteBehind(options.workers.num_artifact_workers) as writer,
-        torch.no_grad(),
-        Bar(len(items), "Preparing", "clip", show_progress) as bar,
-        contextlib.closing(_clips_ahead(items, options, failures, bar)) as clips,
-    ):
-        for batch in batches_by_shape(clips, settings.batch_size):
-            frames = [clip for _, clip in batch]
-            moments = firsts = None
-            if encode is not None:
-                moments = _encode_clips(frames, encode, device, settings)
-            if encode is not None and settings.save_image_latents:
-                firsts = _encode_clips([clip[:1] for clip in frames], encode, device, settings)
-            for place, (item, clip) in enumerate(batch):
-                tensors = [None if found is None else found[place] for found in (moments, firsts)]
-                writer.submit(partial(write_media, item, clip, options.shape.target_fps, *tensors))
-    return failures
-
-
-def _clips_ahead(
-    items: Sequence[PreparedItem], options: PrepareOptions, failures: list[Failure], bar: Bar
-) -> Generator[tuple[Shape, tuple[PreparedItem, Clip]], None, None]:
-    """Yield each clip with its shape, in order, while threads read later ones."""
-    threads, shape = options.workers, options.shape
+    settings, threads, shape = options.encoding, options.workers, options.shape
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
 
     def read(item: PreparedItem) -> Clip:
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
-    workers = max(1, threads.dataloader_num_workers)
-    with contextlib.closing(run_ahead(items, read, workers, lambda _: size_bytes, DECODED_BYTES)) as ahead:
+    def clips() -> Iterator[tuple[Shape, tuple[PreparedItem, Clip]]]:
+        """Yield each clip with its shape, in order, while threads read later ones."""
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))
@@ -262,6 +249,25 @@ def _clips_ahead(
                 frames, height, width = result.shape[:3]
                 yield (frames, height, width), (item, result)
             bar.update()
+
+    workers = max(1, threads.dataloader_num_workers)
+    with (
+        WriteBehind(threads.num_artifact_workers) as writer,
+        torch.no_grad(),
+        Bar(len(items), "Preparing", "clip", show_progress) as bar,
+        contextlib.closing(run_ahead(items, read, workers, lambda _: size_bytes, DECODED_BYTES)) as ahead,
+    ):
+        for batch in batches_by_shape(clips(), settings.batch_size):
+            frames = [clip for _, clip in batch]
+            moments = firsts = None
+            if encode is not None:
+                moments = _encode_clips(frames, encode, device, settings)
+            if encode is not None and settings.save_image_latents:
+                firsts = _encode_clips([clip[:1] for clip in frames], encode, device, settings)
+            for place, (item, clip) in enumerate(batch):
+                tensors = [None if found is None else found[place] for found in (moments, firsts)]
+                writer.submit(partial(write_media, item, clip, shape.target_fps, *tensors))
+    return failures
 
 
 def _encode_clips(

@@ -72,7 +72,15 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
     """
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     folder = find_model_folder("--model_id", str(options.model_id), patterns)
-    name = read_vae_class(folder)
+    hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
+    if not (folder / "text_encoder").is_dir():
+        raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
+    path = folder / "vae" / "config.json"
+    try:
+        name = str(parse_json(read_text(path))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
     if name == COGVIDEOX:
         return make_cogvideox(folder, options)
     if name not in KNOWN:
@@ -84,22 +92,6 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
             f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
         )
     return _make_of_family(family, folder, options, texts)
-
-
-def read_vae_class(folder: Path) -> str:
-    """Return the class of a pipeline's VAE, as vae/config.json names it.
-
-    Raises CheckpointError if the file is missing or says nothing, or if there is no text encoder.
-    """
-    hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
-    if not (folder / "text_encoder").is_dir():
-        raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
-    path = folder / "vae" / "config.json"
-    try:
-        return str(parse_json(read_text(path))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
-        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
 
 
 def _make_of_family(

@@ -16,8 +16,8 @@ from data_tools.cogvideox.clips import (
     FOLDERS,
     PROMPTS,
     PreparedItem,
+    find_items,
     list_texts,
-    name_items,
     prepare_clips,
     save_pickled,
     write_texts,
@@ -28,15 +28,8 @@ from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, WriteBehind, failure_error
 from dataset.caching.texts import warn_cut_captions
-from dataset.config import DatasetTable
-from dataset.sources.cogvideox import (
-    PreparedFolder,
-    missing_clips,
-    read_prepared,
-    read_rows,
-    write_prepared,
-)
-from dataset.sources.media_source import EMBEDS, Fault, raise_faults
+from dataset.sources.cogvideox import PreparedFolder, read_prepared, write_prepared
+from dataset.sources.media_source import EMBEDS
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled
@@ -65,7 +58,7 @@ def prepare(options: PrepareOptions) -> None:
             encoding.model_id,
         )
     options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
-    items = _find_items(options)
+    items = find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
     wants_latents, wants_images = maker is not None, encoding.save_image_latents
     with join_processes() as share:
@@ -125,20 +118,6 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     return dataclasses.replace(shape, frame_buckets=rounded)
 
 
-def _find_items(options: PrepareOptions) -> list[PreparedItem]:
-    """List the clips. Raises DatasetError with all that is wrong: every clip must be there."""
-    given = options.source
-    name = f"--data_root {given.data_root}"
-    keys = {key: getattr(given, key) for key in ("dataset_file", "caption_column", "video_column")}
-    keys |= {"cogvideox_root": given.data_root, "id_token": (given.id_token or "").strip()}
-    faults: list[Fault] = []
-    rows = list(read_rows(DatasetTable(given.data_root, 0, "video", **keys), name, faults))
-    raise_faults([*faults, *missing_clips(name, rows)])
-    if not rows:
-        raise DatasetError(f"{name} has no clips")
-    return name_items(rows, given.data_root, options.output_dir, options.shape.seed)
-
-
 def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     """Write down how the folder is made. Raises OptionError if it was begun in another way."""
     settings: dict[str, Any] = {
@@ -175,16 +154,16 @@ def _prepare_share(
     unmade: Sequence[PreparedItem],
 ) -> list[Failure]:
     """Do this process's share; models are loaded only if there is work for them."""
-    threads = options.workers.num_artifact_workers
     device = choose_device(share.device_name(options.encoding.device))
-    if maker is not None:
-        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, share.is_main)
-    else:
+    threads = options.workers.num_artifact_workers
+    if maker is None:
         bar = Bar(len(untexted), "Writing captions", "caption", share.is_main)
         with WriteBehind(threads) as writer, bar:
             for item in untexted:
                 writer.submit(partial(write_texts, item, "", {}, {}))
                 bar.update()
+    elif untexted:
+        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, share.is_main)
     encode = None if maker is None or not unmade else maker.load(device)
     failures = prepare_clips(unmade, encode, device, options, share.is_main)
     if encode is not None:
@@ -205,8 +184,8 @@ def _encode_captions(
     A file that not all encoders have added to has no caption beside it. Raises CheckpointError if an encoder
     cannot be loaded.
     """
-    identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders if items}
-    for number, encoder in enumerate(maker.text_encoders if items else (), 1):
+    identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
+    for number, encoder in enumerate(maker.text_encoders, 1):
 
         def write(item: PreparedItem, conditions: Conditions, number: int = number) -> None:
             # each in memory of its own: a view would be stored whole

@@ -143,7 +143,10 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
         1,
     )
     for count in range(least, frames + 1):
-        borders = _even_borders(look, first, end, count)
+        # equal in time, so that any rate will do
+        places = (look.time(first) + seconds * place / count - ROUNDING for place in range(1, count))
+        inner = dict.fromkeys(bisect_left(look.starts, place, first, end) for place in places)
+        borders = [first, *(border for border in inner if first < border < end), end]
         pieces = list(zip(borders, borders[1:], strict=False))
         if all(_is_short_enough(look, *piece, lengths) for piece in pieces):
             if all(_is_long_enough(look, *piece, lengths) for piece in pieces) or count == 1:
@@ -157,16 +160,6 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
             last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
         yield first, last
         first = last
-
-
-def _even_borders(look: VideoLook, first: int, end: int, count: int) -> list[int]:
-    """Return the first frames of equal pieces, and the end: equal in time, so that any rate will do."""
-    start, stop = look.time(first), look.time(end)
-    inner = [
-        bisect_left(look.starts, start + (stop - start) * place / count - ROUNDING, first, end)
-        for place in range(1, count)
-    ]
-    return [first, *(border for border in dict.fromkeys(inner) if first < border < end), end]
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:

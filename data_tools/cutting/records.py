@@ -95,30 +95,28 @@ def read_records(output: Path) -> dict[str, CutRecord]:
 
     Raises DatasetError if one is damaged.
     """
-    paths = sorted(path for path in (output / MARK).glob("*.json") if not path.name.startswith("."))
-    return {record.source: record for record in map(_read_cut_record, paths)}
-
-
-def _read_cut_record(path: Path) -> CutRecord:
-    try:
-        content = parse_json(read_text(path, MAX_METADATA_BYTES))
-        if content.pop("version") != VERSION:
-            raise ValueError("it is of another version")
-        clips = tuple(
-            WrittenClip(one["name"], PlannedClip(**one["clip"]), one["size_bytes"])
-            for one in content.pop("clips")
-        )
-        record = CutRecord(**{**content, "lists": tuple(content["lists"])}, clips=clips)
-        # names are joined to the output folder, where files of these names are removed
-        names = [record.stem, *(one.name for one in clips)]
-        if any(Path(name).name != name or name == ".." for name in names):
-            raise ValueError("it names files in other folders")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DatasetError(
-            f"{path}, which says what was cut before, cannot be read: {error}. Choose another --output, or "
-            "remove this file and the clips whose names begin with its name."
-        ) from error
-    return record
+    records = {}
+    for path in sorted(path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")):
+        try:
+            content = parse_json(read_text(path, MAX_METADATA_BYTES))
+            if content.pop("version") != VERSION:
+                raise ValueError("it is of another version")
+            clips = tuple(
+                WrittenClip(one["name"], PlannedClip(**one["clip"]), one["size_bytes"])
+                for one in content.pop("clips")
+            )
+            record = CutRecord(**{**content, "lists": tuple(content["lists"])}, clips=clips)
+            # names are joined to the output folder, where files of these names are removed
+            names = [record.stem, *(one.name for one in clips)]
+            if any(Path(name).name != name or name == ".." for name in names):
+                raise ValueError("it names files in other folders")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DatasetError(
+                f"{path}, which says what was cut before, cannot be read: {error}. Choose another --output, "
+                "or remove this file and the clips whose names begin with its name."
+            ) from error
+        records[record.source] = record
+    return records
 
 
 def write_record(output: Path, record: CutRecord) -> None:

@@ -74,7 +74,18 @@ def cut_footage(options: CuttingOptions) -> None:
     output, list_path = options.output.resolve(), options.list_path.resolve()
     if bad_character(str(output)):
         raise OptionError(f"--output {ascii(str(output))}: the list of clips cannot hold this name")
-    jobs = _name_jobs(sources, {} if options.dry_run else read_records(output))
+    records = {} if options.dry_run else read_records(output)
+    # without capitals, because file systems of Windows and macOS ignore them
+    taken = {record.stem.casefold() for record in records.values()}
+    jobs: list[CuttingJob] = []
+    for path, wanted in sources.items():
+        earlier, stem, number = records.get(str(path)), wanted, 1
+        while earlier is None and stem.casefold() in taken:
+            number += 1
+            stem = f"{wanted}-{number}"
+        stem = stem if earlier is None else earlier.stem
+        taken.add(stem.casefold())
+        jobs.append((path, stem, earlier))
     if not options.dry_run:
         make_folder(output, "--output")
         make_folder(list_path.parent, "--jsonl")
@@ -95,7 +106,16 @@ def cut_footage(options: CuttingOptions) -> None:
     finally:
         clip_list.write()
     if results and not options.dry_run:
-        _show_results(results, list_path, time.monotonic() - started)
+        new = [result for result in results if result.is_new]
+        clips = sum(len(result.record.clips) for result in results if result.record is not None)
+        rows = [
+            ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
+            ("clips", f"{clips}, {sum(result.written for result in new)} of them written now"),
+            ("left out", _reasons([clip for result in new for clip in result.clips])),
+            ("time", in_words(time.monotonic() - started)),
+            ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
+        ]
+        show_box("Cutting is finished", rows)
     if len(failures) == len(sources) == 1:
         ((_, error),) = failures
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
@@ -127,22 +147,6 @@ def find_videos(given: Path, output: Path) -> dict[Path, str]:
             f"end in {', '.join(sorted(SUFFIXES))}."
         )
     return {path: readable_stem("_".join(path.relative_to(root).with_suffix("").parts)) for path in found}
-
-
-def _name_jobs(sources: dict[Path, str], records: dict[str, CutRecord]) -> list[CuttingJob]:
-    """Return the jobs: a source keeps the earlier name of its clips, a taken name gets a number."""
-    # without capitals, because file systems of Windows and macOS ignore them
-    taken = {record.stem.casefold() for record in records.values()}
-    jobs = []
-    for path, wanted in sources.items():
-        record, number = records.get(str(path)), 1
-        stem = wanted if record is None else record.stem
-        while record is None and stem.casefold() in taken:
-            number += 1
-            stem = f"{wanted}-{number}"
-        taken.add(stem.casefold())
-        jobs.append((path, stem, record))
-    return jobs
 
 
 @dataclass(frozen=True)
@@ -330,16 +334,3 @@ def _reasons(clips: Sequence[PlannedClip]) -> str:
     """Return how many clips are left out, by the reason."""
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-
-
-def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float) -> None:
-    new = [result for result in results if result.is_new]
-    clips = sum(len(result.record.clips) for result in results if result.record is not None)
-    rows = [
-        ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
-        ("clips", f"{clips}, {sum(result.written for result in new)} of them written now"),
-        ("left out", _reasons([clip for result in new for clip in result.clips])),
-        ("time", in_words(seconds)),
-        ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
-    ]
-    show_box("Cutting is finished", rows)

@@ -110,8 +110,17 @@ class OwnDetector:
         self._count += 1
         is_break = self._see_plain(now, number)
         if self._before is not None and scene_distance(self._before, now, self._threshold) >= self._threshold:
-            self._see_jump(now, number, self._before)
-            is_break = True
+            is_break, jump = True, self._jump
+            is_flash = (
+                jump is not None
+                and number - jump[0] <= self._flash
+                and scene_distance(jump[1], now, self._threshold) < self._threshold
+            )
+            if is_flash:
+                self._jump = None  # the scene goes on
+            else:
+                self._confirm()
+                self._jump = number, self._before
         elif self._jump is not None and number - self._jump[0] > self._flash:
             self._confirm()
         self._before = now
@@ -130,16 +139,6 @@ class OwnDetector:
             joined.append((begin, end))
         return [one for one in joined if one[1] > 0 and one[0] < self._count]
 
-    def _see_jump(self, now: Thumbnail, number: int, before: Thumbnail) -> None:
-        if self._jump is not None:
-            first, scene = self._jump
-            is_short = number - first <= self._flash
-            if is_short and scene_distance(scene, now, self._threshold) < self._threshold:
-                self._jump = None  # the scene goes on
-                return
-            self._confirm()
-        self._jump = number, before
-
     def _confirm(self) -> None:
         if self._jump is not None:
             self._found.append((self._jump[0], self._jump[0]))
@@ -147,7 +146,9 @@ class OwnDetector:
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Note a picture of one colour, or the end of some. Returns whether it is one."""
-        if _is_plain(now):
+        seen = now.grey[~now.is_white]
+        # of one colour besides white: `scene_distance` cannot judge it
+        if not seen.size or float(seen.std()) < FLAT_SCENE:
             if self._plain_since is None:
                 self._plain_since = number
             return True
@@ -165,12 +166,6 @@ class OwnDetector:
         if is_other or end - begin >= self._plain:
             # a scene of its own: too short for a clip, as a rule, or black
             self._found += [(begin, begin), (end, end)]
-
-
-def _is_plain(now: Thumbnail) -> bool:
-    """Return whether a picture has one colour besides white: `scene_distance` cannot judge it."""
-    seen = now.grey[~now.is_white]
-    return not seen.size or float(seen.std()) < FLAT_SCENE
 
 
 class _Dissolves:

@@ -45,7 +45,7 @@ from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig
 from dataset.options import GUESS, CachingOptions, CheckPageOptions
 from dataset.sources.captions import SHOWN, guess_captions, read_caption
 from dataset.sources.decoding import check_resolution, decode_source
@@ -71,23 +71,16 @@ BACKUP = ".bak"  # behind the name of a caption that is rewritten
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
 
-def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
-    """Run --check of a script that caches latents; returns the exit code."""
-    return _check(family, config, options, (MEDIA, LATENTS))
-
-
-def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
-    """Run --check of a script that caches texts; returns the exit code."""
-    # the page shows the media too
-    return _check(family, config, options, (TEXTS,) if options.page.html is None else (MEDIA, TEXTS))
-
-
-def _check(family: Caches, config: DatasetConfig, options: CachingOptions, parts: Sequence[str]) -> int:
+def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
+    """Run --check of a script that caches latents, or texts; returns the exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
+    parts: tuple[str, ...] = (MEDIA, LATENTS)
+    if of_texts:  # the page shows the media too
+        parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
     workers = workers_of(options)
     result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
-    result = result if TEXTS in parts else replace(result, counters=TOKENS_ELSEWHERE)
+    result = result if of_texts else replace(result, counters=TOKENS_ELSEWHERE)
     return tell_check(result, family, config, options.page, workers)
 
 
@@ -247,8 +240,24 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
             unreadable.append(result)
         else:
             plans.append(result)
-    for plan, references in _measure_references(found, plans, workers):
-        found.buckets.update((*item, *references) for item in plan.items)
+
+    def measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:  # only headers are read
+        try:
+            return reference_buckets(plan.source, (plan.items[0][0], plan.items[0][1])) if plan.items else ()
+        except MediaError as error:
+            return Failure.of(plan.source, error)
+
+    sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
+    if table.references is not None:
+        bar = Bar(len(plans), "Reading headers", "source", shown=False)
+        sizes_of = map_ahead(plans, measure_references, workers, bar)
+    for sizes, plan in zip(sizes_of, plans, strict=False):
+        if isinstance(sizes, Failure):
+            found.faults.append(Fault("cannot be read", str(sizes), sizes.stem))
+            continue
+        # those of a batch have to be equal
+        sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
+        found.buckets.update((*item, *sides) for item in plan.items)
     found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
     for kind, lines in (
         ("give no item", [(plan.source, plan.reason) for plan in plans]),
@@ -271,34 +280,6 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
         found.caches += told_of_sound
         found.faults += faults
         found.remarks += remarks
-
-
-def _measure_references(
-    found: TableFindings, plans: Sequence[SourcePlan], workers: int
-) -> Iterable[tuple[SourcePlan, tuple[int, ...]]]:
-    """Yield each plan with the sides of its reference pictures, if those of a batch have to be equal.
-
-    What cannot be used becomes a fault. Only headers are read.
-    """
-    if found.table.references is None:
-        return ((plan, ()) for plan in plans)
-
-    def measure(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-        try:
-            return reference_buckets(plan.source, (plan.items[0][0], plan.items[0][1])) if plan.items else ()
-        except MediaError as error:
-            return Failure.of(plan.source, error)
-
-    bar = Bar(len(plans), "Reading headers", "source", shown=False)
-    pairs = list(zip(plans, map_ahead(plans, measure, workers, bar), strict=True))
-    failures = [one for _, one in pairs if isinstance(one, Failure)]
-    found.faults += [Fault("cannot be read", str(one), one.stem) for one in failures]
-    counts = found.table.batch_size > 1
-    return (
-        (plan, tuple(itertools.chain(*sizes)) if counts else ())
-        for plan, sizes in pairs
-        if not isinstance(sizes, Failure)
-    )
 
 
 def _check_caches(
@@ -370,7 +351,17 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     was done. Raises OutputError if a file cannot be written.
     """
     converted, left = [], []
-    for paths in map(_unreadable, config.datasets):
+    for table in config.datasets:
+        try:
+            sources = find_sources(table, captions=False, faults=[])
+        except DatasetError:
+            continue  # the check reports it
+        paths = []
+        for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
+            try:
+                read_caption(path)
+            except DatasetError:
+                paths += [path] if path.is_file() else []
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
             backup = path.with_name(path.name + BACKUP)
@@ -392,21 +383,6 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
                 converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
     counts = f"{len(converted)} captions converted to UTF-8 (the old files end in {BACKUP})"
     return [f"{counts}, {len(left)} left as they are", *converted, *left]
-
-
-def _unreadable(table: DatasetTable) -> list[Path]:
-    """Return the caption files of a table that are there and not UTF-8 text."""
-    try:
-        sources = find_sources(table, captions=False, faults=[])
-    except DatasetError:
-        return []  # the check reports it
-    found = []
-    for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
-        try:
-            read_caption(path)
-        except DatasetError:
-            found += [path] if path.is_file() else []
-    return found
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:

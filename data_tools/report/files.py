@@ -8,7 +8,8 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
 from data_tools.report.findings import TableFindings
@@ -18,11 +19,11 @@ from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import LatentNames
-from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.text_plans import EncodingPlan, TextRecipe, list_caption_files, why_outdated
+from dataset.caching.planning import Recipe, plan_all
+from dataset.caching.text_plans import TextRecipe, list_caption_files, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote, TarMember
-from modules.contract.data import LatentSpec, MediaTable
+from modules.contract.data import LatentSpec
 from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
@@ -35,14 +36,6 @@ State = tuple[str, str]  # one of the words above, and why
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
 
 
-@dataclass(frozen=True)
-class RecordedEncoder:
-    """Hold what a record tells of a text encoder."""
-
-    name: str
-    keys: frozenset[str]
-
-
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[Numbers]:
@@ -53,14 +46,32 @@ def list_files(
         faults, remarks = (found.told(name, with_kind=True) for name in ("faults", "remarks"))
         looks = found.looks or [Look()] * len(found.sources)
         for source, look in zip(found.sources, looks, strict=True):
+            fit, text = look.fit, None
+            used = [] if source.caption is None else [source.caption, *source.more_captions]
+            if source.caption_path is not None:
+                with contextlib.suppress(DatasetError):  # told as a fault
+                    text = read_caption(source.caption_path)
             files.append(
                 {
                     "table": found.table.index + 1,
                     "stem": source.stem,
                     "kind": found.table.kind,
-                    **_describe_parts(source),
-                    **_describe_caption(source),
-                    **_describe_look(look),
+                    "parts": _list_parts(source),
+                    "controls": len(source.control),
+                    "has_mask": source.mask is not None,
+                    "caption_file": None if source.caption_path is None else str(source.caption_path),
+                    "caption_list": None if source.caption_path is not None else str(source.table.source),
+                    "text": text,  # of the file
+                    "captions": [] if used == [text] else used,  # as they are trained
+                    "size": look.size,
+                    "frames": look.frames,
+                    "fps": look.fps and round(look.fps, 3),
+                    "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
+                    "cut_percent": round(look.cut_percent, 2),
+                    "lengths": look.lengths,  # frames of an item, how many such items
+                    "problem": look.problem,
+                    "dropped": look.problem or look.none,
+                    "short": look.short,
                     "faults": faults.get(source.stem, []),
                     "remarks": remarks.get(source.stem, []),
                     "caches": states.get(source.stem, {}),
@@ -69,7 +80,7 @@ def list_files(
     return files
 
 
-def _describe_parts(source: MediaSource) -> Numbers:
+def _list_parts(source: MediaSource) -> list[Numbers]:
     """Return the media of a source, its control media and its mask: paths, and where they are held."""
     parts = []
     for path, origin in zip(
@@ -85,36 +96,7 @@ def _describe_parts(source: MediaSource) -> Numbers:
         elif origin is not None:
             part |= {"in": str(origin.file)}
         parts.append(part)
-    return {"parts": parts, "controls": len(source.control), "has_mask": source.mask is not None}
-
-
-def _describe_caption(source: MediaSource) -> Numbers:
-    """Return the caption: the text of its file, what is trained of it, and where it stands."""
-    text, used = None, [] if source.caption is None else [source.caption, *source.more_captions]
-    if source.caption_path is not None:
-        with contextlib.suppress(DatasetError):  # told as a fault
-            text = read_caption(source.caption_path)
-    return {
-        "caption_file": None if source.caption_path is None else str(source.caption_path),
-        "caption_list": None if source.caption_path is not None else str(source.table.source),
-        "text": text,
-        "captions": [] if used == [text] else used,
-    }
-
-
-def _describe_look(look: Look) -> Numbers:
-    fit = look.fit
-    return {
-        "size": look.size,
-        "frames": look.frames,
-        "fps": look.fps and round(look.fps, 3),
-        "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
-        "cut_percent": round(look.cut_percent, 2),
-        "lengths": look.lengths,  # frames of an item, how many such items
-        "problem": look.problem,
-        "dropped": look.problem or look.none,
-        "short": look.short,
-    }
+    return parts
 
 
 def _compare_caches(found: TableFindings, fps: float, latent: LatentSpec, workers: int) -> dict[str, States]:
@@ -148,51 +130,45 @@ def _compare_media(
     listed = list(latent_names(names, tag, table.kind))
     if not listed:
         return {}
-    record = next(
-        (one for name, *_ in listed[:FIRST] if (one := _read_record(store, name)) is not None),
-        LatentRecord({}, {}, (), None, 1, {}),
-    )
+    record: LatentRecord | None = None
+    for name, *_ in listed[:FIRST]:
+        with contextlib.suppress(CacheError):
+            record = latent_record(store.read(name, is_whole=False).header)
+        if record is not None:
+            break
     # in how many sections a model cuts a length is seen by the files of its items
     of_items = Counter(
         (stem, name.span) for _, stem, name in listed if name.span is not None and name.section is not None
     )
     sections = {span[1]: count for (_, span), count in of_items.items() if span is not None}
 
-    def count_sections(_: MediaTable, frames: int) -> int | None:
-        return sections.get(frames)
-
     recipe = Recipe(
         tag,
-        record.encoder,
+        {} if record is None else record.encoder,
         replace(latent, in_sections=bool(sections)),
-        float(record.options.get("fps") or fps),
+        float((record and record.options.get("fps")) or fps),
         True,
-        count_sections,
+        lambda _, frames: sections.get(frames),
         stores,
     )
     existing = LatentNames(store, tag, table.kind)
     plans, failures = plan_all(found.sources, {table.index: existing}, recipe, workers, show_progress=False)
     states = {one.stem: (UNKNOWN, one.reason) for one in failures}
     for plan in plans:
-        states[plan.source.stem] = _state_of(plan, bool(existing.of(plan.source.stem)))
+        has_files = bool(existing.of(plan.source.stem))
+        state, why = VALID, plan.reason or ""
+        if plan.outdated is not None:
+            state, why = STALE, plan.outdated
+        elif plan.missing is None or (plan.missing and not plan.kept):
+            state, why = MISSING, ""
+            if has_files:
+                state, why = STALE, "not of this file, or of other settings"
+        elif plan.missing:
+            state, why = MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
+        elif plan.foreign:
+            why = "made by another program: nothing tells what from"
+        states[plan.source.stem] = state, why
     return states
-
-
-def _state_of(plan: SourcePlan, has_files: bool) -> State:
-    if plan.outdated is not None:
-        return STALE, plan.outdated
-    if plan.missing is None or (plan.missing and not plan.kept):
-        return (STALE, "not of this file, or of other settings") if has_files else (MISSING, "")
-    if plan.missing:
-        return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
-    foreign = "made by another program: nothing tells what from" if plan.foreign else ""
-    return VALID, foreign or (plan.reason or "")
-
-
-def _read_record(store: CacheStore, name: str) -> LatentRecord | None:
-    with contextlib.suppress(CacheError):
-        return latent_record(store.read(name, is_whole=False).header)
-    return None
 
 
 def _compare_texts(
@@ -206,34 +182,34 @@ def _compare_texts(
         if recorded:
             break
     encoders = [
-        (RecordedEncoder(name, frozenset(map(tensor_key, one.crc32))), one.encoder)
+        (SimpleNamespace(name=name, keys=frozenset(map(tensor_key, one.crc32))), one.encoder)
         for name, one in recorded.items()
     ]
     given = cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
     plans = TextRecipe(given, True, stores).plan_all(files, workers)
-    of_names = {plan.file.file_name: _text_state(plan, store, recorded) for plan in plans}
+    of_names: dict[str, State] = {}
+    for plan in plans:
+        name = plan.file.file_name
+        if name not in store:
+            state, why = MISSING, ""
+        elif not recorded:
+            state, why = UNKNOWN, "made by another program: nothing tells of which caption"
+        elif not plan.missing:
+            state, why = VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+        else:
+            state, encoder = STALE, plan.missing[0]
+            try:
+                record = text_records(store.read(name, is_whole=False).header).get(encoder)
+            except CacheError as error:
+                why = str(error)
+            else:
+                why = f"it has no record of {encoder}"
+                if record is not None:
+                    why = why_outdated(record, recorded[encoder].encoder, plan.file) or "damaged"
+        of_names[name] = state, why
     states: dict[str, State] = {}
     for source in sources:
         for number in range(1 + len(source.more_captions)):
             if states.get(source.stem, (VALID,))[0] == VALID:  # the first that is not tells
                 states[source.stem] = of_names.get(text_file_name(source.stem, tag, number), (VALID, ""))
     return states
-
-
-def _text_state(plan: EncodingPlan, store: CacheStore, recorded: Mapping[str, TextRecord]) -> State:
-    """Return how the cache of a text stands. recorded: records of another one, for their encoders."""
-    name = plan.file.file_name
-    if name not in store:
-        return MISSING, ""
-    if not recorded:
-        return UNKNOWN, "made by another program: nothing tells of which caption"
-    if not plan.missing:
-        return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
-    encoder = plan.missing[0]
-    try:
-        record = text_records(store.read(name, is_whole=False).header).get(encoder)
-    except CacheError as error:
-        return STALE, str(error)
-    if record is None:
-        return STALE, f"it has no record of {encoder}"
-    return STALE, why_outdated(record, recorded[encoder].encoder, plan.file) or "damaged"

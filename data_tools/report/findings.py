@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,17 +171,26 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
-    """List the sources of a table with all faults of the listing, and the files beside them."""
+    """List the sources of a table with all faults of the listing, and the files beside them.
+
+    Remarks tell which of those look as if they were meant to be used.
+    """
     found = TableFindings(table)
     try:
         found.sources = find_sources(table, faults=found.faults)
     except DatasetError as error:
         found.unusable(error)
         return found
-    if table.references is not None:
-        _count_references(found)
+    counts = count_references(found.sources) if table.references is not None else []
+    if counts:
+        words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
+        found.caches.append(f"reference pictures: {words}")
+        kind = "have no reference picture, while others have"
+        found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
+    # files in the folder of another table are used there
     others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
-    _check_unused(found, others)
+    if table.directory is not None and folder_id(table.directory) not in others:
+        found.remarks += _list_unused(table, found.sources)
     if table is config.datasets[0]:
         found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
     return found
@@ -193,25 +202,10 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
     return sorted(counts.items()) if any(counts) else []
 
 
-def _count_references(found: TableFindings) -> None:
-    """Add how many images have how many reference pictures, and a remark for each without any."""
-    counts = count_references(found.sources)
-    if counts:
-        words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
-        found.caches.append(f"reference pictures: {words}")
-        kind = "have no reference picture, while others have"
-        found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
-
-
-def _check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
-    """Add remarks about files beside the sources that look as if they were meant to be used.
-
-    folders_in_use: `folder_id` of the folders of other tables, whose files are used there.
-    """
-    table = found.table
-    if table.directory is None or folder_id(table.directory) in folders_in_use:
-        return
-    used = {str(path) for source in found.sources for path in (source.path, source.caption_path)}
+def _list_unused(table: DatasetTable, sources: Iterable[MediaSource]) -> Iterator[Fault]:
+    """Yield remarks about files in the folder of a table that look as if they were meant to be used."""
+    assert table.directory is not None
+    used = {str(path) for source in sources for path in (source.path, source.caption_path)}
     before = str(table.directory / "x")[:-1]
     names: Counter[str] = Counter()
     with os.scandir(table.directory) as entries:
@@ -230,7 +224,7 @@ def _check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None
         else:
             why = f"neither {table.kind}s nor captions"
         line = f"{table.directory}: {count} of {suffix or 'no suffix'}, {why}"
-        found.remarks.append(Fault("kinds of files are not used", line))
+        yield Fault("kinds of files are not used", line)
 
 
 # --- captions
@@ -258,9 +252,9 @@ def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> No
     for line, source in zip(missing_captions(missing), missing, strict=True):
         found.faults.append(Fault(NO_CAPTION, line, source.stem))
     for source in found.sources:
+        place = source.caption_path or source.path
         if source.caption == "":
-            kind = "have an empty caption"
-            found.remarks.append(Fault(kind, str(source.caption_path or source.path), source.stem))
+            found.remarks.append(Fault("have an empty caption", str(place), source.stem))
     for source in found.sources if counters.by_name else ():
         place = source.caption_path or source.path
         for caption in (source.caption or "", *source.more_captions):

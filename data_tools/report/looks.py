@@ -118,7 +118,19 @@ def cut_percent(fit: Fit) -> float:
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Decode a source as caching does, with its control media and mask, and measure its used frames."""
-    sample = EvenFrames(_reducer())
+    size: tuple[int, int] | None = None  # that all frames are reduced to
+
+    def reduce(frame: Frame) -> Frame:
+        nonlocal size
+        height, width = frame.shape[:2]
+        if size is None:
+            factor = min(1.0, SHARP_SIDE / max(height, width))
+            size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        if (width, height) == size:
+            return frame
+        return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+    sample = EvenFrames(reduce)
     found = _look_over(source, fps, latent, sample.add)
     if "problem" not in found and (source.control or source.mask_from is not None):
         try:
@@ -149,7 +161,9 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize, 
     if sample.frames:
         widest = max(frame.shape[1] for frame in sample.frames)
         most = min(MOST_FRAMES, (shown.width + GAP) // (widest + GAP))
-        strip = draw_strip(choose_evenly(sample.frames, most), found.get("fit"))
+        gap, fit = np.full((sample.frames[0].shape[0], GAP, 3), 255, np.uint8), found.get("fit")
+        drawn = [one if fit is None else draw_crop(one, fit) for one in choose_evenly(sample.frames, most)]
+        strip = np.concatenate([part for one in drawn for part in (gap, one)][1:], axis=1)
         middle, name = sample.frames[len(sample.frames) // 2], escape_control_codes(source.path.name)
         found["strip"] = embed_picture(strip, name, shown.width, quality=shown.quality)
         found["small"] = embed_picture(middle, name, SMALL, quality=70)
@@ -269,16 +283,6 @@ def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
     return [frames[index] for index in np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
 
 
-def draw_strip(frames: Sequence[Frame], fit: Fit | None) -> Frame:
-    """Return frames of one height side by side, with white gaps; `fit` draws the parts cut off."""
-    parts: list[Frame] = []
-    for frame in frames:
-        if parts:
-            parts.append(np.full((frame.shape[0], GAP, 3), 255, np.uint8))
-        parts.append(frame if fit is None else draw_crop(frame, fit))
-    return np.concatenate(parts, axis=1)
-
-
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
     """Return a copy of a frame (H W 3, of any scale) with the part that is cut off dark, behind a line."""
     height, width = frame.shape[:2]
@@ -291,23 +295,6 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
     drawn[y0:y1, x0:x1] = EDGE
     drawn[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = frame[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
     return drawn
-
-
-def _reducer() -> Callable[[Frame], Frame]:
-    """Return a function that reduces the frames of a source for measuring, all to the size of the first."""
-    size: tuple[int, int] | None = None
-
-    def reduce(frame: Frame) -> Frame:
-        nonlocal size
-        height, width = frame.shape[:2]
-        if size is None:
-            factor = min(1.0, SHARP_SIDE / max(height, width))
-            size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        if (width, height) == size:
-            return frame
-        return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
-
-    return reduce
 
 
 def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:

@@ -18,7 +18,7 @@ from data_tools.report.findings import (
     is_unread,
 )
 from data_tools.report.looks import Look, cut_percent
-from data_tools.report.sound import Heard, count_tracks
+from data_tools.report.sound import count_tracks
 from dataset.config import DatasetConfig
 from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
@@ -178,6 +178,8 @@ def _distributions(looks: Sequence[Look]) -> Numbers:
     sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
     measures = [look.measures for look in looks if look.measures is not None]
     moving = [one.motion for one in measures if len(one.hashes) > 1]
+    heard = [look.heard for look in looks if look.heard is not None]
+    tracks = [one.track for one in heard if one.track is not None]
     return {
         "durations": _distribution("seconds", [look.seconds for look in looks if look.seconds is not None]),
         "rates": [{"fps": rate, "count": count} for rate, count in sorted(rates.items())],
@@ -188,21 +190,15 @@ def _distributions(looks: Sequence[Look]) -> Numbers:
         "brightness": _distribution("values", [one.brightness for one in measures]),
         "sharpness": _distribution("values", [one.sharpness for one in measures]),
         "motion": _distribution("values", moving),
-        "sound": _count_sound([look.heard for look in looks if look.heard is not None]),
-    }
-
-
-def _count_sound(found: Sequence[Heard]) -> Numbers:
-    """Return how many clips have sound and of which form, how many have none, and where it does not fit."""
-    tracks = [one.track for one in found if one.track is not None]
-    return {
-        "clips": len(tracks),
-        "without": len(found) - len(tracks),
-        "remarks": sum(one.remark is not None for one in found),
-        "tracks": [
-            {"rate": rate, "channels": channels, "count": count}
-            for rate, channels, count in count_tracks(tracks)
-        ],
+        "sound": {
+            "clips": len(tracks),
+            "without": len(heard) - len(tracks),
+            "remarks": sum(one.remark is not None for one in heard),  # where it does not fit the clip
+            "tracks": [
+                {"rate": rate, "channels": channels, "count": count}
+                for rate, channels, count in count_tracks(tracks)
+            ],
+        },
     }
 
 
@@ -232,7 +228,11 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     low, high = float(numbers.min()), float(numbers.max())
     usual = float(np.quantile(numbers, 0.98))
     end = high if high <= 2 * usual - low else usual
-    width = _round_width((end - low) / MOST_BINS, bool((numbers == np.floor(numbers)).all()))
+    least, width = (end - low) / MOST_BINS, 1.0
+    if least > 0:
+        power = 10.0 ** math.floor(math.log10(least))
+        width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+        width = max(1.0, width) if (numbers == np.floor(numbers)).all() else width
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     count += high >= start + count * width  # the last bin takes what is far larger
@@ -243,15 +243,6 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
         {"from": _plain(edge), "to": _plain(top), "count": int(number)}
         for edge, top, number in zip(edges, edges[1:], sums, strict=False)
     ]
-
-
-def _round_width(least: float, is_whole: bool) -> float:
-    """Return the least width of 1, 2 or 5 times a power of ten that is at least `least`."""
-    if least <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(least))
-    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
-    return max(1.0, width) if is_whole else width
 
 
 def _plain(value: float) -> float | int:

@@ -1,7 +1,6 @@
 """Write the page of --check or of the report: one HTML file that fetches nothing and runs no script."""
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from modules.bars import Bar
 from modules.console import count_of, in_words
 from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
-from modules.media.buckets import Fit, Size
+from modules.media.buckets import Size
 from modules.pages.page import write_page
 
 logger = logging.getLogger(__name__)
@@ -284,29 +283,34 @@ def _describe(table: DatasetTable) -> str:
 
 
 def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], int]:
-    """Return drawings of what the buckets of most items cut off, and how many sizes are not drawn."""
+    """Return drawings of what the buckets of most items cut off, and how many sizes are not drawn.
+
+    A drawing has the outlines of sources around what a bucket keeps of them: the most frequent, of very many.
+    """
     by_size: dict[Size, list[Numbers]] = {}
     for bucket in table["buckets"]:
         by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
-    most = sorted(by_size, key=lambda size: -sum(row["items"] for row in by_size[size]))[:MOST_BUCKETS]
-    fits = count_fits(found)
-    drawn = [_draw_crops(size, rows, fits[size]) for size, rows in by_size.items() if size in set(most)]
-    return drawn, len(by_size) - len(drawn)
-
-
-def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> Numbers:
-    """Draw the outlines of sources around what a bucket keeps of them: the most frequent, of very many."""
-    # where the edges of the whole source lie, if the bucket's corner is 0, 0
-    boxes = [
-        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MOST_OUTLINES)
-    ]
-    left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
-    width, height = max(x + w for x, _, w, *_ in boxes) - left, max(y + h for _, y, _, h, _ in boxes) - top
-    pad = MARGIN * max(width, height) / 100
-    view = f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}"
-    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
-    # rows: the buckets of this size. boxes: x, y, width and height of an outline, how many files
-    return {"rows": rows, "view": view, "text": f"{bucket[0]} x {bucket[1]}: {text}", "boxes": boxes}
+    most = set(sorted(by_size, key=lambda size: -sum(row["items"] for row in by_size[size]))[:MOST_BUCKETS])
+    fits_of, drawings = count_fits(found), []
+    for size in (one for one in by_size if one in most):
+        fits = fits_of[size]
+        frequent = fits.most_common(MOST_OUTLINES)
+        # where the edges of the whole source lie, if the bucket's corner is 0, 0
+        boxes = [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in frequent]
+        left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
+        width = max(x + w for x, _, w, *_ in boxes) - left
+        height = max(y + h for _, y, _, h, _ in boxes) - top
+        pad = MARGIN * max(width, height) / 100
+        text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
+        drawings.append(
+            {
+                "rows": by_size[size],  # the buckets of this size
+                "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
+                "text": f"{size[0]} x {size[1]}: {text}",
+                "boxes": boxes,  # x, y, width and height of an outline, how many files
+            }
+        )
+    return drawings, len(by_size) - len(drawings)
 
 
 def _number(value: float) -> str:

@@ -102,36 +102,31 @@ def _measure_table(
         if options.no_download and not all(path.exists() for path in remote):
             raise MediaError("not downloaded yet; caching does that")
         # of given tensors the header is all that is read
-        return (measure if decodes or source.tensors is not None else read_header)(
-            source, options.fps, latent
-        )
+        read = measure if decodes or source.tensors is not None else read_header
+        return read(source, options.fps, latent)
 
     fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
     bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")
     for source, result in read_ahead(found.sources, lambda one: one, work, workers, bar, decodes):
         look = Look(problem=str(result)) if isinstance(result, Failure) else result
-        found.looks.append(replace(look, fit=fits.setdefault(look.fit, look.fit)))
-        _count_look(found, source, found.looks[-1])
+        look = replace(look, fit=fits.setdefault(look.fit, look.fit))
+        found.looks.append(look)
+        if look.problem is not None:
+            line = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
+            found.faults.append(Fault(CANNOT_BE_READ, line, source.stem))
+            continue
+        assert look.fit is not None  # what can be read has a size
+        for length, count in look.lengths:
+            key = look.fit.bucket if table.kind == "image" else (*look.fit.bucket, length)
+            found.buckets[key] += count
+        told = {"give no item": look.none, "give no item of some lengths": look.short}
+        if look.measures is not None:
+            told["are black"] = "black" if look.measures.is_black else None
+            told["do not move"] = "nothing moves" if look.measures.is_static else None
+            sharpness = f"blurred: sharpness {look.measures.sharpness:g}"
+            told["are blurred"] = sharpness if look.measures.is_blurred else None
+        found.remarks += [Fault(kind, text, source.stem) for kind, text in told.items() if text is not None]
     return found
-
-
-def _count_look(found: TableFindings, source: MediaSource, look: Look) -> None:
-    """Add the items of a source to the buckets of its table, and what there is to say to the findings."""
-    if look.problem is not None:
-        line = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
-        found.faults.append(Fault(CANNOT_BE_READ, line, source.stem))
-        return
-    assert look.fit is not None  # what can be read has a size
-    for length, count in look.lengths:
-        key = look.fit.bucket if found.table.kind == "image" else (*look.fit.bucket, length)
-        found.buckets[key] += count
-    told = {"give no item": look.none, "give no item of some lengths": look.short}
-    if look.measures is not None:
-        told["are black"] = "black" if look.measures.is_black else None
-        told["do not move"] = "nothing moves" if look.measures.is_static else None
-        sharpness = f"blurred: sharpness {look.measures.sharpness:g}"
-        told["are blurred"] = sharpness if look.measures.is_blurred else None
-    found.remarks += [Fault(kind, text, source.stem) for kind, text in told.items() if text is not None]
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:

@@ -52,15 +52,10 @@ def listen(source: MediaSource, fps: float) -> Heard:
             track = track_facts(path)
             if track is None:
                 raise NoSound(f"{path}: it has no track of sound")
-            return Heard(track, remark=_misfit(here, track, fps))
+            info = None if here.tensors is not None or here.path.is_dir() else video_info(here.path)
     except NoSound as reason:
         return Heard(silent=str(reason))
-
-
-def _misfit(source: MediaSource, track: TrackFacts, fps: float) -> str | None:
-    """Return where a track does not fit its clip."""
-    info = None if source.tensors is not None or source.path.is_dir() else video_info(source.path)
-    rate = None if info is None else source.table.stated_fps or info.fps
+    rate = None if info is None else here.table.stated_fps or info.fps
     seconds = info.frames / rate if info is not None and info.frames and rate else None
     found = [f"begins {float(track.start):.2f} s late"] if track.start > FITS else []
     if track.end is not None and seconds is not None:
@@ -68,7 +63,7 @@ def _misfit(source: MediaSource, track: TrackFacts, fps: float) -> str | None:
         found += [f"ends {-after:.2f} s early"] if after < -FITS else []
         found += [f"goes on for {after:.2f} s, which are cut off"] if after > FITS else []
     found += [f"{track.tracks} tracks, of which FFmpeg chooses one"] if track.tracks > 1 else []
-    return f"its sound: {', '.join(found)}" if found else None
+    return Heard(track, remark=f"its sound: {', '.join(found)}" if found else None)
 
 
 def check_sound(
@@ -104,8 +99,13 @@ def check_sound(
             told.append(Fault("have no sound", heard.silent, stem))
         if heard.remark is not None:
             remarks.append(Fault("have sound that does not fit", f"{plan.source.path}: {heard.remark}", stem))
+    words = [
+        f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
+        for rate, channels, count in count_tracks(tracks)
+    ]
+    forms = f": {', '.join(words)}" if words else ""
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} clips have it{describe_tracks(tracks)}",
+        f"sound: {len(tracks)} of {len(plans)} clips have it{forms}",
         f"caches of sound: {valid} files are valid, {missing} items need encoding",
     ]
     return lines, faults, remarks
@@ -115,15 +115,6 @@ def count_tracks(tracks: Iterable[TrackFacts]) -> list[tuple[int, int, int]]:
     """Return (rate, channels, how many have both), the most frequent first."""
     counts = Counter((track.rate, track.channels) for track in tracks)
     return [(*form, count) for form, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))]
-
-
-def describe_tracks(tracks: Sequence[TrackFacts]) -> str:
-    """Return rates and channels in words, behind a colon; "" if there is no track."""
-    words = [
-        f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
-        for rate, channels, count in count_tracks(tracks)
-    ]
-    return f": {', '.join(words)}" if words else ""
 
 
 def draw_sound(source: MediaSource, fps: float, used: int) -> Markup | None:

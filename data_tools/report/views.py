@@ -83,15 +83,20 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 def _choose_way(debug: DebugOptions, folder: Path) -> str:
     """Return how items are shown, and tell where."""
-    way = str(debug.debug_mode)
-    if way == "video":
+    if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
-    elif way == "image" and _has_window():
-        logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
-        return WINDOW
-    elif way == "image":
-        logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
-    return way
+    if debug.debug_mode != "image":
+        return str(debug.debug_mode)
+    try:
+        # the headless build cannot open a window, and without a display OpenCV aborts
+        if not sys.platform.startswith("linux") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+            cv2.namedWindow("dataset")
+            logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
+            return WINDOW
+    except cv2.error:
+        pass
+    logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
+    return "image"
 
 
 def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
@@ -126,9 +131,16 @@ def _numbers(source: MediaSource) -> random.Random:
 
 def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
     """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
-    frames = media.crop(span)
-    control = (_of_height(_opaque(one), frames.shape[1]) for one in media.control_crops(span))
-    parts = [frames, *control]
+    parts = [media.crop(span)]
+    height = parts[0].shape[1]
+    for frames in media.control_crops(span):
+        if frames.shape[-1] != 3:
+            alpha = frames[..., 3:].astype(np.float32) / 255
+            frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
+        if frames.shape[1] != height:  # reference pictures may have another
+            size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
+            frames = np.stack([resize_frame(frame, size, "area") for frame in frames])
+        parts.append(frames)
     mask = media.mask_crop(span)
     parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
     return np.concatenate(parts, axis=2)
@@ -163,35 +175,6 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
             for row in small
         ]
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
-
-
-def _has_window() -> bool:
-    """Return whether OpenCV can open a window: the headless build cannot, and without a display it aborts."""
-    if sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        return False
-    try:
-        cv2.namedWindow("dataset")
-    except cv2.error:
-        return False
-    return True
-
-
-def _opaque(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return F H W 3, with alpha, if there is any, blended over grey."""
-    if frames.shape[-1] == 3:
-        return frames
-    alpha = frames[..., 3:].astype(np.float32) / 255
-    return np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
-
-
-def _of_height(frames: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
-    """Return F H W 3 of that height; reference pictures may have another."""
-    if frames.shape[1] == height:
-        return frames
-    size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
-    return np.stack([resize_frame(frame, size, "area") for frame in frames])
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:

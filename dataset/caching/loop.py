@@ -173,7 +173,7 @@ def run_latent_caching(
         conclude(views.show_datasets(family, config, debug, workers_of(options)))
         return
     if options.check:
-        raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
+        raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, False))
     _cache_and_conclude(
         cache_media, family, config, options, "sources", ("Next, cache the captions", following)
     )
@@ -187,7 +187,7 @@ def run_text_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if options.check:
-        raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
+        raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, True))
     next_command = "Next, check all before training", following
     _cache_and_conclude(cache_texts, family, config, options, "captions", next_command)
 

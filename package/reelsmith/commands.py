@@ -74,33 +74,23 @@ def name_words(script: str) -> str:
     return script.replace("_", "-")
 
 
-def read_summary(command: ScriptCommand) -> str:
-    """Return the first sentence of a script's docstring."""
-    text = ast.get_docstring(ast.parse(command.path.read_text(encoding="utf-8"))) or ""
-    return re.split(r"(?<=\.)\s", text)[0]
-
-
 def main() -> None:
     """Run the command that the words name; without one, list what there is."""
     words = sys.argv[1:]
     commands = find_commands(ROOT)
     command = next((one for one in commands if tuple(words[: len(one.words)]) == one.words), None)
     if command is not None:
-        _run_script(command, words[len(command.words) :])
+        rest = words[len(command.words) :]
+        if PREFIX:  # help and messages show the words
+            sys.argv = [" ".join((PROGRAM, *command.words)), *rest]
+            import_own(command.module).run()
+        else:
+            sys.argv = [str(Path(sys.argv[0]).parent / command.path.relative_to(ROOT)), *rest]
+            runpy.run_path(str(command.path), run_name="__main__")
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
         _explain(commands, words)
-
-
-def _run_script(command: ScriptCommand, words: Sequence[str]) -> None:
-    """Run a script with these words behind the name that its help and messages show."""
-    if PREFIX:
-        sys.argv = [" ".join((PROGRAM, *command.words)), *words]
-        import_own(command.module).run()
-        return
-    sys.argv = [str(Path(sys.argv[0]).parent / command.path.relative_to(ROOT)), *words]
-    runpy.run_path(str(command.path), run_name="__main__")
 
 
 def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
@@ -139,7 +129,9 @@ def _listing(commands: Sequence[ScriptCommand]) -> str:
     for one in commands:
         begins = [name for name in families if one.words[-1] == name or one.words[0].startswith(f"{name}-")]
         group = begin if one.script.endswith("_project") else max(begins, key=len, default="tools")
-        groups[group].append(f"  {' '.join(one.words):{width}}  {read_summary(one)}")
+        text = ast.get_docstring(ast.parse(one.path.read_text(encoding="utf-8"))) or ""
+        summary = re.split(r"(?<=\.)\s", text)[0]  # the first sentence
+        groups[group].append(f"  {' '.join(one.words):{width}}  {summary}")
     lines = [line for name, group in groups.items() if group for line in ("", f"{name}:", *group)]
     shown = next((one for one in commands if len(one.words) > 1), commands[0])
     return "\n".join(
