@@ -135,17 +135,13 @@ class DoubleBlock(DoubleStreamBlock):
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
         self.txt_mlp = FluxMlp(config)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_mod if is_text else self.img_mod
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_mod, self.txt_attn.proj, self.txt_mlp
+        return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         return (self.txt_attn if is_text else self.img_attn).heads_of(x)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
 
 
 class SingleBlock(nn.Module):

@@ -1,7 +1,7 @@
 """FLUX.1 and Chroma, described for the shared loops."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -131,10 +131,6 @@ class Flux(ModelOfPictures):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
-        return self.files.text_encoders()
 
     # the network
 

@@ -125,17 +125,13 @@ class Flux2DoubleBlock(DoubleStreamBlock):
         self.img_mlp, self.txt_mlp = GatedMlp(config), GatedMlp(config)
         self.img_rows, self.txt_rows = RowsOfAll(PICTURE_ROWS), RowsOfAll(TEXT_ROWS)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_rows if is_text else self.img_rows
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_rows, self.txt_attn.proj, self.txt_mlp
+        return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         return (self.txt_attn if is_text else self.img_attn).heads_of(x)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
 
 
 class Flux2SingleBlock(nn.Module):

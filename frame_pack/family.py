@@ -1,7 +1,7 @@
 """FramePack and FramePack-F1, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
@@ -146,10 +146,6 @@ class FramePack(OneTransformer):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        return self.files.text_encoders()
 
     @property
     def media_identity(self) -> Mapping[str, str]:

@@ -17,6 +17,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
@@ -120,9 +121,8 @@ class LuminaFiles(AutoencoderFiles):
     def gemma2_path(self) -> Path:
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
-    def text_encoder(self) -> GemmaTextEncoder:
-        """Return the text encoder; its file is opened when it is loaded."""
-        return GemmaTextEncoder(
+    def text_encoders(self) -> list[TextEncoder]:
+        gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.beside(self.text_dtype),
             self.gemma2_tokenizer,
@@ -130,11 +130,12 @@ class LuminaFiles(AutoencoderFiles):
             self.system_prompt_in_negative,
             self.max_tokens,
         )
+        return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.gemma2 is not None or needed:
-            path, takes = self.text_encoder().path, None if config is None else config.text_dim
+            path, takes = GemmaTextEncoder(self.gemma2_path).path, None if config is None else config.text_dim
             check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)

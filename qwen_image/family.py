@@ -1,6 +1,6 @@
 """Qwen-Image, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ from modules.contract.family import (
     Family,
     NoiseSource,
     NoiseSpec,
-    TextEncoder,
     count_picture_tokens,
 )
 from modules.contract.requests import Prepared, Request
@@ -122,10 +121,6 @@ class QwenImage(ModelOfPictures):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Qwen2.5-VL's language model; its file is opened when it is loaded."""
-        return [self.files.language_model()]
 
     @property
     def media_identity(self) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """Wan2.1 and Wan2.2, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import (
@@ -164,10 +164,6 @@ class Wan(OneTransformer):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return umT5; its file is opened when it is loaded."""
-        return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer, self.files.t5_in_fp8)]
 
     @property
     def media_identity(self) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from encoders.files import TransformerFiles
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import LatentSpec
+from modules.contract.family import TextEncoder
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
@@ -25,7 +26,7 @@ from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, VaeRelease, WanConfig
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.spec import latent_of
-from wan.t5 import TOKENIZER
+from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
 
@@ -86,6 +87,9 @@ class WanFiles(TransformerFiles):
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         """Return the VAE's dtype: `chosen`, else the transformer's, else the usual one."""
         return chosen or self.compute_dtype() or usual or self.usual
+
+    def text_encoders(self) -> list[TextEncoder]:
+        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE."""
