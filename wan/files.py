@@ -21,8 +21,8 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.video import WAN
-from wan.checkpoints import FORMAT, check_alike, check_task, read_dit_header
-from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, VaeRelease, WanConfig, WanTask
+from wan.checkpoints import FORMAT, check_task, read_dit_header
+from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.spec import latent_of
@@ -66,7 +66,19 @@ class WanFiles(TransformerFiles):
         headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
         for option, path in paths.items():
             check_task(headers[option], self.task, path, option)
-        check_alike(headers, paths)
+        sizes = [
+            f"{one.config.num_layers} blocks of width {one.config.dim} and {one.config.in_dim} input channels"
+            for one in headers.values()
+        ]
+        (first, one), *others = headers.items()
+        for option, other in others:
+            if other.config != one.config:
+                raise CheckpointError(
+                    f"{option} {paths[option]} is not of the model of {first} {paths[first]}:\n"
+                    f"  it has {sizes[1]}, the other has {sizes[0]}.\n"
+                    "  Give the two transformers of one model.",
+                    paths[option],
+                )
 
     @property
     def t5_path(self) -> Path:
@@ -95,12 +107,6 @@ class WanFiles(TransformerFiles):
         """Load the VAE."""
         dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, self.vae_tile)
-
-    def vae_release(self) -> VaeRelease | None:
-        """Return which VAE is given; None if none is. Raises CheckpointError if the file is no VAE of Wan."""
-        if self.vae is None:
-            return None
-        return RELEASES[read_once(self.vae_path, read_vae).config.latent_channels]
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the VAE of the task's latents."""
@@ -158,7 +164,25 @@ def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], 
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
         dits = PIPELINE_EXPERTS if has_experts else PIPELINE_DIT
-        return _there(folder, PIPELINE | dits), _read_boundary(index) if has_experts else None
+        found = _there(folder, PIPELINE | dits)
+        if not has_experts:
+            return found, None
+        try:
+            ratio = parse_json(read_text(index)).get("boundary_ratio")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
+            ) from error
+        if ratio is None:
+            return found, None
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise CheckpointError(
+                f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
+                "Download it again, or give --timestep_boundary and the files with --dit and "
+                "--dit_high_noise.",
+                index,
+            )
+        return found, float(ratio) * MOST_TIMESTEP
     found = _there(folder, {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS})
     if not found.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
         found["dit"] = folder
@@ -216,25 +240,6 @@ def _words(expert: str | None) -> str:
 
 def _there(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
-
-
-def _read_boundary(index: Path) -> float | None:
-    """Return `boundary_ratio` of a pipeline's index as a timestep."""
-    try:
-        ratio = parse_json(read_text(index)).get("boundary_ratio")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
-        ) from error
-    if ratio is None:
-        return None
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        raise CheckpointError(
-            f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
-            "Download it again, or give --timestep_boundary and the files with --dit and --dit_high_noise.",
-            index,
-        )
-    return float(ratio) * MOST_TIMESTEP
 
 
 def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
@@ -308,7 +313,9 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     kind = "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
-    release = files.vae_release()
+    release = None
+    if files.vae is not None:
+        release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
     if release is WAN_2_2 and image_kind is not None:

@@ -79,19 +79,17 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
-        seen = tokens.combine(*(self.see_text(q, text, tokens) for text in tokens.texts))
+        of_texts = []
+        for text in tokens.texts:
+            k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
+            v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
+            of_texts.append(_attend(q, k, v, tokens, text.repeats))  # B L N D
+        seen = tokens.combine(*of_texts)
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
             seen = seen + _attend(q, k, v, tokens)
         return in_own_dtype(self.o, seen.flatten(2))
-
-    def see_text(self, q: Tensor, text: WanText, tokens: WanTokens) -> Tensor:
-        """Attend to a text. q: B L N D. Returns B L N D."""
-        heads = (self.num_heads, -1)
-        k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
-        v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
-        return _attend(q, k, v, tokens, text.repeats)
 
 
 class WanAttentionBlock(nn.Module):
