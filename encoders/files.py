@@ -14,7 +14,7 @@ from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from modules.checkpoints.encoders import dtype_beside
-from modules.checkpoints.model_files import read_once, require_file
+from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
 from modules.contract.family import TextEncoder
@@ -42,6 +42,7 @@ class TransformerFiles(ABC):
 
     format: ClassVar[DitFormat[Any, Any]]  # of the transformer's file
     vae_option: ClassVar[str] = "--vae"
+    vae_folder: ClassVar[str] = ""  # of the VAE in a whole release, which may be given too
     usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
@@ -59,7 +60,8 @@ class TransformerFiles(ABC):
 
     @property
     def vae_path(self) -> Path:
-        return require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
+        path = require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
+        return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
         """Read dimensions, dialect and dtype of the transformer file."""

@@ -87,24 +87,20 @@ def _config(found: DitShapes) -> FluxConfig:
         "text_dim": found.of("txt_in.weight")[1],
     }
     if is_chroma:
-        return FluxConfig(**sizes, approximator=_approximator(found))
+        width, in_dim = found.of(f"{APPROXIMATOR}.in_proj.weight")
+        layers = count(found.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
+        if in_dim % 8:
+            raise CheckpointError(
+                f"{found.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
+                found.path,
+            )
+        return FluxConfig(**sizes, approximator=ApproximatorConfig(in_dim, width, layers))
     return FluxConfig(
         **sizes,
         pooled_dim=found.of("vector_in.in_layer.weight")[1],
         freq_dim=found.of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in found.shapes,
     )
-
-
-def _approximator(found: DitShapes) -> ApproximatorConfig:
-    dim, in_dim = found.of(f"{APPROXIMATOR}.in_proj.weight")
-    layers = count(found.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
-    if in_dim % 8:
-        raise CheckpointError(
-            f"{found.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
-            found.path,
-        )
-    return ApproximatorConfig(in_dim, dim, layers)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:

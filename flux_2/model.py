@@ -249,7 +249,18 @@ class Flux2Model(nn.Module):
             in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype)
             for one in (noisy, *references)
         ]
-        vector = self._embed_numbers(timesteps, guidance if tweaks.embedded_guidance else None)
+        # float32 angles: those of a large guidance are rounded, and so they were in training
+        embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
+        if self.config.has_guidance and guidance is not None and tweaks.embedded_guidance:
+            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
+            embedding = embedding + self.guidance_in(scaled)
+        rows = [
+            self.double_stream_modulation_img(embedding),
+            self.double_stream_modulation_txt(embedding),
+            self.single_stream_modulation(embedding),
+            embedding.unsqueeze(1),
+        ]
+        vector = torch.cat(rows, dim=1).unsqueeze(1)  # B 1 16 C float32: all modulations, the embedding
         given = tweaks.texts(len(noisy), text=text)
         texts = [
             EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector) for each in given
@@ -271,18 +282,3 @@ class Flux2Model(nn.Module):
         _, rows, columns = tokens.grid
         made = self.final_layer(x[:, : rows * columns], tokens).float()
         return made.transpose(1, 2).unflatten(2, (1, rows, columns))
-
-    def _embed_numbers(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the rows of all modulations and the embedding that they are made of, B 1 16 C float32."""
-        # float32 angles: those of a large guidance are rounded, and so they were in training
-        vector = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
-        if self.config.has_guidance and guidance is not None:
-            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
-            vector = vector + self.guidance_in(scaled)
-        rows = [
-            self.double_stream_modulation_img(vector),
-            self.double_stream_modulation_txt(vector),
-            self.single_stream_modulation(vector),
-            vector.unsqueeze(1),
-        ]
-        return torch.cat(rows, dim=1).unsqueeze(1)

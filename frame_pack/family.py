@@ -150,11 +150,15 @@ class FramePack(OneTransformer):
     @property
     def media_identity(self) -> Mapping[str, str]:
         """Encoders and switches that cached latents depend on."""
+        kind = "f1" if self.is_f1 else "anti-drifting"
+        if self.one_frame is not None:
+            left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
+            kind = ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
         return {
             **self.files.vae_identity(),
             "image_encoder": fingerprint(self.files.image_encoder_path),
             "tile_frames": str(self.files.vae_tile_frames),
-            "sections": self._kind_of_sections(),
+            "sections": kind,
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
@@ -323,13 +327,6 @@ class FramePack(OneTransformer):
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
             if is_on
         )
-
-    def _kind_of_sections(self) -> str:
-        """Describe the kind of caches."""
-        if self.one_frame is None:
-            return "f1" if self.is_f1 else "anti-drifting"
-        left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
-        return ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:

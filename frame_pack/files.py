@@ -149,7 +149,13 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
 
     Raises OptionError if the files differ, CheckpointError if one is damaged.
     """
-    found = {path: _window_in(path, otherwise) for path in paths}
+    found = {}
+    for path in paths:
+        text = ""
+        if path.suffix == ".safetensors":
+            with open_checkpoint(path) as file:
+                text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
+        found[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
     if len(set(found.values())) > 1:
         said = ", ".join(f"{path}: {window}" for path, window in found.items())
         raise OptionError(
@@ -157,14 +163,6 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
             "separate runs."
         )
     return next(iter(found.values()), otherwise)
-
-
-def _window_in(path: Path, otherwise: int) -> int:
-    if path.suffix != ".safetensors":
-        return otherwise
-    with open_checkpoint(path) as file:
-        text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
-    return int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
 
 
 def _siglip_width(checkpoint: Checkpoint) -> int:

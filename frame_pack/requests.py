@@ -68,8 +68,12 @@ def prepare_request(
     takes_shape: a single picture is shaped as its first control image, else as its start image.
     Raises OptionError for impossible ones.
     """
-    one_frame = _one_frame_of(request, is_f1)
-    is_picture = one_frame is not None
+    text = request.extra.get("one_frame")
+    one_frame, is_picture = None if text is None else parse_one_frame(text), text is not None
+    if is_picture and is_f1:
+        raise OptionError(
+            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
+        )
     request = _with_media(request, is_f1, is_picture)
     sections = _count(request, usual, window, is_picture)
     width, height, _ = size_of(request, usual)
@@ -88,7 +92,8 @@ def prepare_request(
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
-        flow_shift = _shift_of_size(width, height, latent, 1 if is_picture else window)
+        *_, rows, columns = latent.shape(1, height, width)
+        flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
     prepared = settle(request, usual, (width, height, frames), flow_shift, usual_negative)
     others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
@@ -120,18 +125,6 @@ def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None
             sections,
             paddings[sections - 1],
         )
-
-
-def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
-    text = request.extra.get("one_frame")
-    if text is None:
-        return None
-    one_frame = parse_one_frame(text)
-    if is_f1:
-        raise OptionError(
-            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
-        )
-    return one_frame
 
 
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
@@ -190,11 +183,6 @@ def _size_shaped_as(image: Path, size: Size, step: int) -> Size:
     from modules.media.reading import image_size
 
     return choose_bucket(image_size(image), bucket_sizes(*size, step), size[0] * size[1], step, False)
-
-
-def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: int) -> float:
-    _, _, _, rows, columns = latent.shape(1, height, width)
-    return flow_shift_for(count_tokens(latent_frames, rows, columns))
 
 
 def _with_controls(request: Request) -> Request:

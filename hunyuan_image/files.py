@@ -19,7 +19,7 @@ from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
+from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
@@ -138,6 +138,7 @@ class HunyuanImageFiles(TransformerFiles):
     text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
@@ -156,10 +157,6 @@ class HunyuanImageFiles(TransformerFiles):
             text_in_fp8=options.fp8_vl,
             text_on_cpu=options.text_encoder_cpu,
         )
-
-    @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
 
     @property
     def text_encoder_path(self) -> Path:
