@@ -103,14 +103,11 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         raise CheckpointError(
             f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
         )
-    config = _config(DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack"))
-    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
-
-
-def _config(found: DitShapes) -> FramePackConfig:
+    found = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(found, DIT, DIMENSIONS)
     image_hidden_dim, image_dim = found.of("image_projection.up.weight")
-    return FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
+    config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
+    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
 
 FORMAT = DitFormat(_header, lambda _: WHAT, FramePackModel, own_names)

@@ -100,6 +100,11 @@ def prepare_request(
     second: tuple[str | None, ...] = (None,) * len(texts)
     if request.second_prompt is not None:
         second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
+    # in files of results, by the names of options
+    said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
+    said |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    if not is_picture:  # as the option counts them, whatever the rate it is played at
+        said["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
@@ -108,7 +113,7 @@ def prepare_request(
             for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
         },
         own=own,
-        own_metadata=_metadata_of(request.extra, sections, window, is_f1),
+        own_metadata=said,
     )
 
 
@@ -139,14 +144,6 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
             "made from --image_path and --control_image_path. Leave one of them out"
         )
     return keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
-
-
-def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
-    """Return the request's metadata for outputs, by the names of its options."""
-    said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if "one_frame" not in extra:  # as the option counts them, whatever the rate it is played at
-        said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
-    return {name: text for name, text in extra.items() if name != "video_seconds"} | said
 
 
 def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:

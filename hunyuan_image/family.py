@@ -117,19 +117,15 @@ class HunyuanImage(ModelOfPictures):
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
         prepared = self.settle_picture(request, FLOW_SHIFT)
-        rules = GuidanceRules(projection=self._projection(bool(find_quoted(request.prompt))))
-        return replace(prepared, rules=rules)
-
-    def _projection(self, has_letters: bool) -> Projection:
-        """Return the rule of guidance; a picture with letters keeps the plain formula for longer."""
-        options = self.projection
-        return Projection(
+        options, has_letters = self.projection, bool(find_quoted(request.prompt))
+        projection = Projection(  # a picture with letters keeps the plain formula for longer
             options.apg_start_step_ocr if has_letters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,
             APG_NORM,
             rescale=options.guidance_rescale_apg,
         )
+        return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32, drawn in bfloat16, as released."""

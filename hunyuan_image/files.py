@@ -86,10 +86,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
         )
     mark, table = DIALECTS[dialect]
     shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    return DitHeader(_config(DitShapes(path, shapes, "HunyuanImage-2.1")), dialect, names[mark].dtype)
-
-
-def _config(found: DitShapes) -> HunyuanImageConfig:
+    found = DitShapes(path, shapes, "HunyuanImage-2.1")
     dim, in_dim, rows, columns = found.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
@@ -104,7 +101,7 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
             found.path,
         )
     first, glyph_dim = found.of("byt5_in.fc1.weight")
-    return HunyuanImageConfig(
+    config = HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
         out_dim=found.of("final_layer.linear.weight")[0],
@@ -112,6 +109,7 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
         glyph_hidden=(first, found.of("byt5_in.fc2.weight")[0]),
         **hunyuan.read_block_dimensions(found, DIT, DIMENSIONS, dim),
     )
+    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]) -> Mapping[str, TensorSource]:

@@ -107,7 +107,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
     shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    config = _config(DitShapes(path, shapes, "HunyuanVideo"))
+    found = DitShapes(path, shapes, "HunyuanVideo")
+    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
+    config = HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
     known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
     if config.in_dim not in known:
         name = (
@@ -121,11 +123,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             path,
         )
     return DitHeader(config, dialect, names[mark].dtype)
-
-
-def _config(found: DitShapes) -> HunyuanVideoConfig:
-    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
-    return HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
 
 
 def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:

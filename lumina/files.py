@@ -47,12 +47,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
     if mark not in names or MARK not in shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    return DitHeader(
-        _config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype
-    )
-
-
-def _config(found: DitShapes) -> LuminaConfig:
+    found = DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")
     dim, patch_width = found.of("x_embedder.weight")
     (head_width,) = found.of("layers.0.attention.q_norm.weight", axes=1)
     rows = found.of("layers.0.attention.qkv.weight")[0]
@@ -71,7 +66,7 @@ def _config(found: DitShapes) -> LuminaConfig:
             f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             found.path,
         )
-    return LuminaConfig(
+    config = LuminaConfig(
         dim=dim,
         ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
@@ -84,6 +79,7 @@ def _config(found: DitShapes) -> LuminaConfig:
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
+    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:

@@ -270,7 +270,14 @@ class WanModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, WanTokens]:
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
-        self._check(noisy, image_embeds)
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
+        if image_embeds is not None and not self.config.has_image:
+            raise ValueError("image features are given, but the model has no image attention")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
@@ -334,16 +341,6 @@ class WanModel(nn.Module):
         hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
         embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
         return WanText(embedded.expand(batch, -1, -1), repeats)
-
-    def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
-        if noisy.shape[1] != self.config.in_dim:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
-            raise ValueError(
-                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
-            )
-        if image_embeds is not None and not self.config.has_image:
-            raise ValueError("image features are given, but the model has no image attention")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
