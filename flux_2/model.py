@@ -93,10 +93,6 @@ class StreamAttention(nn.Module):
         self.norm = PairNorm(config)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def heads_of(self, x: Tensor) -> Heads:
-        """Return query, key and value of B T C, each B T N D."""
-        return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
-
 
 def gate_half(hidden: Tensor) -> Tensor:
     """Return SiLU(first half) * second half: B L 2F -> B L F."""
@@ -131,7 +127,8 @@ class Flux2DoubleBlock(DoubleStreamBlock):
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        return (self.txt_attn if is_text else self.img_attn).heads_of(x)
+        of = self.txt_attn if is_text else self.img_attn
+        return split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
 
 
 class Flux2SingleBlock(nn.Module):

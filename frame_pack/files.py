@@ -46,7 +46,16 @@ class FramePackLlama(LlavaTextEncoder):
         once would be faster, but sum in another order, which changes the last bits.
         """
         read = super().encode
-        return [_in_rows(encoded) for prompt in prompts for encoded in read([prompt])]
+        padded: list[Conditions] = []
+        for encoded in (one for prompt in prompts for one in read([prompt])):
+            states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
+            assert isinstance(states, Tensor)
+            assert isinstance(mask, Tensor)
+            count = int(mask.sum())
+            rows = states.new_zeros(TEXT_ROWS, states.shape[1])
+            rows[:count] = states[:count]
+            padded.append({"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count})
+        return padded
 
 
 class FramePackClip(PooledClip):
@@ -61,16 +70,6 @@ class FramePackClip(PooledClip):
         """Return {"clip_l_pooler": C} for each prompt."""
         read = super().encode
         return [encoded for prompt in prompts for encoded in read([prompt])]
-
-
-def _in_rows(encoded: Conditions) -> Conditions:
-    states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
-    assert isinstance(states, Tensor)
-    assert isinstance(mask, Tensor)
-    count = int(mask.sum())
-    rows = states.new_zeros(TEXT_ROWS, states.shape[1])
-    rows[:count] = states[:count]
-    return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
 
 
 # FramePack and FramePack-F1 have the same tensors, so their files cannot be told apart

@@ -32,7 +32,7 @@ from modules.contract.requests import (
     size_of,
 )
 from modules.errors import MediaError, OptionError
-from modules.media.buckets import Size, bucket_sizes, choose_bucket
+from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,11 @@ def prepare_request(
         _paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
-        width, height = _size_shaped_as((*own.controls, *own.images)[0], (width, height), latent.pixel_step)
+        # the bucket of a dataset of this resolution that the image would be put into
+        from modules.media.reading import image_size
+
+        sides, step = image_size((*own.controls, *own.images)[0]), latent.pixel_step
+        width, height = choose_bucket(sides, bucket_sizes(width, height, step), width * height, step, False)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
@@ -173,13 +177,6 @@ def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: b
             "%d frames are made %d: a video has whole sections behind its first frame", frames, whole
         )
     return sections
-
-
-def _size_shaped_as(image: Path, size: Size, step: int) -> Size:
-    """Return the bucket of a dataset with `size` as its resolution that the image would be put into."""
-    from modules.media.reading import image_size
-
-    return choose_bucket(image_size(image), bucket_sizes(*size, step), size[0] * size[1], step, False)
 
 
 def _with_controls(request: Request) -> Request:
