@@ -284,8 +284,14 @@ class WanModel(nn.Module):
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        asked = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
-        texts = [self._embed_text(one, len(noisy), dtype, text_is_image) for one in asked]
+        texts = []
+        for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
+            merges = None if text_is_image else self.attention  # every row is needed if some are the image
+            rows, repeats = pad_texts(one, self.config.text_len, merges)
+            hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
+            embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
+            # one text may serve all samples
+            texts.append(WanText(embedded.expand(len(noisy), -1, -1), repeats))
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
@@ -332,15 +338,6 @@ class WanModel(nn.Module):
             torch.stack([time[-1:].expand_as(time[:-1]), time[:-1]], dim=1),
             torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1),
         )
-
-    def _embed_text(
-        self, text: Sequence[Tensor] | Tensor, batch: int, dtype: torch.dtype, whole: bool
-    ) -> WanText:
-        """Return the tokens of texts, one for all samples or one for each. whole: every row is needed."""
-        rows, repeats = pad_texts(text, self.config.text_len, None if whole else self.attention)
-        hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
-        embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
-        return WanText(embedded.expand(batch, -1, -1), repeats)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
