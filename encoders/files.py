@@ -4,7 +4,7 @@ A family derives its files from `TransformerFiles` and itself from `OneTransform
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
-from modules.checkpoints.model_files import read_once, require_file
+from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
+from modules.contract.family import TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
@@ -40,6 +41,7 @@ class TransformerFiles(ABC):
 
     format: ClassVar[DitFormat[Any, Any]]  # of the transformer's file
     vae_option: ClassVar[str] = "--vae"
+    vae_folder: ClassVar[str] = ""  # of the VAE in a whole release, which may be given too
     usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
@@ -57,7 +59,8 @@ class TransformerFiles(ABC):
 
     @property
     def vae_path(self) -> Path:
-        return require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
+        path = require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
+        return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
         """Read dimensions, dialect and dtype of the transformer file."""
@@ -85,6 +88,10 @@ class TransformerFiles(ABC):
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""
 
+    def text_encoders(self) -> list[TextEncoder]:
+        """Return the text encoders; their files are opened when they are loaded."""
+        raise NotImplementedError
+
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoders that are given, or all if needed. config: of the transformer, or None."""
@@ -104,10 +111,21 @@ class TransformerFiles(ABC):
 class OneTransformer(Protocol):
     """The part of a family that follows from the files of its one transformer; families derive from it."""
 
+    named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same
+
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
         def files(self) -> TransformerFiles: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Names of this model in saved files."""
+        return self.metadata_of(self.named)
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders; their files are opened when they are loaded."""
+        return self.files.text_encoders()
 
     @property
     def experts(self) -> tuple[Expert, ...]:

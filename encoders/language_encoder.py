@@ -52,6 +52,7 @@ from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import TextEncoder
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt
 from modules.devices import choose_compute_dtype, dtype_name
@@ -380,6 +381,10 @@ class LanguageModelFiles(TransformerFiles):
             self.text_in_fp8,
             self.text_on_cpu,
         )
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """Return the language model alone."""
+        return [self.language_model()]
 
     def text_width(self) -> int:
         """Return how many numbers the joined states of the text encoder have."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from encoders.autoencoder import load_autoencoder, read_autoencoder_header
 from encoders.files import OneTransformer, TransformerFiles
 from encoders.tiles import posterior_generator
-from modules.checkpoints.model_files import inside
 from modules.contract.data import (
     CONTROL,
     Batch,
@@ -75,14 +73,11 @@ class AutoencoderFiles(TransformerFiles):
     dit_option: str = "--pretrained_model_name_or_path"
 
     vae_option: ClassVar[str] = "--ae"
+    vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
         """Load the autoencoder."""
         return load_autoencoder(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
-
-    @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no such autoencoder."""

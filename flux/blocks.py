@@ -8,8 +8,6 @@ the released code of FLUX.1 and Chroma. Module names follow the published checkp
 # Letters: B batch, L picture tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
 # M modulations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -54,36 +52,20 @@ class ModulationRows(nn.Module):
         return vector.index_select(2, self.rows).unbind(2)
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """Where each block's modulation stands among the rows of the approximator.
+def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> Modulation | ModulationRows:
+    """Return what makes a block's modulation: a layer of its own, or its rows of Chroma's approximator.
 
-    Single blocks first, then the pictures' of the double blocks, then the texts', then the final layer's.
-    Source: the released code of Chroma.
+    kind: single, picture or text (both of double blocks), or final: so the rows stand, one block after the
+    other. Source: the released code of Chroma.
     """
-
-    double_blocks: int
-    single_blocks: int
-
-    def picture(self, block: int) -> ModulationRows:
-        return ModulationRows(3 * self.single_blocks + 6 * block, 6)
-
-    def text(self, block: int) -> ModulationRows:
-        return ModulationRows(3 * self.single_blocks + 6 * (self.double_blocks + block), 6)
-
-    def single(self, block: int) -> ModulationRows:
-        return ModulationRows(3 * block, 3)
-
-    @property
-    def final(self) -> ModulationRows:
-        return ModulationRows(3 * self.single_blocks + 12 * self.double_blocks, 2)
-
-
-def row_plan(config: FluxConfig) -> RowPlan | None:
-    """Return where a model's modulations stand; None if each block computes its own."""
+    count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:
-        return None
-    return RowPlan(config.double_blocks, config.single_blocks)
+        return Modulation(config.dim, count)
+    picture = 3 * config.single_blocks
+    text = picture + 6 * config.double_blocks
+    final = text + 6 * config.double_blocks
+    first = {"single": 0, "picture": picture, "text": text, "final": final}[kind]
+    return ModulationRows(first + count * block, count)
 
 
 class QueryKeyNorm(nn.Module):
@@ -105,10 +87,6 @@ class JointAttention(nn.Module):
         self.norm = QueryKeyNorm(dim // num_heads, eps)
         self.proj = nn.Linear(dim, dim)
 
-    def heads_of(self, x: Tensor) -> Heads:
-        """Return query, key and value of B T C, each B T N D."""
-        return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
-
 
 class FluxMlp(nn.Sequential):
     """Two layers with a GELU, in its tanh approximation, between them."""
@@ -126,26 +104,23 @@ class DoubleBlock(DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
     def __init__(self, config: FluxConfig, index: int) -> None:
-        dim, rows = config.dim, row_plan(config)
+        dim = config.dim
         super().__init__(dim, config.eps)
-        self.img_mod = Modulation(dim, 6) if rows is None else rows.picture(index)
+        self.img_mod = modulation_of(config, "picture", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
         self.img_mlp = FluxMlp(config)
-        self.txt_mod = Modulation(dim, 6) if rows is None else rows.text(index)
+        self.txt_mod = modulation_of(config, "text", index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
         self.txt_mlp = FluxMlp(config)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_mod if is_text else self.img_mod
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_mod, self.txt_attn.proj, self.txt_mlp
+        return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        return (self.txt_attn if is_text else self.img_attn).heads_of(x)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
+        of = self.txt_attn if is_text else self.img_attn
+        return split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
 
 
 class SingleBlock(nn.Module):
@@ -153,11 +128,11 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig, index: int) -> None:
         super().__init__()
-        dim, rows = config.dim, row_plan(config)
+        dim = config.dim
         self.num_heads = config.num_heads
         self.widths = (dim, dim, dim, config.ffn_dim)
         self.pre_norm = Float32LayerNorm(dim, config.eps)
-        self.modulation = Modulation(dim, 3) if rows is None else rows.single(index)
+        self.modulation = modulation_of(config, "single", index)
         self.linear1 = nn.Linear(dim, 3 * dim + config.ffn_dim)
         self.norm = QueryKeyNorm(dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim)

@@ -1,14 +1,21 @@
 """FLUX.1 and Chroma, described for the shared loops."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import GUIDANCE, SAME_AUTOENCODER, ModelOfPictures, guidance_in, picture_defaults
+from encoders.pictures import (
+    GUIDANCE,
+    SAME_AUTOENCODER,
+    ModelOfPictures,
+    guidance_in,
+    picture_defaults,
+    references_in,
+)
 from flux.configs import (
     ARCHITECTURES,
     BASE_VERSIONS,
@@ -37,7 +44,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -132,10 +139,6 @@ class Flux(ModelOfPictures):
 
     # encoding
 
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
-        return self.files.text_encoders()
-
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -145,10 +148,32 @@ class Flux(ModelOfPictures):
         config = self.files.dit_header().config
         widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
-        self._check_t5(batch, remedy)
+        is_chroma, most = self.files.kind == CHROMA, self.files.t5_tokens
+        for made in batch.made_by:
+            mask = made.encoder.get("t5_mask")
+            if mask not in (None, "used" if self.files.uses_mask else "not used"):
+                option = CHROMA if is_chroma else "--apply_t5_attn_mask"
+                how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
+                raise CacheError(
+                    f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
+                )
+        states = batch.tensor(STATES)
+        if batch.tensor(MASK).shape != states.shape[:2]:
+            raise CacheError(
+                f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
+                f"{remedy}."
+            )
+        if states.shape[1] > most:
+            raise CacheError(
+                f"{batch.keys[0]}: its text has {states.shape[1]} tokens of T5, this transformer was trained "
+                f"with {most}. Cache again with {remedy} --t5xxl_max_token_length {most}, or train with "
+                f"--t5xxl_max_token_length {states.shape[1]}."
+            )
         return {
             **{name: batch.tensor(name) for name in self.text_keys},
-            GUIDANCE: torch.full((len(latents),), self._guidance(self.trained_guidance)),
+            # Chroma is made for 0
+            GUIDANCE: torch.full((len(latents),), 0.0 if is_chroma else self.trained_guidance),
         }
 
     def predict(
@@ -156,7 +181,8 @@ class Flux(ModelOfPictures):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W in float32.
 
-        cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B.
+        cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B; of Kontext also
+        latents_control B C 1 h w.
         """
         device = noisy.device
         return dit(
@@ -165,12 +191,8 @@ class Flux(ModelOfPictures):
             **name_texts(cond, self._text_inputs, device),
             guidance=guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
-            **self.picture_inputs(cond, device),
+            references=references_in(cond, device),
         )
-
-    def picture_inputs(self, cond: Conditions, device: torch.device) -> Mapping[str, Any]:
-        """Return no arguments of the network besides those of texts and guidance."""
-        return {}
 
     # generation
 
@@ -208,35 +230,6 @@ class Flux(ModelOfPictures):
         rows, columns = height // 2, width // 2
         dtype = self.files.compute_dtype() or torch.float32
         return unpack(noise.draw((1, rows * columns, 4 * channels), dtype).float(), rows, columns)
-
-    def _check_t5(self, batch: Batch, remedy: str) -> None:
-        """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""
-        for made in batch.made_by:
-            mask = made.encoder.get("t5_mask")
-            if mask not in (None, "used" if self.files.uses_mask else "not used"):
-                option = CHROMA if self.files.kind == CHROMA else "--apply_t5_attn_mask"
-                how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
-                raise CacheError(
-                    f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
-                    f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
-                )
-        most = self.files.t5_tokens
-        length = batch.tensor(STATES).shape[1]
-        if batch.tensor(MASK).shape != batch.tensor(STATES).shape[:2]:
-            raise CacheError(
-                f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
-                f"{remedy}."
-            )
-        if length > most:
-            raise CacheError(
-                f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained with "
-                f"{most}. Cache again with {remedy} --t5xxl_max_token_length {most}, or train with "
-                f"--t5xxl_max_token_length {length}."
-            )
-
-    def _guidance(self, asked: float) -> float:
-        """Return the value of the model's guidance input; Chroma is made for 0."""
-        return 0.0 if self.files.kind == CHROMA else asked
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:

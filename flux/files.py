@@ -64,10 +64,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
     if mark not in names or len(shapes.get("img_in.weight", ())) != 2 or any(one in names for one in OTHERS):
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    return DitHeader(_config(DitShapes(checkpoint.path, shapes, "FLUX.1")), dialect, names[mark].dtype)
-
-
-def _config(found: DitShapes) -> FluxConfig:
+    found = DitShapes(checkpoint.path, shapes, "FLUX.1")
     dim, token_dim = found.of("img_in.weight")
     (head_width,) = found.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
@@ -76,7 +73,6 @@ def _config(found: DitShapes) -> FluxConfig:
             "those of a FLUX.1 transformer. Copy the file again.",
             found.path,
         )
-    is_chroma = f"{APPROXIMATOR}.in_proj.weight" in found.shapes
     sizes: dict[str, Any] = {
         "dim": dim,
         "ffn_dim": found.of("double_blocks.0.img_mlp.0.weight")[0],
@@ -86,25 +82,22 @@ def _config(found: DitShapes) -> FluxConfig:
         "token_dim": token_dim,
         "text_dim": found.of("txt_in.weight")[1],
     }
-    if is_chroma:
-        return FluxConfig(**sizes, approximator=_approximator(found))
-    return FluxConfig(
-        **sizes,
-        pooled_dim=found.of("vector_in.in_layer.weight")[1],
-        freq_dim=found.of("time_in.in_layer.weight")[1],
-        has_guidance="guidance_in.in_layer.weight" in found.shapes,
-    )
-
-
-def _approximator(found: DitShapes) -> ApproximatorConfig:
-    dim, in_dim = found.of(f"{APPROXIMATOR}.in_proj.weight")
-    layers = count(found.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
-    if in_dim % 8:
-        raise CheckpointError(
-            f"{found.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
-            found.path,
-        )
-    return ApproximatorConfig(in_dim, dim, layers)
+    if f"{APPROXIMATOR}.in_proj.weight" in found.shapes:  # Chroma
+        width, in_dim = found.of(f"{APPROXIMATOR}.in_proj.weight")
+        layers = count(found.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
+        if in_dim % 8:
+            raise CheckpointError(
+                f"{found.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
+                found.path,
+            )
+        sizes |= {"approximator": ApproximatorConfig(in_dim, width, layers)}
+    else:
+        sizes |= {
+            "pooled_dim": found.of("vector_in.in_layer.weight")[1],
+            "freq_dim": found.of("time_in.in_layer.weight")[1],
+            "has_guidance": "guidance_in.in_layer.weight" in found.shapes,
+        }
+    return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:

@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
+from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
@@ -80,9 +80,8 @@ class FluxFinalLayer(HunyuanFinalLayer):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__(config.dim, config.token_dim, config.eps)
-        plan = row_plan(config)
-        if plan is not None:
-            self.adaLN_modulation = plan.final
+        if config.approximator is not None:
+            self.adaLN_modulation = modulation_of(config, "final")
 
     def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSpec
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -117,10 +117,6 @@ class Flux2(ModelOfPictures):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the language model; its file is opened when it is loaded."""
-        return [self.files.language_model()]
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: its posterior's mean, and those of its references."""

@@ -5,7 +5,6 @@ Transformers are as published, or as diffusers writes them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.model_files import inside, read_once
+from modules.checkpoints.model_files import read_once
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
@@ -91,6 +90,7 @@ class Flux2Files(LanguageModelFiles):
     model_version: str = "dev"
 
     format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
 
     @property
     def version(self) -> Flux2Version:
@@ -128,10 +128,6 @@ class Flux2Files(LanguageModelFiles):
                 "another file"
             )
         return header
-
-    @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
         """Load the autoencoder."""

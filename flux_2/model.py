@@ -93,10 +93,6 @@ class StreamAttention(nn.Module):
         self.norm = PairNorm(config)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def heads_of(self, x: Tensor) -> Heads:
-        """Return query, key and value of B T C, each B T N D."""
-        return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
-
 
 def gate_half(hidden: Tensor) -> Tensor:
     """Return SiLU(first half) * second half: B L 2F -> B L F."""
@@ -125,17 +121,14 @@ class Flux2DoubleBlock(DoubleStreamBlock):
         self.img_mlp, self.txt_mlp = GatedMlp(config), GatedMlp(config)
         self.img_rows, self.txt_rows = RowsOfAll(PICTURE_ROWS), RowsOfAll(TEXT_ROWS)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_rows if is_text else self.img_rows
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_rows, self.txt_attn.proj, self.txt_mlp
+        return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        return (self.txt_attn if is_text else self.img_attn).heads_of(x)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
+        of = self.txt_attn if is_text else self.img_attn
+        return split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
 
 
 class Flux2SingleBlock(nn.Module):
@@ -253,7 +246,18 @@ class Flux2Model(nn.Module):
             in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype)
             for one in (noisy, *references)
         ]
-        vector = self._embed_numbers(timesteps, guidance if tweaks.embedded_guidance else None)
+        # float32 angles: those of a large guidance are rounded, and so they were in training
+        embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
+        if self.config.has_guidance and guidance is not None and tweaks.embedded_guidance:
+            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
+            embedding = embedding + self.guidance_in(scaled)
+        rows = [
+            self.double_stream_modulation_img(embedding),
+            self.double_stream_modulation_txt(embedding),
+            self.single_stream_modulation(embedding),
+            embedding.unsqueeze(1),
+        ]
+        vector = torch.cat(rows, dim=1).unsqueeze(1)  # B 1 16 C float32: all modulations, the embedding
         given = tweaks.texts(len(noisy), text=text)
         texts = [
             EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector) for each in given
@@ -275,18 +279,3 @@ class Flux2Model(nn.Module):
         _, rows, columns = tokens.grid
         made = self.final_layer(x[:, : rows * columns], tokens).float()
         return made.transpose(1, 2).unflatten(2, (1, rows, columns))
-
-    def _embed_numbers(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the rows of all modulations and the embedding that they are made of, B 1 16 C float32."""
-        # float32 angles: those of a large guidance are rounded, and so they were in training
-        vector = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
-        if self.config.has_guidance and guidance is not None:
-            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
-            vector = vector + self.guidance_in(scaled)
-        rows = [
-            self.double_stream_modulation_img(vector),
-            self.double_stream_modulation_txt(vector),
-            self.single_stream_modulation(vector),
-            vector.unsqueeze(1),
-        ]
-        return torch.cat(rows, dim=1).unsqueeze(1)

@@ -51,7 +51,26 @@ def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Condition
     tensors: Mapping[str, Tensor] = {
         name: batch.tensor(name) for name in ("latents", *sorted(TEXT_KEYS), *_NEEDED, *history)
     }
-    _check_places(batch, tensors)
+    target = tensors["latents"]
+    for latents, (_, indices) in {"latents": ("", "latent_indices"), **HISTORY}.items():
+        if latents not in tensors:
+            continue
+        if indices not in tensors:
+            raise CacheError(
+                f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with "
+                f"{LATENTS_AGAIN}."
+            )
+        shape, places = tensors[latents].shape, tensors[indices]
+        if (
+            places.dtype.is_floating_point
+            or places.shape != (len(target), shape[2])
+            or shape[3:] != target.shape[3:]
+        ):
+            raise CacheError(
+                f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
+                f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
+                f"again with {LATENTS_AGAIN}."
+            )
     return {name: tensor for name, tensor in tensors.items() if name != "latents"}
 
 
@@ -97,34 +116,6 @@ def _note_clips() -> None:
         "--one_frame out.",
         LATENTS_AGAIN,
     )
-
-
-def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CacheError unless every latent frame has an index and all have one size."""
-    target = tensors["latents"]
-    for latents, indices in {
-        "latents": "latent_indices",
-        **{name: indices for name, (_, indices) in HISTORY.items()},
-    }.items():
-        if latents not in tensors:
-            continue
-        if indices not in tensors:
-            raise CacheError(
-                f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with "
-                f"{LATENTS_AGAIN}."
-            )
-        shape, places = tensors[latents].shape, tensors[indices]
-        if (
-            places.dtype.is_floating_point
-            or places.shape != (len(target), shape[2])
-            or shape[3:] != target.shape[3:]
-        ):
-            raise CacheError(
-                f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
-                "of "
-                f"{_join_sides(tensors[latents])} "
-                f"do not fit latents of {_join_sides(target)}. Cache again with {LATENTS_AGAIN}."
-            )
 
 
 def _join_sides(tensor: Tensor) -> str:

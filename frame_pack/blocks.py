@@ -122,17 +122,13 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
         self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.norm1_context if is_text else self.norm1
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.norm1_context, self.attn.to_add_out, self.ff_context
+        return self.norm1, self.attn.to_out[0], self.ff
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         return self.attn.heads(x, is_text)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype(self.attn.to_add_out if is_text else self.attn.to_out[0], seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.ff_context if is_text else self.ff
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):

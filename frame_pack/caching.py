@@ -175,7 +175,7 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
     target, *controls = _encode(encoders, media.keys, [media.frames, *media.control])
     target = apply_masks(target, media.alpha)
     clean = [
-        apply_masks(latents, _alpha_of(frames))
+        apply_masks(latents, frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None)
         for latents, frames in zip(controls, media.control, strict=True)
     ]
     clean += [torch.zeros_like(target)] * (len(indices.clean) - len(clean))
@@ -185,11 +185,6 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
         [_entry({"latents": target[item], "latents_clean": seen[item]}, indices, features[item])]
         for item in range(len(media.keys))
     ]
-
-
-def _alpha_of(frames: Tensor) -> Tensor | None:
-    """Return the fourth channel of B 1 H W C as B H W; None if there is none."""
-    return frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
 
 
 # Both
@@ -214,9 +209,8 @@ def _entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
     """Build an entry. tensors: C F h w each; the target is `latents`, whose size all latents' names have."""
-    places = {
-        f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)
-    }
+    clean = indices.clean, indices.clean_2x, indices.clean_4x
+    places = {f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, clean, strict=True)}
     numbers = {
         name: torch.tensor(part)
         for name, part in {"latent_indices": indices.target, **places}.items()
@@ -224,7 +218,3 @@ def _entry(
     }
     frames, height, width = tensors["latents"].shape[1:]
     return CacheEntry({**tensors, **numbers, "image_embeddings": features}, section, (frames, height, width))
-
-
-def _clean(indices: Indices) -> tuple[tuple[int, ...], ...]:
-    return indices.clean, indices.clean_2x, indices.clean_4x

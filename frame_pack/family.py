@@ -1,7 +1,7 @@
 """FramePack and FramePack-F1, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
@@ -147,18 +147,18 @@ class FramePack(OneTransformer):
 
     # encoding
 
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        return self.files.text_encoders()
-
     @property
     def media_identity(self) -> Mapping[str, str]:
         """Encoders and switches that cached latents depend on."""
+        kind = "f1" if self.is_f1 else "anti-drifting"
+        if self.one_frame is not None:
+            left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
+            kind = ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
         return {
             **self.files.vae_identity(),
             "image_encoder": fingerprint(self.files.image_encoder_path),
             "tile_frames": str(self.files.vae_tile_frames),
-            "sections": self._kind_of_sections(),
+            "sections": kind,
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
@@ -327,13 +327,6 @@ class FramePack(OneTransformer):
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
             if is_on
         )
-
-    def _kind_of_sections(self) -> str:
-        """Describe the kind of caches."""
-        if self.one_frame is None:
-            return "f1" if self.is_f1 else "anti-drifting"
-        left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
-        return ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:

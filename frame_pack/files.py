@@ -46,7 +46,16 @@ class FramePackLlama(LlavaTextEncoder):
         once would be faster, but sum in another order, which changes the last bits.
         """
         read = super().encode
-        return [_in_rows(encoded) for prompt in prompts for encoded in read([prompt])]
+        padded: list[Conditions] = []
+        for encoded in (one for prompt in prompts for one in read([prompt])):
+            states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
+            assert isinstance(states, Tensor)
+            assert isinstance(mask, Tensor)
+            count = int(mask.sum())
+            rows = states.new_zeros(TEXT_ROWS, states.shape[1])
+            rows[:count] = states[:count]
+            padded.append({"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count})
+        return padded
 
 
 class FramePackClip(PooledClip):
@@ -61,16 +70,6 @@ class FramePackClip(PooledClip):
         """Return {"clip_l_pooler": C} for each prompt."""
         read = super().encode
         return [encoded for prompt in prompts for encoded in read([prompt])]
-
-
-def _in_rows(encoded: Conditions) -> Conditions:
-    states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
-    assert isinstance(states, Tensor)
-    assert isinstance(mask, Tensor)
-    count = int(mask.sum())
-    rows = states.new_zeros(TEXT_ROWS, states.shape[1])
-    rows[:count] = states[:count]
-    return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
 
 
 # FramePack and FramePack-F1 have the same tensors, so their files cannot be told apart
@@ -103,14 +102,11 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         raise CheckpointError(
             f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
         )
-    config = _config(DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack"))
-    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
-
-
-def _config(found: DitShapes) -> FramePackConfig:
+    found = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(found, DIT, DIMENSIONS)
     image_hidden_dim, image_dim = found.of("image_projection.up.weight")
-    return FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
+    config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
+    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
 
 FORMAT = DitFormat(_header, lambda _: WHAT, FramePackModel, own_names)
@@ -149,7 +145,13 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
 
     Raises OptionError if the files differ, CheckpointError if one is damaged.
     """
-    found = {path: _window_in(path, otherwise) for path in paths}
+    found = {}
+    for path in paths:
+        text = ""
+        if path.suffix == ".safetensors":
+            with open_checkpoint(path) as file:
+                text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
+        found[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
     if len(set(found.values())) > 1:
         said = ", ".join(f"{path}: {window}" for path, window in found.items())
         raise OptionError(
@@ -157,14 +159,6 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
             "separate runs."
         )
     return next(iter(found.values()), otherwise)
-
-
-def _window_in(path: Path, otherwise: int) -> int:
-    if path.suffix != ".safetensors":
-        return otherwise
-    with open_checkpoint(path) as file:
-        text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
-    return int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
 
 
 def _siglip_width(checkpoint: Checkpoint) -> int:

@@ -344,29 +344,16 @@ class FramePackModel(nn.Module):
         rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guided = guidance if tweaks.embedded_guidance else None
-        texts = [
-            self._embed_text(timesteps, guided, rotary.shape[-4], image, **text)
-            for text in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l)
-        ]
+        texts = []
+        for one in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+            before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
+            longest, counts, lengths = count_real(one["llama_mask"], before, noisy.device)
+            states = one["llama"][:, :longest]
+            text = self.context_embedder(states, timesteps, counts, image.dtype, self.attention)
+            vector = self.time_text_embed(timesteps, one["clip_l"], guided).unsqueeze(1)
+            texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, vector))
         inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
         return join_tokens(latents, texts, tweaks.steer, **inputs)
-
-    def _embed_text(
-        self,
-        timesteps: Tensor,
-        guidance: Tensor | None,
-        before: int,
-        image: Tensor,
-        *,
-        llama: Tensor,
-        llama_mask: Tensor,
-        clip_l: Tensor,
-    ) -> EmbeddedText:
-        """Embed a text that stands behind so many tokens and the image's, B S C, which become part of it."""
-        longest, counts, lengths = count_real(llama_mask, before + image.shape[1], llama.device)
-        text = self.context_embedder(llama[:, :longest], timesteps, counts, image.dtype, self.attention)
-        vector = self.time_text_embed(timesteps, clip_l, guidance)
-        return EmbeddedText(torch.cat([image, text], dim=1), lengths, vector.unsqueeze(1))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""

@@ -32,7 +32,7 @@ from modules.contract.requests import (
     size_of,
 )
 from modules.errors import MediaError, OptionError
-from modules.media.buckets import Size, bucket_sizes, choose_bucket
+from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,12 @@ def prepare_request(
     takes_shape: a single picture is shaped as its first control image, else as its start image.
     Raises OptionError for impossible ones.
     """
-    one_frame = _one_frame_of(request, is_f1)
-    is_picture = one_frame is not None
+    text = request.extra.get("one_frame")
+    one_frame, is_picture = None if text is None else parse_one_frame(text), text is not None
+    if is_picture and is_f1:
+        raise OptionError(
+            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
+        )
     request = _with_media(request, is_f1, is_picture)
     sections = _count(request, usual, window, is_picture)
     width, height, _ = size_of(request, usual)
@@ -83,18 +87,28 @@ def prepare_request(
         _paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
-        width, height = _size_shaped_as((*own.controls, *own.images)[0], (width, height), latent.pixel_step)
+        # the bucket of a dataset of this resolution that the image would be put into
+        from modules.media.reading import image_size
+
+        sides, step = image_size((*own.controls, *own.images)[0]), latent.pixel_step
+        width, height = choose_bucket(sides, bucket_sizes(width, height, step), width * height, step, False)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
-        flow_shift = _shift_of_size(width, height, latent, 1 if is_picture else window)
+        *_, rows, columns = latent.shape(1, height, width)
+        flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
     prepared = settle(request, usual, (width, height, frames), flow_shift, usual_negative)
     others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
     second: tuple[str | None, ...] = (None,) * len(texts)
     if request.second_prompt is not None:
         second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
+    # in files of results, by the names of options
+    said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
+    said |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    if not is_picture:  # as the option counts them, whatever the rate it is played at
+        said["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
@@ -103,7 +117,7 @@ def prepare_request(
             for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
         },
         own=own,
-        own_metadata=_metadata_of(request.extra, sections, window, is_f1),
+        own_metadata=said,
     )
 
 
@@ -122,18 +136,6 @@ def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None
         )
 
 
-def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
-    text = request.extra.get("one_frame")
-    if text is None:
-        return None
-    one_frame = parse_one_frame(text)
-    if is_f1:
-        raise OptionError(
-            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
-        )
-    return one_frame
-
-
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
     """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
@@ -146,14 +148,6 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
             "made from --image_path and --control_image_path. Leave one of them out"
         )
     return keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
-
-
-def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
-    """Return the request's metadata for outputs, by the names of its options."""
-    said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if "one_frame" not in extra:  # as the option counts them, whatever the rate it is played at
-        said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
-    return {name: text for name, text in extra.items() if name != "video_seconds"} | said
 
 
 def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
@@ -183,18 +177,6 @@ def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: b
             "%d frames are made %d: a video has whole sections behind its first frame", frames, whole
         )
     return sections
-
-
-def _size_shaped_as(image: Path, size: Size, step: int) -> Size:
-    """Return the bucket of a dataset with `size` as its resolution that the image would be put into."""
-    from modules.media.reading import image_size
-
-    return choose_bucket(image_size(image), bucket_sizes(*size, step), size[0] * size[1], step, False)
-
-
-def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: int) -> float:
-    _, _, _, rows, columns = latent.shape(1, height, width)
-    return flow_shift_for(count_tokens(latent_frames, rows, columns))
 
 
 def _with_controls(request: Request) -> Request:

@@ -1,8 +1,8 @@
 """HunyuanImage-2.1, described for the shared loops."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -66,6 +66,12 @@ class HunyuanImage(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="hunyuan_image", init=False)
+    named: ClassVar = {
+        "architecture": "hunyuan-image-2.1",
+        "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        "model_type": "hunyuan_image",
+        "base_model_version": "hunyuan-image-2.1",
+    }
     cache_tag: str = field(default="hi", init=False)
     lora_module: str = field(default="networks.lora_hunyuan_image", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -75,22 +81,7 @@ class HunyuanImage(ModelOfPictures):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     called: str = field(default=NAME, init=False)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
-        names = {
-            "architecture": "hunyuan-image-2.1",
-            "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
-            "model_type": "hunyuan_image",
-            "base_model_version": "hunyuan-image-2.1",
-        }
-        return self.metadata_of(names)
-
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Qwen2.5-VL's language model and the encoder of letters; files are opened when loaded."""
-        return [self.files.qwen(), self.files.glyphs()]
 
     # the network
 
@@ -126,19 +117,15 @@ class HunyuanImage(ModelOfPictures):
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
         prepared = self.settle_picture(request, FLOW_SHIFT)
-        rules = GuidanceRules(projection=self._projection(bool(find_quoted(request.prompt))))
-        return replace(prepared, rules=rules)
-
-    def _projection(self, has_letters: bool) -> Projection:
-        """Return the rule of guidance; a picture with letters keeps the plain formula for longer."""
-        options = self.projection
-        return Projection(
+        options, has_letters = self.projection, bool(find_quoted(request.prompt))
+        projection = Projection(  # a picture with letters keeps the plain formula for longer
             options.apg_start_step_ocr if has_letters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,
             APG_NORM,
             rescale=options.guidance_rescale_apg,
         )
+        return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32, drawn in bfloat16, as released."""

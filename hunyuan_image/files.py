@@ -9,17 +9,19 @@ import torch
 
 import hunyuan_model.checkpoints as hunyuan
 from encoders.files import TransformerFiles
+from encoders.language_models import read_language_model
 from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
-from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder, read_qwen
+from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder
 from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
+from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
@@ -84,10 +86,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
         )
     mark, table = DIALECTS[dialect]
     shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    return DitHeader(_config(DitShapes(path, shapes, "HunyuanImage-2.1")), dialect, names[mark].dtype)
-
-
-def _config(found: DitShapes) -> HunyuanImageConfig:
+    found = DitShapes(path, shapes, "HunyuanImage-2.1")
     dim, in_dim, rows, columns = found.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
@@ -102,7 +101,7 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
             found.path,
         )
     first, glyph_dim = found.of("byt5_in.fc1.weight")
-    return HunyuanImageConfig(
+    config = HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
         out_dim=found.of("final_layer.linear.weight")[0],
@@ -110,6 +109,7 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
         glyph_hidden=(first, found.of("byt5_in.fc2.weight")[0]),
         **hunyuan.read_block_dimensions(found, DIT, DIMENSIONS, dim),
     )
+    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]) -> Mapping[str, TensorSource]:
@@ -136,6 +136,7 @@ class HunyuanImageFiles(TransformerFiles):
     text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
@@ -156,10 +157,6 @@ class HunyuanImageFiles(TransformerFiles):
         )
 
     @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
-
-    @property
     def text_encoder_path(self) -> Path:
         what = "Qwen2.5-VL's language model encodes the prompts"
         return require_file(self.text_encoder, QWEN_USE.model.option, what)
@@ -168,19 +165,16 @@ class HunyuanImageFiles(TransformerFiles):
     def byt5_path(self) -> Path:
         return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the picture")
 
-    def qwen(self) -> QwenTextEncoder:
-        """Return the language model; its file is opened when it is loaded."""
-        return QwenTextEncoder(
+    def text_encoders(self) -> list[TextEncoder]:
+        """Return Qwen2.5-VL's language model and the encoder of letters."""
+        qwen = QwenTextEncoder(
             self.text_encoder_path,
             self.beside(self.text_dtype, TEXT_DTYPE),
             self.text_encoder_tokenizer,
             self.text_in_fp8,
             self.text_on_cpu,
         )
-
-    def glyphs(self) -> GlyphTextEncoder:
-        """Return the encoder of letters; its file is opened when it is loaded."""
-        return GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)
+        return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
         """Load the VAE. Raises as `hunyuan_image.vae.load_vae`."""
@@ -194,15 +188,15 @@ class HunyuanImageFiles(TransformerFiles):
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.text_encoder is not None or needed:
-            path, takes = self.qwen().path, None if config is None else config.text_dim
-            qwen, width = QWEN_USE.model, read_once(path, _text_width)
+            path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
+            width, takes = read_once(path, _text_width), None if config is None else config.text_dim
             check_state_width(qwen.option, path, width, self.dit, takes, qwen.files)
         if self.byt5 is not None or needed:
-            path, takes = self.glyphs().path, None if config is None else config.glyph_dim
+            path, takes = GlyphTextEncoder(self.byt5_path).path, None if config is None else config.glyph_dim
             check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
         if self.text_encoder_tokenizer is not None:
             TOKENIZER.files.check_given(self.text_encoder_tokenizer)
 
 
 def _text_width(checkpoint: Checkpoint) -> int:
-    return read_qwen(checkpoint).dim
+    return read_language_model(checkpoint, QWEN_USE.model, QWEN_USE.states).config.dim

@@ -24,7 +24,7 @@ from hunyuan_model.blocks import (
 )
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.attend import Lengths, lengths_on
+from modules.attention.attend import lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
@@ -129,10 +129,25 @@ class HunyuanImageModel(nn.Module):
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)
         given = {"text": text, "text_mask": text_mask, "glyphs": glyphs, "glyph_mask": glyph_mask}
-        texts = [
-            EmbeddedText(*self._embed_text(timesteps, len(rotary), dtype, **one), vector)
-            for one in tweaks.texts(len(noisy), **given)
-        ]
+        texts = []
+        for one in tweaks.texts(len(noisy), **given):
+            states, glyph_states = one["text"], one["glyphs"]
+            for each, mask in ((states, one["text_mask"]), (glyph_states, one["glyph_mask"])):
+                if mask.shape != each.shape[:2]:
+                    raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(each.shape[:2])}")
+            longest, counts = real_tokens(one["text_mask"])
+            refined = self.txt_in(states[:, :longest], timesteps, counts, dtype, self.attention)
+            text_counts = counts or [longest] * len(states)
+            most, counts = real_tokens(one["glyph_mask"])
+            glyph_counts = counts or [most] * len(glyph_states)
+            if any(glyph_counts):  # in each sample they come first, then the text, then padding
+                written = self.byt5_in(glyph_states[:, :most]).to(dtype)
+                refined = join_texts(written, glyph_counts, refined, text_counts)
+            totals = [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
+            lengths = None
+            if min(totals) != refined.shape[1]:
+                lengths = lengths_on([len(rotary) + total for total in totals], noisy.device)
+            texts.append(EmbeddedText(refined, lengths, vector))
         inputs = {"grid": (1, rows, columns), "rotary": rotary, "dtype": dtype, "attention": self.attention}
         return join_tokens([rearrange(pixels, "b c h w -> b (h w) c")], texts, tweaks.steer, **inputs)
 
@@ -140,37 +155,6 @@ class HunyuanImageModel(nn.Module):
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
         pixels = self.final_layer(x[:, : tokens.video], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
-
-    def _embed_text(
-        self,
-        timesteps: Tensor,
-        before: int,
-        dtype: torch.dtype,
-        *,
-        text: Tensor,
-        text_mask: Tensor,
-        glyphs: Tensor,
-        glyph_mask: Tensor,
-    ) -> tuple[Tensor, Lengths | None]:
-        """Return the tokens of both texts, B J C, and how many are real with `before` in front of them.
-
-        In each sample glyphs come first, then the text, then padding to the longest of the batch.
-        """
-        for states, mask in ((text, text_mask), (glyphs, glyph_mask)):
-            if mask.shape != states.shape[:2]:
-                raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(states.shape[:2])}")
-        longest, counts = real_tokens(text_mask)
-        refined = self.txt_in(text[:, :longest], timesteps, counts, dtype, self.attention)
-        text_counts = counts or [longest] * len(text)
-        most, counts = real_tokens(glyph_mask)
-        glyph_counts = counts or [most] * len(glyphs)
-        if any(glyph_counts):
-            written = self.byt5_in(glyphs[:, :most]).to(dtype)
-            refined = join_texts(written, glyph_counts, refined, text_counts)
-        totals = [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
-        if min(totals) == refined.shape[1]:
-            return refined, None
-        return refined, lengths_on([before + total for total in totals], text.device)
 
 
 def join_texts(

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
-from encoders.language_models import QWEN25_VL, LanguageConfig, read_language_model
+from encoders.language_models import QWEN25_VL
 from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
 from encoders.text_encoder import TokenizerSource
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
 from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import Checkpoint, fingerprint
+from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
@@ -172,11 +172,3 @@ class GlyphTextEncoder:
     def free(self) -> None:
         """Release the encoder and its memory."""
         self._loaded.free()
-
-
-def read_qwen(checkpoint: Checkpoint) -> LanguageConfig:
-    """Read the dimensions of the language model in an open file.
-
-    Raises CheckpointError if it holds another model.
-    """
-    return read_language_model(checkpoint, QWEN_USE.model, QWEN_USE.states).config

@@ -7,7 +7,7 @@ Latents are those of cache files: not multiplied by the scaling factor. A pictur
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out
@@ -200,10 +199,6 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
     as_matrices(sources, ATTENTION)
-    return LoadPlan(_read_config(checkpoint, sources), checkpoint, sources)
-
-
-def _read_config(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> HunyuanImageVaeConfig:
     shape = shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
     levels = {count(sources, rf"{part}\.\d+") for part in (r"encoder\.down", r"decoder\.up")}
     if levels != {LEVELS}:
@@ -216,12 +211,13 @@ def _read_config(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) ->
     pairs = zip(widths, widths[1:], strict=False)
     if uneven or widths[-1] % (2 * channels) or any((FOLDED * near) % far for near, far in pairs):
         raise _wrong(checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit")
-    return HunyuanImageVaeConfig(
+    config = HunyuanImageVaeConfig(
         channels,
         widths,
         count(sources, r"encoder\.down\.0\.block\.\d+"),
         count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
+    return LoadPlan(config, checkpoint, sources)
 
 
 def _wrong(checkpoint: Checkpoint, why: str) -> CheckpointError:

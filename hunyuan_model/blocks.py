@@ -169,28 +169,22 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        """Return the module of a stream's shifts, scales and gates."""
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's modulation, last layer of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         """Return query, key and value of a stream's tokens B L C; the first two normalised."""
         raise NotImplementedError
 
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        """Apply a stream's last layer of attention."""
-        raise NotImplementedError
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        """Return a stream's feed-forward layers."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         video, text = tokens.split_video(x)
         of_video, of_text = tokens.rows
-        shift1, scale1, gate1, *video_rows = self.modulation(False)(of_video)
-        text_shift1, text_scale1, text_gate1, *text_rows = self.modulation(True)(of_text)
+        modulation, project, mlp = self.layers(False)
+        text_modulation, text_project, text_mlp = self.layers(True)
+        shift1, scale1, gate1, *video_rows = modulation(of_video)
+        text_shift1, text_scale1, text_gate1, *text_rows = text_modulation(of_text)
 
         h = modulate(self.norm(video), shift1, scale1, tokens.dtype, tokens.clean)
         mine = self.heads(h, False)
@@ -199,17 +193,18 @@ class DoubleStreamBlock(nn.Module):
         del h, mine
         video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
 
-        video = add_gated(video, gate1, self.project(video_seen, False), tokens.clean)
-        text = add_gated(text, text_gate1, self.project(text_seen, True), tokens.split)
-        text = self.feed_forward(text, self.mlp(True), tokens.dtype, tokens.split, *text_rows)
+        video = add_gated(video, gate1, in_own_dtype(project, video_seen), tokens.clean)
+        text = add_gated(text, text_gate1, in_own_dtype(text_project, text_seen), tokens.split)
+        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         segments = split_segments(tokens.clean, video_rows, video)
-        parts = [self.feed_forward(part, self.mlp(False), tokens.dtype, 0, *rows) for part, *rows in segments]
+        parts = [self.feed_forward(part, mlp, tokens.dtype, 0, *rows) for part, *rows in segments]
         return torch.cat([*parts, text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.modulation(False)(tokens.rows[0])
+        modulation, *_ = self.layers(False)
+        shift, scale, *_ = modulation(tokens.rows[0])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype, tokens.clean)
 
     def feed_forward(
@@ -249,8 +244,10 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.txt_attn_proj = nn.Linear(dim, dim)
         self.txt_mlp = Mlp(dim, ffn_dim, gelu)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_mod if is_text else self.img_mod
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_mod, self.txt_attn_proj, self.txt_mlp
+        return self.img_mod, self.img_attn_proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         if is_text:
@@ -258,12 +255,6 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         else:
             layers = self.img_attn_qkv, self.num_heads, self.img_attn_q_norm, self.img_attn_k_norm
         return split_heads(x, *layers)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype(self.txt_attn_proj if is_text else self.img_attn_proj, seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
 
 
 class MMSingleStreamBlock(nn.Module):

@@ -107,7 +107,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
     shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    config = _config(DitShapes(path, shapes, "HunyuanVideo"))
+    found = DitShapes(path, shapes, "HunyuanVideo")
+    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
+    config = HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
     known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
     if config.in_dim not in known:
         name = (
@@ -121,11 +123,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             path,
         )
     return DitHeader(config, dialect, names[mark].dtype)
-
-
-def _config(found: DitShapes) -> HunyuanVideoConfig:
-    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
-    return HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
 
 
 def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
@@ -150,7 +147,12 @@ def read_block_dimensions(
 ) -> dict[str, int]:
     """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
     (head_width,) = found.of(names["num_heads"], axes=1)
-    check_heads(found.path, dim, head_width, found.model)
+    if dim % head_width or head_width % TABLE_MULTIPLE:
+        raise CheckpointError(
+            f"{found.path}: width {dim} with heads of {head_width} is not a {found.model} transformer. The "
+            f"head width must divide the width and be a multiple of {TABLE_MULTIPLE}.",
+            found.path,
+        )
     double_blocks, single_blocks = spec.block_lists
     return {
         "num_heads": dim // head_width,
@@ -162,16 +164,6 @@ def read_block_dimensions(
         "text_dim": found.of(names["text_dim"])[1],
         "freq_dim": found.of(names["freq_dim"])[1],
     }
-
-
-def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:
-    """Raise CheckpointError if a width is not a multiple of the head width, or that of TABLE_MULTIPLE."""
-    if dim % head_width or head_width % TABLE_MULTIPLE:
-        raise CheckpointError(
-            f"{path}: width {dim} with heads of {head_width} is not a {name} transformer. The head "
-            f"width must divide the width and be a multiple of {TABLE_MULTIPLE}.",
-            path,
-        )
 
 
 def _has_refiner(names: Iterable[str]) -> bool:
@@ -213,7 +205,10 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> d
 
 
 def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
-    """Map each tensor of the file by its own name; fp8 weights are multiplied by their scales."""
+    """Map each tensor of the file by its own name; fp8 weights are multiplied by their scales.
+
+    Raises CheckpointError if the map of scales is missing or invalid.
+    """
     sources = plain_sources(checkpoint)
     plain_fp8 = [
         name
@@ -223,22 +218,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     path = checkpoint.path
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
-    scales = _read_scale_map(path)
-    missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
-    if missing:
-        raise CheckpointError(
-            f"{_map_path(path)} has no scale for {missing[0]}: it does not belong to {path}.", path
-        )
-    return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
-
-
-def _map_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_map.pt")
-
-
-def _read_scale_map(path: Path) -> dict[str, float]:
-    """Read scales by module path. Raises CheckpointError if the map is missing or invalid."""
-    found = _map_path(path)
+    found = path.with_name(f"{path.stem}_map.pt")
     if not found.is_file():
         raise CheckpointError(
             f"{path} has fp8 weights whose scales are in {found.name}, which is missing beside it.\n"
@@ -247,11 +227,15 @@ def _read_scale_map(path: Path) -> dict[str, float]:
         )
     content: Any = load_pickled(found)
     try:
-        return {str(name): float(value) for name, value in content.items()}
+        scales = {str(name): float(value) for name, value in content.items()}  # by the path of a module
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{found} is not a map of scales ({error}). Download or copy it again.", found
         ) from error
+    missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
+    if missing:
+        raise CheckpointError(f"{found} has no scale for {missing[0]}: it does not belong to {path}.", path)
+    return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
 
 def _times(name: str, scale: float) -> TensorSource:

@@ -1,10 +1,10 @@
 """HunyuanVideo and SkyReels V1, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import (
     Prepared,
@@ -84,6 +84,11 @@ class HunyuanVideo(OneTransformer):
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="hunyuan_video", init=False)
+    named: ClassVar = {
+        "architecture": "hunyuan-video",
+        "implementation": "https://github.com/Tencent/HunyuanVideo",
+        "model_type": "hunyuan",
+    }
     cache_tag: str = field(default="hv", init=False)
     lora_module: str = field(default="networks.lora", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -112,16 +117,6 @@ class HunyuanVideo(OneTransformer):
         """Return the model's release; SkyReels V1's text-to-video counts as HunyuanVideo."""
         return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
-        names = {
-            "architecture": "hunyuan-video",
-            "implementation": "https://github.com/Tencent/HunyuanVideo",
-            "model_type": "hunyuan",
-        }
-        return self.metadata_of(names)
-
     # encoding
 
     def check_given_files(self) -> None:
@@ -129,10 +124,6 @@ class HunyuanVideo(OneTransformer):
         if self.files.dit is not None:
             self._check_dit()
         self.files.check()
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        return self.files.text_encoders()
 
     @property
     def media_identity(self) -> Mapping[str, str]:

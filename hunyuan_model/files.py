@@ -19,7 +19,7 @@ from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitFormat
 from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
+from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
@@ -41,11 +41,8 @@ class HunyuanFiles(TransformerFiles):
     refiner: ClassVar[tuple[str, str]] = HUNYUAN_REFINER
     encoders: ClassVar[tuple[type[LlavaTextEncoder], type[PooledClip]]] = (LlavaTextEncoder, HunyuanClip)
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
+    vae_folder: ClassVar[str] = "vae"
     usual: ClassVar[torch.dtype] = torch.float16
-
-    @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
 
     @property
     def text_encoder1_path(self) -> Path:

@@ -142,51 +142,33 @@ class HunyuanVideoModel(nn.Module):
 
         A second text comes behind the first one.
         """
-        self._check(noisy, llama, llama_mask, guidance)
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        check_sizes(noisy, self.config.patch_size, llama, llama_mask)
+        if self.config.has_guidance and guidance is None:
+            raise ValueError("the model has a guidance embedding, but no guidance is given")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.img_in(noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None
-        texts = [
-            self._embed_text(timesteps, guided, len(rotary), dtype, **text)
-            for text in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l)
-        ]
+        texts = []
+        for one in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+            longest, counts, lengths = count_real(one["llama_mask"], len(rotary), noisy.device)
+            text = self.txt_in(one["llama"][:, :longest], timesteps, counts, dtype, self.attention)
+            vector = self.time_in(timesteps) + self.vector_in(one["clip_l"])
+            if guided is not None:
+                vector = vector + self.guidance_in(guided)
+            texts.append(EmbeddedText(text, lengths, vector.unsqueeze(1)))
         video = rearrange(patches, "b c f h w -> b (f h w) c")
         given = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
         return join_tokens([video], texts, tweaks.steer, **given)
-
-    def _embed_text(
-        self,
-        timesteps: Tensor,
-        guidance: Tensor | None,
-        before: int,
-        dtype: torch.dtype,
-        *,
-        llama: Tensor,
-        llama_mask: Tensor,
-        clip_l: Tensor,
-    ) -> EmbeddedText:
-        """Embed a text that stands behind so many tokens."""
-        longest, counts, lengths = count_real(llama_mask, before, llama.device)
-        text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
-        vector = self.time_in(timesteps) + self.vector_in(clip_l)
-        if guidance is not None:
-            vector = vector + self.guidance_in(guidance)
-        return EmbeddedText(text, lengths, vector.unsqueeze(1))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
         return from_patches(
             self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size
         )
-
-    def _check(self, noisy: Tensor, llama: Tensor, llama_mask: Tensor, guidance: Tensor | None) -> None:
-        if noisy.shape[1] != self.config.in_dim:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        check_sizes(noisy, self.config.patch_size, llama, llama_mask)
-        if self.config.has_guidance and guidance is None:
-            raise ValueError("the model has a guidance embedding, but no guidance is given")
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:

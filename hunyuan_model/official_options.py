@@ -164,7 +164,29 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     base = os.environ.get("MODEL_BASE", "ckpts")
     options: OfficialOptions
     (options,) = parse_options(description, argv, OfficialOptions, defaults={"model-base": base})
-    _warn_of_size(options)
+    video, resolution = options.video, options.model.model_resolution
+    height, width = video.size
+    if video.neg_prompt is not None and video.cfg_scale == 1:
+        logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
+    trained = [size for sizes in SIZES.values() for size in sizes]
+    if (height, width) not in trained:
+        nearest = min(trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+        logger.warning(
+            "--video-size %d %d (height width) is none of the sizes that the model was trained for. Nearest: "
+            "%d %d",
+            height,
+            width,
+            *nearest,
+        )
+    elif resolution and (height, width) not in SIZES[resolution]:
+        other = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
+        logger.warning(
+            "--video-size %d %d is a size of --model-resolution %s, not of %s",
+            height,
+            width,
+            other,
+            resolution,
+        )
     return options
 
 
@@ -199,29 +221,3 @@ def generation_words(options: OfficialOptions) -> list[str]:
     if video.cfg_scale != 1:
         words.append(f"--negative_prompt={NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt}")
     return words + [f"--post={text}" for text in options.post or ()]
-
-
-def _warn_of_size(options: OfficialOptions) -> None:
-    video, resolution = options.video, options.model.model_resolution
-    height, width = video.size
-    if video.neg_prompt is not None and video.cfg_scale == 1:
-        logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
-    trained = [size for sizes in SIZES.values() for size in sizes]
-    if (height, width) not in trained:
-        nearest = min(trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
-        logger.warning(
-            "--video-size %d %d (height width) is none of the sizes that the model was trained for. Nearest: "
-            "%d %d",
-            height,
-            width,
-            *nearest,
-        )
-    elif resolution and (height, width) not in SIZES[resolution]:
-        other = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
-        logger.warning(
-            "--video-size %d %d is a size of --model-resolution %s, not of %s",
-            height,
-            width,
-            other,
-            resolution,
-        )

@@ -50,22 +50,6 @@ class HunyuanTextOptions(Options):
     )
 
 
-def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
-    """Return the numbers of --te_multiplier; None if it is not given.
-
-    Raises OptionError if they are not numbers.
-    """
-    if words is None:
-        return None
-    try:
-        tokens, mean = map(float, words)
-    except ValueError:
-        tokens = mean = math.nan
-    if not (math.isfinite(tokens) and math.isfinite(mean)):
-        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0")
-    return tokens, mean
-
-
 class TextReadingOptions(Options):
     """How a generation reads its texts, with the encoders that HunyuanVideo and FramePack share."""
 
@@ -90,8 +74,21 @@ class TextReadingOptions(Options):
 
     @property
     def text_multipliers(self) -> tuple[float, float] | None:
-        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
-        return read_multipliers(self.te_multiplier)
+        """Return the factors of --te_multiplier for the text's tokens and for their mean; None: none given.
+
+        Raises OptionError if they are not numbers.
+        """
+        if self.te_multiplier is None:
+            return None
+        try:
+            tokens, mean = map(float, self.te_multiplier)
+        except ValueError:
+            tokens = mean = math.nan
+        if not (math.isfinite(tokens) and math.isfinite(mean)):
+            raise OptionError(
+                f"--te_multiplier {' '.join(self.te_multiplier)}: give two numbers, such as 1.2 1.0"
+            )
+        return tokens, mean
 
 
 AS_TRAINED = TextReadingOptions()

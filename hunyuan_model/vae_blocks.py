@@ -156,7 +156,9 @@ class HunyuanCausalConv(nn.Module):
                 .unflatten(-3, (height, high))
             )
             inside.copy_(frame[..., :, None, :, None])
-            _repeat_borders(padded[:, :, place])
+            picture = padded[:, :, place]  # its outermost rows and columns repeat the values beside them
+            picture[..., 0, :], picture[..., -1, :] = picture[..., 1, :], picture[..., -2, :]
+            picture[..., 0], picture[..., -1] = picture[..., 1], picture[..., -2]
         return padded
 
     def _convolve(self, padded: Tensor) -> Tensor:
@@ -165,12 +167,6 @@ class HunyuanCausalConv(nn.Module):
             weight = conv.weight.float().sum(dim=2).to(conv.weight.dtype)
             return functional.conv2d(padded.squeeze(2), weight, conv.bias, conv.stride[1:]).unsqueeze(2)
         return conv3d(conv, padded)
-
-
-def _repeat_borders(frame: Tensor) -> None:
-    """Fill the outermost rows and columns of ... H W with the values beside them."""
-    frame[..., 0, :], frame[..., -1, :] = frame[..., 1, :], frame[..., -2, :]
-    frame[..., 0], frame[..., -1] = frame[..., 1], frame[..., -2]
 
 
 class HunyuanResidualBlock(nn.Module):

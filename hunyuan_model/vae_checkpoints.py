@@ -61,7 +61,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
         raise other_kind(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
     sources = plain_sources(checkpoint)
     if "encoder.down.0.block.0.conv1.conv.weight" in names:
-        sources = _from_comfy(sources)
+        levels_up = count(sources, r"decoder\.up\.\d+")
+        sources = rename_sources(sources, lambda name: _comfy_name(name, levels_up))
+        as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
     shape = shapes_of(checkpoint, sources)
     config = HunyuanVaeConfig(
         shape("post_quant_conv.weight")[0],
@@ -79,13 +81,6 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
         )
     check_groups(checkpoint, (*config.encoder, *config.decoder), config.groups)
     return LoadPlan(config, checkpoint, sources)
-
-
-def _from_comfy(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    levels = count(sources, r"decoder\.up\.\d+")
-    ours = rename_sources(sources, lambda name: _comfy_name(name, levels))
-    as_matrices(ours, r".+\.attentions\.0\.to_.+\.weight")
-    return ours
 
 
 def _comfy_name(name: str, levels: int) -> str:

@@ -9,7 +9,7 @@ checkpoints.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as functional
@@ -147,25 +147,21 @@ class JointTransformerBlock(nn.Module):
     Without modulation the norms stand alone, as in the blocks that refine captions.
     """
 
+    attention_class: ClassVar[type[GroupedAttention]] = GroupedAttention
+    activates_time: ClassVar[bool] = True  # before the layer that makes scales and gates of it
+
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()
-        self.attention = self.make_attention(config)
+        self.attention = self.attention_class(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm1 = RMSNorm(config.dim, config.eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.eps)
         self.attention_norm2 = RMSNorm(config.dim, config.eps)
         self.ffn_norm2 = RMSNorm(config.dim, config.eps)
         if is_modulated:
-            self.adaLN_modulation = self.make_modulation(config)
+            linear = nn.Linear(config.time_dim, 4 * config.dim)
+            self.adaLN_modulation = nn.Sequential(*([nn.SiLU()] if self.activates_time else []), linear)
         self.is_modulated = is_modulated
-
-    def make_attention(self, config: LuminaConfig) -> nn.Module:
-        """Return the attention of the block."""
-        return GroupedAttention(config)
-
-    def make_modulation(self, config: LuminaConfig) -> nn.Sequential:
-        """Return the layers from the time to scales and gates; the last one is linear."""
-        return nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, 4 * config.dim))
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C

@@ -1,6 +1,6 @@
 """Lumina-Image-2.0, described for the shared loops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Prompt,
@@ -58,6 +58,12 @@ class Lumina(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="lumina", init=False)
+    named: ClassVar = {
+        "architecture": "lumina-2",
+        "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+        "model_type": "lumina",
+        "base_model_version": "lumina2",
+    }
     cache_tag: str = field(default="lumina", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_lumina", init=False)
@@ -69,22 +75,7 @@ class Lumina(ModelOfPictures):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     called: str = field(default=NAME, init=False)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
-        names = {
-            "architecture": "lumina-2",
-            "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-            "model_type": "lumina",
-            "base_model_version": "lumina2",
-        }
-        return self.metadata_of(names)
-
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Gemma 2; its file is opened when it is loaded."""
-        return [self.files.text_encoder()]
 
     # the network
 

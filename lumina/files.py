@@ -17,6 +17,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
@@ -46,12 +47,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
     if mark not in names or MARK not in shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    return DitHeader(
-        _config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype
-    )
-
-
-def _config(found: DitShapes) -> LuminaConfig:
+    found = DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")
     dim, patch_width = found.of("x_embedder.weight")
     (head_width,) = found.of("layers.0.attention.q_norm.weight", axes=1)
     rows = found.of("layers.0.attention.qkv.weight")[0]
@@ -70,7 +66,7 @@ def _config(found: DitShapes) -> LuminaConfig:
             f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             found.path,
         )
-    return LuminaConfig(
+    config = LuminaConfig(
         dim=dim,
         ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
@@ -83,6 +79,7 @@ def _config(found: DitShapes) -> LuminaConfig:
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
+    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
@@ -120,9 +117,8 @@ class LuminaFiles(AutoencoderFiles):
     def gemma2_path(self) -> Path:
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
-    def text_encoder(self) -> GemmaTextEncoder:
-        """Return the text encoder; its file is opened when it is loaded."""
-        return GemmaTextEncoder(
+    def text_encoders(self) -> list[TextEncoder]:
+        gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.beside(self.text_dtype),
             self.gemma2_tokenizer,
@@ -130,11 +126,12 @@ class LuminaFiles(AutoencoderFiles):
             self.system_prompt_in_negative,
             self.max_tokens,
         )
+        return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.gemma2 is not None or needed:
-            path, takes = self.text_encoder().path, None if config is None else config.text_dim
+            path, takes = GemmaTextEncoder(self.gemma2_path).path, None if config is None else config.text_dim
             check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)

@@ -92,7 +92,16 @@ class LuminaModel(nn.Module):
 
         A second caption comes behind the first one.
         """
-        self._check(noisy, caption, caption_mask)
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % self.config.patch_size for size in noisy.shape[2:]):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
+        if caption_mask.shape != caption.shape[:2]:
+            raise ValueError(
+                f"a text mask of {tuple(caption_mask.shape)} for text of {tuple(caption.shape[:2])}"
+            )
         patch = self.config.patch_size
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
@@ -195,16 +204,6 @@ class LuminaModel(nn.Module):
             for count in layout.captions
         ]
         return (tables[0] if len(tables) == 1 else torch.stack(tables)).unsqueeze(-3)
-
-    def _check(self, noisy: Tensor, caption: Tensor, mask: Tensor) -> None:
-        if noisy.shape[1] != self.config.in_dim:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        if any(size % self.config.patch_size for size in noisy.shape[2:]):
-            raise ValueError(
-                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
-            )
-        if mask.shape != caption.shape[:2]:
-            raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(caption.shape[:2])}")
 
 
 def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from encoders.language_models import (
     FEED_NORM,
@@ -79,11 +79,6 @@ def load_gemma(
     blocks: takes each layer. Raises CheckpointError if the file is damaged or holds another model.
     """
     return load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
-
-
-def gemma_states(gemma: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the states before the last layer: B L C. ids, mask: B L, 1 for real tokens, which come first."""
-    return language_states(gemma, gemma.get_submodule("embed_tokens")(ids), mask, STATES)
 
 
 logger = logging.getLogger(__name__)
@@ -174,7 +169,9 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
             ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], self.length, PAD)
-            states = gemma_states(network, ids.to(device), mask.to(device)).cpu() * mask[..., None]
+            embeds = network.get_submodule("embed_tokens")(ids.to(device))
+            # those before the last layer, B L C; real tokens come first
+            states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
             results += [
                 {"hidden_state": state.clone(), "attention_mask": real.clone(), "input_ids": row.clone()}
                 for state, real, row in zip(states, mask, ids, strict=True)

@@ -1,6 +1,6 @@
 """Qwen-Image, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ from modules.contract.family import (
     Family,
     NoiseSource,
     NoiseSpec,
-    TextEncoder,
     count_picture_tokens,
 )
 from modules.contract.requests import Prepared, Request
@@ -123,10 +122,6 @@ class QwenImage(ModelOfPictures):
 
     # encoding
 
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Qwen2.5-VL's language model; its file is opened when it is loaded."""
-        return [self.files.language_model()]
-
     @property
     def media_identity(self) -> Mapping[str, str]:
         """What cached latents depend on: the VAE, and the range of its input, which once was 0..255."""
@@ -142,19 +137,14 @@ class QwenImage(ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states, and the references."""
+        """Return the conditions for training: the captions' states, and the references.
+
+        Raises CacheError for texts that were encoded for another release, and latents of other pixels.
+        """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
         batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-        self._check_records(batch)
-        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
-
-    def _check_records(self, batch: Batch) -> None:
-        """Raise CacheError for texts that were encoded for another release, and latents of other pixels.
-
-        Caches of other tools have no records.
-        """
-        use = self.version.use
+        use = self.version.use  # caches of other tools have no records
         for made in batch.made_by:
             if made.part == LATENTS_MADE and not PIXELS.items() <= made.encoder.items():
                 raise CacheError(
@@ -169,6 +159,7 @@ class QwenImage(ModelOfPictures):
                     f"this training is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and "
                     "to the training."
                 )
+        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -7,7 +7,6 @@ those of the releases; the name of the states is that of the known caches.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from encoders.picture_prompts import PictureUse
 from encoders.text_encoder import TokenizerSource
 from modules.checkpoints.dialects import DitShapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader, own_names
-from modules.checkpoints.model_files import inside, read_once
+from modules.checkpoints.model_files import read_once
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.rules import ModelRelease, ReferenceRules
@@ -148,10 +147,7 @@ class QwenImageFiles(LanguageModelFiles):
     text_use: LanguageUse = QWEN_USE
 
     format: ClassVar = FORMAT
-
-    @property
-    def vae_path(self) -> Path:
-        return inside(super().vae_path, "vae")
+    vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE."""

@@ -143,17 +143,13 @@ class QwenBlock(DoubleStreamBlock):
         self.img_mod, self.txt_mod = QwenModulation(config.dim), QwenModulation(config.dim)
         self.img_mlp, self.txt_mlp = QwenMlp(config), QwenMlp(config)
 
-    def modulation(self, is_text: bool) -> nn.Module:
-        return self.txt_mod if is_text else self.img_mod
+    def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if is_text:
+            return self.txt_mod, self.attn.to_add_out, self.txt_mlp
+        return self.img_mod, self.attn.to_out[0], self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
         return self.attn.heads(x, is_text)
-
-    def project(self, seen: Tensor, is_text: bool) -> Tensor:
-        return in_own_dtype(self.attn.to_add_out if is_text else self.attn.to_out[0], seen)
-
-    def mlp(self, is_text: bool) -> nn.Module:
-        return self.txt_mlp if is_text else self.img_mlp
 
 
 class QwenTimeEmbedding(nn.Module):

@@ -89,7 +89,14 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     if mask is not None:
         _check_mask(Path(mask), bool(paths), rcm)
     if not paths:
-        _warn_unused(options)
+        given = {
+            "resize_control_to_official_size": options.resize_control_to_official_size,
+            "resize_control_to_image_size": options.resize_control_to_image_size,
+            "append_original_name": options.append_original_name,
+            "rcm_threshold": rcm,
+        }
+        if unused := ", ".join(f"--{name}" for name, is_given in given.items() if is_given):
+            logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
         return prepared
     if options.resize_control_to_image_size:
         target = prepared.width, prepared.height
@@ -131,18 +138,6 @@ def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
         image_size(path)
     except MediaError as error:
         raise OptionError(f"--{MASK}: {str(error).rstrip('.')}. Give an image file.") from None
-
-
-def _warn_unused(options: QwenImageReferenceOptions) -> None:
-    """Warn of options for pictures to edit, of which there is none."""
-    given = {
-        "resize_control_to_official_size": options.resize_control_to_official_size,
-        "resize_control_to_image_size": options.resize_control_to_image_size,
-        "append_original_name": options.append_original_name,
-        "rcm_threshold": options.rcm_threshold is not None,
-    }
-    if unused := ", ".join(f"--{name}" for name, is_given in given.items() if is_given):
-        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:

@@ -10,8 +10,6 @@ from modules.contract.data import (
     MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
-    MomentsRules,
 )
 from modules.errors import CacheError, DatasetError
 from modules.media.pixels import to_pixels
@@ -21,7 +19,6 @@ from wan.inputs import (
     first_last_condition,
     image_condition,
 )
-from wan.vae import normalise
 
 
 def check_controls(task: WanTask, table: MediaTable) -> None:
@@ -66,23 +63,12 @@ def encode_together(
     ]
 
 
-def moments_rules(image_kind: str | None) -> MomentsRules:
-    """Return the rules for making caches without frames. image_kind: as of `encode_together`."""
-    if image_kind is None:
-        return MomentsRules()
-    return MomentsRules(
-        "Wan's image-to-video caches hold the first frame followed by grey frames, encoded together, and "
-        "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
-        "and --flf2v"
-    )
-
-
-def normalise_moments(media: MomentsBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Return the latents of clips with these moments. store: their dtype."""
-    latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(store)
-    return [CacheEntry({"latents": latent}) for latent in latents]
-
-
+# why caches with an image's conditions cannot be made of moments
+NO_MOMENTS = (
+    "Wan's image-to-video caches hold the first frame followed by grey frames, encoded together, and "
+    "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
+    "and --flf2v"
+)
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
 
@@ -93,7 +79,7 @@ def batch_conditions(
 
     zeros_on: a model with attention to an image gets zero features where the task has none. They are made on
     this device: the host would wait for a copy. Raises CacheError, with the command that makes it, if
-    something is missing.
+    something is missing or the number of images is wrong.
     """
     needed = {"t5": "a text cache"}
     if task.has_features:
@@ -105,7 +91,17 @@ def batch_conditions(
     batch.check(needed, f"--task {task.name}")
     conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
     if task.has_features:
-        conditions["clip"] = _check_clip(task, config, batch)
+        clip, positions = batch.tensor("clip"), config.image_positions
+        fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
+        if not fits:
+            how, images = (
+                ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
+            )
+            raise CacheError(
+                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} "
+                f"needs {positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
+            )
+        conditions["clip"] = clip
     elif zeros_on is not None:
         conditions |= no_features(config, len(batch), zeros_on)
     image = batch.tensor("latents_image").float() if task.takes_image else None
@@ -122,18 +118,3 @@ def no_features(
 ) -> dict[str, Tensor | list[Tensor]]:
     """Return zero CLIP features, B T D, on the host or a device."""
     return {"clip": torch.zeros(batch_size, CLIP_TOKENS, config.image_dim, device=device)}
-
-
-def _check_clip(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return the cached image features. Raises CacheError if their number of images is wrong."""
-    clip, positions = batch.tensor("clip"), config.image_positions
-    fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
-    if not fits:
-        how, images = (
-            ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
-        )
-        raise CacheError(
-            f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
-            f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
-        )
-    return clip

@@ -89,19 +89,6 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
         )
 
 
-def check_alike(headers: Mapping[str, DitHeader[WanConfig]], paths: Mapping[str, Path]) -> None:
-    """Raise CheckpointError if the experts of a model have not the same dimensions. Keys: their options."""
-    (first, one), *others = headers.items()
-    for option, other in others:
-        if other.config != one.config:
-            raise CheckpointError(
-                f"{option} {paths[option]} is not of the model of {first} {paths[first]}:\n"
-                f"  it has {_size_in_words(other)}, the other has {_size_in_words(one)}.\n"
-                "  Give the two transformers of one model.",
-                paths[option],
-            )
-
-
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
@@ -166,9 +153,22 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     if not _is_wan(shapes):
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
-    _refuse_other_variants(checkpoint.path, shapes)
+    # variants that share Wan's names but need other inputs
+    path, has_image = checkpoint.path, "blocks.0.cross_attn.k_img.weight" in shapes
+    found = [each for each in OTHER_VARIANTS if any(key.startswith(each[0]) for key in shapes)]
+    if found:
+        _, name, instead = found[0]
+        name = name.format("2.1" if has_image else "2.2")
+        raise CheckpointError(f"{path} is {name}, which is not supported.\n  {instead}", path)
+    in_dim = shapes["patch_embedding.weight"][1]
+    if in_dim not in INPUT_CHANNELS[has_image].values():
+        raise CheckpointError(
+            f"{path} is an unknown variant of Wan with {in_dim} input channels, which is not supported.\n"
+            "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
+            path,
+        )
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
-    return DitHeader(_config(checkpoint.path, shapes), dialect, names[block_weight].dtype)
+    return DitHeader(_config(path, shapes), dialect, names[block_weight].dtype)
 
 
 def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
@@ -207,22 +207,6 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     )
 
 
-def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError for variants that share Wan's names but need other inputs."""
-    in_dim, has_image = shapes["patch_embedding.weight"][1], "blocks.0.cross_attn.k_img.weight" in shapes
-    found = [each for each in OTHER_VARIANTS if any(key.startswith(each[0]) for key in shapes)]
-    if found:
-        _, name, instead = found[0]
-        version = "2.1" if has_image else "2.2"
-        raise CheckpointError(f"{path} is {name.format(version)}, which is not supported.\n  {instead}", path)
-    if in_dim not in INPUT_CHANNELS[has_image].values():
-        raise CheckpointError(
-            f"{path} is an unknown variant of Wan with {in_dim} input channels, which is not supported.\n"
-            "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
-            path,
-        )
-
-
 def _names_of(header: DitHeader[WanConfig]) -> str:
     """Return the names of the tasks that a file fits, and why they are several if that may surprise."""
     names = _fitting(header)
@@ -235,11 +219,6 @@ def _fitting(header: DitHeader[WanConfig]) -> list[str]:
     tasks = [task for task in TASKS.values() if task.model_kind == header.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]
-
-
-def _size_in_words(header: DitHeader[WanConfig]) -> str:
-    config = header.config
-    return f"{config.num_layers} blocks of width {config.dim} and {config.in_dim} input channels"
 
 
 def _difference(config: WanConfig, task: WanTask) -> str:

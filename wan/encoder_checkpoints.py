@@ -98,10 +98,15 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
             "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or clip_vision_h.safetensors",
         )
     if "embeddings.class_embedding" in checkpoint.tensors:
-        sources["cls_embedding"] = sources["cls_embedding"].then(_with_two_axes)
-        sources["pos_embedding"] = sources["pos_embedding"].then(_with_axis)
+        sources["cls_embedding"] = sources["cls_embedding"].then(lambda tensor: tensor[None, None])
+        sources["pos_embedding"] = sources["pos_embedding"].then(lambda tensor: tensor[None])
     last = count(sources, r"transformer\.\d+") - 1
-    _join_qkv(sources, last)
+    for start in (f"transformer.{index}.attn" for index in range(last)):  # one matrix of q, k and v
+        for leaf in ("weight", "bias"):
+            names = [f"{start}.{part}.{leaf}" for part in "qkv"]
+            if all(name in sources for name in names):
+                joined = tuple(sources.pop(name).names[0] for name in names)
+                sources[f"{start}.to_qkv.{leaf}"] = TensorSource(joined, _rows)
     shape = shapes_of(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
@@ -124,25 +129,5 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     return LoadPlan(config, checkpoint, sources, unused)
 
 
-def _join_qkv(sources: dict[str, TensorSource], blocks: int) -> None:
-    """Replace separate q, k and v by one source of their joined rows."""
-    for index in range(blocks):
-        for leaf in ("weight", "bias"):
-            names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]
-            if all(name in sources for name in names):
-                parts = [sources.pop(name) for name in names]
-                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = TensorSource(
-                    tuple(part.names[0] for part in parts), _rows
-                )
-
-
 def _rows(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
-
-
-def _with_axis(tensor: Tensor) -> Tensor:
-    return tensor[None]
-
-
-def _with_two_axes(tensor: Tensor) -> Tensor:
-    return tensor[None, None]

@@ -1,7 +1,7 @@
 """Wan2.1 and Wan2.2, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import (
@@ -43,12 +43,11 @@ from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.caching import (
+    NO_MOMENTS,
     batch_conditions,
     check_controls,
     encode_together,
-    moments_rules,
     no_features,
-    normalise_moments,
 )
 from wan.checkpoints import load_dit, note_task
 from wan.clip import load_clip
@@ -56,7 +55,6 @@ from wan.configs import WanTask
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
     FIRST_LATENTS,
-    add_image_noise,
     appends_end,
     encode_inputs,
     prepare_request,
@@ -68,8 +66,9 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, latent_of
+from wan.spec import DIT, LATENT, latent_of
 from wan.t5 import WanTextEncoder
+from wan.vae import normalise
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +164,6 @@ class Wan(OneTransformer):
 
     # encoding
 
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return umT5; its file is opened when it is loaded."""
-        return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer, self.files.t5_in_fp8)]
-
     @property
     def media_identity(self) -> Mapping[str, str]:
         """Encoders and switches that cached latents depend on."""
@@ -201,11 +196,13 @@ class Wan(OneTransformer):
     @property
     def moments(self) -> MomentsRules:
         """Return the rules for cached moments: enough unless an image's conditions are cached too."""
-        return moments_rules(self.image_kind)
+        return MomentsRules() if self.image_kind is None else MomentsRules(NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
-        return normalise_moments(media, self.files.beside(self.files.vae_dtype))
+        latents = normalise(media.moments.float().chunk(2, dim=1)[0])
+        dtype = self.files.beside(self.files.vae_dtype)
+        return [CacheEntry({"latents": latent}) for latent in latents.to(dtype)]
 
     # the network
 
@@ -302,15 +299,20 @@ class Wan(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section for the denoising loop.
 
-        Noise is one draw of C F H W; the condition's extra noise is drawn after it. An image that is the
-        first frame of the video is given to the section.
+        Noise is one draw of C F H W; extra noise on the image's condition, for more motion, is drawn after
+        it. An image that is the first frame of the video is given to the section.
         """
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         start = noise.draw((batch, channels, frames + appends_end(self.task, prepared.asked), *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.task.takes_image:
-            conditions |= add_image_noise(conditions, self.image_noise, noise)
+            # drawn for all channels so that seeds give the noise of existing tools
+            extra, image = conditions["condition_latents"], LATENT.channels
+            assert isinstance(extra, Tensor)
+            drawn = noise.draw(extra.shape)[:, -image:].to(extra)
+            noisy = extra[:, -image:] + self.image_noise * drawn
+            conditions["condition_latents"] = torch.cat([extra[:, :-image], noisy], dim=1)
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))

@@ -15,17 +15,18 @@ from encoders.files import TransformerFiles
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import LatentSpec
+from modules.contract.family import TextEncoder
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.video import WAN
-from wan.checkpoints import FORMAT, check_alike, check_task, read_dit_header
-from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, VaeRelease, WanConfig, WanTask
+from wan.checkpoints import FORMAT, check_task, read_dit_header
+from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.spec import latent_of
-from wan.t5 import TOKENIZER
+from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
 
@@ -65,7 +66,19 @@ class WanFiles(TransformerFiles):
         headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
         for option, path in paths.items():
             check_task(headers[option], self.task, path, option)
-        check_alike(headers, paths)
+        sizes = [
+            f"{one.config.num_layers} blocks of width {one.config.dim} and {one.config.in_dim} input channels"
+            for one in headers.values()
+        ]
+        (first, one), *others = headers.items()
+        for option, other in others:
+            if other.config != one.config:
+                raise CheckpointError(
+                    f"{option} {paths[option]} is not of the model of {first} {paths[first]}:\n"
+                    f"  it has {sizes[1]}, the other has {sizes[0]}.\n"
+                    "  Give the two transformers of one model.",
+                    paths[option],
+                )
 
     @property
     def t5_path(self) -> Path:
@@ -87,16 +100,13 @@ class WanFiles(TransformerFiles):
         """Return the VAE's dtype: `chosen`, else the transformer's, else the usual one."""
         return chosen or self.compute_dtype() or usual or self.usual
 
+    def text_encoders(self) -> list[TextEncoder]:
+        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
+
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE."""
         dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, self.vae_tile)
-
-    def vae_release(self) -> VaeRelease | None:
-        """Return which VAE is given; None if none is. Raises CheckpointError if the file is no VAE of Wan."""
-        if self.vae is None:
-            return None
-        return RELEASES[read_once(self.vae_path, read_vae).config.latent_channels]
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the VAE of the task's latents."""
@@ -154,7 +164,25 @@ def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], 
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
         dits = PIPELINE_EXPERTS if has_experts else PIPELINE_DIT
-        return _there(folder, PIPELINE | dits), _read_boundary(index) if has_experts else None
+        found = _there(folder, PIPELINE | dits)
+        if not has_experts:
+            return found, None
+        try:
+            ratio = parse_json(read_text(index)).get("boundary_ratio")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
+            ) from error
+        if ratio is None:
+            return found, None
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise CheckpointError(
+                f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
+                "Download it again, or give --timestep_boundary and the files with --dit and "
+                "--dit_high_noise.",
+                index,
+            )
+        return found, float(ratio) * MOST_TIMESTEP
     found = _there(folder, {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS})
     if not found.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
         found["dit"] = folder
@@ -212,25 +240,6 @@ def _words(expert: str | None) -> str:
 
 def _there(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
-
-
-def _read_boundary(index: Path) -> float | None:
-    """Return `boundary_ratio` of a pipeline's index as a timestep."""
-    try:
-        ratio = parse_json(read_text(index)).get("boundary_ratio")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
-        ) from error
-    if ratio is None:
-        return None
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        raise CheckpointError(
-            f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
-            "Download it again, or give --timestep_boundary and the files with --dit and --dit_high_noise.",
-            index,
-        )
-    return float(ratio) * MOST_TIMESTEP
 
 
 def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
@@ -304,7 +313,9 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     kind = "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
-    release = files.vae_release()
+    release = None
+    if files.vae is not None:
+        release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
     if release is WAN_2_2 and image_kind is not None:

@@ -15,8 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modules.contract.data import Conditions, LatentSpec, MediaEncoders, SamplingDefaults
-from modules.contract.family import NoiseSource
+from modules.contract.data import LatentSpec, MediaEncoders, SamplingDefaults
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -116,31 +115,6 @@ def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) 
     return _with_mask(frame_mask(known), vae.encode(torch.cat([first, middle, last], dim=2)))
 
 
-def control_condition(control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
-    """Return the condition of Fun-Control: B 32 L h w.
-
-    control: latents of the control video. image: latents of the start image, B 16 L h w, or None. Only the
-    first latent frame of `image` is used, and the last one if an end image was appended (`has_end`).
-    """
-    start = torch.zeros_like(control)
-    if image is not None:
-        start[:, :, 0] = image[:, :, 0].to(start)
-        if has_end:
-            start[:, :, -1] = image[:, :, -1].to(start)
-    return torch.cat([control, start], dim=1)
-
-
-def masked_control_condition(control: Tensor, image: Tensor | None) -> Tensor:
-    """Return the condition of Wan2.2's Fun-Control: B 36 L h w; the last 20 channels are those of an image.
-
-    control: latents of the control video. image: as `image_condition` makes it; zeros,
-    also for the mask, if there is none. Source: VideoX-Fun, pipeline_wan2_2_fun_control.py.
-    """
-    if image is None:
-        image = control.new_zeros(control.shape[0], FRAMES_PER_LATENT + control.shape[1], *control.shape[2:])
-    return torch.cat([control, image.to(control)], dim=1)
-
-
 def _with_mask(mask: Tensor, latents: Tensor) -> Tensor:
     batch, _, _, height, width = latents.shape
     spread = mask.to(latents)[None, :, :, None, None].expand(batch, -1, -1, height, width)
@@ -213,28 +187,25 @@ def encode_inputs(
 
 
 def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
-    """Return the condition channels of a Fun-Control model, B C L h w.
+    """Return the condition channels of a Fun-Control model: B 32 L h w, of Wan2.2 B 36 L h w.
 
-    control: latents of the control video. image: channels of the start image with their mask. has_end: it has
-    an end image as its last frame.
+    control: latents of the control video. image: as `image_condition` makes it; zeros, also for the mask, if
+    there is none. has_end: it has an end image as its last frame. Source: VideoX-Fun, for Wan2.2
+    pipeline_wan2_2_fun_control.py.
     """
     if task.version == "2.2":
-        return masked_control_condition(control, image)
-    start = None if image is None else image[:, -LATENT.channels :]
-    return control_condition(control, start, has_end)
-
-
-def add_image_noise(conditions: Conditions, amount: float, noise: NoiseSource) -> dict[str, Tensor]:
-    """Return the condition channels with noise on those of the image, for more motion.
-
-    It is drawn for all channels so that seeds give the noise of existing tools; added to those of the image
-    only.
-    """
-    extra = conditions["condition_latents"]
-    assert isinstance(extra, Tensor)
-    drawn = noise.draw(extra.shape)[:, -LATENT.channels :].to(extra)
-    noisy = extra[:, -LATENT.channels :] + amount * drawn
-    return {"condition_latents": torch.cat([extra[:, : -LATENT.channels], noisy], dim=1)}
+        if image is None:
+            channels = FRAMES_PER_LATENT + control.shape[1]
+            image = control.new_zeros(control.shape[0], channels, *control.shape[2:])
+        return torch.cat([control, image.to(control)], dim=1)
+    # Wan2.1 sees the first latent frame of the image, and the last one if an end image was appended
+    start = torch.zeros_like(control)
+    if image is not None:
+        latents = image[:, -LATENT.channels :]
+        start[:, :, 0] = latents[:, :, 0].to(start)
+        if has_end:
+            start[:, :, -1] = latents[:, :, -1].to(start)
+    return torch.cat([control, start], dim=1)
 
 
 def prepare_request(
@@ -256,8 +227,10 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-    if follows_image:
-        width, height = _size_by_image(task, request, width, height, latent)
+    if follows_image and task.takes_image and request.first_image is not None:
+        width, height = size_like_image(image_size(request.first_image), width * height)
+    elif follows_image and task.keeps_image and request.image_path is not None:
+        width, height = nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
     size = width, height, whole_frames(frames, latent)
     if task.keeps_image and request.image_path is not None and size[2] == 1:
         raise OptionError(
@@ -269,14 +242,3 @@ def prepare_request(
     # the release has no empty one
     request = replace(request, negative_prompt=request.negative_prompt or None)
     return settle(request, usual, size, flow_shift, usual_negative, experts)
-
-
-def _size_by_image(
-    task: WanTask, request: Request, width: int, height: int, latent: LatentSpec
-) -> tuple[int, int]:
-    """Return width and height with the aspect of the image that the task starts from, if there is one."""
-    if task.takes_image and request.first_image is not None:
-        return size_like_image(image_size(request.first_image), width * height)
-    if task.keeps_image and request.image_path is not None:
-        return nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
-    return width, height

@@ -79,19 +79,17 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
-        seen = tokens.combine(*(self.see_text(q, text, tokens) for text in tokens.texts))
+        of_texts = []
+        for text in tokens.texts:
+            k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
+            v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
+            of_texts.append(_attend(q, k, v, tokens, text.repeats))  # B L N D
+        seen = tokens.combine(*of_texts)
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
             seen = seen + _attend(q, k, v, tokens)
         return in_own_dtype(self.o, seen.flatten(2))
-
-    def see_text(self, q: Tensor, text: WanText, tokens: WanTokens) -> Tensor:
-        """Attend to a text. q: B L N D. Returns B L N D."""
-        heads = (self.num_heads, -1)
-        k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
-        v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
-        return _attend(q, k, v, tokens, text.repeats)
 
 
 class WanAttentionBlock(nn.Module):
@@ -272,15 +270,28 @@ class WanModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, WanTokens]:
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
-        self._check(noisy, image_embeds)
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
+        if image_embeds is not None and not self.config.has_image:
+            raise ValueError("image features are given, but the model has no image attention")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        asked = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
-        texts = [self._embed_text(one, len(noisy), dtype, text_is_image) for one in asked]
+        texts = []
+        for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
+            merges = None if text_is_image else self.attention  # every row is needed if some are the image
+            rows, repeats = pad_texts(one, self.config.text_len, merges)
+            hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
+            embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
+            # one text may serve all samples
+            texts.append(WanText(embedded.expand(len(noisy), -1, -1), repeats))
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
@@ -327,25 +338,6 @@ class WanModel(nn.Module):
             torch.stack([time[-1:].expand_as(time[:-1]), time[:-1]], dim=1),
             torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1),
         )
-
-    def _embed_text(
-        self, text: Sequence[Tensor] | Tensor, batch: int, dtype: torch.dtype, whole: bool
-    ) -> WanText:
-        """Return the tokens of texts, one for all samples or one for each. whole: every row is needed."""
-        rows, repeats = pad_texts(text, self.config.text_len, None if whole else self.attention)
-        hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
-        embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
-        return WanText(embedded.expand(batch, -1, -1), repeats)
-
-    def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
-        if noisy.shape[1] != self.config.in_dim:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
-            raise ValueError(
-                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
-            )
-        if image_embeds is not None and not self.config.has_image:
-            raise ValueError("image features are given, but the model has no image attention")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:

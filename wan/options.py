@@ -154,16 +154,19 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_first_frame()
-        self._check_other()
-
-    def _check_other(self) -> None:
+        probability, task = self.first_frame_probability, TASKS[self.task]
+        if probability is not None and not task.keeps_image:
+            why = "trains on its image condition" if task.takes_image else "starts from no image"
+            raise OptionError(
+                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
+                "or use --task ti2v-5B"
+            )
         other, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
         if other is not None and None not in dits:
             raise OptionError(
                 "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Leave it out"
             )
-        if other is not None and TASKS[self.task].boundary is None:
+        if other is not None and task.boundary is None:
             raise OptionError(
                 f"--sample_dit_other: --task {self.task} has one transformer. Leave the option out, or use "
                 "--task t2v-A14B or i2v-A14B"
@@ -171,17 +174,6 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         if other is not None and other in dits:
             raise OptionError(
                 f"--sample_dit_other {other}: this one is trained. Give the file of the other transformer"
-            )
-
-    def _check_first_frame(self) -> None:
-        probability, task = self.first_frame_probability, TASKS[self.task]
-        if probability is None:
-            return
-        if not task.keeps_image:
-            why = "trains on its image condition" if task.takes_image else "starts from no image"
-            raise OptionError(
-                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
-                "or use --task ti2v-5B"
             )
 
 

@@ -241,18 +241,15 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         if self.time_conv is not None and memory is not None:
-            x = self._double(self.time_conv, x, memory)
+            if self in memory:
+                h = _with_earlier(x, memory.take(self, x.device), None)
+                memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
+                pairs = self.time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
+                x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+                del h, pairs
+            else:  # the clip's first frame passes unchanged; later frames do not see it
+                memory.keep(self, x[:, :, :0])
         return _each_frame(self.resample["1"], x, enlarge=True)
-
-    def _double(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
-        """Return B C 2T H W, or x itself if it is the clip's first frame, which later frames do not see."""
-        if self not in memory:
-            memory.keep(self, x[:, :, :0])
-            return x
-        h = _with_earlier(x, memory.take(self, x.device), None)
-        memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
-        pairs = time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
-        return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
 def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:

@@ -43,12 +43,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None or MARK not in names or any(name.startswith(OTHERS) for name in names):
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    found = parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
-    config = _config(DitShapes(checkpoint.path, found, NAME))
-    return DitHeader(config, dialect, names[DIALECTS[dialect]].dtype)
-
-
-def _config(found: DitShapes) -> ZImageConfig:
+    shapes = parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
+    found = DitShapes(checkpoint.path, shapes, NAME)
     dim, numbers = found.of(f"all_x_embedder.{PART}.weight")
     (width,) = found.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = found.of("t_embedder.mlp.0.weight")
@@ -65,7 +61,7 @@ def _config(found: DitShapes) -> ZImageConfig:
             f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
             found.path,
         )
-    return ZImageConfig(
+    config = ZImageConfig(
         dim=dim,
         ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // width,
@@ -79,6 +75,7 @@ def _config(found: DitShapes) -> ZImageConfig:
         time_hidden=hidden,
         freq_dim=freq_dim,
     )
+    return DitHeader(config, dialect, names[DIALECTS[dialect]].dtype)
 
 
 def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:

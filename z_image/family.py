@@ -1,6 +1,5 @@
 """Z-Image, described for the shared loops."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
@@ -88,6 +87,11 @@ class ZImage(ModelOfPictures):
     even_steps: bool = False  # the noise levels of diffusers
 
     name: str = field(default="z_image", init=False)
+    named: ClassVar = {
+        "architecture": "z-image",
+        "implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        "model_type": "z_image",
+    }
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_zimage", init=False)
@@ -99,21 +103,7 @@ class ZImage(ModelOfPictures):
     text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
     called: str = field(default=NAME, init=False)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
-        names = {
-            "architecture": "z-image",
-            "implementation": "https://github.com/Tongyi-MAI/Z-Image",
-            "model_type": "z_image",
-        }
-        return self.metadata_of(names)
-
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Qwen3; its file is opened when it is loaded."""
-        return [self.files.language_model()]
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""

@@ -48,11 +48,8 @@ class ZImageAttention(GroupedAttention):
 class ZImageTransformerBlock(JointTransformerBlock):
     """Attention and feed-forward, each normed before and after; the time is taken as it is embedded."""
 
-    def make_attention(self, config: LuminaConfig) -> nn.Module:
-        return ZImageAttention(config)
-
-    def make_modulation(self, config: LuminaConfig) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(config.time_dim, 4 * config.dim))
+    attention_class = ZImageAttention
+    activates_time = False
 
 
 class ZImageModel(LuminaModel):

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from encoders.clip_l import CLIP_L
-from encoders.pictures import GUIDANCE, picture_defaults, references_in, references_of
+from encoders.pictures import GUIDANCE, picture_defaults, references_of
 from encoders.t5 import USE
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
 from flux.family import Flux
@@ -168,10 +168,6 @@ class Kontext(Flux):
     @property
     def _text_inputs(self) -> Mapping[str, str]:
         return {"t5": T5.states, "pooled": CLIP.pooled}
-
-    def picture_inputs(self, cond: Conditions, device: torch.device) -> Mapping[str, Any]:
-        """Return the reference as the network's argument."""
-        return {"references": references_in(cond, device)}
 
     # generation
 
