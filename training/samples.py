@@ -33,7 +33,6 @@ from modules.media.pixels import frames_of
 from modules.media.tracks import Track
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
-from training.data.live import LiveTexts
 from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)
@@ -81,10 +80,6 @@ class Sampler:
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
     writes: bool = True  # else another process does, and this one only helps to make them
-
-    def renewed_by(self, texts: LiveTexts) -> "Sampler":
-        """Return a sampler that encodes texts with the encoders that learn, if there are some."""
-        return replace(self, renew=texts.renew) if texts.learning else self
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None]) -> list[Path]:
         """Write one file for each prompt and return the paths.

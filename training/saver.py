@@ -39,8 +39,8 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, listed_settings, own_values
-from training.saving.files import NoSaver, Publish, Saver
-from training.saving.hub import write_card
+from training.saving.files import NoSaver, Saver
+from training.saving.hub import Uploads, write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
 
@@ -51,13 +51,8 @@ IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
-def make_saver(
-    run: TrainingRun, publish: Callable[[Path, str | None], None], publish_state: Publish
-) -> Saver | NoSaver:
-    """Make the saver in the main process; the others save nothing.
-
-    publish: is given the file and the model card.
-    """
+def make_saver(run: TrainingRun, uploads: Uploads) -> Saver | NoSaver:
+    """Make the saver in the main process; the others save nothing."""
     plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
     is_first = plan.accelerator.is_main_process
     if not (is_first or plan.splits_model):
@@ -84,7 +79,7 @@ def make_saver(
 
     card = None
     if options.hub.huggingface_repo_id is not None and is_first:
-        prompts = [prompt for prompt in run.sampler.prompts if prompt]
+        prompts = [prompt for prompt in run.sampler.prompts if prompt] if run.sampler else []
         is_lora = options.network is not None
         card = write_card(
             plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
@@ -94,13 +89,18 @@ def make_saver(
         from training.saving.split_model import write_split_state
 
         write = write_split_state
+
+    def publish(path: Path) -> None:
+        uploads.publish(path, card)
+        run.reporter.note_saved(path, progress.step)
+
     saver = Saver(
         options.saving,
         plan.names,
         write_file,
         lambda folder: write(folder, take_state(run)),
-        lambda path: publish(path, card),
-        publish_state,
+        publish,
+        uploads.publish_state,
         write_average if run.average.values else None,
         is_first,
     )

@@ -238,11 +238,6 @@ class MicroBatches:
         """Return the optimizer step of a micro-batch, from 0, and how many the run has."""
         return plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
 
-    def sizes_of(self, epoch: int, group: range) -> tuple[tuple[int, ...], ...]:
-        """Return the sizes of all items of these micro-batches, in an order of their own."""
-        batches = self.order.epoch(epoch)
-        return tuple(sorted(item.bucket for index in group for item in batches[index]))
-
     def has_sound(self, key: Key) -> bool:
         """Return whether a clip of a micro-batch has sound. Reads no files."""
         epoch, index = key

@@ -79,13 +79,6 @@ class StepReport:
     by_part: Mapping[str, float] = field(default_factory=dict)
 
 
-def losses_by_part(row: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    """Return the mean loss of a step's micro-batches for each part that had some, by its name."""
-    count, numbers = len(names), row[WISHES.stop :]
-    parts = zip(names, numbers[:count], numbers[count : 2 * count], strict=True)
-    return {name: total / batches for name, total, batches in parts if batches}
-
-
 @dataclass(frozen=True)
 class Moment:
     """Hold a time: of the host, or an event of a CUDA device, which may still lie ahead."""

@@ -38,11 +38,6 @@ class ReducedClip:
         return [self.frames[index] for index in dict.fromkeys((0, last // 2, last))]
 
 
-def results_pattern(name: str) -> re.Pattern[str]:
-    """Return a pattern that only the names of a run's samples and sheets match."""
-    return re.compile(rf"{re.escape(name)}_(e?\d{{6,}})_(sheet\.png|\d{{2,9}}_\d{{14}}[\w.-]*)")
-
-
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     """Return the files of the samples with this mark by the number of their prompt, the newest of each."""
     pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}})(_\d+)?(_000)?\.(png|mp4)")
