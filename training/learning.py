@@ -235,8 +235,8 @@ def _make_stepping(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
-        before, split = trainable.before_step, trainable.split
-        return StepAfterBackward(optimizer, parameters, max_norm, scaler, before, alone, split)
+        networks, split = trainable.all_networks, trainable.split
+        return StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "

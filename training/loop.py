@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from networks.adapter import NormReport
+from networks.adapter import ForeignNetwork, NormReport
 from training.data.feed import MicroBatch
 from training.loss import sum_streams, training_losses
 from training.optimizers.optimizer import evaluation
@@ -86,7 +86,9 @@ def is_ending(run: TrainingRun) -> bool:
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     progress, batches = run.progress, run.feed.batches
-    run.trainable.start_step()
+    for network in run.trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
@@ -144,7 +146,9 @@ def _accumulate(
     for place, index in enumerate(steps.share(group, run.feed.process)):
         micro_batch = next(micro_batches)
         # dropout is a function of the seed and the micro-batch
-        run.trainable.set_dropout_seed(derive_seed(progress.seed, "dropout", micro_batch.number))
+        seed = derive_seed(progress.seed, "dropout", micro_batch.number)
+        for network in run.trainable.all_networks:
+            network.set_dropout_seed(seed)
         # the global generators are for networks that use them; torch.manual_seed itself would record the call
         # for every kind of device that is not in use
         seed = derive_seed(progress.seed, "global", micro_batch.number)

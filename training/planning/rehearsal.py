@@ -140,9 +140,7 @@ class Rehearsal:
             self.ledger.enter(STEP)
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
-            stepping = StepAfterBackward(
-                self.optimizer, self.parameters, max_norm, scaler, lambda: None, self.steps
-            )
+            stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)
             with self.ledger.guessing():
                 stepping.finish()
             self.know_states()
