@@ -149,9 +149,10 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
     trained = expert_trained(family, options)
     for expert in experts:
         network = network_for(options, expert)
-        if network is not None and network.network_weights is not None:
-            if (network.network_module or family.lora_module) in OWN_MODULES:
-                warn_of_other_expert(read_lora(network.network_weights), (trained or expert).name)
+        if network is None or network.network_weights is None:
+            continue
+        if (network.network_module or family.lora_module) in OWN_MODULES:
+            warn_of_other_expert(read_lora(network.network_weights), (trained or expert).name)
     if samples_with_others and options.samples.sample_prompts is None:
         logger.warning("--sample_dit_other is ignored because there is no --sample_prompts")
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:

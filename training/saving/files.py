@@ -58,9 +58,6 @@ class Names:
         """Return a pattern of how the name of any file goes on behind its stem."""
         return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
 
-    def state(self, stem: str) -> Path:
-        return self.folder / f"{stem}-state"
-
 
 @dataclass
 class MinuteClock:
@@ -161,7 +158,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
-        written, state = list[Path](), self.names.state(stem)
+        written, state = list[Path](), self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
             kinds = {"-ema": self.write_average, **kinds}
