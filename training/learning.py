@@ -35,6 +35,7 @@ from training.experts import (
     read_lora_for,
 )
 from training.loss import LossRule
+from training.noise_options import NUM_TIMESTEPS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.stepping import (
@@ -51,7 +52,7 @@ from training.saver import restore
 from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
 from training.training_run import TrainingRun, TriggerFiles, trigger_paths
-from training.validation import Validation, ValidationRule, image_rule
+from training.validation import Validation, ValidationRule
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
     from training.samples import Sampler
@@ -276,7 +277,10 @@ def _make_feed(plan: TrainingPlan) -> Feed:
 
 def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
     accelerator, options = plan.accelerator, plan.options
-    asked = options.validation
+    asked, sigmas = options.validation, tuple[float, ...]()
+    if options.is_for_images:  # as image trainers do: four levels between the bounds of the timesteps
+        low, high = options.timesteps.lowest, options.timesteps.highest
+        sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
     return Validation(
         plan.family,
         plan.validation,
@@ -286,9 +290,7 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         plan.steps.number_of(accelerator.process_index),
         plan.steps.processes,
         loss,
-        image_rule(asked, options.timesteps)
-        if options.is_for_images
-        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
+        ValidationRule(sigmas, asked.max_validation_steps, asked.validation_seed, options.is_for_images),
         sources=plan.sources,
         encoders=plan.encoders,
         texts=plan.texts,

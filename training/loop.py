@@ -23,9 +23,10 @@ from training.data.feed import MicroBatch
 from training.loss import sum_streams, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
+from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
-from training.validation import EPOCH, STEP, describe_validation
+from training.validation import EPOCH, STEP
 
 logger = logging.getLogger(__name__)
 
@@ -354,8 +355,12 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 def _validate(run: TrainingRun, occasion: str) -> None:
     with evaluation(run.modules, run.optimizer, run.parameters):
         losses = run.validation.measure(run.dits.at, run.autocast)
-    past = run.progress.losses
+    step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
-    run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
-    logger.info(describe_validation(run.progress.step, losses, run.reporter.validations))
-    run.reporter.note_validation(run.progress.step, losses)
+    run.logs.values(run.validation.rule.logged(losses, occasion, running), step)
+    # levels are on the page and in the trackers
+    earlier = run.reporter.validations  # losses by their steps
+    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
+    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
+    logger.info("Step %d: validation loss %s%.5f%s", step, before, loss, lowest)
+    run.reporter.note_validation(step, losses)

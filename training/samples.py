@@ -190,8 +190,11 @@ def prepare_samples(
         for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
     ]
     chosen = chosen if together else chosen[process::processes]
-    if process == 0:
-        _remove_leftovers(folder, name)
+    if process == 0:  # unfinished samples that a killed run of this name left behind
+        pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            if pattern.fullmatch(path.name):
+                path.unlink(missing_ok=True)
     requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
@@ -311,14 +314,6 @@ def _solver_of(values: Mapping[str, Any]) -> str | None:
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
     return solver
-
-
-def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove unfinished samples that a killed run of this name left behind."""
-    pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def _no_dit(expert: int) -> nn.Module:

@@ -92,7 +92,10 @@ class ParameterSteps:
             state[parameter] = state.pop(precise)
         value = precise.detach()
         if parameter.dtype == torch.bfloat16:
-            value = stochastic_bfloat16(value, self._generator(parameter), None if gathers else weight)
+            seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
+            # on the parameter's device: bits for billions of weights take seconds on a CPU
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+            value = stochastic_bfloat16(value, generator, None if gathers else weight)
         parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
@@ -105,11 +108,6 @@ class ParameterSteps:
             optimizer.step()
         finally:
             optimizer.param_groups, group["params"] = groups, members
-
-    def _generator(self, parameter: Parameter) -> torch.Generator:
-        # on the parameter's device: bits for billions of weights take seconds on a CPU
-        seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
-        return torch.Generator(parameter.device).manual_seed(seed)
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
