@@ -91,16 +91,17 @@ def write_state(
     content = {
         name: value if name == "parts" else plain_state(value, name) for name, value in content.items()
     }
-    content["parts"] = {}
+    parts: dict[str, dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]] = {}
     for part, tensors in state.parts.items():
         # Weights as bytes, not copied, with dtype and shape: swapped ones lie side by side in one memory,
         # which `torch.save` takes in one dtype only.
         flat = {
             name: tensor.detach().contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()
         }
-        content["parts"][part] = {
+        parts[part] = {
             name: (data, tensors[name].dtype, tuple(tensors[name].shape)) for name, data in flat.items()
         }
+    content["parts"] = parts
     check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
         if add_files is not None:
