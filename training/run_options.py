@@ -172,13 +172,9 @@ class SampleOptions(Options, title="samples while training"):
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option(
-        "make samples after every so many steps", least=1, needs="sample_prompts"
-    )
-    sample_every_n_epochs: int | None = option(
-        "make samples after every so many epochs", least=1, needs="sample_prompts", often=True
-    )
-    sample_at_first: bool = option("sample before the first step too", needs="sample_prompts")
+    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1)
+    sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
+    sample_at_first: bool = option("sample before the first step too")
     sample_now: bool = option(
         "look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
         "the next step, OUTPUT_NAME.save for a save; it is removed when that is done"
@@ -191,6 +187,11 @@ class SampleOptions(Options, title="samples while training"):
     preview: PreviewOptions  # of samples while they are made
 
     def __post_init__(self) -> None:
+        if self.is_timed and self.sample_prompts is None:
+            raise OptionError(
+                "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
+                "prompts: give --sample_prompts"
+            )
         self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
