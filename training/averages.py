@@ -66,7 +66,8 @@ class WeightAverage:
         if self.steps % self.every or not self.values:
             return
         settle_all(self._dits)
-        share = 1 - decay_at(self.steps, self.decay) ** self.every
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        share = 1 - decay**self.every
         if not self.on_host:
             lerp_each(self.values, self._parameters, share)
             return
@@ -115,11 +116,6 @@ class WeightAverage:
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
         self.steps = int((saved.average or {})["steps"])
-
-
-def decay_at(step: int, decay: float) -> float:
-    """Return the decay of a step, counted from 1."""
-    return min(decay, (1 + step) / (10 + step))
 
 
 def make_average(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch.nn import Parameter
 
 from modules.atomic_write import check_space
 from modules.contract.family import Family
-from modules.contract.rules import Expert
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
@@ -67,8 +65,21 @@ def check_before_loading(
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps)
     check_networks(family, options)
-    _check_samples(sampling or family, options)
-    _check_room(family, options)
+    samples, of_samples = options.samples, sampling or family
+    if samples.preview.preview_latent_every is not None:
+        import_own("blissful_tuner.latent_preview").check_preview(samples.preview, of_samples.latent)
+    with quiet():
+        if samples.are_made and samples.sample_prompts is not None:
+            import_own("training.samples").read_requests(of_samples, samples.sample_prompts)
+        for expert, file in zip_longest(of_samples.experts, of_samples.dit_files):
+            uses = [LoraUse(read_lora_for(path, expert), strength) for path, strength in samples.loras()]
+            for use in uses:
+                refuse_dora(use.lora, "--sample_lora")
+            if file is not None:
+                check_loras_fit(file, uses)
+    folder, name = options.saving.output_dir, options.saving.output_name
+    if folder is not None and name is not None and folder.is_dir():
+        check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
 
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
@@ -95,7 +106,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths)
-            uses = [_use(path, expert, multiplier) for path, multiplier in files]
+            uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
             if network.network_weights is not None and own is not None:
                 uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
             adapter = read_adapter(options, expert, family.experts)
@@ -125,43 +136,16 @@ def check_teacher(family: Family, options: TrainingOptions, texts: LiveTexts) ->
         )
 
 
-def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
-    """Read a LoRA, of a file for several experts that for this one."""
-    return LoraUse(read_lora_for(path, expert), multiplier)
-
-
-def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check the prompts of samples, the LoRAs that only they have, and the needs of their previews."""
-    samples = options.samples
-    if samples.preview.preview_latent_every is not None:
-        import_own("blissful_tuner.latent_preview").check_preview(samples.preview, family.latent)
-    with quiet():
-        if samples.are_made and samples.sample_prompts is not None:
-            import_own("training.samples").read_requests(family, samples.sample_prompts)
-        for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [_use(path, expert, multiplier) for path, multiplier in samples.loras()]
-            for use in uses:
-                refuse_dora(use.lora, "--sample_lora")
-            if file is not None:
-                check_loras_fit(file, uses)
-
-
-def _check_room(family: Family, options: TrainingOptions) -> None:
-    """Raise OutputError if the disk has no room for one trained file."""
-    folder, name = options.saving.output_dir, options.saving.output_name
-    if folder is None or name is None or not folder.is_dir():
-        return
-    size = 0
-    if options.whole_dit is not None:
-        # half: a file in float32 may be saved in 16 bits
-        size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
-    elif options.network is not None:
-        network, rank = options.network, options.network.network_dim or DEFAULT_RANK
-        files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
-        is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
-        if is_ranked and not network.arguments() and not network.dim_from_weights:  # in every module
-            size = sum(smallest_lora_bytes(file, rank) for file in files)
-    check_space(Path(folder) / f"{name}.safetensors", size)
+def _smallest_file(family: Family, options: TrainingOptions) -> int:
+    """Return the bytes that one trained file has at least, as far as that is known."""
+    network = options.network
+    if network is None:  # half: a file in float32 may be saved in 16 bits
+        return sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
+    files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
+    is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
+    if not is_ranked or network.arguments() or network.dim_from_weights:  # not in every module
+        return 0
+    return sum(smallest_lora_bytes(file, network.network_dim or DEFAULT_RANK) for file in files)
 
 
 WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")

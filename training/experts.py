@@ -146,7 +146,13 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if len(usual) == 1:
         return
-    _warn_of_other_starts(family, options)
+    trained = expert_trained(family, options)
+    for expert in experts:
+        network = network_for(options, expert)
+        if network is None or network.network_weights is None:
+            continue
+        if (network.network_module or family.lora_module) in OWN_MODULES:
+            warn_of_other_expert(read_lora(network.network_weights), (trained or expert).name)
     if samples_with_others and options.samples.sample_prompts is None:
         logger.warning("--sample_dit_other is ignored because there is no --sample_prompts")
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
@@ -156,33 +162,16 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].lowest > 0:
         logger.info("Only timesteps from %g on are trained, at which --dit_high_noise works.", boundary)
-    elif expert_trained(family, options) is None:
+    elif trained is None:
+        below, above, counted = "--max_timestep", "--min_timestep", round(boundary)
+        if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
+            below, above, counted = above, below, NUM_TIMESTEPS - counted
         logger.warning(
             "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
-            "only. Recommended: %s --preserve_distribution_shape (or %s if it is the transformer for high "
-            "noise).",
-            boundary,
-            *_windows(options, round(boundary)),
+            "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
+            "high noise).",
+            *(boundary, below, counted, above, counted),
         )
-
-
-def _warn_of_other_starts(family: Family, options: TrainingOptions) -> None:
-    """Warn if --network_weights was trained for another expert."""
-    for expert in family.experts:
-        network = network_for(options, expert)
-        if network is None or network.network_weights is None:
-            continue
-        if (network.network_module or family.lora_module) in OWN_MODULES:
-            trained = expert_trained(family, options) or expert
-            warn_of_other_expert(read_lora(network.network_weights), trained.name)
-
-
-def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
-    """Return the options that train below a timestep, and those that train above it."""
-    if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
-        boundary = NUM_TIMESTEPS - boundary
-        return f"--min_timestep {boundary}", f"--max_timestep {boundary}"
-    return f"--max_timestep {boundary}", f"--min_timestep {boundary}"
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,9 @@ from training.reports.reporter import RunReporter
 from training.saving.files import Names
 from training.saving.options import LATEST_ONLY
 from training.saving.states import state_pattern
-from training.training_run import MakesSamples, NoMemoryWatch
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 BAKED_RANK = 64  # of a plain LoRA made of a DoRA, whose change is of full rank
@@ -210,9 +212,22 @@ class NextSteps:
 
     def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
         sample, words = self.sample, ["python", *generation(self.sample)]
-        for end in ("", f"_{HIGH_NOISE}"):
-            if f"--dit{end}" in words:
-                words = self._with_file(words, end, file)
+        shown = "-ema" if self.options.average.sample_ema else ""  # what the samples show
+        files = [*self.names.files(self.names.stem_of(file) + shown).values()]
+        trained = {index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE}
+        # to each transformer the trained file of it, and the LoRAs of samples
+        for end, indexes in (("", {*range(len(self.experts))} - trained), (f"_{HIGH_NOISE}", trained)):
+            if f"--dit{end}" not in words:
+                continue
+            found, loras = [files[index if len(files) > 1 else 0] for index in sorted(indexes)], []
+            if self.options.network is not None:
+                loras = [(each, 1.0) for each in found]
+            elif found:
+                words[words.index(f"--dit{end}") + 1] = str(found[0])
+            loras += self.sample_loras
+            words += [f"--lora_weight{end}", *(str(path) for path, _ in loras)] if loras else []
+            if self.sample_loras:
+                words += [f"--lora_multiplier{end}", *(f"{number:g}" for _, number in loras)]
         words += _option("--prompt", sample.get("prompt") or "what it should show")
         size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
         words += ["--video_size", *size] if len(size) == 2 else []
@@ -223,26 +238,6 @@ class NextSteps:
             [*words, "--save_path", str(file.parent / "generated")],
             "The first sample again; change the prompt." if sample else "",
         )
-
-    def _with_file(self, words: Sequence[str], end: str, file: Path) -> list[str]:
-        """Add the trained file, and the LoRAs of samples, for the transformer of --dit or --dit_high_noise.
-
-        end: of the names of its options.
-        """
-        trained = [index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE]
-        indexes = trained if end else [index for index in range(len(self.experts)) if index not in trained]
-        shown = "-ema" if self.options.average.sample_ema else ""  # what the samples show
-        files = [*self.names.files(self.names.stem_of(file) + shown).values()]
-        found = [files[index if len(files) > 1 else 0] for index in indexes]
-        words, loras = [*words], [*self.sample_loras]
-        if self.options.network is not None:
-            loras = [*((each, 1.0) for each in found), *loras]
-        elif found:
-            words[words.index(f"--dit{end}") + 1] = str(found[0])
-        words += [f"--lora_weight{end}", *(str(path) for path, _ in loras)] if loras else []
-        if self.sample_loras:
-            words += [f"--lora_multiplier{end}", *(f"{number:g}" for _, number in loras)]
-        return words
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:
@@ -260,11 +255,11 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
 
 
-def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: MakesSamples) -> NextSteps:
+def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: "Sampler | None") -> NextSteps:
     """Return a maker of the command lines that can follow the run."""
     found = read_family({TRAINED_ON: plan.family.name})
     values: dict[str, Any] = {}
-    if sampler.samples:  # the first one, by the names of `Request`
+    if sampler is not None and sampler.samples:  # the first one, by the names of `Request`
         sample = sampler.samples[0]
         made, settled = sample.prepared, ("width", "height", "frames", "steps", "embedded_guidance")
         values = vars(made.asked) | {name: getattr(made, name) for name in settled}
@@ -282,7 +277,7 @@ def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: MakesSa
         plan.steps.total_steps,
         plan.accelerator.num_processes,
         values,
-        plan.options.samples.loras() if sampler.prompts else (),
+        () if sampler is None else plan.options.samples.loras(),
         plan.family.experts,
         "" if found is None else found.converted_for,
     )
@@ -291,8 +286,8 @@ def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: MakesSa
 def make_reporter(
     plan: TrainingPlan,
     following: NextSteps,
-    sampler: MakesSamples,
-    memory: MemoryWatch | NoMemoryWatch,
+    sampler: "Sampler | None",
+    memory: MemoryWatch | None,
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
     progress, device, given = plan.progress, plan.accelerator.device, following.given
@@ -310,7 +305,7 @@ def make_reporter(
             plan.options.samples.sample_now,
             describe_process(),
         ),
-        dict(enumerate(sampler.prompts)),
+        {} if sampler is None else dict(enumerate(sampler.prompts)),
         progress.step,
         lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
         lambda: list_memory(device, memory),
@@ -318,13 +313,13 @@ def make_reporter(
     )
 
 
-def list_memory(device: torch.device, watch: MemoryWatch | NoMemoryWatch) -> Sequence[tuple[str, str]]:
+def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
     """Return the page's lines on memory: names and values."""
     host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]
     sizes: tuple[int | None, ...] = (None, None, None)
-    if isinstance(watch, MemoryWatch):
+    if watch is not None:
         sizes = watch.predicted, watch.measured, watch.highest
     labels = PREDICTED, "a training step, measured", HIGHEST
     shown = ["not known" if size is None else f"{gib(size)} GiB" for size in sizes]

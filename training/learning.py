@@ -1,8 +1,8 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
-from modules.contract.loading import BlockPlace, HostPlace
 from modules.contract.rules import Expert, SoundLearning
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
@@ -36,6 +35,7 @@ from training.experts import (
     read_lora_for,
 )
 from training.loss import LossRule
+from training.noise_options import NUM_TIMESTEPS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.stepping import (
@@ -51,8 +51,11 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
-from training.training_run import MakesSamples, NoMemoryWatch, TrainingRun, TriggerFiles, trigger_paths
-from training.validation import Validation, ValidationRule, image_rule
+from training.training_run import TrainingRun, TriggerFiles, trigger_paths
+from training.validation import Validation, ValidationRule
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,8 @@ logger = logging.getLogger(__name__)
 def load_model(
     plan: TrainingPlan,
     swap: SwapOptions,
-    sampler: MakesSamples,
-    memory: MemoryWatch | NoMemoryWatch,
+    sampler: "Sampler | None",
+    memory: MemoryWatch | None,
     logs: Logs,
     reporter: RunReporter,
 ) -> TrainingRun:
@@ -71,18 +74,24 @@ def load_model(
     a part of the network.
     """
     options, family, accelerator = plan.options, plan.family, plan.accelerator
-    loading = Loading(plan, swap, bool(sampler.prompts))
+    samples_with_others = sampler is not None and plan.sampled is not family
+    takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
+    loading = Loading(plan, swap, sampler is not None, takes_turns or samples_with_others)
     learners: list[Trainable] = []
-    networks = [
-        loading.load(family, index, lambda dit, expert: _add_learner(plan, dit, expert, learners))
-        for index in range(len(family.experts))
-    ]
+    networks = [loading.load(family, index, learners) for index in range(len(family.experts))]
     if len(learners) == 1:
         trainable = learners[0]
     else:
         names = [expert.name for expert in family.experts]
         trainable = train_apart(dict(zip(names, learners, strict=True)))
-    sampled = loading.load_sampled(networks)
+    dits = sample_dits = ExpertNetworks(networks, loading.copies)
+    if samples_with_others:  # networks beside those that are trained
+        known = dict(zip(family.dit_files, networks, strict=True))
+        sampled = [
+            known[file] if file in known else loading.load(plan.sampled, index).eval()
+            for index, file in enumerate(plan.sampled.dit_files)
+        ]
+        sample_dits = ExpertNetworks(sampled, loading.copies)
     optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     set_training(optimizer, True)
@@ -91,14 +100,15 @@ def load_model(
     in_lockstep = plan.steps.in_lockstep and preserves
     rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
-    dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
     keeps_average = accelerator.is_main_process or plan.splits_model
-    triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
+    triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, sampler is not None)
+    if sampler is not None and plan.texts.learning:
+        sampler = replace(sampler, renew=plan.texts.renew)
     run = TrainingRun(
         plan=plan,
         dits=dits,
-        sample_dits=sampled or dits,
+        sample_dits=sample_dits,
         sample_loras=loading.sample_loras,
         adapter=adapter,
         trainable=trainable,
@@ -112,7 +122,7 @@ def load_model(
         feed=_make_feed(plan),
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
         validation=_make_validation(plan, rule),
-        sampler=sampler.renewed_by(plan.texts),
+        sampler=sampler,
         memory=memory,
         logs=logs,
         reporter=reporter,
@@ -131,96 +141,55 @@ class Loading:
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
     has_samples: bool
+    takes_turns: bool  # one network is on the device at a time
     sample_loras: list[AddedLoras] = field(default_factory=list)
     adapters: list[AddedLoras] = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
-    @property
-    def samples_with_others(self) -> bool:
-        """Return whether samples are made with networks that are not trained."""
-        return self.has_samples and self.plan.sampled is not self.plan.family
+    def load(self, family: Family, index: int, learners: list[Trainable] | None = None) -> nn.Module:
+        """Load the network of an expert, frozen, merging --base_weights while loading, and dress it.
 
-    @property
-    def takes_turns(self) -> bool:
-        """Return whether one network is on the device at a time."""
-        plan = self.plan
-        is_asked = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
-        return is_asked or self.samples_with_others
-
-    def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
-        """Load and dress the network of an expert. attach: adds the trained part."""
-        options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
+        One that is to be trained gets the training dtype. learners: see `_add_learner`; None: the network is
+        for samples only. Raises MemoryPlanError if the device has no room for the next network.
+        """
+        plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
+        expert, sharding = family.experts[index], options.speed.sharding
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
-        sharding = options.speed.sharding
         shares = shared_blocks(sharding, device)
-        dit = _load_dit(self.plan, family, index, host, shares)
-        if shares is not None and self.plan.splits_model:
+        network = network_for(options, expert)
+        files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
+        merged = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
+        patch = LoraPatch(merged) if merged else None
+        placement = placement_of(options, device, plan.fp8)
+        dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
+        if patch is not None:
+            patch.check()
+        check_dtype(family, options, dtype_of(dit))
+        dit.requires_grad_(False)
+        if shares is not None and plan.splits_model:
             shares.split(dit)
-        attach(dit, expert)
+        if learners is not None:
+            _add_learner(plan, dit, expert, learners)
         is_compiled = options.speed.compilation.choice is not None
-        given = read_adapter(options, expert, family.experts) if family is self.plan.family else None
+        given = read_adapter(options, expert, family.experts) if family is plan.family else None
         if given is not None:
             self.adapters.append(add_loras(dit, [given], is_compiled, TRAINING_ADAPTER))
-        if self.has_samples and options.samples.loras():
-            extra = [
-                LoraUse(read_lora_for(path, expert), multiplier)
-                for path, multiplier in options.samples.loras()
-            ]
+        if self.has_samples and (found := options.samples.loras()):
+            extra = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in found]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
-        elif index + 1 < len(family.experts):
-            _require_room(dit, device)
+        elif index + 1 < len(family.experts) and device.type == "cuda":
+            size, room = bytes_on(dit, device), spare_bytes(device)
+            if size > room:
+                raise MemoryPlanError(
+                    f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB "
+                    "are left beside it. Use --offload_inactive_dit, so that they take turns, or "
+                    "--blocks_to_swap"
+                )
         return dit
-
-    def load_sampled(self, trained: Sequence[nn.Module]) -> ExpertNetworks | None:
-        """Load the networks that only samples need, beside those that are trained; None if there are none."""
-        if not self.samples_with_others:
-            return None
-        sampling = self.plan.sampled
-        known = dict(zip(self.plan.family.dit_files, trained, strict=True))
-        networks = [
-            known[file] if file in known else self.load(sampling, index, lambda *_: None).eval()
-            for index, file in enumerate(sampling.dit_files)
-        ]
-        return ExpertNetworks(networks, self.copies)
-
-
-def _require_room(dit: nn.Module, device: torch.device) -> None:
-    """Raise MemoryPlanError if the device has no room for another network like this one."""
-    if device.type != "cuda":
-        return
-    size, room = bytes_on(dit, device), spare_bytes(device)
-    if size > room:
-        raise MemoryPlanError(
-            f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are "
-            "left beside it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
-        )
-
-
-def _load_dit(
-    plan: TrainingPlan, family: Family, index: int, host: HostPlace | None, blocks: BlockPlace | None
-) -> nn.Module:
-    """Load the network of an expert, frozen, merging --base_weights while loading.
-
-    One that is to be trained gets the training dtype. host: keeps weights in host memory. blocks: splits
-    them over processes.
-    """
-    expert = family.experts[index]
-    network = network_for(plan.options, expert)
-    files = (
-        [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
-    )
-    uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
-    patch = LoraPatch(uses) if uses else None
-    placement = placement_of(plan.options, plan.accelerator.device, plan.fp8)
-    dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=blocks), index)
-    if patch is not None:
-        patch.check()
-    check_dtype(family, plan.options, dtype_of(dit))
-    return dit.requires_grad_(False)
 
 
 def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:
@@ -267,8 +236,8 @@ def _make_stepping(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
-        before, split = trainable.before_step, trainable.split
-        return StepAfterBackward(optimizer, parameters, max_norm, scaler, before, alone, split)
+        networks, split = trainable.all_networks, trainable.split
+        return StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
@@ -308,7 +277,10 @@ def _make_feed(plan: TrainingPlan) -> Feed:
 
 def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
     accelerator, options = plan.accelerator, plan.options
-    asked = options.validation
+    asked, sigmas = options.validation, tuple[float, ...]()
+    if options.is_for_images:  # as image trainers do: four levels between the bounds of the timesteps
+        low, high = options.timesteps.lowest, options.timesteps.highest
+        sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
     return Validation(
         plan.family,
         plan.validation,
@@ -318,9 +290,7 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         plan.steps.number_of(accelerator.process_index),
         plan.steps.processes,
         loss,
-        image_rule(asked, options.timesteps)
-        if options.is_for_images
-        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
+        ValidationRule(sigmas, asked.max_validation_steps, asked.validation_seed, options.is_for_images),
         sources=plan.sources,
         encoders=plan.encoders,
         texts=plan.texts,

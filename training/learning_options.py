@@ -305,36 +305,27 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
     )
 
     def __post_init__(self) -> None:
-        arguments = self.arguments()
-        if not self.lr_scheduler_type:
-            self._check_named(arguments)
-
-    def _check_named(self, arguments: dict[str, Any]) -> None:
-        if self.lr_scheduler not in CURVES and self.lr_scheduler.partition(":")[0] != ADAFACTOR:
-            names = (*CURVES, ADAFACTOR)
+        arguments, name, names = self.arguments(), self.lr_scheduler, (*CURVES, ADAFACTOR)
+        if self.lr_scheduler_type:
+            return
+        is_adafactor = name.partition(":")[0] == ADAFACTOR
+        if name not in CURVES and not is_adafactor:
             raise OptionError(
-                f"--lr_scheduler {self.lr_scheduler}: unknown.{did_you_mean(self.lr_scheduler, names)} Use "
-                f"one of {', '.join(names)}, "
+                f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "
                 "or give the import path of a torch scheduler to --lr_scheduler_type."
             )
-        if self.lr_warmup_steps and (
-            self.lr_scheduler == "constant" or self.lr_scheduler.partition(":")[0] == ADAFACTOR
-        ):
-            remedy = (
-                "Use --lr_scheduler constant_with_warmup"
-                if self.lr_scheduler == "constant"
-                else "Adafactor has warmup_init=True"
-            )
+        if self.lr_warmup_steps and (name == "constant" or is_adafactor):
+            remedy = "Use --lr_scheduler constant_with_warmup"
             raise OptionError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no "
-                f"warm-up. {remedy}."
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {name} has no warm-up. "
+                f"{'Adafactor has warmup_init=True' if is_adafactor else remedy}."
             )
-        if self.lr_scheduler == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
+        if name == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
             raise OptionError(
                 "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
                 "tenth"
             )
-        if self.lr_scheduler == "piecewise_constant" and "step_rules" not in arguments:
+        if name == "piecewise_constant" and "step_rules" not in arguments:
             raise OptionError(
                 "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01' "
                 "(factor:until step, ...)"

@@ -9,24 +9,24 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from networks.adapter import NormReport
+from networks.adapter import ForeignNetwork, NormReport
 from training.data.feed import MicroBatch
 from training.loss import sum_streams, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
-from training.reports.logs import WISHES, StepReport, losses_by_part, name_rates
+from training.reports.history import LOSS
+from training.reports.logs import WISHES, StepReport, name_rates
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
-from training.validation import EPOCH, STEP, describe_validation
+from training.validation import EPOCH, STEP
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,17 @@ def train(run: TrainingRun) -> bool:
     """
     progress, plan = run.progress, run.steps
     with run.stop.listen():
-        _begin(run)
-        if is_ending(run):
+        # what is due before the first step, or was left over when the resumed state was saved
+        if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
+            progress.sample_pending = "e000000"
+        if progress.sample_pending:
+            _sample(run)
+        if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
+            logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
+        if progress.step == 0 and run.validation.items:
+            _validate(run, STEP)
+        _restart_clock(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
                 run.trainable.start_epoch()
@@ -64,7 +72,8 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
     """Take a step and do the work due after it. Returns whether the run has to end here."""
     asked = take_step(run, group, micro_batches)
     progress = run.progress
-    run.memory.after_step()
+    if run.memory is not None:
+        run.memory.after_step()
     progress.step, progress.position = progress.step + 1, group.stop
     _after_step(run, asked)
     return is_ending(run)
@@ -77,10 +86,20 @@ def is_ending(run: TrainingRun) -> bool:
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
-    run.trainable.start_step()
+    progress, batches = run.progress, run.feed.batches
+    for network in run.trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
-    reached = _reached(run, group)
+    # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
+    # if no clip has any. It depends on the whole group, not on this process' share of it, and costs no wait
+    # for the device.
+    reached, places = run.parameters, [(progress.epoch, index) for index in group]
+    if run.trainable.by_expert:
+        reached = run.trainable.reached({batches.expert_of(place) for place in places})
+    if run.of_sound and not any(map(batches.has_sound, places)):
+        reached = [parameter for parameter in reached if parameter not in run.of_sound]
     with run.adapter.turned(is_on=True):
         row, keys = _accumulate(run, group, micro_batches)
     run.stepping.begin(reached)
@@ -98,8 +117,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     run.optimizer.zero_grad(set_to_none=True)
     norms = run.trainable.limit_norms(run.device)
     run.average.after_step()
-    sizes = run.feed.batches.sizes_of(run.progress.epoch, group)
-    step = StepReport(run.progress.step + 1, rates, keys, sizes)
+    items = batches.order.epoch(progress.epoch)
+    sizes = tuple(sorted(item.bucket for index in group for item in items[index]))
+    step = StepReport(progress.step + 1, rates, keys, sizes)
     before = run.readings.push(step, torch.cat([row, *norms, norm.view(1)]))
     if before is not None:
         _note(run, before)
@@ -111,21 +131,6 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     return saves > 0, samples > 0
 
 
-def _reached(run: TrainingRun, group: range) -> list[Parameter]:
-    """Return the parameters that a step changes: without those of an expert that gets no batch of it, or of
-    the sound if no clip has any.
-
-    It depends on the whole group, not on this process' share of it, and costs no wait for the device.
-    """
-    batches, keys = run.feed.batches, [(run.progress.epoch, index) for index in group]
-    reached = run.parameters
-    if run.trainable.by_expert:
-        reached = run.trainable.reached({batches.expert_of(key) for key in keys})
-    if run.of_sound and not any(map(batches.has_sound, keys)):
-        reached = [parameter for parameter in reached if parameter not in run.of_sound]
-    return reached
-
-
 def _accumulate(
     run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -133,22 +138,38 @@ def _accumulate(
 
     Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
     """
-    count = len(run.parts)
+    count, steps, progress = len(run.parts), run.steps, run.progress
     row = torch.zeros(WISHES.stop + 2 * count, device=run.device)
     keys: tuple[str, ...] = ()
     parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.scaler.scale(row)
-    for place, index in enumerate(run.steps.share(group, run.feed.process)):
+    for place, index in enumerate(steps.share(group, run.feed.process)):
         micro_batch = next(micro_batches)
-        _seed(run, micro_batch.number)
-        run.memory.see_batch(micro_batch.data.noise.numel())
+        # dropout is a function of the seed and the micro-batch
+        seed = derive_seed(progress.seed, "dropout", micro_batch.number)
+        for network in run.trainable.all_networks:
+            network.set_dropout_seed(seed)
+        # the global generators are for networks that use them; torch.manual_seed itself would record the call
+        # for every kind of device that is not in use
+        seed = derive_seed(progress.seed, "global", micro_batch.number)
+        torch.default_generator.manual_seed(seed)
+        if run.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif run.device.type == "mps":
+            torch.mps.manual_seed(seed)
+        if run.memory is not None:
+            run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
         with run.autocast():
             batch = run.texts.add_to(micro_batch.data.batch)
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
-        is_repeat = run.steps.in_lockstep and run.steps.is_repeat(index, run.feed.process)
-        for which in _experts_at(run, group, place, expert):
+        is_repeat = steps.in_lockstep and steps.is_repeat(index, run.feed.process)
+        experts = [expert]
+        if len(run.experts) > 1 and steps.in_lockstep:  # those of all processes now
+            now = [steps.share(group, process)[place] for process in range(steps.processes)]
+            experts = sorted({run.feed.batches.expert_of((progress.epoch, other)) for other in now})
+        for which in experts:
             dit = run.dits.at(which)
             losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
             loss = sum_streams(losses) / parts
@@ -164,29 +185,6 @@ def _accumulate(
                 row[WISHES.stop + count + part] += 1
             keys += micro_batch.data.batch.keys
     return row, keys
-
-
-def _experts_at(run: TrainingRun, group: range, place: int, own: int) -> Sequence[int]:
-    """Return the experts that a micro-batch is run by: its own; in lockstep those of all processes now."""
-    if len(run.experts) == 1 or not run.steps.in_lockstep:
-        return (own,)
-    now = [run.steps.share(group, process)[place] for process in range(run.steps.processes)]
-    return sorted({run.feed.batches.expert_of((run.progress.epoch, index)) for index in now})
-
-
-def _seed(run: TrainingRun, number: int) -> None:
-    """Make dropout a function of the seed and the micro-batch number.
-
-    The global generators are seeded too, for networks that use them.
-    """
-    run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
-    seed = derive_seed(run.progress.seed, "global", number)
-    # torch.manual_seed itself would record the call for every kind of device that is not in use
-    torch.default_generator.manual_seed(seed)
-    if run.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif run.device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def _note(run: TrainingRun, step: StepReport) -> None:
@@ -210,13 +208,16 @@ def _note(run: TrainingRun, step: StepReport) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.stop.agreed = run.stop.agreed or step.row[WISHES][0] > 0
+    # the mean losses of the parts that had micro-batches in this step
+    count, numbers = len(run.parts), step.row[WISHES.stop :]
+    parts = zip(run.parts, numbers[:count], numbers[count : 2 * count], strict=True)
     report = replace(
         step,
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
         norms=None if run.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
-        by_part=losses_by_part(step.row, run.parts),
+        by_part={name: total / batches for name, total, batches in parts if batches},
     )
     run.logs.step(report)
     run.reporter.note_step(report)
@@ -231,23 +232,10 @@ def _settle(run: TrainingRun) -> None:
 
 def _restart_clock(run: TrainingRun) -> None:
     """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
-    run.memory.after_pause()
+    if run.memory is not None:
+        run.memory.after_pause()
     run.readings.restart_clock(run.device)
     run.logs.clock.skip()
-
-
-def _begin(run: TrainingRun) -> None:
-    """Do the work due before the first step, or left over when the resumed state was saved."""
-    progress = run.progress
-    if progress.step == 0 and run.options.samples.is_due_at_step(0) and progress.sampled_step != 0:
-        progress.sample_pending = "e000000"
-    if progress.sample_pending:
-        _sample(run)
-    if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
-        logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
-    elif progress.step == 0 and run.validation.items:
-        _validate(run, STEP)
-    _restart_clock(run)
 
 
 def _after_step(run: TrainingRun, asked: Asked) -> None:
@@ -260,7 +248,8 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
     saves = asks_to_save or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = validate_every is not None and progress.step % validate_every == 0
-    samples = asks_to_sample or options.samples.is_due_at_step(progress.step)
+    sample_every = options.samples.sample_every_n_steps
+    samples = asks_to_sample or (sample_every is not None and progress.step % sample_every == 0)
     if not (saves or validates or samples):
         return
     _settle(run)
@@ -291,7 +280,8 @@ def _after_epoch(run: TrainingRun) -> None:
     is_whole = progress.position >= run.steps.num_batches
     _settle(run)
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
-    if options.samples.is_due_after_epoch(epoch) and progress.sampled_step != progress.step:
+    sample_every = options.samples.sample_every_n_epochs
+    if sample_every is not None and epoch % sample_every == 0 and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
         progress.epoch, progress.position = epoch, 0
@@ -330,8 +320,8 @@ def _sample(run: TrainingRun) -> None:
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
     makes them with the weights of the same step.
     """
-    progress = run.progress
-    if run.sampler.prompts:
+    progress, sampler = run.progress, run.sampler
+    if sampler is not None:
         was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
 
         def check() -> None:
@@ -340,7 +330,7 @@ def _sample(run: TrainingRun) -> None:
 
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
-                run.sampler.make(run.sample_dits.at, run.autocast, progress.sample_pending, check)
+                sampler.make(run.sample_dits.at, run.autocast, progress.sample_pending, check)
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.steps.everyone, run.device):
@@ -365,8 +355,12 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 def _validate(run: TrainingRun, occasion: str) -> None:
     with evaluation(run.modules, run.optimizer, run.parameters):
         losses = run.validation.measure(run.dits.at, run.autocast)
-    past = run.progress.losses
+    step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
-    run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
-    logger.info(describe_validation(run.progress.step, losses, run.reporter.validations))
-    run.reporter.note_validation(run.progress.step, losses)
+    run.logs.values(run.validation.rule.logged(losses, occasion, running), step)
+    # levels are on the page and in the trackers
+    earlier = run.reporter.validations  # losses by their steps
+    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
+    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
+    logger.info("Step %d: validation loss %s%.5f%s", step, before, loss, lowest)
+    run.reporter.note_validation(step, losses)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -65,30 +65,6 @@ class NoisyBatch:
         _, *picture = self.noise.shape
         _, *sound = self.sound.noise.shape
         return Joint(tuple(picture), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
-
-    def with_all(self, names: Collection[str]) -> "NoisyBatch":
-        """Return the batch with all that there is, also what the network in training is not told.
-
-        names: of what the model can be told (`Described.fuller`).
-        """
-        has_first = FIRST_FRAME in names and self.noise.shape[2] > 1
-        given = max(self.given_frames, int(has_first))
-        return replace(self, batch=self.batch.tell(names), given_frames=given)
-
-    def place_weights(self, errors: Tensor) -> Tensor | None:
-        """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.
-
-        A picture's mask (`MASK`) is averaged over the area of each latent.
-        """
-        picture, clip = (self.batch.tensors.get(name) for name in (MASK, LOSS_MASK))
-        weights = None
-        if isinstance(picture, Tensor):
-            resized = interpolate(picture.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
-            weights = resized.unsqueeze(2)
-        if isinstance(clip, Tensor):
-            clip = clip.float().unsqueeze(1)
-            weights = clip if weights is None else weights * clip
-        return weights
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -162,11 +138,21 @@ def measure_streams(
     if noisy_batch.joint is not None and noisy_batch.sound is not None:
         of_sound = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
         velocity = noisy_batch.joint.join(velocity, of_sound)
-    target = find_target(velocity, batch, network, rule)
+    target, is_preserved = velocity, any(batch.preserved)
+    if is_preserved or rule.always_as_base:
+        assert rule.as_base is not None  # the loop was told that there are such samples
+        with torch.no_grad(), rule.as_base():
+            known = network()
+        if is_preserved:
+            chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
+            target = torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
     taught = None
     if rule.teacher_weight:
         assert rule.as_base is not None
-        told = noisy_batch.with_all(family.fuller)
+        # the teacher is told all that there is, also what the network in training is not told
+        has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
+        given = max(noisy_batch.given_frames, int(has_first))
+        told = replace(noisy_batch, batch=batch.tell(family.fuller), given_frames=given)
         with torch.no_grad(), rule.as_base():
             taught = predict(family, dit, latents, told, autocast, rule)
     output = network()
@@ -183,34 +169,37 @@ def sample_errors(
 ) -> tuple[Tensor, ...]:
     """Return the mean error of each sample: B, float32; if the batch has sound, a second one of its sound.
 
-    differences: B C F H W, or B N of a picture and its sound.
+    differences: B C F H W, or B N of a picture and its sound. If the batch has a mask (`MASK`, `LOSS_MASK`),
+    errors of the picture are multiplied by it before the mean over all elements: the mean is over the masked
+    ones too, so the smaller a mask, the smaller the loss. Given frames are left out: the mean is over the
+    others.
     """
-    joint, sound = noisy_batch.joint, noisy_batch.sound
-    if joint is None or sound is None:
-        return (picture_errors(spec, differences, noisy_batch, rule),)
-    picture, heard = joint.split(differences)
-    thresholds = None
-    if rule.options.has_threshold:
-        thresholds = find_thresholds(rule.options, spec, sound.sigmas, sound.timesteps)
-    of_sound = element_errors(rule.options, heard, thresholds).flatten(1).mean(1)
-    return picture_errors(spec, picture, noisy_batch, rule), of_sound
+    joint, sound, heard = noisy_batch.joint, noisy_batch.sound, None
+    if joint is not None:
+        differences, heard = joint.split(differences)
 
+    def each_error(values: Tensor, levels: NoisyBatch | NoisySound) -> Tensor:
+        thresholds = None
+        if rule.options.has_threshold:
+            thresholds = find_thresholds(rule.options, spec, levels.sigmas, levels.timesteps)
+        return element_errors(rule.options, values, thresholds)
 
-def picture_errors(spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule) -> Tensor:
-    """Return the mean error of each sample: B, float32. differences: B C F H W.
-
-    If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
-    elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
-    are left out: the mean is over the others.
-    """
-    thresholds = None
-    if rule.options.has_threshold:
-        thresholds = find_thresholds(rule.options, spec, noisy_batch.sigmas, noisy_batch.timesteps)
-    errors = element_errors(rule.options, differences, thresholds)
-    weights = noisy_batch.place_weights(errors)
+    errors = each_error(differences, noisy_batch)
+    # how much each place counts: B 1 F H W or B 1 1 H W
+    picture_mask, clip_mask = (noisy_batch.batch.tensors.get(name) for name in (MASK, LOSS_MASK))
+    weights = None
+    if isinstance(picture_mask, Tensor):  # averaged over the area of each latent
+        resized = interpolate(picture_mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
+        weights = resized.unsqueeze(2)
+    if isinstance(clip_mask, Tensor):
+        clip_mask = clip_mask.float().unsqueeze(1)
+        weights = clip_mask if weights is None else weights * clip_mask
     if weights is not None:
         errors = errors * weights
-    return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
+    of_picture = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
+    if heard is None or sound is None:
+        return (of_picture,)
+    return of_picture, each_error(heard, sound).flatten(1).mean(1)
 
 
 def predict(
@@ -242,19 +231,6 @@ def predict(
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, tweaks)
     return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)
-
-
-def find_target(velocity: Tensor, batch: Batch, network: Callable[[], Tensor], rule: LossRule) -> Tensor:
-    """Return the true velocity, or the base model's prediction for the samples that preserve its output."""
-    if not (any(batch.preserved) or rule.always_as_base):
-        return velocity
-    assert rule.as_base is not None  # the loop was told that there are such samples
-    with torch.no_grad(), rule.as_base():
-        known = network()
-    if not any(batch.preserved):
-        return velocity
-    chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
-    return torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:

@@ -31,17 +31,9 @@ from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
 from training.reports.logs import check_trackers
-from training.resuming import (
-    check_resumable,
-    find_state,
-    first_progress,
-    habits_of,
-    identity_of,
-    take_over,
-)
+from training.resuming import check_resumable, find_state, first_progress, settings_of, take_over
 from training.run_options import StartOptions
 from training.saving.files import Names, hold_name
-from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
 
@@ -95,20 +87,16 @@ def make_plan(
     transformers that are not trained.
     """
     config = read_config(options, family)  # a fault in it is told before anything is started
-    accelerator, fp8 = _join_processes(family, options)
+    accelerator, fp8, others = _join_processes(family, options, held)
     is_main, device = accelerator.is_main_process, accelerator.device
-    others = None
-    if accelerator.num_processes > 1:
-        watch = import_own("modules.lost_processes").OtherProcesses
-        others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
-        held.enter_context(others.explain())
-    _hold_name(options.saving, is_main, held)
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
     check_computing(family, options, device, fp8)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    if encodes_while_training(options, config):
+    tables = config.datasets
+    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in tables)
+    if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
         from training.caching_inside import find_live_texts, prepare_sources
 
         texts = find_live_texts(family, options, config)
@@ -119,7 +107,7 @@ def make_plan(
         check_teacher(family, options, texts)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
-    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in tables):
         logger.warning(
             "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
@@ -132,8 +120,7 @@ def make_plan(
     network = options.network
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    identity = identity_of(family, options, progress.seed, order, steps, module)
-    habits = habits_of(family, options)
+    identity, habits = settings_of(family, options, progress.seed, order, steps, module)
     changes = check_resumable(saved, identity, habits, options)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
@@ -165,14 +152,13 @@ def make_plan(
     )
 
 
-def encodes_while_training(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training command may have to encode pictures or captions itself."""
-    changing = (table.changes.varying_keys or table.augmentation.varying_keys for table in config.datasets)
-    return options.is_for_images or options.caching is not None or any(changing)
+def _join_processes(
+    family: Family, options: TrainingOptions, held: ExitStack
+) -> tuple[Accelerator, Quantisation | None, Any]:
+    """Start trackers and processes, check the options against the device, and hold the name of the run.
 
-
-def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:
-    """Start trackers and processes, and check the options against the device."""
+    Returns the processes, with what multiplies on the device, and what watches the others if there are some.
+    """
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs)
     if options.speed.sharding.shard_base and accelerator.num_processes == 1:
@@ -192,15 +178,16 @@ def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerat
         check_split(options.optimizer.optimizer_type)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
-    return accelerator, fp8
-
-
-def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) -> None:
-    """Hold the name of the run in the main process. If it cannot be had, that one tells, and all end."""
+    others = None
+    if accelerator.num_processes > 1:
+        watch = import_own("modules.lost_processes").OtherProcesses
+        others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
+        held.enter_context(others.explain())
+    # the main process holds the name; if it cannot be had, that one tells, and all end
     error: OutputError | None = None
-    if is_main_process:
+    if accelerator.is_main_process:
         try:
-            held.enter_context(hold_name(*saving.place))
+            held.enter_context(hold_name(*options.saving.place))
         except OutputError as refusal:
             error = refusal
     (code,) = broadcast_object_list([None if error is None else error.exit_code])
@@ -208,20 +195,18 @@ def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) ->
         raise error
     if code is not None:
         raise SystemExit(code)
+    return accelerator, fp8, others
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
-    return with_references(_read_config(options), family.references)
-
-
-def _read_config(options: TrainingOptions) -> DatasetConfig:
     path, given = options.loop.dataset_config, options.subset
     if given is not None and given.replaces_toml:
         if path is None:
-            return folders_config(given)
+            return with_references(folders_config(given), family.references)
         logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
-    return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
+    path = require(path, "--dataset_config", "the clips to train on")
+    return with_references(load_dataset_config(path, given), family.references)
 
 
 def _find_items(

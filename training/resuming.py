@@ -65,7 +65,7 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
         found = [find_latest(*saving.place) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            _tell_of_no_state(saving.resume, *saving.place)
+            _explain_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
         folder = download_state(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
@@ -75,7 +75,7 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
     return read_state(folder)
 
 
-def _tell_of_no_state(asked: str, folder: Path, name: str) -> None:
+def _explain_no_state(asked: str, folder: Path, name: str) -> None:
     """Say that a new run begins, or raise OptionError if that was not asked for."""
     aside = find_set_aside(folder, name)
     is_trained = (folder / f"{name}.safetensors").is_file()
@@ -115,29 +115,38 @@ def own_values(own: Any, *kinds: str) -> dict[str, Any]:
     return {name: value for name, value in public_config(own).items() if name in names}
 
 
-def identity_of(
-    family: Family,
-    options: TrainingOptions,
-    seed: int,
-    order: BatchOrder,
-    plan: StepPlan,
-    module: str,
-) -> dict[str, Any]:
-    """Return the settings that must be equal in a resumed run, by the words that a user knows.
+def settings_of(
+    family: Family, options: TrainingOptions, seed: int, order: BatchOrder, plan: StepPlan, module: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that must be equal in a resumed run, and those that it may change with a warning.
 
-    module: of the network that is trained.
+    Both by the words that a user knows; the models of the latter by their file names. module: of the network
+    that is trained.
     """
-    config = {**public_config(options), "network_module": module}
+    config = public_config(options)
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
-    return {
+    kept = {**config, "network_module": module}
+    identity = {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
-        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
+        **{f"--{name}": kept.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
         **{f"--{name}": value for name, value in own_values(family.options, "identity").items()},
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
         TRANSFORMERS: _in_words(family.experts),
         TRAINING_ADAPTER: describe_adapter(options.frozen, with_content=True),
     }
+    base_weights = None if options.network is None else options.network.base_weights
+    names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
+    habits = {
+        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
+        **{f"--{name}": value for name, value in own_values(family.options, "habit").items()},
+        "the model's file": ", ".join(names) or None,
+        "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
+    }
+    further = options.by_expert.base_weights_high_noise
+    if further:
+        habits["--base_weights_high_noise"] = ", ".join(path.name for path in further)
+    return identity, habits
 
 
 def describe_adapter(options: FrozenModelOptions, with_content: bool = False) -> str | None:
@@ -162,25 +171,6 @@ def epoch_digest(order: BatchOrder) -> str:
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
     return digest.hexdigest()[:12]
-
-
-def habits_of(family: Family, options: TrainingOptions) -> dict[str, Any]:
-    """Return the settings that a resumed run may change with a warning, models by their file names."""
-    config = public_config(options)
-    base_weights = None if options.network is None else options.network.base_weights
-    names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
-    models = {
-        "the model's file": ", ".join(names) or None,
-        "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
-    }
-    further = options.by_expert.base_weights_high_noise
-    if further:
-        models["--base_weights_high_noise"] = ", ".join(path.name for path in further)
-    return {
-        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
-        **{f"--{name}": value for name, value in own_values(family.options, "habit").items()},
-        **models,
-    }
 
 
 def check_resumable(

@@ -5,12 +5,12 @@ import logging
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
-from modules.contract.loading import BlockPlace
 from modules.dressing import shared_blocks
 from modules.installation import import_own
 from modules.options import option_values
@@ -21,13 +21,17 @@ from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
+from training.reports.history import read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.saver import file_dtype, make_saver
-from training.saving.files import is_of_another_run, paths_in, set_aside
+from training.saving.files import set_aside
 from training.saving.hub import make_uploads
 from training.saving.states import SavedState
 from training.summary import show_end, show_start, watch_run
-from training.training_run import MakesSamples, NoMemoryWatch, NoSampler, TrainingRun
+from training.training_run import TrainingRun
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +80,8 @@ def prepare_run(
         following = plan_next_steps(plan, scripts, sampler)
         if plan.others is not None:
             plan.others.advice = following.after_loss
-        swap, watch = prepare_memory(plan)
-        memory = watch or NoMemoryWatch()
-        texts.load(accelerator.device, _shared_blocks(plan))
+        swap, memory = prepare_memory(plan)
+        texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
         held.callback(texts.free)
         logs = Logs(
             accelerator,
@@ -91,14 +94,18 @@ def prepare_run(
         )
         reporter = make_reporter(plan, following, sampler, memory)
         run = load_model(plan, swap, sampler, memory, logs, reporter)
-        _set_earlier_aside(plan)  # when nothing can be missing any more
+        # When nothing can be missing any more, the files of an earlier run of this name are set aside.
+        if accelerator.is_main_process and not options.saving.overwrite:
+            is_new, history = not isinstance(plan.saved, SavedState), reporter.history.path
+            if is_new or read_session(history) not in (None, progress.session_id):
+                given = option_values(plan.options) | option_values(family.options)
+                lists = (value if isinstance(value, (list, tuple)) else (value,) for value in given.values())
+                inputs = [value for each in lists for value in each if isinstance(value, Path)]
+                inputs += [plan.saved.folder] if plan.saved else []
+                set_aside(plan.names, inputs, datetime.now(), options.saving.resume is not None)
+        accelerator.wait_for_everyone()  # before any writes samples there
         uploads = make_uploads(options.hub)
-
-        def publish(path: Path, card: str | None) -> None:
-            uploads.publish(path, card)
-            reporter.note_saved(path, progress.step)
-
-        run.saver = make_saver(run, publish, uploads.publish_state)
+        run.saver = make_saver(run, uploads)
         with contextlib.closing(uploads), logs, reporter:
             show_start(run, file_dtype(options, run.dits.networks[0]))
             with contextlib.nullcontext() if plan.others is None else plan.others.explain():
@@ -108,42 +115,26 @@ def prepare_run(
             show_end(run, reporter.history.events_told, following)
 
 
-def _set_earlier_aside(plan: TrainingPlan) -> None:
-    """Set aside the files of an earlier run of this name, unless --overwrite replaces them."""
-    if plan.accelerator.is_main_process and not plan.options.saving.overwrite:
-        is_new = not isinstance(plan.saved, SavedState)
-        if is_new or is_of_another_run(plan.names, plan.progress.session_id):
-            inputs = paths_in(option_values(plan.options) | option_values(plan.family.options))
-            inputs += [plan.saved.folder] if plan.saved else []
-            set_aside(plan.names, inputs, datetime.now(), plan.options.saving.resume is not None)
-    plan.accelerator.wait_for_everyone()  # before any writes samples there
-
-
-def _shared_blocks(plan: TrainingPlan) -> BlockPlace | None:
-    """Return what splits text encoders over processes; None if each has them whole."""
-    return shared_blocks(plan.options.speed.sharding, plan.accelerator.device)
-
-
-def _make_sampler(plan: TrainingPlan) -> MakesSamples:
-    """Encode the texts and images of the samples.
+def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
+    """Encode the texts and images of the samples; None if none are made.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = plan.options.samples, plan.accelerator
     if options.sample_prompts is None:
-        return NoSampler()
+        return None
     if not (options.is_timed or options.sample_now):
         logger.warning(
             "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
             "--sample_at_first and --sample_now is given."
         )
-        return NoSampler()
+        return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = plan.names.folder / "sample", not plan.options.metadata.no_metadata
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
     if plan.options.average.sample_ema:
         weights = " (EMA)" + weights
-    sampler: MakesSamples = import_own("training.samples").prepare_samples(
+    sampler: Sampler = import_own("training.samples").prepare_samples(
         plan.sampled,
         options.sample_prompts,
         folder,
@@ -154,6 +145,6 @@ def _make_sampler(plan: TrainingPlan) -> MakesSamples:
         weights,
         options.preview,
         plan.steps.works_together,
-        _shared_blocks(plan),
+        shared_blocks(plan.options.speed.sharding, accelerator.device),
     )
     return sampler

@@ -214,16 +214,6 @@ class SampleOptions(Options, title="samples while training"):
             or self.sample_at_first
         )
 
-    def is_due_at_step(self, step: int) -> bool:
-        """Return whether samples are due after optimizer step `step`; 0 means before the first."""
-        if step == 0:
-            return self.sample_at_first
-        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
-
-    def is_due_after_epoch(self, epoch: int) -> bool:
-        """Return whether samples are due at the end of epoch `epoch`, counted from 1."""
-        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
-
 
 def _split_multiplier(given: Path) -> tuple[Path, float]:
     """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""

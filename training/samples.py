@@ -33,7 +33,6 @@ from modules.media.pixels import frames_of
 from modules.media.tracks import Track
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
-from training.data.live import LiveTexts
 from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)
@@ -81,10 +80,6 @@ class Sampler:
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
     writes: bool = True  # else another process does, and this one only helps to make them
-
-    def renewed_by(self, texts: LiveTexts) -> "Sampler":
-        """Return a sampler that encodes texts with the encoders that learn, if there are some."""
-        return replace(self, renew=texts.renew) if texts.learning else self
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -195,8 +190,11 @@ def prepare_samples(
         for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
     ]
     chosen = chosen if together else chosen[process::processes]
-    if process == 0:
-        _remove_leftovers(folder, name)
+    if process == 0:  # unfinished samples that a killed run of this name left behind
+        pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            if pattern.fullmatch(path.name):
+                path.unlink(missing_ok=True)
     requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
@@ -316,14 +314,6 @@ def _solver_of(values: Mapping[str, Any]) -> str | None:
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
     return solver
-
-
-def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove unfinished samples that a killed run of this name left behind."""
-    pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def _no_dit(expert: int) -> nn.Module:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.devices import DTYPES
 from modules.errors import OptionError
@@ -24,7 +23,6 @@ from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from networks.loading import TRAINED_FOR
 from networks.lora_settings import DEFAULT_RANK
-from networks.options import FrozenModelOptions
 from training.averages import PART as AVERAGE
 from training.experts import dtype_of, expert_metadata
 from training.noise_options import L2
@@ -39,9 +37,9 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, listed_settings, own_values
-from training.saving.files import NoSaver, Publish, Saver
-from training.saving.hub import write_card
-from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
+from training.saving.files import NoSaver, Saver
+from training.saving.hub import Uploads, write_card
+from training.saving.states import SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -51,13 +49,8 @@ IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
-def make_saver(
-    run: TrainingRun, publish: Callable[[Path, str | None], None], publish_state: Publish
-) -> Saver | NoSaver:
-    """Make the saver in the main process; the others save nothing.
-
-    publish: is given the file and the model card.
-    """
+def make_saver(run: TrainingRun, uploads: Uploads) -> Saver | NoSaver:
+    """Make the saver in the main process; the others save nothing."""
     plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
     is_first = plan.accelerator.is_main_process
     if not (is_first or plan.splits_model):
@@ -84,7 +77,7 @@ def make_saver(
 
     card = None
     if options.hub.huggingface_repo_id is not None and is_first:
-        prompts = [prompt for prompt in run.sampler.prompts if prompt]
+        prompts = [prompt for prompt in run.sampler.prompts if prompt] if run.sampler else []
         is_lora = options.network is not None
         card = write_card(
             plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
@@ -94,13 +87,18 @@ def make_saver(
         from training.saving.split_model import write_split_state
 
         write = write_split_state
+
+    def publish(path: Path) -> None:
+        uploads.publish(path, card)
+        run.reporter.note_saved(path, progress.step)
+
     saver = Saver(
         options.saving,
         plan.names,
         write_file,
         lambda folder: write(folder, take_state(run)),
-        lambda path: publish(path, card),
-        publish_state,
+        publish,
+        uploads.publish_state,
         write_average if run.average.values else None,
         is_first,
     )
@@ -160,8 +158,22 @@ def restore(run: TrainingRun) -> None:
         if isinstance(saved, SavedState):
             _restore_own(run, saved)
             logger.info("Continuing at step %d, epoch %d.", step, run.progress.epoch + 1)
+        elif run.plan.splits_model:
+            raise OptionError(
+                f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
+                "it without --shard_base and save a state, which can be split"
+            )
         else:
-            _restore_foreign(run, saved)
+            module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
+            load_module(module, saved.network)
+            run.average.begin()
+            if saved.optimizer:
+                restore_foreign_optimizer(run.optimizer, saved.optimizer, run.device)
+            logger.warning(
+                "%s was made by another program and does not record its progress: weights and optimizer are "
+                "restored, while steps, epochs and the learning-rate schedule start from 0.",
+                saved.folder,
+            )
     saved.release()
 
 
@@ -198,24 +210,6 @@ def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
     return {names[parameter]: weight for parameter, weight in run.trainable.split.items()}
 
 
-def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
-    if run.plan.splits_model:
-        raise OptionError(
-            f"--resume {saved.folder}: the state of another program is not split over processes. Resume it "
-            "without --shard_base and save a state, which can be split"
-        )
-    module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
-    load_module(module, saved.network)
-    run.average.begin()
-    if saved.optimizer:
-        restore_foreign_optimizer(run.optimizer, saved.optimizer, run.device)
-    logger.warning(
-        "%s was made by another program and does not record its progress: weights and optimizer are "
-        "restored, while steps, epochs and the learning-rate schedule start from 0.",
-        saved.folder,
-    )
-
-
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
@@ -240,7 +234,13 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
         values |= _image_values(plan)
-        values |= _frozen_values(options.frozen)
+        if options.frozen.training_adapter is not None:
+            values["ss_training_adapter"] = describe_adapter(options.frozen)
+        if options.frozen.teacher is not None:
+            values |= {
+                "ss_teacher": options.frozen.teacher,
+                "ss_teacher_weight": options.frozen.teacher_weight,
+            }
         if plan.progress.changes:
             values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
         further = [name for name in facts if name.startswith("sd_model_name_")]
@@ -248,16 +248,6 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
-
-
-def _frozen_values(options: FrozenModelOptions) -> dict[str, Any]:
-    """Return the entries on what the frozen model had and taught; none if it did neither."""
-    values: dict[str, Any] = {}
-    if options.training_adapter is not None:
-        values["ss_training_adapter"] = describe_adapter(options)
-    if options.teacher is not None:
-        values |= {"ss_teacher": options.teacher, "ss_teacher_weight": options.teacher_weight}
-    return values
 
 
 def file_metadata(
@@ -273,15 +263,46 @@ def file_metadata(
 
     epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
     Hashes of a LoRA are added when its tensors are written.
+    Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
     """
+    given, times = options.metadata, options.timesteps
+    architecture = given.architecture or family_metadata.get("architecture")
+    if architecture and options.network is not None:
+        architecture = f"{architecture}/lora"
+    resolution = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    if given.resolution is not None:  # one number is for a square
+        width, *height = re.findall(r"\d+", given.resolution)
+        resolution = f"{width}x{height[0] if height else width}"
+    spec = {
+        # as the known trainers of each kind write it
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
+        "architecture": architecture,
+        "implementation": family_metadata.get("implementation"),
+        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "resolution": resolution,
+        "date": now.isoformat(timespec="seconds"),
+        "author": given.author,
+        "description": given.description,
+        "license": given.license or licence,
+        "tags": given.tags,
+        "prediction_type": family_metadata.get("prediction_type"),
+        "usage_hint": given.usage_hint,
+        "thumbnail": given.thumbnail,
+        "merged_from": given.merged_from,
+        "trigger_phrase": given.trigger_phrase,
+        "preprocessor": given.preprocessor,
+        "is_negative_embedding": given.is_negative_embedding,
+    }
+    if times.min_timestep is not None or times.max_timestep is not None:
+        spec["timestep_range"] = f"{times.lowest},{times.highest}"
     values = dict(run)
-    if not options.metadata.no_metadata:
+    if not given.no_metadata:
         values |= {
             "ss_training_finished_at": str(now.timestamp()),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
         }
-    values |= _modelspec(options, family_metadata, now, licence)
+    values |= {f"modelspec.{key}": text for key, text in spec.items() if text is not None}
     return {key: make_storable(text) for key, text in values.items()}
 
 
@@ -335,6 +356,19 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
         return {f"ss_{name}": value for name, value in values.items()}
     parts, asked = options.parts, options.validation
     rates = parts.text_encoder_lr
+    folders: dict[str, dict[str, int]] = {}
+    buckets: Counter[tuple[int, int]] = Counter()
+    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
+    for item in plan.training:
+        table = item.table
+        folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
+        folder["img_count"] += 1
+        buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
+        totals[table.is_reg] += table.num_repeats
+    rows = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(buckets.items()))
+    }
     values |= {
         "ip_noise_gamma": options.noise.ip_noise_gamma,
         "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
@@ -349,7 +383,10 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
         "validate_every_n_steps": asked.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        **_count_pictures(plan.training),
+        "num_train_images": totals[False],
+        "num_reg_images": totals[True],
+        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
+        "bucket_info": json.dumps({"buckets": rows}),
     }
     if options.subset is not None:
         values |= {
@@ -357,63 +394,3 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
             "prior_loss_weight": options.subset.prior_loss_weight,
         }
     return {f"ss_{name}": value for name, value in values.items()}
-
-
-def _count_pictures(items: Iterable[TrainingItem]) -> dict[str, Any]:
-    """Return how many pictures there are: with their repeats, by size and by folder. None is read."""
-    folders: dict[str, dict[str, int]] = {}
-    buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
-    for item in items:
-        table = item.table
-        folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
-        folder["img_count"] += 1
-        buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
-        totals[table.is_reg] += table.num_repeats
-    rows = {
-        str(number): {"resolution": list(size), "count": count}
-        for number, (size, count) in enumerate(sorted(buckets.items()))
-    }
-    return {
-        "num_train_images": totals[False],
-        "num_reg_images": totals[True],
-        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
-        "bucket_info": json.dumps({"buckets": rows}),
-    }
-
-
-def _modelspec(
-    options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
-) -> dict[str, str]:
-    """Source: https://github.com/Stability-AI/ModelSpec."""
-    given, times = options.metadata, options.timesteps
-    architecture = given.architecture or family_metadata.get("architecture")
-    resolution = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
-    if given.resolution is not None:  # one number is for a square
-        width, *height = re.findall(r"\d+", given.resolution)
-        resolution = f"{width}x{height[0] if height else width}"
-    values = {
-        # as the known trainers of each kind write it
-        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
-        "architecture": f"{architecture}/lora"
-        if architecture and options.network is not None
-        else architecture,
-        "implementation": family_metadata.get("implementation"),
-        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
-        "resolution": resolution,
-        "date": now.isoformat(timespec="seconds"),
-        "author": given.author,
-        "description": given.description,
-        "license": given.license or licence,
-        "tags": given.tags,
-        "prediction_type": family_metadata.get("prediction_type"),
-        "usage_hint": given.usage_hint,
-        "thumbnail": given.thumbnail,
-        "merged_from": given.merged_from,
-        "trigger_phrase": given.trigger_phrase,
-        "preprocessor": given.preprocessor,
-        "is_negative_embedding": given.is_negative_embedding,
-    }
-    if times.min_timestep is not None or times.max_timestep is not None:
-        values["timestep_range"] = f"{times.lowest},{times.highest}"
-    return {f"modelspec.{key}": value for key, value in values.items() if value is not None}

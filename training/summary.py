@@ -10,7 +10,7 @@ from torch import Tensor
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.planning.device_memory import MemoryWatch, peak_in_words
+from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
@@ -122,7 +122,7 @@ def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     seconds, samples = clock.seconds_per_step, names.folder / SAMPLES
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     peak = peak_in_words(run.device)
-    if isinstance(run.memory, MemoryWatch):
+    if run.memory is not None:
         peak = f"{gib(run.memory.highest)} GiB"
     rows: list[Row] = [
         *(
@@ -132,7 +132,7 @@ def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
         ("best by validation", describe_best(story, names.folder)),
         ("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
-        ("samples", str(samples) if run.sampler.prompts and samples.is_dir() else None),
+        ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
         ("page", None if run.options.logs.no_page else str(page_path(names.folder, names.name))),
         ("peak memory", peak),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),

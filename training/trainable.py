@@ -79,27 +79,12 @@ class Trainable:
     def all_networks(self) -> tuple[TrainableNetwork, ...]:
         return (*self.networks, *self.tied)
 
-    def set_dropout_seed(self, seed: int) -> None:
-        """Call before each micro-batch."""
-        for network in self.all_networks:
-            network.set_dropout_seed(seed)
-
     def start_epoch(self) -> None:
         for network in self.all_networks:
             if not network.module.training:  # the walk over its modules takes longer than a short epoch
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
-
-    def start_step(self) -> None:
-        for network in self.all_networks:
-            if isinstance(network, ForeignNetwork):
-                network.on_step_start()
-
-    def before_step(self) -> None:
-        """Call once gradients are clipped."""
-        for network in self.all_networks:
-            network.before_optimizer_step()
 
     def limit_norms(self, device: torch.device) -> list[Tensor]:
         """Limit norms after an optimizer step; return the numbers of a `NormReport`, if any is limited."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from training.averages import WeightAverage
 from training.data.feed import Feed
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks, dtype_of
-from training.loss import Autocast, DitOf, LossRule
+from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
@@ -38,6 +38,9 @@ from training.saving.files import MinuteClock, Names, NoSaver, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 from training.validation import Validation
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -146,48 +149,9 @@ class TriggerFiles:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
 
-class NoMemoryWatch:
-    """Watch no memory: the device has no counters, or this is not the main process."""
-
-    def see_batch(self, elements: int) -> None: ...
-
-    def after_step(self) -> None: ...
-
-    def after_pause(self) -> None: ...
-
-
-class MakesSamples(Protocol):
-    """Make samples while training: `training.samples.Sampler`, which is imported if there are prompts."""
-
-    @property
-    def samples(self) -> Sequence[Any]: ...
-
-    @property
-    def prompts(self) -> Sequence[str]: ...
-
-    def make(
-        self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None], /
-    ) -> Sequence[Path]: ...
-
-    def renewed_by(self, texts: LiveTexts, /) -> "MakesSamples": ...
-
-
-class NoSampler:
-    """Make no samples."""
-
-    samples: Sequence[Any] = ()
-    prompts: Sequence[str] = ()
-
-    def make(self, *_: object) -> Sequence[Path]:
-        return ()
-
-    def renewed_by(self, _: LiveTexts) -> "NoSampler":
-        return self
-
-
 @dataclass
 class TrainingRun:
-    """Hold everything that the loop works with. A missing part is an object that does nothing.
+    """Hold everything that the loop works with.
 
     The plan's progress, the network, the optimizer and the schedule change while training.
     """
@@ -208,8 +172,8 @@ class TrainingRun:
     feed: Feed
     rule: LossRule
     validation: Validation  # without items: none is made
-    sampler: MakesSamples
-    memory: MemoryWatch | NoMemoryWatch
+    sampler: "Sampler | None"  # None: no samples are made
+    memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
     reporter: RunReporter  # to the page
     triggers: TriggerFiles  # watched by the main process only

@@ -14,11 +14,11 @@ from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
-from modules.contract.data import SOUND, Batch
+from modules.contract.data import SOUND
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
-from training.data.timesteps import Timesteps, times_at
+from training.data.timesteps import times_at
 from training.loss import (
     PLAIN_LOSS,
     Autocast,
@@ -31,7 +31,6 @@ from training.loss import (
 )
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.reports.history import LOSS
-from training.run_options import ValidationOptions
 
 NUM_BANDS = 5
 STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of logs
@@ -55,24 +54,6 @@ class ValidationRule:
         if running is not None:
             values[f"loss/validation/{occasion}_divergence"] = losses[LOSS] - running
         return values
-
-
-def image_rule(options: ValidationOptions, timesteps: TimestepOptions) -> ValidationRule:
-    """Return the rule of image trainers: four levels between the bounds of the timesteps."""
-    low, high = timesteps.lowest, timesteps.highest
-    sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
-    return ValidationRule(sigmas, options.max_validation_steps, options.validation_seed, True)
-
-
-def describe_validation(step: int, losses: Mapping[str, float], earlier: Mapping[int, float]) -> str:
-    """Return the log line of a validation; levels are on the page and in the trackers.
-
-    earlier: losses by their steps.
-    """
-    loss = losses[LOSS]
-    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
-    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
-    return f"Step {step}: validation loss {before}{loss:.5f}{lowest}"
 
 
 @dataclass(frozen=True)
@@ -159,6 +140,11 @@ class Validation:
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seed_generator("validation", *seed, item.key, level))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
+            heard, sound = batch.tensors.get(SOUND), None
+            if isinstance(heard, Tensor):  # as noisy as the picture
+                generator = seed_generator("validation sound", *seed, item.key, level)
+                of_sound = torch.randn(heard.shape, generator=generator)
+                sound = NoisySound(of_sound, times.sigmas, times.timesteps, torch.ones(1))
             noisy_batch = NoisyBatch(
                 batch,
                 noise,
@@ -166,15 +152,7 @@ class Validation:
                 times.timesteps,
                 torch.ones(1),
                 given_frames,
-                sound=self._noisy_sound(batch, times, *seed, item.key, level),
+                sound=sound,
             ).to(self.device)
             losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()
-
-    def _noisy_sound(self, batch: Batch, times: Timesteps, *stream: int | str) -> NoisySound | None:
-        """Return the sound as noisy as the picture; None: the item has none."""
-        heard = batch.tensors.get(SOUND)
-        if not isinstance(heard, Tensor):
-            return None
-        noise = torch.randn(heard.shape, generator=seed_generator("validation sound", *stream))
-        return NoisySound(noise, times.sigmas, times.timesteps, torch.ones(1))

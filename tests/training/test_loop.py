@@ -254,7 +254,6 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
 
     packed = Packed.of(batch)
-    assert isinstance(packed, Packed)
     found = packed.pin_memory().unpacked()
 
     assert found.number == batch.number
@@ -326,7 +325,6 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     )
 
     packed = Packed.of(MicroBatch(3, data))
-    assert isinstance(packed, Packed)
     out = packed.unpacked()
 
     assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))

@@ -65,10 +65,8 @@ class Packed:
     content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch | UserError) -> "Packed | UserError":
-        """Pack a micro-batch; leave an error as it is."""
-        if isinstance(micro_batch, UserError):
-            return micro_batch
+    def of(cls, micro_batch: MicroBatch) -> "Packed":
+        """Pack a micro-batch."""
         pieces: list[Tensor] = []
 
         def taken(tensor: Tensor) -> Tensor:
@@ -117,11 +115,30 @@ class Randomness:
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        sound = self._add_sound(batch, times, number, first_sample)
+        sound: NoisySound | None = None  # no sample has sound
+        heard, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
+        if isinstance(heard, Tensor) and isinstance(has_sound, Tensor):
+            of_sound = torch.randn(heard.shape, generator=seed_generator(self.seed, "sound", number))
+            if self.sound.given == SOUND_STREAM:
+                zeros = torch.zeros(len(batch))
+                sound = NoisySound(of_sound, zeros, zeros, zeros)
+            else:
+                own = times
+                if self.sound.has_own_times:
+                    own = self.draw(len(batch), number, first_sample, heard.shape, "sound timesteps")
+                weights = self.sound.sound_weight * self._weigh(batch, own) * has_sound
+                sound = NoisySound(of_sound, own.sigmas, own.timesteps, weights)
         weights = self.sound.picture_weight * self._weigh(batch, times)
         if self.sound.given == PICTURE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros)
+        # further noise of the input; source: Ning et al. 2023, arXiv 2301.11706
+        gamma, perturbation = self.perturbation.ip_noise_gamma, None
+        if gamma:
+            generator = seed_generator(self.seed, "input perturbation", number)
+            perturbation = gamma * torch.randn(shape, generator=generator)
+            if self.perturbation.ip_noise_gamma_random_strength:
+                perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
         return NoisyBatch(
             batch,
             noise,
@@ -130,7 +147,7 @@ class Randomness:
             weights,
             given,
             times.expert,
-            self._perturb(shape, number),
+            perturbation,
             sound,
         )
 
@@ -140,34 +157,6 @@ class Randomness:
         if self.weighted_by != NOTHING:
             weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
         return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
-
-    def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
-        """Draw the noise of the sound, and its own noise levels if it has some; None: no sample has sound."""
-        heard, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
-        if not (isinstance(heard, Tensor) and isinstance(has_sound, Tensor)):
-            return None
-        noise = torch.randn(heard.shape, generator=seed_generator(self.seed, "sound", number))
-        if self.sound.given == SOUND_STREAM:
-            zeros = torch.zeros(len(batch))
-            return NoisySound(noise, zeros, zeros, zeros)
-        if self.sound.has_own_times:
-            times = self.draw(len(batch), number, first_sample, heard.shape, "sound timesteps")
-        weights = self.sound.sound_weight * self._weigh(batch, times) * has_sound
-        return NoisySound(noise, times.sigmas, times.timesteps, weights)
-
-    def _perturb(self, shape: Sequence[int], number: int) -> Tensor | None:
-        """Draw the further noise of the input of micro-batch `number`: like the latents; None: there is none.
-
-        Source: Ning et al. 2023, arXiv 2301.11706.
-        """
-        gamma = self.perturbation.ip_noise_gamma
-        if not gamma:
-            return None
-        generator = seed_generator(self.seed, "input perturbation", number)
-        noise = gamma * torch.randn(shape, generator=generator)
-        if self.perturbation.ip_noise_gamma_random_strength:
-            noise *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
-        return noise
 
     def draw(
         self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
@@ -229,19 +218,12 @@ class MicroBatches:
         if drops_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:
-            steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)
+            steps, plan = (0, 1), self.plan
+            if plan is not None:  # the optimizer step, from 0, and how many there are
+                steps = plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
             texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))
             batch = replace(batch, captions=texts)
-        return MicroBatch(number, self.randomness.add(batch, number, self._first_sample(key)))
-
-    def _steps(self, plan: StepPlan, epoch: int, index: int) -> tuple[int, int]:
-        """Return the optimizer step of a micro-batch, from 0, and how many the run has."""
-        return plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
-
-    def sizes_of(self, epoch: int, group: range) -> tuple[tuple[int, ...], ...]:
-        """Return the sizes of all items of these micro-batches, in an order of their own."""
-        batches = self.order.epoch(epoch)
-        return tuple(sorted(item.bucket for index in group for item in batches[index]))
+        return MicroBatch(number, self.randomness.add(batch, number, self.order.items_before(*key)))
 
     def has_sound(self, key: Key) -> bool:
         """Return whether a clip of a micro-batch has sound. Reads no files."""
@@ -256,11 +238,7 @@ class MicroBatches:
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.latent.shape(frames[0] if frames else 1, height, width)
-        return self.randomness.draw(len(items), number, self._first_sample(key), shape).expert
-
-    def _first_sample(self, key: Key) -> int:
-        """Return how many samples the run has seen before a micro-batch."""
-        return self.order.items_before(*key)
+        return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert
 
 
 @dataclass(frozen=True)
@@ -295,7 +273,6 @@ class Feed:
             num_workers=0
             if self.batches.sources.stays
             else min(self.workers, os.cpu_count() or 1, len(keys)),
-            collate_fn=Packed.of,  # type: ignore[arg-type]  # without batching it is given one item
             pin_memory=self.pin_memory,
             worker_init_fn=functools.partial(_start_worker, ending),
         )
@@ -317,9 +294,9 @@ class _HandedOver:
 
     batches: MicroBatches
 
-    def __getitem__(self, key: Key) -> MicroBatch | UserError:
+    def __getitem__(self, key: Key) -> Packed | UserError:
         try:
-            return self.batches[key]
+            return Packed.of(self.batches[key])
         except UserError as error:
             return error
 

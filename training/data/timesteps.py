@@ -65,12 +65,6 @@ def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
     )
 
 
-def span_of_all(experts: Sequence[Expert]) -> Span:
-    """Return the noise levels that any of the experts is trained on."""
-    lowest = min(experts, key=lambda expert: expert.lowest)
-    return Span(lowest.lowest, words=lowest.words if lowest.name else "")
-
-
 def draw(
     options: TimestepOptions,
     batch_size: int,
@@ -94,12 +88,11 @@ def draw(
     generation. Raises OptionError where nearly nothing lies between --min_timestep and --max_timestep, or on
     the side of an expert.
     """
-    flow_shift, whole = find_shift(options, noise, shape), span_of_all(experts)
+    flow_shift, lowest = find_shift(options, noise, shape), min(experts, key=lambda expert: expert.lowest)
+    whole = Span(lowest.lowest, words=lowest.words if lowest.name else "")  # of any of the experts
+    uniform = functools.partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
     takes_all = not options.preserve_distribution_shape and whole.lowest <= 0
     low, high = (0.0, 1.0) if takes_all else find_accepted_range(options, noise, flow_shift, whole)
-
-    def uniform() -> Tensor:
-        return torch.rand(batch_size, generator=generator, dtype=torch.float64)
 
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
@@ -204,22 +197,18 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """Return sigmas and timesteps at these shares of noise, or places in the table: B, 0..1."""
-    if not noise.table:
-        return Timesteps(shares.float(), timesteps_at(options, shares, noise))
-    places = (NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1
-    timesteps = places.clamp(0, NUM_TIMESTEPS - 1).long()
-    return Timesteps(torch.tensor(noise.table)[timesteps], timesteps.float())
+    """Return sigmas and timesteps at these shares of noise, or places in the table: B, 0..1.
 
-
-def timesteps_at(options: TimestepOptions, sigmas: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """Return the network's timesteps for these shares of noise, B float32: 1000 t and the family's offset.
-
-    The sampler `sigma` has no offset, as it draws from the whole thousandths.
+    Timesteps are 1000 t and the family's offset.
     """
+    if noise.table:
+        places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
+        return Timesteps(torch.tensor(noise.table)[places], places.float())
+    # the sampler `sigma` has no offset, as it draws from the whole thousandths
     offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
-    timesteps = NUM_TIMESTEPS * sigmas.double() + offset
-    return ((timesteps + NEARLY).floor() if noise.whole_timesteps else timesteps).float()
+    timesteps = NUM_TIMESTEPS * shares.double() + offset
+    timesteps = (timesteps + NEARLY).floor() if noise.whole_timesteps else timesteps
+    return Timesteps(shares.float(), timesteps.float())
 
 
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
 from training.learning_options import ADAFACTOR, LrScheduleOptions
-from training.optimizers.optimizer import check_arguments, finds_own_rate, import_object, is_schedule_free
+from training.optimizers.optimizer import check_arguments, import_object, is_schedule_free
 from training.saving.states import plain_state
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,6 @@ class RateShape:
     lr_end: float = POLYNOMIAL_END
     step_rules: str = ""
 
-    def progress(self, step: int) -> float:
-        """Return the progress: 0 at the end of the warm-up, 1 at the end of the run."""
-        return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
     """Make the schedule for this optimizer and this many optimizer steps.
@@ -69,7 +65,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     if options.lr_scheduler_type:
         return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
     name, _, first_rate = options.lr_scheduler.partition(":")
-    if finds_own_rate(optimizer):
+    if optimizer.defaults.get("relative_step"):  # an Adafactor that sets its rate from the step
         return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
     if name == ADAFACTOR:
         raise OptionError("--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True")
@@ -135,7 +131,8 @@ def factor_at(name: str, curve: RateShape, step: int) -> float:
     if step < curve.warmup:
         lowest = curve.min_lr_ratio if name == "warmup_stable_decay" else 0.0
         return _above(lowest, step / curve.warmup)
-    progress = curve.progress(step)
+    # 0 at the end of the warm-up, 1 at the end of the run
+    progress = min(1.0, (step - curve.warmup) / max(1, curve.total - curve.warmup))
     match name:
         case "linear":
             return 1 - progress

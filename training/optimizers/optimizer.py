@@ -169,11 +169,6 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
     return type(optimizer).__name__.lower().endswith("schedulefree")
 
 
-def finds_own_rate(optimizer: Optimizer) -> bool:
-    """Return whether it is an Adafactor that sets its learning rate from the step."""
-    return bool(optimizer.defaults.get("relative_step"))
-
-
 def set_training(optimizer: Optimizer, is_training: bool) -> None:
     """Switch a schedule-free optimizer between the weights it trains and those to save and sample with."""
     if is_schedule_free(optimizer):
@@ -285,7 +280,15 @@ def restore_optimizer(
     here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     there = [group["params"] for group in saved["groups"]]
     if here != there:
-        raise CheckpointError(_difference(here, there))
+        saved_names, own = ({name for group in names for name in group} for names in (there, here))
+        differing = saved_names - own, own - saved_names
+        missing, new = (", ".join(sorted(some)[:3]) or "none" for some in differing)
+        raise CheckpointError(
+            f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
+            f"this run: {new}; in groups of {[*map(len, there)]} there and {[*map(len, here)]} here).\n"
+            "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
+            "from what was trained"
+        )
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
     groups = [
         {**_settings(own), **_copied(group), "params": [numbers[name] for name in group["params"]]}
@@ -304,8 +307,15 @@ def restore_optimizer(
             for key, value in kept.items()
         }
         optimizer.state[parameter] = state
-        if getattr(optimizer, "is_paged", False):
-            _page(optimizer, parameter, state, device)
+        if not getattr(optimizer, "is_paged", False):
+            continue
+        # A paged optimizer of bitsandbytes keeps what is as large as its parameter in memory that the driver
+        # moves between host and device: on the device alone it may not fit.
+        paged: Any = optimizer
+        like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = paged.get_state_buffer(like, dtype=value.dtype).copy_(value)
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
@@ -320,7 +330,11 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, own in zip(optimizer.param_groups, rates, strict=True):
             group.update(own)
-        _check_shapes(optimizer)
+        for parameter, moments in optimizer.state.items():  # it is numbered, not named
+            for name in MOMENTS & moments.keys():
+                if moments[name].shape != parameter.shape:
+                    shapes = list(moments[name].shape), list(parameter.shape)
+                    raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
@@ -346,35 +360,3 @@ def _copied(value: Any, device: torch.device | str = "cpu") -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item, device) for item in value)
     return value
-
-
-def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
-    """Put what of a state is as large as its parameter where a paged optimizer of bitsandbytes keeps it.
-
-    That is memory that the driver moves between host and device. On the device alone it may not fit.
-    """
-    like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[name] = optimizer.get_state_buffer(like, dtype=value.dtype).copy_(value)
-
-
-def _check_shapes(optimizer: Optimizer) -> None:
-    """Raise ValueError if a state does not have the shape of its parameter: it is numbered, not named."""
-    for parameter, state in optimizer.state.items():
-        for name in MOMENTS & state.keys():
-            if state[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} has the shape {list(state[name].shape)}, its parameter {list(parameter.shape)}"
-                )
-
-
-def _difference(here: list[list[str]], there: list[list[str]]) -> str:
-    saved, own = ({name for group in names for name in group} for names in (there, here))
-    missing, new = (", ".join(sorted(some)[:3]) or "none" for some in (saved - own, own - saved))
-    return (
-        f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in this "
-        f"run: {new}; in groups of {[*map(len, there)]} there and {[*map(len, here)]} here).\n"
-        "  Use the network options, or --trainable_modules, of the run that made it, or start a new run from "
-        "what was trained"
-    )

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from modules.errors import OptionError
 from modules.offload.sharding import gather_rows, rows_of
 from modules.seeds import derive_seed
+from networks.adapter import TrainableNetwork
 from training.optimizers.optimizer import find_optimizer
 from training.processes import fill_missing_gradients, norm_of_gradients
 from training.steps import Progress
@@ -71,11 +72,6 @@ class ParameterSteps:
         groups = enumerate(self.optimizer.param_groups)
         return {parameter: index for index, group in groups for parameter in group["params"]}
 
-    def step_all(self, parameters: Sequence[Parameter]) -> None:
-        """Step the parameters one after the other. Each needs a gradient."""
-        for parameter in parameters:
-            self.step(parameter)
-
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
         """Step one parameter by its gradient."""
@@ -96,7 +92,10 @@ class ParameterSteps:
             state[parameter] = state.pop(precise)
         value = precise.detach()
         if parameter.dtype == torch.bfloat16:
-            value = stochastic_bfloat16(value, self._generator(parameter), None if gathers else weight)
+            seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
+            # on the parameter's device: bits for billions of weights take seconds on a CPU
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+            value = stochastic_bfloat16(value, generator, None if gathers else weight)
         parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
@@ -109,11 +108,6 @@ class ParameterSteps:
             optimizer.step()
         finally:
             optimizer.param_groups, group["params"] = groups, members
-
-    def _generator(self, parameter: Parameter) -> torch.Generator:
-        # on the parameter's device: bits for billions of weights take seconds on a CPU
-        seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
-        return torch.Generator(parameter.device).manual_seed(seed)
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
@@ -156,7 +150,7 @@ class StepAfterBackward:
     parameters: Sequence[Parameter]
     max_norm: float  # 0 turns clipping off
     scaler: torch.amp.GradScaler
-    before: Callable[[], None]  # called once gradients are clipped
+    networks: Sequence[TrainableNetwork] = ()  # are told once gradients are clipped
     alone: ParameterSteps | None = None  # steps the weights one after the other
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
@@ -170,9 +164,11 @@ class StepAfterBackward:
         norm = norm_of_gradients(self.parameters, self.split)
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-        self.before()
+        for network in self.networks:
+            network.before_optimizer_step()
         if self.alone is not None:
-            self.alone.step_all(self.parameters)
+            for parameter in self.parameters:
+                self.alone.step(parameter)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -97,7 +97,20 @@ class StepPrediction:
         notes[WEIGHTS] += swap.words(blocks, "to pass through")
         if self.waiting:
             notes[KEPT] = "the rest waits in host memory"
-        parts = [*parts_of(moment, swap, notes, self.waiting), *self._others(moment, swap)]
+        parts = [*parts_of(moment, swap, notes, self.waiting)]
+        further = self.others + self.sampled
+        if further:
+            whole, device, host, note = moment.get(WEIGHTS, 0), 0, further * swap.host, ""
+            if self.takes_turns:  # each has all its weights in host memory, also the one at work
+                host, note = (1 + further) * whole - swap.host, "they take turns on the device"
+            else:
+                device = further * (whole - swap.saved)
+            parts.append(MemoryPart("further transformers", device, host, note))
+        if further and self.options.by_expert.lora_per_expert:
+            # a micro-batch goes to one of them, so that only several of them leave gradients in both
+            kinds = [NETWORK, OPTIMIZER] + [GRADIENTS] * (self.options.loop.gradient_accumulation_steps > 1)
+            learning = sum(moment.get(kind, 0) for kind in kinds)
+            parts.append(MemoryPart("what learns in them", self.others * learning))
         if self.average:
             parts.append(MemoryPart("average of the weights (EMA)", 0, self.average))
         return Phase(f"training step, {self.batch}", (*parts, self.workspace))
@@ -106,26 +119,6 @@ class StepPrediction:
     def takes_turns(self) -> bool:
         """Return whether one transformer is on the device at a time."""
         return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
-
-    def _others(self, moment: Moment, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the memory of further transformers, and of their trained parts.
-
-        If they take turns, each has all its weights in host memory, also the one at work.
-        """
-        if not self.others + self.sampled:
-            return ()
-        weights, count = moment.get(WEIGHTS, 0), self.others + self.sampled
-        device, host = count * (weights - swap.saved), count * swap.host
-        if self.takes_turns:
-            device, host = 0, (1 + count) * weights - swap.host
-        note = "they take turns on the device" if self.takes_turns else ""
-        parts = [MemoryPart("further transformers", device, host, note)]
-        if self.options.by_expert.lora_per_expert:
-            # a micro-batch goes to one of them, so that only several of them leave gradients in both
-            kinds = [NETWORK, OPTIMIZER] + [GRADIENTS] * (self.options.loop.gradient_accumulation_steps > 1)
-            learning = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(MemoryPart("what learns in them", self.others * learning))
-        return tuple(parts)
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a batch with this share of the numbers: activations go with them."""

@@ -140,9 +140,7 @@ class Rehearsal:
             self.ledger.enter(STEP)
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
-            stepping = StepAfterBackward(
-                self.optimizer, self.parameters, max_norm, scaler, lambda: None, self.steps
-            )
+            stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)
             with self.ledger.guessing():
                 stepping.finish()
             self.know_states()
@@ -217,7 +215,17 @@ def dress_trainable(
         in_dit = options.parts is None or options.parts.trains_dit
         network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
         place(network.module, ledger, NETWORK)
-        _add_adapter(family, options, dit, ledger)
+        with disable_modes():  # the file has real tensors
+            uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
+        is_compiled = options.speed.compilation.choice is not None
+        adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
+        with ledger.allocating(ADAPTER):
+            computed = AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit))
+            for adapter in adapters:
+                adapter.place_on(ledger.device, computed)
+        # the first is switched on for good; the others stand for the factors in further transformers
+        for layer in adapters[0].layers if adapters else ():
+            layer.is_on = True
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
         assert options.whole_dit is not None
@@ -248,24 +256,6 @@ def dress_trainable(
         with ledger.allocating(NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, average, blocks, texts)
-
-
-def _add_adapter(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
-    """Put --training_adapter into a DiT without content, switched on for good; besides, if there are several
-    transformers, the factors that are in the others.
-    """
-    with disable_modes():  # the file has real tensors
-        uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
-    adapters = [
-        add_loras(dit, [use], options.speed.compilation.choice is not None, TRAINING_ADAPTER)
-        for use in uses
-        if use is not None
-    ]
-    with ledger.allocating(ADAPTER):
-        for adapter in adapters:
-            adapter.place_on(ledger.device, AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit)))
-    for layer in adapters[0].layers if adapters else ():
-        layer.is_on = True
 
 
 def held_by(optimizer: Optimizer) -> list[Tensor]:

@@ -79,13 +79,6 @@ class StepReport:
     by_part: Mapping[str, float] = field(default_factory=dict)
 
 
-def losses_by_part(row: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    """Return the mean loss of a step's micro-batches for each part that had some, by its name."""
-    count, numbers = len(names), row[WISHES.stop :]
-    parts = zip(names, numbers[:count], numbers[count : 2 * count], strict=True)
-    return {name: total / batches for name, total, batches in parts if batches}
-
-
 @dataclass(frozen=True)
 class Moment:
     """Hold a time: of the host, or an event of a CUDA device, which may still lie ahead."""
@@ -260,22 +253,18 @@ class Logs:
             values["max_norm/keys_scaled"] = report.norms.keys_scaled
             values["max_norm/average_key_norm"] = report.norms.mean_norm
             values["max_norm/max_key_norm"] = report.norms.max_norm
-        self._show(report, self.now())
-        self.values(values, report.step)
-
-    def _show(self, report: StepReport, now: float) -> None:
-        """Move the bar; where there is none, log a line now and then."""
-        if self.bar.disable:
-            if self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
-                if self._shown > -math.inf:
-                    numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
-                    logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
+        now = self.now()
+        if not self.bar.disable:
+            if now - self._shown >= SHOW_EVERY:
                 self._shown = now
-            return
-        if now - self._shown >= SHOW_EVERY:
+                self.bar.set_postfix(self._numbers(report), refresh=False)
+            self.bar.update(report.step - self.bar.n)
+        elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
+            if self._shown > -math.inf:  # a line now and then
+                numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
+                logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
-            self.bar.set_postfix(self._numbers(report), refresh=False)
-        self.bar.update(report.step - self.bar.n)
+        self.values(values, report.step)
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
         """Return the numbers beside the bar, by name."""
@@ -298,22 +287,15 @@ class Logs:
         if not self.accelerator.is_main_process:
             return
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                self._to_tensorboard(tracker.writer, values, step)
+            if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
+                for name, value in values.items():
+                    tracker.writer.add_scalar(name, value, step)
+                now = self.now()
+                if now - self._flushed >= FLUSH_SECONDS:
+                    tracker.writer.flush()
+                    self._flushed = now
             else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
                 tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
-
-    def _to_tensorboard(self, writer: Any, values: Mapping[str, float], step: int) -> None:
-        """Pass values to TensorBoard's writing thread.
-
-        accelerate's own `log` waits for the disk each time, some milliseconds a step.
-        """
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        now = self.now()
-        if now - self._flushed >= FLUSH_SECONDS:
-            writer.flush()
-            self._flushed = now
 
 
 def check_trackers(options: LogOptions) -> None:

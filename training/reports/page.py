@@ -144,6 +144,11 @@ def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) ->
     best_column = (
         min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
     )
+    titles = []
+    for row in columns:
+        is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
+        title = f"step {row.step:,}" + (f", epoch {int(row.mark[1:])}" if is_of_epoch else "")
+        titles.append({"title": title if row.step else "before training", "is_best": row is best_column})
     cells: dict[tuple[int, str, int], dict[str, Any]] = {}
     for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
         for index, prompt in shown:
@@ -152,7 +157,7 @@ def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) ->
                 tag = load(name, prompt, row.step, row is columns[-1])
                 cells[index, prompt, place] = {"clip": tag, "href": link("sample", name)}
     return {
-        "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
+        "columns": titles,
         "rows": [
             {
                 "prompt": prompt,
@@ -164,14 +169,6 @@ def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) ->
         "times": len(rows),
         "prompts": len(prompts),
     }
-
-
-def _column_title(row: SampleRow) -> str:
-    if row.step == 0:
-        return "before training"
-    return f"step {row.step:,}" + (
-        f", epoch {int(row.mark[1:])}" if row.mark[1:].isdigit() and row.mark[0] == "e" else ""
-    )
 
 
 def link(*parts: str) -> str:

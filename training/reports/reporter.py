@@ -22,7 +22,6 @@ from training.reports.sample_files import (
     join_strip,
     log_samples,
     read_reduced,
-    sheet_path,
     write_sheet,
 )
 
@@ -65,7 +64,7 @@ class RunReporter:
         self.folder, self.name = self.history.path.parent, history_name(self.history.path)
         self.path = page_path(self.folder, self.name)
         self.clips, self._written = ClipStore(self.folder / FOLDER), self.now()
-        self._messages = _Messages(self._note_message)
+        self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
 
     def __enter__(self) -> "RunReporter":
         self._note(self.step, started=asdict(self.start))
@@ -132,7 +131,8 @@ class RunReporter:
         self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
         with self._guarded():
             title = f"{self.name}, step {step:,}"
-            write_sheet(sheet_path(self.clips.folder, self.name, mark), title, strips, prompts)
+            sheet = self.clips.folder / f"{self.name}_{mark}_sheet.png"  # sorts behind the samples on it
+            write_sheet(sheet, title, strips, prompts)
         self._write()
 
     def note_saved(self, path: Path, step: int) -> None:
@@ -142,9 +142,6 @@ class RunReporter:
             self.history.flush()
         if self.now() - self._written >= max(PAUSE, self._cost / SHARE):
             self._write()
-
-    def _note_message(self, level: str, text: str) -> None:
-        self._note(self.step, level=level, message=text)
 
     def _note(self, step: int, **what: Any) -> None:
         with self._guarded():

@@ -31,17 +31,6 @@ class ReducedClip:
     frames: list[Frame]  # each H W 3
     fps: float
 
-    @property
-    def strip(self) -> list[Frame]:
-        """Return the first, the middle and the last frame, or the only one."""
-        last = len(self.frames) - 1
-        return [self.frames[index] for index in dict.fromkeys((0, last // 2, last))]
-
-
-def results_pattern(name: str) -> re.Pattern[str]:
-    """Return a pattern that only the names of a run's samples and sheets match."""
-    return re.compile(rf"{re.escape(name)}_(e?\d{{6,}})_(sheet\.png|\d{{2,9}}_\d{{14}}[\w.-]*)")
-
 
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     """Return the files of the samples with this mark by the number of their prompt, the newest of each."""
@@ -72,17 +61,13 @@ def read_reduced(path: Path) -> ReducedClip:
 
 def join_strip(clip: ReducedClip) -> Frame:
     """Return the first, the middle and the last frame side by side (H W 3), or the only one."""
-    frames = clip.strip
+    last = len(clip.frames) - 1
+    frames = [clip.frames[index] for index in dict.fromkeys((0, last // 2, last))]
     gap = np.full((frames[0].shape[0], STRIP_GAP, 3), 24, np.uint8)
     joined = [frames[0]]
     for frame in frames[1:]:
         joined += [gap, frame]
     return np.concatenate(joined, axis=1)
-
-
-def sheet_path(folder: Path, name: str, mark: str) -> Path:
-    """Return the name of the sheet, which sorts behind the samples on it."""
-    return folder / f"{name}_{mark}_sheet.png"
 
 
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
@@ -140,23 +125,20 @@ def log_samples(
     megabyte each. wandb gets the files themselves, with their prompts.
     """
 
-    def name(index: int) -> str:
-        return f"samples/{index:02d}"
-
     for tracker in trackers:
         if tracker.name == "tensorboard":
             for index, strip in strips.items():
-                tracker.writer.add_image(name(index), strip, step, dataformats="HWC")
+                tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
             tracker.writer.flush()
         elif tracker.name == "wandb":
-            media = {name(index): _wandb_media(path, prompts[index]) for index, path in files.items()}
+            import wandb  # optional; `check_trackers` has found it
+
+            media: dict[str, Any] = {}
+            for index, path in files.items():
+                if path.suffix == ".png":
+                    shown = wandb.Image(str(path), caption=prompts[index])
+                else:
+                    shown = wandb.Video(str(path), caption=prompts[index], format="mp4")
+                media[f"samples/{index:02d}"] = shown
             if media:
                 tracker.log(media, step=step)
-
-
-def _wandb_media(path: Path, prompt: str) -> Any:
-    import wandb  # optional; `check_trackers` has found it
-
-    if path.suffix == ".png":
-        return wandb.Image(str(path), caption=prompt)
-    return wandb.Video(str(path), caption=prompt, format="mp4")

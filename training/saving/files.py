@@ -6,20 +6,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from modules.atomic_write import make_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
-from training.reports.history import history_path, read_session
+from training.reports.history import history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
-from training.reports.sample_files import results_pattern
 from training.saving.options import SavingOptions
 from training.saving.states import recover_states, state_pattern
 
@@ -59,9 +57,6 @@ class Names:
     def pattern(self) -> str:
         """Return a pattern of how the name of any file goes on behind its stem."""
         return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
-
-    def state(self, stem: str) -> Path:
-        return self.folder / f"{stem}-state"
 
 
 @dataclass
@@ -163,7 +158,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
-        written, state = list[Path](), self.names.state(stem)
+        written, state = list[Path](), self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
             kinds = {"-ema": self.write_average, **kinds}
@@ -208,42 +203,20 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
     """
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")
-    with contextlib.ExitStack() as held:
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(only_one(folder / f".{name}.training.lock", waits=False))
+            except BlockingIOError:
+                raise OutputError(
+                    f"--output_name {name}: another training is saving under this name in {folder}. "
+                    "Wait until it has ended, or give another --output_name or --output_dir."
+                ) from None
+            yield
+    finally:
         if is_new:
-            held.callback(_remove_if_empty, folder)
-        try:
-            held.enter_context(only_one(folder / f".{name}.training.lock", waits=False))
-        except BlockingIOError:
-            raise OutputError(
-                f"--output_name {name}: another training is saving under this name in {folder}. "
-                "Wait until it has ended, or give another --output_name or --output_dir."
-            ) from None
-        yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def is_of_another_run(names: Names, session: int) -> bool:
-    """Return whether the history under this name is of another run. session: of this one."""
-    found = read_session(history_path(names.folder, names.name))
-    return found is not None and found != session
-
-
-def list_results(names: Names) -> list[Path]:
-    """Return the files and states of a run of this name, samples included."""
-    stem = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"
-    files, states = re.compile(stem + names.pattern), state_pattern(names.name)
-    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
-    samples = results_pattern(names.name)
-    found = [
-        entry
-        for entry in _entries(names.folder)
-        if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
-    ]
-    return found + [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def set_aside(
@@ -257,9 +230,19 @@ def set_aside(
     """
     recover_states(names.folder, names.name)
     kept = {os.path.realpath(path) for path in inputs}
-    results = list_results(names)
+    states, start = state_pattern(names.name), re.escape(names.name)
+    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
+    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
+    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
+    results = [
+        entry
+        for entry in _entries(names.folder)
+        if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
+    ]
+    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
     moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in kept)]
-    if not moved or (is_restarted and not any(_is_saved(entry) for entry in results)):
+    has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
+    if not moved or (is_restarted and not has_saves):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
     for entry in moved:
@@ -275,21 +258,15 @@ def set_aside(
                 f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
                 "show it, or give another --output_name, or --overwrite."
             ) from error
-    states = sum(entry.is_dir() for entry in folder.iterdir() if entry.name != SAMPLES)
+    num_states = sum(entry.is_dir() for entry in folder.iterdir() if entry.name != SAMPLES)
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
-        count_of(len(moved) - states, "file"),
-        f", {count_of(states, 'state')}" if states else "",
+        count_of(len(moved) - num_states, "file"),
+        f", {count_of(num_states, 'state')}" if num_states else "",
         folder,
     )
     return folder
-
-
-def paths_in(values: Mapping[str, Any]) -> list[Path]:
-    """Return the paths among the values of options."""
-    flat = (each if isinstance(each, (list, tuple)) else (each,) for each in values.values())
-    return [value for each in flat for value in each if isinstance(value, Path)]
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
@@ -297,10 +274,6 @@ def find_set_aside(folder: Path, name: str) -> list[Path]:
     states, pattern = state_pattern(name), re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
     return [entry for aside in asides for entry in _entries(aside) if states.fullmatch(entry.name)]
-
-
-def _is_saved(entry: Path) -> bool:
-    return entry.is_dir() or entry.suffix == ".safetensors"
 
 
 def _entries(folder: Path) -> list[Path]:

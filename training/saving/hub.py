@@ -9,7 +9,7 @@ import html
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,9 @@ def write_card(
     ]
     if spec.get("description"):
         lines += ["", _escape(spec["description"])]
-    words = list(_triggers(metadata))
+    tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
+    triggers = (table.get("trigger_word") for table in tables)
+    words = list(dict.fromkeys(word for word in triggers if isinstance(word, str) and word.strip()))
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
@@ -79,7 +81,14 @@ def write_card(
             "",
             _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0"),
         ]
-    settings = list(_settings(metadata))
+    settings = [
+        f"{said}: {metadata[key]}"
+        for key, said in SETTINGS.items()
+        if metadata.get(key, "None") not in ("None", "", "{}")
+    ]
+    for table in tables:
+        facts = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
+        settings.append(f"data: {', '.join(facts)}")
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
@@ -137,27 +146,6 @@ def _plain(value: Any) -> Any:
     return _one_line(value) if isinstance(value, str) else value
 
 
-def _triggers(metadata: Mapping[str, str]) -> Iterator[str]:
-    """Yield the trigger words of the datasets, each once."""
-    words = (table.get("trigger_word") for table in _tables(metadata))
-    yield from dict.fromkeys(word for word in words if isinstance(word, str) and word.strip())
-
-
-def _settings(metadata: Mapping[str, str]) -> Iterator[str]:
-    for key, words in SETTINGS.items():
-        text = metadata.get(key, "None")
-        if text not in ("None", "", "{}"):
-            yield f"{words}: {text}"
-    for table in _tables(metadata):
-        facts = (f"{name} {table[name]}" for name in OF_DATASETS if table.get(name) is not None)
-        yield f"data: {', '.join(facts)}"
-
-
-def _tables(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
-    return tables
-
-
 def _as_block(line: str) -> str:
     """Return one line of an indented block, in which Markdown has no meaning."""
     return "    " + _one_line(line)
@@ -212,9 +200,9 @@ class Uploads:
         if self.options.huggingface_repo_id is None:
             return
         if self.options.async_upload:
-            self._pool.submit(self._try_upload, path, card)
+            self._pool.submit(self._upload, path, card)
         else:
-            self._try_upload(path, card)
+            self._upload(path, card)
 
     def publish_state(self, folder: Path) -> None:
         """Upload a state folder if --save_state_to_huggingface is given."""
@@ -225,29 +213,22 @@ class Uploads:
         """Wait until every upload is done or has failed. Call it after an error too: the files are saved."""
         self._pool.shutdown()
 
-    def _try_upload(self, path: Path, card: str | None) -> None:
+    def _upload(self, path: Path, card: str | None) -> None:
+        options, repo = self.options, self.options.huggingface_repo_id
+        where = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
+        target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
+        is_private = options.huggingface_repo_visibility != "public"
         try:
-            self._upload(path)
-            if card is not None and self.options.huggingface_repo_type in (None, "model"):
+            self.api.create_repo(**where, private=is_private, exist_ok=True)
+            if path.is_dir():
+                self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
+            else:
+                self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
+            logger.info("Uploaded %s to %s", path.name, repo)
+            if card is not None and where["repo_type"] == "model":
                 self._upload_card(card)
         except Exception as error:  # whatever it is, the file is saved and training continues
-            logger.error(
-                "%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error
-            )
-
-    def _upload(self, path: Path) -> None:
-        options = self.options
-        where = {
-            "repo_id": options.huggingface_repo_id,
-            "repo_type": options.huggingface_repo_type or "model",
-        }
-        target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
-        self.api.create_repo(**where, private=options.huggingface_repo_visibility != "public", exist_ok=True)
-        if path.is_dir():
-            self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
-        else:
-            self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
-        logger.info("Uploaded %s to %s", path.name, options.huggingface_repo_id)
+            logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has one of somebody else."""

@@ -131,11 +131,20 @@ def fill_state(
     All processes must call it. Raises CheckpointError if the state is of other weights.
     """
     targets: dict[str, Tensor] = {}
-    for key, (shape, dtype) in _tensors_of_files(saved).items():
+    described: Any = {}
+    if saved.files:
+        described = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    for name, each in described.items():
+        if sum(chunk.sizes.numel() for chunk in each.chunks) != each.size.numel():
+            raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")  # `load` would leave them as is
+    for key, each in described.items():
         part, _, name = key.partition("/")
+        shape = each.size
         if part == OPTIMIZER:
             name, _, item = name.rpartition("/")
-            value, targets[key] = _empty_moment(name, shape, dtype, own, split.get(name), device)
+            value, targets[key] = _empty_moment(
+                name, shape, each.properties.dtype, own, split.get(name), device
+            )
             saved.optimizer["states"][name][item] = value
         elif part in own:
             ours = own[part].get(name)
@@ -144,7 +153,10 @@ def fill_state(
             else:
                 targets[key] = ours
             _parts(saved)[part][name] = ours
-    _load(saved.folder, targets)
+    if targets:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process only
+            load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
     for part, tensors in own.items():
         for name, ours in tensors.items():
             kept: Any = saved.parts.get(part, {}).get(name)
@@ -178,29 +190,6 @@ def _empty_moment(
         raise CheckpointError(f"its optimizer has {name} of {[*shape]}, and this run has not.\n  {REMEDY}")
     value = torch.empty(shape if weight is None else rows_here(weight).shape, dtype=dtype, device=device)
     return value, value if weight is None else as_split(weight, value)
-
-
-def _tensors_of_files(saved: SavedState) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return shapes and dtypes of the tensors in a state's files; none if it has no files.
-
-    Raises CheckpointError if rows are missing: `load` would leave these as they are.
-    """
-    if not saved.files:
-        return {}
-    found: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
-    for name, each in found.items():
-        if sum(chunk.sizes.numel() for chunk in each.chunks) != each.size.numel():
-            raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")
-    return {name: (each.size, each.properties.dtype) for name, each in found.items()}
-
-
-def _load(folder: Path, targets: dict[str, Tensor]) -> None:
-    """Read tensors, or the rows of them that this process has, into memory that is there."""
-    if not targets:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process only
-        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:

@@ -91,10 +91,17 @@ def write_state(
     content = {
         name: value if name == "parts" else plain_state(value, name) for name, value in content.items()
     }
-    content["parts"] = {
-        part: {name: _as_bytes(tensor) for name, tensor in tensors.items()}
-        for part, tensors in state.parts.items()
-    }
+    parts: dict[str, dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]] = {}
+    for part, tensors in state.parts.items():
+        # Weights as bytes, not copied, with dtype and shape: swapped ones lie side by side in one memory,
+        # which `torch.save` takes in one dtype only.
+        flat = {
+            name: tensor.detach().contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()
+        }
+        parts[part] = {
+            name: (data, tensors[name].dtype, tuple(tensors[name].shape)) for name, data in flat.items()
+        }
+    content["parts"] = parts
     check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
         if add_files is not None:
@@ -122,8 +129,13 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with one_error(folder):
         content = _content(folder, is_checked=True)
-        if "files" in content:
-            _check_files(folder, content["files"])
+        if "files" in content:  # all processes look at a share of them, and all raise
+            sums: Mapping[str, int] = content["files"]
+            shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
+            found = dict(shares)
+            for name in sums.keys() | found:
+                if found.get(name) != sums.get(name):
+                    raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
         return SavedState(folder, Progress(**content.pop("progress")), **content)
 
 
@@ -261,14 +273,6 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
     return content
 
 
-def _as_bytes(tensor: Tensor) -> tuple[Tensor, torch.dtype, tuple[int, ...]]:
-    """Return a weight as bytes, not copied, with its dtype and shape.
-
-    Swapped weights lie side by side in one memory, which `torch.save` takes in one dtype only.
-    """
-    return tensor.detach().contiguous().view(-1).view(torch.uint8), tensor.dtype, tuple(tensor.shape)
-
-
 def _read_foreign(folder: Path) -> ForeignState:
     """Read a folder of accelerate: model.safetensors and optimizer.bin.
 
@@ -318,6 +322,7 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
     described, tensors = record["described"], parts.pop("optimizer")
     optimizer = described["optimizer"]
     states = optimizer["states"].items()
+    kept = [(key, item) for _, state in states for key, item in state["mapping"]]
     return content | {
         "parts": parts,
         "optimizer": {
@@ -326,7 +331,8 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
                 for group in optimizer["groups"]
             ],
             "states": {name: _decode(state, tensors) for name, state in states},
-            "on_host": sorted({key for _, state in states for key in _keys_on_host(state)}),
+            # the names of tensors that were in host memory
+            "on_host": sorted({key for key, item in kept if isinstance(item, dict) and item.get("on_cpu")}),
         },
         "schedule": {name: _decode(value, {}) for name, value in described["schedule"].items()},
         "scaler": described.get("scaler"),
@@ -341,14 +347,6 @@ def share_of_files(folder: Path) -> list[Path]:
     if not distributed.is_initialized():
         return paths
     return paths[distributed.get_rank() :: distributed.get_world_size()]
-
-
-def _check_files(folder: Path, sums: Mapping[str, int]) -> None:
-    """Raise ValueError in all processes if a file of a state is missing or damaged. All must call it."""
-    found = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
-    for name in sums.keys() | dict(found):
-        if dict(found).get(name) != sums.get(name):
-            raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
 
 
 def file_checksum(path: Path) -> int:
@@ -371,10 +369,3 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {_decode(key, tensors): _decode(item, tensors) for key, item in value["mapping"]}
     items = [_decode(item, tensors) for item in value["tuple" if "tuple" in value else "list"]]
     return tuple(items) if "tuple" in value else items
-
-
-def _keys_on_host(state: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of tensors that were in host memory."""
-    for key, item in state["mapping"]:
-        if isinstance(item, dict) and item.get("on_cpu"):
-            yield key
