@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
 from modules.contract.rules import Expert, SoundLearning
+from modules.devices import warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
@@ -24,6 +25,7 @@ from networks.loading import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.experts import (
+    AUTOCAST,
     TRAINING_ADAPTER,
     ExpertNetworks,
     check_dtype,
@@ -165,6 +167,8 @@ class Loading:
         if patch is not None:
             patch.check()
         check_dtype(family, options, dtype_of(dit))
+        computed = AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        warn_if_emulated(device, computed, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:
             shares.split(dit)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_key
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
@@ -23,7 +23,7 @@ from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.contract.family import Caches
-from modules.devices import free_memory
+from modules.devices import free_memory, warn_if_emulated
 from modules.errors import CacheError, MediaError
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
@@ -167,6 +167,9 @@ class EncodersOnDemand:
         """Return the encoders. Raises CheckpointError if they cannot be loaded."""
         if self._loaded is None:
             self._loaded = self._family.media_encoders(self._device)
+            vae = self._loaded.vae
+            if isinstance(vae, nn.Module):
+                warn_if_emulated(self._device, next(vae.parameters()).dtype, "the VAE")
         return self._loaded
 
     def free(self) -> None:
