@@ -271,7 +271,7 @@ class DitTurns:
             if stop.is_set():
                 raise ReadingStopped
 
-        pool = ThreadPoolExecutor(1, "loading ahead")
+        pool = ThreadPoolExecutor(1, "loading ahead")  # what it computes on a GPU wants a stream of its own
         made = pool.submit(torch.no_grad()(load), coming, check)  # gradients are a setting of each thread
         pool.shutdown(wait=False)  # once it is made
         self._ahead = ReadingAhead(coming, made, stop)

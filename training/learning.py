@@ -166,6 +166,7 @@ class Loading:
         dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
         if patch is not None:
             patch.check()
+        del merged, patch  # tensors of files: what follows fills the host's memory
         check_dtype(family, options, dtype_of(dit))
         computed = AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
         warn_if_emulated(device, computed, "the transformer")

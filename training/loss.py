@@ -146,6 +146,7 @@ def measure_streams(
         if is_preserved:
             chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
             target = torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
+        del known  # before the forward pass that is learned from
     taught = None
     if rule.teacher_weight:
         assert rule.as_base is not None

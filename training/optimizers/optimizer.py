@@ -307,15 +307,8 @@ def restore_optimizer(
             for key, value in kept.items()
         }
         optimizer.state[parameter] = state
-        if not getattr(optimizer, "is_paged", False):
-            continue
-        # A paged optimizer of bitsandbytes keeps what is as large as its parameter in memory that the driver
-        # moves between host and device: on the device alone it may not fit.
-        paged: Any = optimizer
-        like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = paged.get_state_buffer(like, dtype=value.dtype).copy_(value)
+        if getattr(optimizer, "is_paged", False):
+            _page(optimizer, parameter, state, device)
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
@@ -360,3 +353,15 @@ def _copied(value: Any, device: torch.device | str = "cpu") -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item, device) for item in value)
     return value
+
+
+def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
+    """Put what of a state is as large as its parameter where a paged optimizer of bitsandbytes keeps it.
+
+    That is memory that the driver moves between host and device: on the device alone it may not fit. A
+    function of its own, so that its copies are gone before those of the next parameter are made.
+    """
+    like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            state[name] = optimizer.get_state_buffer(like, dtype=value.dtype).copy_(value)
