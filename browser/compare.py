@@ -216,8 +216,8 @@ def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Compariso
     comparison.chosen = [prompt for prompt in comparison.known if prompt in wanted]
     usual = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
     comparison.rows = [_known_row(sources, prompt, usual) for prompt in comparison.chosen]
-    for line in map(str.strip, lines):
-        given = re.search(r" --(?:d|seed) +(\d+)", line)
+    for line in lines:
+        line, given = line.strip(), re.search(r" --(?:d|seed) +(\d+)", line)
         prompt, seed = line.partition(" --")[0].strip(), given[1] if given else usual
         comparison.rows.append(ComparedPrompt(prompt, line if given else f"{line} --seed {seed}", seed))
     if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MOST_ROWS:

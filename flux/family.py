@@ -137,12 +137,13 @@ class Flux(ModelOfPictures):
         }
         return self.metadata_of(names)
 
-    # encoding
-
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: text, and guidance (B)."""
+        """Return the conditions for training: text, and guidance (B).
+
+        Raises CacheError if T5 read captions otherwise than in this training, or states have no mask.
+        """
         remedy = "flux_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the transformer")
         config = self.files.dit_header().config

@@ -81,8 +81,6 @@ class HunyuanImage(ModelOfPictures):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     called: str = field(default=NAME, init=False)
 
-    # encoding
-
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:

@@ -75,8 +75,6 @@ class Lumina(ModelOfPictures):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     called: str = field(default=NAME, init=False)
 
-    # encoding
-
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:

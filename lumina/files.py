@@ -118,6 +118,7 @@ class LuminaFiles(AutoencoderFiles):
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return Gemma 2; its file is opened when it is loaded."""
         gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.beside(self.text_dtype),

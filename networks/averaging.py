@@ -103,7 +103,8 @@ def exponent_of(sigma_rel: float) -> float:
 def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the files without copies, and without averages (EMA) if there are others.
 
-    Raises CheckpointError if names or shapes differ, or if the files are for different experts.
+    Raises CheckpointError if fewer than two are left, if names or shapes differ, or if the files are for
+    different experts.
     """
     found: list[Checkpoint] = []
     has_others = any("ss_ema_decay" not in file.metadata for file in files)

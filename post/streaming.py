@@ -50,7 +50,8 @@ class Pipe(Generic[T]):
         with self._changed:
             if error is not None:
                 self._items.clear()
-            self._error, self._is_ended = error, True
+                self._error = error
+            self._is_ended = True
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -186,6 +186,7 @@ def begin(
     pixels: Tensor | None = None  # B 3 H W
     if images is not None:
         pixels = torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
+        images = None  # photos may be large, and the VAE comes next
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None

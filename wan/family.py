@@ -200,9 +200,9 @@ class Wan(OneTransformer):
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
-        latents = normalise(media.moments.float().chunk(2, dim=1)[0])
         dtype = self.files.beside(self.files.vae_dtype)
-        return [CacheEntry({"latents": latent}) for latent in latents.to(dtype)]
+        latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(dtype)
+        return [CacheEntry({"latents": latent}) for latent in latents]
 
     # the network
 
@@ -313,6 +313,7 @@ class Wan(OneTransformer):
             drawn = noise.draw(extra.shape)[:, -image:].to(extra)
             noisy = extra[:, -image:] + self.image_noise * drawn
             conditions["condition_latents"] = torch.cat([extra[:, :-image], noisy], dim=1)
+            del extra, drawn, noisy  # this frame lives as long as the denoising
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))

@@ -101,6 +101,7 @@ class WanFiles(TransformerFiles):
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return umT5; its file is opened when it is loaded."""
         return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
 
     def load_vae(self, device: torch.device) -> WanVae:

@@ -85,6 +85,7 @@ class CrossAttention(nn.Module):
             v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
             of_texts.append(_attend(q, k, v, tokens, text.repeats))  # B L N D
         seen = tokens.combine(*of_texts)
+        del of_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)

@@ -140,7 +140,8 @@ def _make_captions(
 
     failures: list[Failure] = []
     num_changed = 0
-    has_answer, num_failed = False, 0  # though their files can be read
+    has_answer = False
+    num_failed = 0  # though their files can be read
     server_failed = 0  # in a row
     answers = answerer(list(jobs), look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
@@ -155,7 +156,7 @@ def _make_captions(
             if isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(place.source, answer))
                 logger.warning("%s", failures[-1])
-            elif isinstance(answer, Exception):
+            elif not isinstance(answer, str):  # an answerer hands on all that ends it, SystemExit too
                 raise answer
             if isinstance(answer, NoCaptionError):
                 num_failed += 1

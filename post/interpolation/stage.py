@@ -120,7 +120,7 @@ class Interpolator:
             times = [number / factor for number in range(1, factor)]
             between = self._network.between(first.frame, second.frame, times)
             made = (self._pixels(image, first.picture, is_deep) for image in between)
-        for number, pixels in enumerate(made, 1):
+        for number, pixels in zip(range(1, factor), made, strict=True):
             yield Picture(pixels, start + number * step, step)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_tools.captions.places import MADE
-from data_tools.captions.run import run_captioning
+from data_tools.captions.run import _make_captions, run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
 from tests.commands import QUIET, ROOT
@@ -231,6 +231,13 @@ def test_many_failures_without_a_caption_end_the_run(tmp_path: Path, monkeypatch
     config = make_folder(tmp_path)
     with run_server(lambda *_: (400, "no")) as server, pytest.raises(UserError, match="None of the first 2"):
         run(config, server)
+
+
+def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
+    options = options_of(make_folder(tmp_path), "--model", "unused")
+
+    with pytest.raises(SystemExit):
+        _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, options)
 
 
 def test_captions_are_edited_without_a_model(
