@@ -1,6 +1,6 @@
 """Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json.
 
-Also how an encoder fits the transformer beside it: its dtype and the width of its states.
+Also whether the width of an encoder's states fits the transformer beside it.
 """
 
 import logging

@@ -317,8 +317,8 @@ def _check_fit(
             infos = [checkpoint.tensors[part] for part in source.names]
             shape: tuple[int, ...] | None = infos[0].shape
             if source.build is not None:
-                parts = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
                 try:
+                    parts = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
                     shape = tuple(source.make(parts).shape)
                 except (RuntimeError, IndexError):
                     shape = None  # the parts do not even go together

@@ -161,6 +161,7 @@ class UniPC:
             step = here.lam - last.level.lam
             points = [*_relative(older, last, step), (1.0, now.x0 - last.x0)]
             self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(step, points))
+            del points  # of the size of the latents
 
         self._past = [*self._past, now][-self.variant.order :]
         self._order = len(self._past) if there.sigma > 0 else 1

@@ -134,7 +134,8 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                     logger.warning(
                         "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
                         "because it is marked as an ordinary video (BT.709). Convert it to SDR first.",
-                        *(path, hdr),
+                        path,
+                        hdr,
                     )
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
