@@ -17,7 +17,7 @@ BUDGET = {
     "blissful_tuner": (3560, 21),
     "browser": (2740, 14),
     "data_tools": (6170, 30),
-    "dataset": (12370, 51),
+    "dataset": (12380, 51),
     "downloads": (760, 6),
     "encoders": (3860, 16),
     "flux": (1670, 12),

@@ -206,7 +206,7 @@ class _Reader:
             if number != EMPTY and not self.checks.knows(table.index, path.name):
                 fault = next(self._text_faults(item, number, records, store.is_shared(path.name)), None)
                 if fault is not None:
-                    raise CacheError(f"{path}: {fault}")
+                    raise CacheError(f"{entry.header.path}: {fault}")
         self.checks.add(table.index, path.name)
         made_by = tuple(MadeBy(path, name, record.encoder) for name, record in records.items())
         # a cache of another program does not say its caption

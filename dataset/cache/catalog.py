@@ -104,10 +104,10 @@ def address(path: Path) -> str:
     if path.suffix != ".writing":
         return f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     # on a volume without locks, or on another machine's, only the age tells whether its writer lives
-    return f"{path.absolute().as_uri()}?mode=rw{'&nolock=1' if is_abandoned(path) else ''}"
+    return f"{path.absolute().as_uri()}?mode=rw{'&nolock=1' if _is_abandoned(path) else ''}"
 
 
-def is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path) -> bool:
     """Whether nobody has written a shard for long."""
     with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
         return path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
@@ -124,7 +124,7 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 def may_be_written(path: Path) -> bool:
     """Whether a shard has a writer that lives on another machine, whose locks are not seen everywhere."""
-    if path.suffix != ".writing" or is_abandoned(path):
+    if path.suffix != ".writing" or _is_abandoned(path):
         return False
     words, here = path.stem.removeprefix("cache-"), machine()
     return words[:8] != here[:8] and words[8:16] != here[8:]

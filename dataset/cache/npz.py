@@ -39,6 +39,7 @@ from dataset.cache.npz_files import (
     as_array,
     describe_tensors,
     format_array,
+    list_arrays,
     open_record,
     read_arrays,
     read_members,
@@ -201,7 +202,7 @@ class NpzStore:
         arrays = {one.removesuffix(end): array for one, array in found.items()}
         if "latents" not in arrays:
             others = sorted(
-                one.removeprefix("latents") for one in read_members(path) if one.startswith("latents_")
+                one.removeprefix("latents") for one in list_arrays(path) if one.startswith("latents_")
             )
             raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
 

@@ -80,6 +80,12 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
     return found
 
 
+def list_arrays(path: Path) -> list[str]:
+    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
+    with _open(path) as file:
+        return _names(file)
+
+
 def read_members(path: Path) -> dict[str, bytes]:
     """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
     found = {}

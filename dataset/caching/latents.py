@@ -168,8 +168,9 @@ class EncodersOnDemand:
         if self._loaded is None:
             self._loaded = self._family.media_encoders(self._device)
             vae = self._loaded.vae
-            if isinstance(vae, nn.Module):
-                warn_if_emulated(self._device, next(vae.parameters()).dtype, "the VAE")
+            weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
+            if weight is not None:
+                warn_if_emulated(self._device, weight.dtype, "the VAE")
         return self._loaded
 
     def free(self) -> None:

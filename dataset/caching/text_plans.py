@@ -88,10 +88,8 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
                         )
                     )
                 if table.drops_captions and table.texts_see_references:
-                    name, shown = (
-                        text_file_name(source.stem, tag, EMPTY),
-                        f"the empty prompt of {source.stem}",
-                    )
+                    name = text_file_name(source.stem, tag, EMPTY)
+                    shown = f"the empty prompt of {source.stem}"
                     passes[2].append(CaptionFile(table, name, shown, "", None, pass_over=2, source=seen))
             if table.drops_captions and not table.texts_see_references:
                 name = empty_text_name(tag)

@@ -265,6 +265,7 @@ class MediaWork:
                     alpha=None if media.alpha is None else media.alpha.flip(2),
                 )
                 mirrored = self._family.encode_media(encoders, flipped)
+                del flipped  # its frames are not held while the writer is waited for
                 encoded = [
                     [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
                     for sides in zip(encoded, mirrored, strict=True)

@@ -312,7 +312,3 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     block = file.read(BLOCK)
     if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
-
-
-# --- the index that is kept
-# ------------------------------------------------------------------------------------------------------------
