@@ -88,9 +88,9 @@ class TransformerFiles(ABC):
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""
 
+    @abstractmethod
     def text_encoders(self) -> list[TextEncoder]:
         """Return the text encoders; their files are opened when they are loaded."""
-        raise NotImplementedError
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:

@@ -13,7 +13,7 @@ from generation.options import GenerationOptions
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, Expert
-from modules.devices import own_stream, warn_if_emulated
+from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
@@ -71,7 +71,7 @@ class DitLoader:
             check=check,
         )
         dit = family.load_dit(placement, expert)
-        warn_if_emulated(self.device, next(dit.parameters()).dtype, "the transformer")
+        warn_if_emulated(self.device, dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
         dit.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """LTX-2 and LTX-2.3, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from modules.contract.data import (
     SoundSpec,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import (
     NO_MEDIA,
@@ -142,10 +142,6 @@ class Ltx2(OneTransformer):
         return self.metadata_of(names)
 
     # encoding
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return Gemma with the connectors; their files are opened when they are loaded."""
-        return [self.files.text_encoder()]
 
     @property
     def text_keys(self) -> frozenset[str]:

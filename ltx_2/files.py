@@ -42,6 +42,7 @@ from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
 from modules.contract.data import LatentSpec, SoundSpec
+from modules.contract.family import TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
@@ -175,6 +176,9 @@ class Ltx2Files(TransformerFiles):
             self.text_on_cpu,
             self.streams,
         )
+
+    def text_encoders(self) -> list[TextEncoder]:
+        return [self.text_encoder()]
 
     def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
         """Check Gemma and the connectors, if they are needed: their default paths are often not there."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.errors import OptionError, UserError
 from modules.private_torch import release_host_cache
@@ -197,6 +197,12 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
         return dtype
     logger.info("%s computes in float32: the CPU has no fast float16", what)
     return torch.float32
+
+
+def dtype_of(dit: nn.Module) -> torch.dtype:
+    """Return the dtype in which the DiT computes without autocast."""
+    own = getattr(dit, "compute_dtype", None)
+    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:

@@ -28,7 +28,7 @@ BUDGET = {
     "hunyuan_model": (2990, 16),
     "ltx_2": (3790, 17),
     "lumina": (1260, 9),
-    "modules": (19110, 103),
+    "modules": (19120, 103),
     "networks": (7720, 37),
     "package": (380, 6),
     "post": (7560, 38),
@@ -37,7 +37,7 @@ BUDGET = {
     "scripts": (1420, 66),
     "stable_diffusion": (7040, 29),
     "tools": (230, 8),
-    "training": (12100, 52),
+    "training": (12090, 52),
     "wan": (3500, 17),
     "z_image": (570, 6),
 }

@@ -248,12 +248,6 @@ def dress(
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 
 
-def dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the dtype in which the DiT computes without autocast."""
-    own = getattr(dit, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
-
-
 def check_computing(
     family: Family, options: TrainingOptions, device: torch.device, fp8: Quantisation | None
 ) -> None:

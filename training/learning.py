@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
 from modules.contract.rules import Expert, SoundLearning
-from modules.devices import warn_if_emulated
+from modules.devices import dtype_of, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
@@ -30,7 +30,6 @@ from training.experts import (
     ExpertNetworks,
     check_dtype,
     dress,
-    dtype_of,
     network_for,
     placement_of,
     read_adapter,

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import make_storable
-from modules.devices import DTYPES
+from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from networks.loading import TRAINED_FOR
 from networks.lora_settings import DEFAULT_RANK
 from training.averages import PART as AVERAGE
-from training.experts import dtype_of, expert_metadata
+from training.experts import expert_metadata
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
 from training.optimizers.optimizer import (

@@ -21,12 +21,13 @@ from torch.optim import Optimizer
 
 from modules.contract.family import Family, hears_sound, sound_of
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, Expert
+from modules.devices import dtype_of
 from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed
 from training.data.live import LiveTexts
-from training.experts import AUTOCAST, ExpertNetworks, dtype_of
+from training.experts import AUTOCAST, ExpertNetworks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from modules.devices import dtype_of
 from modules.planning.dry_run import (
     ADAPTER,
     BATCH,
@@ -37,7 +38,7 @@ from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from networks.added import add_loras
 from training.data.live import NO_TEXTS, LiveTexts
-from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, dtype_of, read_adapter
+from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
