@@ -283,7 +283,7 @@ def _rate(settings: Settings, prefix: str = "") -> int:
 
 
 def build_vocoder(settings: Settings) -> nn.Module:
-    """Build the network for `on_meta_device`, but the filter of the resampler, which no file has."""
+    """Build the network for `on_meta_device`; the resampler's filter, which no file has, gets its values."""
     from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 
     network: Any

@@ -279,7 +279,7 @@ def training_losses(
 
 
 def sum_streams(numbers: Sequence[Tensor]) -> Tensor:
-    """Return the number of the picture and that of the sound, if there is one, as one: shaped like each."""
+    """Add up the values of the streams: of the picture, and of the sound if it is trained."""
     return functools.reduce(torch.add, numbers)
 
 

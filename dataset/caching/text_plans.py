@@ -188,7 +188,7 @@ class TextRecipe:
     def find(
         self, file: CaptionFile, in_part: bool = False, reads_values: bool = True
     ) -> tuple[Entry | None, Mapping[str, bool]]:
-        """Return a text's file, and the encoders whose outputs in it are valid: has each a record?
+        """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
 
         in_part: the unfinished file. If anything in that is from a run with other encoders or another
         caption, joining it would corrupt the valid outputs: then nothing is found. reads_values: else only

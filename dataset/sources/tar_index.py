@@ -187,7 +187,7 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSample | None:
-    """Return the sample of a group of files; None if none is to learn. Raises ValueError for its fault."""
+    """Return the sample that a group of files makes; None without media. Raises ValueError on a fault."""
     files = {end: one for end, one in group.items() if isinstance(one, Member)}
     texts = {end: one for end, one in group.items() if isinstance(one, str)}
     beside: dict[tuple[str, int], list[str]] = {}  # by roles, `mask.png` or `control_1.png`

@@ -112,7 +112,7 @@ class TokenPart:
 
     @property
     def size(self) -> int:
-        """Return the tokens of a part that is not shorter."""
+        """Return how many tokens each part has, but for the last ones, which may be shorter."""
         return -(-self.length // self.count)
 
     @property
@@ -129,7 +129,7 @@ class TokenPart:
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:
-        """Return the rotations of these tokens; those behind the table have none.
+        """Return the rotations of this part's tokens; tokens behind the table's end have no rotation.
 
         table: ... L' 1 D/2 2, of tokens behind the first `before`.
         """

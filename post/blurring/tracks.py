@@ -167,7 +167,7 @@ def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:
 
 
 def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
-    """Return a box after so many pictures, before if negative."""
+    """Return where a box is `pictures` pictures later; a negative number looks back."""
     most = MOST_MOVED * _longer(box)
     x, y = (max(-most, min(most, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y

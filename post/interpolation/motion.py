@@ -132,7 +132,7 @@ class MotionField(nn.Module):
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the same as a part of the largest movement, from 0 to 1."""
+        """Return that motion as parts of the largest movement, shifted to 0..1: 0.5 is no movement."""
         first = splat(motion.first, time * motion.forth, motion.first_weight)
         second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
