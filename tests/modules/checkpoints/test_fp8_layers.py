@@ -2,9 +2,9 @@
 have them.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,17 @@ class Kind:
 
 
 KINDS = {
-    "wan": Kind(
-        wan.load_dit, WAN_DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20
-    ),
+    "wan": Kind(wan.load_dit, WAN_DIT, partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20),
     "hunyuan": Kind(hunyuan.load_dit, HUNYUAN_DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
     "framepack": Kind(
         framepack.load_dit, FRAMEPACK_DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46
     ),
 }
-DIALECTS = {
-    "wan": wan_dit.FP8_DIALECTS,
-    "hunyuan": hunyuan_dit.FP8_DIALECTS,
-    "framepack": framepack_dit.FP8_DIALECTS,
-}
-RELEASED = [(family, dialect) for family, dialects in DIALECTS.items() for dialect in dialects]
+RELEASED = [
+    *(("wan", dialect) for dialect in wan_dit.FP8_DIALECTS),
+    *(("hunyuan", dialect) for dialect in hunyuan_dit.FP8_DIALECTS),
+    *(("framepack", dialect) for dialect in framepack_dit.FP8_DIALECTS),
+]
 
 
 @pytest.fixture(params=list(KINDS))
@@ -106,7 +103,8 @@ def test_loading_gives_what_rounding_the_loaded_model_would(
     assert dit.compute_dtype == torch.bfloat16
 
 
-def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> None:
+def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
+    kind = KINDS["wan"]
     state = in_bf16(kind)
 
     def patch(name: str, weight: Tensor) -> Tensor:
@@ -114,14 +112,37 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> Non
         return weight + 0.01 if weight.ndim == 2 else weight
 
     dit = kind.load(kind.write(tmp_path, state), replace(CPU, fp8=ROWS, patch=patch))
+
     for name, layer in quantised_layers(dit).items():
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
 
 
-def test_weights_that_a_lora_makes_infinite_are_refused(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, in_bf16(kind))
-    with pytest.raises(CheckpointError, match="NaN or infinite values, which fp8 cannot hold"):
-        kind.load(path, replace(CPU, fp8=ROWS, patch=lambda _, weight: weight * torch.inf))
+@pytest.mark.parametrize(
+    ("dialect", "placement", "message"),
+    [
+        (
+            "safetensors",
+            replace(CPU, fp8=ROWS, patch=lambda _, weight: weight * torch.inf),
+            "which fp8 cannot hold",
+        ),
+        ("safetensors", Placement(torch.device("mps"), fp8=ROWS), "Apple's GPUs do not support fp8"),
+        ("fp8_scaled", replace(CPU, fp8=ROWS), r"already in fp8.*\n  Leave --fp8_scaled out"),
+        (
+            "fp8",
+            replace(CPU, fp8=CAST, patch=lambda _, weight: weight),
+            r"too coarse to add a LoRA to.\n  Give the bf16 file",
+        ),
+    ],
+    ids=["infinite", "Apple", "twice", "LoRA"],
+)
+def test_what_cannot_be_in_8_bits_is_refused(
+    tmp_path: Path, dialect: str, placement: Placement, message: str
+) -> None:
+    kind = KINDS["wan"]
+    path = kind.write(tmp_path, in_bf16(kind) if dialect == "safetensors" else kind.state(), dialect)
+
+    with pytest.raises((CheckpointError, OptionError), match=message):
+        kind.load(path, placement)
 
 
 @pytest.mark.parametrize(("family", "dialect"), RELEASED)
@@ -166,26 +187,6 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
     assert "double_blocks.0.img_attn_qkv" not in layers
     rows = [stored[odd.replace("to_k", f"to_{letter}")].to(torch.bfloat16) for letter in "qkv"]
     assert torch.equal(dit.get_parameter("double_blocks.0.img_attn_qkv.weight"), torch.cat(rows))
-
-
-def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, in_bf16(kind))
-    with pytest.raises(OptionError, match="Apple's GPUs do not support fp8"):
-        kind.load(path, Placement(torch.device("mps"), fp8=ROWS))
-
-
-def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, kind.state(), "fp8_scaled")
-    with pytest.raises(
-        CheckpointError, match=r"--fp8_scaled: .* is already in fp8.*\n  Leave --fp8_scaled out"
-    ):
-        kind.load(path, replace(CPU, fp8=ROWS))
-
-
-def test_fp8_files_that_stay_so_take_no_lora(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, kind.state(), "fp8")
-    with pytest.raises(CheckpointError, match=r"too coarse to add a LoRA to.\n  Give the bf16 file"):
-        kind.load(path, replace(CPU, fp8=CAST, patch=lambda name, weight: weight))
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(torch.float16, torch.float16), (None, torch.bfloat16)])

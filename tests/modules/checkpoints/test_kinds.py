@@ -20,12 +20,7 @@ from tests.tiny.project import write_plain_pictures
 META = Placement(torch.device("meta"))
 HIDREAM = {
     **{"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "text_emb_dim": 8},
-    **{
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "caption_channels": [8, 8],
-        "llama_layers": [0, 1],
-    },
+    **{"attention_head_dim": 16, "num_attention_heads": 2, "caption_channels": [8, 8]},
     **{"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4)},
     **{"max_resolution": (32, 32), "llama_layers": [0, 1]},
 }
@@ -70,6 +65,11 @@ def state_of(network: str, settings: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
+def write_network(path: Path, network: str, settings: dict[str, Any]) -> Path:
+    shapes = {name: ("BF16", tuple(one.shape)) for name, one in state_of(network, settings).items()}
+    return write_hollow(path, shapes)
+
+
 @pytest.mark.parametrize(("network", "settings", "words"), CASES, ids=[case[0] for case in CASES])
 def test_a_network_of_diffusers_is_known_by_name(network: str, settings: dict[str, Any], words: str) -> None:
     kind = kind_of(state_of(network, settings))
@@ -109,8 +109,7 @@ def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> Non
 def test_every_family_refuses_another_model_by_its_name(
     tmp_path: Path, family: str, case: tuple[str, dict[str, Any], str]
 ) -> None:
-    shapes = {name: ("BF16", tuple(one.shape)) for name, one in state_of(*case[:2]).items()}
-    path = write_hollow(tmp_path / "model.safetensors", shapes)
+    path = write_network(tmp_path / "model.safetensors", *case[:2])
     module = import_own(f"{families.FAMILIES[family].room}.checkpoints")
 
     assert module.FORMAT.identify(path) is None
@@ -128,8 +127,7 @@ def test_every_family_refuses_another_model_by_its_name(
     ],
 )
 def test_a_vae_of_another_model_is_one_message(tmp_path: Path, network: str, words: str) -> None:
-    shapes = {name: ("F32", tuple(one.shape)) for name, one in state_of(network, {}).items()}
-    write_hollow(tmp_path / "vae.safetensors", shapes)
+    write_network(tmp_path / "vae.safetensors", network, {})
     write_plain_pictures(tmp_path)
     for vae in ("qwen_image", "wan"):
         command = [f"{vae}_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
@@ -138,10 +136,7 @@ def test_a_vae_of_another_model_is_one_message(tmp_path: Path, network: str, wor
 
 
 def test_a_script_says_in_one_message_what_a_file_is(tmp_path: Path) -> None:
-    shapes = {
-        name: ("BF16", tuple(one.shape)) for name, one in state_of("Krea2Transformer2DModel", ONE).items()
-    }
-    path = write_hollow(tmp_path / "model.safetensors", shapes)
+    path = write_network(tmp_path / "model.safetensors", "Krea2Transformer2DModel", ONE)
     words = ["--prompt", "a cat", "--save_path", tmp_path / "out", "--dit", path]
 
     code, said = run_here("qwen_image_generate_image.py", *words, "--output_type", "latent", folder=tmp_path)
