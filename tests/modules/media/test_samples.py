@@ -17,11 +17,9 @@ RATE = 16000
 @pytest.mark.parametrize(
     ("name", "track", "off"),
     [
-        ("a.mp4", Track((0.5, 1.5)), 1),
         ("a.mp4", Track((0.5, 1.5), rate=44100), 1),
         ("a.mkv", Track((0.5, 1.5), rate=44100, codec="flac"), RATE // 1000),  # its times are milliseconds
         ("a.wav", Track((0.5, 1.5), rate=44100, codec="pcm_s16le"), 1),
-        ("a.flac", Track((0.5, 1.5), rate=22050, codec="flac"), 1),
         ("a.mp3", Track((0.5, 1.5), rate=44100, codec="libmp3lame"), 1),
         ("ä b.m4a", Track((0.5, 1.5), layout="mono"), 1),
         ("a.ogg", Track((0.5, 1.5), codec="libopus"), 1),
