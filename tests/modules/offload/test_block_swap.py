@@ -5,6 +5,7 @@ from host memory, is not a number.
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -22,11 +23,9 @@ from tests.modules.fake_device import FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
 from wan.spec import DIT as WAN
 
-EVERY = [
-    pytest.param(case, blocks, id=f"{case.name} {blocks}")
-    for case in CASES
-    for blocks in range(case.most + 1)
-]
+# all numbers of one list of blocks, and of two lists those with one and with none left
+MANY = [pytest.param(CASES[0], blocks, id=f"{CASES[0].name} {blocks}") for blocks in range(1, 5)]
+MANY += [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES[1:] for blocks in (3, 4)]
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 
 
@@ -42,17 +41,13 @@ def expected_outputs(case: Case) -> list[Tensor]:
         return [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
 
 
-PASSES = (
-    (1, frozenset[int]()),
-    (2, frozenset({0})),
-    (3, frozenset({1, 2})),
-    (4, frozenset({4})),
-    (5, frozenset[int]()),
-)
+PASSES: list[tuple[int, frozenset[int]]] = [
+    *((1, frozenset()), (2, frozenset({0})), (3, frozenset({1, 2})), (4, frozenset({4})), (5, frozenset())),
+]
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
+@pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_output_and_gradients_are_those_without_swap(case: Case, blocks: int, checkpointing: bool) -> None:
     found = gradients(case, *learner(case, blocks, checkpointing, FakeDevice()))
 
@@ -60,7 +55,7 @@ def test_output_and_gradients_are_those_without_swap(case: Case, blocks: int, ch
     assert len(found) > 10
 
 
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
+@pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, blocks: int) -> None:
     dit = case.make().eval()
     swapped(dit, case.spec, blocks, FakeDevice())
@@ -73,12 +68,11 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
 
 def interrupt_at(device: FakeDevice, count: int) -> None:
     """Have the device raise when it is asked for something for the count-th time."""
-    left = [count]
+    calls = itertools.count(1)
 
     def watched(original):  # type: ignore[no-untyped-def]
         def call(*arguments):  # type: ignore[no-untyped-def]
-            left[0] -= 1
-            if left[0] == 0:
+            if next(calls) == count:
                 raise Interruption
             return original(*arguments)
 
@@ -89,8 +83,8 @@ def interrupt_at(device: FakeDevice, count: int) -> None:
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize("count", range(2, 40, 3))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("count", range(2, 40, 4))
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_after_an_interruption_anywhere_the_next_pass_is_right(
     case: Case, count: int, checkpointing: bool
 ) -> None:
@@ -104,7 +98,7 @@ def test_after_an_interruption_anywhere_the_next_pass_is_right(
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
+@pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, checkpointing: bool) -> None:
     """All but the swapped blocks; at the most swapped, two of a list."""
     device = FakeDevice()
@@ -113,8 +107,8 @@ def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, 
         gradients(case, dit, network, seed)
 
     swap = swap_of(dit)
-    held = set() if swap is None else swap.held
-    counts = case.spec.swap_counts(blocks) if blocks else (0,) * len(case.blocks)
+    assert swap is not None
+    counts = case.spec.swap_counts(blocks)
     live = promised = 0
     for name, total, count in zip(case.spec.block_lists, case.blocks, counts, strict=True):
         weights = [
@@ -122,7 +116,7 @@ def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, 
             for block in dit.get_submodule(name).children()
         ]
         one = sum(weight.nbytes for weight in weights[0])
-        live += sum(weight.nbytes for block in weights for weight in block if weight not in held)
+        live += sum(weight.nbytes for block in weights for weight in block if weight not in swap.held)
         promised += one * (total if count == 0 else max(total - count, 2))
     assert live + device.live_bytes == promised
 
@@ -163,8 +157,7 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
     assert not torch.equal(results[0][-1], list(case.make().parameters())[-1])
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 4])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "blocks"), [MANY[0], MANY[3], *MANY[4:]])
 def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
     """In every pass, forwards and backwards, also where the last block is followed by the first."""
     device = FakeDevice()
@@ -188,7 +181,7 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_under_autocast_and_in_bf16(case: Case, checkpointing: bool) -> None:
     results = []
     for blocks, device in ((0, None), (2, FakeDevice())):
@@ -253,61 +246,46 @@ def options(*words: str) -> SwapOptions:
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 30, 40])
-def test_the_device_holds_all_but_the_swapped_blocks(num_blocks: int) -> None:
+def test_the_device_holds_all_but_the_swapped_blocks_which_are_spread_evenly(num_blocks: int) -> None:
+    """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
     for count in range(num_blocks):
         plan = plan_list("blocks", num_blocks, count)
         least = 2 if count else 1  # one that computes and one that comes
         assert num_blocks - len(plan.streamed) + plan.slots == max(num_blocks - count, least)
-        assert len(set(plan.streamed)) == len(plan.streamed)
         assert set(plan.streamed) <= set(range(num_blocks))
-
-
-def test_streamed_blocks_are_spread_evenly() -> None:
-    """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
-    for count in range(1, 38):
-        streamed = plan_list("blocks", 40, count).streamed
-        gaps = {later - earlier for earlier, later in zip(streamed, streamed[1:], strict=False)}
-        assert max(gaps) - min(gaps) <= 1
+        gaps = {later - earlier for earlier, later in itertools.pairwise(plan.streamed)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert 0 not in gaps
 
 
 def test_numbers_count_as_in_the_known_tuners() -> None:
     assert WAN.swap_counts(39) == (39,)
-    assert HUNYUAN.swap_counts(36) == (18, 37)
     assert HUNYUAN.swap_counts(38) == (19, 39)
     assert most_blocks([40], WAN.swap_counts) == 39
-    assert most_blocks([30], WAN.swap_counts) == 29
     assert most_blocks([20, 40], HUNYUAN.swap_counts) == 38
     assert most_blocks([2, 3], HUNYUAN.swap_counts) == 0
 
 
-def released(double: int, single: int) -> nn.Module:
-    """A network with that many blocks, empty ones."""
-    dit = nn.Module()
-    dit.double_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(double))
-    dit.single_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(single))
-    return dit
-
-
 def test_too_many_are_refused_with_the_number_that_can_be() -> None:
-    dit = released(20, 40)
+    dit = nn.Module()
+    dit.double_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(20))
+    dit.single_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
     assert [each.num_blocks for each in SwapPlan(HUNYUAN, 38).lists(dit)] == [20, 40]
     with pytest.raises(
-        OptionError,
-        match=r"--blocks_to_swap 39: the transformer has 20 \+ 40 blocks, at most 38 can be swapped",
+        OptionError, match=r"--blocks_to_swap 39: .* 20 \+ 40 blocks, at most 38 can be swapped"
     ):
         SwapPlan(HUNYUAN, 39).names(dit)
 
 
 def test_only_the_large_weights_of_the_blocks_leave_the_device() -> None:
     dit = CASES[0].make()
-    names = set(SwapPlan(WAN, 4).names(dit))
-
-    assert {
+    large = {
         name for name, weight in dit.named_parameters() if name.startswith("blocks.") and weight.ndim == 2
-    } == names
-    assert set(SwapPlan(WAN, 0, input_layers=True).names(dit)) == {
-        *("patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight")
     }
+    inputs = {"patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight"}
+
+    assert set(SwapPlan(WAN, 4).names(dit)) == large
+    assert set(SwapPlan(WAN, 0, input_layers=True).names(dit)) == inputs
 
 
 def test_the_option_takes_a_number_or_auto() -> None:
