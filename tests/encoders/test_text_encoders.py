@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,10 @@ def make_llama(folder: Path, adds_begin: bool = True) -> LlavaTextEncoder:
     return LlavaTextEncoder(folder, torch.float32, template=TEMPLATE)
 
 
-def of_hunyuan(kind: Callable[..., Encoder], **settings: Any) -> Callable[[Path], Encoder]:
+def of_hunyuan(kind: Callable[..., Encoder], folder: Path, **settings: Any) -> Encoder:
     """A text encoder of HunyuanVideo's files."""
-
-    def make_one(folder: Path) -> Encoder:
-        write_text_encoders(folder)
-        return kind(folder, torch.float32, **settings)
-
-    return make_one
+    write_text_encoders(folder)
+    return kind(folder, torch.float32, **settings)
 
 
 def make_mistral(folder: Path) -> LanguageModelEncoder:
@@ -73,9 +70,9 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "T5": lambda folder: T5TextEncoder(write_t5xxl(folder), torch.float32, max_length=32, uses_mask=True),
     "Llama": make_llama,
     "Llama without begin": lambda folder: make_llama(folder, adds_begin=False),
-    "FramePack's Llama": of_hunyuan(FramePackLlama, template=TEMPLATE),
-    "CLIP-L": of_hunyuan(HunyuanClip),
-    "FramePack's CLIP-L": of_hunyuan(FramePackClip),
+    "FramePack's Llama": partial(of_hunyuan, FramePackLlama, template=TEMPLATE),
+    "CLIP-L": partial(of_hunyuan, HunyuanClip),
+    "FramePack's CLIP-L": partial(of_hunyuan, FramePackClip),
     "Qwen": lambda folder: QwenTextEncoder(write_qwen(folder), torch.float32),
     "Gemma": lambda folder: GemmaTextEncoder(
         write_gemma(folder), torch.float32, system_prompt="Draw.", max_tokens=40
@@ -109,7 +106,7 @@ def states_of(encoder: Encoder, conditions: Conditions) -> Any:
 
 
 def test_prompts_together_are_each_alone_in_their_order(encoder: Encoder) -> None:
-    texts = (*TEXTS, *(f"{number} rabbits" for number in range(20)))
+    texts = (*TEXTS, *(f"{number} rabbits" for number in range(9)))
     for text, found in zip(texts, encoded(encoder, *texts), strict=True):
         assert found.keys() == encoder.keys
         for name, alone in encoded(encoder, text)[0].items():

@@ -271,17 +271,14 @@ def test_too_many_are_refused_with_the_number_that_can_be() -> None:
     dit.double_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(20))
     dit.single_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
     assert [each.num_blocks for each in SwapPlan(HUNYUAN, 38).lists(dit)] == [20, 40]
-    with pytest.raises(
-        OptionError, match=r"--blocks_to_swap 39: .* 20 \+ 40 blocks, at most 38 can be swapped"
-    ):
+    with pytest.raises(OptionError, match=r"--blocks_to_swap 39: .* 20 \+ 40 blocks, at most 38 can be"):
         SwapPlan(HUNYUAN, 39).names(dit)
 
 
 def test_only_the_large_weights_of_the_blocks_leave_the_device() -> None:
     dit = CASES[0].make()
-    large = {
-        name for name, weight in dit.named_parameters() if name.startswith("blocks.") and weight.ndim == 2
-    }
+    matrices = {name for name, weight in dit.named_parameters() if weight.ndim == 2}
+    large = {name for name in matrices if name.startswith("blocks.")}
     inputs = {"patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight"}
 
     assert set(SwapPlan(WAN, 4).names(dit)) == large
