@@ -132,42 +132,20 @@ def test_a_path_that_cannot_be_meant_is_refused_by_name(
     assert re.search(r"Give|give|Choose", str(raised.value))
 
 
-def _takes_numbers(record: type[Options], field: "Field[Any]") -> bool:
-    declared, kind = field.metadata.get("declared"), str(hints_of(record)[field.name])
-    is_typed = declared is not None and declared.settings.get("type") in (None, int, float)
-    return is_typed and bool(declared.help) and re.search(r"\b(int|float)\b", kind) is not None
-
-
-def _without_default(record: type[Options]) -> Iterator[str]:
-    """Yield the options whose defaults each script gives."""
-    for field in fields(record):
-        inner = record_of(hints_of(record)[field.name])
-        if inner is not None:
-            yield from _without_default(inner)
-        elif field.metadata.get("declared") is not None:
-            try:
-                default_of(record, field)
-            except TypeError:
-                yield option_name(field)
-
-
-@pytest.mark.parametrize(
-    "record", [record for record in RECORDS if any(_takes_numbers(record, one) for one in fields(record))]
-)
-def test_no_option_takes_an_absurd_number(record: type[Options], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30", "text", "", "1" + "0" * 30])
+def test_no_option_takes_an_absurd_number(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser()
-    add_options(parser, record, defaults=dict.fromkeys(_without_default(record), 1))
-    for action in parser._actions:
+    add_options(parser, TrainingOptions)
+    numbers = [action for action in parser._actions if action.type in (int, float) and action.dest != "seed"]
+    assert len(numbers) > 40
+    for action in numbers:
         action.required = False
-    names = {option_name(field) for field in fields(record) if _takes_numbers(record, field)} - {"seed"}
-    for name in names:
-        action = next(one for one in parser._actions if f"--{name}" in one.option_strings)
-        for value in ("nan", "inf", "-inf", "1e30", "text", "", "1" + "0" * 30):
-            words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
-            typed = [f"--{name}", *words] if len(words) > 1 else [f"--{name}={value}"]
-            with pytest.raises((OptionError, SystemExit)) as raised:
-                check_numbers(name, getattr(parser.parse_args(typed), name.replace("-", "_")))
-            assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
+        name = action.option_strings[-1].removeprefix("--")
+        words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+        typed = [f"--{name}", *words] if len(words) > 1 else [f"--{name}={value}"]
+        with pytest.raises((OptionError, SystemExit)) as raised:
+            check_numbers(name, getattr(parser.parse_args(typed), action.dest))
+        assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(("record", "field"), _with("spares"))

@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dialects import other_kind
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.model_files import find_model_folder, read_once
 from modules.checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
-    fingerprint,
     open_checkpoint,
     plain_sources,
 )
 from modules.errors import CheckpointError, DownloadError, UserError
-from tests.manifests import manifest_names, tensor_list, write_hollow
+from tests.manifests import manifest_names, tensor_list
 from tests.modules.making import tensors, write
 
 
@@ -78,23 +76,6 @@ def test_a_prefix_is_cut_only_where_every_name_has_it(tmp_path: Path) -> None:
 
     with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
         assert checkpoint.without_prefix("module.", "model.").tensors.keys() == {"model.a", "model.b", "c"}
-
-
-def test_other_networks_of_an_all_in_one_file_are_left_out(tmp_path: Path) -> None:
-    content = {"dit.a": torch.ones(1), "vae.a": torch.zeros(1)}
-
-    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        own = checkpoint.without_prefix("dit.", others=("vae.",))
-        assert own.tensors.keys() == {"a"}
-        assert torch.equal(own.read("a"), torch.ones(1))
-
-
-def test_fingerprint_follows_the_content_not_the_name(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.safetensors", tensors())
-    copy = write(tmp_path / "b.safetensors", tensors())
-    other = write(tmp_path / "c.safetensors", tensors() | {"scalar": torch.tensor(4.0)})
-
-    assert fingerprint(first) == fingerprint(copy) != fingerprint(other)
 
 
 def _comfy_quant(kind: str) -> Tensor:
@@ -195,14 +176,6 @@ def test_every_published_file_is_named_right(manifest: str) -> None:
 )
 def test_networks_of_stable_diffusion_are_named(names: list[str], words: str) -> None:
     assert words in str(kind_of(names))
-
-
-def test_an_error_about_another_file_names_it(tmp_path: Path) -> None:
-    path = write_hollow(tmp_path / "faces.safetensors", tensor_list("retinaface-mobile0.25"))
-    with open_checkpoint(path) as checkpoint:
-        error = other_kind(checkpoint, "an upscaler", "--model", "a SwinIR file")
-
-    assert "it looks like a RetinaFace face detector" in str(error)
 
 
 def names(checkpoint: Checkpoint) -> list[str]:

@@ -47,35 +47,24 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("of_modulation", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("samples", [1, B])
-def test_modulating_gives_the_bits_of_separate_operators(
-    learns: bool, of_modulation: torch.dtype, dtype: torch.dtype, samples: int
-) -> None:
-    normed = draw(B, L, C)
-    shift, scale = (draw(samples, 1, C, dtype=of_modulation, learns=learns) for _ in range(2))
-    inputs = normed, shift, scale
-
-    found = modulate(*inputs, dtype)
-
-    expected = torch.addcmul(shift, normed.to(of_modulation), 1 + scale).to(dtype)
-    assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
-
-
-@pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("samples", [1, B])
-def test_a_gated_sum_has_the_bits_of_separate_operators(
+def test_modulating_and_gated_sums_give_the_bits_of_separate_operators(
     learns: bool, dtype: torch.dtype, samples: int
 ) -> None:
-    inputs = draw(B, L, C), draw(samples, 1, C, learns=learns), draw(B, L, C, dtype=dtype)
-    x, gate, branch = inputs
+    normed, branch = draw(B, L, C), draw(B, L, C, dtype=dtype)
+    for of_modulation in (torch.float32, torch.float16):
+        shift, scale = (draw(samples, 1, C, dtype=of_modulation, learns=learns) for _ in range(2))
+        found = modulate(normed, shift, scale, dtype)
+        expected = torch.addcmul(shift, normed.to(of_modulation), 1 + scale).to(dtype)
+        inputs = normed, shift, scale
+        assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
 
+    gate = draw(samples, 1, C, learns=learns)
     with torch.autocast("cpu", torch.bfloat16):
-        found = add_gated(*inputs)
-
-    expected = torch.addcmul(x, gate, branch.float())
+        found = add_gated(normed, gate, branch)
+    expected = torch.addcmul(normed, gate, branch.float())
+    inputs = normed, gate, branch
     assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
 
 
@@ -201,16 +190,12 @@ def test_float32_frequencies_are_the_same_on_every_processor() -> None:
     assert torch.equal(sinusoid(NUMBERS, 256, torch.float32), torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"padding": (0, 1, 1)},
-    {"stride": (2, 1, 1), "bias": False},
-    {"groups": 2, "dilation": 2},
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{"padding": (0, 1, 1)}, {"stride": (2, 1, 1), "bias": False}, {"groups": 2, "dilation": 2}],
+    ids=["padded", "with a stride", "in groups"],
+)
 def test_small_clips_give_what_the_layer_gives(dtype: torch.dtype, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer = nn.Conv3d(4, 6, 3, **options).to(dtype)
@@ -220,13 +205,10 @@ def test_small_clips_give_what_the_layer_gives(dtype: torch.dtype, options: dict
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("factor", [2, 3, 4])
-@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
-def test_pixels_are_repeated_however_many_there_are(
-    layout: torch.memory_format, factor: int, mode: str
-) -> None:
+@pytest.mark.parametrize("factor", [2, 3])
+def test_pixels_are_repeated_however_many_there_are(layout: torch.memory_format, factor: int) -> None:
     x = torch.randn(2, 5, 6, 7).to(memory_format=layout)
-    expected = interpolate(x, scale_factor=factor, mode=mode)
+    expected = interpolate(x, scale_factor=factor, mode="nearest")
 
     for most in (expected.numel(), expected.numel() - 1):
         made = repeat_pixels(x, factor, most)

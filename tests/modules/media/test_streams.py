@@ -52,15 +52,6 @@ def test_a_variable_rate_keeps_its_times(tmp_path: Path, suffix: str) -> None:
     assert max(abs(frame.seconds - s) for frame, s in zip(shown, lengths, strict=False)) <= 2 * MILLISECOND
 
 
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
-def test_pictures_that_start_after_the_sound_keep_their_distance(tmp_path: Path, suffix: str) -> None:
-    source = Source(MUXERS[suffix], FILM, first=5 / FILM, sound="aac")
-
-    shown = list(shown_frames(write_source(tmp_path / f"late{suffix}", source)))
-
-    assert [frame.start for frame in shown] == [(5 + index) / FILM for index in range(12)]
-
-
 @pytest.mark.parametrize(
     ("name", "muxer", "codec"),
     [

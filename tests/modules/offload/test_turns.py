@@ -75,17 +75,6 @@ def test_the_output_is_that_of_a_network_that_stays(case: Case, blocks: int) -> 
     assert {name: (id(each), each.dtype, each.shape) for name, each in dit.named_parameters()} == before
 
 
-def test_two_networks_never_take_more_than_the_larger_one() -> None:
-    device = CountingDevice()
-    dits = [WAN.make().eval() for _ in range(2)]
-    copies = [taking_turns(dit, device) for dit in dits]
-    for turn in (0, 1, 0):
-        copies[1 - turn].leave()
-        copies[turn].bring()
-        assert same(output_of(WAN, dits[turn]), output_of(WAN, WAN.make().eval()))
-    assert device.most == copies[0].size_bytes == copies[1].size_bytes
-
-
 @pytest.mark.parametrize("quantisation", [None, Quantisation("rows")], ids=["16 bits", "fp8"])
 def test_weights_are_read_straight_to_where_they_wait(
     tmp_path: Path, quantisation: Quantisation | None
