@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,39 @@ def test_a_file_arrives_whole_with_the_token_and_nothing_else_stays(hub: FakeHub
     assert _left(tmp_path / "models") == ["weights.bin"]
 
 
-def test_a_broken_connection_is_continued_where_it_broke(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cuts = [131_072, 65_536]
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_a_broken_connection_is_continued_where_it_broke_if_the_site_can(
+    hub: FakeHub, tmp_path: Path, ignores_ranges: bool
+) -> None:
+    hub.cuts, hub.ignores_ranges = [131_072, 65_536], ignores_ranges
     waited: list[float] = []
 
     _fetch(hub, tmp_path / "weights.bin", waited)
 
     assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert hub.sent_ranges() == [None, "bytes=131072-", "bytes=196608-"]
+    assert hub.sent_ranges() == [None, "bytes=131072-", "bytes=65536-" if ignores_ranges else "bytes=196608-"]
     assert waited == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("find", "sha256"),
+    [(find_on_modelscope, hashlib.sha256(DATA).hexdigest()), (find_on_github, None)],
+    ids=["ModelScope", "GitHub"],
+)
+def test_other_sites_are_continued_too_and_get_no_token(
+    hub: FakeHub, tmp_path: Path, find: Callable[..., RemoteFile | None], sha256: str | None
+) -> None:
+    hub.add("owner/name", "weights.bin", DATA)
+    remote = find(replace(FILE, file="weights.bin", release="v0.1"), hub.address)
+    assert remote is not None
+    hub.cuts = [131_072]
+
+    download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
+
+    assert (remote.size_bytes, remote.sha256) == (len(DATA), sha256)
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert hub.sent_ranges()[-2:] == [None, "bytes=131072-"]
+    assert all("authorization" not in headers for _, _, headers in hub.requests)
 
 
 def test_a_connection_that_stays_broken_keeps_what_arrived_for_the_next_run(
@@ -83,14 +107,6 @@ def test_a_connection_that_stays_broken_keeps_what_arrived_for_the_next_run(
     hub.requests.clear()
     download_file(remote, tmp_path / "weights.bin")
     assert hub.sent_ranges() == ["bytes=131072-"]
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-
-
-def test_a_site_that_cannot_continue_sends_the_whole_file_again(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cuts, hub.ignores_ranges = [131_072], True
-
-    _fetch(hub, tmp_path / "weights.bin")
-
     assert (tmp_path / "weights.bin").read_bytes() == DATA
 
 
@@ -172,19 +188,6 @@ def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> No
     assert _left(tmp_path) == ["weights.bin"]
 
 
-def test_modelscope_gives_size_checksum_and_data(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cuts = [131_072]
-
-    remote = find_on_modelscope(FILE, hub.address)
-    assert remote is not None
-    download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
-
-    assert (remote.size_bytes, remote.sha256) == (len(DATA), hashlib.sha256(DATA).hexdigest())
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert hub.sent_ranges()[-1] == "bytes=131072-"
-    assert "authorization" not in hub.requests[-1][2]
-
-
 def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
     hub: FakeHub, tmp_path: Path
 ) -> None:
@@ -198,25 +201,6 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
         (headers["host"][:9] == "localhost", "authorization" in headers) for _, _, headers in hub.requests
     ]
     assert sorted(told) == [(False, True)] * 3 + [(True, False)] * 2
-
-
-OF_RELEASE = replace(FILE, file="weights.bin", release="v0.1")
-
-
-def test_a_file_of_a_release_on_github_is_continued_and_compared_by_size(
-    hub: FakeHub, tmp_path: Path
-) -> None:
-    hub.add("owner/name", "weights.bin", DATA)
-    hub.cuts = [len(DATA), 131_072]  # the first is of the look-up
-
-    remote = find_on_github(OF_RELEASE, hub.address)
-    download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
-
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert (remote.size_bytes, remote.sha256) == (len(DATA), None)
-    assert remote.url.endswith("/owner/name/releases/download/v0.1/weights.bin")
-    assert hub.sent_ranges() == [None, None, "bytes=131072-"]
-    assert all("authorization" not in headers for _, _, headers in hub.requests)
 
 
 SMALL = next(one for one in model_sets() if one.task == "t2v-1.3B")

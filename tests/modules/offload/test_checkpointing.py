@@ -16,82 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec
 from modules.offload.checkpointing import Offload, checkpoint_blocks, compute_in_pieces
 from modules.offload.host_memory import Pairs, Transfer
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
-
-class Block(nn.Module):
-    """Counts how often it is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.dropout = nn.Dropout(0.5)
-        self.calls = 0
-
-    def forward(self, x: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        self.calls += 1
-        return x + self.dropout(self.linear(x)).tanh() * extra["scale"]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.ModuleList([Block(), Block()])
-        self.second = nn.ModuleList([Block()])
-        self.rest = nn.ModuleList([Block()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in [*self.first, *self.second, *self.rest]:
-            x = block(x, {"scale": torch.tensor(0.5)})
-        return x
-
-    @property
-    def calls(self) -> list[int]:
-        return [block.calls for block in [*self.first, *self.second, *self.rest]]
-
-
-SPEC = DitSpec(block_lists=("first", "second"))
-
-
-def test_blocks_are_computed_again_in_the_backward_pass_with_the_same_dropout() -> None:
-    torch.manual_seed(0)
-    plain, wrapped = Net(), Net()
-    wrapped.load_state_dict(plain.state_dict())
-    checkpoint_blocks(wrapped, SPEC)
-    gradients = []
-    for net in (plain, wrapped):
-        torch.manual_seed(1)
-        net(torch.ones(3, 4)).sum().backward()
-        gradients.append([weight.grad for weight in net.parameters()])
-
-    assert plain.calls == [1, 1, 1, 1]
-    assert wrapped.calls == [2, 2, 2, 1]
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
-
-
-def test_without_gradients_or_train_mode_blocks_run_once() -> None:
-    net = Net()
-    checkpoint_blocks(net, SPEC)
-
-    with torch.no_grad():
-        net(torch.ones(1, 4))
-    net.eval()(torch.ones(1, 4)).sum().backward()
-
-    assert net.calls == [2, 2, 2, 2]
-
-
 # in each block, and those to a text of few tokens; HunyuanVideo and FramePack compute samples of different
 # lengths one by one; Z-Image's are padded to equal lengths
-ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "framepack": (2, 0)}
-ATTENTIONS |= {"flux dev": (2, 0), "flux chroma": (2, 0), "lumina": (2, 0), "z_image": (1, 0)}
-ATTENTIONS |= dict.fromkeys(
-    ("hunyuan_image", "qwen_image", "qwen_image edit"), ATTENTIONS["hunyuan t2v"]
-)  # such blocks
-ATTENTIONS["flux_2"] = (1, 0)  # all tokens count, so that samples are of one length
-ATTENTIONS |= dict.fromkeys(("ltx_2 2.0", "ltx_2 2.3"), (6, 2))  # short to the video: its text, and sound
+ATTENTIONS = {
+    **dict.fromkeys(("hunyuan t2v", "framepack", "flux dev", "flux chroma", "lumina"), (2, 0)),
+    **dict.fromkeys(("hunyuan_image", "qwen_image", "qwen_image edit"), (2, 0)),
+    **dict.fromkeys(("z_image", "flux_2"), (1, 0)),  # all tokens of FLUX.2 count
+    **dict.fromkeys(("ltx_2 2.0", "ltx_2 2.3"), (6, 2)),  # short to the video: its text, and sound
+    **{"wan t2v": (2, 1), "wan i2v": (3, 1)},
+}
 LEARNS_BEFORE = {"lumina"}  # a LoRA is in its refiners too
 
 
@@ -141,6 +78,21 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
     assert kept == plain + first + (0 if autocast else to_short_text * (blocks - 1))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_without_gradients_or_train_mode_blocks_run_once() -> None:
+    counts = []
+    for is_checkpointed in (False, True):
+        dit, network = DITS[0].with_lora(2)
+        if is_checkpointed:
+            checkpoint_blocks(dit, DITS[0].spec)
+        with Counter() as counter:
+            with torch.no_grad():
+                dit.train()(**DITS[0].inputs(SIZE, 1))
+            gradients(dit.eval(), network, DITS[0].inputs(SIZE, 1))
+        counts.append(counter.attentions())
+
+    assert counts[0] == counts[1] > 0
 
 
 SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)
@@ -193,10 +145,8 @@ def away() -> tuple[Offload, LateTransfer]:
     return Offload(transfer, transfer.make), transfer
 
 
-def dressed(
-    tiny: TinyDit, offload: Offload | None, blocks: int = 3, **arguments: Any
-) -> tuple[nn.Module, Any]:
-    dit, network = tiny.with_lora(blocks, **arguments)
+def dressed(tiny: TinyDit, offload: Offload | None, blocks: int = 3) -> tuple[nn.Module, Any]:
+    dit, network = tiny.with_lora(blocks)
     checkpoint_blocks(dit.train(), tiny.spec, offload=offload)
     return dit, network
 
@@ -217,13 +167,12 @@ def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead()
 
 
 def test_two_forward_passes_may_stand_before_their_backward_passes() -> None:
-    tiny = DITS[0]
-    results = []
+    tiny, results = DITS[0], []
     for offload in (None, away()[0]):
         dit, network = dressed(tiny, offload)
         losses = [dit(**tiny.inputs(size, 1)).square().mean() for size in (SIZE, LARGER)]
-        losses[0].backward()
-        losses[1].backward()
+        for loss in losses:
+            loss.backward()
         results.append([parameter.grad for parameter in network.parameters()])
 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
