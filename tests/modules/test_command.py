@@ -217,10 +217,7 @@ def test_a_terminal_gets_borders_of_its_width_and_commands_in_one_piece() -> Non
     assert {len(line) for line in lines[:-2]} == {60}
     assert "".join(lines).count("z") == 150
     assert lines[-2:] == ["Next:", f"  {long}"]
-
-
-def test_a_terminal_without_line_characters_gets_ascii() -> None:
-    assert draw_box("Done", [("a", "b")], [], False, False, columns=60).isascii()
+    assert draw_box("Done", [("a", "b")], [], False, False, columns=60).isascii()  # without line characters
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])

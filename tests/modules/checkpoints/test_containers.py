@@ -27,17 +27,12 @@ class Code:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.sft.pt"])
 def test_every_tensor_reads_back_as_written(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, tensors())
-
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(write(tmp_path / name, tensors())) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
         for key, tensor in tensors().items():
-            read = checkpoint.read(key)
-            assert (
-                (read.dtype, read.shape)
-                == (tensor.dtype, tensor.shape)
-                == (checkpoint.tensors[key].dtype, tensor.shape)
-            )
+            read, told = checkpoint.read(key), checkpoint.tensors[key]
+            assert read.dtype == tensor.dtype == told.dtype
+            assert read.shape == tensor.shape == told.shape
             assert torch.equal(read.float(), tensor.float())
 
 
@@ -80,9 +75,8 @@ def test_wrappers_without_end_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_older_torch_format_opens(tmp_path: Path) -> None:
-    with open_checkpoint(
-        write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
-    ) as checkpoint:
+    path = write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
+    with open_checkpoint(path) as checkpoint:
         assert torch.equal(checkpoint.read("a"), torch.ones(3))
 
 

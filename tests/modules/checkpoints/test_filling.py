@@ -205,49 +205,46 @@ def test_a_bad_weight_is_named_with_its_file(tmp_path: Path, kept: torch.dtype) 
     path = write(tmp_path / "model.safetensors", content)
 
     with pytest.raises(
-        CheckpointError, match=r"model.safetensors has .* NaN or infinite: 0.weight \(1 of 32 values\)"
+        CheckpointError, match=r"model.safetensors has .* NaN or infinite: 0.weight \(1 of 32"
     ):
         fill(network(), path, lambda _, stored: kept if stored.is_floating_point else stored)
 
 
 PLAIN = Placement(torch.device("cpu"))
 FAST = Quantisation("rows", fp8_matmul=True, product=emulated_product)
+ROWS = Quantisation("rows")
 BLOCKS = 8  # of the pocket model
+LAST = f"blocks.{BLOCKS - 1}.ffn.0.weight"
 
 
 def quantised_blocks(path: Path, quantisation: Quantisation) -> set[int]:
-    return {
-        int(name.split(".")[1]) for name in quantised_layers(load_dit(path, replace(PLAIN, fp8=quantisation)))
-    }
+    dit = load_dit(path, replace(PLAIN, fp8=quantisation))
+    return {int(name.split(".")[1]) for name in quantised_layers(dit)}
 
 
 def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() -> None:
     path = POCKET / "dit.safetensors"
 
-    assert quantised_blocks(path, Quantisation("rows")) == set(range(BLOCKS))
+    assert quantised_blocks(path, ROWS) == set(range(BLOCKS))
     assert quantised_blocks(path, FAST) == set(range(BLOCKS - 2))
-    last = load_dit(path, replace(PLAIN, fp8=FAST)).get_parameter(f"blocks.{BLOCKS - 1}.ffn.0.weight")
-    assert torch.equal(last, load_file(path)[f"blocks.{BLOCKS - 1}.ffn.0.weight"])
+    last = load_dit(path, replace(PLAIN, fp8=FAST)).get_parameter(LAST)
+    assert torch.equal(last, load_file(path)[LAST])
 
 
 def test_a_network_of_few_blocks_multiplies_in_8_bits_in_all(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16))
-
-    assert quantised_blocks(path, FAST) == {0, 1}
+    assert quantised_blocks(write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16)), FAST) == {0, 1}
 
 
 def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> None:
-    state = load_file(POCKET / "dit.safetensors")
-    linears = quantised_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, fp8=Quantisation("cast"))))
-    for name in linears:
+    state, fast = load_file(POCKET / "dit.safetensors"), replace(FAST, kind="cast")
+    for name in quantised_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, fp8=ROWS))):
         state[f"{name}.weight"] = state[f"{name}.weight"].to(E4M3)
     save_file(state, tmp_path / "dit.safetensors")
 
-    fast = replace(FAST, kind="cast")
-    dit = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, fp8=fast))
+    last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, fp8=fast)).get_parameter(LAST)
 
-    assert {int(name.split(".")[1]) for name in quantised_layers(dit)} == set(range(BLOCKS - 2))
-    assert torch.equal(dit.get_parameter("blocks.7.ffn.0.weight"), state["blocks.7.ffn.0.weight"].bfloat16())
+    assert quantised_blocks(tmp_path / "dit.safetensors", fast) == set(range(BLOCKS - 2))
+    assert torch.equal(last, state[LAST].bfloat16())
 
 
 @pytest.mark.parametrize("how", [FAST, replace(FAST, kind="cast")])
@@ -257,9 +254,7 @@ def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quant
     inputs = noisy, torch.tensor([500.0]), [torch.zeros(3, 64)]
 
     with torch.no_grad():
-        expected, found = (
-            load_dit(path, placement)(*inputs) for placement in (PLAIN, replace(PLAIN, fp8=how))
-        )
+        expected, found = (load_dit(path, one)(*inputs) for one in (PLAIN, replace(PLAIN, fp8=how)))
 
     # 2.7 % in ten layers of each of six blocks, beside a stream that passes them unrounded
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.1
