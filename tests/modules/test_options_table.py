@@ -1,10 +1,8 @@
 """Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
 
 import importlib
-import itertools
 import re
 import typing
-from collections.abc import Iterator
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -18,29 +16,18 @@ from modules.parser import Parser, add_options
 from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OUTSIDE = {"tests", ".venv", "build"}
 
 
-def _files() -> list[Path]:
-    return [
-        path
-        for path in sorted(ROOT.rglob("*options.py"))
-        if not OUTSIDE & {path.relative_to(ROOT).parts[0]} and not path.name.startswith("test_")
-    ]
+def _records(base: type[Options] = Options) -> set[type[Options]]:
+    own = {one for one in base.__subclasses__() if not one.__module__.startswith("tests")}
+    return own.union(*map(_records, base.__subclasses__()))
 
 
-def _records(base: type[Options] = Options) -> Iterator[type[Options]]:
-    for record in base.__subclasses__():
-        yield record
-        yield from _records(record)
-
-
-for file in _files():
-    importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
-RECORDS = sorted(
-    {record for record in _records() if not record.__module__.startswith("tests")},
-    key=lambda one: one.__name__,
-)
+for file in ROOT.rglob("*options.py"):
+    place = file.relative_to(ROOT)
+    if not {"tests", ".venv", "build"} & {place.parts[0]}:
+        importlib.import_module(".".join(place.with_suffix("").parts))
+RECORDS = sorted(_records(), key=lambda one: one.__name__)
 
 
 def _with(*facts: str) -> list[Any]:
@@ -52,31 +39,28 @@ def _with(*facts: str) -> list[Any]:
     ]
 
 
-def _given(record: type[Options], name: str, number: float = 1) -> Any:
+def _given(record: type[Options], name: str) -> Any:
     """A value of a field that is not its default, within its limits."""
     field = next(field for field in fields(record) if name in {field.name, option_name(field)})
-    kinds = typing.get_args(hints_of(record)[field.name]) or (hints_of(record)[field.name],)
-    kind = next(kind for kind in kinds if kind is not type(None))
+    hint, place = hints_of(record)[field.name], field.metadata.get("place")
+    kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
     if kind is bool:
         return True
     if kind in (int, float):
         least = field.metadata.get("least", field.metadata.get("above", 0))
         usual = field.metadata["declared"].default
-        return kind(max(number if number != usual else number + 1, least + 1))
+        return kind(max(2 if usual == 1 else 1, least + 1))
     if "choices" in field.metadata["declared"].settings:
         return next(iter(field.metadata["declared"].settings["choices"]))
-    if kind is Path and field.metadata.get("place") in ("there", "file", "folder"):
-        return ROOT if field.metadata["place"] == "folder" else Path(__file__)
+    if kind is Path and place in ("there", "file", "folder"):
+        return ROOT if place == "folder" else Path(__file__)
     if kind is Path or kind is str:
         return kind(field.metadata.get("one_of", ("x",))[0])
-    if field.metadata.get("place") in ("there", "file"):
+    if place in ("there", "file"):
         return (Path(__file__),)
-    return (_one(typing.get_args(hints_of(record)[field.name])),)
-
-
-def _one(kinds: tuple[Any, ...]) -> Any:
+    kinds = typing.get_args(hint)
     inner = next(kind for kind in (*kinds, *typing.get_args(kinds[0])) if kind in (int, float, str, Path))
-    return inner("1")
+    return (inner("1"),)
 
 
 def _make(record: type[Options], **values: Any) -> Options:
@@ -187,13 +171,3 @@ def test_facts_name_options_of_their_record() -> None:
         for field in fields(record):
             for fact in ("needs", "excludes", "only_with", "spares"):
                 assert {*field.metadata.get(fact, ())} <= names, record
-
-
-def test_a_typographic_dash_is_named_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = Parser()
-    add_options(parser, TrainingOptions)
-    flags = [action.option_strings[-1] for action in parser._actions if action.option_strings[-1] != "-h"]
-    for flag, dash in zip(flags, itertools.cycle(("\u2013-", "\u2014", "-\u2011", "\u2212\u2212"))):
-        with pytest.raises(SystemExit):
-            parser.parse_args([dash + flag.removeprefix("--"), "x"])
-        assert f"begins with a typographic dash, not with --. Write {flag}" in capsys.readouterr().err

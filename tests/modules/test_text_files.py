@@ -209,28 +209,6 @@ def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="MB free"), atomic_path(tmp_path / "big", size_bytes=1 << 60):
-        pass
-
-    assert _names(tmp_path) == []
-
-
-@pytest.mark.skipif(
-    os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full"
-)
-def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    def fill() -> None:
-        with atomic_path(tmp_path / "a") as temporary:
-            temporary.symlink_to("/dev/full")
-            temporary.write_bytes(b"x" * 100_000)
-
-    with pytest.raises(OutputError, match="disk is full"):
-        fill()
-
-    assert _names(tmp_path) == []
-
-
 def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "video"
     with claim_name(path) as first, claim_name(path) as second, claim_name(tmp_path / "other") as other:

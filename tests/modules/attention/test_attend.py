@@ -14,7 +14,6 @@ from tests.modules.attention_packages import PACKAGES, Call, put_in
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 COUNTS = (9, 4, 7)  # real tokens of the samples of a padded batch of 9
 EVERY_MODE = ["sdpa", *PACKAGES]
-WITH_PACKED = {"flash", "flash3", "flash3 of an early build", "xformers"}
 NEAR = 1e-6  # float32, sums of a few numbers in another order
 
 
@@ -78,17 +77,14 @@ def test_packages_get_real_tokens_only_with_arguments_in_their_order(
 
     attend(*_inputs(3, 9, 9), choice, lengths_on(COUNTS, CPU))
 
-    one_by_one = {
-        "sage": [Call("sageattn", (1, count, 3, 8), ("NHD", False)) for count in COUNTS],
-        "xformers": [Call("memory_efficient_attention", (1, count, 3, 8)) for count in COUNTS],
-    }
-    together = {"xformers": [Call("memory_efficient_attention", (1, 20, 3, 8), (COUNTS,))]}
-    if split or mode not in WITH_PACKED:
-        assert calls == one_by_one.get(mode, [Call("flash_attn_func", (1, count, 3, 8)) for count in COUNTS])
+    one_by_one = {"sage": ("sageattn", (False,)), "xformers": ("memory_efficient_attention", ())}
+    together = {"xformers": Call("memory_efficient_attention", (1, 20, 3, 8), (COUNTS,))}
+    if split or mode == "sage":
+        function, more = one_by_one.get(mode, ("flash_attn_func", ()))
+        assert calls == [Call(function, (1, count, 3, 8), more) for count in COUNTS]
     else:
-        assert calls == together.get(
-            mode, [Call("flash_attn_varlen_func", (20, 3, 8), ([0, 9, 13, 20], 9, 9))]
-        )
+        flash = Call("flash_attn_varlen_func", (20, 3, 8), ([0, 9, 13, 20], 9, 9))
+        assert calls == [together.get(mode, flash)]
 
 
 @pytest.mark.parametrize("mode", PACKAGES)

@@ -41,6 +41,10 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("LTX2VideoTransformer3DModel", {**ONE, "use_keyframes_abs_pos_embedding": True}, "LTX-2.5"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
+    ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
+    ("AutoencoderKLQwenImage21", {}, "the VAE of Qwen-Image-2.1"),
     ("MiniMaxH3Transformer3DModel", ONE, "MiniMax-H3"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
     ("QwenImage21Transformer2DModel", ONE, "Qwen-Image-2.1, another network"),
@@ -118,27 +122,18 @@ def test_every_family_refuses_another_model_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("network", "words"),
+    ("network", "script", "option", "words"),
     [
-        ("AutoencoderKLQwenImage21", "the VAE of Qwen-Image-2.1, which is not supported yet"),
-        ("AutoencoderKLHunyuanVideo15", "the VAE of HunyuanVideo 1.5 or"),
-        ("AutoencoderKLLTX2Video", "a VAE of LTX-Video or LTX-2"),
-        ("AutoencoderKLLTX2Audio", "a VAE of LTX-Video or LTX-2"),
+        ("Krea2Transformer2DModel", "qwen_image_generate_image.py", "--dit", "is the transformer of Krea 2"),
+        ("AutoencoderKLQwenImage21", "wan_cache_latents.py", "--vae", "the VAE of Qwen-Image-2.1"),
     ],
 )
-def test_a_vae_of_another_model_is_one_message(tmp_path: Path, network: str, words: str) -> None:
-    write_network(tmp_path / "vae.safetensors", network, {})
+def test_a_script_says_in_one_message_what_a_file_is(
+    tmp_path: Path, network: str, script: str, option: str, words: str
+) -> None:
+    path = write_network(tmp_path / "model.safetensors", network, ONE if option == "--dit" else {})
     write_plain_pictures(tmp_path)
-    for vae in ("qwen_image", "wan"):
-        command = [f"{vae}_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
+    more = ["--prompt", "a cat", "--save_path", "out", "--output_type", "latent"]
+    command = [script, option, path, *(more if option == "--dit" else ["--dataset_config", "dataset.toml"])]
 
-        assert_one_message(*run_here(*command, folder=tmp_path), words, "--vae")
-
-
-def test_a_script_says_in_one_message_what_a_file_is(tmp_path: Path) -> None:
-    path = write_network(tmp_path / "model.safetensors", "Krea2Transformer2DModel", ONE)
-    words = ["--prompt", "a cat", "--save_path", tmp_path / "out", "--dit", path]
-
-    code, said = run_here("qwen_image_generate_image.py", *words, "--output_type", "latent", folder=tmp_path)
-
-    assert_one_message(code, said, "model.safetensors is the transformer of Krea 2", "--dit")
+    assert_one_message(*run_here(*command, folder=tmp_path), words, option)
