@@ -1,6 +1,7 @@
 """Files written tensor by tensor, models cut into files, tokenizers that grow, weights of tokens."""
 
 import base64
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -117,12 +118,11 @@ def test_a_kill_between_two_names_leaves_one_model_or_none(
         except Killed:
             pass
         files = [*folder.glob("*.safetensors"), *existing_shards(path), folder]
-        for file in files:
-            for opened in (gather, open_checkpoint):
-                try:
-                    assert values(file, opened) in ({1.0}, {2.0}), (steps, file)
-                except CheckpointError:
-                    refused += 1
+        for file, opened in itertools.product(files, (gather, open_checkpoint)):
+            try:
+                assert values(file, opened) in ({1.0}, {2.0}), (steps, file)
+            except CheckpointError:
+                refused += 1
     assert steps >= 4
     assert refused
     assert values(folder, gather) == {2.0}
@@ -183,11 +183,11 @@ def field(number: int, content: bytes) -> bytes:
             return bytes([number << 3 | 2]) + bytes(groups) + content
 
 
-HARMLESS = {
-    "none": None,
-    "CLIP's": sequence({"type": "NFC"}, replace(" ", Regex=r"\s+"), {"type": "Lowercase"}),
-    "Llama 2's": sequence({"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")),
-}
+HARMLESS = [
+    None,
+    sequence({"type": "NFC"}, replace(" ", Regex=r"\s+"), {"type": "Lowercase"}),  # CLIP's
+    sequence({"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")),  # Llama 2's
+]
 HARMFUL = {
     "a long replacement": replace("x" * 1000, String="a"),
     "by a regular expression": replace("x" * 1000, Regex="."),
@@ -197,9 +197,9 @@ HARMFUL = {
 }
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-def test_a_normaliser_of_a_real_tokenizer_is_taken(name: str, tmp_path: Path) -> None:
-    FILES.read(write(tmp_path / "tokenizer.json", HARMLESS[name]))
+@pytest.mark.parametrize("normaliser", HARMLESS, ids=["none", "CLIP's", "Llama 2's"])
+def test_a_normaliser_of_a_real_tokenizer_is_taken(normaliser: dict[str, Any] | None, tmp_path: Path) -> None:
+    FILES.read(write(tmp_path / "tokenizer.json", normaliser))
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -265,9 +265,10 @@ def test_a_token_belongs_where_its_first_character_is(place: Place, weight: floa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rows_of_weight_one_keep_every_bit(dtype: torch.dtype) -> None:
     rows = (100 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))).to(dtype)
+    expected = rows.clone()
+    expected[1], expected[3] = (rows[1].float() * 1.4).to(dtype), rows[3] * -0.5
+
     weighed = weigh_rows(rows, [1.0, 1.4, 1.0, -0.5])
+
     assert weighed.dtype == dtype
-    assert torch.equal(weighed[[0, 2]], rows[[0, 2]])
-    assert torch.equal(weighed[4:], rows[4:])
-    assert torch.equal(weighed[1], (rows[1].float() * 1.4).to(dtype))
-    assert torch.equal(weighed[3], rows[3] * -0.5)
+    assert torch.equal(weighed, expected)

@@ -30,6 +30,7 @@ from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
 from tests.modules.hostile_media import BRIGHT, REFERENCES, external_references, write_secret, write_stream
 
+FRAMES = [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5
 # name, FFmpeg's container, encoder, pixel format
 CONTAINERS = [
     ("clip.mp4", "mp4", "libx264", "yuv420p"),
@@ -58,14 +59,13 @@ CONTAINERS = [
 def test_every_container_that_people_have_is_read(
     name: str, container: str, codec: str, pixels: str, tmp_path: Path
 ) -> None:
-    frames = [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5
     options = {"strict": "unofficial"} if codec == "mjpeg" else {}
-    write_stream(tmp_path / name, container, codec, frames, pixels, **options)
+    write_stream(tmp_path / name, container, codec, FRAMES, pixels, **options)
 
-    read = list(video_frames(tmp_path / name))
+    read = np.stack(list(video_frames(tmp_path / name)))
 
-    assert len(read) == 5
-    assert np.abs(np.stack(read).astype(float) - BRIGHT).mean() < 25  # GIF has few colours
+    assert read.shape == (5, 48, 64, 3)
+    assert np.abs(read.astype(float) - BRIGHT).mean() < 25  # GIF has few colours
     assert (video_info(tmp_path / name).width, video_info(tmp_path / name).height) == (64, 48)
 
 
@@ -147,7 +147,7 @@ def test_what_is_no_regular_file_is_refused_at_once(read: Callable[[Path], objec
 
 def test_a_header_that_claims_more_frames_than_the_file_has_bytes_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "clip.avi"
-    write_stream(path, "avi", "mpeg4", [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5)
+    write_stream(path, "avi", "mpeg4", FRAMES)
     assert video_info(path).frames == 5
 
     content = bytearray(path.read_bytes())
@@ -246,8 +246,7 @@ def test_a_third_of_the_pictures_change_their_colours_a_little() -> None:
     different = [one for one in changed if not np.array_equal(one, PICTURE)]
     assert 70 < len(different) < 130
     assert {one.shape for one in changed} == {PICTURE.shape}
-    brightness = [abs(float(one.mean()) - PICTURE.mean()) for one in different]
-    assert max(brightness) < 8
+    assert max(abs(float(one.mean()) - PICTURE.mean()) for one in different) < 8
 
 
 def test_gamma_keeps_black_and_white_and_hue_keeps_grey() -> None:
@@ -276,12 +275,8 @@ def test_a_crop_around_a_face_holds_it(anywhere: bool) -> None:
     for seed in range(50):
         fit = fit_face((640, 480), (128, 128), face, (2.0, 4.0), random.Random(seed), anywhere)
         scale = fit.resized[0] / 640
-        left, top = (start / scale for start in fit.crop)
         assert 2.0 <= 128 / (50 * scale) <= 4.01 or scale == pytest.approx(128 / 480, abs=0.01)
-        for start, middle, half in ((left, 300, 20), (top, 120, 25)):
-            assert start <= middle - half + 1
-            assert start + 128 / scale >= middle + half - 1
-        assert all(
-            0 <= start <= whole - part
-            for start, whole, part in zip(fit.crop, fit.resized, fit.bucket, strict=True)
-        )
+        for start, whole, middle, half in zip(fit.crop, fit.resized, (300, 120), (20, 25), strict=True):
+            assert 0 <= start <= whole - 128
+            assert start / scale <= middle - half + 1
+            assert (start + 128) / scale >= middle + half - 1

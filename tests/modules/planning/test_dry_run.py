@@ -158,9 +158,7 @@ def test_a_network_has_its_weights_once() -> None:
 
 
 class Compute:
-    """Doubles the sides of a piece, by way of a tensor four times as large as its result; counts how
-    often.
-    """
+    """Doubles the sides of a piece by way of a tensor four times as large as its result, and counts."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -182,19 +180,19 @@ def test_in_a_rehearsal_the_largest_of_a_kind_is_computed() -> None:
 
 
 def test_a_piece_that_is_not_computed_takes_its_share() -> None:
-    def peak(computes: bool) -> int:
+    peaks = []
+    for is_first in (True, False):
         compute = Compute()
         with dry_run() as ledger:
-            if not computes:
+            if not is_first:
                 compute_piece(compute, torch.empty(64, 32, 32, device=ACCELERATOR))
             ledger.enter("here")
             given = torch.empty(64, 32, 16, device=ACCELERATOR)
-            made = compute_piece(compute, given)
+            compute_piece(compute, given)
             assert len(compute.shapes) == 1
-            del made
-            return sum(ledger.peaks["here"].values())
+            peaks.append(sum(ledger.peaks["here"].values()))
 
-    assert peak(computes=False) == peak(computes=True)
+    assert peaks[0] == peaks[1]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +268,7 @@ def test_a_full_card_is_warned_of_once_with_numbers_and_remedies(
     Counter(monkeypatch)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
     watch = MemoryWatch(torch.device("cuda"))
-    watch.warn_if_full()
-    watch.warn_if_full()
+    for _ in range(2):
+        watch.warn_if_full()
     assert caplog.text.count("reserved 17.00 of 16.00 GiB") == 1
     assert "--blocks_to_swap" in caplog.text
