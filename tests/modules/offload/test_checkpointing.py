@@ -105,12 +105,12 @@ class LateTransfer(Transfer):
 
     def __init__(self) -> None:
         self.actions: list[str] = []
-        self._names: dict[int, int] = {}  # of pieces of host memory, in the order of their making
-        self._waiting: list[tuple[str, Tensor, Tensor]] = []
+        self._pieces: list[int] = []  # addresses of host memory, in the order of their making
+        self._waiting: list[tuple[str, int, Tensor, Tensor]] = []
 
     def make(self, size_bytes: int) -> Tensor:
         piece = torch.full((size_bytes,), 255, dtype=torch.uint8)  # as numbers: NaN
-        self._names[piece.data_ptr()] = len(self._names)
+        self._pieces.append(piece.data_ptr())
         return piece
 
     def memory(self, size_bytes: int) -> Tensor:
@@ -122,18 +122,19 @@ class LateTransfer(Transfer):
     def copy(self, pairs: Pairs, after: Any) -> int:
         assert after == "now"
         ((target, source),) = pairs
-        leaves = target.data_ptr() in self._names
-        name = f"{'save' if leaves else 'fetch'} {self._names[(target if leaves else source).data_ptr()]}"
-        self.actions.append(name)
+        leaves = target.data_ptr() in self._pieces
+        kind, piece = ("save", target) if leaves else ("fetch", source)
+        number = self._pieces.index(piece.data_ptr())
+        self.actions.append(f"{kind} {number}")
         target.fill_(math.nan)
-        self._waiting.append((name, target, source))
+        self._waiting.append((kind, number, target, source))
         return len(self._waiting)
 
     def wait(self, moment: int) -> None:
-        name, target, source = self._waiting[moment - 1]
-        self.actions.append(name.replace("save", "saved").replace("fetch", "fetched"))
+        kind, number, target, source = self._waiting[moment - 1]
+        self.actions.append(f"{kind.rstrip('e')}ed {number}")
         target.copy_(source)
-        if name.startswith("save"):
+        if kind == "save":
             source.data.fill_(math.nan)
 
     def finish(self) -> None:
