@@ -122,6 +122,11 @@ def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
         assert_close(together, encode(encoder, one)[0])
 
 
+def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
+    without = LanguageModelEncoder(QWEN_IMAGE, encoder.path, torch.float32)
+    assert dict(without.identity) != dict(encoder.identity)
+
+
 def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -> None:
     shown = pictures((196, 196), (196, 196))
     long = "rabbit grass " * 100
@@ -147,16 +152,25 @@ def test_words_behind_a_picture_stand_behind_its_longer_side() -> None:
     ]
 
 
-def test_the_token_of_pictures_in_a_prompt_is_refused(encoder: LanguageModelEncoder) -> None:
-    with pytest.raises(MediaError, match=r"<\|image_pad\|> stands for a picture"):
-        encode(encoder, ("a <|image_pad|>", pictures((60, 60))))
-    encode(encoder, ("a <|image_pad|>", []))
-
-
-def test_a_picture_too_long_to_be_shown_is_refused(encoder: LanguageModelEncoder) -> None:
+def test_what_cannot_be_shown_is_refused(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="1x300 is too long"):
         encode(encoder, ("a", pictures((300, 1))))
-    assert len(encode(encoder, ("a", pictures((1, 1))))[0]) > 0
+    with pytest.raises(MediaError, match=r"<\|image_pad\|> stands for a picture"):
+        encode(encoder, ("a <|image_pad|>", pictures((60, 60))))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match=r"broken\.png"):
+        encoder.encode([Prompt("a", pictures=(tmp_path / "broken.png",))])
+
+
+def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures(
+    encoder: LanguageModelEncoder,
+) -> None:
+    named = ("a <|image_pad|> rabbit", [])
+
+    shown, together = encode(encoder, ("a", pictures((1, 1))), named)
+
+    assert len(shown) > len(encode(encoder, ("a", []))[0])
+    assert_close(together, encode(encoder, named)[0])
 
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
@@ -165,17 +179,6 @@ def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_pat
     shown = pictures((180, 120), (90, 60))
     (ours,) = encode(encoder, ("a rabbit", shown))
     assert_near(ours, expected(model, encoder, "a rabbit", [shown[0][::2, ::2].contiguous()]))
-
-
-def test_a_file_that_is_no_picture_is_one_message(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(MediaError, match=r"broken\.png"):
-        encoder.encode([Prompt("a", pictures=(tmp_path / "broken.png",))])
-
-
-def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
-    without = LanguageModelEncoder(QWEN_IMAGE, encoder.path, torch.float32)
-    assert dict(without.identity) != dict(encoder.identity)
 
 
 @pytest.mark.parametrize(
