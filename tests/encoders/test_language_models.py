@@ -337,13 +337,11 @@ def test_layers_copied_before_they_run_give_the_same_states(in_fp8: bool, tmp_pa
     """Host memory is useless for computing, and copies arrive at the last moment."""
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
     plain, streamed = (LanguageModelEncoder(KLEIN, path, torch.float32, in_fp8=in_fp8) for _ in range(2))
-    resident = encoded(plain, *PROMPTS)
+    resident, device = encoded(plain, *PROMPTS), FakeDevice()
     streamed.load(CPU)
-    device = FakeDevice()
     swapped(streamed.network, SPEC, 2, device)
 
     for _ in range(2):
-        found = encoded(streamed, *PROMPTS)
-        for one, expected_one in zip(found, resident, strict=True):
+        for one, expected_one in zip(encoded(streamed, *PROMPTS), resident, strict=True):
             assert torch.equal(one["llm_embed"], expected_one["llm_embed"])
     assert device.log
