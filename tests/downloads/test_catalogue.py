@@ -242,3 +242,7 @@ def test_families_name_the_releases_and_licences_of_the_list() -> None:
         stated = release.licence, release.licence_key, release.licence_url
         for licence in (known[repository] for repository in release.repositories):
             assert stated == (licence.name, licence.key, licence.url)
+
+
+def test_a_family_with_one_task_needs_no_task() -> None:
+    assert parse_options("", ["--family", "hunyuan_video"], DownloadOptions)[0].task is None

@@ -185,6 +185,7 @@ def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_pat
     ("name", "tensor", "message"),
     [
         ("visual.patch_embed.proj.weight", None, "has no vision tower"),
+        ("visual.merger.mlp.2.weight", None, "visual tower|incomplete"),
         ("visual.blocks.1.attn.qkv.weight", None, "missing: blocks.1.attn.qkv.weight"),
         ("visual.patch_embed.proj.weight", torch.ones(80, 3, 2, 14, 13), "not that of Qwen2.5-VL"),
         ("visual.merger.mlp.0.weight", torch.ones(320, 300), "not that of Qwen2.5-VL"),

@@ -1,6 +1,7 @@
 """Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
 
 import importlib
+import itertools
 import re
 import typing
 from dataclasses import Field, fields
@@ -171,3 +172,13 @@ def test_facts_name_options_of_their_record() -> None:
         for field in fields(record):
             for fact in ("needs", "excludes", "only_with", "spares"):
                 assert {*field.metadata.get(fact, ())} <= names, record
+
+
+def test_a_typographic_dash_is_named_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    add_options(parser, TrainingOptions)
+    flags = [action.option_strings[-1] for action in parser._actions if action.option_strings[-1] != "-h"]
+    for flag, dash in zip(flags, itertools.cycle(("\u2013-", "\u2014", "-\u2011", "\u2212\u2212"))):
+        with pytest.raises(SystemExit):
+            parser.parse_args([dash + flag.removeprefix("--"), "x"])
+        assert f"begins with a typographic dash, not with --. Write {flag}" in capsys.readouterr().err

@@ -199,6 +199,13 @@ def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
+def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="MB free"), atomic_path(tmp_path / "big", size_bytes=1 << 60):
+        pass
+
+    assert _names(tmp_path) == []
+
+
 def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "video"
     with claim_name(path) as first, claim_name(path) as second, claim_name(tmp_path / "other") as other:

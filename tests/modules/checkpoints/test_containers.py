@@ -155,6 +155,7 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}, "has the shape"),
         ({"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}, "impossible shape"),
         ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
+        ({"shape": [2]}, "data_offsets"),
         ([], "header cannot be read"),
         ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "a is of type F4, which is not supported"),
     ],

@@ -251,7 +251,7 @@ def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["01:00:00:00", "01:00:00;00"])
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
 def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
     tmp_path: Path, suffix: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:

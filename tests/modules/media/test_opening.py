@@ -41,6 +41,7 @@ CONTAINERS = [
     ("clip.gif", "gif", "gif", "rgb8"),
     ("clip.ts", "mpegts", "libx264", "yuv420p"),
     ("clip.mpg", "mpeg", "mpeg2video", "yuv420p"),
+    ("clip.mpeg", "mpeg1video", "mpeg1video", "yuv420p"),
     ("clip.m4v", "ipod", "libx264", "yuv420p"),
     ("bare.m4v", "m4v", "mpeg4", "yuv420p"),
     ("clip.wmv", "asf", "wmv2", "yuv420p"),
