@@ -99,6 +99,22 @@ def test_a_skipped_pass_adds_the_residual_of_the_last_one_computed(tiny: TinyDit
     assert cache.skipped == 1
 
 
+def test_the_passes_of_a_step_have_their_own_residuals() -> None:
+    tiny = ONE_OF_EACH[0]
+    dit = tiny.make(2).eval()
+    first, second, *_ = steps_of(tiny)
+    other = {**first, "text": [rows * -2 for rows in first["text"]]}
+    with cached(dit, 1):
+        _, alone = dit(**first, tweaks=at(0)), dit(**second, tweaks=at(1))
+    with cached(dit, 1):
+        dit(**first, tweaks=at(0))
+        dit(**other, tweaks=at(0, "negative"))
+        found, negative = (dit(**second, tweaks=at(1, which)) for which in ("positive", "negative"))
+
+    assert torch.equal(found, alone)
+    assert not torch.equal(negative, found)
+
+
 def test_another_network_has_its_own_residuals() -> None:
     tiny = ONE_OF_EACH[0]
     high, low = tiny.make(2).eval(), tiny.make(2).eval()
