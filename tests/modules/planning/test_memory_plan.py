@@ -1,7 +1,7 @@
 """Arithmetic of the plan on numbers, on headers of released files, and on predictions with known bytes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from modules.planning.memory_plan import (
     comparison,
     parts_of,
     plan_swapped_bytes,
+    print_plan,
     resolve_swap,
     show,
     swap_for,
@@ -111,6 +112,30 @@ def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
     assert swap_for(Known(20), auto, room)[0] == 3
     assert swap_for(EVEN, auto, None)[0] == 0  # a CPU
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        ("auto", ("--blocks_to_swap auto: 6. 14.00 GiB are predicted", "Fits: 14.00 GiB")),
+        (2, ("Does not fit: 18.00 GiB", "a card of more than 16")),
+    ],
+)
+def test_a_plan_is_shown_with_the_blocks_of_auto_or_with_advice(
+    number: int | str, said: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
+        return MemoryPlan((phase,), tuple(remarks))
+
+    def advice(room: Room) -> list[str]:
+        return [f"a card of more than {room.total // GIB}"]
+
+    card = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+    print_plan(EVEN, SwapOptions(blocks_to_swap=number), card, plan_of, advice)
+
+    text = capsys.readouterr().out
+    assert all(words in text for words in said)
 
 
 Cheaper = list[tuple[str, Callable[[], Known]]]
