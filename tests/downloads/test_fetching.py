@@ -73,17 +73,24 @@ def test_a_broken_connection_is_continued_where_it_broke_if_the_site_can(
 
 
 @pytest.mark.parametrize(
-    ("find", "sha256"),
-    [(find_on_modelscope, hashlib.sha256(DATA).hexdigest()), (find_on_github, None)],
+    ("find", "sha256", "cuts"),
+    [
+        (find_on_modelscope, hashlib.sha256(DATA).hexdigest(), [131_072]),
+        (find_on_github, None, [len(DATA), 131_072]),  # the first is of the look-up
+    ],
     ids=["ModelScope", "GitHub"],
 )
 def test_other_sites_are_continued_too_and_get_no_token(
-    hub: FakeHub, tmp_path: Path, find: Callable[..., RemoteFile | None], sha256: str | None
+    hub: FakeHub,
+    tmp_path: Path,
+    find: Callable[..., RemoteFile | None],
+    sha256: str | None,
+    cuts: list[int],
 ) -> None:
     hub.add("owner/name", "weights.bin", DATA)
+    hub.cuts = [*cuts]
     remote = find(replace(FILE, file="weights.bin", release="v0.1"), hub.address)
     assert remote is not None
-    hub.cuts = [131_072]
 
     download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
 
