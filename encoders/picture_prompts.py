@@ -224,6 +224,8 @@ def embed_pictures(
     patches = torch.cat([one.patches for one in shown]).to(weight)
     found = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
     states = getattr(found, "pooler_output", found)  # transformers 4: the states alone
+    has_pictures = torch.tensor([bool(one.sides) for one in pictures])
+    ids = ids.masked_fill(~has_pictures[:, None], -1)  # elsewhere the token is a word like others
     places = [place_tokens(row, one.sides, token) for row, one in zip(ids.tolist(), pictures, strict=True)]
     where = (ids == token).to(tokens.device)[..., None]
     return tokens.masked_scatter(where, states.to(tokens)), torch.stack(places, dim=1)

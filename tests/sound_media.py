@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE, LOUD = 32, 0.5
-VIDEO_ENCODERS = {".mp4": "libx264", ".mkv": "libx264", ".avi": "mpeg4"}
+VIDEO_ENCODERS = {".mp4": "libx264", ".mkv": "libx264", ".ts": "libx264", ".avi": "mpeg4"}
 
 
 @dataclass(frozen=True)

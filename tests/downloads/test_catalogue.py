@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import os
 import re
 import shlex
@@ -24,7 +25,6 @@ from generation.options import read_generation
 from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
-from modules.command import as_typed
 from modules.errors import UserError
 from modules.families import WITH_SCRIPTS
 from modules.parser import parse_options
@@ -72,18 +72,8 @@ READERS = _readers()
 
 
 def _split(command: str) -> list[str]:
-    if os.name != "nt":
-        return shlex.split(command)
-    return [word.strip('"') for word in shlex.split(command, posix=False)]
-
-
-def _title(model_set: ModelSet) -> str:
-    return f"{model_set.family} {model_set.task}"
-
-
-def read_download(argv: list[str]) -> DownloadOptions:
-    """The options of a command line of tools/download.py."""
-    return parse_options("", argv, DownloadOptions)[0]
+    words = shlex.split(command, posix=os.name != "nt")
+    return [word.strip('"') for word in words]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.repository}/{file.file}")
@@ -131,12 +121,8 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
 )
 def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: int | None) -> None:
     found = known_components()[component]
-    total = 0
-    for dtype, shape in (entry for name in manifest.split() for entry in tensor_list(name).values()):
-        count = 1
-        for length in shape:
-            count *= length
-        total += count * (width or WIDTHS[dtype])
+    tensors = [entry for name in manifest.split() for entry in tensor_list(name).values()]
+    total = sum(math.prod(shape) * (width or WIDTHS[dtype]) for dtype, shape in tensors)
 
     if found.tensor_bytes is not None:
         assert found.tensor_bytes == total
@@ -145,17 +131,14 @@ def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: in
         assert total < found.size_bytes < total + (10_000_000 if component == "llava_llama3" else 400_000)
 
 
-@pytest.mark.parametrize("family", families())
-def test_the_page_of_a_family_has_the_table_of_its_files(family: str) -> None:
-    page = (ROOT / "docs" / page_of(family)).read_text(encoding="utf-8")
-
-    assert "\n".join(family_table(family)) in page
-
-
-def test_the_page_of_all_models_is_current() -> None:
+def test_the_pages_have_the_tables_of_the_files() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
     assert page[page.index(FIRST) :] == models_tables()
+    for family in families():
+        assert "\n".join(family_table(family)) in (ROOT / "docs" / page_of(family)).read_text(
+            encoding="utf-8"
+        )
 
 
 ELSEWHERE = {
@@ -179,7 +162,7 @@ def test_every_model_that_a_page_names_is_in_the_list(page: Path) -> None:
     assert mentioned - repositories == set()
 
 
-@pytest.mark.parametrize("model_set", SETS, ids=_title)
+@pytest.mark.parametrize("model_set", SETS, ids=lambda one: f"{one.family} {one.task}")
 def test_commands_after_a_download_are_valid(
     model_set: ModelSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,22 +191,25 @@ def test_commands_after_a_download_are_valid(
 def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for command in re.findall(r"^python tools/download\.py (.*)$", text, re.MULTILINE):
-        read_download(shlex.split(command, comments=True))
+        parse_options("", shlex.split(command, comments=True), DownloadOptions)
 
 
-def test_a_missing_file_is_answered_with_its_download() -> None:
-    command = ["python", "tools/download.py", "--family", "wan", "--task", "t2v-1.3B", "--to", "my models"]
-    found = download_hint(Path("my models/wan2.1_t2v_1.3B_bf16.safetensors"))
-    assert found == f"{as_typed(command)} downloads it"
-    nested = download_hint(Path("m/hunyuan-video-t2v-720p/vae/pytorch_model.pt"))
-    assert nested == "python tools/download.py --family hunyuan_video --task t2v --to m downloads it"
-    in_fp8 = download_hint(Path("llava_llama3_fp8_scaled.safetensors"))
-    assert in_fp8 is not None
-    assert "--fp8_encoders --to ." in in_fp8
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("my models/wan2.1_t2v_1.3B_bf16.safetensors", "--family wan --task t2v-1.3B --to 'my models'"),
+        ("m/hunyuan-video-t2v-720p/vae/pytorch_model.pt", "--family hunyuan_video --task t2v --to m"),
+        ("llava_llama3_fp8_scaled.safetensors", "--family hunyuan_video --task t2v --fp8_encoders --to ."),
+    ],
+)
+def test_a_missing_file_is_answered_with_its_download(path: str, command: str) -> None:
+    assert download_hint(Path(path)) == f"python tools/download.py {command} downloads it".replace(
+        "'", '"' if os.name == "nt" else "'"
+    )
     assert download_hint(Path("m/pytorch_model.pt")) is None
 
 
-def test_the_list_of_a_task_names_files_sizes_sources_and_licences(tmp_path: Path) -> None:
+def test_the_list_of_a_task_names_files_sizes_sources_and_licences() -> None:
     text = "\n".join(describe_set(SETS[0], Path("models")))
 
     for word in ("--dit", "Wan2.1_VAE.pth", "11.4 GB", "Wan-AI/Wan2.1-T2V-1.3B", "Apache-2.0", "14.7 GB"):
@@ -244,23 +230,19 @@ def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, 
     (tmp_path / "file").touch()
 
     with pytest.raises(UserError, match=message):
-        read_download(words.format(file=tmp_path / "file").split())
-
-
-def test_a_family_with_one_task_needs_no_task() -> None:
-    assert read_download(["--family", "hunyuan_video"]).task is None
+        parse_options("", words.format(file=tmp_path / "file").split(), DownloadOptions)
 
 
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    flux_2 = (version.release for version in VERSIONS.values())
-    image_releases = (*RELEASES.values(), *flux_2, KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2)
-    for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
-        for repository in release.repositories:
-            licence = known[repository]
-            assert (release.licence, release.licence_key, release.licence_url) == (
-                licence.name,
-                licence.key,
-                licence.url,
-            )
+    releases += [*RELEASES.values(), *(version.release for version in VERSIONS.values())]
+    releases += [KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]
+    for release in releases:
+        stated = release.licence, release.licence_key, release.licence_url
+        for licence in (known[repository] for repository in release.repositories):
+            assert stated == (licence.name, licence.key, licence.url)
+
+
+def test_a_family_with_one_task_needs_no_task() -> None:
+    assert parse_options("", ["--family", "hunyuan_video"], DownloadOptions)[0].task is None

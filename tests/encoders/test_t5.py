@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
@@ -45,18 +44,13 @@ def stacked(encoder: T5TextEncoder, *texts: str | Prompt) -> tuple[Tensor, Tenso
     return tuple(torch.stack([each[key] for each in found]) for key in ("t5_out", "t5_attn_mask"))  # type: ignore[return-value, misc]
 
 
-def theirs_of(tensors: dict[str, Tensor]) -> T5EncoderModel:
-    return their_t5(t5xxl_config(), tensors)
-
-
 def test_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
     case, tensors = read_case("flux_text")
     save(tmp_path / "t5.safetensors", make_weights("t5xxl", case["models"]["t5xxl"]["weights"]))
     (tmp_path / "tokenizer.json").write_text(json.dumps(case["tokenizers"]["t5xxl"]), encoding="utf-8")
     for uses_mask, key in ((False, "t5_states"), (True, "t5_states_masked")):
-        encoder = T5TextEncoder(
-            tmp_path / "t5.safetensors", torch.float32, None, case["t5_length"], uses_mask
-        )
+        file = tmp_path / "t5.safetensors"
+        encoder = T5TextEncoder(file, torch.float32, None, case["t5_length"], uses_mask)
         encoder.load(CPU)
         states, mask = stacked(encoder, *case["prompts"])
         assert torch.equal(mask, tensors["t5_mask"])
@@ -74,13 +68,14 @@ def test_states_equal_those_of_transformers(file: Path, uses_mask: bool) -> None
     tokenizer = encoder_of(file)._loaded.get()[1]
     rows = [tokenizer.read(text).cut(LENGTH).ids for text in PROMPTS]
     ids = torch.tensor([[*row, *[0] * (LENGTH - len(row))] for row in rows])
-    expected = theirs_of(t5xxl_tensors())(ids, attention_mask=mask if uses_mask else None).last_hidden_state
+    theirs = their_t5(t5xxl_config(), t5xxl_tensors())
+    expected = theirs(ids, attention_mask=mask if uses_mask else None).last_hidden_state
     torch.testing.assert_close(states, expected, atol=TOLERANCE, rtol=0)
     assert mask.sum(dim=1).tolist() == [len(row) for row in rows]
     assert rows[1] == [1]  # the end token alone
 
 
-def test_weights_in_8_bits_stay_near_and_the_files_own_are_kept(file: Path, tmp_path: Path) -> None:
+def test_weights_in_8_bits_stay_near(file: Path) -> None:
     exact = stacked(encoder_of(file), *PROMPTS)[0]
     encoder = encoder_of(file, in_fp8=True)
     linear = [name for name, part in encoder.network.named_modules() if isinstance(part, nn.Linear)]
@@ -88,6 +83,8 @@ def test_weights_in_8_bits_stay_near_and_the_files_own_are_kept(file: Path, tmp_
     apart = (stacked(encoder, *PROMPTS)[0] - exact).norm() / exact.norm()
     assert 1e-4 < apart < 0.2  # two small layers; tests/wan has the same storage in larger ones
 
+
+def test_weights_that_a_file_has_in_8_bits_are_multiplied_out(tmp_path: Path) -> None:
     plain = {
         name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "Bias" not in name else tensor
         for name, tensor in t5xxl_tensors(dtype=torch.float16).items()
@@ -104,22 +101,14 @@ def test_weights_in_8_bits_stay_near_and_the_files_own_are_kept(file: Path, tmp_
 
 def test_every_layout_gives_the_same_weights(file: Path, tmp_path: Path) -> None:
     expected = load_t5(file, CPU, T5_XXL).state_dict()
-    twice = t5xxl_tensors()
+    twice, one = t5xxl_tensors(), torch.ones(2)
     once = {name: tensor for name, tensor in twice.items() if "embed_tokens" not in name}
     layouts = {
         "shared": once,
         "embedded": {name: tensor for name, tensor in twice.items() if name != "shared.weight"},
-        "with decoder": {
-            **once,
-            "decoder.final_layer_norm.weight": torch.ones(2),
-            "lm_head.weight": torch.ones(2),
-        },
-        "all in one": {
-            **prefixed(twice, "text_encoders.t5xxl.transformer."),
-            "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight": torch.ones(2),
-            "model.diffusion_model.img_in.weight": torch.ones(2),
-            "vae.encoder.conv_in.weight": torch.ones(2),
-        },
+        "with decoder": once | dict.fromkeys(("decoder.final_layer_norm.weight", "lm_head.weight"), one),
+        "all in one": prefixed(twice, "text_encoders.t5xxl.transformer.")
+        | dict.fromkeys(("text_encoders.clip_l.transformer.x", "model.diffusion_model.img_in.weight"), one),
         "tower": prefixed(
             {name.removeprefix("encoder."): tensor for name, tensor in once.items() if "shared" not in name}
             | {"embed_tokens.weight": twice["shared.weight"]},
@@ -140,19 +129,17 @@ def test_published_files_fit_at_full_size(tmp_path: Path, manifest: str) -> None
     assert len(linear) == 168  # of which a LoRA may be put on each
 
 
+GATELESS = {
+    name.replace("wi_1", "wi"): tensor for name, tensor in t5xxl_tensors().items() if "wi_0" not in name
+}
+
+
 @pytest.mark.parametrize(
     ("message", "tensors"),
     [
         (r"is an umT5 encoder, not a T5.*to --t5xxl", t5_hf_tensors(t5_tensors())),
         (r"is not a T5 encoder; it looks like an unknown model", {"a.weight": torch.ones(2)}),
-        (
-            r"first version, whose feed-forward layers have no gate",
-            {
-                name.replace("wi_1", "wi"): tensor
-                for name, tensor in t5xxl_tensors().items()
-                if "wi_0" not in name
-            },
-        ),
+        (r"first version, whose feed-forward layers have no gate", GATELESS),
     ],
 )
 def test_other_encoders_are_refused(tmp_path: Path, message: str, tensors: dict[str, Tensor]) -> None:
@@ -192,9 +179,6 @@ def test_a_release_holds_it_as_the_second_or_the_only_encoder(file: Path, tmp_pa
     assert T5TextEncoder(tmp_path / "flux").path == tmp_path / "flux" / "text_encoder_2"
     assert T5TextEncoder(tmp_path / "chroma").path == tmp_path / "chroma" / "text_encoder"
     assert T5TextEncoder(file).path == file
-
-
-# ByT5
 
 
 def test_byt5s_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:

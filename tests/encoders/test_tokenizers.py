@@ -23,8 +23,7 @@ from wan.t5 import MAX_TOKENS, TOKENIZER, WanTextEncoder
 TEXTS = (
     "a small rabbit runs through tall grass; two dogs & a cat, 7:30!",
     "",
-    "  DON'T   stop\n\n\nnow\t",
-    "日本 Ünïcödé 🐇",
+    "  DON'T   stop\n\n\nnow\t 日本 Ünïcödé 🐇",
     "<|endoftext|> rabbit <|eot_id|>",
     "rabbit " * 600,
 )
@@ -50,25 +49,16 @@ class Kind:
 
 KINDS = {
     "umT5": Kind(
-        WanTextEncoder,
-        write_tokenizer,
-        ("google/umt5-xxl", "../tokenizer", "."),
-        "tokenizer.json",
-        "--t5_tokenizer the folder google/umt5-xxl of Wan-AI",
+        *(WanTextEncoder, write_tokenizer, ("google/umt5-xxl", "../tokenizer", "."), "tokenizer.json"),
+        repository="--t5_tokenizer the folder google/umt5-xxl of Wan-AI",
     ),
     "Llama": Kind(
-        LlavaTextEncoder,
-        write_llama_tokenizer,
-        (".", "tokenizer", "../tokenizer"),
-        "tokenizer.json",
-        "--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community",
+        *(LlavaTextEncoder, write_llama_tokenizer, (".", "tokenizer", "../tokenizer"), "tokenizer.json"),
+        repository="--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community",
     ),
     "CLIP-L": Kind(
-        HunyuanClip,
-        write_clip_tokenizer,
-        (".", "tokenizer_2", "../tokenizer_2"),
-        "vocab.json",
-        "--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14",
+        *(HunyuanClip, write_clip_tokenizer, (".", "tokenizer_2", "../tokenizer_2"), "vocab.json"),
+        repository="--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14",
     ),
 }
 

@@ -33,9 +33,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of B L N D."""
     assert q.dtype == k.dtype == v.dtype
     assert all(one.stride(-1) == 1 for one in (q, k, v))
-    return functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(
-        1, 2
-    )
+    heads = (one.transpose(1, 2) for one in (q, k, v))
+    return functional.scaled_dot_product_attention(*heads).transpose(1, 2)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int]) -> Tensor:
@@ -67,17 +66,11 @@ def _flash(calls: list[Call], wrap: Callable[[Tensor], Any] = lambda out: out) -
         return wrap(dense(q, k, v))
 
     def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *longest: int
     ) -> Any:
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         starts = cu_seqlens_q.tolist()
-        calls.append(Call("flash_attn_varlen_func", tuple(q.shape), (starts, max_seqlen_q, max_seqlen_k)))
+        calls.append(Call("flash_attn_varlen_func", tuple(q.shape), (starts, *longest)))
         return wrap(packed(q, k, v, starts, cu_seqlens_k.tolist()))
 
     return {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
@@ -87,10 +80,9 @@ def _sage(calls: list[Call]) -> Members:
     def sageattn(
         q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False
     ) -> Tensor:
-        calls.append(Call("sageattn", tuple(q.shape), (tensor_layout, is_causal)))
-        if tensor_layout == "NHD":
-            return dense(q, k, v)
-        return dense(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+        assert tensor_layout == "NHD"
+        calls.append(Call("sageattn", tuple(q.shape), (is_causal,)))
+        return dense(q, k, v)
 
     return {"sageattention": {"sageattn": sageattn}}
 
@@ -107,13 +99,8 @@ def _xformers(calls: list[Call]) -> Members:
     def memory_efficient_attention(
         query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask | None = None
     ) -> Tensor:
-        calls.append(
-            Call(
-                "memory_efficient_attention",
-                tuple(query.shape),
-                () if attn_bias is None else (attn_bias.counts,),
-            )
-        )
+        more = () if attn_bias is None else (attn_bias.counts,)
+        calls.append(Call("memory_efficient_attention", tuple(query.shape), more))
         if attn_bias is None:
             return dense(query, key, value)
         assert len(query) == 1

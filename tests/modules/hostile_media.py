@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,6 @@ def playlist(folder: Path, name: str = "clip.m3u8") -> Path:
     return path
 
 
-def playlist_named_mp4(folder: Path) -> Path:
-    return playlist(folder, "clip.mp4")
-
-
 def pattern_of_names(folder: Path) -> Path:
     path = folder / "secret%d.png"
     path.write_bytes(b"not a picture")
@@ -62,19 +59,16 @@ def pattern_of_names(folder: Path) -> Path:
 
 def session_description(folder: Path) -> Path:
     path = folder / "clip.mp4"
-    path.write_text(
-        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5000 RTP/AVP 32\n",
-        encoding="ascii",
-    )
+    head = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5000 RTP/AVP 32\n"
+    path.write_text(head, encoding="ascii")
     return path
 
 
 def external_references(folder: Path) -> Path:
     """A QuickTime file whose track lies in another file, by the alias record of its data reference."""
     content = bytearray((folder / "secret.mov").read_bytes())
-    content[content.index(b"mdat") + 4 : content.index(b"moov") - 4] = bytes(
-        content.index(b"moov") - content.index(b"mdat") - 8
-    )  # its own data are gone
+    data = slice(content.index(b"mdat") + 4, content.index(b"moov") - 4)
+    content[data] = bytes(data.stop - data.start)  # its own data are gone
     start = content.index(b"url ", content.index(b"dref")) - 4
     size = int.from_bytes(content[start : start + 4], "big")
     record = _alias(b"secret.mov", b"disk:folder:secret.mov")
@@ -99,7 +93,7 @@ def _alias(name: bytes, place: bytes) -> bytes:
 
 
 REFERENCES = (
-    *(concat_script, playlist, playlist_named_mp4, session_description),
+    *(concat_script, playlist, partial(playlist, name="clip.mp4"), session_description),
     *(pattern_of_names, external_references),
 )
 
@@ -169,13 +163,8 @@ def write_source(path: Path, source: Source) -> Path:
 
 
 def _chapter(number: int, start: int, end: int, title: str) -> dict[str, Any]:
-    return {
-        "id": number,
-        "start": start,
-        "end": end,
-        "time_base": Fraction(1, 1000),
-        "metadata": {"title": title},
-    }
+    place = {"id": number, "start": start, "end": end, "time_base": Fraction(1, 1000)}
+    return {**place, "metadata": {"title": title}}
 
 
 def _add_sound(target: Any, encoder: str) -> Any:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead
+from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead, warn_if_emulated
 from modules.environment import create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
@@ -43,14 +43,8 @@ def test_an_environment_without_pip_is_given_one(tmp_path: Path) -> None:
 def test_a_python_that_cannot_install_pip_is_told_what_to_do(tmp_path: Path) -> None:
     venv.create(tmp_path / "env", symlinks=sys.platform != "win32")
     python = tmp_path / "env" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    packages = Path(
-        subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    )
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.check_output([str(python), "-c", ask], text=True).strip())
     # as Debian leaves it out
     (packages / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None")
 
@@ -70,18 +64,14 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 def test_a_gpu_that_is_named_becomes_the_current_one(current: list[torch.device]) -> None:
     assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
+        choose_device("cuda:2")
     assert current == [torch.device("cuda:1")]
 
 
 def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[torch.device]) -> None:
     assert choose_device(None) == choose_device("cuda") == torch.device("cuda")
     assert choose_device("cpu") == torch.device("cpu")
-    assert current == []
-
-
-def test_a_gpu_that_is_not_there_is_refused(current: list[torch.device]) -> None:
-    with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
-        choose_device("cuda:2")
     assert current == []
 
 
@@ -118,6 +108,30 @@ def test_only_what_does_not_fit_a_command_is_pinned_before_it_is_sent_ahead(
 
     pinned = [] if refuses else [("pin", large.nbytes)]
     assert log == [("send", small.nbytes), *pinned, ("send", large.nbytes)]
+
+
+@pytest.mark.parametrize(
+    ("processor", "device", "dtype", "is_told"),
+    [
+        ("AVX2", "cpu", torch.bfloat16, True),
+        ("AVX512", "cpu", torch.bfloat16, False),
+        ("AVX2", "cpu", torch.float32, False),
+        ("AVX2", "cuda", torch.bfloat16, False),
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_told(
+    processor: str,
+    device: str,
+    dtype: torch.dtype,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+
+    warn_if_emulated(torch.device(device), dtype, "the VAE")
+
+    assert ("the VAE computes in bfloat16" in caplog.text) == is_told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's driver would lock the memory")
@@ -184,9 +198,5 @@ def test_a_hidden_package_is_missing_inside_the_block_only() -> None:
         with pytest.raises(ModuleNotFoundError):
             import this  # noqa: F401
     assert importlib.util.find_spec("this") is not None
-
-
-def test_a_package_that_is_loaded_stays() -> None:
     with hide_packages("pytest"):
-        assert sys.modules["pytest"] is pytest
-    assert sys.modules["pytest"] is pytest
+        assert sys.modules["pytest"] is pytest  # what is loaded stays

@@ -35,10 +35,11 @@ def count_blocks(dit: nn.Module) -> list[int]:
 def leave_out(dit: nn.Module, positions: frozenset[int]) -> None:
     """Have every pass leave out these blocks too."""
     inner = runner_of(dit)
-    set_runner(
-        dit,
-        lambda dit, hidden, tweaks: inner(dit, hidden, Tweaks(skip_blocks=tweaks.skip_blocks | positions)),
-    )
+
+    def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        inner(dit, hidden, Tweaks(skip_blocks=tweaks.skip_blocks | positions))
+
+    set_runner(dit, run)
 
 
 def run_beside_the_seam(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
@@ -64,28 +65,22 @@ def test_blocks_are_skipped_by_a_runner_or_by_the_call_alike(case: Case) -> None
     assert not torch.equal(by_runner(**case.inputs(1), tweaks=Tweaks(skip_blocks=one)), expected)
 
 
-def _as_it_is(dit: nn.Module, case: Case) -> None: ...
-
-
-def _with_swap(dit: nn.Module, case: Case) -> None:
-    swapped(dit, case.spec, 2)
-
-
-def _with_checkpoints(dit: nn.Module, case: Case) -> None:
-    checkpoint_blocks(dit, case.spec)
+DRESSES: dict[str, Callable[[nn.Module, Case], object]] = {
+    "as it is": lambda dit, case: None,
+    "swapped": lambda dit, case: swapped(dit, case.spec, 2),
+    "checkpointed": lambda dit, case: checkpoint_blocks(dit, case.spec),
+}
 
 
 @FAMILIES
-@pytest.mark.parametrize("dress", [_as_it_is, _with_swap, _with_checkpoints])
+@pytest.mark.parametrize("dress", DRESSES)
 @torch.no_grad()
-def test_what_a_block_was_given_is_freed_when_it_is_done(
-    case: Case, dress: Callable[[nn.Module, Case], None]
-) -> None:
+def test_what_a_block_was_given_is_freed_when_it_is_done(case: Case, dress: str) -> None:
     """A name of it anywhere between `forward` and the loop would cost a tensor of all tokens during all
     blocks.
     """
     dit = case.make().eval()
-    dress(dit, case)
+    DRESSES[dress](dit, case)
     given: list[weakref.ref[Any]] = []
     alive: list[int] = []
 

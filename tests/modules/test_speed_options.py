@@ -20,67 +20,43 @@ from modules.speed_options import (
     TrainingAttentionOptions,
     flag_of,
 )
-from tests.commands import assert_user_error, run_script
+from tests.faults.messages import assert_one_message, run_here
 
 
 def _training(*arguments: str) -> TrainingAttentionOptions:
     return parse_options(None, arguments, TrainingAttentionOptions)[0]
 
 
-def _generation(*arguments: str, splits: bool = True) -> GenerationAttentionOptions:
-    without = () if splits else ("split_attn",)
-    return parse_options(None, arguments, GenerationAttentionOptions, without=without)[0]
+def _generation(*arguments: str) -> GenerationAttentionOptions:
+    return parse_options(None, arguments, GenerationAttentionOptions)[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "mode", "ignored"),
-    [
-        ((), "sdpa", ()),
-        (("--sdpa",), "sdpa", ()),
-        (("--flash_attn",), "flash", ()),
-        (("--flash3",), "flash3", ()),
-        (("--sage_attn",), "sage", ()),
-        (("--xformers",), "xformers", ()),
-        (("--flash3", "--xformers", "--sage_attn", "--flash_attn", "--sdpa"), "sdpa", None),
-        (
-            ("--flash3", "--xformers", "--sage_attn", "--flash_attn"),
-            "flash",
-            ("--sage_attn", "--xformers", "--flash3"),
-        ),
-        (("--flash3", "--xformers", "--sage_attn"), "sage", ("--xformers", "--flash3")),
-        (("--flash3", "--xformers"), "xformers", ("--flash3",)),
-    ],
-)
-def test_the_first_back_end_counts_and_the_others_are_named(
-    arguments: tuple[str, ...], mode: str, ignored: tuple[str, ...] | None
-) -> None:
-    options = _training(*arguments)
+FLAGS = ("--sdpa", "--flash_attn", "--sage_attn", "--xformers", "--flash3")  # the first one counts
+MODES = ("sdpa", "flash", "sage", "xformers", "flash3")
+
+
+@pytest.mark.parametrize(("first", "mode"), enumerate(MODES))
+def test_the_first_back_end_counts_and_the_others_are_named(first: int, mode: str) -> None:
+    options = _training(*reversed(FLAGS[first:]))
     assert options.choice == AttentionChoice(mode)
-    assert options.ignored == (
-        ("--flash_attn", "--sage_attn", "--xformers", "--flash3") if ignored is None else ignored
-    )
+    assert options.ignored == FLAGS[first + 1 :]
+    assert _training().choice == AttentionChoice("sdpa")
 
 
-@pytest.mark.parametrize(
-    ("value", "mode"),
-    [
-        *(("torch", "sdpa"), ("sdpa", "sdpa"), ("flash", "flash"), ("flash2", "flash"), ("flash3", "flash3")),
-        *(("sageattn", "sage"), ("xformers", "xformers")),
-    ],
-)
+@pytest.mark.parametrize(("value", "mode"), [("torch", "sdpa"), ("flash2", "flash"), ("sageattn", "sage")])
 def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
     assert _generation("--attn_mode", value).choice == AttentionChoice(mode)
-    assert _generation("--attn_mode", flag_of(mode, training=False).split()[1]).choice.mode == mode
+    for known in MODES:
+        _, named = flag_of(known, training=False).split()
+        assert _generation("--attn_mode", named).choice.mode == known
 
 
 def test_generation_refuses_before_it_opens_a_model(tmp_path: Path) -> None:
     arguments = ("--prompt", "a cat", "--save_path", "out", "--dit", "no such file", "--device", "cpu")
 
-    done = run_script(
-        "hv_generate_video.py", *arguments, "--attn_mode", "flash", folder=tmp_path, check=False
-    )
+    done = run_here("hv_generate_video.py", *arguments, "--attn_mode", "flash", folder=tmp_path)
 
-    assert_user_error(done, "--attn_mode flash runs on CUDA devices only", "Leave --attn_mode flash out")
+    assert_one_message(*done, "--attn_mode flash runs on CUDA devices only", "Leave --attn_mode flash out")
     assert not (tmp_path / "out").exists()
 
 
@@ -96,19 +72,17 @@ def test_nothing_is_compiled_without_being_asked_for() -> None:
     assert training() is None
     assert generation() is None
     assert training("--dynamo_backend", "no") is None
+    assert generation("--compile") == Compilation("inductor", "default", False, False)  # for each size
 
 
 def test_both_spellings_of_training_say_the_same() -> None:
-    assert (
-        training("--compile")
-        == training("--dynamo_backend", "INDUCTOR")
-        == Compilation("inductor", "default", None, False)
-    )
-    assert training("--dynamo_backend", "eager", "--dynamo_dynamic", "--dynamo_fullgraph") == training(
+    usual, words = Compilation("inductor", "default", None, False), ("--dynamo_dynamic", "--dynamo_fullgraph")
+    assert training("--compile") == training("--dynamo_backend", "INDUCTOR") == usual
+    assert training("--dynamo_backend", "eager", *words) == training(
         "--compile", "--compile_args", "EAGER", "default", "true", "1"
     )
-    assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == Compilation(
-        mode="max-autotune"
+    assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == replace(
+        usual, mode="max-autotune"
     )
 
 
@@ -118,17 +92,11 @@ def test_backends_may_be_written_in_either_case() -> None:
             assert training("--dynamo_backend", name) == Compilation(name.lower())
 
 
-def test_generation_compiles_for_each_size_unless_told_otherwise() -> None:
-    assert generation("--compile") == Compilation("inductor", "default", False, False)
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--compile", "--dynamo_backend", "inductor"], "both say how to compile. Give either --compile"),
-        (["--compile", "--dynamo_fullgraph"], "both say how to compile. Give either --compile"),
         (["--dynamo_dynamic"], "do nothing without --dynamo_backend"),
-        (["--dynamo_mode", "max-autotune"], "do nothing without --dynamo_backend"),
         (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "max-autotune needs inductor"),
         (["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"], "CUDA graphs"),
         (["--dynamo_backend", "cudagraphs"], "CUDA graphs"),
@@ -158,14 +126,12 @@ def test_a_word_that_is_not_known_is_refused_by_name(
 @pytest.mark.parametrize("ask", [training, generation])
 def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., Compilation | None]) -> None:
     words = ("--compile_backend", "eager", "--compile_dynamic", "true", "--compile_fullgraph")
+    usual = ask("--compile")
+    assert usual is not None
 
     assert ask("--compile", *words) == ask("--compile", "--compile_args", "eager", "default", "true", "true")
-    assert ask("--compile", "--compile_mode", "max-autotune") == replace(
-        ask("--compile") or Compilation(), mode="max-autotune"
-    )
-    limited = ask("--compile", "--compile_cache_size_limit", "4")
-    assert limited is not None
-    assert limited.variants == 4
+    assert ask("--compile", "--compile_mode", "max-autotune") == replace(usual, mode="max-autotune")
+    assert ask("--compile", "--compile_cache_size_limit", "4") == replace(usual, variants=4)
 
 
 @pytest.mark.parametrize("ask", [training, generation])

@@ -1,9 +1,9 @@
 """Texts and files are read and written safely: encodings, limits, one name replaced by another."""
 
+import contextlib
 import os
 import random
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -43,21 +43,16 @@ def test_a_text_is_read_without_its_mark_and_with_plain_line_ends(tmp_path: Path
     assert list(read_lines(tmp_path / "a.txt")) == ["a cät", "b", "c"]
 
 
-def test_a_text_may_have_as_many_bytes_as_allowed_and_no_more(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * (1 << 20))
-    assert len(read_text(tmp_path / "a.txt", 1 << 20)) == 1 << 20
+def test_texts_and_their_lines_may_be_as_long_as_allowed_and_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 100 + "\n" + "y" * 100)
 
-    (tmp_path / "a.txt").write_text("x" * ((1 << 20) + 1))
-    with pytest.raises(OSError, match="larger than 1 MiB"):
-        read_text(tmp_path / "a.txt", 1 << 20)
-
-
-def test_a_line_may_have_as_many_characters_as_allowed_and_no_more(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * 100 + "\n" + "y" * 100)
-    assert [len(line) for line in read_lines(tmp_path / "a.txt", 100)] == [100, 100]
-
+    assert len(read_text(path, 201)) == 201
+    with pytest.raises(OSError, match="larger than"):
+        read_text(path, 200)
+    assert [len(line) for line in read_lines(path, 100)] == [100, 100]
     with pytest.raises(OSError, match="line 1 has more than 99 characters"):
-        list(read_lines(tmp_path / "a.txt", 99))
+        list(read_lines(path, 99))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
@@ -67,21 +62,13 @@ def test_only_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    reasons = {"pipe": "named pipe", "zero": "device", ".": "Is a directory", "a\0b": "no file name"}
 
-    require_regular_file(tmp_path / "link")
     assert read_text(tmp_path / "link") == "text"
-    for name, reason in {
-        "pipe": "named pipe",
-        "zero": "device",
-        ".": "Is a directory",
-        "a\0b": "no file name",
-    }.items():
-        with pytest.raises(OSError, match=reason):
-            read_text(tmp_path / name)
-        with pytest.raises(OSError, match=reason):
-            list(read_lines(tmp_path / name))
-    with pytest.raises(FileNotFoundError):
-        require_regular_file(tmp_path / "dangling")
+    for name, reason in {**reasons, "dangling": "No such file"}.items():
+        for read in (read_text, lambda path: list(read_lines(path)), require_regular_file):
+            with pytest.raises(OSError, match=reason):
+                read(tmp_path / name)
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 900, 200_000])
@@ -98,19 +85,11 @@ def test_what_is_nested_too_deeply_is_an_error_of_its_own(depth: int) -> None:
             parse(text)
 
 
-def test_what_is_nested_as_deeply_as_allowed_is_read() -> None:
-    depth = MAX_DEPTH - 1
-    assert parse_json("[" * depth + "]" * depth) != []
-    assert parse_toml("a = " + "[" * (depth - 1) + "]" * (depth - 1)) != {}
-    assert parse_toml('a = "' + "x. " * 200 + '"') == {"a": "x. " * 200}
-
-
-def test_long_texts_without_depth_are_read_quickly() -> None:
-    started = time.monotonic()
-
-    parse_toml('a = "' + "x" * 1_000_000 + '"\nb = "' + '\\"' * 100_000 + '"')
-
-    assert time.monotonic() - started < 5
+def test_what_is_nested_as_deeply_as_allowed_or_only_long_is_read() -> None:
+    nested = "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)
+    assert parse_json(f"[{nested}]") != []
+    assert parse_toml(f"a = {nested}") != {}
+    assert parse_toml('a = "' + "x. " * 200 + '\\"' * 100_000 + "x" * 1_000_000 + '"').keys() == {"a"}
 
 
 def test_characters_that_no_text_can_hold_are_told() -> None:
@@ -124,9 +103,7 @@ CAPTIONS = {
     "cp1250": "dziewczyna w żółtej sukience idzie przez łąkę",
     "cp1251": "девушка в красном платье идёт по улице",
     "koi8_r": "девушка в красном платье идёт по улице",
-    "cp1253": "ένα κορίτσι με κόκκινο φόρεμα περπατά",
     "cp932": "赤いドレスを着た女性が街を歩いている",
-    "euc_jp": "赤いドレスを着た女性が街を歩いている",
     "gb18030": "一个穿红裙子的女孩在街上走",
     "big5": "一個穿紅裙子的女孩在街上走",
     "cp949": "빨간 드레스를 입은 여자가 거리를 걷고 있다",
@@ -145,13 +122,6 @@ def test_the_encoding_of_a_caption_is_found(encoding: str) -> None:
     assert (guess.text, guess.is_sure) == (CAPTIONS[encoding], True)
 
 
-def test_a_word_that_may_be_of_two_encodings_is_not_sure() -> None:
-    guess = guess_encoding("naïve".encode("cp1252"))
-
-    assert guess is not None
-    assert (guess.text, guess.is_sure) == ("naïve", False)
-
-
 def test_captions_of_one_folder_are_judged_together() -> None:
     texts = ["naïve", "un café à Paris, l’été", "des élèves français très fatigués", "ça va"]
 
@@ -160,19 +130,26 @@ def test_captions_of_one_folder_are_judged_together() -> None:
     assert [(one.text, one.is_sure) for one in found if one is not None] == [(text, True) for text in texts]
 
 
-def test_a_caption_of_another_encoding_than_the_others_is_judged_alone() -> None:
-    contents = [CAPTIONS[name].encode(name) for name in ("cp1251", "cp1251", "gb18030", "utf-16")]
-
-    assert [one and one.text for one in guess_encodings(contents)] == [
-        CAPTIONS[name] for name in ("cp1251", "cp1251", "gb18030", "utf-16")
-    ]
-
-
-def test_damaged_utf_8_is_called_so_and_never_sure() -> None:
-    guess = guess_encoding("schöne Grüße über alle Maßen".encode() + b"\xc3")
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("naïve".encode("cp1252"), "Windows-1252 (Western European)"),
+        ("schöne Grüße überall".encode() + b"\xc3", "damaged UTF-8"),
+    ],
+)
+def test_what_may_be_of_two_encodings_or_is_damaged_is_not_sure(data: bytes, name: str) -> None:
+    guess = guess_encoding(data)
 
     assert guess is not None
-    assert (guess.name, guess.is_sure) == ("damaged UTF-8", False)
+    assert (guess.name, guess.is_sure) == (name, False)
+
+
+def test_a_caption_of_another_encoding_than_the_others_is_judged_alone() -> None:
+    names = ("cp1251", "cp1251", "gb18030", "utf-16")
+
+    found = guess_encodings([CAPTIONS[name].encode(name) for name in names])
+
+    assert [one and one.text for one in found] == [CAPTIONS[name] for name in names]
 
 
 @pytest.mark.parametrize("size", [10, 100, 3000])
@@ -188,27 +165,16 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole(tmp_path: Path) -> None:
-    write_text(tmp_path / "a b" / "ä.txt", "text")
+def test_a_file_appears_whole_or_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "ä.txt"
+    write_text(path, "text")
 
-    assert (tmp_path / "a b" / "ä.txt").read_text(encoding="utf-8") == "text"
+    with contextlib.suppress(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+
+    assert path.read_text(encoding="utf-8") == "text"
     assert _names(tmp_path / "a b") == ["ä.txt"]
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    write_bytes(path, b"old")
-
-    def write_half() -> None:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-
-    assert path.read_bytes() == b"old"
-    assert _names(tmp_path) == ["a.bin"]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
@@ -240,21 +206,6 @@ def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> N
     assert _names(tmp_path) == []
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full"
-)
-def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    def fill() -> None:
-        with atomic_path(tmp_path / "a") as temporary:
-            temporary.symlink_to("/dev/full")
-            temporary.write_bytes(b"x" * 100_000)
-
-    with pytest.raises(OutputError, match="disk is full"):
-        fill()
-
-    assert _names(tmp_path) == []
-
-
 def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "video"
     with claim_name(path) as first, claim_name(path) as second, claim_name(tmp_path / "other") as other:
@@ -270,58 +221,40 @@ def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
         os.utime(claim, (0, 0))
         remove_leftovers(tmp_path)  # of a killed run
         assert not claim.exists()
-    with (
-        pytest.raises(OutputError, match="video cannot be written"),
-        claim_name(tmp_path / "no folder" / "video"),
-    ):
+    nowhere = claim_name(tmp_path / "no folder" / "video")
+    with pytest.raises(OutputError, match="video cannot be written"), nowhere:
         pass
 
 
-def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_folder_appears_whole_and_replaces_the_old_one_unless_writing_fails(tmp_path: Path) -> None:
     for content in ("first", "second"):
         with atomic_folder(tmp_path / "state") as temporary:
             (temporary / "a").write_text(content)
             assert (tmp_path / "state").exists() == (content == "second")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "state"):
+        raise RuntimeError
 
     assert (tmp_path / "state" / "a").read_text() == "second"
     assert _names(tmp_path) == ["state"]
 
 
-def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "state") as temporary:
-        (temporary / "a").write_text("first")
-
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "state"):
-        raise RuntimeError
-
-    assert (tmp_path / "state" / "a").read_text() == "first"
-    assert _names(tmp_path) == ["state"]
-
-
-def test_a_kill_between_the_renames_of_a_folder_is_undone(tmp_path: Path) -> None:
-    (tmp_path / ".state.old").mkdir()
-    (tmp_path / ".state.1234abcd.tmp").mkdir()
-
-    recover_folder(tmp_path / "state")
-
-    assert _names(tmp_path) == ["state"]
-
-
-def test_what_another_run_is_building_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".other-state.1234abcd.tmp").mkdir()
+def test_a_kill_between_the_renames_of_a_folder_is_undone_and_what_others_build_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    for name in (".state.old", ".state.1234abcd.tmp", ".other-state.1234abcd.tmp"):
+        (tmp_path / name).mkdir()
     (tmp_path / ".state.safetensors.1234abcd.tmp").touch()
 
     write_bytes(tmp_path / "a.bin", b"new")
     recover_folder(tmp_path / "state")
 
-    assert _names(tmp_path) == [".other-state.1234abcd.tmp", ".state.safetensors.1234abcd.tmp", "a.bin"]
+    others = [".other-state.1234abcd.tmp", ".state.safetensors.1234abcd.tmp"]
+    assert _names(tmp_path) == [*others, "a.bin", "state"]
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_folder_in_which_nothing_can_be_written_is_found_out_before_the_work() -> None:
-    with pytest.raises(
-        OutputError, match="--save_path /proc/self: nothing can be written there: .*Choose another folder"
-    ):
+    with pytest.raises(OutputError, match="--save_path /proc/self: nothing can be written there: .*Choose"):
         make_folder(Path("/proc/self"), "--save_path")
 
 
@@ -365,26 +298,20 @@ def test_a_file_is_not_replaced_without_a_word(tmp_path: Path, caplog: pytest.Lo
     check_output_file("--output", file)
     assert not caplog.text
     file.touch()
-
     check_output_file("--output", file)
-
     assert f"--output {file} is there already: it will be replaced" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["its name", "a relative path", "a link", "a hard link", "a linked folder"])
-def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(kind: str, tmp_path: Path) -> None:
-    original, other = tmp_path / "folder" / "x.safetensors", tmp_path / "other"
-    original.parent.mkdir()
+def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    original = folder / "x.st"
+    folder.mkdir()
     original.touch()
-    if kind == "a link":
-        other.symlink_to(original)
-    elif kind == "a hard link":
-        os.link(original, other)
-    elif kind == "a linked folder":
-        other.symlink_to(original.parent, target_is_directory=True)
-        other = other / original.name
-    else:
-        other = original if kind == "its name" else original.parent / ".." / "folder" / original.name
+    (tmp_path / "link").symlink_to(original)
+    os.link(original, tmp_path / "hard link")
+    (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
+    names = ("x.st", "../folder/x.st", "../link", "../hard link", "../linked/x.st")
 
-    with pytest.raises(OptionError, match="would be lost. Give a new name"):
-        refuse_replacing("--output", other, [original])
+    for name in names:
+        with pytest.raises(OptionError, match="would be lost. Give a new name"):
+            refuse_replacing("--output", folder / name, [original])

@@ -31,18 +31,15 @@ GOOD = 91501
         ((9, 0), torch.bfloat16, 128, False, GOOD, True),
         ((9, 0), torch.float16, 64, False, 92200, True),
         ((10, 0), torch.bfloat16, 128, False, GOOD, True),
-        ((10, 3), torch.bfloat16, 128, False, GOOD, True),
         ((10, 7), torch.bfloat16, 128, False, 92400, False),  # no plans for it in this version
         ((12, 0), torch.bfloat16, 128, False, GOOD, False),
         ((8, 0), torch.bfloat16, 128, False, GOOD, False),
         ((8, 9), torch.bfloat16, 128, False, GOOD, False),
         ((9, 0), torch.float32, 128, False, GOOD, False),
-        ((9, 0), torch.bfloat16, 256, False, GOOD, False),
         ((9, 0), torch.bfloat16, 100, False, GOOD, False),
         ((9, 0), torch.bfloat16, 512, False, GOOD, False),  # the VAE's
         ((9, 0), torch.bfloat16, 128, True, GOOD, False),
         ((9, 0), torch.bfloat16, 128, False, 91500, False),
-        ((9, 0), torch.bfloat16, 128, False, 91002, False),
         ((9, 0), torch.bfloat16, 128, False, None, False),
     ],
 )
@@ -149,25 +146,17 @@ def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward
     assert torch.backends.cuda.math_sdp_enabled()
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of the GPU is a constant of the graph."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: GOOD)
-    found: list[list[SDPBackend]] = []
 
     def order(x: Tensor) -> Tensor:
-        found.append(
-            kernels(
-                attention_sdpa._capability(x.device),
-                torch.bfloat16,
-                x.shape[-1],
-                False,
-                attention_sdpa._cudnn(),
-            )
-        )
-        return x + (1 if found[-1][0] == CUDNN else 2)
+        capability, version = attention_sdpa._capability(x.device), attention_sdpa._cudnn()
+        first = kernels(capability, torch.bfloat16, x.shape[-1], False, version)[0]
+        return x + (1 if first == CUDNN else 2)
 
-    torch._dynamo.reset()
     result = torch.compile(order, fullgraph=True, backend="eager")(torch.zeros(2, 128))
-    torch._dynamo.reset()
+
     assert result.unique().tolist() == [1]

@@ -27,34 +27,29 @@ class Code:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.sft.pt"])
 def test_every_tensor_reads_back_as_written(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, tensors())
-
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(write(tmp_path / name, tensors())) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
         for key, tensor in tensors().items():
-            read = checkpoint.read(key)
-            assert (
-                (read.dtype, read.shape)
-                == (tensor.dtype, tensor.shape)
-                == (checkpoint.tensors[key].dtype, tensor.shape)
-            )
+            read, told = checkpoint.read(key), checkpoint.tensors[key]
+            assert read.dtype == tensor.dtype == told.dtype
+            assert read.shape == tensor.shape == told.shape
             assert torch.equal(read.float(), tensor.float())
 
 
-def test_metadata_of_a_safetensors_file_are_there(tmp_path: Path) -> None:
-    with open_checkpoint(
-        write(tmp_path / "a.safetensors", tensors(), metadata={"format": "pt", "title": "clay"})
-    ) as checkpoint:
-        assert checkpoint.metadata == {"format": "pt", "title": "clay"}
-
-
 @pytest.mark.parametrize(
-    "wrapper", ["module", "state_dict", "model_state_dict", "params_ema", "params-ema", "params"]
+    "content",
+    [
+        {"module": tensors(), "step": torch.tensor(7), "options": {"lr": 1e-4}},
+        {"model_state_dict": tensors()},
+        {"model": {"name": "x", "sizes": {"a": 1}}, "state_dict": tensors()},
+        {"generator": {"params": tensors()}},
+    ],
+    ids=["beside other entries", "alone", "after one without tensors", "in the only entry of any name"],
 )
-def test_tensors_are_found_inside_what_trainers_wrap_around_them(tmp_path: Path, wrapper: str) -> None:
-    path = write(tmp_path / "a.pt", {wrapper: tensors(), "step": torch.tensor(7), "options": {"lr": 1e-4}})
-
-    with open_checkpoint(path) as checkpoint:
+def test_tensors_are_found_inside_what_trainers_wrap_around_them(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    with open_checkpoint(write(tmp_path / "a.pt", content)) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
 
 
@@ -67,30 +62,21 @@ def test_of_several_wrappers_the_published_average_is_taken(tmp_path: Path) -> N
             assert checkpoint.read("a").tolist() == [index, index]
 
 
-def test_a_wrapper_without_tensors_is_passed_over(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.pth", {"model": {"name": "x", "sizes": {"a": 1}}, "state_dict": tensors()})
-    with open_checkpoint(path) as checkpoint:
-        assert checkpoint.tensors.keys() == tensors().keys()
-
-
-def test_the_only_entry_of_a_file_is_a_wrapper_whatever_its_name(tmp_path: Path) -> None:
-    with open_checkpoint(write(tmp_path / "a.pth", {"generator": {"params": tensors()}})) as checkpoint:
-        assert checkpoint.tensors.keys() == tensors().keys()
-
-
 def test_wrappers_without_end_are_refused(tmp_path: Path) -> None:
-    content: dict[str, Any] = tensors()
+    deep: dict[str, Any] = tensors()
     for _ in range(150):
-        content = {"model": content}
-    path = write(tmp_path / "a.pth", content)
-    with pytest.raises(CheckpointError, match="no named tensors"):
-        open_checkpoint(path)
+        deep = {"model": deep}
+    in_itself: dict[str, Any] = {}
+    in_itself["module"] = in_itself
+
+    for content in (deep, in_itself):
+        with pytest.raises(CheckpointError, match="no named tensors"):
+            open_checkpoint(write(tmp_path / "a.pth", content))
 
 
 def test_the_older_torch_format_opens(tmp_path: Path) -> None:
-    with open_checkpoint(
-        write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
-    ) as checkpoint:
+    path = write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
+    with open_checkpoint(path) as checkpoint:
         assert torch.equal(checkpoint.read("a"), torch.ones(3))
 
 
@@ -117,20 +103,16 @@ def test_a_header_whose_length_begins_like_a_pickle_is_still_a_header(tmp_path: 
         assert torch.equal(checkpoint.read("a"), torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["zip.pth", "old.pth"])
+@pytest.mark.parametrize("is_zip", [True, False])
 def test_pickled_code_is_refused_and_not_run(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], is_zip: bool
 ) -> None:
-    path = write(
-        tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth"
-    )
+    content = {"a": torch.ones(2), "b": Code()}
+    path = write(tmp_path / "a.pth", content, _use_new_zipfile_serialization=is_zip)
 
-    with pytest.raises(
-        CheckpointError, match="holds program code beside its tensors and is refused"
-    ) as caught:
+    with pytest.raises(CheckpointError, match="holds program code beside its tensors and is refused"):
         open_checkpoint(path)
 
-    assert caught.value.path == path
     assert capfd.readouterr().out == ""
 
 
@@ -168,17 +150,14 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "8 bytes for shape"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "begin at byte 4, not 0"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "it describes"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "has the shape"),
         ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "has the shape"),
         ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "has the shape"),
-        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "has the shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, "has the shape"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}, "has the shape"),
         ({"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}, "impossible shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}, "unpack"),
         ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
         ({"shape": [2]}, "data_offsets"),
         ([], "header cannot be read"),
+        ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "a is of type F4, which is not supported"),
     ],
 )
 def test_a_safetensors_header_that_contradicts_itself_is_refused(
@@ -216,18 +195,12 @@ def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, messag
         open_checkpoint(write_header(tmp_path / "a.safetensors", header))
 
 
-@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [0, 1 << 20, (1 << 64) - 1])
 def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(
     tmp_path: Path, length: int
 ) -> None:
     with pytest.raises(CheckpointError, match="it claims"):
         open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
-
-
-def test_a_type_of_the_format_that_no_model_here_has_is_named(tmp_path: Path) -> None:
-    header = '{"a":{"dtype":"F4","shape":[16],"data_offsets":[0,8]}}'
-    with pytest.raises(CheckpointError, match="a is of type F4, which is not supported"):
-        open_checkpoint(write_header(tmp_path / "a.safetensors", header))
 
 
 def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
@@ -237,14 +210,7 @@ def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> Non
         open_checkpoint(path)
 
 
-def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
-    content: dict[str, Any] = {}
-    content["module"] = content
-
-    with pytest.raises(CheckpointError, match="no named tensors"):
-        open_checkpoint(write(tmp_path / "a.pth", content))
-
-
+@pytest.mark.parametrize("read", [open_checkpoint, load_pickled])
 @pytest.mark.parametrize(
     ("start", "message"),
     [
@@ -252,45 +218,35 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
         (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),
-        (b"some other file content", "is neither a safetensors nor a torch file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is neither a safetensors nor a torch file"),
     ],
 )
-def test_what_is_no_model_file_is_called_by_its_name(tmp_path: Path, start: bytes, message: str) -> None:
+def test_what_is_no_model_file_is_called_by_its_name(
+    tmp_path: Path, start: bytes, message: str, read: Callable[[Path], Any]
+) -> None:
     (tmp_path / "model.bin").write_bytes(start)
 
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path / "model.bin")
+        read(tmp_path / "model.bin")
 
 
-def test_a_picture_is_no_pickle(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    with pytest.raises(CheckpointError, match=r"a\.png is neither a safetensors nor a torch file"):
-        load_pickled(path)
-
-
-def special_tensors() -> dict[str, Callable[[], torch.Tensor]]:
-    dense = torch.eye(4)
-    return {
-        "sparse": dense.to_sparse,
-        "sparse_csr": dense.to_sparse_csr,
-        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        "quantised": lambda: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
-        "without data": lambda: torch.empty(4, device="meta"),
-        "complex64": lambda: torch.ones(4, dtype=torch.complex64),
-    }
+ODD_TENSORS: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": torch.eye(4).to_sparse,
+    "sparse_csr": torch.eye(4).to_sparse_csr,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "quantised": lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+    "without data": lambda: torch.empty(4, device="meta"),
+    "complex64": lambda: torch.ones(4, dtype=torch.complex64),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("is_wrapped", [False, True])
-@pytest.mark.parametrize("kind", special_tensors())
-def test_a_pickled_tensor_that_is_no_plain_one_is_named(tmp_path: Path, kind: str, is_wrapped: bool) -> None:
-    tensor = special_tensors()[kind]()
-    content = {"good": torch.ones(2), "odd": tensor}
-    path = write(tmp_path / "a.pth", {"state_dict": content, "lists": [1, (2,)]} if is_wrapped else content)
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_a_pickled_tensor_that_is_no_plain_one_is_named(tmp_path: Path, kind: str) -> None:
+    content = {"state_dict": {"good": torch.ones(2), "odd": ODD_TENSORS[kind]()}, "lists": [1, (2,)]}
 
     with pytest.raises(CheckpointError, match=rf"a\.pth: (state_dict\.)?odd is .*{kind}.*Only plain weights"):
-        open_checkpoint(path)
+        open_checkpoint(write(tmp_path / "a.pth", content))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,11 +2,10 @@
 have them.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from modules.fp8.weights import E4M3, dequantise, quantise, scale_of
 from modules.speed_options import Quantisation
 from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantised_layers
-from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from wan.spec import DIT as WAN_DIT
 
@@ -46,29 +44,22 @@ class Kind:
 
 
 KINDS = {
-    "wan": Kind(
-        wan.load_dit, WAN_DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20
-    ),
+    "wan": Kind(wan.load_dit, WAN_DIT, partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20),
     "hunyuan": Kind(hunyuan.load_dit, HUNYUAN_DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
     "framepack": Kind(
         framepack.load_dit, FRAMEPACK_DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46
     ),
 }
-DIALECTS = {
-    "wan": wan_dit.FP8_DIALECTS,
-    "hunyuan": hunyuan_dit.FP8_DIALECTS,
-    "framepack": framepack_dit.FP8_DIALECTS,
-}
-RELEASED = [(family, dialect) for family, dialects in DIALECTS.items() for dialect in dialects]
+RELEASED = [
+    *(("wan", dialect) for dialect in wan_dit.FP8_DIALECTS),
+    *(("hunyuan", dialect) for dialect in hunyuan_dit.FP8_DIALECTS),
+    *(("framepack", dialect) for dialect in framepack_dit.FP8_DIALECTS),
+]
 
 
 @pytest.fixture(params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
-
-
-def meant(layer: nn.Linear) -> Tensor:
-    return dequantise(layer.weight, scale_of(layer))
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -96,17 +87,14 @@ def test_loading_gives_what_rounding_the_loaded_model_would(
         weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
         assert same_bytes(layer.weight, weight), name
         assert scale is None if scale_of(layer) is None else torch.equal(scale_of(layer), scale), name
-    others = {
-        name: t
-        for name, t in dit.state_dict().items()
-        if name.rpartition(".")[0] not in layers or name.endswith("bias")
-    }
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in others.items())
-    assert others.keys() | {f"{name}.weight" for name in layers} == plain.state_dict().keys()
+    weights = {f"{name}.weight" for name in layers}
+    others = {name: tensor for name, tensor in plain.state_dict().items() if name not in weights}
+    assert all(torch.equal(dit.state_dict()[name], tensor) for name, tensor in others.items())
     assert dit.compute_dtype == torch.bfloat16
 
 
-def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> None:
+def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
+    kind = KINDS["wan"]
     state = in_bf16(kind)
 
     def patch(name: str, weight: Tensor) -> Tensor:
@@ -114,34 +102,56 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> Non
         return weight + 0.01 if weight.ndim == 2 else weight
 
     dit = kind.load(kind.write(tmp_path, state), replace(CPU, fp8=ROWS, patch=patch))
+
     for name, layer in quantised_layers(dit).items():
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
 
 
-def test_weights_that_a_lora_makes_infinite_are_refused(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, in_bf16(kind))
-    with pytest.raises(CheckpointError, match="NaN or infinite values, which fp8 cannot hold"):
-        kind.load(path, replace(CPU, fp8=ROWS, patch=lambda _, weight: weight * torch.inf))
+@pytest.mark.parametrize(
+    ("dialect", "placement", "message"),
+    [
+        (
+            "safetensors",
+            replace(CPU, fp8=ROWS, patch=lambda _, one: one * torch.inf),
+            "NaN or infinite",
+        ),
+        ("safetensors", Placement(torch.device("mps"), fp8=ROWS), "Apple's GPUs do not support fp8"),
+        ("fp8", replace(CPU, fp8=CAST, patch=lambda _, one: one), r"too coarse .*LoRA to.\n  Give the bf16"),
+    ],
+    ids=["infinite", "Apple", "LoRA"],
+)
+def test_what_cannot_be_in_8_bits_is_refused(
+    tmp_path: Path, dialect: str, placement: Placement, message: str
+) -> None:
+    kind = KINDS["wan"]
+    path = kind.write(tmp_path, in_bf16(kind) if dialect == "safetensors" else kind.state(), dialect)
+
+    with pytest.raises((CheckpointError, OptionError), match=message):
+        kind.load(path, placement)
 
 
 @pytest.mark.parametrize(("family", "dialect"), RELEASED)
-def test_released_fp8_files_stay_as_they_are(tmp_path: Path, family: str, dialect: str) -> None:
+@pytest.mark.parametrize("kept", [None, torch.float16])
+def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtype(
+    tmp_path: Path, family: str, dialect: str, kept: torch.dtype | None
+) -> None:
     kind = KINDS[family]
     path = kind.write(tmp_path, kind.state(), dialect)
     multiplied_out = kind.load(path, replace(CPU, compute_dtype=torch.float32))
 
-    dit = kind.load(path, replace(CPU, fp8=CAST))
+    dit = kind.load(path, replace(CPU, fp8=CAST, fp8_compute_dtype=kept))
 
-    layers = quantised_layers(dit)
+    layers, narrow = quantised_layers(dit), kept or torch.bfloat16
     assert len(layers) == kind.in_blocks
-    for name, layer in layers.items():
-        assert torch.equal(meant(layer), multiplied_out.get_parameter(f"{name}.weight")), name
-    assert dit.compute_dtype == torch.bfloat16
-    assert all(
-        tensor.dtype != E4M3
-        for name, tensor in dit.named_parameters()
-        if name.removesuffix(".weight") not in layers
-    )
+    assert dit.compute_dtype == narrow
+    for name, tensor in dit.named_parameters():
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
+            assert torch.equal(dequantise(tensor, scale_of(layer)), multiplied_out.get_parameter(name)), name
+        else:
+            assert tensor.dtype == (torch.float32 if name.startswith(kind.spec.keep_float32) else narrow), (
+                name
+            )
 
 
 def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
@@ -166,61 +176,6 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
     assert "double_blocks.0.img_attn_qkv" not in layers
     rows = [stored[odd.replace("to_k", f"to_{letter}")].to(torch.bfloat16) for letter in "qkv"]
     assert torch.equal(dit.get_parameter("double_blocks.0.img_attn_qkv.weight"), torch.cat(rows))
-
-
-def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, in_bf16(kind))
-    with pytest.raises(OptionError, match="Apple's GPUs do not support fp8"):
-        kind.load(path, Placement(torch.device("mps"), fp8=ROWS))
-
-
-def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, kind.state(), "fp8_scaled")
-    with pytest.raises(
-        CheckpointError, match=r"--fp8_scaled: .* is already in fp8.*\n  Leave --fp8_scaled out"
-    ):
-        kind.load(path, replace(CPU, fp8=ROWS))
-
-
-def test_fp8_files_that_stay_so_take_no_lora(tmp_path: Path, kind: Kind) -> None:
-    path = kind.write(tmp_path, kind.state(), "fp8")
-    with pytest.raises(CheckpointError, match=r"too coarse to add a LoRA to.\n  Give the bf16 file"):
-        kind.load(path, replace(CPU, fp8=CAST, patch=lambda name, weight: weight))
-
-
-@pytest.mark.parametrize(("kept", "expected"), [(torch.float16, torch.float16), (None, torch.bfloat16)])
-def test_other_layers_of_fp8_files_are_in_the_computing_dtype(
-    tmp_path: Path, kind: Kind, kept: torch.dtype | None, expected: torch.dtype
-) -> None:
-    path = kind.write(tmp_path, kind.state(), "fp8_scaled")
-    dit = kind.load(path, replace(CPU, fp8=CAST, fp8_compute_dtype=kept))
-    assert dit.compute_dtype == expected
-    wide = kind.spec.keep_float32
-    layers = quantised_layers(dit)
-    for name, tensor in dit.named_parameters():
-        if name.removesuffix(".weight") not in layers:
-            assert tensor.dtype == (torch.float32 if name.startswith(wide) else expected), name
-
-
-MANIFESTS: dict[str, tuple[Any, int]] = {
-    "wan2.1-t2v-14b": (wan.load_dit, 400),
-    "framepack-dit": (framepack.load_dit, 520),
-    "hunyuanvideo-t2v-dit-fp8": (hunyuan.load_dit, 320),
-    "hunyuanvideo-t2v-dit-fp8-kijai": (hunyuan.load_dit, 320),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_published_fp8_files_of_full_size_stay_in_fp8(tmp_path: Path, name: str) -> None:
-    load, expected = MANIFESTS[name]
-    tensors = tensor_list(name)
-    if not name.endswith(("fp8", "kijai")):  # as ComfyUI repackages them: every matrix in fp8
-        tensors = {
-            key: ("F8_E4M3" if len(shape) > 1 else "F16", shape) for key, (_, shape) in tensors.items()
-        }
-    dit = load(write_hollow(tmp_path / "dit.safetensors", tensors), replace(META, fp8=CAST))
-    assert len(quantised_layers(dit)) == expected
-    assert dit.compute_dtype == torch.bfloat16
 
 
 MEASURE = """
@@ -249,7 +204,6 @@ def load(path, placement):
     sampler.join()
     return dit, max(peak, anonymous()) - before
 
-sizes = {"dim": 1024, "num_heads": 8, "ffn_dim": 5120, "num_layers": 8, "text_dim": 1024, "freq_dim": 256}
 placement = Placement(torch.device("cpu"), fp8=Quantisation(sys.argv[1]))
 if sys.argv[1] == "patched":
     placement = replace(placement, fp8=Quantisation("rows"), patch=lambda name, weight: weight.clone())

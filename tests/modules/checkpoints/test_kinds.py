@@ -20,12 +20,7 @@ from tests.tiny.project import write_plain_pictures
 META = Placement(torch.device("meta"))
 HIDREAM = {
     **{"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "text_emb_dim": 8},
-    **{
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "caption_channels": [8, 8],
-        "llama_layers": [0, 1],
-    },
+    **{"attention_head_dim": 16, "num_attention_heads": 2, "caption_channels": [8, 8]},
     **{"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4)},
     **{"max_resolution": (32, 32), "llama_layers": [0, 1]},
 }
@@ -46,6 +41,10 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("LTX2VideoTransformer3DModel", {**ONE, "use_keyframes_abs_pos_embedding": True}, "LTX-2.5"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
+    ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
+    ("AutoencoderKLQwenImage21", {}, "the VAE of Qwen-Image-2.1"),
     ("MiniMaxH3Transformer3DModel", ONE, "MiniMax-H3"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
     ("QwenImage21Transformer2DModel", ONE, "Qwen-Image-2.1, another network"),
@@ -68,6 +67,11 @@ def state_of(network: str, settings: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         state: dict[str, Tensor] = getattr(diffusers, network)(**settings).state_dict()
     return state
+
+
+def write_network(path: Path, network: str, settings: dict[str, Any]) -> Path:
+    shapes = {name: ("BF16", tuple(one.shape)) for name, one in state_of(network, settings).items()}
+    return write_hollow(path, shapes)
 
 
 @pytest.mark.parametrize(("network", "settings", "words"), CASES, ids=[case[0] for case in CASES])
@@ -109,8 +113,7 @@ def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> Non
 def test_every_family_refuses_another_model_by_its_name(
     tmp_path: Path, family: str, case: tuple[str, dict[str, Any], str]
 ) -> None:
-    shapes = {name: ("BF16", tuple(one.shape)) for name, one in state_of(*case[:2]).items()}
-    path = write_hollow(tmp_path / "model.safetensors", shapes)
+    path = write_network(tmp_path / "model.safetensors", *case[:2])
     module = import_own(f"{families.FAMILIES[family].room}.checkpoints")
 
     assert module.FORMAT.identify(path) is None
@@ -119,31 +122,18 @@ def test_every_family_refuses_another_model_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("network", "words"),
+    ("network", "script", "option", "words"),
     [
-        ("AutoencoderKLQwenImage21", "the VAE of Qwen-Image-2.1, which is not supported yet"),
-        ("AutoencoderKLHunyuanVideo15", "the VAE of HunyuanVideo 1.5 or"),
-        ("AutoencoderKLLTX2Video", "a VAE of LTX-Video or LTX-2"),
-        ("AutoencoderKLLTX2Audio", "a VAE of LTX-Video or LTX-2"),
+        ("Krea2Transformer2DModel", "qwen_image_generate_image.py", "--dit", "is the transformer of Krea 2"),
+        ("AutoencoderKLQwenImage21", "wan_cache_latents.py", "--vae", "the VAE of Qwen-Image-2.1"),
     ],
 )
-def test_a_vae_of_another_model_is_one_message(tmp_path: Path, network: str, words: str) -> None:
-    shapes = {name: ("F32", tuple(one.shape)) for name, one in state_of(network, {}).items()}
-    write_hollow(tmp_path / "vae.safetensors", shapes)
+def test_a_script_says_in_one_message_what_a_file_is(
+    tmp_path: Path, network: str, script: str, option: str, words: str
+) -> None:
+    path = write_network(tmp_path / "model.safetensors", network, ONE if option == "--dit" else {})
     write_plain_pictures(tmp_path)
-    for vae in ("qwen_image", "wan"):
-        command = [f"{vae}_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
+    more = ["--prompt", "a cat", "--save_path", "out", "--output_type", "latent"]
+    command = [script, option, path, *(more if option == "--dit" else ["--dataset_config", "dataset.toml"])]
 
-        assert_one_message(*run_here(*command, folder=tmp_path), words, "--vae")
-
-
-def test_a_script_says_in_one_message_what_a_file_is(tmp_path: Path) -> None:
-    shapes = {
-        name: ("BF16", tuple(one.shape)) for name, one in state_of("Krea2Transformer2DModel", ONE).items()
-    }
-    path = write_hollow(tmp_path / "model.safetensors", shapes)
-    words = ["--prompt", "a cat", "--save_path", tmp_path / "out", "--dit", path]
-
-    code, said = run_here("qwen_image_generate_image.py", *words, "--output_type", "latent", folder=tmp_path)
-
-    assert_one_message(code, said, "model.safetensors is the transformer of Krea 2", "--dit")
+    assert_one_message(*run_here(*command, folder=tmp_path), words, option)

@@ -60,11 +60,8 @@ def fp8_weight(scales: str, rows: int = N, columns: int = K) -> tuple[Tensor, Te
 
 def row_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
     """N 1 float64."""
-    return (
-        torch.ones(len(weight), 1, dtype=torch.float64)
-        if scale is None
-        else scale.double().expand(len(weight), 1)
-    )
+    each = torch.ones(1) if scale is None else scale
+    return each.double().expand(len(weight), 1)
 
 
 def bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
@@ -73,56 +70,39 @@ def bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
     return 1.001 * ((2**-4 * x.abs() + spacing) @ weight.abs().T + 2**-8 * exact.abs())
 
 
+def input_gradient(product: Product, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> Tensor:
+    x = torch.zeros(len(gradient), weight.shape[1], dtype=gradient.dtype, requires_grad=True)
+    return torch.autograd.grad(fp8_linear(x, weight, scale, None, product), x, gradient)[0]
+
+
 @pytest.mark.parametrize(("scales", "product"), itertools.product(SCALES, PRODUCTS))
-def test_the_output_is_within_the_bound_of_rounding(scales: str, product: Product) -> None:
+def test_output_and_input_gradient_are_within_the_bound_of_rounding(scales: str, product: Product) -> None:
     x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight(scales)
     plain = weight.double() * row_scales(weight, scale)
     exact = x.double() @ plain.T + bias.double()
-
-    out = fp8_linear(x, weight, scale, bias, product)
-
-    assert out.dtype == torch.bfloat16
-    assert (
-        (out.double() - exact).abs() <= bound(x.double(), plain, exact) + 2**-8 * bias.double().abs()
-    ).all()
-
-
-def input_gradient(product: Product, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> Tensor:
-    x = torch.zeros(len(gradient), weight.shape[1], dtype=gradient.dtype, requires_grad=True)
-    fp8_linear(x, weight, scale, None, product).backward(gradient)
-    assert x.grad is not None
-    return x.grad
-
-
-def within_gradient_bound(got: Tensor, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> bool:
-    folded = gradient.double() * row_scales(weight, scale).T
-    exact = folded @ weight.double()
-    return bool(((got.double() - exact).abs() <= bound(folded, weight.double().T, exact)).all())
-
-
-@pytest.mark.parametrize(("scales", "product"), itertools.product(SCALES, PRODUCTS))
-def test_the_input_gradient_is_within_the_bound_of_rounding(scales: str, product: Product) -> None:
-    weight, scale = fp8_weight(scales)
     gradient = random(M, N, seed=4) * 1e-5  # as small as gradients are
+    folded = gradient.double() * row_scales(weight, scale).T
+    exact_gradient = folded @ weight.double()
 
-    got = input_gradient(product, weight, scale, gradient)
+    out, back = fp8_linear(x, weight, scale, bias, product), input_gradient(product, weight, scale, gradient)
 
-    assert got.dtype == torch.bfloat16
-    assert within_gradient_bound(got, weight, scale, gradient)
+    assert out.dtype == back.dtype == torch.bfloat16
+    allowed = bound(x.double(), plain, exact) + 2**-8 * bias.double().abs()
+    assert ((out.double() - exact).abs() <= allowed).all()
+    assert ((back.double() - exact_gradient).abs() <= bound(folded, weight.double().T, exact_gradient)).all()
 
 
-@pytest.mark.parametrize(
-    ("value", "product"), itertools.product([float("nan"), float("inf"), -float("inf")], PRODUCTS)
-)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_what_is_no_number_is_not_hidden(value: float, product: Product) -> None:
     x, gradient, (weight, scale) = random(M, K), random(M, N), fp8_weight("rows")
     x[7, 3] = gradient[9, 2] = value
 
     out, back = fp8_linear(x, weight, scale, None, product), input_gradient(product, weight, scale, gradient)
 
-    assert [int(row) for row in out.isnan().all(1).nonzero()] == [7]
-    assert [int(row) for row in back.isnan().all(1).nonzero()] == [9]
-    assert out.isnan().any(1).sum() == back.isnan().any(1).sum() == 1
+    for found, row in ((out, 7), (back, 9)):
+        assert found[row].isnan().all()
+        assert found.isnan().any(1).sum() == 1
 
 
 @pytest.mark.parametrize("product", PRODUCTS[:2])
@@ -194,11 +174,10 @@ def test_leading_axes_stay_and_autocast_chooses_the_dtype() -> None:
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fp8_linear(x, weight, scale, random(N, dtype=torch.float32), emulated_product)
-    out.sum().backward()
+    (gradient,) = torch.autograd.grad(out.sum(), x)
 
     assert (out.shape, out.dtype) == ((2, 3, 16, N), torch.bfloat16)
-    assert x.grad is not None
-    assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.float32)
+    assert (gradient.shape, gradient.dtype) == (x.shape, torch.float32)
     assert fp8_linear(x, weight, scale, None, emulated_product).dtype == torch.float32
 
 
@@ -206,14 +185,12 @@ def test_leading_axes_stay_and_autocast_chooses_the_dtype() -> None:
     ("rows", "columns", "tokens", "scale", "dtype", "suits"),
     [
         (48, 64, 16, None, E4M3, True),
-        (48, 64, 16, torch.ones(1), E4M3, True),
         (48, 64, 16, torch.ones(()), E4M3, True),
         (48, 64, 16, torch.ones(48, 1), E4M3, True),
         (40, 64, 16, None, E4M3, False),
         (48, 60, 16, None, E4M3, False),
         (48, 64, 15, None, E4M3, False),
         (48, 128, 16, torch.ones(48, 2, 1), E4M3, False),
-        (48, 64, 16, torch.ones(48, 1, 1), E4M3, False),
         (48, 64, 16, None, torch.float8_e5m2, False),
     ],
 )
@@ -241,17 +218,16 @@ def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("product", PRODUCTS[:2])
 def test_what_torch_computes_is_compiled(product: Product) -> None:
     """For few and for more tokens; `functional.scaled_mm` is not in torch 2.10 and 2.11."""
     weight, scale = fp8_weight("rows")
-    torch._dynamo.reset()
     compiled = torch.compile(fp8_linear, backend="eager", fullgraph=True, dynamic=True)
     for tokens in (FEWEST_ROWS, 40, FEW_TOKENS + 1):
         x = random(1, tokens, K)
         expected = fp8_linear(x, weight, scale, None, product)
         assert torch.equal(compiled(x, weight, scale, None, product), expected)
-    torch._dynamo.reset()
 
 
 def refusing(*_: Any) -> Tensor:
@@ -267,9 +243,7 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO):
         assert choose_product(CPU, lambda _: True, (refusing, tensor_scaled_product)) is tensor_scaled_product
     assert "row-wise scaling is not built in" in caplog.text
-    with pytest.raises(
-        OptionError, match="cannot multiply in fp8 on the device cpu: the product of two tiles of ones is 0.0"
-    ):
+    with pytest.raises(OptionError, match="fp8 on the device cpu: the product of two tiles of ones is 0.0"):
         choose_product(CPU, lambda _: True, (refusing, wrong))
 
 

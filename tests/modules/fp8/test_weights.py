@@ -1,6 +1,7 @@
 """Linear layers whose weights are kept in 8 bits."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -116,23 +117,21 @@ def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[
 
 
 @pytest.mark.parametrize("quantisation", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(
-    quantisation: Quantisation, dtype: torch.dtype
+    quantisation: Quantisation, dtype: torch.dtype, close: float
 ) -> None:
     layer = quantised(nn.Linear(24, 16).to(dtype), quantisation)
     plain = multiplied_out(layer, dtype)
-    x, gradient = drawn(2, 5, 24, dtype=dtype), drawn(2, 5, 16, seed=2, dtype=dtype)
-    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    outputs = [layer(inputs[0]), functional.linear(inputs[1], plain, layer.bias)]
-    for output in outputs:
-        output.backward(gradient)
-    assert torch.equal(outputs[0], outputs[1])
-    assert inputs[0].grad is not None
-    assert inputs[1].grad is not None
+    x, other = (drawn(2, 5, 24, dtype=dtype).requires_grad_() for _ in range(2))
+
+    found, expected = layer(x), functional.linear(other, plain, layer.bias)
+    for output in (found, expected):
+        output.backward(drawn(2, 5, 16, seed=2, dtype=dtype))
+
+    assert torch.equal(found, expected)
     # the same products; the plain layer's backward may add them up in another order
-    close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=close, atol=close)
+    torch.testing.assert_close(x.grad, other.grad, rtol=close, atol=close)
 
 
 def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
@@ -149,67 +148,44 @@ def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
     assert all(tensor.dtype == E4M3 for tensor in saved if tensor.numel() == layer.weight.numel())
 
 
-def test_a_layer_computes_in_the_dtype_of_autocast() -> None:
-    layer = quantised(nn.Linear(24, 16), ROWS)
-    x = drawn(3, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-    assert out.dtype == torch.bfloat16
-    expected = functional.linear(x.bfloat16(), multiplied_out(layer, torch.bfloat16), layer.bias.bfloat16())
-    assert torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
-def test_float32_layers_compute_outside_autocast_and_give_back_the_usual_dtype(autocast: bool) -> None:
-    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantisation("rows", float32_linear=True))
-    x = drawn(3, 24, dtype=torch.bfloat16)
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_layers_compute_in_autocasts_dtype_and_float32_layers_outside_it(
+    autocast: bool, is_wide: bool
+) -> None:
+    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantisation("rows", float32_linear=is_wide))
+    dtype, x = torch.float32 if is_wide else torch.bfloat16, drawn(3, 24, dtype=torch.bfloat16)
+    given = x.float() if autocast and not is_wide else x
+
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = layer(x)
-    expected = functional.linear(
-        x.float(), multiplied_out(layer, torch.float32), layer.bias.float()
-    ).bfloat16()
-    assert torch.equal(out, expected)
+        out = layer(given)
 
-
-def training(*arguments: str) -> TrainingFp8Options:
-    return parse_options(None, arguments, TrainingFp8Options)[0]
-
-
-def generation(*arguments: str) -> GenerationFp8Options:
-    return parse_options(None, arguments, GenerationFp8Options)[0]
+    expected = functional.linear(x.to(dtype), multiplied_out(layer, dtype), layer.bias.to(dtype))
+    assert torch.equal(out, expected.bfloat16())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "quantisation"),
+    ("options", "words", "quantisation"),
     [
-        ((), None),
-        (("--fp8_base",), Quantisation("cast")),
-        (("--fp8_base", "--fp8_fast"), Quantisation("cast", fp8_matmul=True)),
-        (("--fp8_base", "--fp8_scaled", "--fp8_fast"), Quantisation("rows", fp8_matmul=True)),
-        (("--fp8_base", "--fp8_scaled", "--upcast_quantization"), Quantisation("rows", float32_scales=True)),
-    ],
-)
-def test_what_training_options_mean(arguments: tuple[str, ...], quantisation: Quantisation | None) -> None:
-    assert training(*arguments).quantisation == quantisation
-
-
-@pytest.mark.parametrize(
-    ("arguments", "quantisation"),
-    [
-        ((), None),
-        (("--fp8",), Quantisation("cast")),
-        (("--fp8", "--fp8_fast"), Quantisation("cast", fp8_matmul=True)),
-        (("--fp8", "--fp8_scaled", "--fp8_fast"), Quantisation("rows", fp8_matmul=True)),
+        (TrainingFp8Options, "", None),
+        (TrainingFp8Options, "--fp8_base", Quantisation("cast")),
+        (TrainingFp8Options, "--fp8_base --fp8_fast", Quantisation("cast", fp8_matmul=True)),
+        (TrainingFp8Options, "--fp8_base --fp8_scaled --fp8_fast", Quantisation("rows", fp8_matmul=True)),
         (
-            ("--fp8_scaled", "--upcast_linear", "--fp8_fast"),
-            Quantisation("rows", float32_linear=True, fp8_matmul=True),
+            TrainingFp8Options,
+            "--fp8_base --fp8_scaled --upcast_quantization",
+            Quantisation("rows", float32_scales=True),
         ),
+        (GenerationFp8Options, "", None),
+        (GenerationFp8Options, "--fp8", Quantisation("cast")),
+        (GenerationFp8Options, "--fp8 --fp8_scaled --fp8_fast", Quantisation("rows", fp8_matmul=True)),
+        (GenerationFp8Options, "--fp8_scaled --upcast_linear", Quantisation("rows", float32_linear=True)),
     ],
 )
-def test_what_generation_options_mean(arguments: tuple[str, ...], quantisation: Quantisation | None) -> None:
-    assert generation(*arguments).quantisation == quantisation
+def test_what_options_mean(options: Any, words: str, quantisation: Quantisation | None) -> None:
+    assert parse_options(None, words.split(), options)[0].quantisation == quantisation
 
 
 def test_fast_generation_without_fp8_weights_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    assert generation("--fp8_fast").quantisation is None
+    assert parse_options(None, ["--fp8_fast"], GenerationFp8Options)[0].quantisation is None
     assert "--fp8_fast is ignored" in caplog.text

@@ -1,6 +1,5 @@
 """Images, videos and animations on disk: what is written is read back; damaged files are told by name."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -24,8 +23,6 @@ from modules.media.reading import (
 from modules.media.writing import encode_segment, join_segments, write_png, write_video
 from tests.golden_cases import read_case
 
-GOLDEN_RESIZES = ["50x37_to_32x32", "20x14_to_32x32", "32x32_to_32x32", "64x20_to_32x16"]
-
 
 def gradients(count: int, width: int = 64, height: int = 48) -> Iterator[np.ndarray]:
     """Smooth coloured frames, each a little brighter than the one before."""
@@ -36,13 +33,8 @@ def gradients(count: int, width: int = 64, height: int = 48) -> Iterator[np.ndar
 
 def write_noise(path: Path, count: int = 48) -> None:
     """A clip whose frames are hard to compress, so that cutting the file cuts frames."""
-    generator = np.random.default_rng(0)
-    write_video(
-        path,
-        (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(count)),
-        16,
-        preset="ultrafast",
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    write_video(path, iter(noise), 16, preset="ultrafast")
 
 
 def cut(path: Path, fraction: float) -> Path:
@@ -52,7 +44,7 @@ def cut(path: Path, fraction: float) -> Path:
     return shorter
 
 
-@pytest.mark.parametrize("name", GOLDEN_RESIZES)
+@pytest.mark.parametrize("name", ["50x37_to_32x32", "20x14_to_32x32", "32x32_to_32x32", "64x20_to_32x16"])
 def test_resizing_equals_the_recorded_pixels(name: str) -> None:
     description, tensors = read_case("resize_pixels")
     expected = tensors[f"{name}.out"].numpy()
@@ -66,7 +58,7 @@ def test_resizing_equals_the_recorded_pixels(name: str) -> None:
 HOSTILE = "</script><b>'\"\\ \x1b[31m; key=value\\n# 漢字 🐈‍⬛ \u202e"
 
 
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_tags_of_any_text_are_read_back_as_written(tmp_path: Path, suffix: str) -> None:
     tags = {"bt_prompt": "ein Käfer, 漢字 --f 9", "bt_seeds": "7", "bt_negative_prompt": HOSTILE}
     tags["bt_long"] = "wörd " * 20_000
@@ -89,13 +81,13 @@ def test_png_text_is_read_back_as_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images_is_a_video_in_name_order(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a frame")
+    with pytest.raises(MediaError, match="a folder without images"):
+        list(video_frames(tmp_path))
     for name, value in (("b.png", 2), ("a.jpg", 1), ("c.PNG", 3)):
         Image.new("RGB", (8, 6), (value * 50,) * 3).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("not a frame")
 
-    frames = list(video_frames(tmp_path))
-
-    assert [round(frame.mean() / 50) for frame in frames] == [1, 2, 3]
+    assert [round(frame.mean() / 50) for frame in video_frames(tmp_path)] == [1, 2, 3]
     assert video_info(tmp_path).frames == 3
 
 
@@ -112,9 +104,8 @@ def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool
         stream.codec_context.color_range = levels.value
         stream.codec_context.colorspace = space.value
         frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
-        container.mux(
-            stream.encode(frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels))
-        )
+        frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels)
+        container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
     (back,) = video_frames(path)
@@ -142,20 +133,17 @@ def test_alpha_is_kept_only_when_asked_for_and_there(tmp_path: Path) -> None:
     assert read_image(tmp_path / "rgb.png", alpha=True).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
-def test_a_video_that_was_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "usable"), [(".mkv", 5), (".mp4", 0)])
+def test_a_video_that_was_cut_short_is_refused_behind_its_last_whole_frame(
+    tmp_path: Path, suffix: str, usable: int
+) -> None:
     write_noise(tmp_path / f"whole{suffix}")
 
+    frames = video_frames(cut(tmp_path / f"whole{suffix}", 0.6))
+
+    assert [next(frames).shape for _ in range(usable)] == [(64, 64, 3)] * usable
     with pytest.raises(MediaError, match=f"cut_whole{suffix}.*(cut short|cannot be read)"):
-        list(video_frames(cut(tmp_path / f"whole{suffix}", 0.6)))
-
-
-def test_the_first_frames_of_a_cut_file_can_still_be_used(tmp_path: Path) -> None:
-    write_noise(tmp_path / "whole.mkv")
-
-    frames = video_frames(cut(tmp_path / "whole.mkv", 0.6))
-
-    assert [next(frames).shape for _ in range(5)] == [(64, 64, 3)] * 5
+        list(frames)
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "0 bytes"), (bytes(range(256)), "can be read")])
@@ -166,46 +154,33 @@ def test_an_unreadable_picture_is_named_with_the_reason(tmp_path: Path, content:
         read_image(tmp_path / "x.png")
 
 
-def test_a_folder_without_images_is_no_video(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="a folder without images"):
-        list(video_frames(tmp_path))
-
-
 def test_a_name_with_a_colon_is_a_file_name(tmp_path: Path) -> None:
     write_noise(tmp_path / "plain.mkv", 2)
-    shutil.move(tmp_path / "plain.mkv", tmp_path / "rtmp:take 2.mkv")
+    path = (tmp_path / "plain.mkv").rename(tmp_path / "rtmp:take 2.mkv")
 
-    assert len(list(video_frames(tmp_path / "rtmp:take 2.mkv"))) == 2
+    assert len(list(video_frames(path))) == 2
 
 
 def segments(frames: list[np.ndarray], lengths: list[int], fps: float = 30) -> list[bytes]:
     """The frames cut into videos of their own."""
-    starts = np.cumsum([0, *lengths])
-    return [
-        encode_segment(frames[start : start + length], fps)
-        for start, length in zip(starts, lengths, strict=False)
-    ]
+    return [encode_segment(part, fps) for part in np.split(np.stack(frames), np.cumsum(lengths)[:-1])]
 
 
-@pytest.mark.parametrize("lengths", [[7], [1, 2, 17, 3, 20], [20, 1, 20]], ids=str)
-@pytest.mark.parametrize("fps", [30, 23.976])
+@pytest.mark.parametrize(("lengths", "fps"), [([7], 30), ([1, 2, 17, 3, 20], 23.976)], ids=str)
 def test_joined_videos_show_the_same_pictures_one_behind_the_other(
     tmp_path: Path, lengths: list[int], fps: float
 ) -> None:
-    frames = list(gradients(sum(lengths)))
-    parts = segments(frames, lengths, fps)
+    path = tmp_path / "joined.mp4"
+    parts = segments(list(gradients(sum(lengths))), lengths, fps)
     expected = []
     for part in parts:
         (tmp_path / "part.mp4").write_bytes(part)
         expected += list(video_frames(tmp_path / "part.mp4"))
 
-    join_segments(tmp_path / "joined.mp4", parts, fps)
+    join_segments(path, parts, fps)
 
-    assert all(
-        (ours == theirs).all()
-        for ours, theirs in zip(video_frames(tmp_path / "joined.mp4"), expected, strict=True)
-    )
-    with av.open(str(tmp_path / "joined.mp4")) as container:
+    assert all((ours == theirs).all() for ours, theirs in zip(video_frames(path), expected, strict=True))
+    with av.open(str(path)) as container:
         stream = container.streams.video[0]
         times = [float(frame.time) for frame in container.decode(stream)]
         assert stream.frames == sum(lengths)
@@ -240,14 +215,14 @@ def make_animation(path: Path, milliseconds: Sequence[int], clear: bool = False)
     return path
 
 
-def make_video(path: Path, times: Sequence[int], codec: str = "ffv1") -> Path:
-    """Frame i is grey GREYS[i] and begins at times[i] milliseconds; transparent in its right half."""
+def make_video(path: Path, times: Sequence[int], codec: str = "ffv1", greys: Sequence[int] = GREYS) -> Path:
+    """Frame i is grey greys[i] and begins at times[i] milliseconds; transparent in its right half."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height = 32, 32
-        stream.pix_fmt = "yuva420p" if codec == "libvpx-vp9" else "bgra" if codec == "ffv1" else "yuv420p"
+        stream.pix_fmt = "yuva420p" if codec == "libvpx-vp9" else "bgra"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for grey, time in zip(GREYS, times, strict=False):
+        for grey, time in zip(greys, times, strict=False):
             pixels = np.full((32, 32, 4), grey, np.uint8)
             pixels[..., 3] = 255
             pixels[:, 16:, 3] = 0
@@ -271,6 +246,8 @@ def test_frames_are_shown_as_long_as_the_file_says(tmp_path: Path, suffix: str) 
     assert greys(frames_at_rate(path, 20)) == [0, 0, 1, 2, 2, 2, 2, 2]
     assert greys(frames_at_rate(path, 5)) == [0, 2]  # 0.06 s and 0.26 s
     assert (video_info(path).frames, video_info(path).fps) == (3, pytest.approx(7.5))
+    assert not is_animation(make_animation(tmp_path / f"still{suffix}", [100]))
+    assert not is_animation(tmp_path / f"missing{suffix}")
 
 
 def test_a_duration_of_0_means_a_tenth_of_a_second_as_in_browsers(tmp_path: Path) -> None:
@@ -289,30 +266,13 @@ def test_what_is_transparent_becomes_white_unless_it_is_asked_for(tmp_path: Path
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-@pytest.mark.parametrize("missing", [1, 30])
-def test_one_that_is_cut_short_is_named(tmp_path: Path, suffix: str, missing: int) -> None:
-    path = make_animation(tmp_path / f"a{suffix}", [100] * 4)
-    path.write_bytes(path.read_bytes()[:-missing])
-
-    with pytest.raises(MediaError, match=r"a\.(gif|webp) (is damaged or cut short|cannot be read)"):
-        list(video_frames(path))
-
-
-def test_every_cut_of_a_file_is_an_error_and_no_other_exception(tmp_path: Path) -> None:
-    whole = make_animation(tmp_path / "a.gif", [100] * 3).read_bytes()
+def test_every_cut_of_an_animation_is_one_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+    path = make_animation(tmp_path / f"a{suffix}", [100] * 3)
+    whole = path.read_bytes()
     for length in range(1, len(whole)):
-        path = tmp_path / "cut.gif"
         path.write_bytes(whole[:length])
-        with pytest.raises(MediaError):
+        with pytest.raises(MediaError, match=rf"a\{suffix} (is|has|cannot)"):
             list(video_frames(path))
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_one_frame_is_an_image(tmp_path: Path, suffix: str) -> None:
-    Image.new("RGB", (32, 32)).save(tmp_path / f"a{suffix}")
-
-    assert not is_animation(tmp_path / f"a{suffix}")
-    assert not is_animation(tmp_path / "missing.gif")
 
 
 def test_a_video_of_a_variable_rate_is_played_by_its_times(tmp_path: Path) -> None:
@@ -322,23 +282,14 @@ def test_a_video_of_a_variable_rate_is_played_by_its_times(tmp_path: Path) -> No
     assert greys(frames_at_rate(path, 25)) == [0, 1, 2, 2, 2, 2, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(24, 24), (12, 12), (16, 16), (30, 30)])
-def test_a_second_stays_a_second_at_every_rate(tmp_path: Path, rate: int, expected: int) -> None:
+@pytest.mark.parametrize("rate", [24, 12, 16, 30])
+def test_a_second_stays_a_second_at_every_rate(tmp_path: Path, rate: int) -> None:
     times = [round(1000 * index / 24) for index in range(24)]  # as Matroska rounds them
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgra"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * index, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame.reformat(format="bgra")))
-        container.mux(stream.encode())
+    path = make_video(tmp_path / "a.mkv", times, greys=range(0, 240, 10))
 
-    found = [round(float(frame.mean()) / 10) for frame in frames_at_rate(tmp_path / "a.mkv", rate)]
+    found = [round(float(frame[:, :16].mean()) / 10) for frame in frames_at_rate(path, rate)]
 
-    assert len(found) == expected
-    assert found == [int((slot + 0.3) * 24 / rate) for slot in range(expected)]
+    assert found == [int((slot + 0.3) * 24 / rate) for slot in range(rate)]
 
 
 def test_a_frame_that_lasts_for_minutes_is_refused(tmp_path: Path) -> None:

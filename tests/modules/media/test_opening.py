@@ -30,8 +30,9 @@ from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
 from tests.modules.hostile_media import BRIGHT, REFERENCES, external_references, write_secret, write_stream
 
+FRAMES = [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5
 # name, FFmpeg's container, encoder, pixel format
-CONTAINERS = (
+CONTAINERS = [
     ("clip.mp4", "mp4", "libx264", "yuv420p"),
     ("clip.mov", "mov", "libx264", "yuv420p"),
     ("clip.mkv", "matroska", "libx264", "yuv420p"),
@@ -52,23 +53,20 @@ CONTAINERS = (
     ("clip.y4m", "yuv4mpegpipe", "wrapped_avframe", "yuv420p"),
     ("clip.h264", "h264", "libx264", "yuv420p"),
     ("clip.mjpeg", "mjpeg", "mjpeg", "yuvj420p"),
-)
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "container", "codec", "pixels"), CONTAINERS, ids=[row[0] for row in CONTAINERS]
-)
+@pytest.mark.parametrize(("name", "container", "codec", "pixels"), CONTAINERS)
 def test_every_container_that_people_have_is_read(
     name: str, container: str, codec: str, pixels: str, tmp_path: Path
 ) -> None:
-    frames = [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5
     options = {"strict": "unofficial"} if codec == "mjpeg" else {}
-    write_stream(tmp_path / name, container, codec, frames, pixels, **options)
+    write_stream(tmp_path / name, container, codec, FRAMES, pixels, **options)
 
-    read = list(video_frames(tmp_path / name))
+    read = np.stack(list(video_frames(tmp_path / name)))
 
-    assert len(read) == 5
-    assert np.abs(np.stack(read).astype(float) - BRIGHT).mean() < 25  # GIF has few colours
+    assert read.shape == (5, 48, 64, 3)
+    assert np.abs(read.astype(float) - BRIGHT).mean() < 25  # GIF has few colours
     assert (video_info(tmp_path / name).width, video_info(tmp_path / name).height) == (64, 48)
 
 
@@ -99,11 +97,9 @@ def test_the_external_reference_of_the_test_above_is_one_that_ffmpeg_could_follo
         assert len(list(container.decode(video=0))) == 9
 
 
-@pytest.mark.parametrize(
-    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"], ids=["PostScript"]
-)
-def test_a_picture_that_is_a_program_is_no_picture(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(content)
+def test_a_picture_that_is_a_program_is_no_picture(tmp_path: Path) -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
+    (tmp_path / "picture.png").write_bytes(postscript)
 
     with pytest.raises(MediaError, match=r"picture\.png is no image that can be read"):
         image_size(tmp_path / "picture.png")
@@ -111,18 +107,15 @@ def test_a_picture_that_is_a_program_is_no_picture(content: bytes, tmp_path: Pat
 
 def write_huge_png(path: Path, width: int, height: int) -> None:
     """A few bytes that say they are a picture of that size."""
-    chunks = (
-        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
-        b"IDAT" + zlib.compress(bytes(99)),
-    )
-    whole = [
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
-    ]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(99))):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(content)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (60_000, 60_000), (1, 200_000_000)])
+@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (1, 200_000_000)])
 @pytest.mark.parametrize("read", [read_image, image_size])
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(
     read: Callable[[Path], object], width: int, height: int, tmp_path: Path
@@ -144,32 +137,18 @@ def test_a_video_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path) -> 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 @pytest.mark.parametrize("read", [read_image, image_size, video_info, lambda path: list(video_frames(path))])
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_is_no_regular_file_is_refused_at_once(
-    kind: str, read: Callable[[Path], object], tmp_path: Path
-) -> None:
-    path = tmp_path / "endless.png"
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero")
+def test_what_is_no_regular_file_is_refused_at_once(read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
 
-    with pytest.raises(
-        MediaError, match=rf"endless\.png cannot be read: it is a (named )?{kind}, not a regular file"
-    ):
-        read(path)
-
-
-def test_a_link_to_a_picture_is_followed(tmp_path: Path) -> None:
-    Image.new("RGB", (64, 48)).save(tmp_path / "picture.png")
-    (tmp_path / "link.png").symlink_to(tmp_path / "picture.png")
-
-    assert image_size(tmp_path / "link.png") == (64, 48)
+    for kind in ("pipe", "device"):
+        with pytest.raises(MediaError, match=rf"{kind}\.png cannot be read: it is a .*{kind}, not a regular"):
+            read(tmp_path / f"{kind}.png")
 
 
 def test_a_header_that_claims_more_frames_than_the_file_has_bytes_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "clip.avi"
-    write_stream(path, "avi", "mpeg4", [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5)
+    write_stream(path, "avi", "mpeg4", FRAMES)
     assert video_info(path).frames == 5
 
     content = bytearray(path.read_bytes())
@@ -199,29 +178,8 @@ def test_recorded_pictures_get_their_recorded_bucket_and_fit(selector: dict) -> 
     for case in selector["cases"]:
         no_upscale = selector["bucket_no_upscale"]
         bucket = choose_bucket(tuple(case["image"]), sizes, width * height, 16, no_upscale)
-        fit = fit_cover(tuple(case["image"]), bucket)
-        expected = Fit(
-            tuple(case["resized"]), tuple(case["crop_left_top"]), tuple(case["bucket"]), case["interpolation"]
-        )
-        assert fit == expected, case["image"]
-
-
-@pytest.mark.parametrize(
-    ("resolution", "image", "bucket", "resized", "crop"),
-    [
-        ((960, 544), (300, 200), (880, 592), (888, 592), (4, 0)),
-        ((960, 544), (500, 2000), (352, 1472), (368, 1472), (8, 0)),
-        ((256, 256), (640, 480), (288, 224), (299, 224), (5, 0)),
-        ((256, 256), (3000, 1000), (448, 144), (448, 149), (0, 2)),
-    ],
-)
-def test_worked_examples_of_the_format(resolution, image, bucket, resized, crop) -> None:
-    sizes = bucket_sizes(*resolution, 16)
-
-    chosen = choose_bucket(image, sizes, resolution[0] * resolution[1], 16, no_upscale=False)
-
-    fit = fit_cover(image, chosen)
-    assert (chosen, fit.resized, fit.crop) == (bucket, resized, crop)
+        sides = (tuple(case[name]) for name in ("resized", "crop_left_top", "bucket"))
+        assert fit_cover(tuple(case["image"]), bucket) == Fit(*sides, case["interpolation"]), case["image"]
 
 
 def test_every_bucket_is_its_own_nearest_bucket() -> None:
@@ -232,13 +190,10 @@ def test_every_bucket_is_its_own_nearest_bucket() -> None:
             assert [choose_bucket(size, sizes, area, 16, no_upscale) for size in sizes] == list(sizes)
 
 
-def test_a_single_step_is_the_smallest_area() -> None:
+def test_a_single_step_is_the_smallest_area_and_side() -> None:
     assert bucket_sizes(16, 16, 16) == ((16, 16),)
     with pytest.raises(ValueError, match="smaller than one 16x16 bucket"):
         bucket_sizes(15, 16, 16)
-
-
-def test_a_picture_thinner_than_a_step_cannot_keep_its_size() -> None:
     with pytest.raises(ValueError, match="side under 16"):
         choose_bucket((10, 200), bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True)
 
@@ -292,8 +247,7 @@ def test_a_third_of_the_pictures_change_their_colours_a_little() -> None:
     different = [one for one in changed if not np.array_equal(one, PICTURE)]
     assert 70 < len(different) < 130
     assert {one.shape for one in changed} == {PICTURE.shape}
-    brightness = [abs(float(one.mean()) - PICTURE.mean()) for one in different]
-    assert max(brightness) < 8
+    assert max(abs(float(one.mean()) - PICTURE.mean()) for one in different) < 8
 
 
 def test_gamma_keeps_black_and_white_and_hue_keeps_grey() -> None:
@@ -322,12 +276,8 @@ def test_a_crop_around_a_face_holds_it(anywhere: bool) -> None:
     for seed in range(50):
         fit = fit_face((640, 480), (128, 128), face, (2.0, 4.0), random.Random(seed), anywhere)
         scale = fit.resized[0] / 640
-        left, top = (start / scale for start in fit.crop)
         assert 2.0 <= 128 / (50 * scale) <= 4.01 or scale == pytest.approx(128 / 480, abs=0.01)
-        for start, middle, half in ((left, 300, 20), (top, 120, 25)):
-            assert start <= middle - half + 1
-            assert start + 128 / scale >= middle + half - 1
-        assert all(
-            0 <= start <= whole - part
-            for start, whole, part in zip(fit.crop, fit.resized, fit.bucket, strict=True)
-        )
+        for start, whole, middle, half in zip(fit.crop, fit.resized, (300, 120), (20, 25), strict=True):
+            assert 0 <= start <= whole - 128
+            assert start / scale <= middle - half + 1
+            assert (start + 128) / scale >= middle + half - 1

@@ -5,6 +5,7 @@ from host memory, is not a number.
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -22,11 +23,9 @@ from tests.modules.fake_device import FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
 from wan.spec import DIT as WAN
 
-EVERY = [
-    pytest.param(case, blocks, id=f"{case.name} {blocks}")
-    for case in CASES
-    for blocks in range(case.most + 1)
-]
+# all numbers of one list of blocks, and of two lists those with one and with none left
+MANY = [pytest.param(CASES[0], blocks, id=f"{CASES[0].name} {blocks}") for blocks in range(1, 5)]
+MANY += [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES[1:] for blocks in (3, 4)]
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 
 
@@ -42,25 +41,38 @@ def expected_outputs(case: Case) -> list[Tensor]:
         return [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
 
 
-PASSES = (
-    (1, frozenset[int]()),
-    (2, frozenset({0})),
-    (3, frozenset({1, 2})),
-    (4, frozenset({4})),
-    (5, frozenset[int]()),
-)
+PASSES: list[tuple[int, frozenset[int]]] = [
+    *((1, frozenset()), (2, frozenset({0})), (3, frozenset({1, 2})), (4, frozenset({4})), (5, frozenset())),
+]
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
-def test_output_and_gradients_are_those_without_swap(case: Case, blocks: int, checkpointing: bool) -> None:
-    found = gradients(case, *learner(case, blocks, checkpointing, FakeDevice()))
+@pytest.mark.parametrize(("case", "blocks"), MANY)
+def test_output_and_gradients_are_those_without_swap_in_the_memory_promised(
+    case: Case, blocks: int, checkpointing: bool
+) -> None:
+    """All but the swapped blocks are held; at the most swapped, two of a list."""
+    device = FakeDevice()
+    dit, network = learner(case, blocks, checkpointing, device)
 
-    assert same(found, expected_gradients(case, checkpointing))
-    assert len(found) > 10
+    for _ in range(2):
+        found = gradients(case, dit, network)
+        assert same(found, expected_gradients(case, checkpointing))
+        assert len(found) > 10
+
+    swap = swap_of(dit)
+    assert swap is not None
+    live = promised = 0
+    counts = case.spec.swap_counts(blocks)
+    for name, total, count in zip(case.spec.block_lists, case.blocks, counts, strict=True):
+        layers = [part for part in dit.get_submodule(name).modules() if isinstance(part, nn.Linear)]
+        live += sum(layer.weight.nbytes for layer in layers if layer.weight not in swap.held)
+        all_of_them = sum(layer.weight.nbytes for layer in layers)
+        promised += all_of_them // total * (total if count == 0 else max(total - count, 2))
+    assert live + device.live_bytes == promised
 
 
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
+@pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, blocks: int) -> None:
     dit = case.make().eval()
     swapped(dit, case.spec, blocks, FakeDevice())
@@ -73,12 +85,11 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
 
 def interrupt_at(device: FakeDevice, count: int) -> None:
     """Have the device raise when it is asked for something for the count-th time."""
-    left = [count]
+    calls = itertools.count(1)
 
     def watched(original):  # type: ignore[no-untyped-def]
         def call(*arguments):  # type: ignore[no-untyped-def]
-            left[0] -= 1
-            if left[0] == 0:
+            if next(calls) == count:
                 raise Interruption
             return original(*arguments)
 
@@ -89,8 +100,8 @@ def interrupt_at(device: FakeDevice, count: int) -> None:
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize("count", range(2, 40, 3))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("count", range(2, 40, 4))
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_after_an_interruption_anywhere_the_next_pass_is_right(
     case: Case, count: int, checkpointing: bool
 ) -> None:
@@ -101,30 +112,6 @@ def test_after_an_interruption_anywhere_the_next_pass_is_right(
         [gradients(case, dit, network, seed) for seed in range(9)]
 
     assert same(gradients(case, dit, network), expected_gradients(case, checkpointing))
-
-
-@CHECKPOINTING
-@pytest.mark.parametrize(("case", "blocks"), EVERY)
-def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, checkpointing: bool) -> None:
-    """All but the swapped blocks; at the most swapped, two of a list."""
-    device = FakeDevice()
-    dit, network = learner(case, blocks, checkpointing, device)
-    for seed in range(3):
-        gradients(case, dit, network, seed)
-
-    swap = swap_of(dit)
-    held = set() if swap is None else swap.held
-    counts = case.spec.swap_counts(blocks) if blocks else (0,) * len(case.blocks)
-    live = promised = 0
-    for name, total, count in zip(case.spec.block_lists, case.blocks, counts, strict=True):
-        weights = [
-            [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
-            for block in dit.get_submodule(name).children()
-        ]
-        one = sum(weight.nbytes for weight in weights[0])
-        live += sum(weight.nbytes for block in weights for weight in block if weight not in held)
-        promised += one * (total if count == 0 else max(total - count, 2))
-    assert live + device.live_bytes == promised
 
 
 def test_frozen_weights_are_never_copied_back_and_come_twice_a_step() -> None:
@@ -163,8 +150,7 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
     assert not torch.equal(results[0][-1], list(case.make().parameters())[-1])
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 4])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "blocks"), [MANY[0], MANY[3], *MANY[4:]])
 def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
     """In every pass, forwards and backwards, also where the last block is followed by the first."""
     device = FakeDevice()
@@ -188,7 +174,7 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
 
 
 @CHECKPOINTING
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_under_autocast_and_in_bf16(case: Case, checkpointing: bool) -> None:
     results = []
     for blocks, device in ((0, None), (2, FakeDevice())):
@@ -248,76 +234,56 @@ def test_moving_a_network_leaves_swapped_weights_where_they_are() -> None:
     assert all(weight.is_meta for weight in plain.parameters())
 
 
-def options(*words: str) -> SwapOptions:
-    return parse_options(None, words, SwapOptions)[0]
-
-
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 30, 40])
-def test_the_device_holds_all_but_the_swapped_blocks(num_blocks: int) -> None:
+def test_the_device_holds_all_but_the_swapped_blocks_which_are_spread_evenly(num_blocks: int) -> None:
+    """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
     for count in range(num_blocks):
         plan = plan_list("blocks", num_blocks, count)
         least = 2 if count else 1  # one that computes and one that comes
         assert num_blocks - len(plan.streamed) + plan.slots == max(num_blocks - count, least)
-        assert len(set(plan.streamed)) == len(plan.streamed)
         assert set(plan.streamed) <= set(range(num_blocks))
-
-
-def test_streamed_blocks_are_spread_evenly() -> None:
-    """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
-    for count in range(1, 38):
-        streamed = plan_list("blocks", 40, count).streamed
-        gaps = {later - earlier for earlier, later in zip(streamed, streamed[1:], strict=False)}
-        assert max(gaps) - min(gaps) <= 1
+        gaps = {later - earlier for earlier, later in itertools.pairwise(plan.streamed)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert 0 not in gaps
 
 
 def test_numbers_count_as_in_the_known_tuners() -> None:
     assert WAN.swap_counts(39) == (39,)
-    assert HUNYUAN.swap_counts(36) == (18, 37)
     assert HUNYUAN.swap_counts(38) == (19, 39)
     assert most_blocks([40], WAN.swap_counts) == 39
-    assert most_blocks([30], WAN.swap_counts) == 29
     assert most_blocks([20, 40], HUNYUAN.swap_counts) == 38
     assert most_blocks([2, 3], HUNYUAN.swap_counts) == 0
 
 
-def released(double: int, single: int) -> nn.Module:
-    """A network with that many blocks, empty ones."""
-    dit = nn.Module()
-    dit.double_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(double))
-    dit.single_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(single))
-    return dit
-
-
 def test_too_many_are_refused_with_the_number_that_can_be() -> None:
-    dit = released(20, 40)
+    dit = nn.Module()
+    dit.double_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(20))
+    dit.single_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
     assert [each.num_blocks for each in SwapPlan(HUNYUAN, 38).lists(dit)] == [20, 40]
-    with pytest.raises(
-        OptionError,
-        match=r"--blocks_to_swap 39: the transformer has 20 \+ 40 blocks, at most 38 can be swapped",
-    ):
+    with pytest.raises(OptionError, match=r"--blocks_to_swap 39: .* 20 \+ 40 blocks, at most 38 can be"):
         SwapPlan(HUNYUAN, 39).names(dit)
 
 
 def test_only_the_large_weights_of_the_blocks_leave_the_device() -> None:
     dit = CASES[0].make()
-    names = set(SwapPlan(WAN, 4).names(dit))
+    matrices = {name for name, weight in dit.named_parameters() if weight.ndim == 2}
+    large = {name for name in matrices if name.startswith("blocks.")}
+    inputs = {"patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight"}
 
-    assert {
-        name for name, weight in dit.named_parameters() if name.startswith("blocks.") and weight.ndim == 2
-    } == names
-    assert set(SwapPlan(WAN, 0, input_layers=True).names(dit)) == {
-        *("patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight")
-    }
+    assert set(SwapPlan(WAN, 4).names(dit)) == large
+    assert set(SwapPlan(WAN, 0, input_layers=True).names(dit)) == inputs
 
 
 def test_the_option_takes_a_number_or_auto() -> None:
-    assert options().number == options("--blocks_to_swap", "0").number == 0
-    assert options("--blocks_to_swap", "7").number == 7
-    assert options("--blocks_to_swap", "auto").is_auto
-    assert not options("--blocks_to_swap", "7").is_auto
+    def options(*words: str) -> SwapOptions:
+        return parse_options(None, words, SwapOptions)[0]
+
+    number, auto = options("--blocks_to_swap", "7"), options("--blocks_to_swap", "auto")
+    assert options().number == 0
     assert not SwapPlan(WAN, options().number)
+    assert (number.number, number.is_auto, auto.is_auto) == (7, False, True)
     with pytest.raises(OptionError, match="--blocks_to_swap auto: .* Give one"):
-        _ = options("--blocks_to_swap", "auto").number
+        _ = auto.number
     with pytest.raises(OptionError, match="--blocks_to_swap -1"):
         options("--blocks_to_swap", "-1")
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -51,17 +52,8 @@ def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() 
     # as much device memory as three blocks take
     assert found == Swapped(host=5 << 20, ring=2 << 20)
     assert found.saved == 3 << 20
-    assert plan_swapped_bytes(model(), SwapPlan(SPEC, 0)).saved == 0
-
-
-def test_each_further_block_saves_one_block() -> None:
     saved = [each.saved for each in swaps_of(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
-
-
-def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
-    room = Room("a card", 24 * GIB, 20 * GIB)
-    assert room.usable == round(20 * GIB * 0.97) - CONTEXT
 
 
 def plan(size: int) -> MemoryPlan:
@@ -110,15 +102,6 @@ class Known:
 EVEN = Known(20, most=12)
 
 
-def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
-    def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
-        return MemoryPlan((phase,), tuple(remarks))
-
-    print_plan(EVEN, swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
-    return capsys.readouterr().out
-
-
 def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     auto = SwapOptions(blocks_to_swap="auto")
     room = Room("a card", 18 * GIB, 16 * GIB)
@@ -131,63 +114,66 @@ def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     assert swap_for(EVEN, auto, None)[0] == 0  # a CPU
 
 
-def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_where_it_does_not_fit(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        ("auto", ("--blocks_to_swap auto: 6. 14.00 GiB are predicted", "Fits: 14.00 GiB")),
+        (2, ("Does not fit: 18.00 GiB", "a card of more than 16")),
+    ],
+)
+def test_a_plan_is_shown_with_the_blocks_of_auto_or_with_advice(
+    number: int | str, said: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+    def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
+        return MemoryPlan((phase,), tuple(remarks))
 
-    auto = presented(SwapOptions(blocks_to_swap="auto"), room, capsys)
-    given = presented(SwapOptions(blocks_to_swap=2), room, capsys)
-    without = presented(SwapOptions(blocks_to_swap=None), None, capsys)
+    def advice(room: Room) -> list[str]:
+        return [f"a card of more than {room.total // GIB}"]
 
-    assert "--blocks_to_swap auto: 6. 14.00 GiB are predicted" in auto
-    assert "Fits: 14.00 GiB" in auto
-    assert "Does not fit: 18.00 GiB" in given
-    assert "a card of more than 16" in given
-    assert "auto" not in given
-    assert "Needs 20.00 GiB" in without
+    card = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+    print_plan(EVEN, SwapOptions(blocks_to_swap=number), card, plan_of, advice)
 
-
-def never() -> Known:
-    raise AssertionError("not asked for")
+    text = capsys.readouterr().out
+    assert all(words in text for words in said)
 
 
-def always(gib: float) -> Callable[[], Known]:
-    return lambda: Known(gib)
+Cheaper = list[tuple[str, Callable[[], Known]]]
+
+
+def asked(*gib: int) -> Cheaper:
+    """Predictions for --a, --b, ...; one of 0 may not be asked for."""
+
+    def predict(size: int) -> Known:
+        assert size, "not asked for"
+        return Known(size)
+
+    return [(f"--{letter}", partial(predict, size)) for letter, size in zip("ab", gib, strict=False)]
 
 
 @pytest.mark.parametrize(
     ("cheaper", "expected", "last"),
     [
-        ([("--a", always(4)), ("--b", never)], ["--a: 4.00 GiB fits"], None),
-        ([("--a", always(7)), ("--b", never)], ["--a: 7.00 GiB", "--blocks_to_swap 2: 5.00 GiB fits"], None),
-        (
-            [("--a", always(9)), ("--b", always(8))],
-            ["--a: 9.00 GiB", "--b: 8.00 GiB", "--blocks_to_swap 3: 5.00 GiB fits"],
-            None,
-        ),
-        ([("--a", always(9))], ["--a: 9.00 GiB"], Known(9)),
+        (asked(4, 0), ["--a: 4.00 GiB fits"], None),
+        (asked(7, 0), ["--a: 7.00 GiB", "--blocks_to_swap 2: 5.00 GiB fits"], None),
+        (asked(9, 8), ["--a: 9.00 GiB", "--b: 8.00 GiB", "--blocks_to_swap 3: 5.00 GiB fits"], None),
+        (asked(9), ["--a: 9.00 GiB"], Known(9)),
         ([], ["--blocks_to_swap 2: 5.00 GiB fits"], None),
     ],
 )
-def test_advice_adds_up_until_it_fits(
-    cheaper: list[tuple[str, Callable[[], Known]]], expected: list[str], last: Known | None
-) -> None:
+def test_advice_adds_up_until_it_fits(cheaper: Cheaper, expected: list[str], last: Known | None) -> None:
     assert advise(Known(7), cheaper, 5 * GIB) == (expected, last)
 
 
 def test_advice_names_the_phase_and_counts_the_blocks_that_are_swapped_already() -> None:
-    lines, _ = advise(Known(9), [("--a", always(7))], 5 * GIB, swapped=2, phase=" while denoising")
+    lines, _ = advise(Known(9), asked(7), 5 * GIB, swapped=2, phase=" while denoising")
 
     assert lines == ["--a: 5.00 GiB while denoising fits"]
 
 
-@pytest.mark.parametrize("cheaper", [[], [("--a", always(6))]])
-def test_what_cannot_swap_is_not_told_to(cheaper: list[tuple[str, Callable[[], Known]]]) -> None:
-    lines, last = advise(Known(6), cheaper, 5 * GIB, can_swap=False)
-
-    assert not any("swap" in line for line in lines)
-    assert last == Known(6)
+@pytest.mark.parametrize(("cheaper", "expected"), [([], []), (asked(6), ["--a: 6.00 GiB"])])
+def test_what_cannot_swap_is_not_told_to(cheaper: Cheaper, expected: list[str]) -> None:
+    assert advise(Known(6), cheaper, 5 * GIB, can_swap=False) == (expected, Known(6))
 
 
 def room(gib: float) -> Room:
@@ -205,17 +191,13 @@ def asking(speed: TrainingSpeedOptions, blocks: int | str) -> TrainingSpeedOptio
 
 
 def test_auto_becomes_a_number_and_a_number_stays(speed: TrainingSpeedOptions) -> None:
-    assert resolve_swap(asking(speed, AUTO), room(5), always(7)) == (asking(speed, 2), Known(7))
-    assert resolve_swap(asking(speed, 1), room(5), always(7)) == (asking(speed, 1), Known(7))
+    ((_, seven), (_, never)) = asked(7, 0)
+    assert resolve_swap(asking(speed, AUTO), room(5), seven) == (asking(speed, 2), Known(7))
+    assert resolve_swap(asking(speed, 1), room(5), seven) == (asking(speed, 1), Known(7))
     with pytest.raises(OptionError, match="--blocks_to_swap 4: at most 3"):
-        resolve_swap(asking(speed, 4), room(5), always(7))
-
-
-@pytest.mark.parametrize(("asked", "expected"), [(AUTO, 0), (2, 2)])
-def test_without_a_device_nothing_is_rehearsed(
-    speed: TrainingSpeedOptions, asked: int | str, expected: int
-) -> None:
-    assert resolve_swap(asking(speed, asked), None, never) == (asking(speed, expected), None)
+        resolve_swap(asking(speed, 4), room(5), seven)
+    for number, expected in ((AUTO, 0), (2, 2)):  # without a device
+        assert resolve_swap(asking(speed, number), None, never) == (asking(speed, expected), None)
 
 
 def test_a_rehearsal_that_fails_stops_a_run_only_if_auto_waits_for_it(
