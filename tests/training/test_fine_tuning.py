@@ -238,7 +238,12 @@ def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("", torch.float32), ("--save_precision bf16", torch.bfloat16)]
+    ("words", "expected"),
+    [
+        ("", torch.float32),
+        ("--save_precision bf16", torch.bfloat16),
+        ("--save_precision fp16", torch.float16),
+    ],
 )
 def test_the_file_is_the_model_in_the_precision_asked_for(
     tmp_path: Path, words: str, expected: torch.dtype
