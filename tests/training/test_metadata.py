@@ -16,7 +16,6 @@ from modules.offload.block_swap import swap_of
 from modules.options import NO_OPTIONS, read_options
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
-from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import (
     ToyFamily,
     metadata_of,
@@ -30,7 +29,6 @@ from tests.training.toy import (
 from training.averages import make_average
 from training.learning_options import AverageOptions, WholeDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.planning.memory import predict
 from training.saver import file_metadata, run_metadata
 from training.saving.states import SavedState, read_state, write_state
 from training.steps import Progress, StepPlan
@@ -320,12 +318,3 @@ def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="average"):
         train_toy(tmp_path, *EMA, "--resume", "latest")
-
-
-def test_the_plan_counts_it(tmp_path: Path) -> None:
-    plain, found = (
-        predict(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch(), torch.device("cpu")).device(0)
-        for words in ([], EMA)
-    )
-
-    assert found > plain
