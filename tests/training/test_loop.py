@@ -90,13 +90,6 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_readers_ahead_of_the_loop_change_nothing(tmp_path: Path) -> None:
-    toy.write_caches(tmp_path)
-    alone = toy.train_toy(tmp_path)
-
-    assert toy.same(alone, toy.train_toy(tmp_path, "--max_data_loader_n_workers", 2))
-
-
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     prompts = toy.write_prompts(tmp_path, "a cat --f 5 --s 2 --d 1\na dog --s 2\n")
@@ -106,15 +99,6 @@ def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     samples = ["--sample_prompts", prompts, "--sample_every_n_steps", 3, "--sample_at_first"]
     saving = ["--validate_every_n_steps", 2, "--save_every_n_steps", 1, "--save_state"]
     assert toy.same(plain, toy.train_toy(tmp_path, *dropout, *samples, *saving))
-
-
-def test_epochs_replace_steps(tmp_path: Path) -> None:
-    toy.write_caches(tmp_path, count=5)
-    family = toy.ToyFamily()
-
-    toy.train_toy(tmp_path, "--max_train_epochs", 3, "--gradient_accumulation_steps", 2, family=family)
-
-    assert len(family.passes) == 15
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path) -> None:
@@ -234,14 +218,6 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     found = Packed.of(batch).pin_memory().unpacked()
 
     assert torch.equal(found.data.noise, batch.data.noise)
-
-
-def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path) -> None:
-    toy.write_caches(tmp_path, count=5)
-    plan = StepPlan(num_batches=5, processes=2, accumulation=1, total_steps=5)
-    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, pin_memory=False)
-
-    assert [one.number for one in feed.start(0, 2)] == [3, 6, 8]
 
 
 def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from modules.contract.family import FLOW, NoiseSpec
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, read_options
 from modules.parser import add_options
-from modules.speed_options import SDPA
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.learning_options import ExpertTrainingOptions
@@ -89,17 +88,6 @@ def parser() -> argparse.ArgumentParser:
 
 def options(*argv: str, environment: dict[str, str] | None = None) -> TrainingOptions:
     return read_options(TrainingOptions, read_arguments(parser(), [*NEEDED, *argv], environment or {}))
-
-
-def test_defaults_make_complete_options() -> None:
-    made = options()
-
-    assert made.loop.max_train_steps == 1600
-    assert made.loop.dataset_config == Path("d.toml")
-    assert made.accelerator.mixed_precision == "no"
-    assert made.speed.attention.choice == SDPA
-    assert made.logs.trackers == ()
-    assert made.saving.save_every_n_minutes is None
 
 
 @pytest.mark.parametrize(

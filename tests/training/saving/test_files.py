@@ -221,14 +221,6 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     assert "3 states" in told
 
 
-def test_what_an_earlier_run_left_is_replaced_on_request(folder: Path) -> None:
-    train_toy(folder)
-    second = train_toy(folder, "--seed", 4, "--overwrite")
-
-    assert not asides(folder)
-    assert same(load_file(folder / "output" / "x.safetensors"), second)
-
-
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
     train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
     before = results(folder / "output")
@@ -309,10 +301,3 @@ def test_the_second_of_two_runs_of_a_name_is_refused_while_the_first_one_lives(f
             pass
         other.kill()
     train_toy(folder)
-
-
-def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        train_toy(tmp_path)
-
-    assert not (tmp_path / "output").exists()
