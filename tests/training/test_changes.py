@@ -11,16 +11,7 @@ import pytest
 from torch import Tensor
 
 from modules.errors import OptionError
-from tests.training.toy import (
-    ToyFamily,
-    metadata_of,
-    same,
-    state_tensors,
-    train_toy,
-    train_with_kills,
-    write_caches,
-    write_prompts,
-)
+from tests.training import toy
 from training.saving.files import Names
 from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, TriggerFiles, trigger_paths
 
@@ -28,29 +19,29 @@ CHANGED = ["--resume", "latest", "--resume_changed"]
 
 
 def test_without_a_difference_it_goes_on_to_the_bit(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     words = ["--save_every_n_steps", 3, "--save_state", *CHANGED]
 
-    assert same(train_toy(tmp_path), train_with_kills(tmp_path, *words, moments=(5,)))
+    assert toy.same(toy.train_toy(tmp_path), toy.train_with_kills(tmp_path, *words, moments=(5,)))
 
 
 def test_what_differs_is_listed_and_noted_in_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     file = tmp_path / "output" / "x.safetensors"
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
     more = ["--learning_rate", "1e-3", "--loss_type", "l1"]
 
     with caplog.at_level(logging.INFO):
-        train_toy(tmp_path, *CHANGED, *more, "--max_train_steps", 4, "--save_state")
+        toy.train_toy(tmp_path, *CHANGED, *more, "--max_train_steps", 4, "--save_state")
 
     lines = ["--learning_rate: 0.01 -> 0.001", "--loss_type: l2 -> l1", "--max_train_steps: 2 -> 4"]
     assert [line.strip() for line in caplog.messages if line.strip() in lines] == lines
-    noted = json.loads(metadata_of(file)["ss_resume_changes"])
+    noted = json.loads(toy.metadata_of(file)["ss_resume_changes"])
     assert noted == [f"step 2: {line}" for line in lines]
-    train_toy(tmp_path, "--resume", "latest", *more, "--max_train_steps", 5)  # no flag any more
-    assert json.loads(metadata_of(file)["ss_resume_changes"]) == noted
+    toy.train_toy(tmp_path, "--resume", "latest", *more, "--max_train_steps", 5)  # no flag any more
+    assert json.loads(toy.metadata_of(file)["ss_resume_changes"]) == noted
 
 
 @pytest.mark.parametrize(
@@ -67,13 +58,13 @@ def test_the_schedule_of_now_begins_at_the_step_that_was_reached(
 ) -> None:
     if "AdamWScheduleFree" in schedule:
         pytest.importorskip("schedulefree")
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     words = schedule.split()
-    train_toy(tmp_path, *words, "--save_state", "--max_train_steps", 4)
-    still = train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-9", "--max_train_steps", 6)
-    moved = train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-1", "--max_train_steps", 6)
+    toy.train_toy(tmp_path, *words, "--save_state", "--max_train_steps", 4)
+    still = toy.train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-9", "--max_train_steps", 6)
+    moved = toy.train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-1", "--max_train_steps", 6)
 
-    before = state_tensors(tmp_path / "output" / "x-state")["network"]
+    before = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
     changes = [
         max(float((after[name] - before[name]).abs().max()) for name in before) for after in (still, moved)
     ]
@@ -86,26 +77,28 @@ def test_other_clips_begin_the_epoch_again_in_their_own_order(
     tmp_path: Path, stopped: int, rest: int
 ) -> None:
     """rest: micro-batches of two epochs of seven clips, or of one."""
-    write_caches(tmp_path, count=5)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", stopped)
-    write_caches(tmp_path, count=7)
-    family = ToyFamily()
+    toy.write_caches(tmp_path, count=5)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", stopped)
+    toy.write_caches(tmp_path, count=7)
+    family = toy.ToyFamily()
     epochs = [*CHANGED, "--max_train_epochs", 2, "--save_every_n_steps", 4, "--save_state"]
 
-    last = train_toy(tmp_path, *epochs, family=family)
+    last = toy.train_toy(tmp_path, *epochs, family=family)
 
     assert sum(family.passes) == rest
     state = (tmp_path / "output" / "x-step00000008-state").rename(tmp_path / "x-state")
     # later it goes on exactly, without the option
-    assert same(train_toy(tmp_path, "--resume", state, "--max_train_epochs", 2), last)
+    assert toy.same(toy.train_toy(tmp_path, "--resume", state, "--max_train_epochs", 2), last)
 
 
 def test_another_size_of_a_step_goes_on_with_the_clips_that_are_left(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=5)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 1)
-    family = ToyFamily()
+    toy.write_caches(tmp_path, count=5)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 1)
+    family = toy.ToyFamily()
 
-    train_toy(tmp_path, *CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2, family=family)
+    toy.train_toy(
+        tmp_path, *CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2, family=family
+    )
 
     assert sum(family.passes) == 9  # four of the first epoch, in steps of 3 and 1; five of the second
 
@@ -114,21 +107,21 @@ def test_another_size_of_a_step_goes_on_with_the_clips_that_are_left(tmp_path: P
     "changed", ["--network_dim 3", "--network_module networks.lora", "--optimizer_type SGD", "--seed 9"]
 )
 def test_what_cannot_change_is_refused_with_what_to_do(tmp_path: Path, changed: str) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
     name, value = changed.split()
 
     with pytest.raises(OptionError, match=f"(?s){name}.*--network_weights"):
-        train_toy(tmp_path, *CHANGED, name, value, "--learning_rate", 1)
+        toy.train_toy(tmp_path, *CHANGED, name, value, "--learning_rate", 1)
 
 
 def test_without_it_the_refusal_names_it_only_if_it_would_help(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
 
     for dim, helps in ((4, True), (3, False)):
         with pytest.raises(OptionError) as error:
-            train_toy(tmp_path, "--resume", "latest", "--learning_rate", 1, "--network_dim", dim)
+            toy.train_toy(tmp_path, "--resume", "latest", "--learning_rate", 1, "--network_dim", dim)
         assert ("--resume_changed" in str(error.value)) is helps
 
 
@@ -201,11 +194,11 @@ def test_a_file_that_cannot_be_removed_is_ignored_until_it_changes(tmp_path: Pat
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, Tensor]:
     """What a run ends with that nobody asks for anything."""
-    write_caches(tmp_path)
-    return train_toy(tmp_path)
+    toy.write_caches(tmp_path)
+    return toy.train_toy(tmp_path)
 
 
-def asked_for(folder: Path, *names: str) -> ToyFamily:
+def asked_for(folder: Path, *names: str) -> toy.ToyFamily:
     """A family whose first step makes these files in the folder of its run."""
 
     def touch(passes: int) -> None:
@@ -213,21 +206,21 @@ def asked_for(folder: Path, *names: str) -> ToyFamily:
             for name in names:
                 (folder / name).touch()
 
-    return ToyFamily(watch=touch)
+    return toy.ToyFamily(watch=touch)
 
 
 def test_a_run_samples_and_saves_at_the_next_step_and_ends_with_the_same_weights(
     tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
-    folder, prompts = tmp_path / "asked", write_prompts(tmp_path)
+    folder, prompts = tmp_path / "asked", toy.write_prompts(tmp_path)
     words = ["--output_dir", folder, "--sample_prompts", prompts, "--sample_now", "--save_state"]
 
-    found = train_toy(tmp_path, *words, family=asked_for(folder, "x.sample", "x.save"))
+    found = toy.train_toy(tmp_path, *words, family=asked_for(folder, "x.sample", "x.save"))
 
     saved = ["x-state", "x-step00000001-state", "x-step00000001.safetensors", "x.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == ["sample", *saved]
     assert [path.name[:8] for path in (folder / "sample").iterdir()] == ["x_000001"]
-    assert same(expected, found)
+    assert toy.same(expected, found)
 
 
 def test_a_run_stops_after_the_step_that_a_file_asks_at_and_goes_on_to_the_same_weights(
@@ -236,8 +229,8 @@ def test_a_run_stops_after_the_step_that_a_file_asks_at_and_goes_on_to_the_same_
     folder = tmp_path / "asked"
     words = ["--output_dir", folder, "--sample_now", "--resume", "latest"]
 
-    train_toy(tmp_path, *words, family=asked_for(folder, "x.stop"))
+    toy.train_toy(tmp_path, *words, family=asked_for(folder, "x.stop"))
 
     saved = ["x-step00000001-state", "x-step00000001.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == saved
-    assert same(expected, train_toy(tmp_path, *words))
+    assert toy.same(expected, toy.train_toy(tmp_path, *words))

@@ -22,15 +22,7 @@ from modules.options import read_options
 from tests.dataset.toy_family import options as caching_options
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
-from tests.training.toy import (
-    ToyFamily,
-    metadata_of,
-    same,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-)
+from tests.training import toy
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
 from training.loss import training_loss
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS
@@ -50,7 +42,7 @@ def write_text(path: Path, value: float, captions: int) -> None:
 
 def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
     """Caches of five pictures with three captions each, two of them with masks, and of the empty prompt."""
-    write_caches(folder, batch_size=batch_size, more=keys)
+    toy.write_caches(folder, batch_size=batch_size, more=keys)
     for index in range(5):
         for number, name in enumerate(["", ".caption2", ".caption3"]):
             path = folder / "cache" / f"clip{index}_toy_te{name}.safetensors"
@@ -62,27 +54,17 @@ def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
     write_text(folder / "cache" / "toy_te.empty.safetensors", -50.0, captions=1)
 
 
-def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
-    found = []
-    for rate in ("0.3", "0.0", "1"):
-        write_dataset(tmp_path / rate, KEYS.replace("0.3", rate))
-        found.append(train_toy(tmp_path / rate, "--max_train_steps", 4))
-
-    assert not same(found[0], found[1])
-    assert not same(found[0], found[2])
-
-
 def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     words = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
     words += ["--resume", "latest"]
 
-    assert same(train_toy(tmp_path, *words), train_with_kills(tmp_path, *words, moments=(1, 8)))
+    assert toy.same(toy.train_toy(tmp_path, *words), toy.train_with_kills(tmp_path, *words, moments=(1, 8)))
 
 
 def two_tables(folder: Path, weight: str) -> None:
     """Three pictures, and two of a second table with `weight`."""
-    path = write_caches(folder)
+    path = toy.write_caches(folder)
     (folder / "more").mkdir()
     for cache in (folder / "cache").glob("clip[34]_*"):
         cache.rename(folder / "more" / cache.name)
@@ -95,10 +77,10 @@ def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> 
     for weight in ("", "prior_loss_weight = 1", "prior_loss_weight = 0.25"):
         folder = tmp_path / str(len(losses))
         two_tables(folder, weight)
-        with prepare_run(ToyFamily(), toy_options(folder)) as run:
+        with prepare_run(toy.ToyFamily(), toy.toy_options(folder)) as run:
             batches = [run.feed.batches[0, index].data for index in range(5)]
             found = [
-                training_loss(ToyFamily(), run.dits.at(0), batch, nullcontext).item() for batch in batches
+                training_loss(toy.ToyFamily(), run.dits.at(0), batch, nullcontext).item() for batch in batches
             ]
             losses.append({batch.batch.keys[0][:5]: loss for batch, loss in zip(batches, found, strict=True)})
 
@@ -112,12 +94,12 @@ def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> 
 
 def test_a_changed_weight_is_another_run(tmp_path: Path) -> None:
     two_tables(tmp_path, "prior_loss_weight = 0.5")
-    train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
+    toy.train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
     path = tmp_path / "dataset.toml"
     path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.7"), encoding="utf-8")
 
     with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
-        train_toy(tmp_path, "--resume", "latest")
+        toy.train_toy(tmp_path, "--resume", "latest")
 
 
 OF_THE_RUN = {"ss_ss_session_id", "ss_session_id", "ss_training_started_at", "ss_training_finished_at"}
@@ -138,7 +120,7 @@ def train_from(family: TinyFamily, folder: Path, form: str, workers: int) -> Pat
 
 
 def facts(path: Path) -> dict[str, str]:
-    told = metadata_of(path).items()
+    told = toy.metadata_of(path).items()
     return {key: value.replace("shards", "files") for key, value in told if key not in OF_THE_RUN}
 
 

@@ -83,15 +83,11 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     assert len(trainable.all_modules) == 2
 
 
-@pytest.mark.parametrize(
-    "sampling", [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]]
-)
-def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
-    tmp_path: Path, sampling: list[object]
-) -> None:
+def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(tmp_path: Path) -> None:
     """A process must know it also of the micro-batches that others read."""
     toy.write_caches(tmp_path, batch_size=2)
-    with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
+    words = ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]
+    with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *words)) as run:
         feed, count = run.feed.start(0, 0), run.steps.num_batches
         drawn = [next(feed).data.expert for _ in range(4 * count)]
         told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]

@@ -182,16 +182,6 @@ def read(*argv: str) -> TrainingOptions:
     return read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *argv])[0]
 
 
-def test_the_defaults_of_a_family_are_those_of_its_script() -> None:
-    made = read()
-
-    times = made.timesteps
-    assert (times.timestep_sampling, times.flow_shift, times.weighting_scheme) == ("sigma", 3.0, "uniform")
-    assert (made.predicted, made.weighted_by, made.loop.embedded_guidance) == ("raw", "nothing", 3.5)
-    assert made.speed.compilation.choice is None
-    assert made.whole_dit is None
-
-
 @pytest.mark.parametrize(
     ("argv", "same_as"),
     [

@@ -19,7 +19,7 @@ from dataset.config import load_dataset_config
 from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
 from modules.contract.family import NoiseSpec
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.errors import DatasetError, OptionError
+from modules.errors import DatasetError
 from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import read_case
@@ -313,13 +313,6 @@ def test_a_table_marked_for_validation_is_not_trained_on(tmp_path: Path) -> None
 
     with pytest.raises(DatasetError, match="validation = true"):
         train_toy(tmp_path)
-
-
-def test_steps_without_anything_to_validate_on_are_refused(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-
-    with pytest.raises(OptionError, match="--validation_split"):
-        train_toy(tmp_path, "--validate_every_n_steps", 2)
 
 
 def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_learned(

@@ -16,16 +16,7 @@ from modules.offload.block_swap import swap_of
 from modules.options import NO_OPTIONS, read_options
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
-from tests.training.toy import (
-    ToyFamily,
-    metadata_of,
-    same,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-    write_prompts,
-)
+from tests.training import toy
 from training.averages import make_average
 from training.learning_options import AverageOptions, WholeDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -223,11 +214,11 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: int) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     output = tmp_path / "output"
-    start = train_toy(tmp_path, "--max_train_steps", 1, "--learning_rate", 0)
+    start = toy.train_toy(tmp_path, "--max_train_steps", 1, "--learning_rate", 0)
 
-    train_toy(tmp_path, *EMA, "--ema_update_every", every, "--save_every_n_steps", 1)
+    toy.train_toy(tmp_path, *EMA, "--ema_update_every", every, "--save_every_n_steps", 1)
 
     expected = start
     for step in range(every, 9, every):
@@ -238,41 +229,41 @@ def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
-    metadata = metadata_of(output / "x-ema.safetensors")
+    metadata = toy.metadata_of(output / "x-ema.safetensors")
     assert (metadata["ss_ema_decay"], metadata["ss_ema_steps"]) == ("0.5", "8")
     assert "sshs_model_hash" in metadata
 
 
 def test_a_killed_run_ends_with_the_same_average(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     options = [*EMA, "--ema_update_every", 2, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
-    train_toy(tmp_path, *options)
-    train_with_kills(tmp_path, *options, moments=(1, 5))
+    toy.train_toy(tmp_path, *options)
+    toy.train_with_kills(tmp_path, *options, moments=(1, 5))
 
     expected = load_file(tmp_path / "output" / "x-ema.safetensors")
-    assert same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
+    assert toy.same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, kind: str) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     options = [*WHOLE[kind], *EMA, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
-    plain = train_toy(tmp_path, *WHOLE[kind], whole_dit=True)
-    expected = train_toy(tmp_path, *options, whole_dit=True)
-    train_with_kills(tmp_path, *options, moments=(5,), whole_dit=True)
+    plain = toy.train_toy(tmp_path, *WHOLE[kind], whole_dit=True)
+    expected = toy.train_toy(tmp_path, *options, whole_dit=True)
+    toy.train_with_kills(tmp_path, *options, moments=(5,), whole_dit=True)
 
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
-    assert same(plain, expected)
-    assert same(average, load_file(tmp_path / "killed" / "x-ema.safetensors"))
+    assert toy.same(plain, expected)
+    assert toy.same(average, load_file(tmp_path / "killed" / "x-ema.safetensors"))
     assert all(one.dtype == plain[name].dtype for name, one in average.items())
-    assert not same(average, plain)
+    assert not toy.same(average, plain)
 
 
 def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    state = train_toy(tmp_path, "--max_train_steps", 4, "--save_state")
+    toy.write_caches(tmp_path)
+    state = toy.train_toy(tmp_path, "--max_train_steps", 4, "--save_state")
 
-    train_toy(tmp_path, *EMA, "--max_train_steps", 5, "--resume", "latest", "--learning_rate", "1e-2")
+    toy.train_toy(tmp_path, *EMA, "--max_train_steps", 5, "--resume", "latest", "--learning_rate", "1e-2")
 
     after = load_file(tmp_path / "output" / "x.safetensors")
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
@@ -281,35 +272,39 @@ def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> 
 
 
 def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     pictures: list[Tensor] = []
-    family = ToyFamily(on_decode=pictures.append)
-    samples = ["--sample_prompts", write_prompts(tmp_path)]
-    shown = train_toy(tmp_path, *EMA, *samples, "--sample_every_n_steps", 4, "--sample_ema", family=family)
+    family = toy.ToyFamily(on_decode=pictures.append)
+    samples = ["--sample_prompts", toy.write_prompts(tmp_path)]
+    shown = toy.train_toy(
+        tmp_path, *EMA, *samples, "--sample_every_n_steps", 4, "--sample_ema", family=family
+    )
     start = ["--network_weights", tmp_path / "output" / "x-ema.safetensors", "--max_train_steps", 1]
 
-    train_toy(tmp_path, *samples, "--sample_at_first", *start, "--output_dir", tmp_path / "o", family=family)
+    toy.train_toy(
+        tmp_path, *samples, "--sample_at_first", *start, "--output_dir", tmp_path / "o", family=family
+    )
 
     assert torch.equal(pictures[1], pictures[2])  # after the last step, and of the file
-    assert same(shown, train_toy(tmp_path))
+    assert toy.same(shown, toy.train_toy(tmp_path))
 
 
 def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--sample_ema"):
-        toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
+        toy.toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
 
 
 def test_an_optimizer_that_averages_itself_is_named(tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     with pytest.raises(OptionError, match="AdamWScheduleFree saves an average"):
-        train_toy(tmp_path, *EMA, "--optimizer_type", "AdamWScheduleFree")
+        toy.train_toy(tmp_path, *EMA, "--optimizer_type", "AdamWScheduleFree")
 
 
 def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, *EMA, "--max_train_steps", 2, "--save_state")
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, *EMA, "--max_train_steps", 2, "--save_state")
     state = tmp_path / "output" / "x-state"
     saved = read_state(state)
     assert isinstance(saved, SavedState)
@@ -317,4 +312,4 @@ def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:
     write_state(state, saved)
 
     with pytest.raises(CheckpointError, match="average"):
-        train_toy(tmp_path, *EMA, "--resume", "latest")
+        toy.train_toy(tmp_path, *EMA, "--resume", "latest")

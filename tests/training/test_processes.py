@@ -98,9 +98,8 @@ def backends() -> Iterator[None]:
 def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:
     make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on, cuda_cudnn_benchmark=is_on))
 
-    assert torch.backends.cuda.matmul.allow_tf32 is is_on
-    assert torch.backends.cudnn.allow_tf32 is is_on
-    assert torch.backends.cudnn.benchmark is is_on
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    assert (cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32) == (is_on, is_on, is_on)
 
 
 @pytest.mark.usefixtures("backends")

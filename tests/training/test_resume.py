@@ -21,19 +21,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
-from tests.training.toy import (
-    TWO_EXPERTS,
-    Killed,
-    ToyFamily,
-    killed_at,
-    same,
-    state_tensors,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-    write_prompts,
-)
+from tests.training import toy
 from training.resuming import epoch_digest
 from training.run import train_network
 
@@ -49,10 +37,10 @@ EVERYTHING = [
 # before any state, mid-accumulation, mid-epoch, in a short last step
 @pytest.mark.parametrize("moments", [(0, 3), (1, 5, 3), (4, 3), (8,), (11,)])
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moments: tuple[int, ...]) -> None:
-    write_caches(tmp_path, count=5)
-    expected = train_toy(tmp_path, *EVERYTHING)
+    toy.write_caches(tmp_path, count=5)
+    expected = toy.train_toy(tmp_path, *EVERYTHING)
 
-    assert same(expected, train_with_kills(tmp_path, *EVERYTHING, moments=moments))
+    assert toy.same(expected, toy.train_with_kills(tmp_path, *EVERYTHING, moments=moments))
     whole, killed = (sorted(os.listdir(tmp_path / name)) for name in ("output", "killed"))
     assert killed == whole
 
@@ -77,24 +65,26 @@ def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: str
     they train.
     """
     pytest.importorskip(OPTIMIZERS[optimizer])
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     name, *arguments = optimizer.split()
     which = ["--optimizer_type", name, *(["--optimizer_args", *arguments] if arguments else [])]
     which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
     states = ["--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
 
-    assert same(train_toy(tmp_path, *which), train_with_kills(tmp_path, *which, *states, moments=(4,)))
+    assert toy.same(
+        toy.train_toy(tmp_path, *which), toy.train_with_kills(tmp_path, *which, *states, moments=(4,))
+    )
 
 
 def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    options = toy_options(tmp_path, "--save_state", "--resume", "latest")
+    toy.write_caches(tmp_path)
+    options = toy.toy_options(tmp_path, "--save_state", "--resume", "latest")
     unseeded = dataclasses.replace(options, loop=dataclasses.replace(options.loop, seed=None))
 
-    with pytest.raises(Killed):
-        train_network(killed_at(6), unseeded)
-    assert train_network(ToyFamily(), unseeded) == 0
-    assert train_network(ToyFamily(), unseeded) == 0  # at its end: nothing to do, the same files
+    with pytest.raises(toy.Killed):
+        train_network(toy.killed_at(6), unseeded)
+    assert train_network(toy.ToyFamily(), unseeded) == 0
+    assert train_network(toy.ToyFamily(), unseeded) == 0  # at its end: nothing to do, the same files
 
 
 @pytest.mark.parametrize(
@@ -113,11 +103,11 @@ def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> N
     ],
 )
 def test_a_run_with_the_same_settings_in_other_words_goes_on(tmp_path: Path, before: str, now: str) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 1, *before.split())
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 1, *before.split())
 
     for change in ([], ["--resume_changed"]):
-        train_toy(tmp_path, "--max_train_steps", 2, "--resume", "latest", *change, *now.split())
+        toy.train_toy(tmp_path, "--max_train_steps", 2, "--resume", "latest", *change, *now.split())
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -125,7 +115,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @dataclass(frozen=True)
-class NamedFamily(ToyFamily):
+class NamedFamily(toy.ToyFamily):
     """A model of a file."""
 
     file: str = ""
@@ -136,10 +126,12 @@ class NamedFamily(ToyFamily):
 
 
 def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     for count, name in enumerate(("a", "b"), 1):
         family = NamedFamily(file=f"{name}.safetensors")
-        train_toy(tmp_path, "--save_state", "--max_train_steps", count, "--resume", "latest", family=family)
+        toy.train_toy(
+            tmp_path, "--save_state", "--max_train_steps", count, "--resume", "latest", family=family
+        )
 
     assert warnings_in(caplog) == [
         "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
@@ -158,14 +150,16 @@ class OwnOptions:
 def test_options_of_the_family_are_compared_as_the_shared_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2, family=ToyFamily(options=OwnOptions()))
+    toy.write_caches(tmp_path)
+    toy.train_toy(
+        tmp_path, "--save_state", "--max_train_steps", 2, family=toy.ToyFamily(options=OwnOptions())
+    )
 
     with pytest.raises(OptionError, match="--task: small in the state, large now"):
-        train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions(task="large")))
+        toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=OwnOptions(task="large")))
     assert not caplog.records
     other = OwnOptions(rope_func="comfy", vae="other")
-    train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=other))
+    toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=other))
     assert warnings_in(caplog) == [
         "--rope_func was default when the state was saved; it is comfy from here on."
     ]
@@ -174,10 +168,10 @@ def test_options_of_the_family_are_compared_as_the_shared_ones(
 def test_a_state_of_a_version_that_recorded_less_goes_on_and_says_what_is_not_compared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
 
-    train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions()))
+    toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=OwnOptions()))
 
     (said,) = warnings_in(caplog)
     assert "does not say what the run that saved it had for --rope_func, --task" in said
@@ -196,16 +190,16 @@ def test_the_batches_are_told_from_others_as_in_states_of_before(
 
 
 def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=3)
-    options = ["--sample_prompts", write_prompts(tmp_path), "--sample_every_n_epochs", 1]
+    toy.write_caches(tmp_path, count=3)
+    options = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_epochs", 1]
     options += ["--save_every_n_epochs", 1, "--save_state", "--resume", "latest", "--max_train_steps", 6]
 
     def die(_: torch.Tensor) -> None:
-        raise Killed
+        raise toy.Killed
 
-    with pytest.raises(Killed):
-        train_toy(tmp_path, *options, family=ToyFamily(on_decode=die))
-    train_toy(tmp_path, *options)
+    with pytest.raises(toy.Killed):
+        toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=die))
+    toy.train_toy(tmp_path, *options)
 
     marks = sorted(path.name.split("_")[1] for path in (tmp_path / "output" / "sample").iterdir())
     assert marks == ["e000001", "e000002"]
@@ -217,22 +211,22 @@ def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Pa
 def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_the_same_weights(
     tmp_path: Path, when: str
 ) -> None:
-    write_caches(tmp_path, count=3)
-    prompts = write_prompts(tmp_path, "a cat --s 2 --d 1\na dog --s 2 --d 2\n")
+    toy.write_caches(tmp_path, count=3)
+    prompts = toy.write_prompts(tmp_path, "a cat --s 2 --d 1\na dog --s 2 --d 2\n")
     options = ["--sample_prompts", prompts, *when.split(), "--max_train_steps", 5, "--resume", "latest"]
     pictures: list[torch.Tensor] = []
-    whole = train_toy(tmp_path, *options, family=ToyFamily(on_decode=pictures.append))
+    whole = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=pictures.append))
     options += ["--output_dir", tmp_path / "stopped"]
 
     def interrupt(_: torch.Tensor) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # after the first picture, so the second is never finished
 
     found: list[torch.Tensor] = []
-    assert not train_toy(tmp_path, *options, family=ToyFamily(on_decode=interrupt))
-    again = train_toy(tmp_path, *options, family=ToyFamily(on_decode=found.append))
+    assert not toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=interrupt))
+    again = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=found.append))
 
     assert all(torch.equal(here, there) for here, there in zip(found, pictures, strict=True))
-    assert same(whole, again)
+    assert toy.same(whole, again)
 
 
 def write_foreign(folder: Path, network: Mapping[str, torch.Tensor], optimizer: object = None) -> Path:
@@ -246,9 +240,9 @@ def write_foreign(folder: Path, network: Mapping[str, torch.Tensor], optimizer: 
 
 
 def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
-    network = state_tensors(tmp_path / "output" / "x-state")["network"]
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
+    network = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
     modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
     layers = [f"{block}_{part}" for block in (0, 1) for part in ("up", "down")]  # as they stand in the model
     ordered = [name for layer in layers for name in modules if name.endswith(layer)]
@@ -260,18 +254,20 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
     optimizer.step()
     resume = ["--resume", write_foreign(tmp_path, network, optimizer.state_dict())]
 
-    tensors = train_toy(tmp_path, *resume, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state")
+    tensors = toy.train_toy(
+        tmp_path, *resume, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state"
+    )
 
     assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
     assert (tmp_path / "output" / "x-state").exists()
 
 
 def test_a_foreign_state_of_one_network_is_not_resumed_with_two(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     words = ["--resume", write_foreign(tmp_path, {"a": torch.zeros(1)}), "--lora_per_expert"]
 
     with pytest.raises(OptionError, match="is of one network, and --lora_per_expert trains two"):
-        train_toy(tmp_path, *words, family=ToyFamily(experts=TWO_EXPERTS))
+        toy.train_toy(tmp_path, *words, family=toy.ToyFamily(experts=toy.TWO_EXPERTS))
 
 
 def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:
@@ -279,11 +275,11 @@ def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str, ...]]:
             return Path.touch, (tmp_path / "owned",)  # type: ignore[return-value]
 
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     folder = write_foreign(tmp_path, {"a": torch.zeros(1)}, {"state": Payload()})
 
     with pytest.raises(CheckpointError, match=r"optimizer\.bin"):
-        train_toy(tmp_path, "--resume", folder)
+        toy.train_toy(tmp_path, "--resume", folder)
     assert not (tmp_path / "owned").exists()
 
 
@@ -293,10 +289,10 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     """Seven micro-batches: the last step of an epoch has three instead of four, two for one process and one
     for the other.
     """
-    write_caches(tmp_path, count=7)
+    toy.write_caches(tmp_path, count=7)
     words = ["--network_args", "rank_dropout=0.3", "--validation_split", "0.01", "--save_state"]
     four = [*words, "--gradient_accumulation_steps", 4]
-    expected = train_toy(tmp_path, *four, "--max_train_steps", 6)
+    expected = toy.train_toy(tmp_path, *four, "--max_train_steps", 6)
 
     two = [*words, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two"]
     train_in_two_processes(tmp_path, 29611, *two, "--max_train_steps", 6)
@@ -305,7 +301,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
     # another spread over processes is no other run
-    assert train_toy(tmp_path, *four, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state")
+    assert toy.train_toy(tmp_path, *four, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state")
 
 
 def train_in_two_processes(

@@ -137,12 +137,11 @@ def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*tracks, strict=True))
 
 
-@pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])
-def test_all_prompts_that_cannot_be_made_are_told_at_once(bad: str, tmp_path: Path) -> None:
+def test_all_prompts_that_cannot_be_made_are_told_at_once(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    prompts = write_prompts(tmp_path, f"{bad}\na dog --d 1 --s 2 --w 32 --h 32\n{bad}")
+    prompts = write_prompts(tmp_path, "impossible\na dog --d 1 --s 2 --w 32 --h 32\nimpossible")
 
-    with pytest.raises(OptionError, match=f"(?s)1.*{bad}.*3.*{bad}"):
+    with pytest.raises(OptionError, match="(?s)1.*impossible.*3.*impossible"):
         train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")
 
 

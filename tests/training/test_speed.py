@@ -13,16 +13,8 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
+from tests.training import toy
 from tests.training.test_resume import EVERYTHING
-from tests.training.toy import (
-    ToyFamily,
-    same,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-    write_prompts,
-)
 from training.run_options import _split_multiplier
 
 CHECKPOINTS = ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"]
@@ -35,27 +27,27 @@ pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 @pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
 def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, how: list[str]) -> None:
-    write_caches(tmp_path, count=5)
-    expected = train_toy(tmp_path, *EVERYTHING)
+    toy.write_caches(tmp_path, count=5)
+    expected = toy.train_toy(tmp_path, *EVERYTHING)
 
-    assert same(expected, train_with_kills(tmp_path, *EVERYTHING, *how, moments=(1, 8)))
+    assert toy.same(expected, toy.train_with_kills(tmp_path, *EVERYTHING, *how, moments=(1, 8)))
 
 
 def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     """Not even the caches are looked for, of which there are none."""
-    write_caches(tmp_path, count=0)
+    toy.write_caches(tmp_path, count=0)
 
     with pytest.raises(OptionError, match=r"no backend ofi here"):
-        train_toy(tmp_path, "--dynamo_backend", "ofi")
+        toy.train_toy(tmp_path, "--dynamo_backend", "ofi")
 
 
 def test_a_run_that_goes_on_uncompiled_is_told_of_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, *COMPILED, "--max_train_steps", 2, "--save_state")
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, *COMPILED, "--max_train_steps", 2, "--save_state")
 
-    train_toy(tmp_path, "--max_train_steps", 3, "--resume", "latest")
+    toy.train_toy(tmp_path, "--max_train_steps", 3, "--resume", "latest")
 
     assert "--compile was True when the state was saved" in caplog.text
 
@@ -87,8 +79,8 @@ def write_file(folder: Path, factors: dict[str, Tensor], module: str = "blocks_0
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: Path, kind: str) -> None:
     lora = read_lora(write_file(tmp_path, KINDS[kind]))
-    dit = ToyFamily().load_dit(Placement(CPU))
-    merged = ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([LoraUse(lora, 0.5)])))
+    dit = toy.ToyFamily().load_dit(Placement(CPU))
+    merged = toy.ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([LoraUse(lora, 0.5)])))
     inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
     with torch.no_grad():
         before = dit(*inputs)
@@ -105,18 +97,18 @@ def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: 
     ids=["usual", "swapped", "compiled", "bf16"],
 )
 def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how: list[object]) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
-    options = [*how, "--sample_prompts", write_prompts(tmp_path), "--sample_every_n_steps", 2]
+    options = [*how, "--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_steps", 2]
     options += ["--max_train_steps", 4]
     plain: list[Tensor] = []
     own: list[Tensor] = []
 
-    expected = train_toy(tmp_path, *options, family=ToyFamily(on_decode=plain.append))
+    expected = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=plain.append))
     options += ["--sample_lora", f"{path}:3"]
-    found = train_toy(tmp_path, *options, family=ToyFamily(on_decode=own.append))
+    found = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=own.append))
 
-    assert same(found, expected)
+    assert toy.same(found, expected)
     assert all(not torch.equal(one, other) for one, other in zip(plain, own, strict=True))
     pictures = sorted((tmp_path / "output" / "sample").iterdir())
     texts = {Image.open(picture).info["bt_sampled_from"] for picture in pictures}
@@ -149,7 +141,7 @@ def test_a_name_with_a_colon_in_it_is_taken_as_it_is_if_there_is_such_a_file(
 @pytest.mark.parametrize("given", ["no.safetensors:0.8", "no.safetensors", "no:nan", "no:inf"])
 def test_a_missing_file_or_a_multiplier_that_is_none_is_refused(tmp_path: Path, given: str) -> None:
     with pytest.raises(OptionError, match="--sample_lora"):
-        toy_options(tmp_path, "--sample_lora", given)
+        toy.toy_options(tmp_path, "--sample_lora", given)
 
 
 @pytest.mark.parametrize("option", ["--sample_lora", "--training_adapter"])
@@ -165,10 +157,10 @@ def test_a_missing_file_or_a_multiplier_that_is_none_is_refused(tmp_path: Path, 
 def test_a_file_that_does_not_fit_is_refused_before_the_first_step(
     tmp_path: Path, option: str, factors: dict[str, Tensor], module: str, reason: str
 ) -> None:
-    write_caches(tmp_path)
-    path, family = write_file(tmp_path, factors, module), ToyFamily()
-    words = ["--sample_prompts", write_prompts(tmp_path), "--sample_at_first", option, path]
+    toy.write_caches(tmp_path)
+    path, family = write_file(tmp_path, factors, module), toy.ToyFamily()
+    words = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first", option, path]
 
     with pytest.raises(CheckpointError, match=f"{option} .*{reason}"):
-        train_toy(tmp_path, *words, family=family)
+        toy.train_toy(tmp_path, *words, family=family)
     assert not family.passes

@@ -14,19 +14,8 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import TRAINED_EXPERT
+from tests.training import toy
 from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
-from tests.training.toy import (
-    TWO_EXPERTS,
-    Killed,
-    ToyFamily,
-    killed_at,
-    metadata_of,
-    same,
-    toy_options,
-    train_toy,
-    write_caches,
-    write_prompts,
-)
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -48,17 +37,17 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 def test_training_is_that_of_a_model_merged_with_it(tmp_path: Path, how: str) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     kind, words = HOW[how]
     path = write_file(tmp_path, KINDS[kind])
-    expected = train_toy(tmp_path, *words, "--base_weights", path, "--base_weights_multiplier", 0.5)
-    plain = train_toy(tmp_path, *words, "--overwrite")
+    expected = toy.train_toy(tmp_path, *words, "--base_weights", path, "--base_weights_multiplier", 0.5)
+    plain = toy.train_toy(tmp_path, *words, "--overwrite")
 
     words = [*words, "--training_adapter", path, "--training_adapter_multiplier", 0.5]
-    found = train_toy(tmp_path, *words, "--overwrite")
+    found = toy.train_toy(tmp_path, *words, "--overwrite")
 
     assert_close(found, expected)
-    assert not same(found, plain)
+    assert not toy.same(found, plain)
 
 
 def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
@@ -88,16 +77,16 @@ def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [[], SWAPPED, COMPILED], ids=["usual", "swapped", "compiled"])
 def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: list[object]) -> None:
     """Before the first step the network changes nothing, so that samples are the model's own."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
-    options = [*how, "--sample_prompts", write_prompts(tmp_path), "--sample_at_first"]
+    options = [*how, "--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first"]
     options += ["--validation_split", 0.2, "--learning_rate", 0, "--sample_every_n_steps", 3]
     pictures: list[list[Tensor]] = []
     told: list[list[dict[str, Any]]] = []
     for more in ([], ["--training_adapter", path, "--overwrite"]):
         pictures.append([])
-        family = ToyFamily(on_decode=pictures[-1].append)
-        train_toy(tmp_path, *options, *more, family=family, has_page=True)
+        family = toy.ToyFamily(on_decode=pictures[-1].append)
+        toy.train_toy(tmp_path, *options, *more, family=family, has_page=True)
         history = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8")
         told.append([json.loads(line) for line in history.splitlines()])
 
@@ -111,30 +100,30 @@ def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: l
 
 
 def test_samples_with_a_lora_of_their_own_are_those_without_the_adapter(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     (tmp_path / "other").mkdir()
     path, other = write_file(tmp_path, KINDS["LoRA"]), write_file(tmp_path / "other", KINDS["LoHa"])
-    options = ["--sample_prompts", write_prompts(tmp_path), "--sample_at_first", "--sample_lora", other]
+    options = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first", "--sample_lora", other]
     pictures: list[Tensor] = []
-    family = ToyFamily(on_decode=pictures.append)
+    family = toy.ToyFamily(on_decode=pictures.append)
 
     for more in ([], ["--training_adapter", path, "--overwrite"]):
-        train_toy(tmp_path, *options, "--max_train_steps", 1, *more, family=family)
+        toy.train_toy(tmp_path, *options, "--max_train_steps", 1, *more, family=family)
 
     assert torch.equal(*pictures)
 
 
 def test_the_file_says_that_it_was_there_and_nothing_else(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
     words = ["--learning_rate", 0, "--overwrite", "--max_train_steps", 2]
     found, metadata = [], []
     for more in ([], ["--training_adapter", path], ["--training_adapter", path, "--no_metadata"]):
-        found.append(train_toy(tmp_path, *words, *more))
-        metadata.append(metadata_of(tmp_path / "output" / "x.safetensors"))
+        found.append(toy.train_toy(tmp_path, *words, *more))
+        metadata.append(toy.metadata_of(tmp_path / "output" / "x.safetensors"))
 
     before, after, untold = metadata
-    assert same(found[0], found[1])
+    assert toy.same(found[0], found[1])
     assert after.keys() - before.keys() == {"ss_training_adapter"}
     assert after["ss_training_adapter"] == "own style.safetensors:1"
     assert "ss_training_adapter" not in untold
@@ -144,35 +133,35 @@ STATES = ["--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
 
 
 def test_a_resumed_run_ends_with_equal_bytes_and_needs_the_same_file(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
     adapter = ["--training_adapter", path]
-    expected = train_toy(tmp_path, *STATES, *adapter)
+    expected = toy.train_toy(tmp_path, *STATES, *adapter)
     words = [*STATES, "--output_dir", tmp_path / "killed"]
-    with pytest.raises(Killed):
-        train_toy(tmp_path, *words, *adapter, family=killed_at(5))
+    with pytest.raises(toy.Killed):
+        toy.train_toy(tmp_path, *words, *adapter, family=toy.killed_at(5))
 
     write_file(tmp_path, {**KINDS["LoRA"], "alpha": torch.tensor(2.0)})
     with pytest.raises(OptionError, match=r"--training_adapter: own style.safetensors:1, \w+ in the state"):
-        train_toy(tmp_path, *words, *adapter)
+        toy.train_toy(tmp_path, *words, *adapter)
     write_file(tmp_path, KINDS["LoRA"])
     with pytest.raises(OptionError, match="--training_adapter: own style.*None now"):
-        train_toy(tmp_path, *words)
+        toy.train_toy(tmp_path, *words)
     with pytest.raises(OptionError, match="--training_adapter: own style.safetensors:1, .*:2, "):
-        train_toy(tmp_path, *words, *adapter, "--training_adapter_multiplier", 2)
+        toy.train_toy(tmp_path, *words, *adapter, "--training_adapter_multiplier", 2)
 
-    assert same(train_toy(tmp_path, *words, *adapter), expected)
+    assert toy.same(toy.train_toy(tmp_path, *words, *adapter), expected)
 
 
 @pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both", "turns"])
 def test_two_transformers_have_it_both_unless_the_file_is_for_one(
     tmp_path: Path, turns: list[object]
 ) -> None:
-    write_caches(tmp_path)
-    path, family = write_file(tmp_path, KINDS["LoRA"]), ToyFamily(experts=TWO_EXPERTS)
+    toy.write_caches(tmp_path)
+    path, family = write_file(tmp_path, KINDS["LoRA"]), toy.ToyFamily(experts=toy.TWO_EXPERTS)
 
     def train(*words: object) -> dict[str, Tensor]:
-        return train_toy(tmp_path, "--max_train_steps", 12, "--overwrite", *turns, *words, family=family)
+        return toy.train_toy(tmp_path, "--max_train_steps", 12, "--overwrite", *turns, *words, family=family)
 
     both = train("--base_weights", path)
     assert_close(train("--training_adapter", path), both)
@@ -183,7 +172,7 @@ def test_two_transformers_have_it_both_unless_the_file_is_for_one(
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, empty)
     one = train("--base_weights", empty, "--base_weights_high_noise", path)
     assert_close(train("--training_adapter", path), one)
-    assert not same(one, both)
+    assert not toy.same(one, both)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +187,7 @@ def test_two_transformers_have_it_both_unless_the_file_is_for_one(
 )
 def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
-        toy_options(tmp_path, *words.split())
+        toy.toy_options(tmp_path, *words.split())
 
 
 @pytest.mark.parametrize(
@@ -208,4 +197,4 @@ def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:
 def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> None:
     option, value = words.split()
     with pytest.raises(OptionError, match=f"{option} is not supported yet: the model itself is trained"):
-        toy_options(tmp_path, option, value, whole_dit=True)
+        toy.toy_options(tmp_path, option, value, whole_dit=True)

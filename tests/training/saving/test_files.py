@@ -10,17 +10,7 @@ from safetensors.torch import load_file
 
 from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
-from tests.training.toy import (
-    Killed,
-    ToyFamily,
-    killed_at,
-    metadata_of,
-    same,
-    toy_options,
-    train_toy,
-    write_caches,
-    write_prompts,
-)
+from tests.training import toy
 from training.run import prepare_run
 from training.saving.files import MinuteClock, Names, Saver, hold_name
 from training.saving.states import read_state
@@ -40,7 +30,7 @@ class Written:
         def publish(path: Path) -> None:
             self.published.append(path.name)
 
-        options, names = toy_options(self.folder, *words.split()).saving, Names(self.folder, "x")
+        options, names = toy.toy_options(self.folder, *words.split()).saving, Names(self.folder, "x")
         return Saver(options, names, write, lambda folder: folder.mkdir(exist_ok=True), publish, publish)
 
     def names(self) -> list[str]:
@@ -154,10 +144,10 @@ def test_saves_by_the_clock_come_after_so_many_minutes() -> None:
 
 
 def test_files_are_named_by_epoch_and_step_and_say_where_the_run_stood(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=4)
-    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
+    toy.write_caches(tmp_path, count=4)
+    toy.train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
 
-    told = {path.stem: metadata_of(path) for path in (tmp_path / "output").glob("*.safetensors")}
+    told = {path.stem: toy.metadata_of(path) for path in (tmp_path / "output").glob("*.safetensors")}
     # eight steps are two epochs; the last is no epoch file
     assert {name: (each["ss_steps"], each["ss_epoch"]) for name, each in told.items()} == {
         "x-step00000003": ("3", "1"),
@@ -184,7 +174,7 @@ with only_one(Path(sys.argv[1]) / ".x.training.lock", waits=False):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     return tmp_path
 
 
@@ -201,64 +191,64 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = folder / "output"
-    prompts = write_prompts(folder, "a cat --w 32 --h 32 --f 1 --s 1 --d 1\n")
+    prompts = toy.write_prompts(folder, "a cat --w 32 --h 32 --f 1 --s 1 --d 1\n")
     samples = ["--sample_prompts", prompts, "--sample_every_n_steps", 4]
-    first = train_toy(folder, *STATES, *samples, has_page=True)
+    first = toy.train_toy(folder, *STATES, *samples, has_page=True)
     others = {"xy.safetensors", "x_comfy.safetensors"}
     for name in others:
         (output / name).touch()
     before = results(output)
     caplog.set_level("INFO")
 
-    second = train_toy(folder, "--seed", 4)
+    second = toy.train_toy(folder, "--seed", 4)
 
     (aside,) = asides(folder)
     assert results(aside) == before - others
     assert results(output) == {"x.safetensors", *others}
-    assert same(load_file(aside / "x.safetensors"), first)
-    assert not same(first, second)
+    assert toy.same(load_file(aside / "x.safetensors"), first)
+    assert not toy.same(first, second)
     (told,) = (text for text in caplog.messages if str(aside) in text)
     assert "3 states" in told
 
 
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
-    train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
+    toy.train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
     before = results(folder / "output")
 
-    train_toy(folder, "--check")
+    toy.train_toy(folder, "--check")
     with pytest.raises(UserError):
-        train_toy(folder, "--network_args", "no_such=1")
+        toy.train_toy(folder, "--network_args", "no_such=1")
     assert results(folder / "output") == before
-    train_toy(folder, *STATES, "--resume", "latest", has_page=True)
+    toy.train_toy(folder, *STATES, "--resume", "latest", has_page=True)
 
     assert not asides(folder)
     assert before <= results(folder / "output")
 
 
 def test_a_file_to_start_from_stays_where_the_command_names_it(folder: Path) -> None:
-    first = train_toy(folder)
+    first = toy.train_toy(folder)
     file = folder / "output" / "x.safetensors"
-    with prepare_run(ToyFamily(), toy_options(folder, "--network_weights", file)):
+    with prepare_run(toy.ToyFamily(), toy.toy_options(folder, "--network_weights", file)):
         (aside,) = asides(folder)
         assert file.is_file()
         assert (aside / "x.safetensors").is_file()
 
-    second = train_toy(folder, "--network_weights", file)
+    second = toy.train_toy(folder, "--network_weights", file)
 
     assert len(asides(folder)) == 2
-    assert all(same(load_file(aside / "x.safetensors"), first) for aside in asides(folder))
-    assert not same(first, second)
+    assert all(toy.same(load_file(aside / "x.safetensors"), first) for aside in asides(folder))
+    assert not toy.same(first, second)
 
 
 def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(folder: Path) -> None:
-    train_toy(folder, *STATES, has_page=True)
-    alone = train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
-    train_toy(folder, *STATES, has_page=True)  # sets the run of twelve steps aside
+    toy.train_toy(folder, *STATES, has_page=True)
+    alone = toy.train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
+    toy.train_toy(folder, *STATES, has_page=True)  # sets the run of twelve steps aside
     (aside,) = asides(folder)
     third = read_state(folder / "output" / "x-state").progress.session_id
 
     words = ["--max_train_steps", 12, "--resume", aside / "x-step00000008-state"]
-    assert same(train_toy(folder, *words, has_page=True), alone)
+    assert toy.same(toy.train_toy(folder, *words, has_page=True), alone)
     assert (aside / "x-state").is_dir()
     (other,) = set(asides(folder)) - {aside}
     assert read_state(other / "x-state").progress.session_id == third
@@ -268,22 +258,22 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(OptionError, match="there is no state of x in"):
-        train_toy(folder, "--resume", "latest-or-fail")
-    train_toy(folder, "--save_state")
-    train_toy(folder)
+        toy.train_toy(folder, "--resume", "latest-or-fail")
+    toy.train_toy(folder, "--save_state")
+    toy.train_toy(folder)
     (aside,) = asides(folder)
 
     with pytest.raises(OptionError, match="x-state: --resume takes it"):
-        train_toy(folder, "--resume", "latest-or-fail")
-    train_toy(folder, "--resume", "latest")
+        toy.train_toy(folder, "--resume", "latest-or-fail")
+    toy.train_toy(folder, "--resume", "latest")
 
     assert f"That of an earlier run is {aside / 'x-state'}" in caplog.text
 
 
 def test_what_a_run_left_that_had_saved_nothing_is_not_kept_when_it_is_started_again(folder: Path) -> None:
     for arguments, count in (["--resume", "latest"], 0), ([], 1):
-        with pytest.raises(Killed):
-            train_toy(folder, *arguments, family=killed_at(0), has_page=True)
+        with pytest.raises(toy.Killed):
+            toy.train_toy(folder, *arguments, family=toy.killed_at(0), has_page=True)
         assert (folder / "output" / "x.html").is_file()
         assert len(asides(folder)) == count
 
@@ -295,9 +285,9 @@ def test_the_second_of_two_runs_of_a_name_is_refused_while_the_first_one_lives(f
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match="--output_name x: another training is saving under this name"):
-            train_toy(folder)
+            toy.train_toy(folder)
         assert not (output / "x.safetensors").exists()
         with hold_name(output, "y"):
             pass
         other.kill()
-    train_toy(folder)
+    toy.train_toy(folder)
