@@ -19,15 +19,7 @@ from modules.media.reading import read_image, read_tags, video_info
 from tests.sound_family import generate_with_sound, tiny_sound_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
-from tests.training.toy import (
-    LATENT,
-    ToyFamily,
-    same,
-    toy_options,
-    train_toy,
-    write_caches,
-    write_prompts,
-)
+from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
 from training.samples import prepare_samples, sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
