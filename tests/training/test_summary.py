@@ -22,21 +22,6 @@ from training.summary import (
 )
 
 
-def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    plan = StepPlan(num_batches=7, processes=2, accumulation=2, total_steps=100)
-
-    assert list(plan.groups(0)) == [range(0, 4), range(4, 7)]
-    assert plan.steps_per_epoch == 2
-
-
-def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation() -> None:
-    two, one = StepPlan(7, 2, 2, 5), StepPlan(7, 1, 4, 5)
-
-    for group in two.groups(0):
-        assert sorted(two.share(group, 0) + two.share(group, 1)) == one.share(group, 0)
-    assert [list(two.groups(epoch)) for epoch in range(3)] == [list(one.groups(epoch)) for epoch in range(3)]
-
-
 @pytest.mark.parametrize("position", [0, 4, 7])
 def test_groups_after_a_resume_are_the_rest_of_the_epoch(position: int) -> None:
     plan = StepPlan(7, 1, 4, 100)

@@ -197,16 +197,6 @@ def test_a_range_that_nothing_falls_into_is_an_error() -> None:
         drawn(options(f"{narrow} --preserve_distribution_shape"), 10)
 
 
-def test_buckets_take_one_draw_from_each_part_in_every_round() -> None:
-    made = options("--timestep_sampling uniform --num_timestep_buckets 8")
-
-    sigmas = torch.cat([draw(made, 2, torch.Generator().manual_seed(i), 5, 2 * i).sigmas for i in range(12)])
-
-    rounds = (sigmas * 8).long().view(3, 8)
-    assert all(sorted(parts.tolist()) == list(range(8)) for parts in rounds)
-    assert not torch.equal(rounds[0], rounds[1])
-
-
 @pytest.mark.parametrize("sampling", ["sigmoid", "shift", "logsnr", "sigma", "uniform"])
 def test_extreme_uniform_numbers_stay_finite(sampling: str) -> None:
     made = options(f"--timestep_sampling {sampling} --sigmoid_scale 0")
