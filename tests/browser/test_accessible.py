@@ -84,16 +84,22 @@ def list_faults(page: Any) -> list[Any]:
 
 
 def assert_fits(page: Any) -> None:
-    """In each look a page is no wider than the screen, and no text of it is small."""
+    """In each look a page is no wider than the screen and no text of it is small; all controls have names."""
     texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
     smallest = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
     for width, _ in each_look(page):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate(smallest) >= 12
+    unnamed = (
+        "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
+        "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
+        "&& !one.innerText && !(one.ariaLabel || one.alt))"
+    )
+    assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
 
 
 @pytest.mark.parametrize("name", ["/", "x", "/queue"])
-def test_pages_fit_and_no_text_is_small(served: Served, name: str) -> None:
+def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) -> None:
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
         wait_until(page, "!document.getElementById('plots') || plots.length > 1")
         assert_fits(page)

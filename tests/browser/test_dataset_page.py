@@ -377,7 +377,7 @@ def test_a_conflict_shows_both_captions_and_a_filter_keeps_what_is_not_saved(
         assert [one for one in shown.problems if "409" not in one] == []
 
 
-def test_the_page_fits_and_no_text_is_small(kept: Page) -> None:
+def test_the_page_fits_no_text_is_small_and_all_is_named(kept: Page) -> None:
     kept.measured()
     for address in ("/datasets", kept.address):
         with open_page(kept.served.url + address) as page:

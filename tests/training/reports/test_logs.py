@@ -141,6 +141,11 @@ def test_other_dashboards_get_the_numbers_and_their_arguments(
         assert part in calls, (part, calls)
 
 
+def test_what_writes_into_a_folder_needs_one() -> None:
+    with pytest.raises(OptionError, match="--log_with aim needs --logging_dir"):
+        options("--log_with aim")
+
+
 def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
     if importlib.util.find_spec("wandb") is not None:
         pytest.skip("it is installed here")
