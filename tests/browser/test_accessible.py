@@ -18,7 +18,7 @@ from browser.runs import Runs
 from browser.start import run_browser
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
-from tests.training.toy import train_toy, write_caches
+from tests.training.toy import train_toy, write_caches, write_prompts
 
 AXE = "axe-core@4.14.1"  # by Deque Systems, MPL 2.0; half a megabyte, so it is fetched
 INTEGRITY = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
@@ -50,20 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with all that a page shows, runs in each state, and the exported page of the first."""
     folder = tmp_path_factory.mktemp("runs")
     write_caches(folder)
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    words = [
-        "--sample_prompts",
-        folder / "prompts.txt",
-        "--sample_every_n_steps",
-        4,
-        "--save_every_n_steps",
-        4,
-    ]
-    words += ["--validation_split", 0.2, "--validate_every_n_steps", 4, "--sample_now"]
+    words = ["--sample_prompts", write_prompts(folder, PROMPTS), "--sample_every_n_steps", 4, "--sample_now"]
+    words += ["--save_every_n_steps", 4, "--validation_split", 0.2, "--validate_every_n_steps", 4]
     train_toy(folder, *words, has_page=True)
     for kind in (None, "", "bad"):
         write_run(folder / "others", f"run_{kind}", 4, kind)
-    for name in ("one", "two"):
+    for name in ("one", "x" * 99):
         open_queue(Runs((folder,)), read_only=False).add(["convert_lora.py", "--input", name], folder)
     history = folder / "output" / "x-history.jsonl"
     run_browser(BrowserOptions(folders=(history,), export=folder / "shared.html"))
@@ -76,14 +68,42 @@ def served(folder: Path) -> Iterator[Served]:
         yield served
 
 
-def list_faults(page: Any) -> list[Any]:
-    """The serious faults of a page in dark and light, narrow and wide."""
-    found = []
+def each_look(page: Any) -> Iterator[tuple[int, str]]:
+    """Show a page narrow and wide, dark and light."""
     for width, scheme in itertools.product((360, 1440), ("dark", "light")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        found += [(width, scheme, *fault) for fault in page.evaluate(FAULTS) if fault[0] in SERIOUS]
-    return found
+        yield width, scheme
+
+
+def list_faults(page: Any) -> list[Any]:
+    """The serious faults of a page in each look."""
+    return [
+        (*look, *fault) for look in each_look(page) for fault in page.evaluate(FAULTS) if fault[0] in SERIOUS
+    ]
+
+
+def assert_fits(page: Any) -> None:
+    """In each look a page is no wider than the screen and no text of it is small; all controls have names."""
+    texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
+    smallest = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
+    for width, _ in each_look(page):
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(smallest) >= 12
+    unnamed = (
+        "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
+        "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
+        "&& !one.innerText && !(one.ariaLabel || one.alt))"
+    )
+    assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
+
+
+@pytest.mark.parametrize("name", ["/", "x", "/queue"])
+def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) -> None:
+    with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
+        wait_until(page, "!document.getElementById('plots') || plots.length > 1")
+        assert_fits(page)
+        assert page.problems == []
 
 
 @pytest.mark.parametrize("name", ["/", "/queue", "/compare", "/datasets", "x", "run_None", "run_bad"])

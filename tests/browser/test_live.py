@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from browser.jobs import FOLDER as QUEUES
-from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
-from tests.training.toy import ToyFamily, toy_options, write_caches
+from tests.training.toy import ToyFamily, toy_options, write_caches, write_prompts
 from training.run import train_network
 from training.training_run import EVERY_SECONDS
 
@@ -31,11 +29,9 @@ class SteppedTraining:
 
     def __post_init__(self) -> None:
         write_caches(self.folder)
-        (self.folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-        words = ["--sample_prompts", self.folder / "prompts.txt", "--sample_at_first", "--sample_now"]
-        options = toy_options(
-            self.folder, *words, "--sample_every_n_steps", 30, "--max_train_steps", STEPS, has_page=True
-        )
+        words = ["--sample_prompts", write_prompts(self.folder, PROMPTS), "--sample_at_first", "--sample_now"]
+        words += ["--sample_every_n_steps", 30, "--max_train_steps", STEPS]
+        options = toy_options(self.folder, *words, has_page=True)
         self.thread = threading.Thread(target=train_network, args=(ToyFamily(watch=self._wait), options))
         self.thread.start()
 
@@ -128,29 +124,6 @@ def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTrainin
         label = "document.activeElement.querySelector('[data-src]').getAttribute('aria-label')"
         assert page.evaluate(label) == "a dog, step 30"
         assert page.problems == []
-
-
-@pytest.mark.parametrize("width", [360, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_and_no_text_is_small(
-    training: SteppedTraining, served: Served, width: int, scheme: str
-) -> None:
-    training.finish()
-    JobQueue(training.folder / QUEUES).add(["convert_lora.py", "--input", "x" * 99], training.folder)
-    for address in ("/", served.of("x"), "/queue"):
-        with open_page(f"{served.url}{address}", width=width, color_scheme=scheme) as page:
-            wait_until(page, "!document.getElementById('plots') || plots.length > 2")
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
-            sizes = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
-            assert page.evaluate(sizes) >= 12
-            unnamed = (
-                "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
-                "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
-                "&& !one.innerText && !(one.ariaLabel || one.alt))"
-            )
-            assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
-            assert page.problems == []
 
 
 def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_path: Path) -> None:

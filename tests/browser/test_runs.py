@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
+from browser.options import BrowserOptions
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs
+from browser.start import run_browser
 from browser.views import select_runs
 from modules.errors import OptionError
 from modules.parser import parse_options
 from tests.browser.serving import write_run
-from tests.training.toy import Killed, killed_at, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, killed_at, train_toy, write_caches
 from training.reports.history import describe_process
-from training.run import train_network
 
 
-def look(folder: Path) -> dict[str, Any]:
-    return {run.name: run for run in Runs([folder]).look()}
+def look(*folders: Path) -> dict[str, Any]:
+    return {run.name: run for run in Runs(folders).look()}
 
 
 def test_a_run_is_found_at_any_depth_with_what_it_tells(tmp_path: Path) -> None:
@@ -83,11 +84,11 @@ def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
 
 
 def test_what_trainings_write_is_told(tmp_path: Path) -> None:
-    """Finished, stopped by an error, killed in the middle; and a copy elsewhere tells the same."""
+    """Finished, and killed in the middle; and a copy elsewhere tells the same."""
     write_caches(tmp_path)
     train_toy(tmp_path, has_page=True)
     with pytest.raises(Killed):
-        train_network(killed_at(4), toy_options(tmp_path, "--output_name", "killed", has_page=True))
+        train_toy(tmp_path, "--output_name", "killed", family=killed_at(4), has_page=True)
     history = tmp_path / "output" / "killed-history.jsonl"
     text = history.read_text(encoding="utf-8")
     history.write_text(text.replace(f'"number": {os.getpid()}', '"number": 0'), encoding="utf-8")
@@ -125,19 +126,23 @@ def test_of_a_long_run_a_few_places_tell_the_same_as_the_whole_file(tmp_path: Pa
     assert [*run.losses] == sorted(run.losses, reverse=True)
 
 
-def test_a_list_is_sorted_and_chosen_by_words_family_and_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ["dog", "a cat", "b cat"]),
+        ({"sort": "name", "text": "CAT"}, ["a cat", "b cat"]),
+        ({"family": "wan", "sort": "progress"}, ["dog", "b cat"]),
+        ({"state": "running"}, []),
+    ],
+)
+def test_a_list_is_sorted_and_chosen_by_words_family_and_state(
+    tmp_path: Path, asked: dict[str, str], expected: list[str]
+) -> None:
     for number, (name, model) in enumerate((("b cat", "wan"), ("a cat", "flux"), ("dog", "wan"))):
         path = write_run(tmp_path / model, name, 3 + number, model=model)
         os.utime(path, (1000 + number, 1000 + number))
-    found = Runs([tmp_path]).look()
 
-    def names(**asked: str) -> list[str]:
-        return [run.name for run in select_runs(found, asked)]
-
-    assert names() == ["dog", "a cat", "b cat"]
-    assert names(sort="name", text="CAT") == ["a cat", "b cat"]
-    assert names(family="wan", sort="progress") == ["dog", "b cat"]
-    assert names(state="running") == []
+    assert [run.name for run in select_runs(Runs([tmp_path]).look(), asked)] == expected
 
 
 def test_a_list_reads_only_what_has_changed(tmp_path: Path) -> None:
@@ -154,40 +159,33 @@ def test_a_list_reads_only_what_has_changed(tmp_path: Path) -> None:
 
 
 def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) -> None:
-    from browser.start import run_browser
-
     write_caches(tmp_path)
     train_toy(tmp_path, "--save_every_n_steps", 4, has_page=True)
     history, target = tmp_path / "output" / "x-history.jsonl", tmp_path / "shared.html"
-    from browser.options import BrowserOptions
 
     run_browser(BrowserOptions(folders=(history,), export=target))
 
-    def plain(path: Path) -> str:
-        text = path.read_text(encoding="utf-8")
-        return text.partition("written ")[0] + text.partition("<progress")[2]
-
-    assert plain(target) == plain(tmp_path / "output" / "x.html")
+    texts = [path.read_text(encoding="utf-8") for path in (target, tmp_path / "output" / "x.html")]
+    shared, own = (text.partition("written ")[0] + text.partition("<progress")[2] for text in texts)
+    assert shared == own
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--host", "0.0.0.0"], "--token FILE"),
-        (["--host", "example.org"], "--token FILE"),
-        (["nothing"], "no such folder"),
-        (["--export", "x.txt"], "ends in .html"),
-        (["--export", "x.html", ".", "."], "give its folder"),
-        (["--export", "x.html", "--port", "80"], "exclude each other"),
-        (["--token", "short.txt"], "at least 16"),
+        ("--host 0.0.0.0", "--token FILE"),
+        ("--host example.org", "--token FILE"),
+        ("nothing", "no such folder"),
+        ("--export x.txt", "ends in .html"),
+        ("--export x.html . .", "give its folder"),
+        ("--export x.html --port 80", "exclude each other"),
+        ("--token short.txt", "at least 16"),
     ],
 )
 def test_wrong_options_are_refused(
-    tmp_path: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, words: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from browser.options import BrowserOptions
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("secret\n", encoding="utf-8")
     with pytest.raises(OptionError, match=said):
-        parse_options("", words, BrowserOptions)[0].read_token()
+        parse_options("", words.split(), BrowserOptions)[0].read_token()

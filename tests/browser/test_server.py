@@ -73,38 +73,48 @@ def test_a_button_writes_the_file_that_the_run_looks_for(served: Served, kind: s
     assert (tmp_path / "runs" / f"y.{kind}").is_file()
 
 
-def test_only_a_running_training_that_listens_is_asked_and_nobody_with_read_only(
-    served: Served, tmp_path: Path
-) -> None:
+def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "deaf", 3, None, listens=False)
     before = sorted((tmp_path / "runs").iterdir())
     for name in ("x", "deaf"):
         assert served.ask(served.of(name, "ask"), "POST", "what=stop", Origin=served.url).status == 409
         assert 'class="ask"' not in served.ask(served.of(name)).text
     assert served.ask(served.of("y", "ask"), "POST", "what=rm", Origin=served.url).status == 404
-    with serve_runs(tmp_path / "runs", read_only=True) as careful:
-        assert careful.ask(careful.of("y", "ask"), "POST", "what=stop", Origin=careful.url).status == 403
-        assert 'class="ask"' not in careful.ask(careful.of("y")).text
     assert 'class="ask"' in served.ask(served.of("y")).text
+    with serve_runs(tmp_path / "runs", read_only=True) as careful:
+        assert 'class="ask"' not in careful.ask(careful.of("y")).text
     assert sorted((tmp_path / "runs").iterdir()) == before
 
 
 @pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])
-def test_no_route_reads_a_large_request_or_writes_with_read_only(
-    served: Served, headers: dict[str, str], tmp_path: Path
-) -> None:
+def test_no_route_reads_a_large_request(served: Served, headers: dict[str, str]) -> None:
+    for address in writing_routes(served):
+        large, most = ("x" * size for size in (MOST_BYTES + 1, MOST_BYTES))
+        assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
+        assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address
+
+
+def writing_routes(served: Served) -> list[str]:
+    """Addresses of all routes that can write: of runs, captions, the queue and clips."""
     gate = make_app(served.runs)
     assert isinstance(gate, Gate)
     assert isinstance(gate.app, Starlette)
     routes = [route for route in gate.app.routes if isinstance(route, Route) and "POST" in route.methods]
     assert len(routes) >= 5
+    return [re.sub("{.+?}", "x", route.path) for route in routes]
+
+
+def test_nothing_is_written_with_read_only_or_from_another_origin(served: Served, tmp_path: Path) -> None:
+    others = ({}, *({"Origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:1")))
+    others = (*others, {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"})
     with serve_runs(tmp_path / "runs", read_only=True) as careful:
-        for route in routes:
-            address = re.sub("{.+?}", "x", route.path)
-            large, most = ("x" * size for size in (MOST_BYTES + 1, MOST_BYTES))
-            assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
-            assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address
-            assert careful.ask(address, "POST", "", Origin=careful.url).status == 403, address
+        for address in (*writing_routes(served), served.of("y", "ask")):
+            assert careful.ask(address, "POST", "what=stop", Origin=careful.url).status == 403, address
+            for headers in others:
+                assert served.ask(address, "POST", "what=stop", **headers).status == 403, (address, headers)
+    for headers in others:
+        assert served.ask(served.of("y"), **headers).status == (403 if headers else 200)
+    assert not (tmp_path / "runs" / "y.stop").exists()
 
 
 LIES = (
@@ -124,46 +134,20 @@ LIES = (
 
 def ways_out(folder: Path) -> list[str]:
     """What follows a run's address in 200 and more tries to leave its folder."""
-    ups = (
-        "..",
-        "%2e%2e",
-        "%2E.",
-        "..%2f..",
-        "..%5c..",
-        "%252e%252e",
-        "..;",
-        "....//",
-        "%c0%ae%c0%ae",
-        ".%00.",
-    )
-    ends = ("secret.txt", "/secret.txt", "runs/../../secret.txt", "secret.txt%00", "secret.txt%00.png")
+    ups = r".. %2e%2e %2E. ..%2f.. ..%5c.. %252e%252e ..; ....// %c0%ae%c0%ae .%00."
+    ends = "secret.txt /secret.txt runs/../../secret.txt secret.txt%00 secret.txt%00.png"
     starts = ("", "sample/", "about/", "about/sample/", "x.safetensors/")
-    absolute = [
-        f"{start}{quote(str(folder / 'secret.txt'), safe=safe)}" for start in starts for safe in ("/", "")
-    ]
-    others = [
-        "/etc/passwd",
-        "//etc/passwd",
-        "%2fetc%2fpasswd",
-        "file:///etc/passwd",
-        "C:%5cWindows%5cwin.ini",
-    ]
-    others += [
-        "x-history.jsonl",
-        ".x.training.lock",
-        "",
-        "sample",
-        "sample/",
-        "about/",
-        "about/x-history.jsonl",
-        "~",
-    ]
-    climbs = [f"{start}{up}/{end}" for start, up, end in itertools.product(starts, ups, ends)]
-    return [*climbs, *absolute, *others, "leading_out", "sample/leading_out.png", "about/leading_out"]
+    secret = str(folder / "secret.txt")
+    absolute = [f"{start}{quote(secret, safe=safe)}" for start in starts for safe in ("/", "")]
+    others = "/etc/passwd //etc/passwd %2fetc%2fpasswd file:///etc/passwd C:%5cWindows%5cwin.ini ~ "
+    others += "x-history.jsonl .x.training.lock sample sample/ about/ about/x-history.jsonl "
+    others += "leading_out sample/leading_out.png about/leading_out"
+    climbs = itertools.product(starts, ups.split(), ends.split())
+    return [*(f"{start}{up}/{end}" for start, up, end in climbs), *absolute, *others.split()]
 
 
 def test_no_way_leads_out_of_the_folders(served: Served, tmp_path: Path) -> None:
-    tries = [one for one in ways_out(tmp_path) if one]
+    tries = ways_out(tmp_path)
     assert len(tries) >= 200
     if sys.platform != "win32":
         (tmp_path / "runs" / "x.safetensors").unlink()
@@ -176,9 +160,7 @@ def test_no_way_leads_out_of_the_folders(served: Served, tmp_path: Path) -> None
     for address in [*(start + one for one in tries), *(f"/static/{one}" for one in tries), *tries[:40]]:
         answer = served.ask(address if address.startswith("/") else f"/{address}")
         assert answer.status in (400, 404), address
-        assert SECRET not in answer.text
-        assert "root:" not in answer.text
-        assert "Traceback" not in answer.text
+        assert not [word for word in (SECRET, "root:", "Traceback") if word in answer.text]
     assert {run.name for run in served.runs.look()} == {"x", "y"}
 
 
@@ -194,47 +176,23 @@ def test_addresses_and_this_machine_are_right_names(served: Served, host: str) -
     assert served.ask("/", Host=host).status == 200
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Origin": "http://evil.example"},
-        {"Origin": "null"},
-        {"Origin": "http://127.0.0.1:1"},
-        {},
-        {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"},
-    ],
-)
-def test_another_origin_can_neither_write_nor_read(
-    served: Served, headers: dict[str, str], tmp_path: Path
-) -> None:
-    assert served.ask(served.of("y", "ask"), "POST", "what=stop", **headers).status == 403
-    assert served.ask(served.of("y"), **headers).status == (403 if headers else 200)
-    assert not (tmp_path / "runs" / "y.stop").exists()
-
-
 def test_without_the_token_nothing_is_shown_and_with_it_a_strict_cookie_is_set(tmp_path: Path) -> None:
     write_run(tmp_path, "x")
     with serve_runs(tmp_path, token=TOKEN) as served:
-        places = [
-            "/",
-            served.of("x"),
-            served.of("x", "news"),
-            served.of("x", "x.safetensors"),
-            "/static/browser.js",
-        ]
+        run = served.of("x")
         wrong = ["", f"{TOKEN[:-1]}", f"{TOKEN}x", "\u00e9", '"', "=;=;"]
-        for place in places:
+        for place in ("/", run, f"{run}news", f"{run}x.safetensors", "/static/browser.js"):
             assert served.ask(place).status == 401
             for word in wrong:
                 assert served.ask(place, Cookie=f"reelsmith={quote(word)}").status == 401
                 assert served.ask(f"{place}?token={quote(word)}").status == 401
-        assert served.ask(served.of("x", "ask"), "POST", "what=stop", Origin=served.url).status == 401
+        assert served.ask(f"{run}ask", "POST", "what=stop", Origin=served.url).status == 401
 
         opened = served.ask(f"/?token={TOKEN}")
 
         assert opened.headers["set-cookie"] == f"reelsmith={TOKEN}; HttpOnly; Path=/; SameSite=strict"
         assert 'content="0;url=/"' in opened.text
-        assert served.ask(places[1], Cookie=f"reelsmith={TOKEN}").status == 200
+        assert served.ask(run, Cookie=f"reelsmith={TOKEN}").status == 200
 
 
 def test_no_script_of_a_text_can_run(served: Served) -> None:
@@ -251,31 +209,25 @@ def test_no_script_of_a_text_can_run(served: Served) -> None:
 def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path) -> None:
     whole = write_run(tmp_path, "whole", 200)
     data = whole.read_bytes()
-    damaged = {
-        **{f"cut{length}": data[:length] for length in range(0, len(data), len(data) // 17)},
-        "zeros": bytes(5000),
-        "nested": data + b"[" * 100_000 + b"\n",
-        "lies": data + "".join(f"{line}\n" for line in LIES).encode(),
-    }
+    damaged = {f"cut{length}": data[:length] for length in range(0, len(data), len(data) // 7)}
+    damaged |= {"zeros": bytes(5000), "nested": data + b"[" * 100_000 + b"\n"}
+    damaged["lies"] = data + "".join(f"{line}\n" for line in LIES).encode()
     for name, content in damaged.items():
         (tmp_path / f"{name}-history.jsonl").write_bytes(content)
     if sys.platform == "linux":
-        path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9-history.jsonl")
-        Path(path).write_bytes(data)
+        Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9-history.jsonl")).write_bytes(data)
     with serve_runs(tmp_path) as served:
         for run in served.runs.look():
             for rest in ("", "news", "sample/whole_1.png", "about/whole.safetensors"):
                 answer = served.ask(f"/run/{run.id}/{rest}")
-                assert answer.status in (200, 404), (run.name, rest)
+                assert answer.status in ((200, 404) if rest else (200,)), (run.name, rest)
                 assert "Traceback" not in answer.text
-            assert served.ask(f"/run/{run.id}/").status == 200, run.name
         assert served.ask("/").text.count('<li id="r') >= len(damaged)
         address = served.of("whole")
         (tmp_path / "sample" / "whole_1.png").unlink()
         assert served.ask(f"{address}sample/whole_1.png").status == 404
-        for path in [*tmp_path.rglob("*"), tmp_path][:-1]:
-            if path.is_file():
-                path.unlink()
+        for path in tmp_path.glob("**/*.*"):
+            path.unlink()
         for rest in ("", "news", "ask"):
             assert served.ask(f"{address}{rest}").status in (404, 405)
         assert served.ask("/").status == 200

@@ -85,6 +85,8 @@ print(as_typed(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"])
 print(as_typed(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
 print(as_typed(["git", "lfs", "pull"]))
 print(as_typed(["merge_lora"]))
+from reelsmith.modules.installation import own_name
+print(*map(own_name, ("modules.seeds", "networks.mine", "lycoris.kohya")))
 """
 WIDE = {"COLUMNS": "9999"}
 
@@ -151,34 +153,31 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
         assert ours[name] == expected
 
 
-def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installed: Installed) -> None:
+def test_the_package_runs_in_an_empty_folder(installed: Installed) -> None:
     dit = write_dit(installed.folder, tiny_state("t2v"), name="dit")
+    words = ("--input", dit, "--output", "x.safetensors", "--target", "other")
 
-    wrong = installed.run(
-        "convert_lora", "--input", dit, "--output", "x.safetensors", "--target", "other", check=False
-    )
+    wrong = installed.run("convert_lora", *words, check=False)
     mistyped = installed.run("python", "-m", "reelsmith.wan_train_network", "--tusk", check=False)
-
     bare = {"PYTHONPATH": str(installed.packages)}  # with -S: no other package
     start = "from reelsmith.merge_lora import run; run()"
     lacking = installed.run("python", "-S", "-c", start, environment=bare, check=False)
-    names = ("modules.seeds", "networks.mine", "lycoris.kohya")
-    ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
-    resolved = installed.run("python", "-c", ask).stdout.split()
-    shown = installed.run("python", "-c", SHOW).stdout.splitlines()
 
-    assert resolved == ["reelsmith.modules.seeds", "networks.mine", "lycoris.kohya"]
-    assert shown == [
-        "wan_generate_video --prompt merge_lora.py",
-        "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",
-        "git lfs pull",
-        "merge_lora",
-    ]
     assert_user_error(lacking, "torch is not installed", "-m pip install torch accelerate")
     assert_user_error(wrong, "it is a Wan transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
     assert "train wan " in installed.run("reelsmith").stdout
+
+
+def test_the_package_names_its_own_modules_and_commands(installed: Installed) -> None:
+    assert installed.run("python", "-c", SHOW).stdout.splitlines() == [
+        "wan_generate_video --prompt merge_lora.py",
+        "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",
+        "git lfs pull",
+        "merge_lora",
+        "reelsmith.modules.seeds networks.mine lycoris.kohya",
+    ]
 
 
 @pytest.mark.slow

@@ -8,140 +8,120 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file
+from torch import Tensor
 
 from modules.errors import OptionError
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.run import train_network
+from tests.training import toy
 from training.saving.files import Names
-from training.saving.states import SavedState, read_state
 from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, TriggerFiles, trigger_paths
 
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
 
 def test_without_a_difference_it_goes_on_to_the_bit(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=5)
-    expected = train_toy(tmp_path)
-    other = ["--output_dir", tmp_path / "stopped", "--save_state"]
-    train_network(
-        ToyFamily(), toy_options(tmp_path, *other, "--max_train_steps", 8, "--save_every_n_steps", 3)
-    )
-    for name in ("x-state", "x-step00000006-state"):
-        (tmp_path / "stopped" / name).rename(tmp_path / name)
+    toy.write_caches(tmp_path)
+    words = ["--save_every_n_steps", 3, "--save_state", *CHANGED]
 
-    train_network(ToyFamily(), toy_options(tmp_path, *other, *CHANGED))
-
-    assert same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
+    assert toy.same(toy.train_toy(tmp_path), toy.train_with_kills(tmp_path, *words, moments=(5,)))
 
 
 def test_what_differs_is_listed_and_noted_in_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
-    more = ["--learning_rate", "1e-3", "--max_train_steps", 4, "--loss_type", "l1"]
+    toy.write_caches(tmp_path)
+    file = tmp_path / "output" / "x.safetensors"
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    more = ["--learning_rate", "1e-3", "--loss_type", "l1"]
 
     with caplog.at_level(logging.INFO):
-        train_toy(tmp_path, *CHANGED, *more, "--save_state")
+        toy.train_toy(tmp_path, *CHANGED, *more, "--max_train_steps", 4, "--save_state")
 
-    said = [record.getMessage().strip() for record in caplog.records]
     lines = ["--learning_rate: 0.01 -> 0.001", "--loss_type: l2 -> l1", "--max_train_steps: 2 -> 4"]
-    assert [line for line in said if line in lines] == lines
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        noted = json.loads(file.metadata()["ss_resume_changes"])
+    assert [line.strip() for line in caplog.messages if line.strip() in lines] == lines
+    noted = json.loads(toy.metadata_of(file)["ss_resume_changes"])
     assert noted == [f"step 2: {line}" for line in lines]
-    train_toy(
-        tmp_path, "--resume", "latest", *more[:2], *more[4:], "--max_train_steps", 5
-    )  # no flag any more
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["ss_resume_changes"]) == noted
+    toy.train_toy(tmp_path, "--resume", "latest", *more, "--max_train_steps", 5)  # no flag any more
+    assert json.loads(toy.metadata_of(file)["ss_resume_changes"]) == noted
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    ("schedule", "least"),
     [
-        ["--lr_scheduler", "cosine"],
-        ["--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=8"],
-        ["--optimizer_type", "AdamWScheduleFree"],
+        ("--lr_scheduler cosine", 1e-6),
+        ("--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=8", 1e-6),
+        ("--optimizer_type AdamWScheduleFree", 1e-2),  # it saves an average
     ],
     ids=["named", "imported", "schedule-free"],
 )
-def test_the_schedule_of_now_begins_at_the_step_that_was_reached(tmp_path: Path, schedule: list[str]) -> None:
+def test_the_schedule_of_now_begins_at_the_step_that_was_reached(
+    tmp_path: Path, schedule: str, least: float
+) -> None:
     if "AdamWScheduleFree" in schedule:
         pytest.importorskip("schedulefree")
-    write_caches(tmp_path)
-    train_toy(tmp_path, *schedule, "--save_state", "--max_train_steps", 4)
-    still = train_toy(tmp_path, *schedule, *CHANGED, "--learning_rate", "1e-9", "--max_train_steps", 6)
-    moved = train_toy(tmp_path, *schedule, *CHANGED, "--learning_rate", "1e-1", "--max_train_steps", 6)
+    toy.write_caches(tmp_path)
+    words = schedule.split()
+    toy.train_toy(tmp_path, *words, "--save_state", "--max_train_steps", 4)
+    still = toy.train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-9", "--max_train_steps", 6)
+    moved = toy.train_toy(tmp_path, *words, *CHANGED, "--learning_rate", "1e-1", "--max_train_steps", 6)
 
-    state = read_state(tmp_path / "output" / "x-state")
-    assert isinstance(state, SavedState)
-    before = state.parts["network"]
+    before = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
     changes = [
         max(float((after[name] - before[name]).abs().max()) for name in before) for after in (still, moved)
     ]
-    assert changes[0] < (1e-2 if "AdamWScheduleFree" in schedule else 1e-6)  # it saves an average
+    assert changes[0] < least
     assert changes[1] > 1e-2
 
 
-@pytest.mark.parametrize("stopped", [2, 5], ids=["in an epoch", "at its end"])
-def test_other_clips_begin_the_epoch_again_in_their_own_order(tmp_path: Path, stopped: int) -> None:
-    write_caches(tmp_path, count=5)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", stopped)
-    write_caches(tmp_path, count=7)
-    family = ToyFamily()
+@pytest.mark.parametrize(("stopped", "rest"), [(2, 14), (5, 7)], ids=["in an epoch", "at its end"])
+def test_other_clips_begin_the_epoch_again_in_their_own_order(
+    tmp_path: Path, stopped: int, rest: int
+) -> None:
+    """rest: micro-batches of two epochs of seven clips, or of one."""
+    toy.write_caches(tmp_path, count=5)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", stopped)
+    toy.write_caches(tmp_path, count=7)
+    family = toy.ToyFamily()
     epochs = [*CHANGED, "--max_train_epochs", 2, "--save_every_n_steps", 4, "--save_state"]
 
-    last = train_toy(tmp_path, *epochs, family=family)
+    last = toy.train_toy(tmp_path, *epochs, family=family)
 
-    # the rest: two epochs of seven clips, or one
-    assert sum(family.passes) == (14 if stopped == 2 else 7)
-    state = tmp_path / "output" / f"x-step{8:08d}-state"
-    for folder in (tmp_path / "output").glob("*-state"):
-        if folder != state:
-            folder.rename(tmp_path / folder.name)
+    assert sum(family.passes) == rest
+    state = (tmp_path / "output" / "x-step00000008-state").rename(tmp_path / "x-state")
     # later it goes on exactly, without the option
-    again = train_toy(tmp_path, "--resume", "latest", "--max_train_epochs", 2)
-    assert same(again, last)
+    assert toy.same(toy.train_toy(tmp_path, "--resume", state, "--max_train_epochs", 2), last)
 
 
 def test_another_size_of_a_step_goes_on_with_the_clips_that_are_left(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=5)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 1)
-    family = ToyFamily()
+    toy.write_caches(tmp_path, count=5)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 1)
+    family = toy.ToyFamily()
 
-    train_toy(
-        tmp_path, *[*CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2], family=family
+    toy.train_toy(
+        tmp_path, *CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2, family=family
     )
 
     assert sum(family.passes) == 9  # four of the first epoch, in steps of 3 and 1; five of the second
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [["--network_dim", 3], ["--network_module", "networks.lora"], ["--optimizer_type", "SGD"], ["--seed", 9]],
-    ids=lambda changed: str(changed[0]),
+    "changed", ["--network_dim 3", "--network_module networks.lora", "--optimizer_type SGD", "--seed 9"]
 )
-def test_what_cannot_change_is_refused_with_what_to_do(tmp_path: Path, changed: list[object]) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+def test_what_cannot_change_is_refused_with_what_to_do(tmp_path: Path, changed: str) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    name, value = changed.split()
 
-    with pytest.raises(OptionError, match=f"(?s){changed[0]}.*--network_weights"):
-        train_network(ToyFamily(), toy_options(tmp_path, *CHANGED, *changed, "--learning_rate", 1))
+    with pytest.raises(OptionError, match=f"(?s){name}.*--network_weights"):
+        toy.train_toy(tmp_path, *CHANGED, name, value, "--learning_rate", 1)
 
 
 def test_without_it_the_refusal_names_it_only_if_it_would_help(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
 
-    for changed, helps in (
-        (["--learning_rate", 1], True),
-        (["--learning_rate", 1, "--network_dim", 3], False),
-    ):
+    for dim, helps in ((4, True), (3, False)):
         with pytest.raises(OptionError) as error:
-            train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest", *changed))
+            toy.train_toy(tmp_path, "--resume", "latest", "--learning_rate", 1, "--network_dim", dim)
         assert ("--resume_changed" in str(error.value)) is helps
 
 
@@ -156,20 +136,15 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Calla
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("x.sample", SAMPLE), ("sample", SAMPLE), ("x.save", SAVE), ("save", SAVE), ("x.stop", STOP)],
+    ("name", "kind"), [("x.sample", SAMPLE), ("sample", SAMPLE), ("x.save", SAVE), ("x.stop", STOP)]
 )
 def test_a_file_asks_until_it_is_done_and_is_removed_then(tmp_path: Path, name: str, kind: str) -> None:
     triggers, later = files_in(tmp_path)
     other = SAVE if kind == SAMPLE else SAMPLE
-    assert not triggers.asks_for(kind)
     (tmp_path / name).touch()
-    assert not triggers.asks_for(kind)  # within the same second
-    later()
     assert triggers.asks_for(kind)
     assert not triggers.asks_for(other)
     triggers.finish(other)
-    assert (tmp_path / name).exists()
     assert triggers.asks_for(kind)
     triggers.finish(kind)
     assert not (tmp_path / name).exists()
@@ -216,49 +191,46 @@ def test_a_file_that_cannot_be_removed_is_ignored_until_it_changes(tmp_path: Pat
     assert not triggers.asks_for(SAVE)
 
 
-def test_a_run_samples_and_saves_at_the_next_step_and_ends_with_the_same_weights(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\n", encoding="utf-8")
-    folder = tmp_path / "asked"
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, Tensor]:
+    """What a run ends with that nobody asks for anything."""
+    toy.write_caches(tmp_path)
+    return toy.train_toy(tmp_path)
+
+
+def asked_for(folder: Path, *names: str) -> toy.ToyFamily:
+    """A family whose first step makes these files in the folder of its run."""
 
     def touch(passes: int) -> None:
         if passes == 0:
-            (folder / "x.sample").touch()
-            (folder / "x.save").touch()
+            for name in names:
+                (folder / name).touch()
 
-    options = ["--output_dir", folder, "--sample_prompts", tmp_path / "prompts.txt", "--sample_now"]
-    train_network(ToyFamily(watch=touch), toy_options(tmp_path, *options, "--save_state"))
+    return toy.ToyFamily(watch=touch)
 
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == [
-        "sample",
-        "x-state",
-        "x-step00000001-state",
-        "x-step00000001.safetensors",
-        "x.safetensors",
-    ]
+
+def test_a_run_samples_and_saves_at_the_next_step_and_ends_with_the_same_weights(
+    tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
+    folder, prompts = tmp_path / "asked", toy.write_prompts(tmp_path)
+    words = ["--output_dir", folder, "--sample_prompts", prompts, "--sample_now", "--save_state"]
+
+    found = toy.train_toy(tmp_path, *words, family=asked_for(folder, "x.sample", "x.save"))
+
+    saved = ["x-state", "x-step00000001-state", "x-step00000001.safetensors", "x.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["sample", *saved]
     assert [path.name[:8] for path in (folder / "sample").iterdir()] == ["x_000001"]
-    assert same(expected, load_file(folder / "x.safetensors"))
+    assert toy.same(expected, found)
 
 
 def test_a_run_stops_after_the_step_that_a_file_asks_at_and_goes_on_to_the_same_weights(
-    tmp_path: Path,
+    tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path)
     folder = tmp_path / "asked"
+    words = ["--output_dir", folder, "--sample_now", "--resume", "latest"]
 
-    def touch(passes: int) -> None:
-        if passes == 0:
-            (folder / "x.stop").touch()
+    toy.train_toy(tmp_path, *words, family=asked_for(folder, "x.stop"))
 
-    options = ["--output_dir", folder, "--sample_now", "--resume", "latest"]
-    train_network(ToyFamily(watch=touch), toy_options(tmp_path, *options))
-
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "x-step00000001-state",
-        "x-step00000001.safetensors",
-    ]
-    train_network(ToyFamily(), toy_options(tmp_path, *options))
-    assert same(expected, load_file(folder / "x.safetensors"))
+    saved = ["x-step00000001-state", "x-step00000001.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == saved
+    assert toy.same(expected, toy.train_toy(tmp_path, *words))

@@ -1,6 +1,5 @@
 """What datasets change in a run: keys, shards, and families unlike the video families."""
 
-import argparse
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,22 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions
 from modules.contract.data import LOSS_MASK
 from modules.contract.family import NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.parser import add_options
+from tests.dataset.toy_family import options as caching_options
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
-from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
+from tests.training import toy
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
 from training.loss import training_loss
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS
@@ -45,7 +42,7 @@ def write_text(path: Path, value: float, captions: int) -> None:
 
 def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
     """Caches of five pictures with three captions each, two of them with masks, and of the empty prompt."""
-    write_caches(folder, batch_size=batch_size, more=keys)
+    toy.write_caches(folder, batch_size=batch_size, more=keys)
     for index in range(5):
         for number, name in enumerate(["", ".caption2", ".caption3"]):
             path = folder / "cache" / f"clip{index}_toy_te{name}.safetensors"
@@ -57,70 +54,52 @@ def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
     write_text(folder / "cache" / "toy_te.empty.safetensors", -50.0, captions=1)
 
 
-def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
-    found = []
-    for place, keys in enumerate([KEYS, KEYS.replace("0.3", "0.0"), KEYS.replace("0.3", "1")]):
-        write_dataset(tmp_path / str(place), keys)
-        found.append(train_toy(tmp_path / str(place)))
+def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    words = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
+    words += ["--resume", "latest"]
 
-    assert not same(found[0], found[1])
-    assert not same(found[0], found[2])
-
-
-@pytest.mark.parametrize("moment", [1, 4, 8])
-def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -> None:
-    settings = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
-    settings += ["--resume", "latest"]
-    for name in ("whole", "killed"):
-        write_dataset(tmp_path / name)
-    whole = train_toy(tmp_path / "whole", *settings)
-
-    with pytest.raises(Killed):
-        train_toy(tmp_path / "killed", *settings, family=killed_at(moment))
-
-    assert same(whole, train_toy(tmp_path / "killed", *settings))
+    assert toy.same(toy.train_toy(tmp_path, *words), toy.train_with_kills(tmp_path, *words, moments=(1, 8)))
 
 
 def two_tables(folder: Path, weight: str) -> None:
     """Three pictures, and two of a second table with `weight`."""
-    write_caches(folder)
+    path = toy.write_caches(folder)
     (folder / "more").mkdir()
-    for index in (3, 4):
-        for path in (folder / "cache").glob(f"clip{index}_*"):
-            path.rename(folder / "more" / path.name)
-    with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
-        cache = (folder / "more").as_posix()
-        file.write(f'[[datasets]]\nimage_directory = "x"\ncache_directory = "{cache}"\n{weight}\n')
+    for cache in (folder / "cache").glob("clip[34]_*"):
+        cache.rename(folder / "more" / cache.name)
+    table = f'[[datasets]]\nimage_directory = "x"\ncache_directory = "{(folder / "more").as_posix()}"\n'
+    path.write_text(path.read_text(encoding="utf-8") + table + weight, encoding="utf-8")
 
 
 def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> None:
-    losses = {}
+    losses = []
     for weight in ("", "prior_loss_weight = 1", "prior_loss_weight = 0.25"):
         folder = tmp_path / str(len(losses))
         two_tables(folder, weight)
-        with prepare_run(ToyFamily(), toy_options(folder)) as run:
+        with prepare_run(toy.ToyFamily(), toy.toy_options(folder)) as run:
             batches = [run.feed.batches[0, index].data for index in range(5)]
-            losses[weight] = {
-                batch.batch.keys[0][:5]: training_loss(ToyFamily(), run.dits.at(0), batch, nullcontext).item()
-                for batch in batches
-            }
+            found = [
+                training_loss(toy.ToyFamily(), run.dits.at(0), batch, nullcontext).item() for batch in batches
+            ]
+            losses.append({batch.batch.keys[0][:5]: loss for batch, loss in zip(batches, found, strict=True)})
 
-    plain, one, quarter = losses.values()
+    plain, one, quarter = losses
     assert one == plain
-    assert quarter == {
-        stem: pytest.approx(loss * (0.25 if stem in {"clip3", "clip4"} else 1), rel=1e-6)
-        for stem, loss in plain.items()
-    }
+    share = {"clip3": 0.25, "clip4": 0.25}
+    assert quarter == pytest.approx(
+        {stem: loss * share.get(stem, 1) for stem, loss in plain.items()}, rel=1e-6
+    )
 
 
 def test_a_changed_weight_is_another_run(tmp_path: Path) -> None:
     two_tables(tmp_path, "prior_loss_weight = 0.5")
-    train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
+    toy.train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
     path = tmp_path / "dataset.toml"
     path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.7"), encoding="utf-8")
 
     with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
+        toy.train_toy(tmp_path, "--resume", "latest")
 
 
 OF_THE_RUN = {"ss_ss_session_id", "ss_session_id", "ss_training_started_at", "ss_training_finished_at"}
@@ -141,12 +120,8 @@ def train_from(family: TinyFamily, folder: Path, form: str, workers: int) -> Pat
 
 
 def facts(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return {
-            key: value.replace("shards", "files")
-            for key, value in file.metadata().items()
-            if key not in OF_THE_RUN
-        }
+    told = toy.metadata_of(path).items()
+    return {key: value.replace("shards", "files") for key, value in told if key not in OF_THE_RUN}
 
 
 @pytest.mark.parametrize(
@@ -186,9 +161,9 @@ NOISE_PREDICTION = NoiseSpec(training_offset=0.0, whole_timesteps=True, table=LE
 STEPS = 6
 
 
-def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
+def cache(folder: Path, left: int = 255, right: int = 255) -> None:
     """Three pictures of 32 x 32 pixels, cached. left, right: alpha of their halves."""
-    (folder / "pictures").mkdir()
+    (folder / "pictures").mkdir(parents=True)
     random = np.random.default_rng(1)
     for index in range(3):
         pixels = random.integers(0, 256, (32, 32, 4), dtype=np.uint8)
@@ -196,34 +171,21 @@ def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
         Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
         (folder / "pictures" / f"{index}.txt").write_text("a" * (index + 1), encoding="utf-8")
     path, here = folder / "dataset.toml", folder.as_posix()
-    table = (
-        f'image_directory = "{here}/pictures"\ncache_directory = "{here}/cache"\ncaption_extension = ".txt"\n'
-    )
-    path.write_text(
-        f"[general]\nresolution = [32, 32]\nbatch_size = 2\n[[datasets]]\n{table}", encoding="utf-8"
-    )
+    general = '[general]\nresolution = [32, 32]\nbatch_size = 2\ncaption_extension = ".txt"\n'
+    table = f'[[datasets]]\nimage_directory = "{here}/pictures"\ncache_directory = "{here}/cache"\n'
+    path.write_text(general + table, encoding="utf-8")
     config = load_dataset_config(path)
-    parser = argparse.ArgumentParser()
-    add_options(parser, CachingOptions)
-    given = ["--dataset_config", str(path), "--device", "cpu", "--num_workers", "1"]
-    options = read_options(CachingOptions, parser.parse_args(given))
-    assert cache_media(PictureFamily(), config, options).written == 3
-    assert cache_texts(PictureFamily(), config, options).written == 3
-    return path
+    assert cache_media(PictureFamily(), config, caching_options()).written == 3
+    assert cache_texts(PictureFamily(), config, caching_options()).written == 3
 
 
 def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, torch.Tensor]:
     """The LoRA of a whole training, its options as a script of that family would have them."""
-    usual = [
-        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"),
-        *("--output_name", "x", "--seed", 3),
-    ]
-    usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS, "--max_data_loader_n_workers", 0]
+    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    usual += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", STEPS]
+    argv = [str(one) for one in (*usual, "--max_data_loader_n_workers", 0, *arguments)]
     parser = training_parser("", settings={"timestep_sampling": {"choices": (*SAMPLERS, *SIZE_SAMPLERS)}})
-    options = read_options(
-        TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
-    )
-    assert train_network(family, options) == 0
+    assert train_network(family, read_options(TrainingOptions, read_arguments(parser, argv, {}))) == 0
     return load_file(folder / "output" / "x.safetensors")
 
 
@@ -247,21 +209,18 @@ def test_a_picture_family_is_cached_and_trained_with_a_shift_that_follows_the_si
     assert len(family.network.fed) == STEPS
     assert times.min() > 0
     assert times.max() <= 1  # without the 1 / 1000 that video families add
-    assert {tokens.shape[1:] for tokens, _ in family.network.fed} == {
-        (count_tokens((4, 4)), 4 * LATENT.channels)
-    }
+    shape = count_tokens((4, 4)), 4 * LATENT.channels
+    assert {tokens.shape[1:] for tokens, _ in family.network.fed} == {shape}
 
 
-def test_transparent_places_of_a_picture_teach_nothing(tmp_path: Path) -> None:
-    for name, right in {"half": 255, "nothing": 0}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        cache(folder, left=0, right=right)
-        masks = [
-            read_entry(path).named["alpha_mask"] for path in (folder / "cache").glob("*_pic.safetensors")
-        ]
-        assert [mask.mean() for mask in masks] == [right / 255 / 2] * 3
-        assert has_learned(train(folder, made())) == (name == "half")
+@pytest.mark.parametrize(("right", "teaches"), [(255, True), (0, False)])
+def test_transparent_places_of_a_picture_teach_nothing(tmp_path: Path, right: int, teaches: bool) -> None:
+    cache(tmp_path, left=0, right=right)
+
+    masks = [read_entry(path).named["alpha_mask"] for path in (tmp_path / "cache").glob("*_pic.safetensors")]
+
+    assert [mask.mean() for mask in masks] == [right / 255 / 2] * 3
+    assert has_learned(train(tmp_path, made())) is teaches
 
 
 def test_a_model_that_predicts_noise_is_trained_on_its_own_levels(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Training of a model with two transformers, on a toy family."""
 
 import json
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,13 +49,12 @@ def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp
     toy.write_caches(tmp_path)
     assert set(sides(tmp_path)) == {0, 1}
 
-    tensors = train(tmp_path, "--max_train_steps", 3)
+    tensors = toy.train_toy(tmp_path, "--max_train_steps", 3, family=BOTH)
 
-    assert {name.partition("/")[0] for name in tensors} == {"x.safetensors"}
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        assert file.metadata()["ss_wan_expert"] == "both"
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["x.safetensors"]
+    assert toy.metadata_of(tmp_path / "output" / "x.safetensors")["ss_wan_expert"] == "both"
     one = toy.train_toy(tmp_path, "--max_train_steps", 3)  # the low one alone, at the same timesteps
-    assert any(not torch.equal(one[name], tensors[f"x.safetensors/{name}"]) for name in one)
+    assert not toy.same(one, tensors)
 
 
 @pytest.mark.parametrize("module", ["networks.lora", "networks.loha", "networks.lokr"])
@@ -86,15 +83,11 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     assert len(trainable.all_modules) == 2
 
 
-@pytest.mark.parametrize(
-    "sampling", [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]]
-)
-def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
-    tmp_path: Path, sampling: list[object]
-) -> None:
+def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(tmp_path: Path) -> None:
     """A process must know it also of the micro-batches that others read."""
     toy.write_caches(tmp_path, batch_size=2)
-    with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
+    words = ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]
+    with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *words)) as run:
         feed, count = run.feed.start(0, 0), run.steps.num_batches
         drawn = [next(feed).data.expert for _ in range(4 * count)]
         told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
@@ -102,37 +95,25 @@ def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
     assert set(drawn) == {0, 1}
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "torch.optim.SGD"])
-def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
-    tmp_path: Path, optimizer: str
-) -> None:
+def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(tmp_path: Path) -> None:
     """Neither weight decay nor a moment of the optimizer changes it."""
     toy.write_caches(tmp_path)
     order = sides(tmp_path)
-    options = toy.toy_options(
-        tmp_path, APART, "--optimizer_type", optimizer, "--optimizer_args", "weight_decay=0.1"
-    )
-    with prepare_run(BOTH, options) as run:
+    with prepare_run(BOTH, toy.toy_options(tmp_path, APART, "--optimizer_args", "weight_decay=0.1")) as run:
         feed = run.feed.start(0, 0)
         for index, expert in enumerate(order[: run.steps.num_batches]):
             before = [[one.detach().clone() for one in part] for part in run.trainable.by_expert]
             take_step(run, range(index, index + 1), feed)
-            for part, kept in enumerate(before):
-                are_equal = [
-                    torch.equal(one, was)
-                    for one, was in zip(run.trainable.by_expert[part], kept, strict=True)
-                ]
+            for part, (now, kept) in enumerate(zip(run.trainable.by_expert, before, strict=True)):
+                are_equal = [torch.equal(one, was) for one, was in zip(now, kept, strict=True)]
                 assert all(are_equal) if part != expert else not all(are_equal)
 
 
 @pytest.mark.parametrize("more", [[], [APART]])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[object]) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[str]) -> None:
     toy.write_caches(tmp_path)
-    options = [
-        *more,
-        *("--gradient_accumulation_steps", 2, "--network_dropout", 0.2, "--ema_decay", 0.5),
-        *("--scale_weight_norms", 0.5, "--save_every_n_steps", 1, "--save_state", "--resume", "latest"),
-    ]
+    options = [*more, "--gradient_accumulation_steps", 2, "--network_dropout", 0.2, "--ema_decay", 0.5]
+    options += ["--scale_weight_norms", 0.5, "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
     expected = train(tmp_path, *options)
     (tmp_path / "output").rename(tmp_path / "whole")
 
@@ -155,54 +136,47 @@ def test_files_of_two_networks_end_with_their_expert_and_expire_together(tmp_pat
 
     train(tmp_path, APART, *saving)
 
-    found = sorted(path.name for path in (tmp_path / "output").glob("*.safetensors"))
-    stems = ("x", "x-step00000004")
-    assert found == sorted(
-        f"{stem}{mark}_{part}.safetensors" for stem in stems for mark in ("", "-ema") for part in PARTS
-    )
-    for part, value in zip(PARTS, ("low", "high"), strict=True):
-        with safe_open(tmp_path / "output" / f"x_{part}.safetensors", "pt") as file:
-            assert file.metadata()["ss_wan_expert"] == value
+    files = sorted((tmp_path / "output").glob("*.safetensors"))
+    stems = ("x", "x-ema", "x-step00000004", "x-step00000004-ema")
+    expected = {f"{stem}_{part}.safetensors": part for stem in stems for part in PARTS}
+    told = {path.name: f"{toy.metadata_of(path)['ss_wan_expert']}_noise" for path in files}
+    assert told == expected
 
 
 def test_losses_of_the_transformers_are_logged_apart(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     order = sides(tmp_path, count=5)
-    train_toy_family(tmp_path, "--max_train_steps", 5, has_page=True)
+    toy.train_toy(tmp_path, "--max_train_steps", 5, family=BOTH, has_page=True)
 
     lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    assert [list(row["experts"]) for row in rows] == [[PARTS[expert]] for expert in order]
-    assert all(row["experts"][PARTS[expert]] == row["loss"] for row, expert in zip(rows, order, strict=True))
+    assert [row["experts"] for row in rows] == [
+        {PARTS[expert]: row["loss"]} for row, expert in zip(rows, order, strict=True)
+    ]
     assert "Loss of each transformer" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
-
-
-def train_toy_family(folder: Path, *arguments: object, has_page: bool = False) -> None:
-    assert train_network(BOTH, toy.toy_options(folder, *arguments, has_page=has_page)) == 0
 
 
 def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> None:
     """At first nothing is learned, so the bands are those of each transformer alone."""
     toy.write_caches(tmp_path)
     options = toy.toy_options(tmp_path, "--validation_split", "0.3")
-    found: list[dict[str, float]] = []
-    with prepare_run(BOTH, options) as run:
-        for at in (run.dits.at, lambda _: run.dits.at(0), lambda _: run.dits.at(1)):
-            found.append(run.validation.measure(at, run.autocast))
-    both, low, high = found
-    assert [both[f"validation/loss_{band}00"] for band in (1, 3, 5)] == [
-        low[f"validation/loss_{band}00"] for band in (1, 3, 5)
-    ]
-    assert [both[f"validation/loss_{band}00"] for band in (7, 9)] == [
-        high[f"validation/loss_{band}00"] for band in (7, 9)
-    ]
-    assert low["validation/loss_900"] != high["validation/loss_900"]
     asked: list[int] = []
-    with prepare_run(BOTH, options) as run:
-        assert len(run.validation.items) > 1
-        run.validation.measure(lambda expert: (asked.append(expert), run.dits.at(expert))[1], run.autocast)
-    assert asked == [0, 1], "a network is brought once for all items"
 
+    with prepare_run(BOTH, options) as run:
+
+        def note(expert: int) -> nn.Module:
+            asked.append(expert)
+            return run.dits.at(expert)
+
+        both, low, high = (
+            {name[-3:]: loss for name, loss in run.validation.measure(at, run.autocast).items()}
+            for at in (note, lambda _: run.dits.at(0), lambda _: run.dits.at(1))
+        )
+        assert len(run.validation.items) > 1
+    assert asked == [0, 1], "a network is brought once for all items"
+    assert [both[band] for band in ("100", "300", "500")] == [low[band] for band in ("100", "300", "500")]
+    assert [both[band] for band in ("700", "900")] == [high[band] for band in ("700", "900")]
+    assert low["900"] != high["900"]
     with prepare_run(toy.ToyFamily(experts=toy.TWO_EXPERTS[1:]), options) as run:
         losses = run.validation.measure(run.dits.at, run.autocast)
     assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
@@ -235,11 +209,9 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
 ) -> None:
     toy.write_caches(tmp_path, count=6)
     expected = train(tmp_path, *more, "--gradient_accumulation_steps", 2)
+    words = [*more, "--output_dir", tmp_path / "two"]
 
-    environment = {"TOY_EXPERTS": "1"}
-    train_in_two_processes(
-        tmp_path, port, *more, "--output_dir", str(tmp_path / "two"), environment=environment
-    )
+    train_in_two_processes(tmp_path, port, *words, environment={"TOY_EXPERTS": "1"})
 
     for name, tensor in expected.items():
         file, _, key = name.partition("/")
@@ -247,22 +219,18 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--network_args", "dora_wd=True"], "Use --lora_per_expert"),
-        (["--network_args", "dora_wd=true"], "learns the norms of"),
-        (
-            ["--timestep_sampling", "uniform", "--max_timestep", 500],
-            "no timestep of this run reaches the high",
-        ),
-        (["--network_weights_high_noise", "{folder}/dataset.toml"], "--lora_per_expert"),
+        ("--network_args dora_wd=true", "learns the norms of.*Use --lora_per_expert"),
+        ("--timestep_sampling uniform --max_timestep 500", "no timestep of this run reaches the high"),
+        ("--network_weights_high_noise FOLDER/dataset.toml", "add --lora_per_expert"),
     ],
 )
 def test_what_two_transformers_cannot_do_is_refused_before_they_load(
-    tmp_path: Path, arguments: list[object], message: str
+    tmp_path: Path, words: str, message: str
 ) -> None:
     toy.write_caches(tmp_path)
-    given = [str(word).format(folder=tmp_path) for word in arguments]
+    given = [word.replace("FOLDER", str(tmp_path)) for word in words.split()]
     with pytest.raises(OptionError, match=message):
         train(tmp_path, *given)
 
@@ -270,55 +238,55 @@ def test_what_two_transformers_cannot_do_is_refused_before_they_load(
 def test_whole_transformers_are_trained_one_at_a_time(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="one at a time"):
-        train_network(BOTH, toy.toy_options(tmp_path, whole_dit=True))
+        toy.train_toy(tmp_path, family=BOTH, whole_dit=True)
 
 
 def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="--lora_per_expert needs two transformers"):
-        train_network(toy.ToyFamily(), toy.toy_options(tmp_path, APART))
+        toy.train_toy(tmp_path, APART)
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "message"),
+    ("first", "second"),
     [
-        (
-            BOTH,
-            replace(BOTH, experts=(Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 700.0))),
-            "lowest timesteps",
-        ),
-        (BOTH, toy.ToyFamily(), "lowest timesteps"),
-        (toy.ToyFamily(), BOTH, "lowest timesteps"),
+        (BOTH, replace(BOTH, experts=(Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 700.0)))),
+        (toy.ToyFamily(), BOTH),
     ],
+    ids=["another boundary", "one before"],
 )
 def test_a_state_is_not_resumed_with_other_transformers(
-    tmp_path: Path, first: toy.ToyFamily, second: toy.ToyFamily, message: str
+    tmp_path: Path, first: toy.ToyFamily, second: toy.ToyFamily
 ) -> None:
     toy.write_caches(tmp_path)
-    train_network(first, toy.toy_options(tmp_path, "--max_train_steps", 1, "--save_state"))
-    with pytest.raises(OptionError, match=message):
-        train_network(second, toy.toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
+    toy.train_toy(tmp_path, "--max_train_steps", 1, "--save_state", family=first)
+    with pytest.raises(OptionError, match="lowest timesteps"):
+        toy.train_toy(tmp_path, "--max_train_steps", 2, "--resume", "latest", family=second)
 
 
+KEEPS = "--preserve_distribution_shape"
+
+
+@pytest.mark.parametrize(
+    ("given", "recommended", "expert"),
+    [
+        # the table's bounds count from the noisy end
+        ("", f"--min_timestep 400 {KEEPS} (or --max_timestep 400 ", None),
+        ("--timestep_sampling uniform", f"--max_timestep 600 {KEEPS} (or --min_timestep 600 ", None),
+        (f"--min_timestep 400 {KEEPS}", "", "low"),
+        (f"--max_timestep 400 {KEEPS}", "", "high"),
+        (f"--timestep_sampling uniform --max_timestep 600 {KEEPS}", "", "low"),
+    ],
+)
 def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str, recommended: str, expert: str | None
 ) -> None:
     toy.write_caches(tmp_path)
     alone = toy.ToyFamily(defaults=replace(toy.ToyFamily().defaults, experts=toy.TWO_EXPERTS))
-    uniform, keeps = ["--timestep_sampling", "uniform"], "--preserve_distribution_shape"
-    table = f"--min_timestep 400 {keeps} (or --max_timestep 400 "  # bounds from the noisy end
-    for given, recommended, expert in (
-        ([], table, None),
-        (uniform, f"--max_timestep 600 {keeps} (or --min_timestep 600 ", None),
-        (["--min_timestep", 400, keeps], None, "low"),
-        (["--max_timestep", 400, keeps], None, "high"),
-        ([*uniform, "--max_timestep", 600, keeps], None, "low"),
-    ):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            train(tmp_path, "--max_train_steps", 1, "--offload_inactive_dit", *given, family=alone)
-        assert "--offload_inactive_dit is ignored" in caplog.text
-        assert (f"Recommended: {recommended}" in caplog.text) == (recommended is not None)
-        assert ("Recommended: " in caplog.text) == (recommended is not None)
-        with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-            assert file.metadata().get("ss_wan_expert") == expert
+
+    toy.train_toy(tmp_path, "--max_train_steps", 1, "--offload_inactive_dit", *given.split(), family=alone)
+
+    assert "--offload_inactive_dit is ignored" in caplog.text
+    assert recommended in caplog.text
+    assert ("Recommended: " in caplog.text) == bool(recommended)
+    assert toy.metadata_of(tmp_path / "output" / "x.safetensors").get("ss_wan_expert") == expert

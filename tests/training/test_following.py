@@ -1,7 +1,6 @@
 """Command lines that follow a training give the same options again, in any shell, and no secret."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,50 +56,39 @@ def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
     options = read([*NEEDED, *more])
 
     given = given_options(*options, SCRIPTS)
-    words = [word for option in given if option.is_changed for word in option.words]
 
-    assert read(words) == options
-    assert not any(word.startswith("--") and word in {"--network_dim", "--rope_func"} for word in words)
+    assert read([word for option in given if option.is_changed for word in option.words]) == options
 
 
 def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> None:
     given = given_options(*read([*NEEDED, "--network_alpha", "1", "--learning_rate", "3e-5"]), SCRIPTS)
 
     changed = {option.name: option.text for option in given if option.is_changed}
-    unchanged = {option.name: option.text for option in given if not option.is_changed}
-    assert changed["learning_rate"] == "3e-05"
-    assert changed["output_name"] == "it's \u00fc"
-    assert {"network_alpha", "task", "sdpa"} <= set(unchanged)
-    assert not changed.keys() & unchanged.keys()
+    unchanged = {option.name for option in given if not option.is_changed}
+    assert (changed["learning_rate"], changed["output_name"]) == ("3e-05", "it's \u00fc")
+    assert {"network_alpha", "task", "sdpa"} <= unchanged
 
 
 def test_keys_and_tokens_are_never_told() -> None:
-    given = given_options(*read([*NEEDED, "--huggingface_token", "hf_1", "--wandb_api_key=w_1"]), SCRIPTS)
-
-    told = str(given)
-    assert "hf_1" not in told
-    assert "w_1" not in told
+    secrets = ["--huggingface_token", "a_secret", "--wandb_api_key=a_secret"]
+    assert "a_secret" not in str(given_options(*read([*NEEDED, *secrets]), SCRIPTS))
 
 
 def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, ["--max_train_epochs", "3", "--resume", "latest", "--resume_changed"])
 
-    going, *_ = steps.commands(None, is_finished=False)
-    without, *_ = steps.commands(None, is_finished=True)
+    going = words_of(steps.commands(None, is_finished=False)[0])
     (tmp_path / "x-other-state").mkdir()  # of another run
-    assert steps.commands(None, is_finished=True)[0] == without
+    without = words_of(steps.commands(None, is_finished=True)[0])
     (tmp_path / "x-state").mkdir()
-    longer, *_ = steps.commands(None, is_finished=True)
+    longer = words_of(steps.commands(None, is_finished=True)[0])
 
-    assert words_of(going)[-4:] == ["--max_train_steps", "40", "--resume", "latest-or-fail"]
-    assert words_of(without)[-5:] == [
-        *("--max_train_steps", "40", "--network_weights", str(tmp_path / "x.safetensors")),
-        "--save_state_on_train_end",
-    ]
-    assert "--resume" not in words_of(without)
-    assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest-or-fail"]
-    commands = [words_of(each) for each in (going, without, longer)]
-    assert not any("--max_train_epochs" in words or "--resume_changed" in words for words in commands)
+    assert going[-4:] == ["--max_train_steps", "40", "--resume", "latest-or-fail"]
+    begun = ["--network_weights", str(tmp_path / "x.safetensors"), "--save_state_on_train_end"]
+    assert without[-5:] == ["--max_train_steps", "40", *begun]
+    assert "--resume" not in without
+    assert longer[-4:] == ["--max_train_steps", "80", "--resume", "latest-or-fail"]
+    assert not {"--max_train_epochs", "--resume_changed"} & {*going, *without, *longer}
 
 
 def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
@@ -115,16 +103,12 @@ def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
 
 
 def test_what_begins_with_the_trained_files_names_one_for_each_network(tmp_path: Path) -> None:
-    own = ["--network_weights", str(tmp_path / "x.safetensors")]
-    for name in ("x", "x_low_noise", "x_high_noise"):
-        (tmp_path / f"{name}.safetensors").touch()
-    steps = replace(
-        next_steps(tmp_path, own), names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)), experts=TWO_EXPERTS
-    )
+    low, high = (str(tmp_path / f"x_{part}.safetensors") for part in (LOW_NOISE, HIGH_NOISE))
+    steps = next_steps(tmp_path, ["--network_weights", __file__])
+    steps = replace(steps, names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)), experts=TWO_EXPERTS)
 
     words = words_of(steps.commands(None, is_finished=True)[0])
 
-    low, high = (str(tmp_path / f"x_{part}.safetensors") for part in (LOW_NOISE, HIGH_NOISE))
     assert words.count("--network_weights") == 1
     assert words[words.index("--network_weights") + 1] == low
     assert words[words.index("--network_weights_high_noise") + 1] == high
@@ -139,74 +123,67 @@ def test_several_processes_are_launched_again(tmp_path: Path) -> None:
 
 def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, [], prompt="a cat's $HOME", negative_prompt="-", width=64, height=32)
+    best = tmp_path / "x-step00000010.safetensors"
 
-    _, generate, convert = steps.commands(tmp_path / "x-step00000010.safetensors", is_finished=True)
+    _, generate, convert = steps.commands(best, is_finished=True)
 
     words = words_of(generate)
-    assert words[words.index("--lora_weight") + 1] == str(tmp_path / "x-step00000010.safetensors")
+    assert words[words.index("--lora_weight") + 1] == str(best)
     assert words[words.index("--prompt") + 1] == "a cat's $HOME"
     assert words[words.index("--video_size") + 1 :][:2] == ["32", "64"]
     assert "--negative_prompt=-" in words
-    assert words_of(convert)[-3:] == [
-        str(tmp_path / "x-step00000010_comfyui.safetensors"),
-        *("--target", "other"),
-    ]
+    converted = str(tmp_path / "x-step00000010_comfyui.safetensors")
+    assert words_of(convert)[-3:] == [converted, "--target", "other"]
 
 
-@pytest.mark.parametrize(
-    ("parts", "marks"), [((), ("", "")), ((LOW_NOISE, HIGH_NOISE), ("_low_noise", "_high_noise"))]
-)
+@pytest.mark.parametrize("parts", [(), (LOW_NOISE, HIGH_NOISE)])
 def test_two_transformers_are_generated_with_by_the_files_for_each(
-    tmp_path: Path, parts: Sequence[str], marks: Sequence[str]
+    tmp_path: Path, parts: tuple[str, ...]
 ) -> None:
-    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
+    marks = [f"_{part}" for part in parts] or ["", ""]
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
-    scripts = replace(steps.scripts, generation=lambda _: generation)
-    distilled = [(Path("distilled.safetensors"), 0.8)]
-    names = Names(tmp_path, "x", tuple(parts))
-    steps = replace(steps, scripts=scripts, experts=TWO_EXPERTS, names=names, sample_loras=distilled)
+    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
+    steps = replace(
+        steps,
+        scripts=replace(steps.scripts, generation=lambda _: generation),
+        experts=TWO_EXPERTS,
+        names=Names(tmp_path, "x", parts),
+        sample_loras=[(Path("distilled.safetensors"), 0.8)],
+    )
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
 
     _, generate, *converting = steps.commands(best, is_finished=True)
 
     words = words_of(generate)
     for end, mark in zip(("", "_high_noise"), marks, strict=True):
-        files = words[words.index(f"--lora_weight{end}") + 1 :][:2]
-        assert files == [str(tmp_path / f"x-step00000010-ema{mark}.safetensors"), "distilled.safetensors"]
+        trained = str(tmp_path / f"x-step00000010-ema{mark}.safetensors")
+        assert words[words.index(f"--lora_weight{end}") + 1 :][:2] == [trained, "distilled.safetensors"]
         assert words[words.index(f"--lora_multiplier{end}") + 1 :][:2] == ["1", "0.8"]
     assert words[words.index("--guidance_scale_high_noise") + 1] == "4.0"
     converted = [words_of(each)[3] for each in converting]
     assert converted == [str(tmp_path / f"x-step00000010{mark}.safetensors") for mark in dict.fromkeys(marks)]
 
 
-@pytest.mark.parametrize("module", ["networks.lora_wan", "networks.lokr"])
-def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path, module: str) -> None:
-    steps = replace(next_steps(tmp_path, ["--network_module", module]), converted_for="")
+def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path) -> None:
+    steps = replace(next_steps(tmp_path, []), converted_for="")
 
-    assert [each.title for each in steps.commands(None, is_finished=True)] == [
-        "Train longer, as a new run from the trained file",
-        "Generate with it",
-    ]
-    assert not steps.is_dora
+    titles = [each.title for each in steps.commands(None, is_finished=True)]
+    assert titles == ["Train longer, as a new run from the trained file", "Generate with it"]
 
 
 @pytest.mark.parametrize(("tool", "target"), [("ComfyUI", "other"), ("", "default")])
+@pytest.mark.parametrize("dit", ["--dit", "--dit_high_noise"])
 def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
-    tmp_path: Path, tool: str, target: str
+    tmp_path: Path, tool: str, target: str, dit: str
 ) -> None:
-    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", "--dit", "mo dels/dit.safetensors"])
-    steps = replace(steps, converted_for=tool)
+    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", dit, "mo dels/dit.safetensors"])
 
-    *_, command = steps.commands(None, is_finished=True)
+    *_, command = replace(steps, converted_for=tool).commands(None, is_finished=True)
 
-    words = words_of(command)
-    assert words[words.index("--input") + 1] == str(tmp_path / "x.safetensors")
-    assert words[words.index("--output") + 1] == str(tmp_path / "x_plain.safetensors")
-    assert words[-6:] == ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
+    files = ["--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "x_plain.safetensors")]
+    baked = ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
+    assert words_of(command)[2:] == [*files, *baked]
     assert "ComfyUI takes it" in command.note
-    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", "--dit_high_noise", "high.safetensors"])
-    alone = steps.commands(None, is_finished=True)[-1]
-    assert words_of(alone)[-2:] == ["--dit", "high.safetensors"]
 
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
@@ -214,12 +191,8 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     add_options(parser, HunyuanTrainingOptions)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
-    scripts = FamilyScripts(
-        "hv_train.py",
-        (HunyuanTrainingOptions,),
-        partial(FAMILIES["hunyuan_video"].generation_words, own),
-        WholeDitOptions,
-    )
+    generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
+    scripts = FamilyScripts("hv_train.py", (HunyuanTrainingOptions,), generation, WholeDitOptions)
     given = given_options(options, own, scripts)
 
     steps = NextSteps(given, scripts, options, Names(tmp_path, "x"), 9, 1, {})
@@ -231,18 +204,7 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     assert "--lora_weight" not in words
 
 
-@pytest.mark.parametrize(
-    ("word", "quoted"),
-    [
-        ("a\\b.mp4", "a\\b.mp4"),
-        ("my file", "'my file'"),
-        ("$HOME", "'$HOME'"),
-        ("it's", "'it''s'"),
-        ("\u2019", "'\u2019\u2019'"),
-        ("", "''"),
-        ("a;b", "'a;b'"),
-        ("r'.*'", "'r''.*'''"),
-    ],
-)
-def test_powershell_takes_words_literally_in_single_quotes(word: str, quoted: str) -> None:
-    assert quote_for_powershell(["python", word]) == f"python {quoted}"
+def test_powershell_takes_words_literally_in_single_quotes() -> None:
+    words = ["a\\b.mp4", "my file", "$HOME", "it's", "\u2019", "", "a;b"]
+    quoted = "a\\b.mp4 'my file' '$HOME' 'it''s' '\u2019\u2019' '' 'a;b'"
+    assert quote_for_powershell(words) == quoted

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from flux import options as flux
@@ -18,7 +17,7 @@ from lumina import options as lumina
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import NoOptions
-from tests.training.toy import same
+from tests.training.toy import metadata_of, same
 from tests.training.toy_images import (
     TextFamily,
     image_toy_options,
@@ -29,27 +28,22 @@ from tests.training.toy_images import (
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
 from training.options import TrainingOptions
-from training.run import prepare_run, train_network
+from training.run import prepare_run
 
-CPU = torch.device("cpu")
 ONLY = "--network_train_unet_only"
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
-    options = image_toy_options(
-        tmp_path,
-        *(ONLY, "--max_train_steps", 2, "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0),
-        *("--weighting_scheme", "sigma_sqrt", "--ip_noise_gamma", 0.1),
-        prediction=prediction,
-    )
+    words = [ONLY, "--max_train_steps", 2, "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0]
+    words += ["--weighting_scheme", "sigma_sqrt", "--ip_noise_gamma", 0.1]
     family = TextFamily()
-    with prepare_run(family, options) as run:
+    with prepare_run(family, image_toy_options(tmp_path, *words, prediction=prediction)) as run:
         state = run.trainable.modules["network"].state_dict()
         factors = {name: tensor.clone().requires_grad_("lora" in name) for name, tensor in state.items()}
         batches = run.feed.batches
-    dit = family.load_dit(Placement(CPU)).requires_grad_(False)
+    dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
 
     for step in range(2):
         data = batches[(0, step)].data
@@ -75,13 +69,7 @@ def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> 
             with torch.no_grad():
                 tensor -= 1e-2 * gradient
 
-    made = train_image_toy(
-        tmp_path,
-        *(ONLY, "--max_train_steps", 2, "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0),
-        *("--weighting_scheme", "sigma_sqrt", "--ip_noise_gamma", 0.1),
-        prediction=prediction,
-    )
-    for name, tensor in made.items():
+    for name, tensor in train_image_toy(tmp_path, *words, prediction=prediction).items():
         torch.testing.assert_close(tensor, factors[name].detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -110,15 +98,14 @@ def test_samples_that_preserve_the_output_have_the_base_model_as_target(tmp_path
     assert not any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
-@pytest.mark.parametrize("every", [("--validate_every_n_steps", 2), ("--validate_every_n_epochs", 1)])
-def test_validation_is_at_four_levels_under_its_own_names(every: tuple[object, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "occasion"), [("--validate_every_n_steps", "step"), ("--validate_every_n_epochs", "epoch")]
+)
+def test_validation_is_at_four_levels_under_its_own_names(option: str, occasion: str, tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
-    options = image_toy_options(
-        tmp_path, ONLY, "--validation_split", 0.5, "--max_validation_steps", 1, *every, "--min_timestep", 500
-    )
-    occasion = "step" if "steps" in str(every[0]) else "epoch"
+    words = ["--validation_split", 0.5, "--max_validation_steps", 1, option, 2, "--min_timestep", 500]
 
-    with prepare_run(TextFamily(), options) as run:
+    with prepare_run(TextFamily(), image_toy_options(tmp_path, ONLY, *words)) as run:
         losses = run.validation.measure(run.dits.at, run.autocast)
         logged = run.validation.rule.logged(losses, occasion, 0.25)
 
@@ -156,28 +143,30 @@ def test_a_run_may_begin_later(tmp_path: Path) -> None:
     resumed = train_image_toy(tmp_path, *later, "--resume", state)
 
     assert same(whole, resumed)
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        assert file.metadata()["ss_steps"] == "6"
+    assert metadata_of(tmp_path / "output" / "x.safetensors")["ss_steps"] == "6"
     with pytest.raises(OptionError, match="--initial_epoch 3 is step 8, but the run ends at step 6"):
-        train_network(TextFamily(), image_toy_options(tmp_path, ONLY, "--initial_epoch", 3))
+        train_image_toy(tmp_path, ONLY, "--initial_epoch", 3)
 
 
 def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
     train_image_toy(tmp_path, ONLY, "--metadata_trigger_phrase", "red", "--validation_split", 0.25)
 
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        made = file.metadata()
-    assert made["ss_model_prediction_type"] == "raw"
-    assert made["ss_loss_type"] == "l2"
-    assert (made["ss_num_train_images"], made["ss_num_validation_images"]) == ("3", "1")
-    assert made["modelspec.trigger_phrase"] == "red"
-    assert made["modelspec.resolution"] == "1024x1024"
-    assert made["modelspec.sai_model_spec"] == "1.0.1"
-    assert made["ss_fp8_base_unet"] == "False"
+    made = metadata_of(tmp_path / "output" / "x.safetensors")
+    expected = {
+        "ss_model_prediction_type": "raw",
+        "ss_loss_type": "l2",
+        "ss_num_train_images": "3",
+        "ss_num_validation_images": "1",
+        "modelspec.trigger_phrase": "red",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.sai_model_spec": "1.0.1",
+        "ss_fp8_base_unet": "False",
+        "ss_network_args": "{}",
+    }
+    assert {name: made[name] for name in expected} == expected
     assert "ss_session_id" in made
     assert "ss_ss_session_id" not in made  # that is in files of video trainers
-    assert json.loads(made["ss_network_args"]) == {}
     assert json.loads(made["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 3}}
     assert json.loads(made["ss_bucket_info"])["buckets"] == {"0": {"resolution": [32, 32], "count": 3}}
 
@@ -186,72 +175,61 @@ DEFAULTS = ImageTrainerDefaults(
     "sigma", 3.0, "raw", guidance_scale=3.5, refused={"vae": "the autoencoder is given to --ae"}
 )
 NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
+SAMPLES = f"--sample_prompts {__file__}"
 
 
 def read(*argv: str) -> TrainingOptions:
     return read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *argv])[0]
 
 
-def test_the_defaults_of_a_family_are_those_of_its_script() -> None:
-    made = read()
-
-    times = made.timesteps
-    assert (times.timestep_sampling, times.flow_shift, times.weighting_scheme) == ("sigma", 3.0, "uniform")
-    assert (made.predicted, made.weighted_by, made.loop.embedded_guidance) == ("raw", "nothing", 3.5)
-    assert made.speed.compilation.choice is None
-    assert made.whole_dit is None
-
-
 @pytest.mark.parametrize(
     ("argv", "same_as"),
     [
-        (["--use_8bit_adam"], ["--optimizer_type", "AdamW8bit"]),
-        (["--use_lion_optimizer"], ["--optimizer_type", "Lion"]),
-        (["--torch_compile"], ["--dynamo_backend", "inductor"]),
-        (["--fp8_base_unet"], ["--fp8_base"]),
-        (["--fp8_scaled"], ["--fp8_base", "--fp8_scaled"]),
-        (["--caption_extention", ".txt"], ["--caption_extension", ".txt"]),
+        ("--use_8bit_adam", "--optimizer_type AdamW8bit"),
+        ("--use_lion_optimizer", "--optimizer_type Lion"),
+        ("--torch_compile", "--dynamo_backend inductor"),
+        ("--fp8_base_unet", "--fp8_base"),
+        ("--fp8_scaled", "--fp8_base --fp8_scaled"),
+        ("--caption_extention .txt", "--caption_extension .txt"),
         (
-            ["--gradient_checkpointing", "--cpu_offload_checkpointing"],
-            ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"],
+            "--gradient_checkpointing --cpu_offload_checkpointing",
+            "--gradient_checkpointing --gradient_checkpointing_cpu_offload",
         ),
         (
-            ["--sample_prompts", __file__, "--sample_every_n_epochs", "2", "--sample_every_n_steps", "1"],
-            ["--sample_prompts", __file__, "--sample_every_n_epochs", "2"],
+            f"{SAMPLES} --sample_every_n_epochs 2 --sample_every_n_steps 1",
+            f"{SAMPLES} --sample_every_n_epochs 2",
         ),
     ],
 )
-def test_another_name_is_the_option_that_it_stands_for(argv: list[str], same_as: list[str]) -> None:
-    assert read(*argv) == read(*same_as)
+def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) -> None:
+    assert read(*argv.split()) == read(*same_as.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--v2"], "--v2 is not supported yet: it is for the text encoders of Stable Diffusion"),
-        (["--vae", "ae.safetensors"], "--vae is not supported yet: the autoencoder is given to --ae"),
-        (["--use_8bit_adam", "--optimizer_type", "Lion"], "--use_8bit_adam is --optimizer_type AdamW8bit"),
-        (["--fused_backward_pass", "--gradient_accumulation_steps", "2"], "--fused_backward_pass with"),
-        (["--resolution", "512,x"], "--resolution 512,x: give 512"),
-        (["--face_crop_aug_range", "4,2"], "--face_crop_aug_range 4,2: give two numbers"),
-        (["--output_config"], "--output_config writes to the file that --config_file names"),
+        ("--v2", "--v2 is not supported yet: it is for the text encoders of Stable Diffusion"),
+        ("--vae ae.safetensors", "--vae is not supported yet: the autoencoder is given to --ae"),
+        ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam is --optimizer_type AdamW8bit"),
+        ("--fused_backward_pass --gradient_accumulation_steps 2", "--fused_backward_pass with"),
+        ("--resolution 512,x", "--resolution 512,x: give 512"),
+        ("--face_crop_aug_range 4,2", "--face_crop_aug_range 4,2: give two numbers"),
+        ("--output_config", "--output_config writes to the file that --config_file names"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(argv: list[str], message: str) -> None:
+def test_what_cannot_be_is_refused_by_name(argv: str, message: str) -> None:
     with pytest.raises(OptionError) as error:
-        read(*argv)
+        read(*argv.split())
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [["--lowram"], ["--full_bf16"], ["--skip_until_initial_step"], ["--persistent_data_loader_workers"]],
+    "option", ["--lowram", "--full_bf16", "--skip_until_initial_step", "--persistent_data_loader_workers"]
 )
-def test_what_is_not_needed_is_answered_in_a_line(argv: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        made = read(*argv)
-    assert f"{argv[0]} is not needed: " in caplog.text
-    assert made == read()
+def test_what_is_not_needed_is_answered_in_a_line(option: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert read(option) == read()
+    assert f"{option} is not needed: " in caplog.text
 
 
 def test_folders_of_pictures_replace_the_toml_file(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What a saved LoRA says of its training, and averages of weights."""
 
 import json
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,13 +16,10 @@ from modules.offload.block_swap import swap_of
 from modules.options import NO_OPTIONS, read_options
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
-from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, train_with_kills, write_caches
+from tests.training import toy
 from training.averages import make_average
 from training.learning_options import AverageOptions, WholeDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.planning.memory import predict
-from training.run import train_network
 from training.saver import file_metadata, run_metadata
 from training.saving.states import SavedState, read_state, write_state
 from training.steps import Progress, StepPlan
@@ -39,15 +34,13 @@ FAMILY = {
 OPTIMIZER = "torch.optim.adamw.AdamW(weight_decay=0.1)"
 
 
-def make_plan(
-    options: TrainingOptions, family: Mapping[str, str] = FAMILY, folder: str = "cats", name: str = "wan"
-) -> Any:
+def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -> Any:
     """The facts of a plan that stand in metadata."""
     module = "" if options.network is None else "networks.lora_wan"
     table = SimpleNamespace(describe=lambda: {"resolution": [64, 64], "image_directory": folder})
     return SimpleNamespace(
         options=options,
-        family=SimpleNamespace(name=name, metadata=family, options=NO_OPTIONS),
+        family=SimpleNamespace(name=name, metadata={**FAMILY, **family}, options=NO_OPTIONS),
         progress=Progress(42, 7, 12.5),
         steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
         order=SimpleNamespace(num_items=6),
@@ -57,37 +50,40 @@ def make_plan(
 
 
 # formats.md, section 4
-TRAINING_KEYS = (
-    "ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name "
-    "ss_learning_rate "
-    "ss_num_train_items ss_num_batches_per_epoch ss_num_epochs ss_gradient_checkpointing "
-    "ss_gradient_accumulation_steps "
-    "ss_max_train_steps ss_lr_warmup_steps ss_lr_scheduler ss_network_dropout ss_mixed_precision ss_seed "
-    "ss_training_comment "
-    "ss_optimizer ss_max_grad_norm ss_fp8_base ss_full_fp16 ss_full_bf16 ss_weighting_scheme ss_logit_mean "
-    "ss_logit_std "
-    "ss_mode_scale ss_guidance_scale ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift "
-    "ss_datasets ss_sd_model_name "
-    "ss_vae_name ss_steps ss_epoch"
-)
+TRAINING_KEYS = """
+    ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name
+    ss_learning_rate ss_num_train_items ss_num_batches_per_epoch ss_num_epochs ss_gradient_checkpointing
+    ss_gradient_accumulation_steps ss_max_train_steps ss_lr_warmup_steps ss_lr_scheduler ss_network_dropout
+    ss_mixed_precision ss_seed ss_training_comment ss_optimizer ss_max_grad_norm ss_fp8_base ss_full_fp16
+    ss_full_bf16 ss_weighting_scheme ss_logit_mean ss_logit_std ss_mode_scale ss_guidance_scale
+    ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift ss_datasets ss_sd_model_name ss_vae_name
+    ss_steps ss_epoch
+"""
 KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_args"
 
 
-def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
+def metadata(
+    *argv: str,
+    whole_dit: bool = False,
+    licence: str | None = None,
+    folder: str = "cats",
+    name: str = "wan",
+    **family: str,
+) -> dict[str, str]:
+    """What a file says. licence: the model's. folder: of the pictures. family: what the model says."""
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
     parser = training_parser(None, WholeDitOptions) if whole_dit else training_parser(None)
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
-    run = run_metadata(make_plan(options), OPTIMIZER, "constant")
-    return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW)
+    run = run_metadata(make_plan(options, folder, name, **family), OPTIMIZER, "constant")
+    return file_metadata(run, options, {**FAMILY, **family}, step=5, epoch=2, now=NOW, licence=licence)
+
+
+def keys_of(made: dict[str, str]) -> set[str]:
+    return {key for key in made if key.startswith("ss_")}
 
 
 def test_names_of_files_that_are_no_utf_8_lose_no_run() -> None:
-    options = read_options(
-        TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
-    )
-    family = {**FAMILY, "sd_model_name": "\udce9.pt"}
-    run = run_metadata(make_plan(options, family, "caf\udce9"), OPTIMIZER, "constant")
-    made = file_metadata(run, options, family, step=5, epoch=2, now=NOW)
+    made = metadata(folder="caf\udce9", sd_model_name="\udce9.pt")
     # `ascii`, as pytest could not print what is wrong
     assert ascii(made["ss_sd_model_name"]) == ascii("\\udce9.pt")
     assert ascii(made["ss_datasets"]) == ascii('[{"resolution": [64, 64], "image_directory": "caf\\udce9"}]')
@@ -96,7 +92,7 @@ def test_names_of_files_that_are_no_utf_8_lose_no_run() -> None:
 def test_every_key_of_the_format_is_there_as_text() -> None:
     made = metadata("--network_args", "loraplus_lr_ratio=4", "--network_dim", "8")
 
-    assert {key for key in made if key.startswith("ss_")} == {*TRAINING_KEYS.split(), *KEPT_KEYS.split()}
+    assert keys_of(made) == {*TRAINING_KEYS.split(), *KEPT_KEYS.split()}
     assert all(isinstance(value, str) for value in made.values())
     assert made["ss_session_id"] == made["ss_ss_session_id"] == "7"
     assert (made["ss_steps"], made["ss_epoch"]) == ("5", "2")
@@ -120,7 +116,7 @@ def test_another_loss_than_the_usual_is_recorded() -> None:
 def test_without_metadata_only_what_loading_needs_stays() -> None:
     made = metadata("--no_metadata")
 
-    assert {key for key in made if key.startswith("ss_")} == set(KEPT_KEYS.split())
+    assert keys_of(made) == set(KEPT_KEYS.split())
     assert made["ss_network_dim"] == "4"
     assert made["modelspec.title"] == "x"
 
@@ -145,9 +141,7 @@ def test_the_model_specification_says_what_the_file_is() -> None:
     assert metadata("--metadata_title", "y")["modelspec.title"] == "y"
 
 
-@pytest.mark.parametrize(
-    ("given", "said"), [("832,480", "832x480"), ("1024", "1024x1024"), ("720x1280", "720x1280")]
-)
+@pytest.mark.parametrize(("given", "said"), [("832,480", "832x480"), ("1024", "1024x1024"), ("72x8", "72x8")])
 def test_resolution_and_architecture_may_be_given(given: str, said: str) -> None:
     made = metadata("--metadata_reso", given, "--metadata_arch", "my-model")
 
@@ -165,58 +159,30 @@ def test_a_whole_model_does_not_look_like_a_lora() -> None:
     made = metadata("--full_bf16", "--mixed_precision", "bf16", whole_dit=True)
 
     assert made["modelspec.architecture"] == "wan2.1"
-    assert {key for key in made if key.startswith("ss_")} == {
-        *TRAINING_KEYS.split(),
-        "ss_base_model_version",
-    } - {"ss_network_dropout"}
+    assert keys_of(made) == {*TRAINING_KEYS.split(), "ss_base_model_version"} - {"ss_network_dropout"}
     assert made["ss_full_bf16"] == "True"
 
 
 def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() -> None:
-    options = read_options(
-        TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
-    )
-    family = {**FAMILY, "trained_for": "single pictures"}
-    made = run_metadata(make_plan(options, family, name="framepack"), OPTIMIZER, "constant")
+    made = metadata(name="framepack", trained_for="single pictures")
     assert made["reelsmith_trained_for"] == "single pictures"
     assert "reelsmith_trained_for" not in metadata()
 
 
-def test_the_licence_is_the_models_where_none_is_given() -> None:
-    def licence(*argv: str, of_model: str | None) -> str | None:
-        options = read_options(
-            TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console", *argv], {})
-        )
-        return file_metadata({}, options, FAMILY, 5, 2, NOW, of_model).get("modelspec.license")
-
-    assert licence(of_model="Apache-2.0") == "Apache-2.0"
-    assert licence("--metadata_license", "mine", of_model="Apache-2.0") == "mine"
-    assert licence(of_model=None) is None
+@pytest.mark.parametrize(
+    ("given", "of_model", "said"),
+    [([], "Apache-2.0", "Apache-2.0"), (["mine"], "Apache-2.0", "mine"), ([], None, None)],
+)
+def test_the_licence_is_the_models_where_none_is_given(
+    given: list[str], of_model: str | None, said: str | None
+) -> None:
+    words = ["--metadata_license", *given] if given else []
+    assert metadata(*words, licence=of_model).get("modelspec.license") == said
 
 
 EMA = ["--ema_decay", "0.5"]
-WHOLE = {
-    "float32": [],
-    "bf16, fused, swapped": [
-        *("--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False"),
-        *("--mixed_precision", "bf16", "--full_bf16", "--fused_backward_pass", "--max_grad_norm", 0),
-        *("--blocks_to_swap", 1, "--gradient_checkpointing"),
-    ],
-}
-
-
-def by_hand(folder: Path, steps: int, decay: float, every: int = 1) -> dict[str, Tensor]:
-    """The average of the weights that a run saved at each step."""
-    average: dict[str, Tensor] = {}
-    for step in range(1, steps + 1):
-        weights = load_file(folder / f"x-step{step:08d}.safetensors")
-        if step % every:
-            continue
-        share = 1 - min(decay, (1 + step) / (10 + step)) ** every
-        for name, weight in weights.items():
-            start = load_file(folder / "start.safetensors")[name] if name not in average else average[name]
-            average[name] = start + share * (weight.float() - start)
-    return average
+WHOLE = "--optimizer_type Adafactor --optimizer_args relative_step=False --mixed_precision bf16 --full_bf16 "
+WHOLE += "--fused_backward_pass --max_grad_norm 0 --blocks_to_swap 1 --gradient_checkpointing"
 
 
 def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
@@ -242,57 +208,56 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: int) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--max_train_steps", 1, "--learning_rate", 0)
-    (tmp_path / "output" / "x.safetensors").rename(tmp_path / "start.safetensors")
-    (tmp_path / "output").mkdir(exist_ok=True)
+    toy.write_caches(tmp_path)
+    output = tmp_path / "output"
+    start = toy.train_toy(tmp_path, "--max_train_steps", 1, "--learning_rate", 0)
 
-    train_toy(tmp_path, *EMA, "--ema_update_every", every, "--save_every_n_steps", 1)
+    toy.train_toy(tmp_path, *EMA, "--ema_update_every", every, "--save_every_n_steps", 1)
 
-    (tmp_path / "start.safetensors").rename(tmp_path / "output" / "start.safetensors")
-    found = load_file(tmp_path / "output" / "x-ema.safetensors")
-    expected = by_hand(tmp_path / "output", 8, 0.5, every)
+    expected = start
+    for step in range(every, 9, every):
+        weights = load_file(output / ("x.safetensors" if step == 8 else f"x-step{step:08d}.safetensors"))
+        share = 1 - min(0.5, (1 + step) / (10 + step)) ** every
+        expected = {name: old + share * (weights[name] - old) for name, old in expected.items()}
+    found = load_file(output / "x-ema.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
-    with safe_open(tmp_path / "output" / "x-ema.safetensors", "pt") as file:
-        assert (file.metadata()["ss_ema_decay"], file.metadata()["ss_ema_steps"]) == ("0.5", "8")
-        assert "sshs_model_hash" in file.metadata()
+    metadata = toy.metadata_of(output / "x-ema.safetensors")
+    assert (metadata["ss_ema_decay"], metadata["ss_ema_steps"]) == ("0.5", "8")
+    assert "sshs_model_hash" in metadata
 
 
-@pytest.mark.parametrize("moment", [1, 5])
-def test_a_killed_run_ends_with_the_same_average(tmp_path: Path, moment: int) -> None:
-    write_caches(tmp_path, count=5)
+def test_a_killed_run_ends_with_the_same_average(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
     options = [*EMA, "--ema_update_every", 2, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
-    train_toy(tmp_path, *options)
-    train_with_kills(tmp_path, *options, moments=(moment,))
+    toy.train_toy(tmp_path, *options)
+    toy.train_with_kills(tmp_path, *options, moments=(1, 5))
 
     expected = load_file(tmp_path / "output" / "x-ema.safetensors")
-    assert same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
+    assert toy.same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, kind: str) -> None:
-    write_caches(tmp_path)
-    options = [*WHOLE[kind], *EMA, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
-    plain = train_toy(tmp_path, *WHOLE[kind], whole_dit=True)
-    expected = train_toy(tmp_path, *options, whole_dit=True)
-    train_with_kills(tmp_path, *options, moments=(5,), whole_dit=True)
+@pytest.mark.parametrize("how", ["", WHOLE], ids=["float32", "bf16, fused, swapped"])
+def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, how: str) -> None:
+    toy.write_caches(tmp_path)
+    words = [*how.split(), *EMA, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
+    plain = toy.train_toy(tmp_path, *how.split(), whole_dit=True)
+    expected = toy.train_toy(tmp_path, *words, whole_dit=True)
+    toy.train_with_kills(tmp_path, *words, moments=(5,), whole_dit=True)
 
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
-    assert same(plain, expected)
-    assert same(average, load_file(tmp_path / "killed" / "x-ema.safetensors"))
-    assert {name: one.dtype for name, one in average.items()} == {
-        name: one.dtype for name, one in plain.items()
-    }
-    assert not same(average, plain)
+    assert toy.same(plain, expected)
+    assert toy.same(average, load_file(tmp_path / "killed" / "x-ema.safetensors"))
+    assert all(one.dtype == plain[name].dtype for name, one in average.items())
+    assert not toy.same(average, plain)
 
 
 def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    state = train_toy(tmp_path, "--max_train_steps", 4, "--save_state")
+    toy.write_caches(tmp_path)
+    state = toy.train_toy(tmp_path, "--max_train_steps", 4, "--save_state")
 
-    train_toy(tmp_path, *EMA, "--max_train_steps", 5, "--resume", "latest", "--learning_rate", "1e-2")
+    toy.train_toy(tmp_path, *EMA, "--max_train_steps", 5, "--resume", "latest", "--learning_rate", "1e-2")
 
     after = load_file(tmp_path / "output" / "x.safetensors")
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
@@ -301,41 +266,39 @@ def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> 
 
 
 def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    options = [*EMA, "--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 4]
+    toy.write_caches(tmp_path)
     pictures: list[Tensor] = []
-    expected = train_toy(tmp_path, *options, "--sample_ema", family=ToyFamily(on_decode=pictures.append))
-    weights = tmp_path / "output" / "x-ema.safetensors"
-    train_network(
-        ToyFamily(on_decode=pictures.append),
-        toy_options(
-            tmp_path,
-            *[*options[2:4], "--sample_at_first", "--network_weights", weights, "--max_train_steps", 1],
-            *["--output_dir", tmp_path / "other"],
-        ),
+    family = toy.ToyFamily(on_decode=pictures.append)
+    samples = ["--sample_prompts", toy.write_prompts(tmp_path)]
+    shown = toy.train_toy(
+        tmp_path, *EMA, *samples, "--sample_every_n_steps", 4, "--sample_ema", family=family
+    )
+    start = ["--network_weights", tmp_path / "output" / "x-ema.safetensors", "--max_train_steps", 1]
+
+    toy.train_toy(
+        tmp_path, *samples, "--sample_at_first", *start, "--output_dir", tmp_path / "o", family=family
     )
 
     assert torch.equal(pictures[1], pictures[2])  # after the last step, and of the file
-    assert same(expected, train_toy(tmp_path))
+    assert toy.same(shown, toy.train_toy(tmp_path))
 
 
 def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--sample_ema"):
-        toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
+        toy.toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
 
 
 def test_an_optimizer_that_averages_itself_is_named(tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     with pytest.raises(OptionError, match="AdamWScheduleFree saves an average"):
-        train_toy(tmp_path, *EMA, "--optimizer_type", "AdamWScheduleFree")
+        toy.train_toy(tmp_path, *EMA, "--optimizer_type", "AdamWScheduleFree")
 
 
 def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, *EMA, "--max_train_steps", 2, "--save_state")
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, *EMA, "--max_train_steps", 2, "--save_state")
     state = tmp_path / "output" / "x-state"
     saved = read_state(state)
     assert isinstance(saved, SavedState)
@@ -343,14 +306,4 @@ def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:
     write_state(state, saved)
 
     with pytest.raises(CheckpointError, match="average"):
-        train_toy(tmp_path, *EMA, "--resume", "latest")
-
-
-def test_the_plan_counts_it(tmp_path: Path) -> None:
-    family, options = wan(tmp_path, *CHECKPOINTED)
-    batch = wan_batch(1)
-    plain = predict(family, options, batch, torch.device("cpu"))
-    family, options = wan(tmp_path, *CHECKPOINTED, *EMA)
-    found = predict(family, options, batch, torch.device("cpu"))
-
-    assert found.device(0) > plain.device(0)
+        toy.train_toy(tmp_path, *EMA, "--resume", "latest")

@@ -1,7 +1,6 @@
 """The options that training has in every family, and those that do nothing beside the others."""
 
 import argparse
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from modules.contract.family import FLOW, NoiseSpec
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, read_options
 from modules.parser import add_options
-from modules.speed_options import SDPA
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.learning_options import ExpertTrainingOptions
@@ -20,75 +18,62 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from wan.options import WanTrainingOptions
 
 
-def named(
-    folder: Path, *arguments: object, takes_guidance: bool = False, noise: NoiseSpec = FLOW
-) -> set[str]:
-    lines = list_unused_options(toy_options(folder, *arguments), takes_guidance, noise.table_is_shifted)
+def named(folder: Path, words: str, takes_guidance: bool = False, noise: NoiseSpec = FLOW) -> set[str]:
+    """The options of a command that have no effect."""
+    lines = list_unused_options(toy_options(folder, *words.split()), takes_guidance, noise.table_is_shifted)
     return {line.partition(" has no effect: ")[0] for line in lines}
 
 
 def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
-    usual = [
-        *("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--save_every_n_steps", 2),
-        *("--save_last_n_steps", 4),
-    ]
-    assert (
-        named(
-            tmp_path,
-            *usual,
-            *("--save_state", "--save_last_n_steps_state", 2, "--logging_dir", "logs", "--log_config"),
-        )
-        == set()
-    )
+    usual = "--timestep_sampling shift --discrete_flow_shift 3 --save_every_n_steps 2 --save_last_n_steps 4 "
+    usual += "--save_state --save_last_n_steps_state 2 --logging_dir logs --log_config"
+    assert named(tmp_path, usual) == set()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("words", "expected"),
     [
-        (["--discrete_flow_shift", 3], {"--discrete_flow_shift"}),
-        (["--timestep_sampling", "uniform", "--sigmoid_scale", 2], {"--sigmoid_scale"}),
-        (["--timestep_sampling", "shift", "--weighting_scheme", "mode"], {"--weighting_scheme mode"}),
-        (["--logit_mean", 1, "--logit_std", 2], {"--logit_mean", "--logit_std"}),
-        (["--timestep_sampling", "logsnr", "--logit_mean", 1], set()),
-        (["--weighting_scheme", "logit_normal", "--logit_mean", 1], set()),
-        (["--huber_c", 0.2, "--huber_schedule", "constant"], {"--huber_c", "--huber_schedule"}),
-        (["--loss_type", "huber", "--huber_c", 0.2, "--huber_scale", 2], {"--huber_scale"}),
-        (["--loss_type", "smooth_l1", "--huber_schedule", "constant", "--huber_scale", 2], set()),
-        (["--preserve_distribution_shape"], {"--preserve_distribution_shape"}),
-        (["--lr_scheduler", "cosine", "--lr_scheduler_power", 2], {"--lr_scheduler_power"}),
-        (["--lr_scheduler", "linear", "--lr_decay_steps", "10%"], {"--lr_decay_steps"}),
-        (["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", 2], set()),
+        ("--discrete_flow_shift 3", "--discrete_flow_shift"),
+        ("--timestep_sampling uniform --sigmoid_scale 2", "--sigmoid_scale"),
+        ("--timestep_sampling shift --weighting_scheme mode", "--weighting_scheme mode"),
+        ("--logit_mean 1 --logit_std 2", "--logit_mean, --logit_std"),
+        ("--timestep_sampling logsnr --logit_mean 1", ""),
+        ("--weighting_scheme logit_normal --logit_mean 1", ""),
+        ("--huber_c 0.2 --huber_schedule constant", "--huber_c, --huber_schedule"),
+        ("--loss_type huber --huber_c 0.2 --huber_scale 2", "--huber_scale"),
+        ("--loss_type smooth_l1 --huber_schedule constant --huber_scale 2", ""),
+        ("--preserve_distribution_shape", "--preserve_distribution_shape"),
+        ("--lr_scheduler cosine --lr_scheduler_power 2", "--lr_scheduler_power"),
+        ("--lr_scheduler linear --lr_decay_steps 10%", "--lr_decay_steps"),
+        ("--lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 2", ""),
         (
-            ["--lr_scheduler_type", "StepLR", "--lr_scheduler", "cosine", "--lr_warmup_steps", 5],
-            {"--lr_scheduler", "--lr_warmup_steps"},
+            "--lr_scheduler_type StepLR --lr_scheduler cosine --lr_warmup_steps 5",
+            "--lr_scheduler, --lr_warmup_steps",
         ),
         (
-            ["--save_last_n_epochs", 2, "--save_last_n_steps_state", 3],
-            {"--save_last_n_epochs", "--save_last_n_steps_state"},
+            "--save_last_n_epochs 2 --save_last_n_steps_state 3",
+            "--save_last_n_epochs, --save_last_n_steps_state",
         ),
-        (["--wandb_run_name", "a", "--log_config"], {"--wandb_run_name", "--log_config"}),
-        (["--log_with", "wandb", "--wandb_run_name", "a", "--log_prefix", "b"], {"--log_prefix"}),
+        ("--wandb_run_name a --log_config", "--log_config, --wandb_run_name"),
+        ("--log_with wandb --wandb_run_name a --log_prefix b", "--log_prefix"),
         (
-            ["--huggingface_path_in_repo", "a", "--huggingface_token", "b"],
-            {"--huggingface_path_in_repo", "--huggingface_token"},
+            "--huggingface_path_in_repo a --huggingface_token b",
+            "--huggingface_path_in_repo, --huggingface_token",
         ),
-        (["--guidance_scale", 6], {"--guidance_scale"}),
-        (["--fp8_base", "--upcast_quantization"], {"--upcast_quantization"}),
-        (["--fp8_base", "--fp8_scaled", "--upcast_quantization"], set()),
-        (["--sdpa", "--flash_attn", "--xformers"], {"--flash_attn", "--xformers"}),
-        (["--split_attn"], set()),
+        ("--guidance_scale 6", "--guidance_scale"),
+        ("--fp8_base --upcast_quantization", "--upcast_quantization"),
+        ("--fp8_base --fp8_scaled --upcast_quantization", ""),
+        ("--sdpa --flash_attn --xformers", "--flash_attn, --xformers"),
+        ("--split_attn", ""),
     ],
 )
-def test_what_has_no_effect_is_named(tmp_path: Path, arguments: list[object], expected: set[str]) -> None:
-    assert named(tmp_path, *arguments) == expected
+def test_what_has_no_effect_is_named(tmp_path: Path, words: str, expected: str) -> None:
+    assert ", ".join(sorted(named(tmp_path, words))) == expected
 
 
-def test_guidance_is_for_models_that_take_it(tmp_path: Path) -> None:
-    assert named(tmp_path, "--guidance_scale", 6, takes_guidance=True) == set()
-
-
-def test_the_flow_shift_counts_on_a_table_that_it_shifts(tmp_path: Path) -> None:
-    assert named(tmp_path, "--discrete_flow_shift", 3, noise=NoiseSpec(table_is_shifted=True)) == set()
+def test_guidance_and_a_flow_shift_are_for_models_that_take_them(tmp_path: Path) -> None:
+    assert named(tmp_path, "--guidance_scale 6", takes_guidance=True) == set()
+    assert named(tmp_path, "--discrete_flow_shift 3", noise=NoiseSpec(table_is_shifted=True)) == set()
 
 
 NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
@@ -105,55 +90,23 @@ def options(*argv: str, environment: dict[str, str] | None = None) -> TrainingOp
     return read_options(TrainingOptions, read_arguments(parser(), [*NEEDED, *argv], environment or {}))
 
 
-def test_defaults_make_complete_options() -> None:
-    made = options()
-
-    assert made.loop.max_train_steps == 1600
-    assert made.loop.dataset_config == Path("d.toml")
-    assert made.accelerator.mixed_precision == "no"
-    assert made.speed.attention.choice == SDPA
-    assert made.logs.trackers == ()
-    assert made.saving.save_every_n_minutes is None
-
-
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    ("words", "expected"),
     [
-        (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
-        (["--blocks_to_swap", "-2"], "--blocks_to_swap -2: give a number"),
-        (["--min_timestep", "500", "--max_timestep", "400"], "--min_timestep 500 --max_timestep 400"),
-        (["--network_args", "loraplus"], "--network_args 'loraplus'"),
-        (["--sample_at_first"], "--sample_prompts"),
-        (["--log_with", "tensorboard"], "--logging_dir"),
-        (["--lr_scheduler", "cosin"], "--lr_scheduler cosin: unknown"),
-        (["--lr_warmup_steps", "10"], "--lr_scheduler constant has no warm-up"),
-        (["--output_name", "a/b"], "--output_name 'a/b'"),
-        (["--resume_from_huggingface"], "--resume is missing"),
+        ("--fp8_scaled", "--fp8_scaled needs --fp8_base"),
+        ("--blocks_to_swap -2", "--blocks_to_swap -2: give a number"),
+        ("--lr_scheduler cosin", "--lr_scheduler cosin: unknown"),
+        ("--resume_from_huggingface", "--resume is missing"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused_by_name(argv: list[str], expected: str) -> None:
-    with pytest.raises(OptionError) as error:
-        options(*argv)
-
-    assert expected in str(error.value)
+def test_a_value_that_cannot_be_used_is_refused_by_name(words: str, expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        options(*words.split())
 
 
-def test_what_is_always_so_is_answered_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        assert options("--ddp_static_graph") == options()
-    assert "--ddp_static_graph is not needed: gradients are averaged without a DDP wrapper." in caplog.text
-
-
-def test_what_has_to_be_given_depends_on_what_is_asked_for() -> None:
-    def made(*argv: str) -> TrainingOptions:
-        return read_options(TrainingOptions, read_arguments(parser(), argv, {}))
-
-    made("--show_timesteps", "console")
-    made("--check", "--dataset_config", "d.toml")
-    with pytest.raises(OptionError, match="--dataset_config"):
-        made("--output_dir", "o", "--output_name", "x")
-    with pytest.raises(OptionError, match="--output_name"):
-        made("--dataset_config", "d.toml", "--output_dir", "o")
+@pytest.mark.parametrize("words", ["--show_timesteps console", "--check --dataset_config d.toml"])
+def test_what_only_shows_something_needs_no_place_to_save_to(words: str) -> None:
+    read_options(TrainingOptions, read_arguments(parser(), words.split(), {}))
 
 
 @pytest.mark.parametrize(
@@ -190,9 +143,9 @@ def test_the_launchers_precision_holds_unless_one_is_given(tmp_path: Path) -> No
 def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(
-        '[any]\nmax_train_steps = 7\nlearning_rate = 1\nnetwork_args = ["a=b"]\n[other]\nseed = 5\nsdpa = '
-        "true\n"
-        'lr_warmup_steps = "10%"\nlr_scheduler = "linear"\ntask = "t2v-1.3B"\n'
+        '[any]\nmax_train_steps = 7\nlearning_rate = 1\nnetwork_args = ["a=b"]\n'
+        '[other]\nseed = 5\nsdpa = true\nlr_warmup_steps = "10%"\nlr_scheduler = "linear"\n'
+        'task = "t2v-1.3B"\n'
     )
 
     made = options("--config_file", str(file.with_suffix("")), "--seed", "6")
@@ -213,25 +166,22 @@ def test_the_launcher_may_ask_for_compilation_and_the_command_line_overrides_it(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('max_train_steps = "many"', "max_train_steps = 'many': expected a whole number"),
         ("max_train_steps = 1.5", "expected a whole number"),
         ("max_train_steps = true", "expected a whole number"),
         ("gradient_checkpointing = 1", "expected true or false"),
         ("output_name = 3", "expected text in quotes"),
-        ('timestep_sampling = "sigm"', "choose from sigma, uniform"),
         ("network_args = [1]", "expected text in quotes, or a list of them"),
         ("fp8_scaled = true", "--fp8_scaled needs --fp8_base"),
         ("lr_warmup_steps = 1.5", "expected steps, or a fraction"),
+        ("a = ", r"--config_file .*c\.toml"),
     ],
 )
 def test_a_config_file_is_checked_like_the_command_line(tmp_path: Path, line: str, expected: str) -> None:
     file = tmp_path / "c.toml"
     file.write_text(line)
 
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(UserError, match=expected):
         options("--config_file", str(file))
-
-    assert expected in str(error.value)
 
 
 def test_a_key_of_another_tool_in_the_config_file_is_warned_about(
@@ -240,30 +190,8 @@ def test_a_key_of_another_tool_in_the_config_file_is_warned_about(
     file = tmp_path / "c.toml"
     file.write_text("text_encoder_lr = 5")
 
-    with caplog.at_level(logging.WARNING):
-        assert options("--config_file", str(file)).loop.max_train_steps == 1600
-
+    assert options("--config_file", str(file)).loop.max_train_steps == 1600
     assert "text_encoder_lr is ignored" in caplog.text
-
-
-def test_a_mistyped_key_of_the_config_file_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
-    file = tmp_path / "c.toml"
-    file.write_text("max_train_step = 5")
-
-    with pytest.raises(
-        OptionError, match=r"c\.toml: no option is called max_train_step\. .*max_train_steps\?"
-    ):
-        options("--config_file", str(file))
-
-
-@pytest.mark.parametrize("content", [None, "a = ", "\ud800"])
-def test_a_missing_or_broken_config_file_is_one_clear_error(tmp_path: Path, content: str | None) -> None:
-    file = tmp_path / "c.toml"
-    if content is not None:
-        file.write_bytes(content.encode("utf-16", "surrogatepass"))
-
-    with pytest.raises(UserError, match=r"--config_file .*c\.toml"):
-        options("--config_file", str(file))
 
 
 def test_a_text_as_seed_is_the_number_that_generation_makes_of_it(

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from modules.errors import OptionError
-from tests.commands import QUIET, ROOT
+from tests.commands import QUIET, ROOT, run_python
 from tests.training.toy import write_caches
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
@@ -44,16 +44,13 @@ def _fresh_processes() -> Iterator[None]:
         state._reset_state()
 
 
-def options(precision: str = "no", fp16_accumulation: bool = False) -> AcceleratorOptions:
-    return AcceleratorOptions.usual(mixed_precision=precision, fp16_accumulation=fp16_accumulation)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
     with pytest.raises(OptionError, match="--mixed_precision fp16"):
-        make_accelerator(options("fp16"))
+        make_accelerator(AcceleratorOptions.usual(mixed_precision="fp16"))
 
 
+PLAIN = AcceleratorOptions.usual()
 USUAL = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 CONFIG = ("--use_parallelism_config",)
 LAUNCHED = {  # options of the launcher -> what it asks for, and what does it here
@@ -77,14 +74,14 @@ def test_a_launcher_that_would_split_the_model_is_refused(
             monkeypatch.setenv(name, value)
     name, ours = LAUNCHED[tuple(words)]
     with pytest.raises(OptionError, match=rf"asks for .*{re.escape(name)}.* give {ours}"):
-        make_accelerator(options())
+        make_accelerator(PLAIN)
 
 
 def test_deepspeed_is_refused_unless_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, is_asked in (("true", True), ("1", True), ("false", False)):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", value)
         with pytest.raises(OptionError, match=r"DeepSpeed .*--shard_base") if is_asked else nullcontext():
-            make_accelerator(options())
+            make_accelerator(PLAIN)
 
 
 @pytest.fixture
@@ -101,9 +98,8 @@ def backends() -> Iterator[None]:
 def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:
     make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on, cuda_cudnn_benchmark=is_on))
 
-    assert torch.backends.cuda.matmul.allow_tf32 is is_on
-    assert torch.backends.cudnn.allow_tf32 is is_on
-    assert torch.backends.cudnn.benchmark is is_on
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    assert (cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32) == (is_on, is_on, is_on)
 
 
 @pytest.mark.usefixtures("backends")
@@ -126,50 +122,46 @@ def test_accelerate_does_not_change_how_exact_float32_is(
 def test_processes_wait_for_one_that_makes_samples(
     monkeypatch: pytest.MonkeyPatch, asked: int | None, minutes: int
 ) -> None:
-    given: list[Any] = []
+    given: list[timedelta] = []
 
     def watched(kwargs_handlers: list[Any], **settings: Any) -> Accelerator:
-        given.extend(kwargs_handlers)
+        given.extend(each.timeout for each in kwargs_handlers)
         return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
 
     monkeypatch.setattr("training.processes.Accelerator", watched)
     make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
 
-    assert [each.timeout for each in given] == [timedelta(minutes=minutes)]
+    assert given == [timedelta(minutes=minutes)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    make_accelerator(options(fp16_accumulation=True))
+    make_accelerator(AcceleratorOptions.usual(fp16_accumulation=True))
 
     assert "--fp16_accumulation is ignored because" in caplog.text
     assert "gradients are less exact" not in caplog.text
 
 
-@pytest.mark.slow
-def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
-    port = str(20000 + os.getpid() % 20000)
-    base = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    base |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def run_two(code: str, *words: object, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run code as both processes of a launcher."""
+    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    base |= {"MASTER_PORT": str(20000 + os.getpid() % 20000), **environment}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARE],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
         for rank in range(2)
     ]
+    said = [process.communicate(timeout=300) for process in processes]
+    codes = [process.returncode for process in processes]
+    return [
+        subprocess.CompletedProcess(command, code, *texts) for code, texts in zip(codes, said, strict=True)
+    ]
 
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
 
-    assert outputs == [["2", "gloo", "3.0", "10"]] * 2
+@pytest.mark.slow
+def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
+    assert [done.stdout.split() for done in run_two(SHARE)] == [["2", "gloo", "3.0", "10"]] * 2
 
 
 SCRIPT = """
@@ -209,28 +201,16 @@ def test_a_killed_process_is_told_in_one_message_with_the_command_that_goes_on(
     tmp_path: Path, killed: int
 ) -> None:
     write_caches(tmp_path)
-    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    base |= {"MASTER_PORT": str(20000 + (os.getpid() + killed) % 20000), "TOY_KILLED": str(killed)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
 
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    done = run_two(SCRIPT, tmp_path, TOY_KILLED=str(killed))
 
-    survivor = 1 - killed
-    assert processes[killed].returncode == -9
-    assert processes[survivor].returncode == 1
-    text = said[survivor]
-    assert "Traceback" not in text
-    assert text.count("LostProcessError: ") == 1
-    assert f"process {killed} (counted from 0) was lost" in text
-    assert "--resume latest-or-fail" in text
+    survivor = done[1 - killed]
+    assert done[killed].returncode == -9
+    assert survivor.returncode == 1
+    assert "Traceback" not in survivor.stderr
+    assert survivor.stderr.count("LostProcessError: ") == 1
+    assert f"process {killed} (counted from 0) was lost" in survivor.stderr
+    assert "--resume latest-or-fail" in survivor.stderr
 
 
 @pytest.mark.slow
@@ -240,13 +220,7 @@ def test_an_error_that_all_processes_have_is_told_once(tmp_path: Path) -> None:
     script.write_text(REFUSED, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
 
-    done = subprocess.run(
-        [sys.executable, *launch, str(script)],
-        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(*launch, script, environment={"PYTHONPATH": str(ROOT)}, check=False)
 
     assert done.returncode != 0
     assert done.stderr.count("OptionError: --x 3: give 4") == 1

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
@@ -21,20 +21,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
-from tests.training.toy import (
-    TWO_EXPERTS,
-    Killed,
-    ToyFamily,
-    killed_at,
-    same,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-)
+from tests.training import toy
 from training.resuming import epoch_digest
 from training.run import train_network
-from training.saving.states import SavedState, read_state
 
 EVERYTHING = [
     *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3),
@@ -45,95 +34,88 @@ EVERYTHING = [
 
 
 # before any state, mid-accumulation, mid-epoch, in a short last step
-@pytest.mark.parametrize("moment", [0, 1, 4, 5, 8, 11])
-def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moment: int) -> None:
-    write_caches(tmp_path, count=5)
-    expected = train_toy(tmp_path, *EVERYTHING)
+# before any state, mid-accumulation, mid-epoch, in a short last step
+@pytest.mark.parametrize("moments", [(0, 3), (1, 5, 3), (4, 3), (8,), (11,)])
+def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moments: tuple[int, ...]) -> None:
+    toy.write_caches(tmp_path, count=5)
+    expected = toy.train_toy(tmp_path, *EVERYTHING)
 
-    assert same(expected, train_with_kills(tmp_path, *EVERYTHING, moments=(moment, 3)))
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
-        path.name for path in (tmp_path / "output").iterdir()
-    }
-
-
-OPTIMIZERS = [
-    ["AdamW", "amsgrad=True"],
-    ["SGD", "momentum=0.9"],
-    ["RAdam"],
-    ["Adafactor"],
-    ["Adafactor", "relative_step=False", "beta1=0.9"],
-    ["AdamW8bit"],
-    ["Lion"],
-    ["Prodigy"],
-    ["AdamWScheduleFree"],
-    ["RAdamScheduleFree"],
-]
+    assert toy.same(expected, toy.train_with_kills(tmp_path, *EVERYTHING, moments=moments))
+    whole, killed = (sorted(os.listdir(tmp_path / name)) for name in ("output", "killed"))
+    assert killed == whole
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=" ".join)
-def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: list[str]) -> None:
+OPTIMIZERS = {  # and the package that has it
+    "AdamW amsgrad=True": "torch",
+    "SGD momentum=0.9": "torch",
+    "RAdam": "torch",
+    "Adafactor": "torch",
+    "Adafactor relative_step=False beta1=0.9": "torch",
+    "AdamW8bit": "bitsandbytes",
+    "Lion": "lion_pytorch",
+    "Prodigy": "prodigyopt",
+    "AdamWScheduleFree": "schedulefree",
+    "RAdamScheduleFree": "schedulefree",
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: str) -> None:
     """Saving at every step must not disturb the run either: schedule-free optimizers keep other weights while
     they train.
     """
-    package = {"AdamW8bit": "bitsandbytes", "Lion": "lion_pytorch", "Prodigy": "prodigyopt"}.get(optimizer[0])
-    if optimizer[0].endswith("ScheduleFree"):
-        package = "schedulefree"
-    if package is not None:
-        pytest.importorskip(package)
-    write_caches(tmp_path)
-    which = [
-        *("--optimizer_type", optimizer[0]),
-        *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []),
-    ]
+    pytest.importorskip(OPTIMIZERS[optimizer])
+    toy.write_caches(tmp_path)
+    name, *arguments = optimizer.split()
+    which = ["--optimizer_type", name, *(["--optimizer_args", *arguments] if arguments else [])]
     which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
-    expected = train_toy(tmp_path, *which)
-    states = [*which, "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
+    states = ["--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
 
-    assert same(expected, train_with_kills(tmp_path, *states, moments=(4,)))
+    assert toy.same(
+        toy.train_toy(tmp_path, *which), toy.train_with_kills(tmp_path, *which, *states, moments=(4,))
+    )
 
 
 def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    options = toy_options(tmp_path, "--save_state", "--resume", "latest")
-    unseeded = type(options)(
-        **{**vars(options), "loop": type(options.loop)(**{**vars(options.loop), "seed": None})}
-    )
-    family = killed_at(6)
+    toy.write_caches(tmp_path)
+    options = toy.toy_options(tmp_path, "--save_state", "--resume", "latest")
+    unseeded = dataclasses.replace(options, loop=dataclasses.replace(options.loop, seed=None))
 
-    with pytest.raises(Killed):
-        train_network(family, unseeded)
-    assert train_network(ToyFamily(), unseeded) == 0
-    assert train_network(ToyFamily(), unseeded) == 0  # at its end: nothing to do, the same files
+    with pytest.raises(toy.Killed):
+        train_network(toy.killed_at(6), unseeded)
+    assert train_network(toy.ToyFamily(), unseeded) == 0
+    assert train_network(toy.ToyFamily(), unseeded) == 0  # at its end: nothing to do, the same files
 
 
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ([], ["--optimizer_type", "adamw"]),
-        (["--optimizer_type", "AdamW"], ["--optimizer_type", "torch.optim.AdamW"]),
-        (["--optimizer_type", "adafactor"], ["--optimizer_type", "transformers.optimization.Adafactor"]),
+        ("", "--optimizer_type adamw"),
+        ("--optimizer_type AdamW", "--optimizer_type torch.optim.AdamW"),
+        ("--optimizer_type adafactor", "--optimizer_type transformers.optimization.Adafactor"),
         (
-            ["--optimizer_args", "weight_decay=0.01", "betas=0.9,0.95"],
-            ["--optimizer_args", "betas=(0.90, 0.95)", "weight_decay=1e-2"],
+            "--optimizer_args weight_decay=0.01 betas=0.9,0.95",
+            "--optimizer_args betas=(0.90,0.95) weight_decay=1e-2",
         ),
-        ([], ["--network_dim", 4, "--optimizer_args"]),
-        (["--network_alpha", 4], ["--network_alpha", 0]),
-        ([], ["--network_module", "networks.lora_wan", "--network_args"]),
+        ("", "--network_dim 4 --optimizer_args"),
+        ("--network_alpha 4", "--network_alpha 0"),
+        ("", "--network_module networks.lora_wan --network_args"),
     ],
 )
-def test_a_run_with_the_same_settings_in_other_words_goes_on(
-    tmp_path: Path, before: list[object], now: list[object]
-) -> None:
-    write_caches(tmp_path)
-    options = toy_options(tmp_path, "--save_state", "--max_train_steps", 1, *before)
-    assert train_network(ToyFamily(), options) == 0
+def test_a_run_with_the_same_settings_in_other_words_goes_on(tmp_path: Path, before: str, now: str) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 1, *before.split())
 
-    for first in ("--resume", "latest"), ("--resume", "latest", "--resume_changed"):
-        assert train_network(ToyFamily(), toy_options(tmp_path, "--max_train_steps", 2, *first, *now)) == 0
+    for change in ([], ["--resume_changed"]):
+        toy.train_toy(tmp_path, "--max_train_steps", 2, "--resume", "latest", *change, *now.split())
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @dataclass(frozen=True)
-class NamedFamily(ToyFamily):
+class NamedFamily(toy.ToyFamily):
     """A model of a file."""
 
     file: str = ""
@@ -144,13 +126,14 @@ class NamedFamily(ToyFamily):
 
 
 def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     for count, name in enumerate(("a", "b"), 1):
         family = NamedFamily(file=f"{name}.safetensors")
-        resumed = ["--resume", "latest"] if count == 2 else []
-        train_toy(tmp_path, "--save_state", "--max_train_steps", count, *resumed, family=family)
+        toy.train_toy(
+            tmp_path, "--save_state", "--max_train_steps", count, "--resume", "latest", family=family
+        )
 
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+    assert warnings_in(caplog) == [
         "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
     ]
 
@@ -167,16 +150,17 @@ class OwnOptions:
 def test_options_of_the_family_are_compared_as_the_shared_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2, family=ToyFamily(options=OwnOptions()))
+    toy.write_caches(tmp_path)
+    toy.train_toy(
+        tmp_path, "--save_state", "--max_train_steps", 2, family=toy.ToyFamily(options=OwnOptions())
+    )
 
     with pytest.raises(OptionError, match="--task: small in the state, large now"):
-        train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions(task="large")))
+        toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=OwnOptions(task="large")))
     assert not caplog.records
-    train_toy(
-        tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions(rope_func="comfy", vae="other"))
-    )
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+    other = OwnOptions(rope_func="comfy", vae="other")
+    toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=other))
+    assert warnings_in(caplog) == [
         "--rope_func was default when the state was saved; it is comfy from here on."
     ]
 
@@ -184,12 +168,12 @@ def test_options_of_the_family_are_compared_as_the_shared_ones(
 def test_a_state_of_a_version_that_recorded_less_goes_on_and_says_what_is_not_compared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
 
-    train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions()))
+    toy.train_toy(tmp_path, "--resume", "latest", family=toy.ToyFamily(options=OwnOptions()))
 
-    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (said,) = warnings_in(caplog)
     assert "does not say what the run that saved it had for --rope_func, --task" in said
 
 
@@ -206,89 +190,72 @@ def test_the_batches_are_told_from_others_as_in_states_of_before(
 
 
 def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=3)
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    options = [
-        *("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_epochs", 1),
-        *("--max_train_steps", 6),
-    ]
-    options += ["--save_every_n_epochs", 1, "--save_state", "--resume", "latest"]
+    toy.write_caches(tmp_path, count=3)
+    options = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_epochs", 1]
+    options += ["--save_every_n_epochs", 1, "--save_state", "--resume", "latest", "--max_train_steps", 6]
 
     def die(_: torch.Tensor) -> None:
-        raise Killed
+        raise toy.Killed
 
-    with pytest.raises(Killed):
-        train_network(ToyFamily(on_decode=die), toy_options(tmp_path, *options))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *options)) == 0
+    with pytest.raises(toy.Killed):
+        toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=die))
+    toy.train_toy(tmp_path, *options)
 
     marks = sorted(path.name.split("_")[1] for path in (tmp_path / "output" / "sample").iterdir())
     assert marks == ["e000001", "e000002"]
 
 
 @pytest.mark.parametrize(
-    "when",
-    [["--sample_every_n_steps", 2], ["--sample_every_n_epochs", 1], ["--sample_at_first"]],
-    ids=["steps", "epochs", "first"],
+    "when", ["--sample_every_n_steps 2", "--sample_every_n_epochs 1", "--sample_at_first"]
 )
 def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_the_same_weights(
-    tmp_path: Path, when: list[object]
+    tmp_path: Path, when: str
 ) -> None:
-    write_caches(tmp_path, count=3)
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --s 2 --d 2\n", encoding="utf-8")
-    options = [
-        *("--sample_prompts", tmp_path / "prompts.txt"),
-        *when,
-        *("--max_train_steps", 5, "--resume", "latest"),
-    ]
-    expected: list[torch.Tensor] = []
-    train_toy(tmp_path, *options, family=ToyFamily(on_decode=expected.append))
+    toy.write_caches(tmp_path, count=3)
+    prompts = toy.write_prompts(tmp_path, "a cat --s 2 --d 1\na dog --s 2 --d 2\n")
+    options = ["--sample_prompts", prompts, *when.split(), "--max_train_steps", 5, "--resume", "latest"]
+    pictures: list[torch.Tensor] = []
+    whole = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=pictures.append))
     options += ["--output_dir", tmp_path / "stopped"]
 
     def interrupt(_: torch.Tensor) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # after the first picture, so the second is never finished
 
     found: list[torch.Tensor] = []
-    assert train_network(ToyFamily(on_decode=interrupt), toy_options(tmp_path, *options)) == 0
-    assert not (tmp_path / "stopped" / "x.safetensors").exists()
-    assert train_network(ToyFamily(on_decode=found.append), toy_options(tmp_path, *options)) == 0
+    assert not toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=interrupt))
+    again = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=found.append))
 
-    assert len(found) == len(expected)
-    assert all(torch.equal(here, there) for here, there in zip(found, expected, strict=True))
-    assert same(
-        load_file(tmp_path / "output" / "x.safetensors"), load_file(tmp_path / "stopped" / "x.safetensors")
-    )
+    assert all(torch.equal(here, there) for here, there in zip(found, pictures, strict=True))
+    assert toy.same(whole, again)
+
+
+def write_foreign(folder: Path, network: Mapping[str, torch.Tensor], optimizer: object = None) -> Path:
+    """A state of a known tuner."""
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    save_file(dict(network), theirs / "model.safetensors", metadata={"format": "pt"})
+    if optimizer is not None:
+        torch.save(optimizer, theirs / "optimizer.bin")
+    return theirs
 
 
 def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
-    state = read_state(tmp_path / "output" / "x-state")
-    assert isinstance(state, SavedState)
-    network = dict(state.parts["network"])
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
+    network = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
     modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
-    blocks = [
-        name
-        for block in (0, 1)
-        for part in ("up", "down")
-        for name in modules
-        if name.endswith(f"{block}_{part}")
-    ]
-    # as they stand in the model
-    names = [f"{module}.lora_{part}.weight" for module in blocks for part in ("down", "up")]
+    layers = [f"{block}_{part}" for block in (0, 1) for part in ("up", "down")]  # as they stand in the model
+    ordered = [name for layer in layers for name in modules if name.endswith(layer)]
+    names = [f"{module}.lora_{part}.weight" for module in ordered for part in ("down", "up")]
     parameters = [torch.nn.Parameter(network[name]) for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=1.0)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    save_file(network, folder / "model.safetensors", metadata={"format": "pt"})
-    torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+    resume = ["--resume", write_foreign(tmp_path, network, optimizer.state_dict())]
 
-    tensors = train_toy(
-        tmp_path, "--resume", folder, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state"
+    tensors = toy.train_toy(
+        tmp_path, *resume, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state"
     )
 
     assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
@@ -296,33 +263,23 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
 
 
 def test_a_foreign_state_of_one_network_is_not_resumed_with_two(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    toy.write_caches(tmp_path)
+    words = ["--resume", write_foreign(tmp_path, {"a": torch.zeros(1)}), "--lora_per_expert"]
 
-    write_caches(tmp_path)
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-
-    options = toy_options(tmp_path, "--resume", folder, "--lora_per_expert")
     with pytest.raises(OptionError, match="is of one network, and --lora_per_expert trains two"):
-        train_network(ToyFamily(experts=TWO_EXPERTS), options)
+        toy.train_toy(tmp_path, *words, family=toy.ToyFamily(experts=toy.TWO_EXPERTS))
 
 
 def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     class Payload:
         def __reduce__(self) -> tuple[object, tuple[str, ...]]:
             return Path.touch, (tmp_path / "owned",)  # type: ignore[return-value]
 
-    write_caches(tmp_path)
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    torch.save({"state": Payload()}, folder / "optimizer.bin")
+    toy.write_caches(tmp_path)
+    folder = write_foreign(tmp_path, {"a": torch.zeros(1)}, {"state": Payload()})
 
     with pytest.raises(CheckpointError, match=r"optimizer\.bin"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--resume", folder))
+        toy.train_toy(tmp_path, "--resume", folder)
     assert not (tmp_path / "owned").exists()
 
 
@@ -332,37 +289,27 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     """Seven micro-batches: the last step of an epoch has three instead of four, two for one process and one
     for the other.
     """
-    write_caches(tmp_path, count=7)
-    dropout = [
-        *("--network_args", "rank_dropout=0.3", "--max_train_steps", "6", "--validation_split", "0.01"),
-        "--save_state",
-    ]
-    expected = train_toy(tmp_path, *dropout, "--gradient_accumulation_steps", 4)
+    toy.write_caches(tmp_path, count=7)
+    words = ["--network_args", "rank_dropout=0.3", "--validation_split", "0.01", "--save_state"]
+    four = [*words, "--gradient_accumulation_steps", 4]
+    expected = toy.train_toy(tmp_path, *four, "--max_train_steps", 6)
 
-    settings = [*dropout, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two")]
-    train_in_two_processes(tmp_path, 29611, *settings)
+    two = [*words, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two"]
+    train_in_two_processes(tmp_path, 29611, *two, "--max_train_steps", 6)
 
     found = load_file(tmp_path / "two" / "x.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
-    alone = [
-        *dropout,
-        *("--gradient_accumulation_steps", 4, "--max_train_steps", 7),
-        *("--resume", tmp_path / "two" / "x-state"),
-    ]
     # another spread over processes is no other run
-    assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0
+    assert toy.train_toy(tmp_path, *four, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state")
 
 
 def train_in_two_processes(
     folder: Path, port: int, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     # "gpu": several
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    launch += f"--mixed_precision no --dynamo_backend no --main_process_port {port}"
     script = ROOT / "tests" / "training" / "train_toy.py"
-    run_python(*launch, script, folder, *arguments, environment={"PYTHONPATH": str(ROOT), **environment})
+    environment = {"PYTHONPATH": str(ROOT), **environment}
+    run_python(*launch.split(), script, folder, *arguments, environment=environment)

@@ -19,17 +19,10 @@ from modules.media.reading import read_image, read_tags, video_info
 from tests.sound_family import generate_with_sound, tiny_sound_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
-from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
-from training.run import train_network
+from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
 from training.samples import prepare_samples, sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
-
-
-def write_prompts(folder: Path, text: str = PROMPTS) -> Path:
-    path = folder / "prompts.txt"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
@@ -41,95 +34,69 @@ def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
 
 
 def test_every_option_of_a_prompt_arrives() -> None:
-    entry = {
-        **{
-            "prompt": "p",
-            "seed": 4,
-            "cfg_scale": 2,
-            "guidance_scale": 3.5,
-            "discrete_flow_shift": 5,
-            "negative_prompt": "n",
-        },
-        **{
-            "image_path": "a.png",
-            "control_video_path": "c.mp4",
-            "control_image_path": ["d.png", "e.png"],
-            "one_frame": "default",
-        },
+    entry = {"prompt": "p", "seed": 4, "cfg_scale": 2, "guidance_scale": 3.5, "discrete_flow_shift": 5}
+    entry |= {"negative_prompt": "n", "image_path": "a.png", "control_video_path": "c.mp4"}
+    entry |= {"control_image_path": ["d.png", "e.png"], "one_frame": "default"}
+    entry |= {"sample_sampler": "euler", "cfg_trunc_ratio": 0.3, "renorm_cfg": 0.9}
+
+    request = sample_request(entry, ToyFamily())
+
+    expected = {
+        "seed": 4,
+        "guidance_scale": 2.0,
+        "embedded_guidance": 3.5,
+        "flow_shift": 5.0,
+        "negative_prompt": "n",
+        "image_path": Path("a.png"),
+        "control_path": Path("c.mp4"),
+        "control_images": (Path("d.png"), Path("e.png")),
+        "solver": "euler",
+        "extra": {"one_frame": "default", "cfg_trunc_ratio": "0.3", "renorm_cfg": "0.9"},
     }
-
-    request = sample_request(entry, ToyFamily())
-
-    assert (request.seed, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (
-        4,
-        2.0,
-        3.5,
-        5.0,
-    )
-    assert (request.negative_prompt, request.image_path, request.control_path) == (
-        "n",
-        Path("a.png"),
-        Path("c.mp4"),
-    )
-    assert request.control_images == (Path("d.png"), Path("e.png"))
-    assert request.extra == {"one_frame": "default"}
-
-
-def test_the_sampler_and_the_guidance_limits_of_picture_prompts_arrive() -> None:
-    entry = {"prompt": "a dog", "sample_sampler": "euler", "cfg_trunc_ratio": 0.3, "renorm_cfg": 0.9}
-    request = sample_request(entry, ToyFamily())
-
-    assert request.solver == "euler"
-    assert request.extra == {"cfg_trunc_ratio": "0.3", "renorm_cfg": "0.9"}
+    assert {name: getattr(request, name) for name in expected} == expected
     assert sample_request({**entry, "sample_sampler": "ddim"}, ToyFamily()).solver is None
 
 
-@pytest.mark.parametrize("switches", [[], ["--no_metadata"]], ids=["told", "not told"])
-def test_pictures_say_what_made_them_as_those_of_a_generation_do(tmp_path: Path, switches: list[str]) -> None:
-    write_caches(tmp_path, count=2)
-    prompts = write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3\n")
+SAYS = {"bt_prompt": "a cat", "bt_seeds": "11", "bt_guidance_scale": "3.0", "bt_sampled_from": "x_000002"}
+SAYS |= {"bt_infer_steps": "2", "bt_width": "256", "bt_device": "cpu"}
 
-    train_toy(
-        tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 2, *switches
-    )
+
+@pytest.mark.parametrize(
+    ("switches", "says"), [([], SAYS), (["--no_metadata"], {})], ids=["told", "not told"]
+)
+def test_pictures_say_what_made_them_as_those_of_a_generation_do(
+    tmp_path: Path, switches: list[str], says: dict[str, str]
+) -> None:
+    write_caches(tmp_path, count=2)
+    words = ["--sample_prompts", write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3\n"), *switches]
+
+    train_toy(tmp_path, *words, "--sample_every_n_steps", 2, "--max_train_steps", 2)
 
     (path,) = (tmp_path / "output" / "sample").iterdir()
     with Image.open(path) as picture:
-        found = dict(picture.info)
-    assert found.get("bt_prompt") == (None if switches else "a cat")
-    if not switches:
-        assert (found["bt_seeds"], found["bt_guidance_scale"], found["bt_sampled_from"]) == (
-            "11",
-            "3.0",
-            "x_000002",
-        )
-        assert (found["bt_infer_steps"], found["bt_width"], found["bt_device"]) == ("2", "256", "cpu")
+        assert {name: text for name, text in picture.info.items() if name in SAYS} == says
 
 
 def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:
     """Four steps an epoch, samples every third: at step 12 both are due and only the step's are made."""
     write_caches(tmp_path, count=4)
-    times = [
-        *("--sample_every_n_steps", 3, "--sample_every_n_epochs", 1, "--sample_at_first"),
-        *("--max_train_steps", 12),
-    ]
+    times = ["--sample_every_n_steps", 3, "--sample_every_n_epochs", 1, "--sample_at_first"]
 
-    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), *times)
+    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path, PROMPTS), *times, "--max_train_steps", 12)
 
     names = [path.name for path in (tmp_path / "output" / "sample").iterdir()]
     found = [re.fullmatch(r"x_(e?\d{6})_(\d\d)_(\d{14})(_11\.mp4|_000\.png)", name) for name in names]
     assert all(found)
     marks = ["e000000", "000003", "e000001", "000006", "e000002", "000009", "000012"]
     kinds = {("00", "_11.mp4"), ("01", "_000.png")}
-    assert {(match[1], match[2], match[4]) for match in found if match} == {
-        (mark, *kind) for mark in marks for kind in kinds
-    }
+    expected = {(mark, *kind) for mark in marks for kind in kinds}
+    assert {(match[1], match[2], match[4]) for match in found if match} == expected
 
 
 def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_picture(tmp_path: Path) -> None:
     write_caches(tmp_path, count=4)
 
-    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), "--sample_every_n_steps", 8)
+    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path, PROMPTS), "--sample_every_n_steps", 8)
 
     (video,), (picture,) = ((tmp_path / "output" / "sample").glob(pattern) for pattern in ("*.mp4", "*.png"))
     info = video_info(video)
@@ -162,32 +129,23 @@ def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*tracks, strict=True))
 
 
-@pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])
-def test_all_prompts_that_cannot_be_made_are_told_at_once(bad: str, tmp_path: Path) -> None:
+def test_all_prompts_that_cannot_be_made_are_told_at_once(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    prompts = write_prompts(tmp_path, f"{bad}\na dog --d 1 --s 2 --w 32 --h 32\n{bad}")
+    prompts = write_prompts(tmp_path, "impossible\na dog --d 1 --s 2 --w 32 --h 32\nimpossible")
 
-    with pytest.raises(OptionError, match=f"(?s)1.*{bad}.*3.*{bad}"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--sample_prompts", prompts, "--sample_at_first"))
+    with pytest.raises(OptionError, match="(?s)1.*impossible.*3.*impossible"):
+        train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")
 
 
 def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
 
     with pytest.raises(OptionError, match="sample_prompts"):
-        train_network(
-            ToyFamily(), toy_options(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first")
-        )
+        train_toy(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first")
 
 
 COLOURED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
-PROMPT = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --d 12 --s 3\n"
-
-
-def write_preview_prompts(folder: Path) -> Path:
-    path = folder / "prompts.txt"
-    path.write_text(PROMPT, encoding="utf-8")
-    return path
+PREVIEWED = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --d 12 --s 3\n"
 
 
 def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> None:
@@ -201,40 +159,29 @@ def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> N
         write_caches(folder)
         decoded: list[torch.Tensor] = []
         family = ToyFamily(on_decode=decoded.append, latent=COLOURED)
-        samples_at = ["--sample_prompts", write_preview_prompts(folder), "--sample_every_n_steps", 4]
+        samples_at = ["--sample_prompts", write_prompts(folder, PREVIEWED), "--sample_every_n_steps", 4]
         trained.append(train_toy(folder, *samples_at, *more, family=family))
         samples.append(decoded)
 
-    assert same(trained[0], trained[1])
-    assert same(trained[0], trained[2])
-    assert all(torch.equal(one, other) for one, other in zip(samples[0], samples[1], strict=True))
-    assert all(torch.equal(one, other) for one, other in zip(samples[0], samples[2], strict=True))
-    made = tmp_path / "colours" / "output" / "sample"
-    assert {path.name for path in made.glob("latent_preview.*")} == {
-        "latent_preview.mp4",
-        "latent_preview.png",
-    }
-    assert len(list(made.iterdir())) == 2 + len(list((tmp_path / "plain/output/sample").iterdir()))
-    assert (video_info(made / "latent_preview.mp4").frames, video_info(made / "latent_preview.mp4").fps) == (
-        3,
-        4.0,
-    )
-    assert video_info(tmp_path / "decoded/output/sample/latent_preview.mp4").frames == 9
+    for index in (1, 2):
+        assert same(trained[0], trained[index])
+        assert all(torch.equal(one, other) for one, other in zip(samples[0], samples[index], strict=True))
+    plain, colours, decoded_ones = (tmp_path / name / "output" / "sample" for name in kinds)
+    previews = sorted(path.name for path in colours.glob("latent_preview.*"))
+    assert previews == ["latent_preview.mp4", "latent_preview.png"]
+    assert len(list(colours.iterdir())) == 2 + len(list(plain.iterdir()))
+    shown = video_info(colours / "latent_preview.mp4")
+    assert (shown.frames, shown.fps) == (3, 4.0)
+    assert video_info(decoded_ones / "latent_preview.mp4").frames == 9
 
 
 def test_a_file_for_other_latents_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    taehv = write_taehv(tmp_path / "taehv.pth")
-    more = [
-        "--sample_prompts",
-        write_preview_prompts(tmp_path),
-        "--sample_at_first",
-        "--preview_latent_every",
-        1,
-    ]
-    family = ToyFamily(latent=COLOURED)
+    taehv, family = write_taehv(tmp_path / "taehv.pth"), ToyFamily(latent=COLOURED)
+    words = ["--sample_prompts", write_prompts(tmp_path), "--sample_at_first", "--preview_latent_every", 1]
+
     with pytest.raises(CheckpointError, match="decodes 16 channels"):
-        train_network(family, toy_options(tmp_path, *more, "--preview_vae", taehv))
+        train_toy(tmp_path, *words, "--preview_vae", taehv, family=family)
     assert family.passes == []
     with pytest.raises(OptionError, match="--preview_vae .*lost.pth: no such file"):
-        toy_options(tmp_path, *more, "--preview_vae", tmp_path / "lost.pth")
+        toy_options(tmp_path, *words, "--preview_vae", tmp_path / "lost.pth")

@@ -59,16 +59,15 @@ def drawn(batch: Batch, learning: SoundLearning = AS_USUAL) -> NoisyBatch:
 def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
     """Return the two errors of each sample of a network that returns its input."""
     assert noisy.sound is not None
-    latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND)
-    found = []
-    for clean, noise, sigmas in (
-        (latents, noisy.noise, noisy.sigmas),
-        (heard, noisy.sound.noise, noisy.sound.sigmas),
-    ):
+
+    def errors(clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         sigma = sigmas.view(-1, *([1] * (clean.ndim - 1)))
         output = (1 - sigma) * clean + sigma * noise
-        found.append((output - (noise - clean)).square().flatten(1).mean(1))
-    return found[0], found[1]
+        return (output - (noise - clean)).square().flatten(1).mean(1)
+
+    latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND)
+    sound = errors(heard, noisy.sound.noise, noisy.sound.sigmas)
+    return errors(latents, noisy.noise, noisy.sigmas), sound
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -110,23 +109,19 @@ def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
     assert (fed.shape, timesteps.shape, tweaks.joint) == ((2, *JOINT.picture), (2,), None)
 
 
-@pytest.mark.parametrize("given", [PICTURE_STREAM, SOUND_STREAM])
-def test_a_given_stream_is_clean_and_not_learned(given: str) -> None:
+@pytest.mark.parametrize(("given", "is_picture"), [(PICTURE_STREAM, True), (SOUND_STREAM, False)])
+def test_a_given_stream_is_clean_and_not_learned(given: str, is_picture: bool) -> None:
     noisy = drawn(batch_of(True), SoundLearning(given=given))
     family = Hearing()
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
 
     picture, heard = by_hand(noisy)
-    assert noisy.sound is not None
-    is_picture = given == PICTURE_STREAM
     assert torch.equal(loss, (heard if is_picture else picture).mean())
     parts = JOINT.split(family.__dict__["told"][0])
     clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND))
-    assert [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)] == [
-        is_picture,
-        not is_picture,
-    ]
+    are_clean = [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)]
+    assert are_clean == [is_picture, not is_picture]
 
 
 @pytest.mark.parametrize("is_stretched", [False, True])

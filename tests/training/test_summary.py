@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.toy import toy_options, train_toy, write_caches
+from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
 from training.reports.history import History
 from training.reports.logs import StepClock
 from training.steps import StepPlan
@@ -20,21 +20,6 @@ from training.summary import (
     next_samples,
     saved_bytes,
 )
-
-
-def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    plan = StepPlan(num_batches=7, processes=2, accumulation=2, total_steps=100)
-
-    assert list(plan.groups(0)) == [range(0, 4), range(4, 7)]
-    assert plan.steps_per_epoch == 2
-
-
-def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation() -> None:
-    two, one = StepPlan(7, 2, 2, 5), StepPlan(7, 1, 4, 5)
-
-    for group in two.groups(0):
-        assert sorted(two.share(group, 0) + two.share(group, 1)) == one.share(group, 0)
-    assert [list(two.groups(epoch)) for epoch in range(3)] == [list(one.groups(epoch)) for epoch in range(3)]
 
 
 @pytest.mark.parametrize("position", [0, 4, 7])
@@ -90,20 +75,20 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rate", "alpha"),
+    ("words", "rate", "alpha"),
     [
-        ([], "2e-06, which is LOW for a LoRA: 1e-4 is usual", "acts at 0.0312 of its strength, which is LOW"),
-        (["--optimizer_type", "prodigy", "--network_alpha", 0], "2e-06", "32 for rank 32"),
-        (["--learning_rate", "1e-4", "--network_alpha", 16], "0.0001", "0.5 of its strength"),
-        (["--learning_rate", "1e-2"], "0.01, which is HIGH for a LoRA", "LOW: --network_alpha 16 or 32"),
-        (["--optimizer_type", "torch.optim.SGD", "--learning_rate", "1e-2"], "0.01", "1 for rank 32"),
+        ("", "2e-06, which is LOW for a LoRA: 1e-4 is usual", "acts at 0.0312 of its strength, which is LOW"),
+        ("--optimizer_type prodigy --network_alpha 0", "2e-06", "32 for rank 32"),
+        ("--learning_rate 1e-4 --network_alpha 16", "0.0001", "0.5 of its strength"),
+        ("--learning_rate 1e-2", "0.01, which is HIGH for a LoRA", "LOW: --network_alpha 16 or 32"),
+        ("--optimizer_type torch.optim.SGD --learning_rate 1e-2", "0.01", "1 for rank 32"),
     ],
 )
 def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
-    tmp_path: Path, arguments: list[object], rate: str, alpha: str
+    tmp_path: Path, words: str, rate: str, alpha: str
 ) -> None:
-    given = ["--learning_rate", "2e-6", "--network_dim", 32, *arguments]  # 2e-6 is the default
-    options = toy_options(tmp_path, *given)
+    # 2e-6 is the default
+    options = toy_options(tmp_path, "--learning_rate", "2e-6", "--network_dim", 32, *words.split())
 
     said = judge_rate(options)
     assert said == rate if "which" not in rate else said.startswith(rate)
@@ -123,39 +108,34 @@ def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("words", "files", "states"),
     [
-        ((), (1, 0)),
-        (("--save_every_n_steps", 3, "--save_state"), (3, 3)),
-        (("--save_every_n_steps", 2, "--save_last_n_steps", 2), (3, 0)),
-        (("--save_every_n_epochs", 1, "--save_state_on_train_end"), (2, 1)),
+        ("", 1, 0),
+        ("--save_every_n_steps 3 --save_state", 3, 3),
+        ("--save_every_n_steps 2 --save_last_n_steps 2", 3, 0),
+        ("--save_every_n_epochs 1 --save_state_on_train_end", 2, 1),
     ],
 )
-def test_the_files_of_a_run_are_counted_before(
-    tmp_path: Path, arguments: tuple[object, ...], expected: tuple[int, int]
-) -> None:
+def test_the_files_of_a_run_are_counted_before(tmp_path: Path, words: str, files: int, states: int) -> None:
     plan = StepPlan(num_batches=5, processes=1, accumulation=1, total_steps=8)
     write_caches(tmp_path)
+    saving = toy_options(tmp_path, *words.split()).saving
 
-    assert count_saves(toy_options(tmp_path, *arguments).saving, plan, 0) == expected
+    assert count_saves(saving, plan, 0) == (files, states)
 
-    train_toy(tmp_path, *arguments)
-    found = [path.name for path in (tmp_path / "output").iterdir()]
-    assert len([name for name in found if name.endswith(".safetensors")]) == expected[0]
-    assert len([name for name in found if name.endswith("-state")]) == expected[1]
+    train_toy(tmp_path, *words.split())
+    found = [len([*(tmp_path / "output").glob(pattern)]) for pattern in ("*.safetensors", "*-state")]
+    assert found == [files, states]
 
 
 def test_the_next_samples_are_by_step_or_epoch_whichever_comes_first(tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\n", encoding="utf-8")
-    times = ["--sample_every_n_steps", 4, "--sample_every_n_epochs", 1, "--sample_prompts", prompts]
-    options = toy_options(tmp_path, *times).samples
+    times = ["--sample_every_n_steps", 4, "--sample_every_n_epochs", 1]
+    options = toy_options(tmp_path, *times, "--sample_prompts", write_prompts(tmp_path)).samples
     # after --resume_changed: epoch 2 began again at step 7, with 5 steps an epoch
     plan = StepPlan(5, 1, 1, total_steps=18, first_epoch=1, first_position=0, first_step=7)
 
-    found = [next_samples(options, plan, step, epoch) for step, epoch in ((7, 1), (8, 1), (12, 2))]
-    assert found == [8, 12, 16]
-    assert next_samples(options, plan, 17, 3) is None
+    found = [next_samples(options, plan, *at) for at in ((7, 1), (8, 1), (12, 2), (17, 3))]
+    assert found == [8, 12, 16, None]
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
@@ -168,20 +148,20 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
 
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
-    assert describe_best(history.events_told, tmp_path) is None
+
+    def best() -> str | None:
+        return describe_best(history.events_told, tmp_path)
+
+    assert best() is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
         history.add(step, validation={"validation/loss": loss})
-    assert describe_best(history.events_told, tmp_path) == "step 4, loss 0.25000, not saved"
+    assert best() == "step 4, loss 0.25000, not saved"
     for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
         (tmp_path / name).touch()
         history.add(step, saved=name)
-    assert (
-        describe_best(history.events_told, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
-    )
+    assert best() == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
     (tmp_path / "b.safetensors").unlink()
-    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(
-        describe_best(history.events_told, tmp_path)
-    )
+    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(best())
 
 
 def test_pauses_do_not_count_as_training() -> None:

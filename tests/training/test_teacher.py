@@ -4,35 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError
+from tests.training import toy
 from tests.training.test_speed import COMPILED, KINDS, write_file
-from tests.training.toy import (
-    LATENT,
-    ToyFamily,
-    same,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-)
-from tests.training.toy_images import TextFamily, image_toy_options, write_pictures
+from tests.training.toy_images import train_image_toy, write_pictures
 from training.loss import training_loss
-from training.run import prepare_run, train_network
+from training.run import prepare_run
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
-DROPPING = "caption_dropout_rate = 0.6\n"
+ALONE = ["--teacher", "base", "--teacher_weight", 1]
 
 
-def write_dropping(folder: Path, **more: int) -> Path:
-    path = write_caches(folder, more=DROPPING, **more)
+def write_dropping(folder: Path, **more: int) -> None:
+    """Caches with captions that are dropped."""
+    toy.write_caches(folder, more="caption_dropout_rate = 0.6\n", **more)
     save_tensors(folder / "cache" / "toy_te.empty.safetensors", {"varlen_letters_float32": torch.zeros(1, 1)})
-    return path
 
 
 def ups(tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -44,35 +35,30 @@ def test_an_untrained_network_has_nothing_to_learn_from_an_equally_told_teacher(
     tmp_path: Path, how: list[object]
 ) -> None:
     """At weight 1 all of the loss is the distance to the base, which an untrained LoRA is."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
-    tensors = train_toy(tmp_path, *how, "--teacher", "base", "--teacher_weight", 1)
-
-    assert not any(tensor.any() for tensor in ups(tensors))
+    assert not any(tensor.any() for tensor in ups(toy.train_toy(tmp_path, *how, *ALONE)))
 
 
 def test_a_teacher_that_is_told_dropped_captions_does_teach(tmp_path: Path) -> None:
     write_dropping(tmp_path)
 
-    tensors = train_toy(tmp_path, "--teacher", "base", "--teacher_weight", 1)
-
-    assert any(tensor.any() for tensor in ups(tensors))
+    assert any(tensor.any() for tensor in ups(toy.train_toy(tmp_path, *ALONE)))
 
 
 def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> None:
     """Every batch of an epoch by hand; all random numbers are those of a run without a teacher."""
     write_dropping(tmp_path, batch_size=2)
-    family, weight = ToyFamily(), 0.3
-    with prepare_run(family, toy_options(tmp_path)) as run:
+    family, weight = toy.ToyFamily(), 0.3
+    with prepare_run(family, toy.toy_options(tmp_path)) as run:
         plain = [run.feed.batches[0, index].data for index in range(3)]
-        usual = [run.trainable, run.rule]
-    assert usual[1].teacher_weight == 0
+        assert run.rule.teacher_weight == 0
     assert all(not batch.batch.undropped for batch in plain)
 
-    options = toy_options(tmp_path, "--teacher", "base", "--teacher_weight", weight, "--overwrite")
-
     told = 0
-    with prepare_run(family, options) as run:
+    with prepare_run(
+        family, toy.toy_options(tmp_path, "--teacher", "base", "--teacher_weight", weight)
+    ) as run:
         dit = run.dits.at(0)
         for parameter in run.parameters:  # a network that has an effect
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
@@ -81,15 +67,16 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
             assert torch.equal(ours.noise, batch.noise)
             assert torch.equal(ours.timesteps, batch.timesteps)
             assert ours.batch.captions == batch.batch.captions
-            texts = {**batch.batch.tensors, **ours.batch.undropped}["letters"]
-            told += texts is not batch.batch.tensors["letters"]
-            latents = LATENT.to_model(batch.batch.tensor("latents"))
+            dropped = batch.batch.tensors["letters"]
+            texts = ours.batch.undropped.get("letters", dropped)
+            told += texts is not dropped
+            latents = toy.LATENT.to_model(batch.batch.tensor("latents"))
             share = batch.sigmas.view(-1, 1, 1, 1, 1)
             noisy = (1 - share) * latents + share * batch.noise
             with torch.no_grad(), run.trainable.as_base():
                 taught = dit(noisy, batch.timesteps, texts)
             with torch.no_grad():
-                output = dit(noisy, batch.timesteps, batch.batch.tensors["letters"])
+                output = dit(noisy, batch.timesteps, dropped)
                 found = training_loss(family, dit, ours, run.autocast, run.rule)
             expected = (1 - weight) * mse_loss(output, batch.noise - latents)
             expected = expected + weight * mse_loss(output, taught)
@@ -98,58 +85,55 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
 
 
 def test_the_validation_loss_is_measured_without_the_teacher(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     words = ["--validation_split", 0.2]
-    with prepare_run(ToyFamily(), toy_options(tmp_path, *words)) as run:
+    with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         usual = run.validation.measure(run.dits.at, run.autocast)
-    with prepare_run(ToyFamily(), toy_options(tmp_path, *words, "--teacher", "base")) as run:
+    with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, "--teacher", "base")) as run:
         assert run.validation.measure(run.dits.at, run.autocast) == usual
 
 
 def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
     """So an untrained network has nothing to learn from it, and least of all to undo the adapter."""
-    write_caches(tmp_path)
-    words = ["--training_adapter", write_file(tmp_path, KINDS["LoRA"]), "--teacher", "base"]
-    with prepare_run(ToyFamily(), toy_options(tmp_path, *words, "--teacher_weight", 1)) as run:
+    toy.write_caches(tmp_path)
+    words = ["--training_adapter", write_file(tmp_path, KINDS["LoRA"]), *ALONE]
+    with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         batch = run.feed.batches[0, 0].data
         with torch.no_grad(), run.adapter.turned(is_on=True):
-            assert training_loss(ToyFamily(), run.dits.at(0), batch, run.autocast, run.rule) == 0
+            assert training_loss(toy.ToyFamily(), run.dits.at(0), batch, run.autocast, run.rule) == 0
 
 
 STATES = ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_runs_end_with_equal_bytes(tmp_path: Path, workers: int) -> None:
+def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
     write_dropping(tmp_path)
     words = [*STATES, "--teacher", "base", "--network_dropout", 0.2]
-    expected = train_toy(tmp_path, *words)
+    expected = toy.train_toy(tmp_path, *words)
 
-    words += ["--max_data_loader_n_workers", workers]
-    assert same(train_with_kills(tmp_path, *words, moments=(3, 2)), expected)
-    with safe_open(tmp_path / "killed" / "x.safetensors", "pt") as file:
-        metadata = file.metadata()
+    words += ["--max_data_loader_n_workers", 2]
+    assert toy.same(toy.train_with_kills(tmp_path, *words, moments=(3, 2)), expected)
+    metadata = toy.metadata_of(tmp_path / "killed" / "x.safetensors")
     assert (metadata["ss_teacher"], metadata["ss_teacher_weight"]) == ("base", "0.5")
 
 
 def test_a_resumed_run_may_have_another_teacher_and_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, *STATES, "--max_train_steps", 4)
-    caplog.clear()
-    train_toy(tmp_path, *STATES, "--teacher", "base")
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, *STATES, "--max_train_steps", 4)
+    toy.train_toy(tmp_path, *STATES, "--teacher", "base")
 
     assert "--teacher was None when the state was saved; it is base from here on" in caplog.text
     assert "does not say" not in caplog.text
 
 
 def test_a_model_that_can_be_told_nothing_else_is_refused(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    family = ToyFamily(fuller=())
+    toy.write_caches(tmp_path)
+    family = toy.ToyFamily(fuller=())
 
     with pytest.raises(OptionError, match="--teacher base: there is nothing that the model toy"):
-        train_network(family, toy_options(tmp_path, "--teacher", "base"))
+        toy.train_toy(tmp_path, "--teacher", "base", family=family)
     assert not family.passes
 
 
@@ -157,17 +141,4 @@ def test_captions_that_are_encoded_while_training_are_refused(tmp_path: Path) ->
     write_pictures(tmp_path, texts=True)
 
     with pytest.raises(OptionError, match="--teacher base: captions are encoded while training here, by"):
-        train_network(TextFamily(), image_toy_options(tmp_path, "--teacher", "base"))
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--teacher_weight", 0.3], "--teacher_weight needs --teacher"),
-        (["--teacher", "base", "--teacher_weight", 0], "give a number above 0 and of at most 1"),
-        (["--teacher", "base", "--teacher_weight", 1.5], "give a number above 0 and of at most 1"),
-    ],
-)
-def test_mistakes_are_told(tmp_path: Path, words: list[object], reason: str) -> None:
-    with pytest.raises(OptionError, match=reason):
-        toy_options(tmp_path, *words)
+        train_image_toy(tmp_path, "--teacher", "base")

@@ -2,78 +2,52 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.contract.loading import Placement
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import TRAINED_EXPERT
+from tests.training import toy
 from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
-from tests.training.toy import (
-    TWO_EXPERTS,
-    Killed,
-    ToyFamily,
-    killed_at,
-    same,
-    toy_options,
-    train_toy,
-    write_caches,
-)
-from training.run import train_network
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
-HOW: dict[str, list[object]] = {
-    "usual": [],
-    "checkpointed": ["--gradient_checkpointing"],
-    "swapped": ["--gradient_checkpointing", "--blocks_to_swap", 1],
-    "compiled": COMPILED,
-    "accumulating": ["--gradient_accumulation_steps", 2],
+SWAPPED = ["--gradient_checkpointing", "--blocks_to_swap", 1]
+HOW: dict[str, tuple[str, list[object]]] = {  # a kind of file, and options
+    **{kind: (kind, []) for kind in KINDS},
+    "swapped": ("LoRA", SWAPPED),
+    "compiled": ("LoRA", COMPILED),
+    "accumulating": ("LoRA", ["--gradient_accumulation_steps", 2]),
 }
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Within what eight steps of AdamW make of the order in which an addition is summed."""
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=rtol, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_training_is_that_of_a_model_merged_with_it(tmp_path: Path, how: str) -> None:
-    write_caches(tmp_path)
-    path = write_file(tmp_path, KINDS["LoRA"])
-    expected = train_toy(tmp_path, *HOW[how], "--base_weights", path, "--base_weights_multiplier", 0.5)
-    plain = train_toy(tmp_path, *HOW[how], "--overwrite")
+    toy.write_caches(tmp_path)
+    kind, words = HOW[how]
+    path = write_file(tmp_path, KINDS[kind])
+    expected = toy.train_toy(tmp_path, *words, "--base_weights", path, "--base_weights_multiplier", 0.5)
+    plain = toy.train_toy(tmp_path, *words, "--overwrite")
 
-    found = train_toy(
-        tmp_path,
-        *(*HOW[how], "--training_adapter", path, "--training_adapter_multiplier", 0.5, "--overwrite"),
-    )
+    words = [*words, "--training_adapter", path, "--training_adapter_multiplier", 0.5]
+    found = toy.train_toy(tmp_path, *words, "--overwrite")
 
     assert_close(found, expected)
-    assert not same(found, plain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_trains_as_if_merged(tmp_path: Path, kind: str) -> None:
-    write_caches(tmp_path)
-    path = write_file(tmp_path, KINDS[kind])
-    expected = train_toy(tmp_path, "--base_weights", path)
-
-    assert_close(train_toy(tmp_path, "--training_adapter", path, "--overwrite"), expected)
+    assert not toy.same(found, plain)
 
 
 def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
@@ -100,189 +74,127 @@ def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
     assert isinstance(dit[1].weight, torch.nn.Parameter)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", [[], SWAPPED, COMPILED], ids=["usual", "swapped", "compiled"])
+def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: list[object]) -> None:
     """Before the first step the network changes nothing, so that samples are the model's own."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    options = [
-        *(*HOW[how], "--sample_prompts", tmp_path / "prompts.txt", "--sample_at_first"),
-        *("--validation_split", 0.2, "--learning_rate", 0, "--sample_every_n_steps", 3),
-    ]
-    plain: list[Tensor] = []
-    train_toy(tmp_path, *options, family=ToyFamily(on_decode=plain.append), has_page=True)
-    history = tmp_path / "output" / "x-history.jsonl"
-    losses = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-    adapted: list[Tensor] = []
-    train_toy(
-        tmp_path,
-        *(*options, "--training_adapter", path, "--overwrite"),
-        family=ToyFamily(on_decode=adapted.append),
-        has_page=True,
-    )
-    again = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    options = [*how, "--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first"]
+    options += ["--validation_split", 0.2, "--learning_rate", 0, "--sample_every_n_steps", 3]
+    pictures: list[list[Tensor]] = []
+    told: list[list[dict[str, Any]]] = []
+    for more in ([], ["--training_adapter", path, "--overwrite"]):
+        pictures.append([])
+        family = toy.ToyFamily(on_decode=pictures[-1].append)
+        toy.train_toy(tmp_path, *options, *more, family=family, has_page=True)
+        history = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8")
+        told.append([json.loads(line) for line in history.splitlines()])
 
-    assert len(plain) == len(adapted) >= 2
-    assert all(torch.equal(one, other) for one, other in zip(plain, adapted, strict=True))
+    assert len(pictures[0]) >= 2
+    assert all(torch.equal(one, other) for one, other in zip(*pictures, strict=True))
     validated, steps = (
-        [[line[kind] for line in lines if kind in line] for lines in (losses, again)]
-        for kind in ("losses", "loss")
+        [[line[kind] for line in lines if kind in line] for lines in told] for kind in ("losses", "loss")
     )
     assert validated[0] == validated[1]
     assert steps[0] != steps[1]
 
 
 def test_samples_with_a_lora_of_their_own_are_those_without_the_adapter(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     (tmp_path / "other").mkdir()
     path, other = write_file(tmp_path, KINDS["LoRA"]), write_file(tmp_path / "other", KINDS["LoHa"])
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    options = [
-        *("--sample_prompts", tmp_path / "prompts.txt", "--sample_at_first", "--sample_lora", other),
-        *("--max_train_steps", 1),
-    ]
-    plain: list[Tensor] = []
-    train_toy(tmp_path, *options, family=ToyFamily(on_decode=plain.append))
-    adapted: list[Tensor] = []
+    options = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first", "--sample_lora", other]
+    pictures: list[Tensor] = []
+    family = toy.ToyFamily(on_decode=pictures.append)
 
-    train_toy(
-        tmp_path,
-        *(*options, "--training_adapter", path, "--overwrite"),
-        family=ToyFamily(on_decode=adapted.append),
-    )
+    for more in ([], ["--training_adapter", path, "--overwrite"]):
+        toy.train_toy(tmp_path, *options, "--max_train_steps", 1, *more, family=family)
 
-    assert torch.equal(plain[0], adapted[0])
+    assert torch.equal(*pictures)
 
 
 def test_the_file_says_that_it_was_there_and_nothing_else(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
-    plain = train_toy(tmp_path, "--learning_rate", 0)
-    before = metadata_of(tmp_path / "output" / "x.safetensors")
+    words = ["--learning_rate", 0, "--overwrite", "--max_train_steps", 2]
+    found, metadata = [], []
+    for more in ([], ["--training_adapter", path], ["--training_adapter", path, "--no_metadata"]):
+        found.append(toy.train_toy(tmp_path, *words, *more))
+        metadata.append(toy.metadata_of(tmp_path / "output" / "x.safetensors"))
 
-    found = train_toy(tmp_path, "--learning_rate", 0, "--training_adapter", path, "--overwrite")
-
-    after = metadata_of(tmp_path / "output" / "x.safetensors")
-    assert same(found, plain)
+    before, after, untold = metadata
+    assert toy.same(found[0], found[1])
     assert after.keys() - before.keys() == {"ss_training_adapter"}
     assert after["ss_training_adapter"] == "own style.safetensors:1"
-    train_toy(tmp_path, "--learning_rate", 0, "--training_adapter", path, "--no_metadata", "--overwrite")
-    assert "ss_training_adapter" not in metadata_of(tmp_path / "output" / "x.safetensors")
+    assert "ss_training_adapter" not in untold
 
 
 STATES = ["--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
 
 
 def test_a_resumed_run_ends_with_equal_bytes_and_needs_the_same_file(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     path = write_file(tmp_path, KINDS["LoRA"])
     adapter = ["--training_adapter", path]
-    expected = train_toy(tmp_path, *STATES, *adapter)
-    options = toy_options(tmp_path, *STATES, *adapter, "--output_dir", tmp_path / "killed")
-    with pytest.raises(Killed):
-        train_network(killed_at(5), options)
+    expected = toy.train_toy(tmp_path, *STATES, *adapter)
+    words = [*STATES, "--output_dir", tmp_path / "killed"]
+    with pytest.raises(toy.Killed):
+        toy.train_toy(tmp_path, *words, *adapter, family=toy.killed_at(5))
 
-    other = write_file(tmp_path, {**KINDS["LoRA"], "alpha": torch.tensor(2.0)})
+    write_file(tmp_path, {**KINDS["LoRA"], "alpha": torch.tensor(2.0)})
     with pytest.raises(OptionError, match=r"--training_adapter: own style.safetensors:1, \w+ in the state"):
-        train_network(ToyFamily(), options)
-    without = toy_options(tmp_path, *STATES, "--output_dir", tmp_path / "killed")
-    with pytest.raises(OptionError, match="--training_adapter: own style.*None now"):
-        train_network(ToyFamily(), without)
+        toy.train_toy(tmp_path, *words, *adapter)
     write_file(tmp_path, KINDS["LoRA"])
-    stronger = toy_options(
-        tmp_path,
-        *(*STATES, *adapter, "--training_adapter_multiplier", 2, "--output_dir", tmp_path / "killed"),
-    )
+    with pytest.raises(OptionError, match="--training_adapter: own style.*None now"):
+        toy.train_toy(tmp_path, *words)
     with pytest.raises(OptionError, match="--training_adapter: own style.safetensors:1, .*:2, "):
-        train_network(ToyFamily(), stronger)
+        toy.train_toy(tmp_path, *words, *adapter, "--training_adapter_multiplier", 2)
 
-    assert other == path
-    assert train_network(ToyFamily(), options) == 0
-    assert same(load_file(tmp_path / "killed" / "x.safetensors"), expected)
+    assert toy.same(toy.train_toy(tmp_path, *words, *adapter), expected)
 
 
 @pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both", "turns"])
 def test_two_transformers_have_it_both_unless_the_file_is_for_one(
     tmp_path: Path, turns: list[object]
 ) -> None:
-    write_caches(tmp_path)
-    path, steps = write_file(tmp_path, KINDS["LoRA"]), ["--max_train_steps", 12, *turns]
-    family = ToyFamily(experts=TWO_EXPERTS)
-    both = train_toy(tmp_path, *steps, "--base_weights", path, family=family)
-    assert_close(train_toy(tmp_path, *steps, "--training_adapter", path, "--overwrite", family=family), both)
+    toy.write_caches(tmp_path)
+    path, family = write_file(tmp_path, KINDS["LoRA"]), toy.ToyFamily(experts=toy.TWO_EXPERTS)
+
+    def train(*words: object) -> dict[str, Tensor]:
+        return toy.train_toy(tmp_path, "--max_train_steps", 12, "--overwrite", *turns, *words, family=family)
+
+    both = train("--base_weights", path)
+    assert_close(train("--training_adapter", path), both)
 
     tensors = {f"lora_unet_blocks_0_up.{part}": tensor for part, tensor in KINDS["LoRA"].items()}
     save_file(tensors, path, {TRAINED_EXPERT: "high"})
     empty = tmp_path / "empty.safetensors"
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, empty)
-    words = ("--base_weights", empty, "--base_weights_high_noise", path, "--overwrite")
-    one = train_toy(tmp_path, *steps, *words, family=family)
-    found = train_toy(tmp_path, *steps, "--training_adapter", path, "--overwrite", family=family)
-    assert_close(found, one)
-    assert not same(one, both)
-
-
-@pytest.mark.parametrize(
-    ("factors", "module", "reason"),
-    [
-        (KINDS["LoRA"], "blocks_7_up", "--training_adapter .* does not fit this model, which has no"),
-        (KINDS["LoRA"], "blocks_0_down", r"--training_adapter .*has \[16, 8\], the model \[8, 16\]"),
-        (
-            {**KINDS["LoRA"], "dora_scale": torch.ones(16, 1)},
-            "blocks_0_up",
-            "--training_adapter .* is a DoRA",
-        ),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused_before_the_first_step(
-    tmp_path: Path, factors: dict[str, Tensor], module: str, reason: str
-) -> None:
-    write_caches(tmp_path)
-    path, family = write_file(tmp_path, factors, module), ToyFamily()
-
-    with pytest.raises(CheckpointError, match=reason):
-        train_network(family, toy_options(tmp_path, "--training_adapter", path))
-    assert not family.passes
+    one = train("--base_weights", empty, "--base_weights_high_noise", path)
+    assert_close(train("--training_adapter", path), one)
+    assert not toy.same(one, both)
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--training_adapter", "no.safetensors"], "--training_adapter no.safetensors: no such file"),
-        (["--training_adapter_multiplier", 2], "needs --training_adapter"),
+        ("--training_adapter no.safetensors", "--training_adapter no.safetensors: no such file"),
+        ("--training_adapter_multiplier 2", "needs --training_adapter"),
+        ("--teacher_weight 0.3", "--teacher_weight needs --teacher"),
+        ("--teacher base --teacher_weight 0", "give a number above 0 and of at most 1"),
+        ("--teacher base --teacher_weight 1.5", "give a number above 0 and of at most 1"),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, words: list[object], reason: str) -> None:
+def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
-        toy_options(tmp_path, *words)
+        toy.toy_options(tmp_path, *words.split())
 
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--training_adapter", "a.safetensors"],
-        ["--training_adapter_multiplier", 2],
-        ["--teacher", "base"],
-        ["--teacher_weight", 1],
-    ],
+    ["--training_adapter a", "--training_adapter_multiplier 2", "--teacher base", "--teacher_weight 1"],
 )
-def test_training_the_model_itself_refuses_them(tmp_path: Path, words: list[object]) -> None:
-    with pytest.raises(OptionError, match=f"{words[0]} is not supported yet: the model itself is trained"):
-        toy_options(tmp_path, *words, whole_dit=True)
-
-
-def test_a_model_is_as_it_was_while_the_adapter_is_off(tmp_path: Path) -> None:
-    lora = read_lora(write_file(tmp_path, KINDS["LoRA"]))
-    dit = ToyFamily().load_dit(Placement(CPU))
-    inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
-    with torch.no_grad():
-        before = dit(*inputs)
-        adapter = add_loras(dit, [LoraUse(lora)])
-        adapter.place_on(CPU, torch.float32)
-        with adapter.turned(is_on=True):
-            assert not torch.equal(dit(*inputs), before)
-            with adapter.turned(is_on=False):
-                assert torch.equal(dit(*inputs), before)
-            assert not torch.equal(dit(*inputs), before)
-        assert torch.equal(dit(*inputs), before)
+def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> None:
+    option, value = words.split()
+    with pytest.raises(OptionError, match=f"{option} is not supported yet: the model itself is trained"):
+        toy.toy_options(tmp_path, option, value, whole_dit=True)

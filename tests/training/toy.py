@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -233,6 +234,13 @@ def write_caches(
     return path
 
 
+def write_prompts(folder: Path, text: str = "a cat --s 2 --d 1\n") -> Path:
+    """What samples are made of: by default one picture."""
+    path = folder / "prompts.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
     """Have text caches say which encoder made them. names: `clip0` -> the encoder's identity."""
     for stem, identity in names.items():
@@ -263,18 +271,18 @@ def toy_options(
     usual += [] if has_page else ["--no_page"]
     parser = training_parser("", WholeDitOptions) if whole_dit else training_parser("")
     add_options(parser, ExpertTrainingOptions)
-    return read_options(
-        TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
-    )
+    argv = [str(one) for one in (*usual, *arguments)]
+    return read_options(TrainingOptions, read_arguments(parser, argv, {}))
 
 
 def train_toy(
     folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False, has_page: bool = False
 ) -> dict[str, Tensor]:
-    """Train the whole way; returns the tensors of the final file."""
+    """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
     assert train_network(family or ToyFamily(), options) == 0
-    return load_file(folder / "output" / "x.safetensors")
+    path = options.saving.result
+    return load_file(path) if path.exists() else {}
 
 
 class Killed(BaseException):
@@ -295,22 +303,26 @@ def train_with_kills(
     folder: Path, *arguments: object, moments: Sequence[int], whole_dit: bool = False
 ) -> dict[str, Tensor]:
     """Train into `folder`/killed, die at each of these micro-batches and go on; returns the final file."""
-    options = toy_options(folder, *arguments, "--output_dir", folder / "killed", whole_dit=whole_dit)
+    words = (*arguments, "--output_dir", folder / "killed")
     for moment in moments:
         with pytest.raises(Killed):
-            train_network(killed_at(moment), options)
-    assert train_network(ToyFamily(), options) == 0
-    return load_file(folder / "killed" / "x.safetensors")
+            train_toy(folder, *words, family=killed_at(moment), whole_dit=whole_dit)
+    return train_toy(folder, *words, whole_dit=whole_dit)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file of tensors says of itself."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
 
 
 def state_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of a state by its parts, and those of its optimizer."""
     state = read_state(folder)
     assert isinstance(state, SavedState)
-    kept = state.optimizer["states"].items()
     moments = {
         f"{name}/{key}": value
-        for name, values in kept
+        for name, values in state.optimizer["states"].items()
         for key, value in values.items()
         if isinstance(value, Tensor)
     }

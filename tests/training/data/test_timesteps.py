@@ -16,7 +16,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from modules.options import read_options
-from modules.parser import Parser, add_options
+from modules.parser import add_options, parse_options
 from tests.golden_cases import read_case
 from training.data.timesteps import (
     Timesteps,
@@ -58,10 +58,10 @@ IMAGE_NOISE = {
 FED = {"flux": lambda fed: fed / 1000, "hunyuan_image": lambda fed: fed, "lumina": lambda fed: 1 - fed / 1000}
 
 
-def options(*argv: str, samplers: Sequence[str] = SAMPLERS) -> TimestepOptions:
+def options(words: str = "", samplers: Sequence[str] = SAMPLERS) -> TimestepOptions:
     parser = argparse.ArgumentParser()
     add_options(parser, TimestepOptions, settings={"timestep_sampling": {"choices": samplers}})
-    return read_options(TimestepOptions, parser.parse_args(argv))
+    return read_options(TimestepOptions, parser.parse_args(words.split()))
 
 
 def drawn(made: TimestepOptions, count: int = 100_000, seed: int = 1) -> Tensor:
@@ -70,15 +70,14 @@ def drawn(made: TimestepOptions, count: int = 100_000, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: " ".join(case["cli"]) or "default")
 def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[float]]) -> None:
-    made = options(*case["cli"])
+    made = options(" ".join(map(str, case["cli"])))
     numbers = torch.tensor(GOLDEN["n" if takes_normal(made) else "u"])
 
     times = from_numbers(made, numbers)
 
     torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma_used"]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        times.timesteps, torch.tensor(case["timestep_given_to_model"]), atol=1e-3, rtol=0
-    )
+    fed = torch.tensor(case["timestep_given_to_model"])
+    torch.testing.assert_close(times.timesteps, fed, atol=1e-3, rtol=0)
     expected = torch.tensor(case["loss_weight"]) if case["loss_weight"] else torch.ones(len(numbers))
     torch.testing.assert_close(loss_weights(made, times), expected, rtol=1e-4, atol=0)
 
@@ -88,18 +87,10 @@ def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[flo
 )
 def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case: dict[str, Any]) -> None:
     given = {**IMAGES["defaults"][case["family"]], **case["options"]}
-    names = (
-        "timestep_sampling",
-        "discrete_flow_shift",
-        "sigmoid_scale",
-        "logit_mean",
-        "logit_std",
-        "mode_scale",
-    )
-    argv = [word for name in names for word in (f"--{name}", str(given[name]))]
-    if given["weighting_scheme"] in WEIGHTINGS:
-        argv += ["--weighting_scheme", given["weighting_scheme"]]
-    made = options(*argv, samplers=(*SAMPLERS, *SIZE_SAMPLERS))
+    names = ["timestep_sampling", "discrete_flow_shift", "sigmoid_scale", "logit_mean", "logit_std"]
+    names += ["mode_scale", *(["weighting_scheme"] if given["weighting_scheme"] in WEIGHTINGS else [])]
+    words = " ".join(f"--{name} {given[name]}" for name in names)
+    made = options(words, samplers=(*SAMPLERS, *SIZE_SAMPLERS))
     noise = IMAGE_NOISE[case["family"]]
     numbers = torch.tensor(IMAGES["n" if takes_normal(made) else "u"], dtype=torch.float64)
 
@@ -114,65 +105,60 @@ def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case:
 
 
 def test_a_sampler_that_follows_the_size_is_refused_where_the_model_does_not() -> None:
-    made = options("--timestep_sampling", "flux_shift")
+    with pytest.raises(OptionError, match="flux_shift: the shift of this model does not follow the size"):
+        draw(options("--timestep_sampling flux_shift"), 10, torch.Generator(), noise=NoiseSpec())
 
-    with pytest.raises(
-        OptionError, match="--timestep_sampling flux_shift: the shift of this model does not follow the size"
-    ):
-        draw(made, 10, torch.Generator().manual_seed(1), noise=NoiseSpec())
+
+def shifted(normal: Tensor, mu: float) -> Tensor:
+    """By the formula."""
+    t = torch.sigmoid(normal)
+    return t * math.exp(mu) / (1 + (math.exp(mu) - 1) * t)
+
+
+NORMAL = torch.tensor([-1.5, 0.0, 0.7])
 
 
 @pytest.mark.parametrize(
-    ("sampler", "mu"),
-    [
-        ("flux_shift", 0.5 + (1560 - 256) * 0.65 / 3840),
-        ("qwen_shift", 0.5 + (1560 - 256) * 0.4 / 7936),
-        ("krea2_shift", 0.5 + (1560 - 256) * 0.65 / 6144),
-    ],
+    ("sampler", "slope"),
+    [("flux_shift", 0.65 / 3840), ("qwen_shift", 0.4 / 7936), ("krea2_shift", 0.65 / 6144)],
 )
-def test_shifts_follow_width_and_height_of_a_video_but_not_its_length(sampler: str, mu: float) -> None:
+def test_shifts_follow_width_and_height_of_a_video_but_not_its_length(sampler: str, slope: float) -> None:
     """480 x 832 pixels are 60 x 104 latents: 1560 tokens in each latent frame."""
-    made = options("--timestep_sampling", sampler, "--sigmoid_scale", "0.8")
-    normal = torch.tensor([-1.5, 0.0, 0.7])
+    made = options(f"--timestep_sampling {sampler} --sigmoid_scale 0.8")
 
-    found = [from_numbers(made, normal, shape=(2, 16, frames, 60, 104)).sigmas for frames in (1, 21)]
+    found = [from_numbers(made, NORMAL, shape=(2, 16, frames, 60, 104)).sigmas for frames in (1, 21)]
 
-    t = torch.sigmoid(0.8 * normal)
-    expected = t * math.exp(mu) / (1 + (math.exp(mu) - 1) * t)
+    expected = shifted(0.8 * NORMAL, 0.5 + (1560 - 256) * slope)
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
     assert torch.equal(found[0], found[1])
 
 
 def test_the_shift_of_flux_2_counts_each_latent_pixel() -> None:
     """A picture of 1024 x 768 pixels is 64 x 48 of its latents: 3072 tokens."""
-    made, normal = options("--timestep_sampling", "flux2_shift"), torch.tensor([-1.5, 0.0, 0.7])
-    noise = NoiseSpec(tokens=count_latents)
+    made = options("--timestep_sampling flux2_shift")
 
-    found = from_numbers(made, normal, noise, (1, 128, 1, 64, 48)).sigmas
+    found = from_numbers(made, NORMAL, NoiseSpec(tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
 
-    ratio, t = math.exp(0.5 + (3072 - 256) * 0.65 / 3840), torch.sigmoid(normal)
-    torch.testing.assert_close(found, ratio * t / (1 + (ratio - 1) * t), atol=1e-6, rtol=0)
+    expected = shifted(NORMAL, 0.5 + (3072 - 256) * 0.65 / 3840)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     with pytest.raises(OptionError, match="flux2_shift: it counts each latent pixel.*Use flux_shift"):
-        draw(made, 10, torch.Generator().manual_seed(1), shape=(1, 16, 1, 64, 48))
+        draw(made, 10, torch.Generator(), shape=(1, 16, 1, 64, 48))
 
 
 def test_a_sampler_without_a_meaning_here_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = Parser()
-    add_options(parser, TimestepOptions)
-
     with pytest.raises(SystemExit):
-        parser.parse_args(["--timestep_sampling", "ideogram4_shift"])
+        parse_options("", ["--timestep_sampling", "ideogram4_shift"], TimestepOptions)
 
     assert "flux_shift" in capsys.readouterr().err.split("ideogram4_shift")[-1]
 
 
 def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:
-    base = ("--discrete_flow_shift", "3", "--min_timestep", "300", "--max_timestep", "450")
-    shifted = NoiseSpec(0.0, table_is_shifted=True)
+    spec = NoiseSpec(0.0, table_is_shifted=True)
 
-    for more in ((), ("--preserve_distribution_shape",)):
-        found = draw(options(*base, *more), 2000, torch.Generator().manual_seed(1), noise=shifted).sigmas
-        plain = draw(options(*base, *more), 2000, torch.Generator().manual_seed(1)).sigmas
+    for more in ("", " --preserve_distribution_shape"):
+        made = options(f"--discrete_flow_shift 3 --min_timestep 300 --max_timestep 450{more}")
+        found = draw(made, 2000, torch.Generator().manual_seed(1), noise=spec).sigmas
+        plain = draw(made, 2000, torch.Generator().manual_seed(1)).sigmas
         torch.testing.assert_close(found, 3 * plain / (1 + 2 * plain))
         assert 0.55 <= float(plain.min()) <= float(plain.max()) <= 0.7 + 1e-6
 
@@ -189,16 +175,14 @@ def test_a_table_of_noise_levels_is_read_at_whole_timesteps(share: float, place:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "logsnr", "sigma"])
-@pytest.mark.parametrize("buckets", [(), ("--num_timestep_buckets", "20")])
-def test_keeping_the_shape_means_the_distribution_cut_to_the_range(
-    sampling: str, buckets: tuple[str, ...]
-) -> None:
-    limits = ("--min_timestep", "300", "--max_timestep", "450")
-    base = ("--timestep_sampling", sampling, "--discrete_flow_shift", "3")
+@pytest.mark.parametrize("buckets", ["", " --num_timestep_buckets 20"])
+def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str, buckets: str) -> None:
+    base = f"--timestep_sampling {sampling} --discrete_flow_shift 3"
+    limits = f" --min_timestep 300 --max_timestep 450 --preserve_distribution_shape{buckets}"
     low, high = (0.55, 0.7) if sampling == "sigma" else (0.3, 0.45)
 
-    kept = drawn(options(*base, *limits, *buckets, "--preserve_distribution_shape"), 50_000)
-    whole = drawn(options(*base), 200_000)
+    kept = drawn(options(base + limits), 20_000)
+    whole = drawn(options(base), 100_000)
 
     assert float(kept.min()) >= low - 1e-6
     assert float(kept.max()) <= high + 1e-6
@@ -207,54 +191,37 @@ def test_keeping_the_shape_means_the_distribution_cut_to_the_range(
 
 
 def test_a_range_that_nothing_falls_into_is_an_error() -> None:
-    made = options(
-        *("--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.01", "--max_timestep", "50"),
-        "--preserve_distribution_shape",
-    )
+    narrow = "--timestep_sampling sigmoid --sigmoid_scale 0.01 --max_timestep 50"
 
     with pytest.raises(OptionError, match="--max_timestep 50"):
-        drawn(made, 10)
+        drawn(options(f"{narrow} --preserve_distribution_shape"), 10)
 
 
-def test_buckets_take_one_draw_from_each_part_in_every_round() -> None:
-    made = options("--timestep_sampling", "uniform", "--num_timestep_buckets", "8")
-
-    sigmas = torch.cat([draw(made, 2, torch.Generator().manual_seed(i), 5, 2 * i).sigmas for i in range(12)])
-
-    rounds = (sigmas * 8).long().view(3, 8)
-    assert all(sorted(parts.tolist()) == list(range(8)) for parts in rounds)
-    assert not torch.equal(rounds[0], rounds[1])
-
-
-def test_extreme_uniform_numbers_stay_finite() -> None:
-    for sampling in ("sigmoid", "shift", "logsnr", "sigma", "uniform"):
-        made = options("--timestep_sampling", sampling, "--sigmoid_scale", "0")
-        assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
+@pytest.mark.parametrize("sampling", ["sigmoid", "shift", "logsnr", "sigma", "uniform"])
+def test_extreme_uniform_numbers_stay_finite(sampling: str) -> None:
+    made = options(f"--timestep_sampling {sampling} --sigmoid_scale 0")
+    assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
 
 
 TWO = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
-DRAWS: dict[str, list[object]] = {
-    "uniform": ["--timestep_sampling", "uniform"],
-    "shift": ["--timestep_sampling", "shift", "--discrete_flow_shift", 5],
-    "sigma": [],
-    "logsnr": ["--timestep_sampling", "logsnr", "--logit_mean", -1],
-    "squeezed": ["--timestep_sampling", "uniform", "--min_timestep", 500],
-    "kept": ["--timestep_sampling", "sigmoid", "--min_timestep", 600, "--preserve_distribution_shape"],
-    "table": ["--weighting_scheme", "mode", "--max_timestep", 400, "--preserve_distribution_shape"],
+DRAWS = {
+    "uniform": "--timestep_sampling uniform",
+    "shift": "--timestep_sampling shift --discrete_flow_shift 5",
+    "sigma": "",
+    "logsnr": "--timestep_sampling logsnr --logit_mean -1",
+    "squeezed": "--timestep_sampling uniform --min_timestep 500",
+    "kept": "--timestep_sampling sigmoid --min_timestep 600 --preserve_distribution_shape",
+    "table": "--weighting_scheme mode --max_timestep 400 --preserve_distribution_shape",
 }
-
-
-def drawn_by_expert(made: TimestepOptions, batches: int, size: int) -> list[Timesteps]:
-    return [
-        draw(made, size, torch.Generator().manual_seed(number), 1, size * number, experts=TWO)
-        for number in range(batches)
-    ]
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_batch_is_for_one_expert_and_each_sample_has_the_plain_distribution(name: str) -> None:
-    made = options(*map(str, DRAWS[name]))
-    batches = drawn_by_expert(made, 1500, 3)
+    made = options(DRAWS[name])
+    batches = [
+        draw(made, 3, torch.Generator().manual_seed(number), 1, 3 * number, experts=TWO)
+        for number in range(1500)
+    ]
 
     for times in batches:
         assert ((1000 * times.sigmas >= 875) == bool(times.expert)).all()
@@ -269,48 +236,44 @@ def test_a_batch_is_for_one_expert_and_each_sample_has_the_plain_distribution(na
 
 
 def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None:
-    made = options("--timestep_sampling", "uniform", "--num_timestep_buckets", "5")
+    made = options("--timestep_sampling uniform --num_timestep_buckets 5")
     times = draw(made, 5, torch.Generator().manual_seed(1), 1, 0, experts=TWO[1:])
     assert sorted(((times.sigmas - 0.875) / 0.025).floor().tolist()) == [0, 1, 2, 3, 4]
     assert times.expert == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expert"),
+    ("limits", "expert"),
     [
-        (["--max_timestep", "875", "--preserve_distribution_shape"], "high-noise"),
-        (["--max_timestep", "800"], "high-noise"),
-        (["--min_timestep", "880"], "low-noise"),
+        ("--max_timestep 875 --preserve_distribution_shape", "high-noise"),
+        ("--max_timestep 800", "high-noise"),
+        ("--min_timestep 880", "low-noise"),
     ],
 )
 @pytest.mark.parametrize("sampler", ["uniform", "flux_shift"])
-def test_an_expert_that_no_timestep_reaches_is_an_error(
-    arguments: list[str], expert: str, sampler: str
-) -> None:
-    made = options("--timestep_sampling", sampler, *arguments)
+def test_an_expert_that_no_timestep_reaches_is_an_error(limits: str, expert: str, sampler: str) -> None:
     with pytest.raises(OptionError, match=f"no timestep of this run reaches the {expert} transformer"):
-        check_reaches(made, FLOW, TWO)
-    for able in (options(), options("--timestep_sampling", sampler)):
-        check_reaches(able, FLOW, TWO)
+        check_reaches(options(f"--timestep_sampling {sampler} {limits}"), FLOW, TWO)
+    for able in ("", f"--timestep_sampling {sampler}"):
+        check_reaches(options(able), FLOW, TWO)
 
 
 def test_bounds_of_the_sampler_sigma_are_told_to_count_from_the_noisy_end() -> None:
-    made = options("--min_timestep", "875", "--preserve_distribution_shape")  # 0 to 125
+    made = options("--min_timestep 875 --preserve_distribution_shape")  # 0 to 125
     with pytest.raises(OptionError, match="counts the first two from the noisy end"):
         check_reaches(made, FLOW, TWO[1:])
 
 
 def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_last_number() -> None:
-    made = options("--timestep_sampling", "sigma", "--min_timestep", "100", "--max_timestep", "200")
+    made = options("--timestep_sampling sigma --min_timestep 100 --max_timestep 200")
     shares = torch.tensor([0.901, 0.9, 0.801, 0.8])  # numbers 99, 100, 199 and 200
 
     assert is_in_range(made, shares).tolist() == [False, True, True, False]
 
 
 def test_statistics_count_every_draw_once() -> None:
-    counts, weights = timestep_statistics(
-        options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100
-    )
+    made = options("--weighting_scheme sigma_sqrt")
+    counts, weights = timestep_statistics(made, seed=0, num_batches=3, batch_size=100)
 
     assert float(counts.sum()) == 300
     assert counts.shape == weights.shape == (1000,)
@@ -318,7 +281,7 @@ def test_statistics_count_every_draw_once() -> None:
 
 
 def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps", "console", "--timestep_sampling", "uniform"))
+    show_timesteps(options("--show_timesteps console --timestep_sampling uniform"))
 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 82
@@ -330,7 +293,7 @@ def test_experts_are_named_with_their_share_of_the_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("console", "image"):
-        made = options("--show_timesteps", kind, "--timestep_sampling", "uniform")
+        made = options(f"--show_timesteps {kind} --timestep_sampling uniform")
         show_timesteps(made, folder=tmp_path, experts=TWO)
         said = capsys.readouterr().out
         assert "low-noise transformer: timesteps from 0 to 875, 87." in said

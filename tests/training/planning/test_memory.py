@@ -12,17 +12,22 @@ from safetensors.torch import load_file
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
 from modules.contract.family import Family
-from modules.options import read_options
-from modules.parser import add_options
 from modules.planning.dry_run import largest
 from modules.planning.memory_plan import CONTEXT, GIB, Phase, Room
 from tests.tiny import wan_dit
 from tests.tiny.project import write_lora
-from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, counted, wan, wan_batch
+from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, counted, read_family, wan, wan_batch
 from tests.training.toy import write_caches
-from training.learning_options import ExpertTrainingOptions
-from training.options import TrainingOptions, read_arguments, training_parser
-from training.planning.memory import advice, cheaper, largest_batch, predict, prepare_memory, shrunk
+from training.options import TrainingOptions
+from training.planning.memory import (
+    StepPrediction,
+    advice,
+    cheaper,
+    largest_batch,
+    predict,
+    prepare_memory,
+    shrunk,
+)
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
 from wan.spec import LATENT
@@ -59,21 +64,32 @@ def test_a_section_is_made_smaller_but_no_shorter() -> None:
             assert shape == (1, 3, height, width)
 
 
-def test_a_smaller_batch_takes_what_its_size_says(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> StepPrediction:
+    """Of a step with a clip of 3 x 64 x 64 latents."""
+    made = wan(tmp_path_factory.mktemp("whole"), *CHECKPOINTED)
+    return predict(*made, wan_batch(1, (3, 64, 64)), CPU)
+
+
+def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_path: Path) -> None:
     """As a rehearsal of it does, but for the text, which does not shrink."""
-    family, options = wan(tmp_path, *CHECKPOINTED)
-    whole, half = (predict(family, options, wan_batch(1, (3, size, 64)), CPU) for size in (64, 32))
+    half = predict(*wan(tmp_path, *CHECKPOINTED), wan_batch(1, (3, 32, 64)), CPU)
 
     assert whole.scaled(0.5).device(0) == pytest.approx(half.device(0), rel=0.01)
     assert whole.scaled(0.5).device(0) < whole.device(0)
 
 
+def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path) -> None:
+    made = wan(tmp_path, *CHECKPOINTED, "--ema_decay", "0.5")
+
+    assert predict(*made, wan_batch(1, (3, 64, 64)), CPU).device(0) > whole.device(0)
+
+
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
     _, options = wan(tmp_path)
     found = cheaper(options)
-    assert [line for line, _ in found] == [
-        *("--gradient_checkpointing", "--fp8_base --fp8_scaled", "--gradient_checkpointing_cpu_offload")
-    ]
+    lines = ["--gradient_checkpointing", "--fp8_base --fp8_scaled", "--gradient_checkpointing_cpu_offload"]
+    assert [line for line, _ in found] == lines
     assert found[-1][1].loop.gradient_checkpointing
     assert found[-1][1].speed.fp8.fp8_scaled
 
@@ -83,17 +99,14 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
     accelerator = SimpleNamespace(device=CPU, is_main_process=True, num_processes=1)
     plan: Any = SimpleNamespace(family=family, options=options, accelerator=accelerator)  # no more is read
     swap, watch = prepare_memory(plan)
-    assert swap.number == 0
-    assert watch is None
+    assert (swap.number, watch) == (0, None)
 
 
-def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(tmp_path: Path) -> None:
-    family, options = wan(tmp_path, *CHECKPOINTED)
-    prediction = predict(family, options, wan_batch(), CPU)
-    steps = [prediction.device(count) - prediction.device(count + 1) for count in range(prediction.most - 1)]
-    assert len(set(steps)) == 1
-    assert steps[0] > 0
-    assert prediction.phase(1).host > prediction.phase(0).host == 0
+def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
+    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.most - 1)}
+    assert len(steps) == 1
+    assert steps.pop() > 0
+    assert whole.phase(1).host > whole.phase(0).host == 0
 
 
 def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
@@ -103,42 +116,34 @@ def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     checkpointed = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
     needed = predict(family, checkpointed, batch, CPU).device(0)
     assert needed < prediction.device(0)
-    lines = advice(family, prediction, batch, room_for(needed), CPU)
-    assert len(lines) == 1
-    assert lines[0].startswith("--gradient_checkpointing:")
-    assert lines[0].endswith("fits")
+    (line,) = advice(family, prediction, batch, room_for(needed), CPU)
+    assert line.startswith("--gradient_checkpointing:")
+    assert line.endswith("fits")
 
 
 def room_for(size: int) -> Room:
     """A card on which exactly so many bytes can be used."""
-    total = next(
-        total
-        for total in range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20)
-        if Room("", total, total).usable >= size
-    )
-    return Room("a card", total, total)
+    totals = range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20)
+    return next(room for total in totals if (room := Room("a card", total, total)).usable >= size)
 
 
 def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
-    options: TrainingOptions
-    family, options = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
-    prediction = predict(family, options, wan_batch(1, (3, 16, 16)), CPU)
+    made = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
     tokens = 3 * 8 * 8
-    assert prediction.waiting == 4 * tokens * 128 * 4  # all but the last of five blocks, float32
+    # all but the last of five blocks, float32
+    assert predict(*made, wan_batch(1, (3, 16, 16)), CPU).waiting == 4 * tokens * 128 * 4
 
 
 def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
-    files = []
-    for seed in range(2):
-        state = wan_dit.tiny_state("t2v", seed, torch.bfloat16, num_layers=LAYERS)
-        files.append(str(wan_dit.write_dit(folder, state, name=f"dit{seed}")))
-    parser = training_parser("")
-    add_options(parser, WanTrainingOptions)
-    add_options(parser, ExpertTrainingOptions)
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "32"]
-    dits = ["--task", "t2v-A14B", "--dit", files[0], "--dit_high_noise", files[1]]
-    args = read_arguments(parser, [*GIVEN, *network, *CHECKPOINTED, *dits, *more], {})
-    return family_for_training(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
+    low, high = (
+        wan_dit.write_dit(
+            folder, wan_dit.tiny_state("t2v", seed, torch.bfloat16, num_layers=LAYERS), name=f"dit{seed}"
+        )
+        for seed in range(2)
+    )
+    words = ("--task", "t2v-A14B", "--dit", low, "--dit_high_noise", high, "--network_dim", 32, *more)
+    own, options = read_family(WanTrainingOptions, False, *CHECKPOINTED, *words)
+    return family_for_training(own), options
 
 
 @pytest.mark.parametrize(
@@ -162,8 +167,12 @@ def test_a_step_in_two_experts_takes_what_was_predicted(
 
     _, moment = largest(counted(family, options, wan_batch(2), monkeypatch))
     assert planned == pytest.approx(sum(moment.values()), rel=0.02)
-    weights = next(part.device for part in phase.parts if part.name.startswith("weights"))
-    assert phase.host == (2 * weights if turns else 0)
+    assert phase.host == (2 * size_of(phase, "weights")[0] if turns else 0)
+
+
+def size_of(phase: Phase, name: str) -> tuple[int, int]:
+    """Bytes on the device and on the host of the part whose name begins so."""
+    return next((part.device, part.host) for part in phase.parts if part.name.startswith(name))
 
 
 def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
@@ -171,29 +180,25 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     apart = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
     both, turns = (predict(family, each, wan_batch(), CPU) for each in (options, apart))
 
-    def line(phase: Phase, name: str) -> tuple[int, int]:
-        return next((part.device, part.host) for part in phase.parts if part.name.startswith(name))
-
-    device, host = line(both.phase(0), "weights")
+    device, host = size_of(both.phase(0), "weights")
     for blocks in range(1, both.most + 1):
-        here, away = line(both.phase(blocks), "weights")
-        assert line(both.phase(blocks), "further") == (here, away)
+        here, away = size_of(both.phase(blocks), "weights")
+        assert size_of(both.phase(blocks), "further") == (here, away)
         assert turns.phase(blocks).host == 2 * device > away > host
         assert turns.phase(blocks).device == both.phase(blocks).device - here
 
 
-@pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both there", "turns"])
-def test_an_adapter_of_two_experts_is_there_twice(tmp_path: Path, turns: list[str]) -> None:
+def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     write_lora(path, tmp_path / "none", rank=64)
     plain, adapted = (
-        predict(*two_experts(tmp_path, *turns, *more), wan_batch(), CPU).phase(0)
+        predict(*two_experts(tmp_path, "--offload_inactive_dit", *more), wan_batch(), CPU).phase(0)
         for more in ([], ["--training_adapter", str(path)])
     )
 
     factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
     assert adapted.host == plain.host
-    assert {part.name: part.device for part in adapted.parts}["LoRA in training steps alone"] == 2 * factors
+    assert size_of(adapted, "LoRA in training steps alone")[0] == 2 * factors
 
 
 def test_turns_are_advised_first(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
-from modules.options import read_options
+from modules.options import Options, read_options
 from modules.parser import add_options
 from modules.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
 from modules.planning.kernels import PlannedKernels
@@ -24,7 +24,7 @@ from networks.adapter import make_network
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
 from tests.tiny.project import write_lora
-from training.learning_options import WholeDitOptions
+from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
@@ -38,60 +38,40 @@ LAYERS = 5  # more than a rehearsal runs
 CHECKPOINTED = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
 
 
-def wan(folder: Path, *more: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Family, TrainingOptions]:
-    path = wan_dit.write_dit(folder, wan_dit.tiny_state("t2v", dtype=dtype, num_layers=LAYERS))
-    parser = training_parser("")
-    add_options(parser, WanTrainingOptions)
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "4"]
-    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-1.3B", "--dit", str(path), *more], {})
-    return wan_family(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
-
-
-def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, TrainingOptions]:
-    state = hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
-    path = hunyuan_dit.write_dit(folder, state)
+def read_family(record: type[Options], is_whole: bool, *words: object) -> tuple[Options, TrainingOptions]:
+    """Options of a family and of a training. is_whole: the model itself learns, else a LoRA of rank 4."""
     parser = training_parser("", WholeDitOptions) if is_whole else training_parser("")
-    add_options(parser, HunyuanTrainingOptions)
-    network = [] if is_whole else ["--network_module", "networks.lora", "--network_dim", "4"]
-    args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
-    return hunyuan_family(read_options(HunyuanTrainingOptions, args)), read_options(TrainingOptions, args)
+    add_options(parser, record, ExpertTrainingOptions)
+    network = () if is_whole else ("--network_module", "networks.lora", "--network_dim", "4")
+    args = read_arguments(parser, [*GIVEN, *network, *map(str, words)], {})
+    return read_options(record, args), read_options(TrainingOptions, args)
+
+
+def wan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, TrainingOptions]:
+    state = wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=LAYERS)
+    words = ("--task", "t2v-1.3B", "--dit", wan_dit.write_dit(folder, state), *more)
+    own, options = read_family(WanTrainingOptions, is_whole, *words)
+    return wan_family(own), options
+
+
+def hunyuan(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
+    state = hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
+    words = ("--dit", hunyuan_dit.write_dit(folder, state), *more)
+    own, options = read_family(HunyuanTrainingOptions, False, *words)
+    return hunyuan_family(own), options
 
 
 def wan_batch(count: int = 1, size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
-    latents = torch.zeros(count, 16, *size, dtype=torch.bfloat16)
-    return noisy(
-        {
-            "latents": latents,
-            "t5": [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)],
-        }
-    )
-
-
-def hunyuan_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
-    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
-    return noisy(
-        {
-            "latents": torch.zeros(len(lengths), 16, *size, dtype=torch.bfloat16),
-            "llm": torch.zeros(len(lengths), 8, 48, dtype=torch.float16),
-            "llm_mask": mask,
-            "clipL_mask": mask,
-            "clipL": torch.zeros(len(lengths), 24, dtype=torch.float16),
-        }
-    )
+    texts = [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)]
+    return noisy({"latents": torch.zeros(count, 16, *size, dtype=torch.bfloat16), "t5": texts})
 
 
 def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
     latents = tensors["latents"]
     assert isinstance(latents, Tensor)
     count = len(latents)
-    times = torch.full((count,), 0.5)
-    return NoisyBatch(
-        Batch(tensors, ("",) * count, ("",) * count),
-        torch.zeros(latents.shape),
-        times,
-        1000 * times,
-        torch.ones(count),
-    )
+    batch, times = Batch(tensors, ("",) * count, ("",) * count), torch.full((count,), 0.5)
+    return NoisyBatch(batch, torch.zeros(latents.shape), times, 1000 * times, torch.ones(count))
 
 
 def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> dict[str, Moment]:
@@ -149,18 +129,25 @@ def assert_alike(found: Mapping[str, Moment], real: Mapping[str, Moment], tolera
         assert moment.get(kind, 0) == real_moment.get(kind, 0), kind
 
 
+def assert_takes_what_was_predicted(
+    family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
+) -> Mapping[str, Moment]:
+    """Returns what was predicted."""
+    with monkeypatch.context() as patch:
+        real = counted(family, options, batch, patch)
+    found = predicted(family, options, batch)
+    assert_alike(found, real)
+    return found
+
+
 @pytest.mark.parametrize(
-    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
+    "words", [CHECKPOINTED, ["--mixed_precision", "no"]], ids=["checkpointing in bf16", "all kept in float32"]
 )
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("batch", [wan_batch(), wan_batch(3, (2, 12, 8))], ids=["one", "three"])
 def test_a_wan_step_takes_what_was_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str], precision: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], batch: NoisyBatch
 ) -> None:
-    family, options = wan(tmp_path, *checkpointing, "--mixed_precision", precision)
-    for batch in (wan_batch(), wan_batch(3, (2, 12, 8))):
-        with monkeypatch.context() as patch:
-            real = counted(family, options, batch, patch)
-        assert_alike(predicted(family, options, batch), real)
+    assert_takes_what_was_predicted(*wan(tmp_path, *words), batch, monkeypatch)
 
 
 def test_an_adapter_and_a_teacher_take_what_was_predicted(
@@ -170,79 +157,64 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
     path = tmp_path / "adapter.safetensors"
     write_lora(path, tmp_path / "none", rank=64)
     words = [*CHECKPOINTED, "--training_adapter", str(path), "--teacher", "base"]
-    family, options = wan(tmp_path, *words)
-    batch = wan_batch()
-    with monkeypatch.context() as patch:
-        real = counted(family, options, batch, patch)
 
-    found = predicted(family, options, batch)
+    found = assert_takes_what_was_predicted(*wan(tmp_path, *words), wan_batch(), monkeypatch)
 
-    assert_alike(found, real)
     factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
     assert largest(found)[1][ADAPTER] == factors
 
 
 @pytest.mark.parametrize(
-    "checkpointing",
-    [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]],
+    "words",
+    [pytest.param(CHECKPOINTED[:2], marks=pytest.mark.slow), CHECKPOINTED],
     ids=["all kept", "checkpointing"],
 )
 def test_a_hunyuan_step_takes_what_was_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    family, options = hunyuan(tmp_path, *checkpointing, "--mixed_precision", "bf16")
-    for batch in (hunyuan_batch(), hunyuan_batch((8, 3), (2, 12, 8))):
-        with monkeypatch.context() as patch:
-            real = counted(family, options, batch, patch)
-        assert_alike(predicted(family, options, batch), real)
+    """Two clips with texts of several lengths."""
+    mask = torch.arange(8) < torch.tensor([8, 3])[:, None]
+    texts = {"llm": torch.zeros(2, 8, 48, dtype=torch.float16), "llm_mask": mask, "clipL_mask": mask}
+    texts["clipL"] = torch.zeros(2, 24, dtype=torch.float16)
+    batch = noisy({"latents": torch.zeros(2, 16, 2, 12, 8, dtype=torch.bfloat16), **texts})
+
+    assert_takes_what_was_predicted(*hunyuan(tmp_path, *words), batch, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "more",
+    "words",
     [
-        ["--optimizer_type", "AdamW"],
-        [
-            *("--optimizer_type", "Adafactor", "--full_bf16", "--fused_backward_pass"),
-            *("--optimizer_args", "relative_step=False"),
-        ],
-        pytest.param(["--optimizer_type", "AdamW", "--full_bf16"], marks=pytest.mark.slow),
+        "--optimizer_type AdamW",
+        "--optimizer_type Adafactor --full_bf16 --fused_backward_pass --optimizer_args relative_step=False",
+        pytest.param("--optimizer_type AdamW --full_bf16", marks=pytest.mark.slow),
     ],
-    ids=["adamw", "adafactor, fused backward, bf16", "adamw, bf16"],
 )
 def test_fine_tuning_takes_what_was_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    family, options = hunyuan(tmp_path, *CHECKPOINTED, *more, is_whole=True)
-    batch = hunyuan_batch()
-    with monkeypatch.context() as patch:
-        real = counted(family, options, batch, patch)
-    assert_alike(predicted(family, options, batch), real)
-
-
-def test_gradients_of_earlier_micro_batches_count(tmp_path: Path) -> None:
-    family, options = wan(tmp_path, *CHECKPOINTED, "--gradient_accumulation_steps", "2")
-    _, moment = largest(predicted(family, options, wan_batch()))
-    # float32 too; the network has an alpha for each pair
-    assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
-
-
-@pytest.mark.parametrize(("name", "factor"), [("AdamW", 2.0), ("SGD", 0.0), ("Adagrad", 1.0)])
-def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, factor: float) -> None:
-    family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name)
-    _, moment = largest(predicted(family, options, wan_batch()))
-    # alpha and step counts are no weights
-    assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)
+    made = wan(tmp_path, *CHECKPOINTED, *words.split(), is_whole=True)
+    assert_takes_what_was_predicted(*made, wan_batch(), monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "per_element"), [("AdamW8bit", 2.03), ("Lion8bit", 1.02), ("PagedAdamW8bit", 0.0)]
+    ("name", "factor", "package"),
+    [
+        ("SGD", 0.0, "torch"),
+        ("Adagrad", 1.0, "torch"),
+        ("AdamW8bit", 2.03 / 4, "bitsandbytes"),
+        ("PagedAdamW8bit", 0.0, "bitsandbytes"),
+    ],
 )
-def test_states_in_8_bits_are_counted_and_end_no_run(tmp_path: Path, name: str, per_element: float) -> None:
+def test_states_of_optimizers_and_gradients_of_earlier_micro_batches_count(
+    tmp_path: Path, name: str, factor: float, package: str
+) -> None:
     """On a CUDA device every training is rehearsed before it begins, with its optimizer."""
-    pytest.importorskip("bitsandbytes")
-    family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name, "--network_dim", "16")
-    _, moment = largest(predicted(family, options, wan_batch()))
-    assert moment.get("optimizer", 0) == pytest.approx(per_element / 4 * moment[NETWORK], rel=0.15)
+    pytest.importorskip(package)
+    words = ["--optimizer_type", name, "--network_dim", "16", "--gradient_accumulation_steps", "2"]
+    _, moment = largest(predicted(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch()))
+    # alpha and step counts are no weights; gradients are float32 too
+    assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)
+    assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
 
 
 def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
@@ -253,25 +225,22 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
     family, whole = wan(tmp_path, *CHECKPOINTED)
     options = replace(whole, loop=replace(whole.loop, gradient_checkpointing_cpu_offload=True))
     batch = wan_batch(1, (8, 64, 72))  # 9216 tokens, three pieces
-    in_pieces = predicted(family, options, batch)
-    assert sum(largest(in_pieces)[1].values()) < 0.9 * sum(
-        largest(predicted(family, whole, batch))[1].values()
-    )
-    with monkeypatch.context() as patch:
-        assert_alike(in_pieces, counted(family, options, batch, patch))
+
+    in_pieces = assert_takes_what_was_predicted(family, options, batch, monkeypatch)
+
+    least, most = (sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, whole, batch)))
+    assert least < 0.9 * most
 
 
 def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyBatch]:
     """Wan 14B with a LoRA of rank 32, for 832x480 and 81 frames; its checkpoint is a file of holes."""
     path = folder / "model.safetensors"
     write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("wan2.1-t2v-14b").items()})
-    parser = training_parser("")
-    add_options(parser, WanTrainingOptions)
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "32", *CHECKPOINTED]
-    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-14B", "--dit", str(path), *more], {})
+    words = ("--task", "t2v-14B", "--dit", path, *CHECKPOINTED, "--network_dim", "32", *more)
+    own, options = read_family(WanTrainingOptions, False, *words)
     text = torch.zeros(512, 4096, dtype=torch.bfloat16)
     batch = noisy({"latents": torch.zeros(1, 16, 21, 60, 104, dtype=torch.bfloat16), "t5": [text]})
-    return wan_family(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args), batch
+    return wan_family(own), options, batch
 
 
 @pytest.mark.slow

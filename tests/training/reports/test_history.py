@@ -73,13 +73,12 @@ def test_a_run_that_begins_anew_and_another_run_have_no_past(tmp_path: Path, ses
     assert anew.events == []
 
 
-@pytest.mark.parametrize("left", range(1, 60, 7))
+@pytest.mark.parametrize("left", [1, 8, 22, 43])
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, left: int) -> None:
     path = tmp_path / "h.jsonl"
     write_history(path, steps=4)
     whole = path.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    path.write_bytes(whole[: last + left])
+    path.write_bytes(whole[: whole.rstrip(b"\n").rfind(b"\n") + 1 + left])
 
     resumed = History(path, SESSION, 4)
     assert steps_of(resumed) == [1, 2, 3]

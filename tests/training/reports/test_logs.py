@@ -1,10 +1,10 @@
 """Progress bar, trackers, and steps that are timed where they end, by a clock that only work moves."""
 
+import importlib.util
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD
 from tqdm import tqdm
 
-from modules.contract.data import Conditions
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from networks.adapter import NormReport
-from tests.training.toy import ToyFamily, toy_options, write_caches
+from tests.training.toy import ToyFamily, toy_options, write_caches, write_prompts
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
@@ -46,51 +43,33 @@ from training.run_options import AcceleratorOptions
 PLAIN = AcceleratorOptions.usual()
 
 
-def options(*argv: str) -> TrainingOptions:
-    needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
-    return read_options(TrainingOptions, read_arguments(training_parser(None), [*needed, *argv], {}))
+def options(words: str = "") -> TrainingOptions:
+    needed = "--dataset_config d.toml --output_dir out --output_name x"
+    argv = f"{needed} {words}".split()
+    return read_options(TrainingOptions, read_arguments(training_parser(None), argv, {}))
 
 
-@pytest.fixture
-def _fresh_processes() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-@pytest.mark.usefixtures("_fresh_processes")
 def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
-    given = options("--logging_dir", str(tmp_path), "--log_prefix", "run-", "--log_config").logs
+    given = options(f"--logging_dir {tmp_path} --log_prefix run- --log_config").logs
     clock = itertools.count(0, 5)
     accelerator = make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5))
-    folder = tmp_path / "run-20300102030405"
+    folder = tmp_path / "run-20300102030405" / "network_train"
 
     with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
-        for step in (2, 3, 4):
+        for step in (2, 4):
             numbers: Any = {"loss": 1 / step, "average": 0.5, "gradient_norm": 2.0, "seconds": 0.5}
             logs.step(StepReport(step, {"lr/unet": 1e-4}, norms=NormReport(3, 0.5, 0.9), **numbers))
         logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
 
-    events = EventAccumulator(str(folder / "network_train"))
+    events = EventAccumulator(str(folder))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [
-        (2, 0.5),
-        (3, pytest.approx(1 / 3)),
-        (4, 0.25),
-    ]
-    assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2, 2]
-    assert {
-        "loss/average",
-        "lr/unet",
-        "grad_norm",
-        "loss/epoch",
-        "validation/loss",
-        "max_norm/keys_scaled",
-    } <= set(events.Tags()["scalars"])
-    assert list((folder / "network_train").glob("*/hparams.yml"))
+    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [(2, 0.5), (4, 0.25)]
+    assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2]
+    tags = {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"}
+    assert tags <= set(events.Tags()["scalars"])
+    assert list(folder.glob("*/hparams.yml"))
 
 
-@pytest.mark.usefixtures("_fresh_processes")
 def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
     with Logs(make_accelerator(PLAIN), options().logs, 10, 4) as logs:
@@ -102,13 +81,10 @@ def test_without_trackers_only_the_bar_moves() -> None:
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
-    config = public_config(
-        options("--huggingface_token", "hf_1", "--wandb_api_key", "w_1", "--learning_rate", "1e-4")
-    )
+    config = public_config(options("--huggingface_token hf_1 --wandb_api_key w_1 --learning_rate 1e-4"))
 
-    assert config["learning_rate"] == 1e-4
-    assert config["discrete_flow_shift"] == 1.0
-    assert config["network_args"] == "None"
+    told = {"learning_rate": 1e-4, "discrete_flow_shift": 1.0, "network_args": "None"}
+    assert {name: config[name] for name in told} == told
     assert not {"huggingface_token", "wandb_api_key", "dataset_config", "output_dir"} & set(config)
     assert all(isinstance(value, (int, float, str)) for value in config.values())
 
@@ -126,19 +102,15 @@ def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text('[wandb]\nname = "b"\n')
 
-    assert tracker_arguments(options("--wandb_run_name", "a").logs) == {"wandb": {"name": "a"}}
-    given = options("--wandb_run_name", "a", "--log_tracker_config", str(file)).logs
+    assert tracker_arguments(options("--wandb_run_name a").logs) == {"wandb": {"name": "a"}}
+    given = options(f"--wandb_run_name a --log_tracker_config {file}").logs
     assert tracker_arguments(given) == {"wandb": {"name": "b"}}
     file.write_text("name = 1")
     with pytest.raises(UserError, match="outside a table"):
         tracker_arguments(given)
 
 
-OTHERS = ("trackio", "aim", "mlflow", "swanlab", "comet_ml")
-
-
-@pytest.mark.usefixtures("_fresh_processes")
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["trackio", "aim", "mlflow", "swanlab", "comet_ml"])
 def test_other_dashboards_get_the_numbers_and_their_arguments(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,69 +123,64 @@ def test_other_dashboards_get_the_numbers_and_their_arguments(
     file = tmp_path / "t.toml"
     argument = "run_name" if name == "mlflow" else "experiment"
     file.write_text(f'[{name}]\n{argument} = "mine"\n')
-    given = options(
-        "--log_with", name, "--log_tracker_config", str(file), "--logging_dir", str(tmp_path)
-    ).logs
+    given = options(f"--log_with {name} --log_tracker_config {file} --logging_dir {tmp_path}").logs
     check_trackers(given)
-    accelerator = make_accelerator(PLAIN, given)
 
-    with Logs(accelerator, given, 4, config={"max_train_steps": 4}) as logs:
+    with Logs(make_accelerator(PLAIN, given), given, 4, config={"max_train_steps": 4}) as logs:
         logs.values({"loss/epoch": 0.5, "lr/d*lr/unet": 0.25}, 3)
 
     calls = str(package.mock_calls)
-    assert f"{argument}='mine'" in calls
-    for part in ("'max_train_steps': 4", "loss/epoch", "0.5", "lr/d-lr/unet", "0.25", "step=3"):
+    for part in (
+        f"{argument}='mine'",
+        "'max_train_steps': 4",
+        "loss/epoch",
+        "lr/d-lr/unet",
+        "0.25",
+        "step=3",
+    ):
         assert part in calls, (part, calls)
 
 
 def test_what_writes_into_a_folder_needs_one() -> None:
     with pytest.raises(OptionError, match="--log_with aim needs --logging_dir"):
-        options("--log_with", "aim")
+        options("--log_with aim")
 
 
-@pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")
 def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(OptionError, match="pip install wandb"):
-            check_trackers(options("--log_with", "wandb").logs)
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("it is installed here")
+    with pytest.raises(OptionError, match="pip install wandb"):
+        check_trackers(options("--log_with wandb").logs)
 
 
-def clock_after(count: int = SEEN + 1, seconds: float = 1.0) -> StepClock:
-    """A clock that has seen steps of that length; the first of them does not count."""
+@pytest.fixture
+def clock() -> StepClock:
+    """A clock that has seen steps of a second; the first of them does not count."""
     clock = StepClock()
-    for step in range(1, count + 1):
-        assert clock.note(step, seconds) is None
+    for step in range(1, SEEN + 2):
+        assert clock.note(step, 1.0) is None
     return clock
 
 
-def test_a_step_of_more_than_twice_the_median_is_told_with_its_causes() -> None:
-    clock = clock_after()
+def test_a_step_of_more_than_twice_the_median_is_told_once_in_a_while(clock: StepClock) -> None:
     assert clock.note(20, 2.0) is None  # twice is not more than twice
     line = clock.note(21, 3.0)
     assert line is not None
     assert "Step 21 took 3.00 s; 1.00 s are usual for steps with items of this size" in line
+    assert clock.note(22, 9.0) is None
+    assert clock.note(21 + PAUSE, 9.0) is not None
 
 
-def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second() -> None:
-    clock = clock_after()
+def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second(clock: StepClock) -> None:
     for step in range(20, 20 + SEEN):
         assert clock.note(step, 9.0, "large") is None
+        assert clock.note(step, 0.01, "small") is None
     assert clock.note(40, 10.0, "large") is None
+    assert clock.note(40, 0.9, "small") is None
     assert clock.note(41, 30.0, "large") is not None
-    assert clock_after(seconds=0.01).note(20, 0.9) is None
 
 
-def test_it_is_told_once_in_a_while_only() -> None:
-    clock = clock_after()
-    assert clock.note(20, 9.0) is not None
-    assert clock.note(21, 9.0) is None
-    assert clock.note(20 + PAUSE, 9.0) is not None
-
-
-def test_a_step_with_saving_or_sampling_before_it_does_not_count() -> None:
-    clock = clock_after()
+def test_a_step_with_saving_or_sampling_before_it_does_not_count(clock: StepClock) -> None:
     clock.skip()
     assert clock.note(20, 100.0) is None
     assert clock.note(21, 3.0) is not None
@@ -222,71 +189,44 @@ def test_a_step_with_saving_or_sampling_before_it_does_not_count() -> None:
 STEP, OTHER = 0.125, 100.0  # seconds: eight steps a second
 
 
-@dataclass
-class WorkClock:
-    """Show the seconds that work has taken."""
-
-    seconds: float = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def work(self, seconds: float) -> None:
-        self.seconds += seconds
-
-
 class SlowPauses:
     """A toy family whose passes of training take STEP seconds, those of samples and validation OTHER."""
 
-    def __init__(self, work: Callable[[float], None]) -> None:
-        self.work, self.family = work, ToyFamily()
+    def __init__(self) -> None:
+        self.seconds, self.family = 0.0, ToyFamily()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.family, name)
 
-    def predict(
-        self,
-        dit: torch.nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        cond: Conditions,
-        tweaks: Tweaks = NO_TWEAKS,
-    ) -> torch.Tensor:
-        self.work(STEP if torch.is_grad_enabled() else OTHER)
-        return self.family.predict(dit, noisy, timesteps, cond, tweaks)
+    def predict(self, *given: Any, **named: Any) -> torch.Tensor:
+        self.seconds += STEP if torch.is_grad_enabled() else OTHER
+        return self.family.predict(*given, **named)
 
 
-def steps_per_second(folder: Path, *arguments: object) -> list[float]:
-    """What TensorBoard gets of a run in which steps take STEP seconds each."""
-    clock = WorkClock()
-    options = toy_options(folder, "--logging_dir", folder / "logs", *arguments)
-    with prepare_run(SlowPauses(clock.work), options) as run:  # type: ignore[arg-type]
-        train(replace(run, readings=Readings(clock)))
-    (events,) = (folder / "logs").rglob("events.out.tfevents.*")
-    accumulator = EventAccumulator(str(events))
-    accumulator.Reload()
-    return [event.value for event in accumulator.Scalars("steps_per_second")]
-
-
-PAUSES: dict[str, list[object]] = {
-    "none": [],
-    "saving": ["--save_every_n_steps", 1],
-    "saving now and then": ["--save_every_n_steps", 3],
-    "validation": ["--validation_split", "0.2", "--validate_every_n_steps", 2],
-    "samples": ["--sample_every_n_steps", 3, "--sample_every_n_epochs", 1],
-}
-
-
-@pytest.mark.parametrize("pauses", PAUSES.values(), ids=PAUSES)
+@pytest.mark.parametrize(
+    "pauses",
+    [
+        "--save_every_n_steps 1",
+        "--save_every_n_steps 3",
+        "--validation_split 0.2 --validate_every_n_steps 2",
+        "--sample_every_n_steps 3 --sample_every_n_epochs 1 --sample_prompts PROMPTS",
+    ],
+)
 def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
-    tmp_path: Path, pauses: list[object]
+    tmp_path: Path, pauses: str
 ) -> None:
+    """As TensorBoard gets them; steps take STEP seconds each."""
     write_caches(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat --s 2\n", encoding="utf-8")
-    if "--sample_every_n_steps" in pauses:
-        pauses = [*pauses, "--sample_prompts", tmp_path / "prompts.txt"]
+    words = pauses.replace("PROMPTS", str(write_prompts(tmp_path))).split()
+    family: Any = SlowPauses()
 
-    assert steps_per_second(tmp_path, *pauses) == [1 / STEP] * 8
+    with prepare_run(family, toy_options(tmp_path, "--logging_dir", tmp_path / "logs", *words)) as run:
+        train(replace(run, readings=Readings(lambda: family.seconds)))
+
+    (path,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("steps_per_second")] == [1 / STEP] * 8
 
 
 def test_a_cuda_device_measures_between_its_own_events() -> None:

@@ -2,7 +2,6 @@
 
 import html
 import json
-import logging
 import re
 import sys
 from collections.abc import Mapping
@@ -20,11 +19,10 @@ from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
 from tests.chromium import open_page
 from tests.training.test_resume import train_in_two_processes
-from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
 from training.reports.history import History, SampleRow, Start
 from training.reports.page import ClipStore, Standing, choose_columns, write_training_page
 from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
-from training.run import train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
@@ -34,8 +32,7 @@ PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
 def sampling(tmp_path: Path) -> list[object]:
     """Options that make samples of two prompts every third step."""
     write_caches(tmp_path)
-    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    return ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 3]
+    return ["--sample_prompts", write_prompts(tmp_path, PROMPTS), "--sample_every_n_steps", 3]
 
 
 def page_of(folder: Path, name: str = "x") -> str:
@@ -58,7 +55,7 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
     tmp_path: Path, sampling: list[object]
 ) -> None:
     with pytest.raises(Killed):
-        train_network(killed_at(4), toy_options(tmp_path, *sampling, has_page=True))
+        train_toy(tmp_path, *sampling, family=killed_at(4), has_page=True)
     page = page_of(tmp_path)
     assert columns_of(page) == ["step 3"]
     assert "running" in text_of(page)
@@ -83,7 +80,7 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_n
 ) -> None:
     name = "a_name_that_is_longer_than_a_phone_is_wide_and_never_breaks"
     options = [*sampling, "--save_every_n_steps", 4, "--output_name", name, "--validation_split", "0.2"]
-    train_network(ToyFamily(), toy_options(tmp_path, *options, "--validate_every_n_steps", 4, has_page=True))
+    train_toy(tmp_path, *options, "--validate_every_n_steps", 4, has_page=True)
     page = tmp_path / "output" / f"{name}.html"
 
     with open_page(page, width=360) as shown:
@@ -93,12 +90,9 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_n
         assert shown.problems == []
 
     share_page.main([str(page)])
-    copy = page.with_name(f"{name}-shared.html")
-    text = copy.read_text(encoding="utf-8")
+    text = page.with_name(f"{name}-shared.html").read_text(encoding="utf-8")
     assert str(tmp_path) in page.read_text(encoding="utf-8")
-    assert str(tmp_path) not in text
-    assert "convert_lora" not in text
-    assert "./sample/" not in text
+    assert not [private for private in (str(tmp_path), "convert_lora", "./sample/") if private in text]
     assert "a cat" in text_of(text)
     assert text.count("<video") == 2
 
@@ -107,7 +101,7 @@ def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[ob
     """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
     options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]
     with pytest.raises(Killed):
-        train_network(killed_at(6), toy_options(tmp_path, *options, has_page=True))
+        train_toy(tmp_path, *options, family=killed_at(6), has_page=True)
 
     train_toy(tmp_path, *options, has_page=True)
 
@@ -116,21 +110,21 @@ def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[ob
     assert "resumed at step 4" in text_of(page)
     assert page.count("<video") == 2
     lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [int(found[1]) for line in lines if (found := re.match(r'\{"step": (\d+), "loss"', line))]
-    assert steps == list(range(1, 9))
+    assert [row["step"] for row in map(json.loads, lines) if "loss" in row] == list(range(1, 9))
 
 
 def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> None:
     write_caches(tmp_path)
+    prompts = tmp_path / "prompts.json"
     entry = {"prompt": HOSTILE, "sample_steps": 1, "width": 32, "height": 32}
-    (tmp_path / "prompts.json").write_text(json.dumps([entry]), encoding="utf-8")
+    prompts.write_text(json.dumps([entry]), encoding="utf-8")
     # Windows allows no such characters in a name
     name = "'%41&amp; \u00fc #" + ("" if sys.platform == "win32" else "<img src=x onerror=alert(3)>?")
-    options = ["--sample_prompts", tmp_path / "prompts.json", "--sample_every_n_steps", 2]
-    options += ["--output_name", name, "--training_comment", HOSTILE, "--max_train_steps", 2]
+    options = ["--sample_prompts", prompts, "--sample_every_n_steps", 2, "--output_name", name]
+    options += ["--training_comment", HOSTILE, "--max_train_steps", 2]
     options += ["--huggingface_token", "hf_secret", "--wandb_api_key", "w_secret"]
 
-    assert train_network(ToyFamily(), toy_options(tmp_path, *options, has_page=True)) == 0
+    train_toy(tmp_path, *options, has_page=True)
 
     file = tmp_path / "output" / f"{name}.html"
     with open_page(file) as page:
@@ -141,7 +135,7 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
         assert page.locator("script").count() == 0
         links = page.evaluate("[...document.querySelectorAll('a')].map(link => link.href)")
         assert page.problems == []
-    here = (tmp_path / "output").as_uri()
+    here = file.parent.as_uri()
     assert links
     assert all(link.startswith(here) and Path(unquote(urlparse(link).path)).is_file() for link in links)
     assert "secret" not in file.read_text(encoding="utf-8")
@@ -155,13 +149,11 @@ def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> N
 def test_a_file_that_cannot_be_written_is_one_warning_and_the_training_goes_on(
     tmp_path: Path, sampling: list[object], blocked: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "output" / blocked).mkdir(parents=True)
-    (tmp_path / "output" / blocked / "kept").touch()
+    (tmp_path / "output" / blocked / "kept").mkdir(parents=True)
 
     train_toy(tmp_path, *sampling, "--save_every_n_steps", 2, has_page=True)
 
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len([line for line in said if "x.html is not complete, the training goes on" in line]) == 1
+    assert caplog.text.count("x.html is not complete, the training goes on") == 1
     assert list((tmp_path / "output" / "sample").glob("*.mp4"))
 
 
@@ -169,7 +161,7 @@ def test_a_run_that_ends_by_an_error_says_so_on_its_page(tmp_path: Path) -> None
     write_caches(tmp_path, bad=2)
 
     with pytest.raises(UserError, match="clip2"):
-        train_network(ToyFamily(), toy_options(tmp_path, has_page=True))
+        train_toy(tmp_path, has_page=True)
 
     assert re.search(r"ended by an error after step \d: step \d: the loss is", text_of(page_of(tmp_path)))
 
@@ -191,15 +183,14 @@ def test_samples_that_are_gone_or_broken_leave_a_note(tmp_path: Path, sampling: 
 def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
     tmp_path: Path, sampling: list[object]
 ) -> None:
-    train_in_two_processes(tmp_path, 29647, *map(str, sampling), environment={"TOY_PAGE": "1"})
+    train_in_two_processes(tmp_path, 29647, *sampling, environment={"TOY_PAGE": "1"})
 
     page = page_of(tmp_path)
     assert columns_of(page) == ["step 3", "step 6"]
     assert page.count("<video") == 2
     assert page.count('<a href="./sample/') == 4
     assert "accelerate launch --quiet --num_processes 2" in text_of(page)
-    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in lines if '"loss"' in line]) == 8
+    assert (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").count('"loss"') == 8
 
 
 def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, float]) -> str:
@@ -243,15 +234,14 @@ def test_without_validation_the_page_says_how_to_get_one(tmp_path: Path) -> None
     assert "--validation_split 0.1 --validate_every_n_steps 100" in page
 
 
-@pytest.mark.parametrize("count", [1, 9, 10, 11, 12, 100, 1000])
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 1000])
 def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> None:
     rows = [SampleRow(10 * index, f"{index:06d}", {}, {}) for index in range(count)]
     best = 10 * (count * 2 // 3)
 
     chosen = [row.step for row in choose_columns(rows, best, 10)]
 
-    assert len(chosen) <= 10
-    assert len(chosen) >= min(count, 5)
+    assert min(count, 5) <= len(chosen) <= 10
     assert {0, 10 * (count - 1), min(best, 10 * (count - 1))} <= set(chosen)
     assert chosen == sorted(chosen)
 
@@ -294,29 +284,16 @@ def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampl
 def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[dict[str, Any], int]] = []
 
-    class Tracker:
-        """Only what is called of it."""
-
-        name = "wandb"
-
-        def log(self, values: dict[str, Any], step: int) -> None:
-            sent.append((values, step))
-
     def media(kind: str) -> Any:
         return lambda path, **settings: (kind, path, settings)
 
-    stand_in = SimpleNamespace(Video=media("video"), Image=media("image"))
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    package = SimpleNamespace(Video=media("video"), Image=media("image"))
+    monkeypatch.setitem(sys.modules, "wandb", package)  # type: ignore[arg-type]
+    tracker: Any = SimpleNamespace(name="wandb", log=lambda values, step: sent.append((values, step)))
     files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
 
-    log_samples([Tracker()], 5, files, {}, {0: "a cat", 1: "a dog"})
+    log_samples([tracker], 5, files, {}, {0: "a cat", 1: "a dog"})
 
-    assert sent == [
-        (
-            {
-                "samples/00": ("video", str(files[0]), {"caption": "a cat", "format": "mp4"}),
-                "samples/01": ("image", str(files[1]), {"caption": "a dog"}),
-            },
-            5,
-        )
-    ]
+    video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
+    image = ("image", str(files[1]), {"caption": "a dog"})
+    assert sent == [({"samples/00": video, "samples/01": image}, 5)]

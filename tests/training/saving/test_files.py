@@ -4,15 +4,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.run import prepare_run, train_network
+from tests.training import toy
+from training.run import prepare_run
 from training.saving.files import MinuteClock, Names, Saver, hold_name
 from training.saving.states import read_state
 
@@ -24,44 +23,51 @@ class Written:
     folder: Path
     published: list[str] = field(default_factory=list)
 
-    def saver(self, *arguments: object) -> Saver:
-        options = toy_options(self.folder, *arguments).saving
-
+    def saver(self, words: str) -> Saver:
         def write(_: str, path: Path) -> None:
-            self.folder.mkdir(exist_ok=True)
             path.write_bytes(b"x")
 
         def publish(path: Path) -> None:
             self.published.append(path.name)
 
-        return Saver(
-            options,
-            Names(self.folder, "x"),
-            write,
-            lambda folder: folder.mkdir(parents=True, exist_ok=True),
-            publish,
-            publish,
-        )
+        options, names = toy.toy_options(self.folder, *words.split()).saving, Names(self.folder, "x")
+        return Saver(options, names, write, lambda folder: folder.mkdir(exist_ok=True), publish, publish)
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
 
 
-def test_every_5_and_last_5_steps_leave_two_files_at_step_25(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_steps", 5, "--save_last_n_steps", 5)
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    return Written(tmp_path)
 
-    for step in range(5, 30, 5):
+
+def of_steps(*steps: int) -> list[str]:
+    return [f"x-step{step:08d}.safetensors" for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "left"),
+    [
+        ("--save_every_n_steps 5 --save_last_n_steps 5", (5, 10, 15, 20, 25), (20, 25)),
+        ("--save_every_n_minutes 1 --save_last_n_steps 10", (3, 11, 17, 25), (17, 25)),
+    ],
+    ids=["by step", "by the clock"],
+)
+def test_files_are_counted_out_by_step(
+    written: Written, words: str, steps: tuple[int, ...], left: tuple[int, ...]
+) -> None:
+    saver = written.saver(words)
+
+    for step in steps:
         saver.save_step(step)
 
-    assert written.names() == ["x-step00000020.safetensors", "x-step00000025.safetensors"]
+    assert written.names() == of_steps(*left)
 
 
-def test_states_have_a_retention_of_their_own(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    saver = written.saver(
-        "--save_every_n_epochs", 1, "--save_last_n_epochs", 3, "--save_last_n_epochs_state", 1, "--save_state"
-    )
+def test_states_have_a_retention_of_their_own(written: Written) -> None:
+    words = "--save_every_n_epochs 1 --save_last_n_epochs 3 --save_last_n_epochs_state 1 --save_state"
+    saver = written.saver(words)
 
     for epoch in range(1, 6):
         saver.save_epoch(epoch)
@@ -70,74 +76,62 @@ def test_states_have_a_retention_of_their_own(tmp_path: Path) -> None:
     assert written.names() == sorted([*files, "x-000005-state"])
 
 
-def test_retention_touches_nothing_of_other_names(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    others = [
-        "x-2-step00000002.safetensors",
-        "y-step00000002.safetensors",
-        "x-step2.safetensors",
-        "x-step00000003.safetensors",
-    ]
+def test_retention_touches_nothing_of_other_names(written: Written) -> None:
+    others = ["x-2-step00000002.safetensors", "y-step00000002.safetensors", "x-step2.safetensors"]
+    others += of_steps(3)
     for name in others:
-        (tmp_path / name).touch()
+        (written.folder / name).touch()
 
-    written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 0).save_step(8)
+    written.saver("--save_every_n_steps 2 --save_last_n_steps 0").save_step(8)
 
-    assert written.names() == sorted([*others, "x-step00000008.safetensors"])
+    assert written.names() == sorted([*others, *of_steps(8)])
 
 
 def test_what_cannot_be_removed_now_goes_later_and_does_not_end_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    written: Written, caplog: pytest.LogCaptureFixture
 ) -> None:
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 0, "--save_state")
+    saver = written.saver("--save_every_n_steps 2 --save_last_n_steps 0 --save_state")
     saver.save_step(2)
-    (tmp_path / ".x-step00000002-state.removed.tmp" / "in the way").mkdir(parents=True)
+    (written.folder / ".x-step00000002-state.removed.tmp" / "in the way").mkdir(parents=True)
 
     saver.save_step(4)
 
     assert "x-step00000002-state is kept for now" in caplog.text
-    assert (tmp_path / "x-step00000002-state").exists()
+    assert (written.folder / "x-step00000002-state").exists()
     saver.remove_leftovers()
     saver.save_step(6)
-    assert written.names() == ["x-step00000006-state", "x-step00000006.safetensors"]
+    assert written.names() == ["x-step00000006-state", *of_steps(6)]
 
 
-def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 1)
-    for step in (2, 4, 6):
-        (tmp_path / f"x-step{step:08d}.safetensors").touch()
-    for name in (".x.safetensors.12ab.tmp", ".x-000001-state.removed.tmp"):
-        (tmp_path / name).touch()
-    (tmp_path / ".x2.safetensors.12ab.tmp").touch()  # another run's
+def test_what_a_kill_left_behind_goes_with_the_next_save(written: Written) -> None:
+    others = ".x2.safetensors.12ab.tmp"
+    for name in (*of_steps(2, 4, 6), ".x.safetensors.12ab.tmp", ".x-000001-state.removed.tmp", others):
+        (written.folder / name).touch()
+    saver = written.saver("--save_every_n_steps 2 --save_last_n_steps 1")
 
     saver.remove_leftovers()
     saver.save_step(8)
 
-    assert written.names() == [".x2.safetensors.12ab.tmp", "x-step00000008.safetensors"]
+    assert written.names() == [others, *of_steps(8)]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("words", "names"),
     [
-        ([], ["x.safetensors"]),
-        (["--save_state"], ["x-state", "x.safetensors"]),
-        (["--save_state_on_train_end"], ["x-state", "x.safetensors"]),
+        ("", ["x.safetensors"]),
+        ("--save_state", ["x-state", "x.safetensors"]),
+        ("--save_state_on_train_end", ["x-state", "x.safetensors"]),
     ],
 )
 def test_a_state_is_saved_at_the_end_where_it_is_asked_for(
-    tmp_path: Path, arguments: list[str], names: list[str]
+    written: Written, words: str, names: list[str]
 ) -> None:
-    written = Written(tmp_path)
+    written.saver(words).save_final()
 
-    written.saver(*arguments).save_final()
-
-    assert written.names() == names
-    assert sorted(written.published) == names
+    assert written.names() == sorted(written.published) == names
 
 
-def test_saves_by_the_clock_come_after_so_many_minutes_and_are_counted_out_by_step(tmp_path: Path) -> None:
+def test_saves_by_the_clock_come_after_so_many_minutes() -> None:
     now = 0.0
     clock = MinuteClock(2, lambda: now)
     now = 119.0
@@ -148,40 +142,22 @@ def test_saves_by_the_clock_come_after_so_many_minutes_and_are_counted_out_by_st
     assert not clock.is_due()
     assert not MinuteClock(None, lambda: 1e9).is_due()
 
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_minutes", 1, "--save_last_n_steps", 10)
-    for step in (3, 11, 17, 25):
-        saver.save_step(step)
-    assert written.names() == ["x-step00000017.safetensors", "x-step00000025.safetensors"]
-
 
 def test_files_are_named_by_epoch_and_step_and_say_where_the_run_stood(tmp_path: Path) -> None:
-    from safetensors import safe_open
+    toy.write_caches(tmp_path, count=4)
+    toy.train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
 
-    from tests.training.toy import train_toy, write_caches
-
-    write_caches(tmp_path, count=4)
-    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
-
-    def read(name: str) -> dict[str, Any]:
-        with safe_open(tmp_path / "output" / f"{name}.safetensors", "pt") as file:
-            return file.metadata()
-
-    stood = {
-        name: (read(name)["ss_steps"], read(name)["ss_epoch"])
-        for name in ("x-step00000003", "x-000001", "x-step00000006", "x")
-    }
-    assert stood == {
+    told = {path.stem: toy.metadata_of(path) for path in (tmp_path / "output").glob("*.safetensors")}
+    # eight steps are two epochs; the last is no epoch file
+    assert {name: (each["ss_steps"], each["ss_epoch"]) for name, each in told.items()} == {
         "x-step00000003": ("3", "1"),
         "x-000001": ("4", "1"),
         "x-step00000006": ("6", "2"),
         "x": ("8", "2"),
     }
-    # eight steps are two epochs; the last is no epoch file
-    found = {path.name for path in (tmp_path / "output").iterdir()}
-    assert found == {f"{name}.safetensors" for name in stood} | {f"{name}-state" for name in stood}
-    assert read("x")["modelspec.architecture"] == "toy/lora"
-    assert read("x")["ss_num_batches_per_epoch"] == "4"
+    assert {path.name for path in (tmp_path / "output").glob("*-state")} == {f"{name}-state" for name in told}
+    assert told["x"]["modelspec.architecture"] == "toy/lora"
+    assert told["x"]["ss_num_batches_per_epoch"] == "4"
 
 
 STATES = ("--save_every_n_steps", 4, "--save_state")
@@ -198,8 +174,7 @@ with only_one(Path(sys.argv[1]) / ".x.training.lock", waits=False):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_caches(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat --w 32 --h 32 --f 1 --s 1 --d 1\n", encoding="utf-8")
+    toy.write_caches(tmp_path)
     return tmp_path
 
 
@@ -216,75 +191,64 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = folder / "output"
-    samples = ["--sample_prompts", folder / "prompts.txt", "--sample_every_n_steps", 4]
-    first = train_toy(folder, *STATES, *samples, has_page=True)
-    (output / "xy.safetensors").touch()  # of others
-    (output / "x_comfy.safetensors").touch()
+    prompts = toy.write_prompts(folder, "a cat --w 32 --h 32 --f 1 --s 1 --d 1\n")
+    samples = ["--sample_prompts", prompts, "--sample_every_n_steps", 4]
+    first = toy.train_toy(folder, *STATES, *samples, has_page=True)
+    others = {"xy.safetensors", "x_comfy.safetensors"}
+    for name in others:
+        (output / name).touch()
     before = results(output)
-    caplog.clear()
     caplog.set_level("INFO")
 
-    second = train_toy(folder, "--seed", 4)
+    second = toy.train_toy(folder, "--seed", 4)
 
     (aside,) = asides(folder)
-    assert results(aside) == before - {"xy.safetensors", "x_comfy.safetensors"}
-    assert results(output) == {"x.safetensors", "xy.safetensors", "x_comfy.safetensors"}
-    assert same(load_file(aside / "x.safetensors"), first)
-    assert not same(first, second)
-    told = [record.getMessage() for record in caplog.records if str(aside) in record.getMessage()]
-    assert len(told) == 1
-    assert "3 states" in told[0]
-
-
-def test_what_an_earlier_run_left_is_replaced_on_request(folder: Path) -> None:
-    train_toy(folder)
-    second = train_toy(folder, "--seed", 4, "--overwrite")
-
-    assert not asides(folder)
-    assert same(load_file(folder / "output" / "x.safetensors"), second)
+    assert results(aside) == before - others
+    assert results(output) == {"x.safetensors", *others}
+    assert toy.same(load_file(aside / "x.safetensors"), first)
+    assert not toy.same(first, second)
+    (told,) = (text for text in caplog.messages if str(aside) in text)
+    assert "3 states" in told
 
 
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
-    train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
+    toy.train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
     before = results(folder / "output")
 
-    assert train_network(ToyFamily(), toy_options(folder, "--check")) == 0
+    toy.train_toy(folder, "--check")
     with pytest.raises(UserError):
-        train_toy(folder, "--network_args", "no_such=1")
+        toy.train_toy(folder, "--network_args", "no_such=1")
     assert results(folder / "output") == before
-    train_toy(folder, *STATES, "--resume", "latest", has_page=True)
+    toy.train_toy(folder, *STATES, "--resume", "latest", has_page=True)
 
     assert not asides(folder)
     assert before <= results(folder / "output")
 
 
 def test_a_file_to_start_from_stays_where_the_command_names_it(folder: Path) -> None:
-    first = train_toy(folder)
+    first = toy.train_toy(folder)
     file = folder / "output" / "x.safetensors"
-    with prepare_run(ToyFamily(), toy_options(folder, "--network_weights", file)):
+    with prepare_run(toy.ToyFamily(), toy.toy_options(folder, "--network_weights", file)):
         (aside,) = asides(folder)
         assert file.is_file()
         assert (aside / "x.safetensors").is_file()
 
-    second = train_toy(folder, "--network_weights", file)
+    second = toy.train_toy(folder, "--network_weights", file)
 
     assert len(asides(folder)) == 2
-    assert all(same(load_file(aside / "x.safetensors"), first) for aside in asides(folder))
-    assert not same(first, second)
+    assert all(toy.same(load_file(aside / "x.safetensors"), first) for aside in asides(folder))
+    assert not toy.same(first, second)
 
 
 def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(folder: Path) -> None:
-    train_toy(folder, *STATES, has_page=True)
-    alone = train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
-    train_toy(folder, *STATES, has_page=True)  # sets the run of twelve steps aside
+    toy.train_toy(folder, *STATES, has_page=True)
+    alone = toy.train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
+    toy.train_toy(folder, *STATES, has_page=True)  # sets the run of twelve steps aside
     (aside,) = asides(folder)
     third = read_state(folder / "output" / "x-state").progress.session_id
 
-    longer = train_toy(
-        folder, "--max_train_steps", 12, "--resume", aside / "x-step00000008-state", has_page=True
-    )
-
-    assert same(longer, alone)
+    words = ["--max_train_steps", 12, "--resume", aside / "x-step00000008-state"]
+    assert toy.same(toy.train_toy(folder, *words, has_page=True), alone)
     assert (aside / "x-state").is_dir()
     (other,) = set(asides(folder)) - {aside}
     assert read_state(other / "x-state").progress.session_id == third
@@ -294,27 +258,22 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(OptionError, match="there is no state of x in"):
-        train_toy(folder, "--resume", "latest-or-fail")
-    train_toy(folder, "--save_state")
-    train_toy(folder)
+        toy.train_toy(folder, "--resume", "latest-or-fail")
+    toy.train_toy(folder, "--save_state")
+    toy.train_toy(folder)
     (aside,) = asides(folder)
 
     with pytest.raises(OptionError, match="x-state: --resume takes it"):
-        train_toy(folder, "--resume", "latest-or-fail")
-    train_toy(folder, "--resume", "latest")
+        toy.train_toy(folder, "--resume", "latest-or-fail")
+    toy.train_toy(folder, "--resume", "latest")
 
     assert f"That of an earlier run is {aside / 'x-state'}" in caplog.text
 
 
 def test_what_a_run_left_that_had_saved_nothing_is_not_kept_when_it_is_started_again(folder: Path) -> None:
-    class Killed(Exception): ...
-
-    def die(_: int) -> None:
-        raise Killed
-
     for arguments, count in (["--resume", "latest"], 0), ([], 1):
-        with pytest.raises(Killed):
-            train_toy(folder, *arguments, family=ToyFamily(watch=die), has_page=True)
+        with pytest.raises(toy.Killed):
+            toy.train_toy(folder, *arguments, family=toy.killed_at(0), has_page=True)
         assert (folder / "output" / "x.html").is_file()
         assert len(asides(folder)) == count
 
@@ -326,16 +285,9 @@ def test_the_second_of_two_runs_of_a_name_is_refused_while_the_first_one_lives(f
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match="--output_name x: another training is saving under this name"):
-            train_toy(folder)
+            toy.train_toy(folder)
         assert not (output / "x.safetensors").exists()
         with hold_name(output, "y"):
             pass
         other.kill()
-    train_toy(folder)
-
-
-def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        train_toy(tmp_path)
-
-    assert not (tmp_path / "output").exists()
+    toy.train_toy(folder)

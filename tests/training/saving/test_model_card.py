@@ -2,18 +2,16 @@
 
 import contextlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors import safe_open
 
 from modules.contract.rules import ModelRelease
 from modules.errors import OptionError
-from tests.training.toy import toy_options, train_toy, write_caches
-from training.saving.hub import download_state, make_uploads, may_replace, write_card
+from tests.training.toy import metadata_of, toy_options, train_toy, write_caches
+from training.saving.hub import Uploads, download_state, make_uploads, may_replace, write_card
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
 METADATA = {
@@ -65,18 +63,22 @@ def test_the_card_says_what_the_file_is_and_how_it_was_made() -> None:
     assert "comment" not in card
 
 
-def test_another_licence_is_named_as_the_hub_wants_it() -> None:
-    tencent = ModelRelease(("tencent/HunyuanVideo",), "Tencent Hunyuan Community", "other", "https://e.org/l")
-    own = front_matter(card_of(tencent, modelspec__license="Tencent Hunyuan Community"))
-    given = front_matter(card_of(tencent, modelspec__license="All mine, ask"))
-    known = front_matter(card_of(tencent, modelspec__license="CC-BY-4.0"))
+TENCENT = ModelRelease(("tencent/HunyuanVideo",), "Tencent Hunyuan Community", "other", "https://e.org/l")
 
-    assert own["license"] == "other"
-    assert own["license_name"] == "tencent-hunyuan-community"
-    assert own["license_link"] == "https://e.org/l"
-    assert (given["license"], given["license_name"]) == ("other", "all-mine-ask")
-    assert "license_link" not in given
-    assert known["license"] == "cc-by-4.0"
+
+@pytest.mark.parametrize(
+    ("given", "licence", "name", "link"),
+    [
+        ("Tencent Hunyuan Community", "other", "tencent-hunyuan-community", "https://e.org/l"),
+        ("All mine, ask", "other", "all-mine-ask", None),
+        ("CC-BY-4.0", "cc-by-4.0", None, None),
+    ],
+)
+def test_another_licence_is_named_as_the_hub_wants_it(
+    given: str, licence: str, name: str | None, link: str | None
+) -> None:
+    found = front_matter(card_of(TENCENT, modelspec__license=given))
+    assert [found.get(key) for key in ("license", "license_name", "license_link")] == [licence, name, link]
 
 
 def test_hostile_text_stays_text() -> None:
@@ -123,56 +125,61 @@ def test_only_an_unchanged_card_of_the_same_file_is_replaced(existing: str, expe
 
 
 class FakeRepository:
-    """A repository that may have a README.md, and notes uploads."""
+    """A repository that may have a README.md, and notes what it is asked."""
 
-    def __init__(self, folder: Path, readme: str | None = None, fails: bool = False) -> None:
-        self.file, self.readme, self.fails = folder / "downloaded.md", readme, fails
-        self.uploaded: dict[str, Any] = {}
+    def __init__(self, readme: str | None = None, fails: str = "") -> None:
+        self.readme, self.fails = readme, fails
+        self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def __call__(self, token: str | None) -> "FakeRepository":
+        self.token = token
         return self
 
-    def create_repo(self, **_: Any) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        def call(**arguments: Any) -> Any:
+            if self.fails == name:
+                raise ConnectionError("no network")
+            self.calls.append((name, arguments))
+            return self.readme if name == "hf_hub_download" else self.readme is not None
 
-    def file_exists(self, filename: str, **_: Any) -> bool:
-        if self.fails:
-            raise ConnectionError("no network")
-        return self.readme is not None
+        return call
 
-    def hf_hub_download(self, filename: str, **_: Any) -> str:
-        self.file.write_text(self.readme or "", encoding="utf-8")
-        return str(self.file)
-
-    def upload_file(self, path_or_fileobj: Any, path_in_repo: str, **_: Any) -> None:
-        self.uploaded[path_in_repo] = path_or_fileobj
+    @property
+    def uploaded(self) -> dict[str, Any]:
+        files = [arguments for name, arguments in self.calls if name == "upload_file"]
+        return {each["path_in_repo"]: each["path_or_fileobj"] for each in files}
 
 
-def publish(tmp_path: Path, api: FakeRepository, *more: str) -> FakeRepository:
+def uploads_to(folder: Path, api: FakeRepository, *more: str) -> Uploads:
+    return make_uploads(toy_options(folder, "--huggingface_repo_id", "me/loras", *more).hub, api)
+
+
+def publish(folder: Path, api: FakeRepository, *more: str) -> FakeRepository:
     """Upload a file twice with its card."""
-    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", *more).hub, api)
-    for name in ("x-000001.safetensors", "x.safetensors"):
-        uploads.publish(tmp_path / name, card_of())
-    uploads.close()
+    with contextlib.closing(uploads_to(folder, api, *more)) as uploads:
+        for name in ("x-000001.safetensors", "x.safetensors"):
+            uploads.publish(folder / name, card_of())
     return api
 
 
 @pytest.mark.parametrize("more", [(), ("--async_upload",)])
 def test_a_repository_without_a_card_gets_one(tmp_path: Path, more: tuple[str, ...]) -> None:
-    api = publish(tmp_path, FakeRepository(tmp_path), *more, "--huggingface_path_in_repo", "wan")
+    api = publish(tmp_path, FakeRepository(), *more, "--huggingface_path_in_repo", "wan")
 
     assert sorted(api.uploaded) == ["README.md", "wan/x-000001.safetensors", "wan/x.safetensors"]
     assert api.uploaded["README.md"] == card_of().encode()
 
 
 def test_a_users_own_card_is_kept(tmp_path: Path) -> None:
-    api = publish(tmp_path, FakeRepository(tmp_path, "# Written by hand\n"))
+    readme = tmp_path / "README.md"
+    readme.write_text("# Written by hand\n", encoding="utf-8")
+    api = publish(tmp_path, FakeRepository(str(readme)))
 
-    assert "README.md" not in api.uploaded
-    assert "x.safetensors" in api.uploaded
+    assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
 
 
 def test_a_card_that_fails_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    api = publish(tmp_path, FakeRepository(tmp_path, fails=True))
+    api = publish(tmp_path, FakeRepository(fails="file_exists"))
 
     assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
     assert caplog.text.count("the model card was not uploaded to me/loras: no network") == 1
@@ -182,7 +189,7 @@ def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_caches(tmp_path)
-    api = FakeRepository(tmp_path)
+    api = FakeRepository()
     monkeypatch.setattr("huggingface_hub.HfApi", api)
     prompts = tmp_path / "prompts.json"
     prompts.write_text('["a cat", {"seed": 3, "nonsense": 1}]', encoding="utf-8")
@@ -194,79 +201,44 @@ def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
     values = front_matter(api.uploaded["README.md"].decode())
     assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-licence")
     assert values["widget"] == [{"text": "a cat"}]
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.license"] == "Toy licence"
-
-
-class Api:
-    """Notes what it is asked."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.fails = fails
-
-    def __call__(self, token: str | None) -> "Api":
-        self.token = token
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        def call(**arguments: Any) -> None:
-            if self.fails:
-                raise ConnectionError("no network")
-            self.calls.append((name, arguments))
-
-        return call
+    assert metadata_of(tmp_path / "output" / "x.safetensors")["modelspec.license"] == "Toy licence"
 
 
 @pytest.mark.parametrize("background", [[], ["--async_upload"]])
 def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background: list[str]) -> None:
-    api = Api()
-    arguments = [
-        *("--huggingface_repo_id", "me/loras", "--huggingface_path_in_repo", "wan"),
-        "--save_state_to_huggingface",
-    ]
-    arguments += ["--huggingface_repo_visibility", "public", "--huggingface_token", "secret", *background]
-    uploads = make_uploads(toy_options(tmp_path, *arguments).hub, api)
+    api = FakeRepository()
+    words = "--huggingface_path_in_repo wan --save_state_to_huggingface --huggingface_repo_visibility public "
+    words += "--huggingface_token secret"
     (tmp_path / "x-state").mkdir()
 
-    uploads.publish(tmp_path / "x.safetensors")
-    uploads.publish_state(tmp_path / "x-state")
-    uploads.close()
+    with contextlib.closing(uploads_to(tmp_path, api, *words.split(), *background)) as uploads:
+        uploads.publish(tmp_path / "x.safetensors")
+        uploads.publish_state(tmp_path / "x-state")
 
     assert api.token == "secret"
-    assert [name for name, _ in api.calls] == ["create_repo", "upload_file", "create_repo", "upload_folder"]
-    assert api.calls[0][1] == {
-        "repo_id": "me/loras",
-        "repo_type": "model",
-        "private": False,
-        "exist_ok": True,
-    }
-    assert api.calls[1][1]["path_in_repo"] == "wan/x.safetensors"
-    assert api.calls[3][1]["path_in_repo"] == "wan/x-state"
+    names, arguments = zip(*api.calls, strict=True)
+    assert names == ("create_repo", "upload_file", "create_repo", "upload_folder")
+    made = {"repo_id": "me/loras", "repo_type": "model", "private": False, "exist_ok": True}
+    assert arguments[0] == made
+    assert arguments[1]["path_in_repo"] == "wan/x.safetensors"
+    assert arguments[3]["path_in_repo"] == "wan/x-state"
 
 
 def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
-    api = Api()
-    uploads = make_uploads(
-        toy_options(tmp_path, "--huggingface_repo_id", "me/loras", "--async_upload").hub, api
-    )
+    api = FakeRepository()
 
-    def run() -> None:
-        with contextlib.closing(uploads):
-            uploads.publish(tmp_path / "x.safetensors")
-            raise OptionError("something else")
-
-    with pytest.raises(OptionError):
-        run()
+    with (
+        contextlib.suppress(OptionError),
+        contextlib.closing(uploads_to(tmp_path, api, "--async_upload")) as uploads,
+    ):
+        uploads.publish(tmp_path / "x.safetensors")
+        raise OptionError("something else")
 
     assert [name for name, _ in api.calls] == ["create_repo", "upload_file"]
 
 
 def test_a_failed_upload_is_reported_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras").hub, Api(fails=True))
-
-    with caplog.at_level(logging.ERROR):
-        uploads.publish(tmp_path / "x.safetensors")
+    uploads_to(tmp_path, FakeRepository(fails="upload_file")).publish(tmp_path / "x.safetensors")
 
     assert "was saved but not uploaded to me/loras: no network" in caplog.text
 
@@ -282,10 +254,9 @@ def test_a_state_is_fetched_by_repository_path_revision_and_kind(tmp_path: Path)
     folder = download_state("me/loras/runs/x-state:v2:dataset", "secret", tmp_path, download)
 
     assert folder == tmp_path / "runs" / "x-state"
-    assert {key: asked[key] for key in ("repo_id", "revision", "repo_type", "allow_patterns", "token")} == {
-        **{"repo_id": "me/loras", "revision": "v2", "repo_type": "dataset"},
-        **{"allow_patterns": "runs/x-state/*", "token": "secret"},
-    }
+    expected = {"repo_id": "me/loras", "revision": "v2", "repo_type": "dataset"}
+    expected |= {"allow_patterns": "runs/x-state/*", "token": "secret"}
+    assert {key: asked[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("place", ["x-state", "me/loras", "me/loras:main"])

@@ -32,6 +32,8 @@ STEP = 3  # of the state that others go on from
 def train(folder: Path, count: int, output: str, *words: object, **place: Any) -> dict[str, Tensor]:
     """Train the toy in several processes, with two micro-batches a step; return the model that it saves."""
     usual = ("--output_dir", folder / output, "--overwrite", "--gradient_accumulation_steps", 2 // count or 1)
+    if count == 1:
+        return toy.train_toy(folder, *usual, *words, whole_dit=True)
     environment = {"TOY_WHOLE_DIT": "1", **place.pop("environment", {})}
     script = "tests/training/train_toy.py"
     run_in_processes(count, script, folder, *usual, *words, folder=folder, environment=environment, **place)
@@ -161,9 +163,9 @@ def seal(folder: Path) -> None:
 def change(file: Path, offsets: dict[str, list[int]], tensors: dict[str, Tensor] | None = None) -> None:
     """Change what a file says of its rows, or holds."""
     found = load_file(file)
-    places = {name: {"saved_offsets": [0] * value.ndim} for name, value in found.items()}
-    given = {name: {"saved_offsets": place} for name, place in offsets.items()}
-    save_file({**found, **(tensors or {})}, file, {INFO: json.dumps({**places, **given})})
+    places = {name: offsets.get(name, [0] * value.ndim) for name, value in found.items()} | offsets
+    info = {name: {"saved_offsets": place} for name, place in places.items()}
+    save_file({**found, **(tensors or {})}, file, {INFO: json.dumps(info)})
 
 
 def to_pickle(file: Path) -> None:
@@ -200,15 +202,18 @@ def test_a_harmful_state_is_refused_and_runs_no_code(made: Path, what: str, tmp_
     assert (state / "marker").exists()
 
 
-@pytest.mark.parametrize("is_missing", [False, True])
-def test_rows_that_are_missing_or_damaged_are_noticed(made: Path, is_missing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "harm",
+    [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x")],
+    ids=["missing", "damaged"],
+)
+def test_rows_that_are_missing_or_damaged_are_noticed(
+    made: Path, harm: Callable[[Path], Any], tmp_path: Path
+) -> None:
     toy.write_caches(tmp_path)
     state = shutil.copytree(made, tmp_path / "state")
     file = sorted(state.glob("*.safetensors"))[-1]
-    if is_missing:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    harm(file)
 
     with pytest.raises(CheckpointError, match=file.name):
         resume_here(tmp_path, state)
@@ -219,22 +224,30 @@ def resume_here(folder: Path, state: Path) -> None:
     toy.train_toy(folder, *words, whole_dit=True)
 
 
-def test_what_cannot_be_split_is_refused_by_name(caches: Path) -> None:
+def test_fp16_cannot_be_split(caches: Path) -> None:
     with pytest.raises(OptionError, match="--shard_base with --mixed_precision fp16"):
         toy.toy_options(caches, "--shard_base", "--mixed_precision", "fp16", whole_dit=True)
-    require_package("Prodigy")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--optimizer_type Prodigy",
+            "--shard_base with --optimizer_type Prodigy: it finds one learning rate",
+        ),
+        ("--resume FOREIGN", "without --shard_base and save a state"),
+        ("--fused_backward_pass", "--fused_backward_pass with 2 processes"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_by_name(caches: Path, words: str, said: str) -> None:
+    require_package(words.split()[-1])
     foreign = caches / "foreign"
-    foreign.mkdir()
+    foreign.mkdir(exist_ok=True)
     save_file(dict(initial_weights()), foreign / "model.safetensors")
     command = ("tests/training/train_toy.py", caches, "--shard_base")
-    for words, said in {
-        (
-            "--optimizer_type",
-            "Prodigy",
-        ): "--shard_base with --optimizer_type Prodigy: it finds one learning rate",
-        ("--resume", foreign): "without --shard_base and save a state",
-        ("--fused_backward_pass",): "--fused_backward_pass with 2 processes",
-    }.items():
-        environment = {"TOY_WHOLE_DIT": "1"}
-        for done in run_in_processes(2, *command, *words, folder=caches, environment=environment, code=1):
-            assert said in done.stderr
+    given = [word.replace("FOREIGN", str(foreign)) for word in words.split()]
+    environment = {"TOY_WHOLE_DIT": "1"}
+
+    for done in run_in_processes(2, *command, *given, folder=caches, environment=environment, code=1):
+        assert said in done.stderr

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -25,9 +24,8 @@ STATES = Path(__file__).parents[2] / "data" / "states"  # written by version 1
 
 
 def state(step: int = 3) -> SavedState:
-    progress = Progress(
-        seed=5, session_id=1, started_at=0.125, step=step, epoch=1, position=2, losses=[0.1, 1 / 3]
-    )
+    losses = [0.1, 1 / 3]
+    progress = Progress(5, session_id=1, started_at=0.125, step=step, epoch=1, position=2, losses=losses)
     slab = torch.zeros(32, dtype=torch.uint8)  # as swapped weights lie
     slab[:8].view(torch.float32)[:] = torch.tensor([1.0, 2.0])
     network = {
@@ -36,16 +34,8 @@ def state(step: int = 3) -> SavedState:
         "c": slab[16:24].view(torch.bfloat16),
         "d": torch.arange(6.0).view(2, 3).T,
     }
-    return SavedState(
-        Path(),
-        progress,
-        {"--seed": 5},
-        {"--x": "y"},
-        {"network": network},
-        {"groups": []},
-        {"step": step},
-        average={"steps": 2},
-    )
+    parts, told = {"network": network}, ({"--seed": 5}, {"--x": "y"})
+    return SavedState(Path(), progress, *told, parts, {"groups": []}, {"step": step}, average={"steps": 2})
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -61,35 +51,32 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(read.parts["network"][name], tensor)
 
 
+BF16 = "--full_bf16 --mixed_precision bf16 --max_grad_norm 0"
+LORA = "--network_dim 2 --network_args exclude_patterns=['.*(1|down).*']"
+
+
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "words"),
     [
-        ("lora", ["--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=8"]),
-        ("prodigy", ["--optimizer_type", "Prodigy", "--learning_rate", "1"]),
-        ("whole", ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False"]),
+        ("lora", f"--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=8 --ema_decay 0.9 {LORA}"),
+        ("prodigy", f"--optimizer_type Prodigy --learning_rate 1 {LORA}"),
+        ("whole", f"--optimizer_type Adafactor --optimizer_args relative_step=False {BF16}"),
     ],
 )
-def test_a_state_of_version_1_goes_on(tmp_path: Path, name: str, settings: list[str]) -> None:
+def test_a_state_of_version_1_goes_on(tmp_path: Path, name: str, words: str) -> None:
     if name == "prodigy":
         pytest.importorskip("prodigyopt")
-    more = ["--full_bf16", "--mixed_precision", "bf16", "--max_grad_norm", "0"]
-    if name != "whole":
-        more = ["--network_dim", "2", "--network_args", "exclude_patterns=['.*(1|down).*']"]
-    more += ["--ema_decay", "0.9"] if name == "lora" else []
     write_caches(tmp_path, count=3)
-    straight = train_toy(tmp_path, *settings, *more, "--max_train_steps", 4, whole_dit=name == "whole")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a process of another precision
-
-    resumed = train_toy(
-        *(tmp_path, *settings, *more, "--max_train_steps", 4, "--resume", STATES / name),
-        whole_dit=name == "whole",
+    straight, resumed = (
+        train_toy(tmp_path, *words.split(), "--max_train_steps", 4, *more, whole_dit=name == "whole")
+        for more in ([], ["--resume", STATES / name])
     )
 
     for key, tensor in straight.items():  # the state may be from a processor that rounds otherwise
         torch.testing.assert_close(resumed[key], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_state_of_version_1_is_read_to_the_bit_and_its_damage_is_noticed(tmp_path: Path) -> None:
+def test_a_state_of_version_1_is_read_to_the_bit() -> None:
     read = read_state(STATES / "lora")
 
     assert isinstance(read, SavedState)
@@ -101,28 +88,23 @@ def test_a_state_of_version_1_is_read_to_the_bit_and_its_damage_is_noticed(tmp_p
     for place, tensor in tensors.items():
         name, _, key = place.rpartition("/")
         assert torch.equal(read.optimizer["states"][name][key], tensor)
-    assert (read.average, read.progress.step, read.optimizer["on_host"]) == (
-        {"steps": 2},
-        2,
-        ["exp_avg", "exp_avg_sq", "step"],
-    )
-    for file in ("state.json", "network.safetensors", "optimizer.safetensors"):
-        folder = tmp_path / f"{file}-state"
-        shutil.copytree(STATES / "lora", folder)
-        flip_bit(folder / file, 8 * (folder / file).stat().st_size - 100)
-        with pytest.raises(CheckpointError, match=re.escape(str(folder))):
-            read_state(folder)
+    on_host = ["exp_avg", "exp_avg_sq", "step"]
+    found = (read.average, read.progress.step, read.optimizer["on_host"])
+    assert found == ({"steps": 2}, 2, on_host)
+
+
+@pytest.mark.parametrize("file", ["state.json", "network.safetensors", "optimizer.safetensors"])
+def test_damage_of_a_state_of_version_1_is_noticed(tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(STATES / "lora", tmp_path / "lora-state")
+    flip_bit(folder / file, 8 * (folder / file).stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=re.escape(str(folder))):
+        read_state(folder)
 
 
 def test_the_state_with_the_most_steps_is_the_latest(tmp_path: Path) -> None:
-    for name, step in {
-        "x-000001-state": 4,
-        "x-step00000006-state": 6,
-        "x-step00000005-state": 5,
-        "y-state": 9,
-        "x2-state": 9,
-    }.items():
-        write_state(tmp_path / name, state(step))
+    steps = {"x-000001": 4, "x-step00000006": 6, "x-step00000005": 5, "y": 9, "x2": 9}
+    for name, step in steps.items():
+        write_state(tmp_path / f"{name}-state", state(step))
     (tmp_path / "x-000009-state").mkdir()  # without a record
 
     assert find_latest(tmp_path, "x") == tmp_path / "x-step00000006-state"
