@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wan_generate_video
-from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.parity.reference import covering, relative_error, to_pixels
 
@@ -32,29 +30,18 @@ def models_in(folder: Path) -> list[str]:
     ]
 
 
-def generate(
-    out: Path, models: Path, task: str, *arguments: object, output: str = "latent", in_process: bool = False
-) -> dict[int, Tensor]:
-    """Run wan_generate_video.py in `out`; the latent files it leaves in `made`, by seed: 16 F h w.
-
-    in_process: call the script's main function here, which saves the start of Python.
-    """
-    made = out / "made"
+def generate(out: Path, models: Path, task: str, *arguments: object) -> Tensor:
+    """Run wan_generate_video.py in `out`; the latents 16 F h w of the one file it leaves in `made`."""
     out.mkdir(parents=True, exist_ok=True)
-    options = [*models_in(models), "--task", task, "--output_type", output, "--device", "cpu"]
-    if in_process:
-        wan_generate_video.main([*options, "--save_path", str(made), *map(str, arguments)])
-    else:
-        run_script("wan_generate_video.py", *options, "--save_path", "made", *arguments, folder=out)
-    return {
-        int(path.name.split("_")[1]): load_file(path)["latent"] for path in made.glob("*_latent.safetensors")
-    }
+    options = [*models_in(models), "--task", task, "--save_path", "made", "--output_type", "latent"]
+    succeed_here("wan_generate_video.py", *options, "--device", "cpu", *arguments, folder=out)
+    return latents_in(out / "made")
 
 
-def generate_one(out: Path, models: Path, task: str, *arguments: object, in_process: bool = False) -> Tensor:
-    """The same where one latent file is made."""
-    (latents,) = generate(out, models, task, *arguments, in_process=in_process).values()
-    return latents
+def latents_in(folder: Path) -> Tensor:
+    """The latents of the only file of them there."""
+    (path,) = folder.glob("*_latent.safetensors")
+    return load_file(path)["latent"]
 
 
 def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:

@@ -32,7 +32,7 @@ from tests.parity.reference import (
     relative_error,
     to_pixels,
 )
-from tests.parity.running import assert_equal, generate_one, models_in
+from tests.parity.running import assert_equal, generate, models_in
 from tests.parity.stable_diffusion import (
     Files,
     assert_close,
@@ -84,7 +84,7 @@ def lora_of(project: Project, name: str = "lora") -> Path:
 def here(folder: Path, project: Project, *lora: object, in_process: bool = True) -> Tensor:
     """Latents that wan_generate_video.py makes."""
     image = ["--image_path", project.folder / "start.png"] if project.kind == "i2v" else []
-    return generate_one(folder, project.models, project.task, *ASK, *image, *lora, in_process=in_process)
+    return generate(folder, project.models, project.task, *ASK, *image, *lora)
 
 
 def there(project: Project, load: Callable[[WanTransformer3DModel], None] | None = None) -> Tensor:
@@ -135,7 +135,7 @@ def test_a_trained_lora_acts_in_diffusers_as_here(
     path = lora_of(project)
     for_diffusers = path if dialect == "ours" else convert(path, "other")
 
-    latents = here(tmp_path, project, "--lora_weight", path, in_process=dialect != "ours")
+    latents = here(tmp_path, project, "--lora_weight", path)
 
     assert_equal(latents, there(project, loaded(for_diffusers)), f"{kind} {dialect}")
     assert relative_error(latents, there(project)) > 0.01
@@ -202,7 +202,7 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path) ->
     to multiples of 16.
     """
     project = write_project(tmp_path / "project", "t2v")
-    train(project, *LEARN_FAST, steps=3, in_process=True)
+    train(project, *LEARN_FAST, steps=3)
     theirs = with_lora(project)
     negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
     inputs = Inputs(draw_noise(3, 1, 32, 48), theirs.text("a squirrel"), theirs.text(negative))

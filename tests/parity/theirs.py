@@ -80,7 +80,7 @@ class Theirs:
     def decode(self, latents: Tensor) -> Tensor:
         """1 16 f h w -> 1 3 F H W in -1..1."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
-        return self.vae.decode(latents * std + mean).sample.clamp(-1, 1)
+        return self.vae.decode((latents * std + mean).to(self.vae.dtype)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
