@@ -1,9 +1,8 @@
 """Run scripts in parity tests, and the data sets and latents that are compared."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.parity.reference import covering, relative_error, to_pixels
 
@@ -44,6 +44,12 @@ def latents_in(folder: Path) -> Tensor:
     return load_file(path)["latent"]
 
 
+def picture_in(folder: Path) -> Tensor:
+    """The levels H W 3 of the only picture there, 0..255."""
+    (path,) = (path for path in folder.glob("*.png") if "rcm" not in path.name)
+    return torch.from_numpy(read_image(path)).float()
+
+
 def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:
     """Within the tolerance of the largest expected value; says by how much they differ."""
     error = relative_error(ours, expected)
@@ -68,27 +74,6 @@ def assert_as_exact(ours: Tensor, theirs: Tensor, exact: Tensor, what: str = "")
     assert ours_off <= 1.5 * theirs_off, (
         f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"
     )
-
-
-@torch.no_grad()
-def assert_same_effect(
-    pipe: Any,
-    predict: Callable[[Any], Tensor],
-    read: Callable[[Path], Any],
-    dit: Path,
-    lora: Path,
-) -> None:
-    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same.
-
-    predict: the output of a network there. read: that network with the weights of a file of ours.
-    """
-    without, merged = predict(pipe.transformer), lora.with_name("merged.safetensors")
-    pipe.load_lora_weights(lora)
-    loaded = predict(pipe.transformer)
-    tool = ["--dit", dit, "--lora_weight", lora, "--save_merged_model", merged]
-    succeed_here("merge_lora.py", *tool, folder=lora.parent)
-    assert (loaded - without).abs().max() > 1e-2
-    assert_equal(predict(read(merged)), loaded, "LoRA")
 
 
 Frames = list[numpy.ndarray]  # H W 3 uint8 each

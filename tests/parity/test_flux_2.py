@@ -1,4 +1,4 @@
-"""FLUX.2 through the command lines equals diffusers: whole pipelines, steps of training, and LoRAs.
+"""FLUX.2 through the command line equals diffusers' whole pipelines.
 
 Both read the same prompts with their own tokenizers and encoders.
 """
@@ -19,28 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import flux_2_generate_image
-from modules.media.reading import read_image
-from tests.faults.messages import succeed_here
-from tests.flux_2.making import autoencoder_in_diffusers, in_diffusers, predict_with, tiny_inputs
-from tests.parity.running import assert_equal, assert_same_effect
-from tests.parity.training import (
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    descent,
-    learning,
-    mixed,
-    normal_share,
-    parts_of,
-    ratio_of,
-    shifted,
-    shuffled,
-)
-from tests.tiny.families import TinyFamily, family_called
+from tests.flux_2.making import autoencoder_in_diffusers, in_diffusers
+from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.tiny.flux_2 import (
     TEXT_LAYERS,
     TinyFlux2,
-    diffusers_parts,
     write_tiny_flux_2,
 )
 from tests.tiny.language_models import QWEN3_TEMPLATE, mistral3, qwen3
@@ -153,77 +136,6 @@ def test_a_picture_equals_that_of_diffusers_pipeline(klein: TinyFlux2, tmp_path:
         **{"output_type": "latent", "generator": torch.Generator().manual_seed(SEED)},
     ).images
     expected = denoised(pipe, found)
-    (latents,) = (load_file(path)["latent"] for path in (tmp_path / "made").glob("*.safetensors"))
-    assert_equal(latents, expected, f"{name}, latents")
-    (picture,) = (tmp_path / "made").glob("*.png")
-    levels = torch.from_numpy(read_image(picture))
+    assert_equal(latents_in(tmp_path / "made"), expected, f"{name}, latents")
+    levels = picture_in(tmp_path / "made")
     assert (levels - picture_of(pipe, expected)).abs().max() < 0.6  # a rounded level of 255 at most
-
-
-def read_items(folder: Path) -> list[tuple[Item, list[Tensor]]]:
-    """What the caches hold, sorted by name, and the references of each."""
-    items = []
-    for path in sorted(folder.glob("*_f2k4b.safetensors")):
-        media = load_file(path)
-        texts = load_file(folder / f"{path.name.partition('_')[0]}_f2k4b_te.safetensors")
-        controls = [media.pop(f"latents_control_{number}_3x3_float32").unsqueeze(1) for number in range(2)]
-        (latents,) = media.values()
-        items.append((Item(latents.unsqueeze(1), texts["ctx_vec_float32"]), controls))
-    return items
-
-
-def project(folder: Path) -> TinyFamily:
-    """Caches of four pictures with two references of another size each, which the dataset keeps."""
-    family = family_called("flux_2")
-    family.prepare(folder)
-    text = (folder / "dataset.toml").read_text(encoding="utf-8")
-    text = text.replace("batch_size = 1", "batch_size = 4") + "no_resize_control = true\n"
-    (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    succeed_here(*family.cache_latents, folder=folder)
-    succeed_here(*family.cache_texts, folder=folder)
-    return family
-
-
-def test_two_steps_of_training_equal_those_computed_with_diffusers(tmp_path: Path) -> None:
-    """And the LoRA that comes out has the same effect in diffusers as here."""
-    family = project(tmp_path)
-    shift = ("--timestep_sampling", "flux2_shift")
-
-    succeed_here(*family.train, *descent(RATE), *shift, folder=tmp_path)
-
-    dit_file = tmp_path / "model" / "dit.safetensors"
-    dit, parts = in_diffusers(load_file(dit_file)), parts_of(dit_file, diffusers_parts)
-    items = read_items(tmp_path / "cache")
-
-    def gradients_at(factors: Factors, step: int) -> Factors:
-        batch = shuffled(items, step)
-        only = [item for item, _ in batch]
-        rows, columns = only[0].latents.shape[-2:]
-        sigmas = shifted(normal_share(only, step), ratio_of(rows * columns))
-        noisy, wanted = mixed(only, step, sigmas)
-        given = {
-            "noisy": noisy,
-            "timesteps": 1000 * sigmas + 1,  # as the known tuner's
-            "text": torch.stack([item.text for item in only]),
-        }
-        references = [torch.stack([controls[number] for _, controls in batch]) for number in range(2)]
-        with learning(dit, parts, factors) as found:
-            velocity = predict_with(dit, given, references)
-            (velocity - wanted).square().mean().backward()
-            return found()
-
-    assert len(parts) == 22
-    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, "flux_2")
-    files = TinyFlux2(
-        dit_file,
-        tmp_path / "model" / "vae.safetensors",
-        tmp_path / "model" / "text_encoder",
-        "klein-base-4b",
-    )
-    assert_same_effect(
-        theirs(files),
-        lambda dit: predict_with(dit, tiny_inputs()),
-        lambda merged: in_diffusers(load_file(merged)),
-        dit_file,
-        tmp_path / "out" / "lora.safetensors",
-    )

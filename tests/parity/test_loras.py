@@ -34,7 +34,7 @@ from tests.parity.reference import (
 )
 from tests.parity.running import assert_equal, generate, models_in
 from tests.parity.stable_diffusion import (
-    Files,
+    FilesOf,
     assert_close,
     generators,
     pipeline,
@@ -243,8 +243,10 @@ def in_attention(path: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
-def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path, kind: str) -> None:
-    files = write_files(kind, tmp_path)
+def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
+    files_of: FilesOf, tmp_path: Path, kind: str
+) -> None:
+    files = files_of(kind)
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
     path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
     pipe = pipeline(files, "", "ddim")
@@ -264,8 +266,8 @@ def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path,
     assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
 
 
-def test_strengths_of_a_line(tmp_path: Path) -> None:
-    files: Files = write_files("sd1", tmp_path)
+def test_strengths_of_a_line(files_of: FilesOf, tmp_path: Path) -> None:
+    files = files_of("sd1")
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
     path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
     pipe = pipeline(files, "", "ddim")

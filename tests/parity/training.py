@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ class Item:
     text: Tensor  # n D
     clip: Tensor | None = None  # I D
     extra: Tensor | None = None  # C F h w, beside the noisy latents
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of pictures: all, by the names of batches
 
 
 Kind = TypeVar("Kind", bound=Item)
