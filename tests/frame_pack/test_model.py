@@ -2,28 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import hunyuan_model.checkpoints
-import wan.checkpoints
 from frame_pack.batches import HISTORY
 from frame_pack.family import FramePack
-from frame_pack.files import FramePackFiles, identify
+from frame_pack.files import FramePackFiles
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
-from modules import families
-from modules.checkpoints.model_files import read_once
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
-from modules.errors import CacheError, CheckpointError
+from modules.errors import CacheError
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
-from tests.tiny.framepack_dit import CONFIG, DIALECTS, tiny_state, write_dit
+from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 
 NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
 
@@ -107,17 +102,6 @@ def test_samples_of_a_batch_may_stand_at_different_places() -> None:
 
 CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_file_says_what_it_is_and_no_other_family_takes_it(tmp_path: Path, dialect: str) -> None:
-    path = write_dit(tmp_path, tiny_state(), dialect)
-
-    assert identify(path) == families.identify(path) == "it is a FramePack transformer (--dit)"
-    with pytest.raises(CheckpointError, match="is a FramePack transformer"):
-        read_once(path, hunyuan_model.checkpoints.read_dit_header)
-    with pytest.raises(CheckpointError, match="is not a Wan transformer"):
-        read_once(path, wan.checkpoints.read_dit_header)
 
 
 WINDOW, AREA = 2, (4, 6)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -98,9 +99,10 @@ class Theirs:
             tokenizer_2=CLIPTokenizer.from_pretrained(self.folder / "text_encoder_2"),
         )
 
-    def text(self, prompt: str) -> Given:
+    @torch.no_grad()
+    def text(self, prompt: str, template: Mapping[str, Any] = TEMPLATE) -> Given:
         """Only real tokens, zeros behind them up to 512."""
-        states, pooled, mask = self.pipe.encode_prompt(prompt, prompt_template=TEMPLATE)
+        states, pooled, mask = self.pipe.encode_prompt(prompt, prompt_template=template)
         real = int(mask.sum())
         rows = states.new_zeros(1, 512, states.shape[2])
         rows[:, :real] = states[:, :real]
