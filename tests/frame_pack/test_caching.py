@@ -197,14 +197,15 @@ def test_a_lora_says_what_it_was_trained_on(tmp_path: Path) -> None:
     succeed_here(*family.cache_texts, folder=tmp_path)
     place = family.train.index("--network_module")
     unnamed = (*family.train[:place], *family.train[place + 2 :])
-    succeed_here(*unnamed, *OUTPUT, "--max_train_steps", 1, "--guidance_scale", 8, folder=tmp_path)
+    more = ("--max_train_steps", 1, "--metadata_title", "A cat", "--training_comment", "for a test")
+    succeed_here(*unnamed, *OUTPUT, *more, "--guidance_scale", 8, folder=tmp_path)
 
     with safe_open(tmp_path / "output" / "lora.safetensors", "pt") as file:
         found = file.metadata()
     assert found["ss_base_model_version"] == "framepack"
     assert found["ss_network_module"] == "networks.lora_framepack"
     assert (found["ss_sd_model_name"], found["ss_vae_name"]) == ("dit.safetensors", "vae.safetensors")
-    assert found["ss_guidance_scale"] == "8.0"
+    assert (found["ss_guidance_scale"], found["ss_training_comment"]) == ("8.0", "for a test")
     # sections of clips of 5 and 9 frames
     assert (found["ss_num_train_items"], found["ss_num_batches_per_epoch"]) == ("12", "6")
     (dataset,) = json.loads(found["ss_datasets"])
@@ -212,4 +213,4 @@ def test_a_lora_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert found["modelspec.architecture"] == "framepack/lora"
     assert found["reelsmith_trained_for"] == "videos of FramePack"
     assert found["modelspec.implementation"] == "https://github.com/lllyasviel/FramePack"
-    assert found["modelspec.resolution"] == "1280x720"
+    assert (found["modelspec.title"], found["modelspec.resolution"]) == ("A cat", "1280x720")

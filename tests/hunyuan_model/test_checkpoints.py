@@ -12,12 +12,11 @@ from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from tests.hunyuan_model.making import tiny_inputs
-from tests.manifests import manifest_names, tensor_list, write_hollow
+from tests.manifests import tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 
 CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
-FULL_SIZE = [*manifest_names("hunyuanvideo-t2v-dit"), *manifest_names("skyreels-v1")]
 
 
 def test_the_scales_of_the_official_map_are_exact(tmp_path: Path) -> None:

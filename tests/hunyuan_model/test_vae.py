@@ -106,7 +106,6 @@ def test_whole_clips_equal_those_of_diffusers(vae: HunyuanVae, frames: int, heig
 @pytest.mark.parametrize(
     ("frames", "height", "width"),
     [
-        (5, 72, 64),  # a last row of one latent
         (1, 64, 88),  # an image, cut in one direction
         (9, 32, 136),  # lower than a tile, five columns
         (5, 112, 80),  # more than two rows and columns, none of full size at the end
@@ -118,9 +117,9 @@ def test_tiles_in_height_and_width_equal_those_of_diffusers(
     compare(made(tmp_path, tile=64), diffusers_vae(64, 64), clip_of(frames, height, width))
 
 
-@pytest.mark.parametrize("frames", [25, 61])  # 25: a span would begin at the last frame
-def test_spans_of_frames_equal_those_of_diffusers(tmp_path: Path, frames: int) -> None:
-    compare(made(tmp_path, tiling=True, tile_frames=16), diffusers_vae(256, 16), clip_of(frames))
+def test_spans_of_frames_equal_those_of_diffusers(tmp_path: Path) -> None:
+    """Another span would begin at the last frame."""
+    compare(made(tmp_path, tiling=True, tile_frames=16), diffusers_vae(256, 16), clip_of(25))
 
 
 def test_tiles_in_all_three_directions_equal_those_of_diffusers(tmp_path: Path) -> None:
@@ -142,23 +141,20 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
-def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
-    vae = made(tmp_path, **settings)
-    frames = torch.randint(
-        0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    vae = made(tmp_path, tile=32, tile_frames=16)
+    frames = torch.randint(0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8)
     assert byte_clips(frames).data_ptr() == frames.data_ptr()
     expected = vae.encode(to_pixels(frames))
     computed = []
     vae.encoder.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[2:]))
 
     assert torch.equal(vae.encode(byte_clips(frames)), expected)
-    assert max(computed) <= ((17, 32, 32) if settings else (37, 48, 40))
+    assert max(computed) <= (17, 32, 32)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: HunyuanVae, chunk: int) -> None:
     few, pixels = made(tmp_path, chunk_size=chunk), clip_of(17, batch=2)
     mean, log_variance = vae.posterior(pixels)
@@ -250,19 +246,19 @@ def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     tiles: list[tuple[int, ...]] = []
 
     def peak() -> int:
-        tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=64)
+        tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=32)
         pixels = tiled._pixels
         monkeypatch.setattr(
             tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents)
         )
         with dry_run() as ledger, torch.no_grad():
             place(tiled, ledger)
-            for _ in tiled.decode(torch.empty(1, 16, 2, 12, 8)):
+            for _ in tiled.decode(torch.empty(1, 16, 1, 6, 4)):
                 pass
             return max(sum(moment.values()) for moment in ledger.peaks.values())
 
     found = peak()
-    assert tiles == [(1, 16, 2, 8, 8)]
+    assert tiles == [(1, 16, 1, 4, 4)]
     monkeypatch.setattr(vae_tiles, "compute_piece", lambda compute, piece: compute(piece))
     assert found == pytest.approx(peak(), rel=0.01)  # sizes are rounded up to what an allocator gives
     assert len(tiles) == 1 + 2 * 2
@@ -277,7 +273,7 @@ def assert_same(vae: HunyuanVae, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("manifest", manifest_names("hunyuanvideo-vae"))
-@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, prefix: str) -> None:
     path = write_hollow(tmp_path / "vae.safetensors", tensor_list(manifest), prefix)
     vae = load_vae(path, torch.device("meta"), torch.float16)
@@ -286,8 +282,7 @@ def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, pr
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("prefix", ["", "vae."])
+@pytest.mark.parametrize(("wrapped", "prefix"), [(False, ""), (True, "vae.")])
 def test_the_official_pickled_file_loads(tmp_path: Path, wrapped: bool, prefix: str) -> None:
     tensors = {prefix + name: tensor for name, tensor in vae_tensors().items()}
     torch.save({"state_dict": tensors} if wrapped else tensors, tmp_path / "pytorch_model.pt")
@@ -322,7 +317,7 @@ def test_a_folder_of_diffusers_loads_with_the_groups_it_states(tmp_path: Path) -
             )
 
 
-@pytest.mark.parametrize("width", [8, 16, 128])
+@pytest.mark.parametrize("width", [8, 128])
 def test_without_a_config_two_channels_form_a_group_and_at_most_32_are(tmp_path: Path, width: int) -> None:
     path = write_hollow(
         tmp_path / "vae.safetensors",

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers import HunyuanVideoPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modules.seeds import derive_seed
 from tests.parity import framepack
-from tests.parity.hunyuan import TEMPLATE, load_clip
+from tests.parity.hunyuan import TEMPLATE, text_pipeline
 from tests.parity.reference import covering, open_image
 
 WINDOW = 9
@@ -88,16 +87,7 @@ class Theirs:
     @cached_property
     def pipe(self) -> HunyuanVideoPipeline:
         """HunyuanVideo's, for its way with prompts."""
-        llama = LlamaForCausalLM.from_pretrained(self.folder / "text_encoder", dtype=self.text_dtype)
-        return HunyuanVideoPipeline(
-            text_encoder=llama.model.eval(),
-            tokenizer=PreTrainedTokenizerFast.from_pretrained(self.folder / "text_encoder"),
-            transformer=None,
-            vae=None,
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            text_encoder_2=load_clip(self.folder / "text_encoder_2").to(self.text_dtype),
-            tokenizer_2=CLIPTokenizer.from_pretrained(self.folder / "text_encoder_2"),
-        )
+        return text_pipeline(self.folder, self.text_dtype)
 
     @torch.no_grad()
     def text(self, prompt: str, template: Mapping[str, Any] = TEMPLATE) -> Given:
