@@ -199,12 +199,8 @@ KINDS = {
 }
 
 
-def load_dit(path: Path) -> HunyuanVideoFramepackTransformer3DModel:
-    """A transformer of the published names, its sizes read off its tensors.
-
-    Heads are 64 wide, as in all our tiny ones.
-    """
-    tensors = load_file(path)
+def in_diffusers(tensors: Mapping[str, Tensor]) -> HunyuanVideoFramepackTransformer3DModel:
+    """A transformer of the published names, its sizes read off its tensors."""
 
     def count(start: str) -> int:
         return 1 + max(

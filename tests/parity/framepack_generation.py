@@ -16,6 +16,7 @@ import numpy
 import torch
 from diffusers import HunyuanVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.seeds import derive_seed
@@ -77,7 +78,7 @@ class Theirs:
 
     @cached_property
     def dit(self) -> torch.nn.Module:
-        return framepack.load_dit(self.folder / "dit.safetensors").to(self.dit_dtype)
+        return framepack.in_diffusers(load_file(self.folder / "dit.safetensors")).to(self.dit_dtype)
 
     @cached_property
     def encoders(self) -> framepack.Encoders:

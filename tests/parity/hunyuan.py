@@ -1,6 +1,7 @@
 """HunyuanVideo's pipelines of PyPI's diffusers, loaded from the files that are given to our scripts."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from tests.tiny.hunyuan_dit import diffusers_state
 TEMPLATE = read_case("text_constants")[0]["hunyuanvideo_llm_templates"]["dit-llm-encode-video"]
 
 
-def load_dit(path: Path) -> HunyuanVideoTransformer3DModel:
+def in_diffusers(tensors: Mapping[str, Tensor]) -> HunyuanVideoTransformer3DModel:
     """A transformer of the official names."""
-    tensors = load_file(path)
     dim, in_channels, _, _, _ = tensors["img_in.proj.weight"].shape
     width = len(tensors["double_blocks.0.img_attn_q_norm.weight"])
 
@@ -95,7 +95,7 @@ def pipeline(
     kind = HunyuanSkyreelsImageToVideoPipeline if image else HunyuanVideoPipeline
     made = kind(
         **text_parts(folder, encoder_dtype),
-        transformer=load_dit(folder / "dit.safetensors").to(dit_dtype),
+        transformer=in_diffusers(load_file(folder / "dit.safetensors")).to(dit_dtype),
         vae=load_vae(folder / "vae.safetensors").to(encoder_dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=flow_shift),
     )

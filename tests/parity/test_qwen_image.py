@@ -18,7 +18,7 @@ from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.parity.hunyuan_image import language_model
 from tests.parity.running import assert_equal, latents_in, picture_in
-from tests.parity.test_picture_training import CASES, cached
+from tests.parity.test_training_steps import CASES, cached
 from tests.parity.training import RANK, descent, shuffled
 from tests.qwen_image.making import in_diffusers, pack
 from tests.qwen_image.test_family import SCHEDULER

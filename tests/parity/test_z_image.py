@@ -17,8 +17,8 @@ from networks import convert_z_image_lora_to_comfy
 from tests.encoders.test_autoencoder import diffusers_autoencoder
 from tests.faults.messages import succeed_here
 from tests.parity.running import assert_equal, latents_in, picture_in
-from tests.parity.test_picture_training import CASES as CASES_OF_TRAINING
-from tests.parity.test_picture_training import cached, train
+from tests.parity.test_training_steps import CASES as CASES_OF_TRAINING
+from tests.parity.test_training_steps import cached, train
 from tests.parity.training import descent
 from tests.tiny.language_models import QWEN3_TEMPLATE, qwen3
 from tests.tiny.z_image import TinyZImage, comfy_state, write_dit, write_tiny_z_image
