@@ -79,21 +79,6 @@ def train(
     return load_file(output / "x.safetensors")
 
 
-@pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
-def test_files_of_other_layouts_become_one_in_the_released_layout(
-    project: Path, tmp_path: Path, dialect: str
-) -> None:
-    expected = train(project, tmp_path / "released", *FUSED)
-    state = load_file(project / "model" / "dit.safetensors")
-
-    found = train(
-        project, tmp_path / dialect, *FUSED, dit=["--dit", str(write_dit(tmp_path / "model", state, dialect))]
-    )
-
-    assert found.keys() == expected.keys() == state.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def test_bf16_weights_learn_and_what_computes_in_float32_stays_float32(project: Path, tmp_path: Path) -> None:
     bf16 = ("--full_bf16", "--mixed_precision", "bf16")
 

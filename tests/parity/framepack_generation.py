@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -132,38 +131,18 @@ def video(theirs: Theirs, asked: Asked) -> Tensor:
     else:
         if asked.end is not None:
             history[0] = theirs.latent(asked.end, asked)
-        usual = (
-            [3, *[2] * (asked.sections - 3), 1, 0]
-            if asked.sections > 4
-            else list(range(asked.sections - 1, -1, -1))
-        )
-        paddings = [*asked.paddings, *usual[len(asked.paddings) :]][: asked.sections]
-        order = list(zip(range(asked.sections - 1, -1, -1), paddings, strict=True))
+        paddings = [*asked.paddings, *framepack.usual_paddings(asked.sections)[len(asked.paddings) :]]
+        order = list(zip(range(asked.sections - 1, -1, -1), paddings[: asked.sections], strict=True))
     for section, padding in order:
-        line = count()
-
-        def take(length: int, line: count = line) -> list[int]:
-            return list(islice(line, length))
-
         if asked.is_f1:
-            start, far, near, last, target = (take(length) for length in (1, 16, 2, 1, WINDOW))
-            seen = {
-                "": (start + last, [starts[section], history[-1]]),
-                "_2x": (near, history[-3:-1]),
-                "_4x": (far, history[-19:-3]),
-            }
+            seen = [starts[section], history[-1]], history[-3:-1], history[-19:-3]
         else:
-            start, _, target, post, near, far = (
-                take(length) for length in (1, padding * WINDOW, WINDOW, 1, 2, 16)
-            )
-            clean = (start + post, [starts[section], history[0]])
-            seen = {"": clean, "_2x": (near, history[1:3]), "_4x": (far, history[3:19])}
-        given = {**theirs.image(asked.images[section], asked), "latent_indices": torch.tensor([target])}
-        for name, (places, frames) in seen.items():
-            given |= {
-                f"latents_clean{name}": torch.cat(frames, dim=2),
-                f"clean_latent{name}_indices": torch.tensor([places]),
-            }
+            seen = [starts[section], history[0]], history[1:3], history[3:19]
+        places = framepack.places_of(WINDOW, None if asked.is_f1 else padding)
+        given = theirs.image(asked.images[section], asked)
+        given |= {name: torch.tensor([numbers]) for name, numbers in places.items()}
+        for name, frames in zip(("", "_2x", "_4x"), seen, strict=True):
+            given[f"latents_clean{name}"] = torch.cat(frames, dim=2)
         noise = torch.randn((1, 16, WINDOW, *black.shape[3:]), generator=generator, dtype=torch.float32)
         made = list(sampled(theirs, asked, asked.prompts[section], given, noise).split(1, dim=2))
         history = history + made if asked.is_f1 else made + history

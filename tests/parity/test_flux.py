@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -16,6 +16,7 @@ import flux_generate_image
 import flux_minimal_inference
 from encoders.autoencoder import SCALE, SHIFT
 from flux.model import unpack
+from tests.encoders.test_autoencoder import diffusers_autoencoder
 from tests.encoders.their_t5 import their_t5
 from tests.flux.making import in_diffusers
 from tests.parity.hunyuan import load_clip
@@ -56,20 +57,8 @@ def clip_of(models: TinyFlux) -> nn.Module:
 def pipeline_of(models: TinyFlux, kind: str) -> Any:
     """diffusers' pipeline with the same weights."""
     text_encoder = their_t5(picture_encoders.t5xxl_config(), picture_encoders.t5xxl_tensors())
-    levels = picture_encoders.autoencoder_config()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 64, 64),
-        layers_per_block=2,
-        latent_channels=levels.latent_channels,
-        norm_num_groups=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=SCALE,
-        shift_factor=SHIFT,
-    ).eval()
-    vae.load_state_dict(picture_encoders.autoencoder_diffusers(picture_encoders.autoencoder_tensors()))
+    vae = diffusers_autoencoder()
+    vae.register_to_config(scaling_factor=SCALE, shift_factor=SHIFT)
     dynamic = {} if kind == "schnell" else {"use_dynamic_shifting": True}
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=1.0 if kind == "schnell" else 3.0,

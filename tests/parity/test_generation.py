@@ -47,6 +47,7 @@ def inputs_of(
     return Inputs(noise, *texts, blank=theirs.text(""), generator=generator)
 
 
+SLG_ORIGINAL = ("--slg_mode", "original", "--slg_layers", "0,1", "--slg_end", 1, "--slg_scale", 2)
 CASES = {
     "unipc": ([], Sampling("unipc")),
     "dpm++": (["--sample_solver", "dpm++", "--flow_shift", 3], Sampling("dpm++", 3.0)),
@@ -69,20 +70,12 @@ CASES = {
         ["--slg_mode", "uncond", "--slg_layers", "1", "--slg_start", 0.1, "--slg_end", 0.7],
         Sampling(skipped=SkippedLayers("uncond", frozenset({1}), start=0.1, end=0.7)),
     ),
-    "slg original": (
-        ["--slg_mode", "original", "--slg_layers", "0", "--slg_scale", 2],
-        Sampling(skipped=SkippedLayers("original", frozenset({0}), scale=2.0)),
-    ),
     "slg original, dpm++, skipped steps": (
-        [
-            *("--slg_mode", "original", "--slg_layers", "0,1", "--slg_end", 1, "--cfg_skip_mode", "late"),
-            *("--cfg_apply_ratio", 0.5),
-        ]
-        + ["--sample_solver", "dpm++"],
+        [*SLG_ORIGINAL, "--cfg_skip_mode", "late", "--cfg_apply_ratio", 0.5, "--sample_solver", "dpm++"],
         Sampling(
             "dpm++",
             scales=(FIVE,) * 4 + (N,) * 4,
-            skipped=SkippedLayers("original", frozenset({0, 1}), end=1.0),
+            skipped=SkippedLayers("original", frozenset({0, 1}), scale=2.0, end=1.0),
         ),
     ),
     "cfg-zero*": (
@@ -106,10 +99,6 @@ CASES = {
             formula="zero star",
             factors=(2.0, 2.0),
         ),
-    ),
-    "cfg-zero*, slg original": (
-        ["--cfgzerostar_scaling", "--slg_mode", "original", "--slg_layers", "0"],
-        Sampling(skipped=SkippedLayers("original", frozenset({0})), formula="zero star"),
     ),
     "perpendicular negative": (["--perp_neg", 1.5], Sampling(formula="perpendicular", weight=1.5)),
     "perpendicular negative, slg uncond, dpm++": (

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -25,11 +24,11 @@ from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.reference import (
     Inputs,
+    ReleasedUniPC,
     Sampling,
     denoise,
     draw_noise,
     open_image,
-    schedule,
     to_pixels,
 )
 from tests.parity.running import assert_as_exact, assert_equal, decoded, generate
@@ -49,15 +48,6 @@ NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 # float32: measured at most 3e-6
 TOLERANCE = 1e-5
 ModelsOf = Callable[[str], Path]
-
-
-class OnOurGrid(UniPCMultistepScheduler):
-    """Their scheduler on the noise levels of the released code."""
-
-    def set_timesteps(self, *args: Any, **named: Any) -> None:
-        super().set_timesteps(STEPS)
-        self.sigmas, timesteps = schedule(SAMPLING)
-        self.timesteps = torch.tensor(timesteps).long()
 
 
 def their_vae(folder: Path) -> AutoencoderKLWan:
@@ -85,7 +75,9 @@ def their_video(folder: Path, image: Image.Image | None = None, output: str = "l
         tokenizer=None,
         text_encoder=None,
         vae=their_vae(folder),
-        scheduler=OnOurGrid(prediction_type="flow_prediction", use_flow_sigmas=True),
+        scheduler=ReleasedUniPC(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SAMPLING.flow_shift
+        ),
         transformer=theirs.dit,
         expand_timesteps=True,
     )

@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.parity.training import (
     Factors,
     Item,
     Teacher,
+    assert_descent,
     linear_modules,
     loss_and_gradients,
     noise_of,
@@ -83,29 +84,6 @@ def draw(batch: list[Item], number: int, sampler: Sampler, weights: Weights = pl
     return Drawn(noise_of(batch, number), sigmas, timesteps, weights(timesteps))
 
 
-@dataclass(frozen=True)
-class Descent:
-    """How a gradient changes the factors."""
-
-    rates: tuple[float, float] = (RATE, RATE)  # of down, of up
-    max_norm: float = math.inf
-    start: Factors | None = None  # before the first step; None: up is zero
-
-    def steps_of(self, gradients: Factors) -> Factors:
-        """What is taken off down and up."""
-        total = float(
-            torch.stack([factor.square().sum() for pair in gradients.values() for factor in pair])
-            .sum()
-            .sqrt()
-        )
-        share = min(1.0, self.max_norm / (total + 1e-6))
-        return {
-            name: tuple(rate * share * factor for rate, factor in zip(self.rates, pair, strict=True))
-            for name, pair in gradients.items()
-        }
-
-
-PLAIN = Descent()
 # of one step
 Batches = Sequence[tuple[list[Item], Drawn] | tuple[list[Item], Drawn, Teacher]]
 
@@ -116,47 +94,23 @@ def assert_steps(
     dit: Any,
     batches_of: Callable[[int], Batches],
     what: str,
-    how: Descent = PLAIN,
+    start: Factors | None = None,
 ) -> None:
-    """Each file is the one before, less the rate times the gradient of its step: every factor of every module
-    is compared.
-
-    The factors before the first step: up is zero, so that the gradient of down is zero and down is what the
-    first file holds.
-    """
+    """Each file is the one before, less the rate times the gradient of its step."""
     modules = linear_modules(project.dit)
-    first, scale = read_factors(files[0])
-    assert first.keys() == modules.keys()
-    assert scale == ALPHA / RANK
-    before = how.start or {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-    for step, path in enumerate(files):
-        after, _ = read_factors(path)
-        gradients = mean_gradients(dit, modules, before, scale, batches_of(step))
-        worst = 0.0
-        for name, taken in how.steps_of(gradients).items():
-            for factor in (1,) if step == 0 and how.start is None else (0, 1):
-                # keys of image tokens that are all alike (no image) cannot learn
-                assert taken[factor].abs().max() > 1e-6 or name.endswith("_k_img"), (
-                    f"{name} learns nothing, nothing is compared"
-                )
-                expected = before[name][factor] - taken[factor]
-                error = float((after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
-                worst = max(worst, error)
-        print(f"parity {what}, step {step + 1}: {worst:.2e}")  # noqa: T201
-        assert worst <= TOLERANCE
-        before = after
+
+    def gradients_at(factors: Factors, step: int) -> Factors:
+        return mean_gradients(dit, modules, factors, batches_of(step))
+
+    assert_descent(files, modules, RATE, gradients_at, what, TOLERANCE, start)
 
 
-def mean_gradients(
-    dit: Any, modules: dict[str, str], factors: Factors, scale: float, batches: Batches
-) -> Factors:
+def mean_gradients(dit: Any, modules: dict[str, str], factors: Factors, batches: Batches) -> Factors:
     """Of the micro-batches of a step. dit: the network, or a function from timesteps to it."""
-    each = [
-        loss_and_gradients(
-            dit(batch[1].timesteps) if isfunction(dit) else dit, modules, factors, scale, *batch
-        )[1]
-        for batch in batches
-    ]
+    each = []
+    for batch in batches:
+        network = dit(batch[1].timesteps) if isfunction(dit) else dit
+        each.append(loss_and_gradients(network, modules, factors, ALPHA / RANK, *batch)[1])
     return {
         name: (sum(one[name][0] for one in each) / len(each), sum(one[name][1] for one in each) / len(each))
         for name in factors
@@ -272,8 +226,8 @@ def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> N
     dit = load_dit(project.dit)
     dit.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(str(base)), prefix="transformer")
     dit.fuse_lora(lora_scale=0.5)
-    how = Descent(start=read_factors(start)[0])
-    assert_steps(files, project, dit, one_batch_an_epoch(project, by_sigma), "continued on a base", how)
+    batches_of = one_batch_an_epoch(project, by_sigma)
+    assert_steps(files, project, dit, batches_of, "continued on a base", read_factors(start)[0])
 
 
 def test_a_teacher_is_told_dropped_captions_and_a_first_frame_that_the_network_is_not(

@@ -11,19 +11,27 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from modules.media.writing import write_png, write_video
 from tests.parity import reference
-from tests.parity.projects import ALPHA, RANK, Project, train, write_project
-from tests.parity.reference import Sampling, draw_noise, open_image, relative_error, schedule, to_pixels
+from tests.parity.projects import Project, train, write_project
+from tests.parity.reference import (
+    ReleasedUniPC,
+    Sampling,
+    draw_noise,
+    open_image,
+    relative_error,
+    schedule,
+    to_pixels,
+)
 from tests.parity.running import TOLERANCE, assert_equal, decoded, generate
 from tests.parity.test_training import (
     DESCENT,
-    PLAIN,
+    RATE,
     Batches,
     assert_steps,
     by_sigma,
@@ -32,7 +40,7 @@ from tests.parity.test_training import (
     single_items,
 )
 from tests.parity.theirs import Theirs, load_dit
-from tests.parity.training import linear_modules, read_factors
+from tests.parity.training import Factors, assert_descent, linear_modules, read_factors
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -43,16 +51,6 @@ ASK: list[object] = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--seed"
 ASK += ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS]
 EXACT = 1e-5
 Folders = Callable[[str], Path]
-
-
-class ReleasedUniPC(UniPCMultistepScheduler):
-    """diffusers' solver on the sigmas of the released code, which end before 0 and not at 1 / 1000."""
-
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
-        super().set_timesteps(num_inference_steps, device=device)
-        sampling = Sampling(flow_shift=self.config.flow_shift, scales=(None,) * num_inference_steps)
-        self.sigmas, timesteps = schedule(sampling)
-        self.timesteps = torch.tensor(timesteps).long()
 
 
 @pytest.fixture(scope="module")
@@ -249,35 +247,20 @@ def test_steps_in_two_transformers_equal_gradient_descent_with_diffusers(project
 
 def test_a_network_for_each_transformer_learns_from_its_micro_batches_alone(project: Project) -> None:
     """Each file is compared with descent on the gradients of its side, divided by both micro-batches."""
-    steps, network = batches_by_step(project), network_at(project)
+    steps, network, modules = batches_by_step(project), network_at(project), linear_modules(project.dit)
     files = train(project, *DESCENT, *expert_options(project), "--lora_per_expert", steps=UPDATES)
 
     for part, side in (("low_noise", False), ("high_noise", True)):
         own = [path.with_name(f"{path.stem}_{part}.safetensors") for path in files]
-        first, scale = read_factors(own[0])
-        modules = linear_modules(project.dit)
-        assert first.keys() == modules.keys()
-        assert scale == ALPHA / RANK
-        before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-        for step, path in enumerate(own):
-            after, _ = read_factors(path)
+
+        def gradients_at(factors: Factors, step: int, side: bool = side) -> Factors:
             batches = [batch for batch in steps[step] if is_high(batch[1].timesteps) == side]
-            share = len(batches) / len(steps[step])
             if not batches:
-                assert all(
-                    torch.equal(after[name][part], before[name][part]) for name in after for part in (0, 1)
-                )
-                continue
-            gradients = mean_gradients(network, modules, before, scale, batches)
-            taken = PLAIN.steps_of(
-                {name: (share * down, share * up) for name, (down, up) in gradients.items()}
-            )
-            for name in taken:
-                for factor in (0, 1):
-                    expected = before[name][factor] - taken[name][factor]
-                    error = (after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3)
-                    assert error <= TOLERANCE, (part, step, name)
-            before = after
+                return {}
+            share, gradients = len(batches) / 2, mean_gradients(network, modules, factors, batches)
+            return {name: (share * down, share * up) for name, (down, up) in gradients.items()}
+
+        assert_descent(own, modules, RATE, gradients_at, part, TOLERANCE)
         with safe_open(own[-1], "pt") as file:
             metadata = file.metadata()
         assert metadata["ss_wan_expert"] == part.removesuffix("_noise")
