@@ -14,7 +14,6 @@ import fpack_cache_latents
 from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import FramePack, family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
-from frame_pack.inputs import apply_masks
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.vae import load_vae
@@ -95,18 +94,6 @@ def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoder
 
 
 # Masks
-
-
-def test_what_is_hidden_has_no_latents() -> None:
-    alpha = torch.zeros(2, 32, 48, dtype=torch.uint8)
-    alpha[1, :, 24:] = 255
-    latents = apply_masks(torch.ones(2, 16, 1, 4, 6), alpha)
-    assert latents.shape == (2, 16, 1, 4, 6)
-    assert not latents[0].any()
-    # Lanczos swings beside the edge: by a step of 255 where it is two latents away
-    assert latents[1, ..., :2].abs().max() <= 2 / 255
-    assert (1 - latents[1, ..., -2:]).abs().max() <= 2 / 255
-    assert torch.equal(latents, latents[:, :1].expand_as(latents))
 
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])

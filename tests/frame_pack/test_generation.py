@@ -1,6 +1,5 @@
 """What the transformer is given in every section of a video, in both orders of making."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,12 @@ import torch
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.sections import video_frames
-from generation.denoise import SeededNoise
 from tests.frame_pack.stubs import (
-    START,
     family,
-    frame_values,
     golden_videos,
     images,
     make,
-    plain,
     request,
-    texts,
 )
 from tests.tiny.framepack_dit import tiny_state, write_dit
 
@@ -62,29 +56,3 @@ def test_guidance_and_timesteps_are_rounded_to_what_the_transformer_computes_in(
     _, calls = make(model, request(video_frames(1, WINDOW), embedded_guidance=3.3, steps=2), images(1))
     assert [call.guidance.item() for call in calls] == [3296.0, 3296.0]
     assert [call.timesteps.item() for call in calls] == [1000.0, 752.0]
-
-
-@pytest.mark.parametrize("is_f1", [False, True])
-def test_each_section_adds_a_piece_to_what_can_be_watched(is_f1: bool) -> None:
-    model, asked, inputs = family(is_f1=is_f1), request(video_frames(3, WINDOW)), images(3)
-    sections = model.sections(
-        asked, {index: texts(0.0) for index in inputs}, inputs, SeededNoise(0, torch.device("cpu"))
-    )
-    section, pieces, labels = next(sections), [], []
-    for number in (1.0, 2.0, 3.0):
-        pieces.append(section.made)
-        labels.append(section.label)
-        with contextlib.suppress(StopIteration):
-            section = sections.send(plain(number, WINDOW))
-    assert labels == ["section 1 of 3", "section 2 of 3", "section 3 of 3"]
-    assert pieces[0] is None
-    found = [
-        (frame_values(piece.latents), piece.overlap, piece.in_front)
-        for piece in pieces[1:]
-        if piece is not None
-    ]
-    ones, twos = [1.0] * WINDOW, [2.0] * WINDOW
-    if is_f1:
-        assert found == [([START, *ones], 0, False), (ones + twos, 33, False)]
-    else:
-        assert found == [(ones, 0, True), (twos + ones, 33, True)]

@@ -47,6 +47,7 @@ def made(model: FramePack) -> tuple[list[Piece], Tensor]:
 
     def note(section: Section) -> None:
         pieces.extend([] if section.made is None else [section.made])
+        assert section.label == f"section {len(pieces) + 1} of {SECTIONS}"
 
     asked = request(video_frames(SECTIONS, model.window))
     prompts = {index: texts(float(index)) for index in range(SECTIONS)}

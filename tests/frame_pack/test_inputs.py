@@ -1,7 +1,6 @@
 """Images of a request as what its sections are given."""
 
 import argparse
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -153,10 +152,6 @@ def own(prepared: Prepared) -> FramePackRequest:
     return prepared.own
 
 
-def texts(prepared: Prepared) -> list[str]:
-    return [prepared.prompts[section].positive.text for section in range(len(prepared.prompts))]
-
-
 @pytest.mark.parametrize(
     "video", RECORDED["sections"], ids=lambda video: f"{video['total_sections']} sections"
 )
@@ -228,14 +223,6 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     prepared = settle(picture, width=64, height=64, takes_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
-
-
-def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        request = settle(picture, {"video_sections": "4"}, prompt="0:sits;;;1-2:walks;;;-1:sleeps")
-    assert caplog.text == ""
-    assert texts(request) == ["sits", "walks", "walks", "sleeps"]
-    assert own(request).images == (picture,) * 4
 
 
 def training_family(folder: Path, *more: str) -> FramePack:

@@ -2,8 +2,6 @@
 sections.
 """
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,17 +24,15 @@ from frame_pack.sections import (
     parse_paddings,
     sections_in,
 )
-from hunyuan_model.options import AS_TRAINED
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.data import Conditions
-from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import parse_options
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
-from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+from tests.tiny.framepack_dit import CONFIG
 
 DESCRIPTION, TENSORS = read_case("framepack_schedule")
 
@@ -185,26 +181,6 @@ def test_positions_are_scaled_from_the_threshold_on() -> None:
         options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7")
     )
     assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
-
-
-def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state())
-    family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))
-    expected = tiny_model()
-    plain = expected(**INPUTS)
-    refiner = expected.context_embedder
-    for block in refiner.token_refiner.refiner_blocks:
-        block.register_forward_hook(lambda _, given, out: 1.3 * out)
-    refiner.time_text_embed.text_embedder.register_forward_hook(lambda _, given, out: 0.7 * out)
-
-    found = family.load_dit(Placement(torch.device("cpu")))(**INPUTS)
-
-    assert torch.equal(found, expected(**INPUTS))
-    assert not torch.equal(found, plain)
-    unchanged = replace(family, files=replace(family.files, reading=AS_TRAINED)).load_dit(
-        Placement(torch.device("cpu"))
-    )
-    assert torch.equal(unchanged(**INPUTS), plain)
 
 
 SIZES = {"double_blocks": 2, "single_blocks": 3}

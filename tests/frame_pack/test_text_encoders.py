@@ -11,15 +11,12 @@ from torch import Tensor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from encoders.text_encoder import FileTextEncoder
-from frame_pack.family import family_for_generation
 from frame_pack.files import FramePackClip, FramePackLlama
 from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
-from frame_pack.options import FramePackGenerationOptions
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate, template_of
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate
 from modules.checkpoints.model_files import read_once
 from modules.contract.requests import Prompt
 from modules.media.pixels import to_pixels
-from modules.parser import parse_options
 from tests.golden_cases import read_case
 from tests.manifests import fit, tensor_list, write_hollow
 from tests.parity.framepack import load_siglip as their_siglip
@@ -126,18 +123,6 @@ def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path)
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
-
-
-@pytest.mark.parametrize("told", [None, "Describe.", ""])
-def test_the_option_of_the_generation_script_reaches_the_language_model(
-    folder: Path, told: str | None
-) -> None:
-    words = ["--text_encoder1", str(folder), "--text_encoder2", str(folder)]
-    words += [] if told is None else ["--custom_system_prompt", told]
-    (options,) = parse_options("", words, FramePackGenerationOptions)
-    llama, clip = family_for_generation(options).text_encoders()
-    assert llama.identity == FramePackLlama(folder, template=template_of(told)).identity
-    assert clip.identity == FramePackClip(folder).identity
 
 
 # file layouts: each gives the two paths

@@ -158,12 +158,6 @@ def test_video_to_video_makes_the_last_steps(
     assert_equal(latents, from_video(files, video, kept), f"strength {strength}")
 
 
-def test_full_strength_leaves_nothing_of_the_video(tmp_path: Path, models_of: ModelsOf, video: Path) -> None:
-    files = models_of("t2v")
-    latents = generate(tmp_path / "from", files, "--video_path", video, "--strength", 1)
-    assert torch.equal(latents, generate(tmp_path / "noise", files))
-
-
 def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, models_of: ModelsOf) -> None:
     files = models_of("t2v")
     pipe = pipeline(files.dit.parent, 7.0)

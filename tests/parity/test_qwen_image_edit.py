@@ -157,17 +157,6 @@ def test_pictures_equal_those_of_diffusers(
     assert_same(made, pipe, images[0] if version == "edit" else images, **asked)
 
 
-@pytest.mark.slow  # 8 thousand tokens; the sizes alone are compared in tests/qwen_image
-def test_official_sizes_are_those_of_diffusers(files: TinyQwenImage, tmp_path: Path) -> None:
-    for index, (width, height) in enumerate(((70, 50), (33, 90))):
-        write_image(tmp_path / f"{index}.png", width, height)
-    shown = [tmp_path / "0.png", tmp_path / "1.png"]
-    unguided = ["--guidance_scale", "1", "--resize_control_to_official_size"]
-    made = ours(files, tmp_path / "out", "edit-2511", shown, *unguided, size=(HEIGHT, WIDTH))
-
-    assert_same(made, theirs(files, "edit-2511"), [Image.open(path) for path in shown], true_cfg_scale=1.0)
-
-
 @pytest.mark.usefixtures("own_sizes")
 def test_a_mask_keeps_the_rest_as_in_diffusers(
     files: TinyQwenImage, pictures: list[Path], tmp_path: Path
