@@ -29,8 +29,8 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import qwen_image_generate_image
+from tests.parity.pipelines import qwen_image_vae
 from tests.parity.running import assert_equal, latents_in, picture_in
-from tests.parity.test_qwen_image import their_vae
 from tests.qwen_image.making import in_diffusers, pack
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.language_models import qwen25_vl
@@ -86,7 +86,7 @@ def theirs(files: TinyQwenImage, version: str, kind: type[Any] | None = None) ->
     usual = QwenImageEditPipeline if version == "edit" else QwenImageEditPlusPipeline
     pipe = (kind or usual)(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=their_vae(files.vae),
+        vae=qwen_image_vae(files.vae),
         text_encoder=encoder,
         tokenizer=tokenizer,
         processor=process,
