@@ -1,7 +1,5 @@
 """The FramePack transformer against recorded vectors, against diffusers, and against itself."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,7 +102,6 @@ META = Placement(torch.device("meta"))
 
 
 WINDOW, AREA = 2, (4, 6)
-Change = Callable[[dict[str, Tensor]], object]
 
 
 class Seen(nn.Module):
@@ -125,39 +122,21 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> FramePack:
     )
 
 
-def batch() -> Batch:
-    """Two sections at different places, with all of their history: the first picture, and what comes behind
-    the section.
-    """
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(2, *shape, generator=generator)
-
-    def places(start: int, count: int) -> Tensor:
-        return torch.stack([torch.arange(start, start + count), torch.arange(start + 4, start + 4 + count)])
-
+def batch(*left_out: str, **others: Tensor) -> Batch:
+    """Two sections with all of their history, but for what is left out."""
     tensors = {
-        "latents": draw(16, WINDOW, *AREA),
-        "latent_indices": places(1, WINDOW),
-        "latents_clean": draw(16, 2, *AREA).half(),
-        "clean_latent_indices": torch.tensor([[0, 3], [0, 7]]),
-        "latents_clean_2x": draw(16, 2, *AREA),
-        "clean_latent_2x_indices": places(5, 2),
-        "latents_clean_4x": draw(16, 16, *AREA),
-        "clean_latent_4x_indices": places(7, 16),
-        "image_embeddings": draw(9, CONFIG.image_dim).half(),
-        "llama_vec": draw(512, CONFIG.text_dim),
-        "llama_attention_mask": torch.arange(512).expand(2, -1) < torch.tensor([[7], [500]]),
-        "clip_l_pooler": draw(CONFIG.pooled_dim),
+        "latents": torch.ones(2, 16, WINDOW, *AREA),
+        "latent_indices": torch.ones(2, WINDOW, dtype=torch.int64),
+        "image_embeddings": torch.ones(2, 9, CONFIG.image_dim),
+        "llama_vec": torch.ones(2, 512, CONFIG.text_dim),
+        "llama_attention_mask": torch.ones(2, 512, dtype=torch.bool),
+        "clip_l_pooler": torch.ones(2, CONFIG.pooled_dim),
     }
-    return Batch(tensors, ("a cat", "a dog"), ("clip 0_00000-017-0001", "clip 1_00000-017-0000"))
-
-
-def changed(change: Change) -> Batch:
-    tensors = {name: value for name, value in batch().tensors.items() if isinstance(value, Tensor)}
-    change(tensors)
-    return replace(batch(), tensors=tensors)
+    for kind, count in (("", 2), ("_2x", 2), ("_4x", 16)):
+        tensors[f"latents_clean{kind}"] = torch.ones(2, 16, count, *AREA)
+        tensors[f"clean_latent{kind}_indices"] = torch.ones(2, count, dtype=torch.int64)
+    kept = {name: tensor for name, tensor in (tensors | others).items() if name not in left_out}
+    return Batch(kept, ("a cat", "a dog"), ("clip 0_00000-017-0001", "clip 1_00000-017-0000"))
 
 
 def predicted(family: FramePack, one: Batch) -> Seen:
@@ -171,10 +150,9 @@ def predicted(family: FramePack, one: Batch) -> Seen:
 def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_not_there(
     family: FramePack,
 ) -> None:
-    def without(tensors: dict[str, Tensor]) -> None:
-        del tensors["latents_clean_2x"], tensors["latents_clean_4x"], tensors["clean_latent_4x_indices"]
+    left_out = ("latents_clean_2x", "latents_clean_4x", "clean_latent_4x_indices")
 
-    seen = predicted(family, changed(without))
+    seen = predicted(family, batch(*left_out))
 
     assert seen.history.keys() == {
         "clean_latents",
@@ -195,11 +173,9 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     ],
 )
 def test_caches_of_another_encoder_are_named(family: FramePack, name: str, command: str) -> None:
-    def widen(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = torch.zeros(*tensors[name].shape[:-1], 96)
-
+    shape = batch().tensor(name).shape
     with pytest.raises(
         CacheError,
         match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
     ):
-        predicted(family, changed(widen))
+        predicted(family, batch(**{name: torch.zeros(*shape[:-1], 96)}))

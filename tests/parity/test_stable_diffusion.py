@@ -20,7 +20,6 @@ from tests.parity.stable_diffusion import (
     pipeline,
     run_script,
     their_pixels,
-    their_scheduler,
     write_mask,
     write_picture,
 )
@@ -139,17 +138,6 @@ def test_pictures_without_guidance(files_of: FilesOf, tmp_path: Path, scale: flo
     theirs = pipeline(files_of("sd2"), "", "ddim")(**{**asked([5]), "guidance_scale": scale}, **square())
     prompt = f"{PROMPT} --n {NEGATIVE} --l {scale} --s {STEPS} --d 5"
     assert_close(run_script(files_of("sd2"), tmp_path, "--prompt", prompt), their_pixels(theirs))
-
-
-@pytest.mark.slow
-def test_pictures_with_zero_terminal_snr(files_of: FilesOf, tmp_path: Path) -> None:
-    made = pipeline(files_of("sd2"), "", "ddim", velocity=True)
-    made.scheduler = their_scheduler("ddim", True, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    theirs = made(**asked([5]), **square())
-    ours = run_script(
-        files_of("sd2"), tmp_path, *words("ddim", 5), "--v_parameterization", "--zero_terminal_snr"
-    )
-    assert_close(ours, their_pixels(theirs))
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

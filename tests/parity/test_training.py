@@ -57,11 +57,6 @@ def by_sigma(u: Tensor) -> tuple[Tensor, Tensor]:
     return timesteps / 1000, timesteps
 
 
-def by_uniform_in_range(u: Tensor) -> tuple[Tensor, Tensor]:
-    t = u * 0.7 + 0.1
-    return t, 1000 * t + 1
-
-
 def plain(timesteps: Tensor) -> Tensor:
     return torch.ones_like(timesteps)
 
@@ -129,17 +124,11 @@ def one_batch_an_epoch(
     return batches_of
 
 
-SIGMA_SQRT = ("--weighting_scheme", "sigma_sqrt")
 CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "shift": ("t2v", ["--timestep_sampling", "shift", "--discrete_flow_shift", 3], by_shift, plain),
     "sigma": ("t2v", [], by_sigma, plain),
+    "sigma_sqrt": ("t2v", ["--weighting_scheme", "sigma_sqrt"], by_sigma, sigma_sqrt),
     "cosmap": ("t2v", ["--weighting_scheme", "cosmap"], by_sigma, cosmap),
-    "range, sigma_sqrt": (
-        "t2v",
-        [*("--timestep_sampling", "uniform", "--min_timestep", 100, "--max_timestep", 800), *SIGMA_SQRT],
-        by_uniform_in_range,
-        sigma_sqrt,
-    ),
     "i2v": ("i2v", ["--gradient_checkpointing"], by_sigma, plain),
     "flf2v": ("flf2v", [], by_sigma, plain),
     "t2v-FC": ("fun-control", [], by_sigma, plain),

@@ -347,12 +347,6 @@ def test_a_sample_is_what_the_generation_script_makes(two_experts: Path, name: s
         ([*LOW, *HIGH, "--sample_dit_other", LOW[1]], ["--sample_dit_other", "Leave it out"]),
         ([*LOW, "--sample_dit_other", LOW[1]], ["this one is trained"]),
         ([*LOW, "--task", "t2v-14B", "--sample_dit_other", HIGH[1]], ["--task t2v-14B has one transformer"]),
-        ([*LOW, "--lora_per_expert"], ["--lora_per_expert needs two transformers"]),
-        ([*LOW, *HIGH, "--network_args", "dora_wd=True"], ["--lora_per_expert"]),
-        (
-            [*LOW, *HIGH, "--timestep_sampling", "uniform", "--max_timestep", "700"],
-            ["high-noise transformer"],
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(two_experts: Path, arguments: list[str], words: list[str]) -> None:

@@ -33,11 +33,13 @@ PROMPTS = (
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.save(t5_tensors(), tmp_path / T5_FILE)
-    write_tokenizer(tmp_path / "google" / "umt5-xxl")
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release's text encoder with both forms of its tokenizer."""
+    folder = tmp_path_factory.mktemp("t5")
+    torch.save(t5_tensors(), folder / T5_FILE)
+    write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
 
 
 def encoded(encoder: WanTextEncoder, *texts: str) -> list[Tensor]:
@@ -140,29 +142,14 @@ LONG = "rabbit " * 600
 UNCLEAN = "  a \n red &amp;&amp; blue\t\tcar  ＡＢＣ cafÃ©  &lt;b&gt; "
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    release = tmp_path_factory.mktemp("t5")
-    torch.save(t5_tensors(), release / T5_FILE)
-    write_tokenizer(release / "google" / "umt5-xxl")
-    return release
-
-
-@pytest.fixture(scope="module", params=["tokenizer.json", "spiece.model"])
-def encoder(release: Path, request: pytest.FixtureRequest) -> WanTextEncoder:
-    encoder = WanTextEncoder(release / T5_FILE, release / "google" / "umt5-xxl" / request.param)
-    encoder.load(CPU)
-    return encoder
-
-
 def part(text: str, words: str, weight: float) -> tuple[int, int, float]:
     start = text.index(words)
     return start, start + len(words), weight
 
 
-def test_both_forms_of_the_tokenizer_place_tokens_alike(release: Path) -> None:
+def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
     json, pieces = (
-        TOKENIZER.load(release / "google" / "umt5-xxl" / name, release / T5_FILE, "umT5").read
+        TOKENIZER.load(folder / "google" / "umt5-xxl" / name, folder / T5_FILE, "umT5").read
         for name in ("tokenizer.json", "spiece.model")
     )
     for text in (TEXT, "", "日本語 and 😀 in the hills", LONG):
@@ -172,11 +159,9 @@ def test_both_forms_of_the_tokenizer_place_tokens_alike(release: Path) -> None:
     assert json(TEXT).places == pieces(TEXT).places
 
 
-def test_characters_that_sentencepiece_joins_keep_their_places(release: Path) -> None:
+def test_characters_that_sentencepiece_joins_keep_their_places(folder: Path) -> None:
     """Its own rules make two letters of the one that joins f and i."""
-    tokenizer = TOKENIZER.load(
-        release / "google" / "umt5-xxl" / "spiece.model", release / T5_FILE, "umT5"
-    ).read
+    tokenizer = TOKENIZER.load(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE, "umT5").read
     text = "the ﬁne rabbit"
     places = [place for place in tokenizer(text).places if place is not None]
     assert "".join(text[start:end] for start, end in places) == text
