@@ -155,17 +155,6 @@ def text() -> dict[str, Tensor | list[Tensor]]:
     }
 
 
-def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: FamilyOf) -> None:
-    def noise(frames: int) -> Tensor:
-        request = replace(REQUEST, frames=frames)
-        return next(
-            family_of().sections(prepare(request), {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU))
-        ).noise
-
-    assert noise(9).shape == (1, 16, 3, 4, 6)
-    assert torch.equal(noise(9), noise(17)[:, :, :3])
-
-
 def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_training_does_not(
     family_of: FamilyOf,
 ) -> None:

@@ -27,7 +27,6 @@ from tests.tiny.hunyuan_encoders import (
     LLAMA_LAYERS,
     LLM_DIM,
     write_clip_tokenizer,
-    write_comfy_text_encoders,
     write_text_encoders,
 )
 
@@ -128,26 +127,6 @@ def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: Huny
 def test_more_layers_to_skip_than_there_are_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--hidden_state_skip_layer 5: .* has only 4 layers"):
         LlavaTextEncoder(folder, skip_layers=5).load(CPU)
-
-
-def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: Path) -> None:
-    files = write_comfy_text_encoders(tmp_path)
-    for kind, official, single in (
-        (LlavaTextEncoder, folder / "text_encoder", files["text_encoder1"]),
-        (HunyuanClip, folder / "text_encoder_2", files["text_encoder2"]),
-    ):
-        expected, found = (encoded(kind(path, torch.float32), PROMPTS) for path in (official, single))
-        for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), key
-
-
-def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
-    both = Prompt("a rabbit", second="a dog")
-    clip = encoded(HunyuanClip(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
-    assert torch.equal(clip[0], clip[1])
-    assert not torch.equal(clip[0], clip[2])
-    llm = encoded(LlavaTextEncoder(folder, torch.float32), [both, "a rabbit"])["llm"]
-    assert torch.equal(llm[0], llm[1])
 
 
 def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: Path) -> None:
