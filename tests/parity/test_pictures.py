@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxKontextPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,17 +27,21 @@ import flux_2_generate_image
 import flux_generate_image
 import flux_kontext_generate_image
 import flux_minimal_inference
+import hunyuan_image_generate_image
+import hunyuan_image_minimal_inference
 import lumina_generate_image
 import qwen_image_generate_image
 import zimage_generate_image
 from encoders.autoencoder import SCALE, SHIFT
 from flux.model import unpack
 from tests.parity import pipelines
+from tests.parity.hunyuan_image import guider, load_pipeline
 from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.parity.training import RANK
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.flux import TinyFlux, write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
+from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import write_image
 from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
@@ -55,7 +59,8 @@ class Model:
     """How a family makes pictures here and there.
 
     write: the tiny files. main: our script. pipe: the pipeline of the files. latents: what a pipeline returns
-    as ours are, C 1 h w. picture: the same decoded, 1 3 H W in -1..1.
+    as ours are, C 1 h w. picture: the same decoded, 1 3 H W in -1..1. models: the options that name them.
+    more: what the pipeline is given beside, with these references.
     """
 
     write: Callable[[Path], Any]
@@ -64,7 +69,9 @@ class Model:
     latents: Callable[[Any, Tensor], Tensor]
     picture: Callable[[Any, Tensor], Tensor]
     models: Callable[[Any], Sequence[str]] = lambda files: files.models
+    more: Callable[[Any, list[Image.Image]], dict[str, Any]] = lambda pipe, images: {}
     near: float = 0.51  # levels of 255: as near as bytes can be
+    size: tuple[int, int] = (HEIGHT, WIDTH)
 
 
 def unpacked(pipe: Any, found: Tensor) -> Tensor:
@@ -76,6 +83,11 @@ def decoded(pipe: Any, latents: Tensor) -> Tensor:
     return pipe.vae.decode(latents / SCALE + SHIFT).sample
 
 
+def noise_of_flux(pipe: Any = None, images: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(SEED)
+    return {"latents": torch.randn(1, ROWS * COLUMNS, 64, generator=generator)}
+
+
 def flux(kind: str) -> Model:
     return Model(
         partial(write_tiny_flux, kind=kind),
@@ -83,6 +95,7 @@ def flux(kind: str) -> Model:
         partial(pipelines.flux, kind=kind),
         unpacked,
         lambda pipe, found: decoded(pipe, unpack(found, ROWS, COLUMNS)[:, :, 0]),
+        more=noise_of_flux,
         near=0.6,
     )
 
@@ -92,6 +105,10 @@ def kontext_models(files: TinyFlux) -> list[str]:
     return ["--dit", str(files.dit), "--vae", str(files.ae), *texts]
 
 
+def with_reference(pipe: Any, images: list[Image.Image]) -> dict[str, Any]:
+    return {"image": images[0] if images else None, "max_area": HEIGHT * WIDTH, **noise_of_flux()}
+
+
 KONTEXT = Model(
     write_tiny_flux,
     flux_kontext_generate_image.main,
@@ -99,6 +116,7 @@ KONTEXT = Model(
     unpacked,
     lambda pipe, found: decoded(pipe, unpack(found, ROWS, COLUMNS)[:, :, 0]),
     kontext_models,
+    with_reference,
     near=0.6,
 )
 
@@ -123,6 +141,14 @@ def picture_of_flux_2(pipe: Any, found: Tensor) -> Tensor:
     return pipe.vae.decode(pipe._unpatchify_latents(own[None])).sample
 
 
+def with_references(pipe: Any, images: list[Image.Image]) -> dict[str, Any]:
+    """The pipeline of klein knows no negative prompt but ""."""
+    if isinstance(pipe, Flux2KleinPipeline) and not pipe.config.is_distilled:
+        negative, _ = pipe.encode_prompt(" ")
+        return {"image": images or None, "negative_prompt_embeds": negative}
+    return {"image": images or None}
+
+
 def flux_2(version: str) -> Model:
     return Model(
         lambda folder: write_tiny_flux_2(folder, version) if version == "dev" else write_tiny_flux_2(folder),
@@ -131,6 +157,7 @@ def flux_2(version: str) -> Model:
         latents_of_flux_2,
         picture_of_flux_2,
         lambda files: [*files.models[:-1], version],
+        with_references,
         near=0.6,
     )
 
@@ -200,9 +227,35 @@ def write_lightning(files: TinyQwenImage, path: Path) -> Path:
     return path
 
 
-def noise_of_flux() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(SEED)
-    return {"latents": torch.randn(1, ROWS * COLUMNS, 64, generator=generator)}
+def noise_of_hunyuan_image(pipe: Any, images: list[Image.Image]) -> dict[str, Any]:
+    generator, shape = torch.Generator().manual_seed(SEED), (1, 64, 2, 3)
+    return {"latents": torch.randn(shape, dtype=torch.bfloat16, generator=generator).float()}
+
+
+def hunyuan_image(main: Callable[[list[str]], object] = hunyuan_image_generate_image.main) -> Model:
+    """The released code cuts timesteps to whole numbers, diffusers does not: a shift of 3 has whole ones in 4
+    steps.
+    """
+    return Model(
+        write_tiny_hunyuan_image,
+        main,
+        partial(load_pipeline, shift=3),
+        lambda pipe, found: found[0].unsqueeze(1),
+        lambda pipe, found: pipe.vae.decode(found / pipe.vae.config.scaling_factor).sample,
+        more=noise_of_hunyuan_image,
+        near=1.01,
+        size=(64, 96),
+    )
+
+
+def apg(scale: float, general: int, ocr: int) -> tuple[object, ...]:
+    """Guidance that changes at a step, another one for pictures of letters."""
+    steps = ("--apg_start_step_general", general, "--apg_start_step_ocr", ocr)
+    return (*SHIFT_3, "--guidance_scale", scale, *steps)
+
+
+def guiders(scale: float, general: int, ocr: int) -> dict[str, Any]:
+    return {"guider": guider(scale, general), "ocr_guider": guider(scale, ocr)}
 
 
 def guided(name: str, scale: float) -> dict[str, Any]:
@@ -216,6 +269,7 @@ def steps_of_lumina(share: float) -> dict[str, Any]:
 
 
 LUMINA_WORDS = ("--system_prompt", "Draw well.", "--renorm_cfg", 0, "--cfg_trunc_ratio")
+OCR = 'a sign “open” beside "no\' way" and a cat'
 EVEN, THREE = ("--even_steps",), ("--guidance_scale", 3)
 TUNER = numpy.linspace(1, 0.001, STEPS + 1)[:-1].tolist()
 # of the distilled LoRAs for four and eight steps: one shift for all sizes, and no last level
@@ -235,11 +289,16 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
     "flux schnell": (flux("schnell"), ("--t5xxl_max_token_length", 256), {"max_sequence_length": 256}, ()),
     "chroma": (flux("chroma"), (*THREE, *AVOID), guided("guidance_scale", 3.0), ()),
     "kontext, text alone": (KONTEXT, (), {"guidance_scale": 2.5}, ()),
-    "kontext": (KONTEXT, (OWN_SIZE, "--embedded_cfg_scale", 3), {"guidance_scale": 3.0}, EDITED),
+    "kontext": (
+        KONTEXT,
+        (OWN_SIZE, "--embedded_cfg_scale", 3),
+        {"guidance_scale": 3.0, "_auto_resize": False},
+        EDITED,
+    ),
     "kontext, guided": (
         KONTEXT,
         (OWN_SIZE, *THREE, *AVOID),
-        {"guidance_scale": 2.5, **guided("true_cfg_scale", 3.0)},
+        {"guidance_scale": 2.5, "_auto_resize": False, **guided("true_cfg_scale", 3.0)},
         EDITED,
     ),
     "kontext at a trained size": (KONTEXT, (), {"guidance_scale": 2.5}, EDITED),
@@ -289,6 +348,30 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
         {"true_cfg_scale": 1.0},
         (),
     ),
+    "hunyuan_image": (
+        hunyuan_image(hunyuan_image_minimal_inference.main),
+        (*apg(3.5, 99, 99), "--negative_prompt", ""),
+        {**guiders(3.5, 99, 99), "negative_prompt": ""},
+        (),
+    ),
+    "hunyuan_image, projected": (
+        hunyuan_image(),
+        (*apg(3.5, 1, 99), *AVOID),
+        {**guiders(3.5, 1, 99), "negative_prompt": NEGATIVE},
+        (),
+    ),
+    "hunyuan_image, letters": (
+        hunyuan_image(),
+        (*apg(2.0, 99, 0), *AVOID, "--prompt", OCR),
+        {**guiders(2.0, 99, 0), "negative_prompt": NEGATIVE, "prompt": OCR},
+        (),
+    ),
+    "hunyuan_image, unguided": (
+        hunyuan_image(),
+        (*apg(1.0, 99, 99), "--prompt", OCR),
+        {**guiders(1.0, 99, 99), "prompt": OCR},
+        (),
+    ),
 }
 SLOW = {"kontext at a trained size", "flux_2 dev"}
 
@@ -304,20 +387,19 @@ def test_pictures_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
     for path, size in zip(references, sizes, strict=True):
         write_image(path, *size)
     shown = ["--control_image_path", *references] if references else []
-    usual = ["--image_size", HEIGHT, WIDTH, "--infer_steps", STEPS, "--seed", SEED, "--vae_dtype", "float32"]
+    height, width = model.size
+    usual = ["--image_size", height, width, "--infer_steps", STEPS, "--seed", SEED, "--vae_dtype", "float32"]
     output = ["--output_type", "latent_images", "--save_path", out, "--device", "cpu"]
     options = [*model.models(files), "--prompt", PROMPT, *usual, *output, *words, *shown]
 
     model.main([str(word) for word in options])
 
-    pipe = model.pipe(files)
-    found = pipe(
-        **{"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS},
-        **{"output_type": "latent", "generator": torch.Generator().manual_seed(SEED)},
-        **(noise_of_flux() if name.startswith(("flux ", "chroma", "kontext")) else {}),
-        **asked_more(name, pipe, [Image.open(path) for path in references], words),
-        **asked,
-    ).images
+    asked, pipe = dict(asked), model.pipe(files)
+    pipe.register_modules(**{part: asked.pop(part) for part in ("guider", "ocr_guider") if part in asked})
+    given = {"prompt": PROMPT, "height": height, "width": width, "num_inference_steps": STEPS}
+    given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(SEED)}
+    given |= model.more(pipe, [Image.open(path) for path in references])
+    found = pipe(**{**given, **asked}).images
     assert_equal(latents_in(out), model.latents(pipe, found), f"{name}, latents")
     pixels = model.picture(pipe, found)[0].clamp(-1, 1).permute(1, 2, 0)
     assert (picture_in(out) - (pixels + 1) * 127.5).abs().max() < model.near
@@ -327,19 +409,6 @@ def test_pictures_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
             assert file.metadata().get("bt_control_image_path") == (
                 references[0].name if references else None
             )
-
-
-def asked_more(name: str, pipe: Any, images: list[Image.Image], words: Sequence[object]) -> dict[str, Any]:
-    """What some pipelines take beside."""
-    if name.startswith("kontext"):
-        resizes = {"max_area": HEIGHT * WIDTH, "_auto_resize": OWN_SIZE not in words}
-        return {"image": images[0] if images else None, **resizes}
-    if not name.startswith("flux_2"):
-        return {}
-    if "base" not in name:
-        return {"image": images or None}
-    negative, _ = pipe.encode_prompt(" ")  # it knows no negative prompt but ""
-    return {"image": images or None, "negative_prompt_embeds": negative}
 
 
 def test_flux_s_command_of_the_guides_makes_the_same_picture(tmp_path: Path) -> None:
