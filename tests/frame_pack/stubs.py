@@ -20,7 +20,6 @@ from tests.preparing import prepare
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 2, 4  # of latents
-START = 100.0  # value of a start image's latents, plus its section
 
 
 @dataclass
@@ -39,14 +38,6 @@ class Call:
         """Of the clean frames of a kind, none where they are not there."""
         found = self.history.get(name)
         return [] if found is None else found[0].tolist()
-
-
-def frame_values(latents: Tensor) -> list[float]:
-    """The one value of each latent frame, without the rounding error of a step from noise to it."""
-    frames = latents[0].transpose(0, 1).flatten(1).round()
-    torch.testing.assert_close(latents[0].transpose(0, 1).flatten(1), frames, atol=1e-4, rtol=0)
-    assert (frames == frames[:, :1]).all()
-    return frames[:, 0].tolist()
 
 
 class RecordingDit(nn.Module):
@@ -127,7 +118,7 @@ def images(sections: int) -> dict[int, Conditions]:
     return {
         index: {
             "image_embeddings": torch.full((1, 4, 2), float(index)),
-            "start_latents": plain(START + index),
+            "start_latents": plain(100.0 + index),
         }
         for index in range(sections)
     }

@@ -93,9 +93,6 @@ def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoder
             torch.testing.assert_close(entry.tensors, other.tensors, rtol=1e-4, atol=1e-4)
 
 
-# Masks
-
-
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
 def test_a_section_says_where_in_the_clip_its_target_is(order: Order) -> None:
     """Masks of the loss are cut by it."""

@@ -9,13 +9,7 @@ import torch
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.sections import video_frames
-from tests.frame_pack.stubs import (
-    family,
-    golden_videos,
-    images,
-    make,
-    request,
-)
+from tests.frame_pack.stubs import family, golden_videos, images, make, request
 from tests.tiny.framepack_dit import tiny_state, write_dit
 
 WINDOW = 9

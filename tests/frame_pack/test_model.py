@@ -11,7 +11,6 @@ from frame_pack.files import FramePackFiles
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
 from modules.contract.data import Batch
-from modules.contract.loading import Placement
 from modules.errors import CacheError
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
@@ -95,10 +94,6 @@ def test_samples_of_a_batch_may_stand_at_different_places() -> None:
         alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
         assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
     assert not torch.allclose(model(**tiny_inputs((5, 11)))[1], together[1])
-
-
-CPU = Placement(torch.device("cpu"))
-META = Placement(torch.device("meta"))
 
 
 WINDOW, AREA = 2, (4, 6)

@@ -107,12 +107,12 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     counted = len(there.pipe.tokenizer(before).input_ids)
     escaped = before.replace("{", "{{").replace("}", "}}")
     template = {"template": f"{escaped}{{}}{behind}", "crop_start": counted}
-    for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
+    for prompt, found, plain in zip(PROMPTS, own, usual, strict=True):
         assert_text(found, there.text(prompt, template))
         # the prompt's tokens are the same
-        assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])
+        assert torch.equal(found["llama_attention_mask"], plain["llama_attention_mask"])
         # but they come after other words
-        assert not torch.allclose(found["llama_vec"], before["llama_vec"], rtol=0.1)
+        assert not torch.allclose(found["llama_vec"], plain["llama_vec"], rtol=0.1)
     assert f"system prompt: {system} ({counted} tokens before the prompt" in caplog.text
     assert "cut in the wrong place" not in caplog.text
 
@@ -123,9 +123,6 @@ def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path)
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
-
-
-# file layouts: each gives the two paths
 
 
 def frames(height: int = 37, width: int = 51, batch: int = 1) -> Tensor:

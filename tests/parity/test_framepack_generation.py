@@ -126,6 +126,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 GUIDE = ("--guidance_scale", 3, "--negative_prompt", "dull, blurry", "--guidance_rescale", 0.7)
 GUIDED = {"scale": 3.0, "negative": "dull, blurry", "rescale": 0.7}
 COARSE = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
+IGNORED = ("--end_image_path", "{2}", "--latent_paddings", "3")
 KISEKAEICHI = ("--one_frame_inference", "target_index=1,control_index=0;10,no_post,no_2x,no_4x")
 CASES: dict[str, Case] = {
     "2 sections": Case([], images=(0, 0)),
@@ -142,7 +143,8 @@ CASES: dict[str, Case] = {
         prompts=("it sits", "it walks", "it sleeps"),
     ),
     "texts and images of sections, F1": Case(
-        ["--prompt", "it sits;;;-1:it sleeps", "--image_path", "{0};;;1:{1}", "--f1"],
+        # which needs no end image and no paddings
+        ["--prompt", "it sits;;;-1:it sleeps", "--image_path", "{0};;;1:{1}", *IGNORED, "--f1"],
         images=(0, 1),
         prompts=("it sits", "it sleeps"),
         settings={"is_f1": True},

@@ -41,9 +41,7 @@ from tests.parity.stable_diffusion import (
     their_pixels,
     write_files,
 )
-from tests.parity.stable_diffusion import (
-    run_script as run_gen_img,
-)
+from tests.parity.stable_diffusion import run_script as run_gen_img
 from tests.parity.theirs import Theirs
 from tests.stable_diffusion.loaded import load, write_kohya
 from tests.tiny.project import write_image

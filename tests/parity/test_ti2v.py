@@ -9,12 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,15 +17,7 @@ from torch import Tensor
 from modules.media.writing import write_png, write_video
 from tests.golden_cases import read_case
 from tests.parity import reference
-from tests.parity.reference import (
-    Inputs,
-    ReleasedUniPC,
-    Sampling,
-    denoise,
-    draw_noise,
-    open_image,
-    to_pixels,
-)
+from tests.parity.reference import Inputs, ReleasedUniPC, Sampling, denoise, draw_noise, open_image, to_pixels
 from tests.parity.running import assert_as_exact, assert_equal, decoded, generate
 from tests.parity.theirs import Theirs, pad_text
 from tests.tiny.project import moving_square

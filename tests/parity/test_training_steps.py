@@ -14,10 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders import (
-    Flux2LoraLoaderMixin,
-    QwenImageLoraLoaderMixin,
-)
+from diffusers.loaders import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad

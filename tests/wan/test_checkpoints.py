@@ -15,7 +15,6 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import check_task, identify, load_dit, note_task, read_dit_header
 from wan.configs import TASKS
 
-CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
 FULL_SIZE = [name for name in manifest_names("wan2.") if "vae" not in name]
 RUNNABLE = [name for name in FULL_SIZE if "camera" not in name]
