@@ -10,6 +10,7 @@ from torch import Tensor
 from frame_pack.files import load_dit
 from frame_pack.model import FramePackModel
 from tests.golden_cases import load_model, read_case
+from tests.parity import framepack
 from tests.tiny.framepack_dit import CONFIG, tiny_state
 
 TEXT_ROWS = 12
@@ -80,28 +81,8 @@ def tiny_inputs(
 
 
 def in_diffusers() -> HunyuanVideoFramepackTransformer3DModel:
-    """The same network there.
-
-    Its refiner's feed-forward is four times the width, whatever that of the blocks is.
-    """
-    theirs = HunyuanVideoFramepackTransformer3DModel(
-        in_channels=CONFIG.in_dim,
-        out_channels=CONFIG.out_dim,
-        num_attention_heads=CONFIG.num_heads,
-        attention_head_dim=CONFIG.dim // CONFIG.num_heads,
-        num_layers=CONFIG.double_blocks,
-        num_single_layers=CONFIG.single_blocks,
-        num_refiner_layers=CONFIG.refiner_blocks,
-        mlp_ratio=CONFIG.ffn_dim / CONFIG.dim,
-        text_embed_dim=CONFIG.text_dim,
-        pooled_projection_dim=CONFIG.pooled_dim,
-        rope_axes_dim=(8, 28, 28),
-        has_image_proj=True,
-        image_proj_dim=CONFIG.image_dim,
-        has_clean_x_embedder=True,
-    )
-    theirs.load_state_dict(tiny_state())
-    return theirs.eval()
+    """The same network there."""
+    return framepack.in_diffusers(tiny_state())
 
 
 def run_there(theirs: HunyuanVideoFramepackTransformer3DModel, inputs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Stand-ins for FramePack's networks: what they are given is written down."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
-from frame_pack.one_frame import OneFrame
 from frame_pack.requests import FramePackRequest
 from generation.denoise import make_latents
 from modules.contract.data import Conditions
@@ -21,7 +20,6 @@ from tests.preparing import prepare
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 2, 4  # of latents
-START = 100.0  # value of a start image's latents, plus its section
 
 
 @dataclass
@@ -40,18 +38,6 @@ class Call:
         """Of the clean frames of a kind, none where they are not there."""
         found = self.history.get(name)
         return [] if found is None else found[0].tolist()
-
-    def values(self, name: str) -> list[float]:
-        """The one value of each latent frame of a kind."""
-        return frame_values(self.history[name])
-
-
-def frame_values(latents: Tensor) -> list[float]:
-    """The one value of each latent frame, without the rounding error of a step from noise to it."""
-    frames = latents[0].transpose(0, 1).flatten(1).round()
-    torch.testing.assert_close(latents[0].transpose(0, 1).flatten(1), frames, atol=1e-4, rtol=0)
-    assert (frames == frames[:, :1]).all()
-    return frames[:, 0].tolist()
 
 
 class RecordingDit(nn.Module):
@@ -105,17 +91,11 @@ def family(**settings: Any) -> FramePack:
     return FramePack(FramePackFiles(), **settings)
 
 
-def request(frames: int, seed: int = 7, one_frame: OneFrame | None = None, **settings: Any) -> Prepared:
+def request(frames: int, **settings: Any) -> Prepared:
     """A prepared request of the stubs' size, made in one step of Euler's."""
-    usual: dict[str, Any] = {
-        "guidance_scale": 1.0,
-        "embedded_guidance": 10.0,
-        "flow_shift": 3.0,
-        "solver": "euler",
-        "steps": 1,
-    }
-    asked = Request("a cat", seed, 8 * WIDTH, 8 * HEIGHT, frames, **{**usual, **settings})
-    return replace(prepare(asked), own=FramePackRequest((Path("start.png"),), one_frame))
+    usual = {"guidance_scale": 1.0, "embedded_guidance": 10.0, "flow_shift": 3.0, "steps": 1}
+    asked = Request("a cat", 7, 8 * WIDTH, 8 * HEIGHT, frames, solver="euler", **{**usual, **settings})
+    return replace(prepare(asked), own=FramePackRequest((Path("start.png"),), None))
 
 
 def texts(value: float) -> EncodedPrompts:
@@ -133,37 +113,23 @@ def plain(value: float, frames: int = 1) -> Tensor:
     return torch.full((1, 16, frames, HEIGHT, WIDTH), value)
 
 
-def images(sections: int, end: float | None = None) -> dict[int, Conditions]:
+def images(sections: int) -> dict[int, Conditions]:
     """What every section is given, each its own image."""
-    found: dict[int, Conditions] = {
+    return {
         index: {
             "image_embeddings": torch.full((1, 4, 2), float(index)),
-            "start_latents": plain(START + index),
+            "start_latents": plain(100.0 + index),
         }
         for index in range(sections)
     }
-    return found if end is None else {**found, 0: {**found[0], "end_latents": plain(end)}}
 
 
-@dataclass
-class Made:
-    """A video of the stubs."""
-
-    latents: Tensor
-    calls: list[Call] = field(default_factory=list)
-
-
-def make(
-    model: FramePack,
-    asked: Prepared,
-    inputs: dict[int, Conditions],
-    prompts: dict[int, EncodedPrompts] | None = None,
-) -> Made:
-    """Denoise with a recording transformer."""
+def make(model: FramePack, asked: Prepared, inputs: dict[int, Conditions]) -> tuple[Tensor, list[Call]]:
+    """Denoise with a recording transformer: the latents, and its calls."""
     dit = RecordingDit()
-    given = prompts or {index: texts(float(index)) for index in inputs}
-    latents = make_latents(model, lambda _: dit, asked, given, inputs, CPU)
-    return Made(latents, dit.calls)
+    prompts = {index: texts(float(index)) for index in inputs}
+    latents = make_latents(model, lambda _: dit, asked, prompts, inputs, CPU)
+    return latents, dit.calls
 
 
 def golden_videos() -> list[dict[str, Any]]:

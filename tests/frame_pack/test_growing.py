@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from frame_pack.family import FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
-from frame_pack.sections import section_frames, video_frames
+from frame_pack.sections import video_frames
 from generation.denoise import make_latents
 from generation.progress import fade_in_clip
 from hunyuan_model.spec import LATENT as VAE_LATENT
@@ -47,6 +47,7 @@ def made(model: FramePack) -> tuple[list[Piece], Tensor]:
 
     def note(section: Section) -> None:
         pieces.extend([] if section.made is None else [section.made])
+        assert section.label == f"section {len(pieces) + 1} of {SECTIONS}"
 
     asked = request(video_frames(SECTIONS, model.window))
     prompts = {index: texts(float(index)) for index in range(SECTIONS)}
@@ -107,27 +108,6 @@ def test_sections_decode_to_as_many_frames_as_all_at_once(count: int, window: in
     assert len(blended) == len(bulk) == 4 * window * count + 1
     assert whole == [window * count + 1]
     assert parts == ([window + 1] if count == 1 else [2 * window + 1, *[2 * window] * (count - 2), window])
-
-
-class NumberingVae(RepeatingVae):
-    """Clips are a half, one, one and a half ...
-
-    all over, in the order of decoding: colours from 1 on do not exist.
-    """
-
-    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
-        for chunk in super().decode_unclamped(latents):
-            yield torch.full_like(chunk, 0.5 * len(self.lengths))
-
-
-def test_seams_go_over_linearly_from_the_earlier_clip_to_the_later() -> None:
-    """Colours out of range are cut off after the transition, as released."""
-    chunks = family().decode(MediaEncoders(NumberingVae()), rising(28))
-    blended = torch.cat(list(chunks), dim=2)[0, 0, :, 0, 0]
-    overlap, weights = section_frames(9), torch.linspace(1, 0, section_frames(9))
-    seams = [weights * 0.5 * number + (1 - weights) * 0.5 * (number + 1) for number in (1, 2)]
-    expected = torch.cat([torch.full((73 - overlap,), 0.5), seams[0], torch.ones(69 - 2 * overlap), seams[1]])
-    torch.testing.assert_close(blended, expected.clamp(max=1))
 
 
 def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Images of a request as what its sections are given."""
 
 import argparse
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -106,58 +105,7 @@ def test_each_file_is_encoded_once_and_sections_share_it(tmp_path: Path) -> None
     assert all("end_latents" not in inputs[index] for index in (1, 2, 3))
 
 
-def test_the_latents_of_a_file_depend_on_the_seed_and_nothing_else(tmp_path: Path) -> None:
-    first, second = grey(tmp_path / "a.png", 10), grey(tmp_path / "b.png", 200)
-    alone = video_inputs(encoders(), request(second))
-    after = video_inputs(encoders(), request(first, second))
-    other = video_inputs(encoders(), request(second, seed=4))
-    assert torch.equal(alone[0]["start_latents"], after[1]["start_latents"])  # type: ignore[arg-type]
-    assert not torch.equal(alone[0]["start_latents"], other[0]["start_latents"])  # type: ignore[arg-type]
-
-
-def test_images_cover_the_size_and_are_cropped(tmp_path: Path) -> None:
-    wide = numpy.zeros((HEIGHT, 2 * WIDTH, 3), dtype=numpy.uint8)
-    wide[:, WIDTH // 2 : -WIDTH // 2] = 255
-    write_png(tmp_path / "wide.png", wide)
-    inputs = video_inputs(encoders(), request(tmp_path / "wide.png"))
-    assert float(inputs[0]["image_embeddings"].mean()) == 1.0
-
-
 # one picture
-
-
-def test_controls_stand_one_after_the_other(tmp_path: Path) -> None:
-    start, first, second = (grey(tmp_path / f"{value}.png", value) for value in (50, 100, 200))
-    given = encoders()
-
-    inputs = one_frame_inputs(given, request(start, controls=(first, second, first)))
-
-    assert inputs.keys() == {0}
-    controls = inputs[0]["control_latents"]
-    assert isinstance(controls, Tensor)
-    assert controls.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
-    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx(
-        [expected(100), expected(200), expected(100)], abs=1e-5
-    )
-    assert given.vae.count == 2  # the start image is seen by the image encoder alone
-    assert float(inputs[0]["image_embeddings"].mean()) == pytest.approx(50 / 127.5 - 1, abs=1e-5)
-
-
-@pytest.mark.parametrize(("mask", "left"), [(0, 0.0), (255, 1.0), (51, 0.2)])
-def test_a_mask_multiplies_its_control(tmp_path: Path, mask: int, left: float) -> None:
-    """Black removes it."""
-    start, control = grey(tmp_path / "start.png", 50), grey(tmp_path / "control.png", 200)
-    grey(tmp_path / "mask.png", mask, 480, 320)
-
-    inputs = one_frame_inputs(
-        encoders(), request(start, controls=(control, control), masks=(tmp_path / "mask.png",))
-    )
-
-    controls = inputs[0]["control_latents"]
-    assert isinstance(controls, Tensor)
-    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx(
-        [left * expected(200), expected(200)], abs=1e-5
-    )
 
 
 def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
@@ -204,10 +152,6 @@ def own(prepared: Prepared) -> FramePackRequest:
     return prepared.own
 
 
-def texts(prepared: Prepared) -> list[str]:
-    return [prepared.prompts[section].positive.text for section in range(len(prepared.prompts))]
-
-
 @pytest.mark.parametrize(
     "video", RECORDED["sections"], ids=lambda video: f"{video['total_sections']} sections"
 )
@@ -246,16 +190,15 @@ def test_nothing_said_makes_five_seconds_with_the_released_numbers(picture: Path
     assert (request.guidance_scale, request.solver) == ((1.0,), "unipc-bh1")
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpm++", "dpm++sde", "lcm"])
-def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> None:
-    request = settle(picture, solver=solver)
+def test_another_solver_follows_the_same_levels(picture: Path) -> None:
+    request = settle(picture, solver="euler")
     released = settle(picture, solver="unipc")
-    assert (request.solver, released.solver) == (solver, "unipc-bh1")
+    assert (request.solver, released.solver) == ("euler", "unipc-bh1")
     assert request.flow_shift == released.flow_shift
 
 
-@pytest.mark.parametrize("image", [(30, 90), (480, 270), (77, 78), (10, 400), (48, 32)], ids=str)
-@pytest.mark.parametrize("area", [(64, 64), (640, 640), (832, 480)], ids=str)
+@pytest.mark.parametrize("image", [(30, 90), (480, 270), (10, 400)], ids=str)
+@pytest.mark.parametrize("area", [(64, 64), (832, 480)], ids=str)
 def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
     picture: Path, image: tuple[int, int], area: tuple[int, int]
 ) -> None:
@@ -280,14 +223,6 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     prepared = settle(picture, width=64, height=64, takes_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
-
-
-def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        request = settle(picture, {"video_sections": "4"}, prompt="0:sits;;;1-2:walks;;;-1:sleeps")
-    assert caplog.text == ""
-    assert texts(request) == ["sits", "walks", "walks", "sleeps"]
-    assert own(request).images == (picture,) * 4
 
 
 def training_family(folder: Path, *more: str) -> FramePack:

@@ -2,8 +2,6 @@
 sections.
 """
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,25 +19,20 @@ from frame_pack.sections import (
     blend_overlaps,
     count_sections,
     count_tokens,
-    decoding_slices,
     entry_for,
     flow_shift_for,
     parse_paddings,
-    pixel_frames,
-    section_frames,
     sections_in,
 )
-from hunyuan_model.options import AS_TRAINED
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.data import Conditions
-from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import parse_options
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
-from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+from tests.tiny.framepack_dit import CONFIG
 
 DESCRIPTION, TENSORS = read_case("framepack_schedule")
 
@@ -52,11 +45,8 @@ def test_given_paddings_replace_the_first(sections: int, given: str, paddings: l
     assert [section.padding for section in ANTI_DRIFTING.plan(sections, 9, parse_paddings(given))] == paddings
 
 
-@pytest.mark.parametrize(
-    ("seconds", "sections"), [(5.0, 4), (1.0, 1), (0.01, 1), (10.0, 8), (60.0, 50), (3.0, 2)]
-)
-def test_seconds_become_the_nearest_number_of_sections(seconds: float, sections: int) -> None:
-    assert count_sections(seconds, 9) == sections
+def test_the_shortest_video_has_one_section() -> None:
+    assert count_sections(0.01, 9) == 1
 
 
 def test_a_training_video_shorter_than_a_section_has_none() -> None:
@@ -84,11 +74,8 @@ def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str])
     ("size", "shift"),
     [
         ((9, 60, 104), 7.0),
-        ((9, 80, 80), 7.0),
         ((9, 20_000, 20_000), 7.0),  # whose exponential no number holds
-        ((9, 32, 32), 2.33186),
         ((1, 64, 96), 2.0476),
-        ((1, 80, 80), 2.0699),
     ],
 )
 def test_flow_shift_follows_the_number_of_tokens(size: tuple[int, int, int], shift: float) -> None:
@@ -109,23 +96,6 @@ def test_noise_levels_are_those_recorded(case: dict[str, Any]) -> None:
 
 
 # Decoding
-
-
-def test_clips_are_joined_as_the_released_code_does_from_the_end() -> None:
-    overlap, generator = section_frames(2), torch.Generator().manual_seed(0)
-    clips = [
-        torch.randn(1, 3, pixel_frames(part.stop - part.start), 2, 2, generator=generator)
-        for part in decoding_slices(4, 2)
-    ]
-    weights = torch.linspace(1, 0, overlap).view(1, 1, -1, 1, 1)
-    whole = clips[-1]
-    for clip in reversed(clips[:-1]):
-        middle = weights * clip[:, :, -overlap:] + (1 - weights) * whole[:, :, :overlap]
-        whole = torch.cat([clip[:, :, :-overlap], middle, whole[:, :, overlap:]], dim=2)
-
-    joined = torch.cat(list(blend_overlaps(clips, overlap)), dim=2)
-
-    assert torch.equal(joined, whole)  # each frame is the same sum
 
 
 def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
@@ -149,19 +119,15 @@ def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
         ("a cat", {0: "a cat"}),
         ("1:a cat: it walks", {0: "1:a cat: it walks"}),  # without ;;; a colon is plain text
         ("0:a;;;1:b;;;-1:c", {0: "a", 1: "b", -1: "c"}),
-        ("a;;;2:b", {0: "a", 2: "b"}),
         ("0-2:a;;;3:b", {0: "a", 1: "a", 2: "a", 3: "b"}),
         ("0:a;;;1-2:b;;;2:c", {0: "a", 1: "b", 2: "c"}),  # the later counts
         (" 0 : a ;;; 1 : b ", {0: "a", 1: "b"}),
-        ("0:a: b;;;1:c:d", {0: "a: b", 1: "c:d"}),
         ("3:c;;;2:b", {0: "b", 2: "b", 3: "c"}),  # no entry 0: the first from the start
         ("-1:c;;;-2:b", {0: "b", -1: "c", -2: "b"}),  # the furthest from the end
         ("a cat: it walks;;;1:b", {0: "a cat: it walks", 1: "b"}),
         (r"C:\a.png;;;-1:D:\b.png", {0: r"C:\a.png", -1: r"D:\b.png"}),
-        (r"0:C:\a.png;;;1:D:\b.png", {0: r"C:\a.png", 1: r"D:\b.png"}),
         ("--1:a;;;1:b", {0: "--1:a", 1: "b"}),
         ("0:a;;; ;;;", {0: "a"}),
-        (";;;", {0: ""}),
         ("-1-1:a;;;0:b", {-1: "a", 0: "b", 1: "a"}),
     ],
 )
@@ -215,26 +181,6 @@ def test_positions_are_scaled_from_the_threshold_on() -> None:
         options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7")
     )
     assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
-
-
-def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state())
-    family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))
-    expected = tiny_model()
-    plain = expected(**INPUTS)
-    refiner = expected.context_embedder
-    for block in refiner.token_refiner.refiner_blocks:
-        block.register_forward_hook(lambda _, given, out: 1.3 * out)
-    refiner.time_text_embed.text_embedder.register_forward_hook(lambda _, given, out: 0.7 * out)
-
-    found = family.load_dit(Placement(torch.device("cpu")))(**INPUTS)
-
-    assert torch.equal(found, expected(**INPUTS))
-    assert not torch.equal(found, plain)
-    unchanged = replace(family, files=replace(family.files, reading=AS_TRAINED)).load_dit(
-        Placement(torch.device("cpu"))
-    )
-    assert torch.equal(unchanged(**INPUTS), plain)
 
 
 SIZES = {"double_blocks": 2, "single_blocks": 3}

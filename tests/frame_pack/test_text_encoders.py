@@ -7,31 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import (
-    CLIPTokenizer,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from torch import Tensor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from encoders.text_encoder import FileTextEncoder
-from frame_pack.family import family_for_generation
-from frame_pack.files import TEXT_ROWS, FramePackClip, FramePackLlama
+from frame_pack.files import FramePackClip, FramePackLlama
 from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
-from frame_pack.options import FramePackGenerationOptions
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate, template_of
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate
 from modules.checkpoints.model_files import read_once
 from modules.contract.requests import Prompt
 from modules.media.pixels import to_pixels
-from modules.parser import parse_options
 from tests.golden_cases import read_case
 from tests.manifests import fit, tensor_list, write_hollow
-from tests.parity.hunyuan import load_clip
-from tests.tiny.framepack import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
-from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, save, write_text_encoders
+from tests.parity.framepack import load_siglip as their_siglip
+from tests.parity.framepack_generation import Given, Theirs
+from tests.tiny.framepack import SIGLIP_DIM, siglip_layouts, siglip_tensors, write_siglip
+from tests.tiny.hunyuan_encoders import save, write_text_encoders
 
 CPU = torch.device("cpu")
 LONG = "the rabbit runs through tall grass " * 60
@@ -62,40 +53,6 @@ def template_there(system: str | None = None) -> tuple[str, str]:
     return before, behind
 
 
-class TextsThere:
-    """What the released FramePack makes of a text, with PyPI's transformers and the files that are given to
-    our scripts, on the CPU.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder")
-        self.llama: nn.Module = LlamaForCausalLM.from_pretrained(
-            folder / "text_encoder", dtype=dtype
-        ).model.eval()
-        self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "text_encoder_2")
-        self.clip = load_clip(folder / "text_encoder_2").to(dtype)
-
-    @torch.no_grad()
-    def llama_vec(self, prompt: str, system: str | None = None) -> Tensor:
-        """n C: the third-last hidden states of the prompt's own tokens and what ends it, at most 256."""
-        before, behind = template_there(system)
-        start = len(self.tokenizer(before).input_ids)
-        filled = {"padding": "max_length", "max_length": KEPT_TOKENS + start, "truncation": True}
-        tokens = self.tokenizer([before + prompt + behind], **filled, return_tensors="pt")
-        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        states = self.llama(**inputs, output_hidden_states=True).hidden_states[-3]
-        return states[0, start : int(tokens.attention_mask.sum())]
-
-    @torch.no_grad()
-    def clip_l_pooler(self, prompt: str) -> Tensor:
-        """C: the state of the first end token."""
-        filled = {"padding": "max_length", "max_length": 77, "truncation": True}
-        return self.clip(
-            self.clip_tokenizer([prompt], **filled, return_tensors="pt").input_ids
-        ).pooler_output[0]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("release")
@@ -104,14 +61,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def there(folder: Path) -> TextsThere:
-    return TextsThere(folder)
+def there(folder: Path) -> Theirs:
+    return Theirs(folder)
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
-def rounded(request: pytest.FixtureRequest, folder: Path) -> TextsThere:
+def rounded(request: pytest.FixtureRequest, folder: Path) -> Theirs:
     """In each dtype that one can choose."""
-    return TextsThere(folder, request.param)
+    return Theirs(folder, text_dtype=request.param)
 
 
 def encoded(encoder: FileTextEncoder, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -119,49 +76,43 @@ def encoded(encoder: FileTextEncoder, prompts: Sequence[str]) -> list[dict[str, 
     return [dict(found) for found in encoder.encode([Prompt(text) for text in prompts])]  # type: ignore[arg-type]
 
 
-def assert_text(found: dict[str, Tensor], states: Tensor) -> None:
-    """The states first, zeros behind them, and the mask says where they end.
-
-    Equal to the last bit: these are the same operations in the same order, over as many tokens.
-    """
-    rows, mask = found["llama_vec"], found["llama_attention_mask"]
-    assert rows.shape == (TEXT_ROWS, LLM_DIM)
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask, torch.arange(512) < len(states))
-    torch.testing.assert_close(rows[: len(states)], states, rtol=0, atol=0)
-    assert not rows[len(states) :].any()
+def assert_text(found: dict[str, Tensor], expected: Given) -> None:
+    """Equal to the last bit: these are the same operations in the same order, over as many tokens."""
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name][0], rtol=0, atol=0)
 
 
-def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: TextsThere) -> None:
-    counts = set()
-    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, rounded.dtype), PROMPTS), strict=True):
-        assert_text(found, rounded.llama_vec(prompt))
-        counts.add(int(found["llama_attention_mask"].sum()))
+def test_texts_are_those_of_transformers_without_the_template(folder: Path, rounded: Theirs) -> None:
+    """The states of the prompt's own tokens, zeros behind them; CLIP's pooled state."""
+    prompts, counts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"], set()
+    encoders = FramePackLlama(folder, rounded.text_dtype), FramePackClip(folder, rounded.text_dtype)
+
+    llama, clip = (encoded(encoder, prompts) for encoder in encoders)
+
+    for prompt, states, pooled in zip(prompts, llama, clip, strict=True):
+        assert_text(states | pooled, rounded.text(prompt))
+        counts.add(int(states["llama_attention_mask"].sum()))
     assert min(counts) == 1  # the end of the empty prompt
     assert max(counts) == KEPT_TOKENS  # of the one that is too long
 
 
-def test_clips_vector_is_its_pooled_state(folder: Path, rounded: TextsThere) -> None:
-    prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
-    for prompt, found in zip(prompts, encoded(FramePackClip(folder, rounded.dtype), prompts), strict=True):
-        assert found["clip_l_pooler"].shape == (CLIP_DIM,)
-        torch.testing.assert_close(found["clip_l_pooler"], rounded.clip_l_pooler(prompt), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("system", SYSTEMS, ids=range(len(SYSTEMS)))
 def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
-    folder: Path, there: TextsThere, system: str, caplog: pytest.LogCaptureFixture
+    folder: Path, there: Theirs, system: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
     own = encoded(FramePackLlama(folder, torch.float32, template=PromptTemplate(system)), PROMPTS)
-    for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
-        assert_text(found, there.llama_vec(prompt, system))
+    before, behind = template_there(system)
+    counted = len(there.pipe.tokenizer(before).input_ids)
+    escaped = before.replace("{", "{{").replace("}", "}}")
+    template = {"template": f"{escaped}{{}}{behind}", "crop_start": counted}
+    for prompt, found, plain in zip(PROMPTS, own, usual, strict=True):
+        assert_text(found, there.text(prompt, template))
         # the prompt's tokens are the same
-        assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])
+        assert torch.equal(found["llama_attention_mask"], plain["llama_attention_mask"])
         # but they come after other words
-        assert not torch.allclose(found["llama_vec"], before["llama_vec"], rtol=0.1)
-    counted = len(there.tokenizer(template_there(system)[0]).input_ids)
+        assert not torch.allclose(found["llama_vec"], plain["llama_vec"], rtol=0.1)
     assert f"system prompt: {system} ({counted} tokens before the prompt" in caplog.text
     assert "cut in the wrong place" not in caplog.text
 
@@ -172,21 +123,6 @@ def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path)
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
-
-
-@pytest.mark.parametrize("told", [None, "Describe.", ""])
-def test_the_option_of_the_generation_script_reaches_the_language_model(
-    folder: Path, told: str | None
-) -> None:
-    words = ["--text_encoder1", str(folder), "--text_encoder2", str(folder)]
-    words += [] if told is None else ["--custom_system_prompt", told]
-    (options,) = parse_options("", words, FramePackGenerationOptions)
-    llama, clip = family_for_generation(options).text_encoders()
-    assert llama.identity == FramePackLlama(folder, template=template_of(told)).identity
-    assert clip.identity == FramePackClip(folder).identity
-
-
-# file layouts: each gives the two paths
 
 
 def frames(height: int = 37, width: int = 51, batch: int = 1) -> Tensor:
@@ -230,24 +166,7 @@ def test_images_are_prepared_as_by_the_released_processor(tmp_path: Path, height
 
 
 def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
-    config, tensors = siglip_config(), siglip_tensors()
-    theirs = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-        )
-    ).eval()
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
-    missing, unexpected = theirs.load_state_dict(
-        {prefix + name: tensor for name, tensor in tensors.items()}, strict=False
-    )
-    assert not unexpected
-    assert all(".head." in f".{name}" for name in missing)
-    siglip = tower(tmp_path)
+    siglip, theirs = tower(tmp_path), their_siglip(write_siglip(tmp_path / "theirs.safetensors"))
     pixels = pixels_of(frames(batch=2))
 
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.model import HunyuanVideoModel
 from tests.golden_cases import load_model, read_case
-from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
+from tests.tiny.hunyuan_dit import CONFIGS, tiny_state
 
 TEXT_ROWS = 12
 
@@ -53,29 +53,10 @@ def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 11), frames: int = 3) 
 
 
 def in_diffusers(kind: str) -> nn.Module:
-    """The same network there.
+    """The same network there."""
+    from tests.parity import hunyuan  # checks on a GPU need no diffusers
 
-    Its refiner's feed-forward is four times the width, whatever that of the blocks is.
-    """
-    from diffusers import HunyuanVideoTransformer3DModel  # checks on a GPU need no diffusers
-
-    config = CONFIGS[kind]
-    theirs: nn.Module = HunyuanVideoTransformer3DModel(
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.dim // config.num_heads,
-        num_layers=config.double_blocks,
-        num_single_layers=config.single_blocks,
-        num_refiner_layers=config.refiner_blocks,
-        mlp_ratio=config.ffn_dim / config.dim,
-        guidance_embeds=config.has_guidance,
-        text_embed_dim=config.text_dim,
-        pooled_projection_dim=config.pooled_dim,
-        rope_axes_dim=(8, 28, 28),
-    )
-    theirs.load_state_dict(diffusers_state(tiny_state(kind)))
-    return theirs.eval()
+    return hunyuan.in_diffusers(tiny_state(kind))
 
 
 @torch.no_grad()

@@ -155,17 +155,6 @@ def text() -> dict[str, Tensor | list[Tensor]]:
     }
 
 
-def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: FamilyOf) -> None:
-    def noise(frames: int) -> Tensor:
-        request = replace(REQUEST, frames=frames)
-        return next(
-            family_of().sections(prepare(request), {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU))
-        ).noise
-
-    assert noise(9).shape == (1, 16, 3, 4, 6)
-    assert torch.equal(noise(9), noise(17)[:, :, :3])
-
-
 def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_training_does_not(
     family_of: FamilyOf,
 ) -> None:
@@ -178,11 +167,6 @@ def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_train
 
     family.predict(dit, noisy, timesteps, family.batch_conditions(noisy, batch()))
     assert (float(dit.given[1]), float(dit.given[5])) == (float(timesteps), 1.0)  # type: ignore[arg-type]
-
-
-def test_training_feeds_the_guidance_it_is_told(family_of: FamilyOf) -> None:
-    conditions = family_of(trained_guidance=3.5).batch_conditions(torch.zeros(2, 16, 1, 4, 4), batch())
-    assert torch.equal(conditions["guidance"], torch.tensor([3.5, 3.5]))  # type: ignore[arg-type]
 
 
 def test_a_float32_transformer_has_everything_in_float32(family_of: FamilyOf) -> None:
@@ -210,19 +194,6 @@ def test_what_it_will_compute_in_is_known_before_it_is_loaded(
 
 
 # SkyReels image-to-video
-
-
-def test_the_cached_first_frame_stands_behind_the_noise_and_zeros_after_it(family_of: FamilyOf) -> None:
-    family, dit = family_of("i2v"), Seen()
-    first, noisy = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 16, 3, 4, 4)
-
-    conditions = family.batch_conditions(torch.randn(1, 16, 3, 4, 4), batch(latents_image=first))
-    family.predict(dit, noisy, torch.tensor([500.0]), conditions)
-
-    given = dit.given[0]
-    assert torch.equal(given[:, :16], noisy)
-    assert torch.allclose(given[:, 16:, :1], first * 0.476986)
-    assert not given[:, 16:, 1:].any()
 
 
 def test_without_it_the_first_frame_of_the_latents_does_with_one_notice(

@@ -1,11 +1,9 @@
 """Full fine-tuning of a tiny HunyuanVideo from the command line."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -33,14 +31,6 @@ FUSED = (
     *("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0"),
     "--gradient_checkpointing",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its precision for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def cached(folder: Path, kind: str, *more: str) -> Path:
@@ -77,21 +67,6 @@ def train(
         SCRIPT, *(dit or dit_of(project)), *SHORT, "--output_dir", output, *arguments, folder=project
     )
     return load_file(output / "x.safetensors")
-
-
-@pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
-def test_files_of_other_layouts_become_one_in_the_released_layout(
-    project: Path, tmp_path: Path, dialect: str
-) -> None:
-    expected = train(project, tmp_path / "released", *FUSED)
-    state = load_file(project / "model" / "dit.safetensors")
-
-    found = train(
-        project, tmp_path / dialect, *FUSED, dit=["--dit", str(write_dit(tmp_path / "model", state, dialect))]
-    )
-
-    assert found.keys() == expected.keys() == state.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_bf16_weights_learn_and_what_computes_in_float32_stays_float32(project: Path, tmp_path: Path) -> None:
@@ -154,16 +129,12 @@ def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) 
     ("arguments", "words"),
     [
         (["--dit_dtype", "bfloat16"], ["--dit_dtype", "--full_bf16"]),
-        (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
-        (["--full_fp16"], ["--full_fp16", "not supported yet"]),
-        (["--blocks_to_swap", "2"], ["--blocks_to_swap 2", "Add --fused_backward_pass"]),
         (["--img_in_txt_in_offloading"], ["--img_in_txt_in_offloading", "these layers are trained"]),
         (
             ["--fused_backward_pass", "--gradient_accumulation_steps", "2"],
             ["--gradient_accumulation_steps 2"],
         ),
         (["--fused_backward_pass", "--optimizer_type", "LBFGS"], ["--optimizer_type LBFGS"]),
-        (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),
         (["--dit_in_channels", "32"], ["--dit_in_channels 32"]),
     ],
 )

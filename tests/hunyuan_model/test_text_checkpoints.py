@@ -17,8 +17,6 @@ from hunyuan_model.text_encoders import CLIP
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, scale_of
-from tests.fp8_reference import quantised_layers
 from tests.manifests import TensorList, fit, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (
     CLIP_VOCABULARY,
@@ -32,7 +30,6 @@ from tests.tiny.hunyuan_encoders import (
     llama_layouts,
     llama_tensors,
     save,
-    scaled_fp8,
 )
 
 CPU = torch.device("cpu")
@@ -127,30 +124,6 @@ def test_every_clip_layout_gives_the_same_weights(tmp_path: Path, layout: str, s
     assert_equal(load_clip(path), tensors)
 
 
-def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
-    stored, meant = scaled_fp8(llama_tensors())
-    path = save(tmp_path / "fp8.safetensors", stored)
-    llama = load_language_model(path, LLAMA, CPU, torch.float16, in_fp8=True)
-    layers = quantised_layers(llama)
-    assert "layers.1.self_attn.q_proj" in layers
-    for name, layer in layers.items():
-        torch.testing.assert_close(
-            dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0
-        )
-
-
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_fp8_weights_are_multiplied_out(tmp_path: Path, prefix: str) -> None:
-    stored, meant = scaled_fp8(llama_tensors())
-    named = {name if name == "scaled_fp8" else prefix + name: tensor for name, tensor in stored.items()}
-    path = save(tmp_path / "fp8.safetensors", named)
-    assert_equal(load_whole_llama(path), meant)
-    loaded = load_language_model(path, LLAMA, CPU, torch.float16, (-3,)).state_dict()
-    weight = "layers.1.self_attn.q_proj.weight"
-    assert torch.equal(loaded[weight], meant[weight].half())
-    assert "layers.2.self_attn.q_proj.weight" not in loaded
-
-
 # Dimensions
 
 
@@ -237,9 +210,7 @@ def test_clips_configuration_counts_too(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("not json", "cannot be read as the configuration"),
-        ("[1]", "cannot be read as the configuration"),
         ({"hidden_size": 128, "num_attention_heads": 7}, "says 7 heads"),
-        ({"hidden_size": 128, "num_attention_heads": 0}, "says 0 heads"),
         ({"hidden_size": 128, "num_attention_heads": "many"}, "says many heads"),
         (
             {"hidden_size": 128, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},

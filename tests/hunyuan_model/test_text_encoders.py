@@ -8,30 +8,25 @@ import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPTokenizer
 
-from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder
+from hunyuan_model.text_encoders import (
+    IMAGE_TEMPLATE,
+    VIDEO_TEMPLATE,
+    HunyuanClip,
+    LlavaTextEncoder,
+    PromptTemplate,
+)
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import read_case
+from tests.parity.hunyuan import text_pipeline
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,
     LLAMA_LAYERS,
     LLM_DIM,
-    clip_text_config,
-    clip_text_tensors,
-    llama_config,
-    llama_tensors,
     write_clip_tokenizer,
-    write_comfy_text_encoders,
     write_text_encoders,
 )
 
@@ -56,43 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> HunyuanVideoPipeline:
     """The published pipeline around the same weights and tokenizers."""
-    ours, clip_ours = llama_config(), clip_text_config()
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=ours.vocabulary,
-            hidden_size=ours.dim,
-            intermediate_size=ours.ffn_dim,
-            num_hidden_layers=ours.num_layers,
-            num_attention_heads=ours.num_heads,
-            num_key_value_heads=ours.num_kv_heads,
-            head_dim=ours.head_width,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        )
-    ).eval()
-    llama.load_state_dict(llama_tensors())
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=clip_ours.vocabulary,
-            hidden_size=clip_ours.dim,
-            intermediate_size=clip_ours.ffn_dim,
-            num_hidden_layers=clip_ours.num_layers,
-            num_attention_heads=clip_ours.num_heads,
-            eos_token_id=2,  # as in the released configuration: the highest number is the end token
-        )
-    ).eval()
-    own = clip.state_dict()
-    tensors = clip_text_tensors()
-    clip.load_state_dict({name: tensors[name.removeprefix("text_model.")] for name in own})
-    return HunyuanVideoPipeline(
-        text_encoder=llama,
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
-        transformer=None,
-        vae=None,
-        scheduler=None,
-        text_encoder_2=clip,
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
-    )
+    return text_pipeline(folder)
 
 
 def encoded(encoder: TextEncoder, prompts: Sequence[str | Prompt]) -> dict[str, Tensor]:
@@ -116,15 +75,20 @@ def test_templates_and_lengths_are_the_recorded_ones() -> None:
     assert lengths["video_max_length"] == lengths["kept_tokens"] + VIDEO_TEMPLATE.crop_start
 
 
-@pytest.mark.parametrize("skip", range(LLAMA_LAYERS + 1))
+VIDEO, IMAGE = VIDEO_TEMPLATE, IMAGE_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "skip"), [*((VIDEO, skip) for skip in range(LLAMA_LAYERS + 1)), (IMAGE, 2)]
+)
 def test_the_language_models_states_are_those_of_the_pipeline(
-    folder: Path, pipeline: HunyuanVideoPipeline, skip: int
+    folder: Path, pipeline: HunyuanVideoPipeline, template: PromptTemplate, skip: int
 ) -> None:
-    ours = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=skip), PROMPTS)
+    ours = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=skip, template=template), PROMPTS)
     with torch.no_grad():
         states, mask = pipeline._get_llama_prompt_embeds(
             list(PROMPTS),
-            {"template": VIDEO_TEMPLATE.text, "crop_start": 95},
+            {"template": template.text, "crop_start": 95 if template is VIDEO else 36},
             device=CPU,
             num_hidden_layers_to_skip=skip,
         )
@@ -132,18 +96,6 @@ def test_the_language_models_states_are_those_of_the_pipeline(
     assert torch.equal(ours["llm_mask"], mask)
     assert 1 <= mask.sum(1).min() < 8
     assert mask.sum(1).max() == 256  # one prompt is too long
-    assert_close(ours["llm"], states)
-
-
-def test_the_image_template_is_cut_where_the_pipeline_cuts_it(
-    folder: Path, pipeline: HunyuanVideoPipeline
-) -> None:
-    ours = encoded(LlavaTextEncoder(folder, torch.float32, template=IMAGE_TEMPLATE), PROMPTS)
-    with torch.no_grad():
-        states, mask = pipeline._get_llama_prompt_embeds(
-            list(PROMPTS), {"template": IMAGE_TEMPLATE.text, "crop_start": 36}, device=CPU
-        )
-    assert torch.equal(ours["llm_mask"], mask)
     assert_close(ours["llm"], states)
 
 
@@ -177,26 +129,6 @@ def test_more_layers_to_skip_than_there_are_is_refused(folder: Path) -> None:
         LlavaTextEncoder(folder, skip_layers=5).load(CPU)
 
 
-def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: Path) -> None:
-    files = write_comfy_text_encoders(tmp_path)
-    for kind, official, single in (
-        (LlavaTextEncoder, folder / "text_encoder", files["text_encoder1"]),
-        (HunyuanClip, folder / "text_encoder_2", files["text_encoder2"]),
-    ):
-        expected, found = (encoded(kind(path, torch.float32), PROMPTS) for path in (official, single))
-        for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), key
-
-
-def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
-    both = Prompt("a rabbit", second="a dog")
-    clip = encoded(HunyuanClip(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
-    assert torch.equal(clip[0], clip[1])
-    assert not torch.equal(clip[0], clip[2])
-    llm = encoded(LlavaTextEncoder(folder, torch.float32), [both, "a rabbit"])["llm"]
-    assert torch.equal(llm[0], llm[1])
-
-
 def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: Path) -> None:
     write_text_encoders(tmp_path)
     path = tmp_path / "text_encoder"
@@ -214,13 +146,6 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
     (path / "config.json").write_text(json.dumps({**config, "rope_theta": 10000.0}), encoding="utf-8")
     changed = dict(LlavaTextEncoder(path).identity)
     assert {key for key in before if before[key] != changed[key]} == {"llm_config"}
-
-    path = tmp_path / "text_encoder_2"
-    before = dict(HunyuanClip(path).identity)
-    merges = path / "merges.txt"
-    merges.write_text(merges.read_text(encoding="utf-8").rsplit("\n", 2)[0] + "\n", encoding="utf-8")
-    changed = dict(HunyuanClip(path).identity)
-    assert {key for key in before if before[key] != changed[key]} == {"clipL_tokenizer"}
 
 
 def test_a_tokenizer_that_cuts_the_template_elsewhere_is_warned_of(

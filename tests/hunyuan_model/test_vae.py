@@ -96,42 +96,30 @@ def test_recorded_latents_and_pixels_are_met(tmp_path: Path) -> None:
     assert (decoded - tensors["decoded"]).abs().max() <= tolerance["decoded"]
 
 
-@pytest.mark.parametrize(
-    ("frames", "height", "width"), [(1, 32, 48), (5, 48, 32), (17, 32, 48), (33, 24, 40)]
-)
-def test_whole_clips_equal_those_of_diffusers(vae: HunyuanVae, frames: int, height: int, width: int) -> None:
-    compare(vae, diffusers_vae(), clip_of(frames, height, width, batch=2 if frames == 5 else 1))
+RELEASE = ({"tiling": True}, (256, 64))  # 256 pixels, cut every 192; 64 frames, cut every 48
+TILES, BOTH = ({"tile": 64}, (64, 64)), ({"tile": 32, "tile_frames": 16}, (32, 16))
+SPANS = ({"tiling": True, "tile_frames": 16}, (256, 16))
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"),
+    ("cuts", "frames", "height", "width"),
     [
-        (5, 72, 64),  # a last row of one latent
-        (1, 64, 88),  # an image, cut in one direction
-        (9, 32, 136),  # lower than a tile, five columns
-        (5, 112, 80),  # more than two rows and columns, none of full size at the end
+        *((({}, (None, None)), *size) for size in ((1, 32, 48), (5, 48, 32), (33, 24, 40))),
+        (TILES, 1, 64, 88),  # an image, cut in one direction
+        (TILES, 9, 32, 136),  # lower than a tile, five columns
+        (TILES, 5, 112, 80),  # more than two rows and columns, none of full size at the end
+        (SPANS, 25, 32, 48),  # another span would begin at the last frame
+        (BOTH, 33, 56, 40),
+        (RELEASE, 1, 264, 32),
+        (RELEASE, 65, 16, 24),
     ],
 )
-def test_tiles_in_height_and_width_equal_those_of_diffusers(
-    tmp_path: Path, frames: int, height: int, width: int
+def test_clips_whole_and_in_pieces_equal_those_of_diffusers(
+    tmp_path: Path, cuts: tuple[dict[str, Any], tuple[int, int]], frames: int, height: int, width: int
 ) -> None:
-    compare(made(tmp_path, tile=64), diffusers_vae(64, 64), clip_of(frames, height, width))
-
-
-@pytest.mark.parametrize("frames", [25, 61])  # 25: a span would begin at the last frame
-def test_spans_of_frames_equal_those_of_diffusers(tmp_path: Path, frames: int) -> None:
-    compare(made(tmp_path, tiling=True, tile_frames=16), diffusers_vae(256, 16), clip_of(frames))
-
-
-def test_tiles_in_all_three_directions_equal_those_of_diffusers(tmp_path: Path) -> None:
-    compare(made(tmp_path, tile=32, tile_frames=16), diffusers_vae(32, 16), clip_of(33, 56, 40))
-
-
-def test_tiling_has_the_sizes_of_the_release(tmp_path: Path) -> None:
-    """256 pixels, cut every 192; 64 frames, cut every 48."""
-    vae, theirs = made(tmp_path, tiling=True), diffusers_vae(256, 64)
-    compare(vae, theirs, clip_of(1, 264, 32))
-    compare(vae, theirs, clip_of(65, 16, 24))
+    settings, there = cuts
+    pixels = clip_of(frames, height, width, batch=2 if frames == 5 else 1)
+    compare(made(tmp_path, **settings), diffusers_vae(*there), pixels)
 
 
 @pytest.mark.parametrize("settings", [{}, {"tiling": True}, {"tile": 256}])
@@ -142,23 +130,20 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
-def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
-    vae = made(tmp_path, **settings)
-    frames = torch.randint(
-        0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    vae = made(tmp_path, tile=32, tile_frames=16)
+    frames = torch.randint(0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8)
     assert byte_clips(frames).data_ptr() == frames.data_ptr()
     expected = vae.encode(to_pixels(frames))
     computed = []
     vae.encoder.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[2:]))
 
     assert torch.equal(vae.encode(byte_clips(frames)), expected)
-    assert max(computed) <= ((17, 32, 32) if settings else (37, 48, 40))
+    assert max(computed) <= (17, 32, 32)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: HunyuanVae, chunk: int) -> None:
     few, pixels = made(tmp_path, chunk_size=chunk), clip_of(17, batch=2)
     mean, log_variance = vae.posterior(pixels)
@@ -250,19 +235,19 @@ def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     tiles: list[tuple[int, ...]] = []
 
     def peak() -> int:
-        tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=64)
+        tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=32)
         pixels = tiled._pixels
         monkeypatch.setattr(
             tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents)
         )
         with dry_run() as ledger, torch.no_grad():
             place(tiled, ledger)
-            for _ in tiled.decode(torch.empty(1, 16, 2, 12, 8)):
+            for _ in tiled.decode(torch.empty(1, 16, 1, 6, 4)):
                 pass
             return max(sum(moment.values()) for moment in ledger.peaks.values())
 
     found = peak()
-    assert tiles == [(1, 16, 2, 8, 8)]
+    assert tiles == [(1, 16, 1, 4, 4)]
     monkeypatch.setattr(vae_tiles, "compute_piece", lambda compute, piece: compute(piece))
     assert found == pytest.approx(peak(), rel=0.01)  # sizes are rounded up to what an allocator gives
     assert len(tiles) == 1 + 2 * 2
@@ -277,7 +262,7 @@ def assert_same(vae: HunyuanVae, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("manifest", manifest_names("hunyuanvideo-vae"))
-@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, prefix: str) -> None:
     path = write_hollow(tmp_path / "vae.safetensors", tensor_list(manifest), prefix)
     vae = load_vae(path, torch.device("meta"), torch.float16)
@@ -286,24 +271,24 @@ def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, pr
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("prefix", ["", "vae."])
-def test_the_official_pickled_file_loads(tmp_path: Path, wrapped: bool, prefix: str) -> None:
-    tensors = {prefix + name: tensor for name, tensor in vae_tensors().items()}
-    torch.save({"state_dict": tensors} if wrapped else tensors, tmp_path / "pytorch_model.pt")
-    assert_same(loaded(tmp_path / "pytorch_model.pt"), vae_tensors())
-
-
-def test_the_comfyui_file_gives_the_same_weights(tmp_path: Path) -> None:
-    save_file(vae_comfy_tensors(vae_tensors()), tmp_path / "vae.safetensors")
-    assert_same(loaded(tmp_path / "vae.safetensors"), vae_tensors())
-
-
-def test_an_all_in_one_file_gives_its_vae(tmp_path: Path) -> None:
-    others = {"model.model.img_in.proj.bias": torch.zeros(4), "text_encoders.llama.weight": torch.zeros(4)}
-    tensors = {f"vae.{name}": tensor for name, tensor in vae_tensors().items()}
-    save_file({**tensors, **others}, tmp_path / "all.safetensors")
-    assert_same(loaded(tmp_path / "all.safetensors"), vae_tensors())
+@pytest.mark.parametrize("layout", ["pickled", "wrapped", "comfyui", "all-in-one"])
+def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
+    tensors, path = vae_tensors(), tmp_path / "vae.safetensors"
+    prefixed = {f"vae.{name}": tensor for name, tensor in tensors.items()}
+    match layout:
+        case "pickled":
+            torch.save(tensors, path := path.with_suffix(".pt"))
+        case "wrapped":
+            torch.save({"state_dict": prefixed}, path := path.with_suffix(".pt"))
+        case "comfyui":
+            save_file(vae_comfy_tensors(tensors), path)
+        case _:
+            others = {
+                "model.model.img_in.proj.bias": torch.zeros(4),
+                "text_encoders.x.weight": torch.zeros(4),
+            }
+            save_file({**prefixed, **others}, path)
+    assert_same(loaded(path), tensors)
 
 
 def test_a_folder_of_diffusers_loads_with_the_groups_it_states(tmp_path: Path) -> None:
@@ -322,7 +307,7 @@ def test_a_folder_of_diffusers_loads_with_the_groups_it_states(tmp_path: Path) -
             )
 
 
-@pytest.mark.parametrize("width", [8, 16, 128])
+@pytest.mark.parametrize("width", [8, 128])
 def test_without_a_config_two_channels_form_a_group_and_at_most_32_are(tmp_path: Path, width: int) -> None:
     path = write_hollow(
         tmp_path / "vae.safetensors",

@@ -89,54 +89,60 @@ def load_siglip(path: Path) -> SiglipVisionModel:
     return siglip
 
 
+def places_of(window: int, padding: int | None) -> dict[str, list[int]]:
+    """Places of a section. padding: windows between it and the start image; None: of FramePack-F1."""
+    line = count()
+
+    def take(*lengths: int) -> list[list[int]]:
+        return [list(islice(line, length)) for length in lengths]
+
+    if padding is None:
+        start, far, near, last, target = take(1, 16, 2, 1, window)
+    else:
+        start, _, target, last, near, far = take(1, padding * window, window, 1, 2, 16)
+    return {
+        "latent_indices": target,
+        "clean_latent_indices": start + last,
+        "clean_latent_2x_indices": near,
+        "clean_latent_4x_indices": far,
+    }
+
+
+def usual_paddings(sections: int) -> list[int]:
+    """In the order of making, which begins at the end of the video."""
+    return [3, *[2] * (sections - 3), 1, 0] if sections > 4 else list(range(sections - 1, -1, -1))
+
+
+def section_of(target: list[Tensor], seen: Sequence[list[Tensor]], places: dict[str, list[int]]) -> Section:
+    """seen: the start image and the nearest frame, two farther frames, sixteen beyond them."""
+    names = ("latents", "latents_clean", "latents_clean_2x", "latents_clean_4x")
+    made = {name: torch.stack(frames, dim=1) for name, frames in zip(names, (target, *seen), strict=True)}
+    return made | {name: torch.tensor(numbers) for name, numbers in places.items()}
+
+
 def anti_drifting_sections(latents: Tensor, window: int) -> dict[int, Section]:
     """By number of the section from the clip's start. latents: 16 F h w of the clip."""
     video = list(latents.unbind(1))
     sections = (len(video) - 1) // window
-    paddings = [3, *[2] * (sections - 3), 1, 0] if sections > 4 else list(range(sections - 1, -1, -1))
     history = [torch.zeros_like(video[0])] * 19  # earliest in the video first
     made = {}
-    for padding, section in zip(paddings, range(sections - 1, -1, -1), strict=True):
-        line = count()
-        start, _, target, post, near, far = (
-            list(islice(line, length)) for length in (1, padding * window, window, 1, 2, 16)
-        )
-        frames = [video[1 + section * window + offset] for offset in range(window)]
-        made[section] = {
-            "latents": torch.stack(frames, dim=1),
-            "latent_indices": torch.tensor(target),
-            "latents_clean": torch.stack([video[0], history[0]], dim=1),
-            "clean_latent_indices": torch.tensor(start + post),
-            "latents_clean_2x": torch.stack(history[1:3], dim=1),
-            "clean_latent_2x_indices": torch.tensor(near),
-            "latents_clean_4x": torch.stack(history[3:19], dim=1),
-            "clean_latent_4x_indices": torch.tensor(far),
-        }
-        history = frames + history
+    for padding, section in zip(usual_paddings(sections), range(sections - 1, -1, -1), strict=True):
+        target = video[1 + section * window :][:window]
+        seen = [video[0], history[0]], history[1:3], history[3:19]
+        made[section] = section_of(target, seen, places_of(window, padding))
+        history = target + history
     return made
 
 
 def f1_sections(latents: Tensor, window: int) -> dict[int, Section]:
     """The same for FramePack-F1: the 19 frames before the target, black where the clip has none."""
     video = list(latents.unbind(1))
+    history = [torch.zeros_like(video[0])] * 19 + video
     made = {}
     for section in range((len(video) - 1) // window):
-        first = 1 + section * window
-        past = [
-            video[index] if index >= 0 else torch.zeros_like(video[0]) for index in range(first - 19, first)
-        ]
-        line = count()
-        start, far, near, last, target = (list(islice(line, length)) for length in (1, 16, 2, 1, window))
-        made[section] = {
-            "latents": torch.stack([video[first + offset] for offset in range(window)], dim=1),
-            "latent_indices": torch.tensor(target),
-            "latents_clean": torch.stack([video[0], past[18]], dim=1),
-            "clean_latent_indices": torch.tensor(start + last),
-            "latents_clean_2x": torch.stack(past[16:18], dim=1),
-            "clean_latent_2x_indices": torch.tensor(near),
-            "latents_clean_4x": torch.stack(past[:16], dim=1),
-            "clean_latent_4x_indices": torch.tensor(far),
-        }
+        past, target = history[section * window + 1 :][:19], video[1 + section * window :][:window]
+        seen = [video[0], past[18]], past[16:18], past[:16]
+        made[section] = section_of(target, seen, places_of(window, None))
     return made
 
 
@@ -199,12 +205,8 @@ KINDS = {
 }
 
 
-def load_dit(path: Path) -> HunyuanVideoFramepackTransformer3DModel:
-    """A transformer of the published names, its sizes read off its tensors.
-
-    Heads are 64 wide, as in all our tiny ones.
-    """
-    tensors = load_file(path)
+def in_diffusers(tensors: Mapping[str, Tensor]) -> HunyuanVideoFramepackTransformer3DModel:
+    """A transformer of the published names, its sizes read off its tensors."""
 
     def count(start: str) -> int:
         return 1 + max(

@@ -8,19 +8,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers import HunyuanVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modules.seeds import derive_seed
 from tests.parity import framepack
-from tests.parity.hunyuan import TEMPLATE, load_clip
+from tests.parity.hunyuan import TEMPLATE, text_pipeline
 from tests.parity.reference import covering, open_image
 
 WINDOW = 9
@@ -77,7 +77,7 @@ class Theirs:
 
     @cached_property
     def dit(self) -> torch.nn.Module:
-        return framepack.load_dit(self.folder / "dit.safetensors").to(self.dit_dtype)
+        return framepack.in_diffusers(load_file(self.folder / "dit.safetensors")).to(self.dit_dtype)
 
     @cached_property
     def encoders(self) -> framepack.Encoders:
@@ -87,20 +87,12 @@ class Theirs:
     @cached_property
     def pipe(self) -> HunyuanVideoPipeline:
         """HunyuanVideo's, for its way with prompts."""
-        llama = LlamaForCausalLM.from_pretrained(self.folder / "text_encoder", dtype=self.text_dtype)
-        return HunyuanVideoPipeline(
-            text_encoder=llama.model.eval(),
-            tokenizer=PreTrainedTokenizerFast.from_pretrained(self.folder / "text_encoder"),
-            transformer=None,
-            vae=None,
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            text_encoder_2=load_clip(self.folder / "text_encoder_2").to(self.text_dtype),
-            tokenizer_2=CLIPTokenizer.from_pretrained(self.folder / "text_encoder_2"),
-        )
+        return text_pipeline(self.folder, self.text_dtype)
 
-    def text(self, prompt: str) -> Given:
+    @torch.no_grad()
+    def text(self, prompt: str, template: Mapping[str, Any] = TEMPLATE) -> Given:
         """Only real tokens, zeros behind them up to 512."""
-        states, pooled, mask = self.pipe.encode_prompt(prompt, prompt_template=TEMPLATE)
+        states, pooled, mask = self.pipe.encode_prompt(prompt, prompt_template=template)
         real = int(mask.sum())
         rows = states.new_zeros(1, 512, states.shape[2])
         rows[:, :real] = states[:, :real]
@@ -139,38 +131,18 @@ def video(theirs: Theirs, asked: Asked) -> Tensor:
     else:
         if asked.end is not None:
             history[0] = theirs.latent(asked.end, asked)
-        usual = (
-            [3, *[2] * (asked.sections - 3), 1, 0]
-            if asked.sections > 4
-            else list(range(asked.sections - 1, -1, -1))
-        )
-        paddings = [*asked.paddings, *usual[len(asked.paddings) :]][: asked.sections]
-        order = list(zip(range(asked.sections - 1, -1, -1), paddings, strict=True))
+        paddings = [*asked.paddings, *framepack.usual_paddings(asked.sections)[len(asked.paddings) :]]
+        order = list(zip(range(asked.sections - 1, -1, -1), paddings[: asked.sections], strict=True))
     for section, padding in order:
-        line = count()
-
-        def take(length: int, line: count = line) -> list[int]:
-            return list(islice(line, length))
-
         if asked.is_f1:
-            start, far, near, last, target = (take(length) for length in (1, 16, 2, 1, WINDOW))
-            seen = {
-                "": (start + last, [starts[section], history[-1]]),
-                "_2x": (near, history[-3:-1]),
-                "_4x": (far, history[-19:-3]),
-            }
+            seen = [starts[section], history[-1]], history[-3:-1], history[-19:-3]
         else:
-            start, _, target, post, near, far = (
-                take(length) for length in (1, padding * WINDOW, WINDOW, 1, 2, 16)
-            )
-            clean = (start + post, [starts[section], history[0]])
-            seen = {"": clean, "_2x": (near, history[1:3]), "_4x": (far, history[3:19])}
-        given = {**theirs.image(asked.images[section], asked), "latent_indices": torch.tensor([target])}
-        for name, (places, frames) in seen.items():
-            given |= {
-                f"latents_clean{name}": torch.cat(frames, dim=2),
-                f"clean_latent{name}_indices": torch.tensor([places]),
-            }
+            seen = [starts[section], history[0]], history[1:3], history[3:19]
+        places = framepack.places_of(WINDOW, None if asked.is_f1 else padding)
+        given = theirs.image(asked.images[section], asked)
+        given |= {name: torch.tensor([numbers]) for name, numbers in places.items()}
+        for name, frames in zip(("", "_2x", "_4x"), seen, strict=True):
+            given[f"latents_clean{name}"] = torch.cat(frames, dim=2)
         noise = torch.randn((1, 16, WINDOW, *black.shape[3:]), generator=generator, dtype=torch.float32)
         made = list(sampled(theirs, asked, asked.prompts[section], given, noise).split(1, dim=2))
         history = history + made if asked.is_f1 else made + history

@@ -1,7 +1,9 @@
 """HunyuanVideo's pipelines of PyPI's diffusers, loaded from the files that are given to our scripts."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -27,9 +29,8 @@ from tests.tiny.hunyuan_dit import diffusers_state
 TEMPLATE = read_case("text_constants")[0]["hunyuanvideo_llm_templates"]["dit-llm-encode-video"]
 
 
-def load_dit(path: Path) -> HunyuanVideoTransformer3DModel:
+def in_diffusers(tensors: Mapping[str, Tensor]) -> HunyuanVideoTransformer3DModel:
     """A transformer of the official names."""
-    tensors = load_file(path)
     dim, in_channels, _, _, _ = tensors["img_in.proj.weight"].shape
     width = len(tensors["double_blocks.0.img_attn_q_norm.weight"])
 
@@ -91,19 +92,30 @@ def pipeline(
     encoder_dtype: torch.dtype = torch.float32,
 ) -> HunyuanVideoPipeline:
     """On the CPU, in float32 where nothing else is said. image: the pipeline of SkyReels' image-to-video."""
-    llama = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=encoder_dtype)
     kind = HunyuanSkyreelsImageToVideoPipeline if image else HunyuanVideoPipeline
     made = kind(
-        text_encoder=llama.model.eval(),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
-        transformer=load_dit(folder / "dit.safetensors").to(dit_dtype),
+        **text_parts(folder, encoder_dtype),
+        transformer=in_diffusers(load_file(folder / "dit.safetensors")).to(dit_dtype),
         vae=load_vae(folder / "vae.safetensors").to(encoder_dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=flow_shift),
-        text_encoder_2=load_clip(folder / "text_encoder_2").to(encoder_dtype),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def text_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> HunyuanVideoPipeline:
+    """The encoders of a folder alone, for the pipeline's way with prompts."""
+    return HunyuanVideoPipeline(**text_parts(folder, dtype), transformer=None, vae=None, scheduler=None)
+
+
+def text_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    llama = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=dtype)
+    return {
+        "text_encoder": llama.model.eval(),
+        "tokenizer": PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
+        "text_encoder_2": load_clip(folder / "text_encoder_2").to(dtype),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
+    }
 
 
 def draw_noise(seed: int, frames: int, height: int, width: int) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import wan_train_network
-from tests.commands import run_script
+from tests.faults.messages import succeed_here
 from tests.parity.training import ALPHA, RANK, SEED, Item
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_encoders import CLIP_DIM, TEXT_DIM
@@ -117,25 +116,14 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
 
 
 def train(
-    project: Project,
-    *arguments: object,
-    steps: int = 2,
-    name: str = "lora",
-    in_process: bool = False,
-    dits: Sequence[object] = (),
+    project: Project, *arguments: object, steps: int = 2, name: str = "lora", dits: Sequence[object] = ()
 ) -> list[Path]:
     """Train a LoRA in float32; the files after each step. dits: options instead of --dit."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
-    run = [
-        *("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED, "--sdpa"),
-        *("--max_data_loader_n_workers", 0),
-    ]
-    dits = dits or ("--dit", project.dit)
-    files = [*dits, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
+    run = ["--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED, "--sdpa"]
+    run += ["--max_data_loader_n_workers", 0, "--output_dir", "out", "--output_name", name]
+    files = [*(dits or ("--dit", project.dit)), "--dataset_config", "dataset.toml"]
     options = ["--task", project.task, *files, *network, *run, *arguments]
-    if in_process:
-        wan_train_network.main([str(word) for word in [*options, "--output_dir", project.folder / "out"]])
-    else:
-        run_script("wan_train_network.py", *options, "--output_dir", "out", folder=project.folder)
+    succeed_here("wan_train_network.py", *options, folder=project.folder)
     early = [project.folder / "out" / f"{name}-step{step:08d}.safetensors" for step in range(1, steps)]
     return [*early, project.folder / "out" / f"{name}.safetensors"]

@@ -85,6 +85,16 @@ def schedule(sampling: Sampling) -> tuple[Tensor, list[float]]:
     return torch.from_numpy(shifted).float(), timesteps
 
 
+class ReleasedUniPC(UniPCMultistepScheduler):
+    """diffusers' solver on the sigmas of the released code, which end before 0 and not at 1 / 1000."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
+        super().set_timesteps(num_inference_steps, device=device)
+        sampling = Sampling(flow_shift=self.config.flow_shift, scales=(None,) * num_inference_steps)
+        self.sigmas, timesteps = schedule(sampling)
+        self.timesteps = torch.tensor(timesteps).long()
+
+
 KINDS: dict[str, tuple[Any, dict[str, str]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "dpm++": (DPMSolverMultistepScheduler, {}),

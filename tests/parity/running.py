@@ -1,9 +1,8 @@
 """Run scripts in parity tests, and the data sets and latents that are compared."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy
@@ -11,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wan_generate_video
-from tests.commands import run_script
+from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.parity.reference import covering, relative_error, to_pixels
 
@@ -32,29 +30,24 @@ def models_in(folder: Path) -> list[str]:
     ]
 
 
-def generate(
-    out: Path, models: Path, task: str, *arguments: object, output: str = "latent", in_process: bool = False
-) -> dict[int, Tensor]:
-    """Run wan_generate_video.py in `out`; the latent files it leaves in `made`, by seed: 16 F h w.
-
-    in_process: call the script's main function here, which saves the start of Python.
-    """
-    made = out / "made"
+def generate(out: Path, models: Path, task: str, *arguments: object) -> Tensor:
+    """Run wan_generate_video.py in `out`; the latents 16 F h w of the one file it leaves in `made`."""
     out.mkdir(parents=True, exist_ok=True)
-    options = [*models_in(models), "--task", task, "--output_type", output, "--device", "cpu"]
-    if in_process:
-        wan_generate_video.main([*options, "--save_path", str(made), *map(str, arguments)])
-    else:
-        run_script("wan_generate_video.py", *options, "--save_path", "made", *arguments, folder=out)
-    return {
-        int(path.name.split("_")[1]): load_file(path)["latent"] for path in made.glob("*_latent.safetensors")
-    }
+    options = [*models_in(models), "--task", task, "--save_path", "made", "--output_type", "latent"]
+    succeed_here("wan_generate_video.py", *options, "--device", "cpu", *arguments, folder=out)
+    return latents_in(out / "made")
 
 
-def generate_one(out: Path, models: Path, task: str, *arguments: object, in_process: bool = False) -> Tensor:
-    """The same where one latent file is made."""
-    (latents,) = generate(out, models, task, *arguments, in_process=in_process).values()
-    return latents
+def latents_in(folder: Path) -> Tensor:
+    """The latents of the only file of them there."""
+    (path,) = folder.glob("*_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+def picture_in(folder: Path) -> Tensor:
+    """The levels H W 3 of the only picture there, 0..255."""
+    (path,) = (path for path in folder.glob("*.png") if "rcm" not in path.name)
+    return torch.from_numpy(read_image(path)).float()
 
 
 def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:
@@ -81,27 +74,6 @@ def assert_as_exact(ours: Tensor, theirs: Tensor, exact: Tensor, what: str = "")
     assert ours_off <= 1.5 * theirs_off, (
         f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"
     )
-
-
-@torch.no_grad()
-def assert_same_effect(
-    pipe: Any,
-    predict: Callable[[Any], Tensor],
-    read: Callable[[Path], Any],
-    dit: Path,
-    lora: Path,
-) -> None:
-    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same.
-
-    predict: the output of a network there. read: that network with the weights of a file of ours.
-    """
-    without, merged = predict(pipe.transformer), lora.with_name("merged.safetensors")
-    pipe.load_lora_weights(lora)
-    loaded = predict(pipe.transformer)
-    tool = ["--dit", dit, "--lora_weight", lora, "--save_merged_model", merged]
-    succeed_here("merge_lora.py", *tool, folder=lora.parent)
-    assert (loaded - without).abs().max() > 1e-2
-    assert_equal(predict(read(merged)), loaded, "LoRA")
 
 
 Frames = list[numpy.ndarray]  # H W 3 uint8 each

@@ -1,7 +1,7 @@
 """diffusers' pipelines with the weights of tiny checkpoints, and gen_img.py on the same weights."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +55,9 @@ class Files:
     @property
     def options(self) -> list[str]:
         return ["--ckpt", str(self.single), "--tokenizer_cache_dir", str(self.tokenizers), "--device", "cpu"]
+
+
+FilesOf = Callable[[str], Files]
 
 
 def write_files(kind: str, folder: Path, channels: int = 4) -> Files:

@@ -1,4 +1,6 @@
-"""HunyuanVideo and SkyReels V1 through the command lines equal diffusers' pipelines at the same noise."""
+"""HunyuanVideo and SkyReels V1 through the command lines equal diffusers' pipelines at the same noise; in the
+16 bits that users run, they are as near to float32 as the pipelines are.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import cache_latents
-import cache_text_encoder_outputs
 import hv_generate_video
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed
-from tests.commands import run_script
+from tests.faults.messages import succeed_here
 from tests.parity.hunyuan import TEMPLATE, draw_noise, load_vae, pipeline
 from tests.parity.reference import covering, to_pixels
 from tests.parity.running import assert_as_exact, assert_equal
@@ -51,81 +51,59 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def generate(folder: Path, files: TinyHunyuan, *arguments: object, in_process: bool = True) -> Tensor:
+def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> Tensor:
     """The latents that hv_generate_video.py leaves, 1 16 F h w."""
     options = ["--dit", files.dit, "--vae", files.vae, "--text_encoder1", files.text_encoder1]
-    options += [
-        *("--text_encoder2", files.text_encoder2, "--output_type", "latent", "--device", "cpu"),
-        *("--save_path", folder / "made"),
-    ]
-    words = [str(word) for word in [*options, *arguments]]
-    if in_process:
-        hv_generate_video.main(words)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        run_script("hv_generate_video.py", *words, folder=folder)
+    options += ["--text_encoder2", files.text_encoder2, "--output_type", "latent", "--device", "cpu"]
+    words = [*options, "--save_path", folder / "made", *SAY, *arguments]
+    hv_generate_video.main([str(word) for word in words])
     (path,) = (folder / "made").glob("*_latent.safetensors")
     return load_file(path)["latent"][None]
 
 
+def run(pipe: Any, frames: int = FRAMES, **settings: Any) -> Tensor:
+    """The latents of diffusers' pipeline, 1 16 F h w."""
+    asked = {"prompt": PROMPT, "prompt_template": TEMPLATE, "height": HEIGHT, "width": WIDTH}
+    asked |= {"num_frames": frames, "latents": draw_noise(SEED, frames, HEIGHT, WIDTH)}
+    asked |= {"num_inference_steps": STEPS, "guidance_scale": 6.0, "output_type": "latent"}
+    return pipe(**{**asked, **settings}).frames
+
+
 def with_diffusers(
-    files: TinyHunyuan,
-    frames: int = FRAMES,
-    shift: float = 7.0,
-    image: Any = None,
-    for_clip: str = "",
-    **settings: Any,
+    files: TinyHunyuan, shift: float = 7.0, image: Any = None, for_clip: str = "", **settings: Any
 ) -> Tensor:
-    """The latents of diffusers' pipeline, 1 16 F h w.
+    """The same of its networks in float32.
 
     for_clip: a second prompt, which the pipeline takes and does not look at.
     """
     pipe = pipeline(files.dit.parent, shift, image=image is not None)
-    given = (
-        {"image": image, "generator": torch.Generator().manual_seed(derive_seed("posterior", SEED))}
-        if image
-        else {}
-    )
+    if image is not None:
+        generator = torch.Generator().manual_seed(derive_seed("posterior", SEED))
+        settings |= {"image": image, "generator": generator}
     if for_clip:
-        given["pooled_prompt_embeds"] = pipe._get_clip_prompt_embeds(for_clip)
-    return pipe(
-        prompt=PROMPT,
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=frames,
-        latents=draw_noise(SEED, frames, HEIGHT, WIDTH),
-        prompt_template=TEMPLATE,
-        output_type="latent",
-        **{"num_inference_steps": STEPS, "guidance_scale": 6.0, **given, **settings},
-    ).frames
+        settings["pooled_prompt_embeds"] = pipe._get_clip_prompt_embeds(for_clip)
+    return run(pipe, **settings)
 
 
 GUIDED = {"negative_prompt": NEGATIVE, "true_cfg_scale": 3.0}
 GUIDE = ("--guidance_scale", 3, "--negative_prompt", NEGATIVE)
 CASES: dict[str, tuple[str, tuple[object, ...], dict[str, Any]]] = {
-    "as it comes": ("t2v", (), {}),
     "embedded guidance": ("t2v", ("--embedded_cfg_scale", 1), {"guidance_scale": 1.0}),
     "shift": ("t2v", ("--flow_shift", 14.5), {"shift": 14.5}),
-    "guidance": ("t2v", GUIDE, GUIDED),
     "guidance, split": ("t2v", (*GUIDE, "--split_uncond"), GUIDED),
-    "guidance, nothing to avoid": (
-        "t2v",
-        ("--guidance_scale", 3),
-        {"negative_prompt": "", "true_cfg_scale": 3.0},
-    ),
+    "guidance, nothing to avoid": ("t2v", ("--guidance_scale", 3), {**GUIDED, "negative_prompt": ""}),
     "a text for CLIP": ("t2v", ("--prompt_2", "a dog"), {"for_clip": "a dog"}),
     "still image": ("t2v", ("--video_length", 1), {"frames": 1}),
     "undistilled": ("undistilled", GUIDE, GUIDED),
     "noise of the CPU": ("t2v", ("--cpu_noise",), {}),
 }
-AS_PROGRAMS = {"as it comes", "guidance"}  # the others run in this process, to save time
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf, name: str) -> None:
     kind, options, settings = CASES[name]
 
-    latents = generate(tmp_path, models_of(kind), *SAY, *options, in_process=name not in AS_PROGRAMS)
+    latents = generate(tmp_path, models_of(kind), *options)
 
     assert_equal(latents, with_diffusers(models_of(kind), **settings), name)
 
@@ -133,9 +111,7 @@ def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf
 def test_image_to_video_equals_skyreels_pipeline(tmp_path: Path, models_of: ModelsOf, picture: Path) -> None:
     files = models_of("i2v")
 
-    latents = generate(
-        tmp_path, files, *SAY, *GUIDE, "--embedded_cfg_scale", 1, "--image_path", picture, in_process=False
-    )
+    latents = generate(tmp_path, files, *GUIDE, "--embedded_cfg_scale", 1, "--image_path", picture)
 
     expected = with_diffusers(files, image=Image.open(picture), guidance_scale=1.0, **GUIDED)
     assert_equal(latents, expected, "SkyReels I2V")
@@ -158,9 +134,8 @@ def from_video(files: TinyHunyuan, video: Path, kept: int) -> Tensor:
     pipe.scheduler.set_begin_index(begin)
     for timestep in pipe.scheduler.timesteps[begin:]:
         guidance = torch.tensor([6000.0])
-        velocity = pipe.transformer(latents, timestep[None], text, mask, pooled, guidance, return_dict=False)[
-            0
-        ]
+        given = (latents, timestep[None], text, mask, pooled, guidance)
+        velocity = pipe.transformer(*given, return_dict=False)[0]
         latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -172,21 +147,15 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("strength", "kept"), [(0.8, 3), (0.5, 2), (0.0, 1)])
+@pytest.mark.parametrize(("strength", "kept"), [(0.8, 3), (0.0, 1)])
 def test_video_to_video_makes_the_last_steps(
     tmp_path: Path, models_of: ModelsOf, video: Path, strength: float, kept: int
 ) -> None:
     files = models_of("t2v")
 
-    latents = generate(tmp_path, files, *SAY, "--video_path", video, "--strength", strength)
+    latents = generate(tmp_path, files, "--video_path", video, "--strength", strength)
 
     assert_equal(latents, from_video(files, video, kept), f"strength {strength}")
-
-
-def test_full_strength_leaves_nothing_of_the_video(tmp_path: Path, models_of: ModelsOf, video: Path) -> None:
-    files = models_of("t2v")
-    latents = generate(tmp_path / "from", files, *SAY, "--video_path", video, "--strength", 1)
-    assert torch.equal(latents, generate(tmp_path / "noise", files, *SAY))
 
 
 def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, models_of: ModelsOf) -> None:
@@ -196,20 +165,35 @@ def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, mod
     for block in embedder.token_refiner.refiner_blocks:
         block.register_forward_hook(lambda module, inputs, output: output * 1.3)
     embedder.time_text_embed.text_embedder.register_forward_hook(lambda module, inputs, output: output * 0.7)
-    expected = pipe(
-        prompt=PROMPT,
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=FRAMES,
-        latents=draw_noise(SEED, FRAMES, HEIGHT, WIDTH),
-        prompt_template=TEMPLATE,
-        num_inference_steps=STEPS,
-        output_type="latent",
-    ).frames
+    expected = run(pipe)
 
-    latents = generate(tmp_path, files, *SAY, "--te_multiplier", 1.3, 0.7)
+    latents = generate(tmp_path, files, "--te_multiplier", 1.3, 0.7)
 
     assert_equal(latents, expected, "te_multiplier")
+
+
+@torch.no_grad()
+def test_in_bfloat16_it_is_as_exact_as_diffusers(tmp_path: Path) -> None:
+    """Measured: ours 3.5e-3 from float32 and theirs 6e-3. Encoders are float16."""
+    files = write_tiny_hunyuan(tmp_path / "models", dtype=torch.bfloat16)
+
+    latents = generate(tmp_path, files)
+
+    def expected(dit_dtype: torch.dtype, encoder_dtype: torch.dtype) -> Tensor:
+        pipe = pipeline(files.dit.parent, 7.0, dit_dtype=dit_dtype, encoder_dtype=encoder_dtype)
+        pipe.transformer.register_forward_pre_hook(rounded_numbers, with_kwargs=True)
+        return run(pipe)
+
+    theirs, exact = expected(torch.bfloat16, torch.float16), expected(torch.float32, torch.float32)
+    assert_as_exact(latents, theirs, exact, "HunyuanVideo")
+
+
+def rounded_numbers(_: object, inputs: tuple[object, ...], given: dict[str, Any]) -> Any:
+    """Timestep and guidance as the released code rounds them; diffusers' pipeline feeds timesteps as they
+    are. That is no error but what a model is fed, and a model fed other numbers is off by a third.
+    """
+    numbers = {name: given[name].bfloat16().float() for name in ("timestep", "guidance")}
+    return inputs, given | numbers
 
 
 def test_decoded_pictures_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf) -> None:
@@ -217,7 +201,7 @@ def test_decoded_pictures_equal_those_of_the_pipeline(tmp_path: Path, models_of:
     files = models_of("t2v")
     more = ("--video_size", 64, 48, "--video_length", 1, "--vae_spatial_tile_sample_min_size", 32)
 
-    latents = generate(tmp_path, files, *SAY, *more, "--output_type", "both")
+    latents = generate(tmp_path, files, *more, "--output_type", "both")
 
     vae = load_vae(files.vae)
     vae.enable_tiling(32, 32, tile_sample_stride_height=24, tile_sample_stride_width=24)
@@ -242,10 +226,9 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--text_encoder_dtype", "float32"),
     )
     config = ("--dataset_config", folder / "dataset.toml")
-    run_script(
-        "cache_latents.py", *config, "--vae", files.vae, "--vae_dtype", "float32", "--i2v", folder=folder
-    )
-    run_script("cache_text_encoder_outputs.py", *config, *texts, folder=folder)
+    vae = ("--vae", files.vae, "--vae_dtype", "float32")
+    succeed_here("cache_latents.py", *config, *vae, "--i2v", folder=folder)
+    succeed_here("cache_text_encoder_outputs.py", *config, *texts, folder=folder)
     return folder
 
 
@@ -279,10 +262,10 @@ def test_without_a_dtype_caches_are_float16_as_exact_as_the_pipelines(cached: Pa
     config = (cached / "dataset.toml").read_text(encoding="utf-8").replace("/cache", "/cache in float16")
     (cached / "half.toml").write_text(config, encoding="utf-8")
     texts = ("--text_encoder1", models / "text_encoder", "--text_encoder2", models / "text_encoder_2")
-    say = ("--dataset_config", cached / "half.toml", "--device", "cpu")
+    say = ("--dataset_config", "half.toml", "--device", "cpu")
 
-    cache_latents.main([str(word) for word in (*say, "--vae", models / "vae.safetensors")])
-    cache_text_encoder_outputs.main([str(word) for word in (*say, *texts)])
+    succeed_here("cache_latents.py", *say, "--vae", models / "vae.safetensors", folder=cached)
+    succeed_here("cache_text_encoder_outputs.py", *say, *texts, folder=cached)
 
     (latents,) = load_file(cached / "cache in float16" / f"{stem}.safetensors").values()
     # compared with diffusers above

@@ -19,7 +19,7 @@ from modules.contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
 from networks.adapter import make_network
-from tests.commands import run_script
+from tests.faults.messages import succeed_here
 from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.projects import Project, train, write_project
@@ -32,18 +32,16 @@ from tests.parity.reference import (
     relative_error,
     to_pixels,
 )
-from tests.parity.running import assert_equal, generate_one, models_in
+from tests.parity.running import assert_equal, generate, models_in
 from tests.parity.stable_diffusion import (
-    Files,
+    FilesOf,
     assert_close,
     generators,
     pipeline,
     their_pixels,
     write_files,
 )
-from tests.parity.stable_diffusion import (
-    run_script as run_gen_img,
-)
+from tests.parity.stable_diffusion import run_script as run_gen_img
 from tests.parity.theirs import Theirs
 from tests.stable_diffusion.loaded import load, write_kohya
 from tests.tiny.project import write_image
@@ -59,47 +57,36 @@ ASK = (
     *("--video_length", FRAMES),
 )
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
-LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
 
 
 @pytest.fixture(scope="module")
-def projects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
-    """kind -> a project in which `lora` was trained on all modules."""
-    made: dict[str, Project] = {}
-
-    def project_of(kind: str) -> Project:
-        if kind not in made:
-            made[kind] = write_project(tmp_path_factory.mktemp(kind) / "project", kind)
-            train(made[kind], *LEARN_FAST, steps=3)
-            write_image(made[kind].folder / "start.png", WIDTH, HEIGHT)
-        return made[kind]
-
-    return project_of
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """In which `lora` was trained on all modules."""
+    made = write_project(tmp_path_factory.mktemp("loras") / "project", "i2v")
+    train(made, "--optimizer_type", "AdamW", "--learning_rate", 0.05, steps=3)
+    write_image(made.folder / "start.png", WIDTH, HEIGHT)
+    return made
 
 
-def lora_of(project: Project, name: str = "lora") -> Path:
-    return project.folder / "out" / f"{name}.safetensors"
+def lora_of(project: Project) -> Path:
+    return project.folder / "out" / "lora.safetensors"
 
 
-def here(folder: Path, project: Project, *lora: object, in_process: bool = True) -> Tensor:
+def here(folder: Path, project: Project, *lora: object) -> Tensor:
     """Latents that wan_generate_video.py makes."""
-    image = ["--image_path", project.folder / "start.png"] if project.kind == "i2v" else []
-    return generate_one(folder, project.models, project.task, *ASK, *image, *lora, in_process=in_process)
+    image = ["--image_path", project.folder / "start.png"]
+    return generate(folder, project.models, project.task, *ASK, *image, *lora)
 
 
-def there(project: Project, load: Callable[[WanTransformer3DModel], None] | None = None) -> Tensor:
+def there(project: Project, load: Callable[[WanTransformer3DModel], None] = lambda dit: None) -> Tensor:
     """The same latents made with diffusers; load: puts a LoRA into its transformer."""
     theirs = Theirs(project.models)
-    if load is not None:
-        load(theirs.dit)
-    clip = condition = None
-    if project.kind == "i2v":
-        image = open_image(project.folder / "start.png")
-        clip = reference.features_of(theirs, image)
-        condition = reference.image_condition(theirs, to_pixels([image]), FRAMES)
-    inputs = Inputs(
-        draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text("a cat"), theirs.text(NEGATIVE), clip, condition
-    )
+    load(theirs.dit)
+    image = open_image(project.folder / "start.png")
+    clip = reference.features_of(theirs, image)
+    condition = reference.image_condition(theirs, to_pixels([image]), FRAMES)
+    noise = draw_noise(SEED, FRAMES, HEIGHT, WIDTH)
+    inputs = Inputs(noise, theirs.text("a cat"), theirs.text(NEGATIVE), clip, condition)
     return denoise(theirs.dit, inputs, Sampling(scales=(5.0,) * STEPS))
 
 
@@ -115,48 +102,21 @@ def loaded(path: Path, strength: float = 1.0) -> Callable[[WanTransformer3DModel
     return load
 
 
-def convert(source: Path, target: str) -> Path:
-    """By convert_lora.py, next to the file."""
-    output = source.with_name(f"{source.stem} {target}.safetensors")
-    run_script(
-        "convert_lora.py",
-        *("--input", source.name, "--output", output.name, "--target", target),
-        folder=source.parent,
-    )
-    return output
+def test_a_trained_lora_acts_in_diffusers_as_here(tmp_path: Path, project: Project) -> None:
+    latents = here(tmp_path, project, "--lora_weight", lora_of(project))
 
-
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-@pytest.mark.parametrize("dialect", ["ours", "converted"])
-def test_a_trained_lora_acts_in_diffusers_as_here(
-    tmp_path: Path, projects: Callable[[str], Project], kind: str, dialect: str
-) -> None:
-    project = projects(kind)
-    path = lora_of(project)
-    for_diffusers = path if dialect == "ours" else convert(path, "other")
-
-    latents = here(tmp_path, project, "--lora_weight", path, in_process=dialect != "ours")
-
-    assert_equal(latents, there(project, loaded(for_diffusers)), f"{kind} {dialect}")
+    assert_equal(latents, there(project, loaded(lora_of(project))), "LoRA")
     assert relative_error(latents, there(project)) > 0.01
 
 
-def test_a_merged_model_is_that_which_diffusers_fuses(
-    tmp_path: Path, projects: Callable[[str], Project]
-) -> None:
+def test_a_merged_model_is_that_which_diffusers_fuses(tmp_path: Path, project: Project) -> None:
     """merge_lora.py, from another folder; the merged file as --dit."""
-    project, merged = projects("t2v"), tmp_path / "merged.safetensors"
     lora = ("--lora_weight", lora_of(project), "--lora_multiplier", 0.7)
+    words = ("--dit", project.dit, *lora, "--save_merged_model", "merged.safetensors", "--device", "cpu")
+    succeed_here("merge_lora.py", *words, folder=tmp_path)
 
-    run_script(
-        "merge_lora.py",
-        *("--dit", project.dit),
-        *lora,
-        *("--save_merged_model", merged.name, "--device", "cpu"),
-        folder=tmp_path,
-    )
+    latents = here(tmp_path / "merged", project, "--dit", tmp_path / "merged.safetensors")
 
-    latents = here(tmp_path / "merged", project, "--dit", merged)
     assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
 
 
@@ -202,7 +162,7 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path) ->
     to multiples of 16.
     """
     project = write_project(tmp_path / "project", "t2v")
-    train(project, *LEARN_FAST, steps=3, in_process=True)
+    train(project, "--optimizer_type", "AdamW", "--learning_rate", 0.05, steps=3)
     theirs = with_lora(project)
     negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
     inputs = Inputs(draw_noise(3, 1, 32, 48), theirs.text("a squirrel"), theirs.text(negative))
@@ -243,8 +203,10 @@ def in_attention(path: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
-def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path, kind: str) -> None:
-    files = write_files(kind, tmp_path)
+def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
+    files_of: FilesOf, tmp_path: Path, kind: str
+) -> None:
+    files = files_of(kind)
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
     path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
     pipe = pipeline(files, "", "ddim")
@@ -264,8 +226,8 @@ def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path,
     assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
 
 
-def test_strengths_of_a_line(tmp_path: Path) -> None:
-    files: Files = write_files("sd1", tmp_path)
+def test_strengths_of_a_line(files_of: FilesOf, tmp_path: Path) -> None:
+    files = files_of("sd1")
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
     path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
     pipe = pipeline(files, "", "ddim")

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit through the command lines equals diffusers: whole pipelines, masks, and steps of training.
+"""Qwen-Image-Edit through the command line equals diffusers: whole pipelines and masks.
 
 diffusers' pipelines hand no kinds of tokens to Qwen2.5-VL of transformers 5, without which it does not see a
 picture's rows and columns; the oracle gets them here.
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
@@ -30,17 +29,13 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import qwen_image_generate_image
-from modules.media.reading import read_image
-from tests.faults.messages import succeed_here
-from tests.parity.running import assert_equal
-from tests.parity.test_qwen_image import RATE, gradients, modules_of, read_items
-from tests.parity.training import RANK, assert_steps_of_descent, descent, shuffled
+from tests.parity.pipelines import qwen_image_vae
+from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.qwen_image.making import in_diffusers, pack
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.language_models import qwen25_vl
-from tests.tiny.project import write_image, write_plain_pictures
+from tests.tiny.project import write_image
 from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
-from tests.tiny.wan_encoders import vae_diffusers_tensors
 
 PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
 HEIGHT, WIDTH, STEPS = 64, 48, 3
@@ -64,8 +59,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def theirs(files: TinyQwenImage, version: str, kind: type[Any] | None = None) -> Any:
     """diffusers' pipeline of a release, or another kind, with the weights of these files, in float32."""
-    vae = AutoencoderKLQwenImage(base_dim=8)
-    vae.load_state_dict(vae_diffusers_tensors(load_file(files.vae)))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(files.text_encoder / "tokenizer.json"),
         pad_token="<|endoftext|>",
@@ -93,7 +86,7 @@ def theirs(files: TinyQwenImage, version: str, kind: type[Any] | None = None) ->
     usual = QwenImageEditPipeline if version == "edit" else QwenImageEditPlusPipeline
     pipe = (kind or usual)(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=vae.eval(),
+        vae=qwen_image_vae(files.vae),
         text_encoder=encoder,
         tokenizer=tokenizer,
         processor=process,
@@ -123,9 +116,7 @@ def ours(
     options += ["--control_image_path", *map(str, shown), "--image_size", *map(str, size)]
     options += ["--infer_steps", str(STEPS), "--seed", str(SEED), "--output_type", "latent_images", *words]
     qwen_image_generate_image.main([*options, "--device", "cpu", "--save_path", str(folder)])
-    (latents,) = (load_file(path)["latent"] for path in folder.rglob("*_latent.safetensors"))
-    (picture,) = (path for path in folder.rglob("*.png") if "rcm" not in path.name)
-    return pack(latents[None]), torch.from_numpy(read_image(picture))
+    return pack(latents_in(folder)[None]), picture_in(folder)
 
 
 @torch.no_grad()
@@ -166,17 +157,6 @@ def test_pictures_equal_those_of_diffusers(
     assert_same(made, pipe, images[0] if version == "edit" else images, **asked)
 
 
-@pytest.mark.slow  # 8 thousand tokens; the sizes alone are compared in tests/qwen_image
-def test_official_sizes_are_those_of_diffusers(files: TinyQwenImage, tmp_path: Path) -> None:
-    for index, (width, height) in enumerate(((70, 50), (33, 90))):
-        write_image(tmp_path / f"{index}.png", width, height)
-    shown = [tmp_path / "0.png", tmp_path / "1.png"]
-    unguided = ["--guidance_scale", "1", "--resize_control_to_official_size"]
-    made = ours(files, tmp_path / "out", "edit-2511", shown, *unguided, size=(HEIGHT, WIDTH))
-
-    assert_same(made, theirs(files, "edit-2511"), [Image.open(path) for path in shown], true_cfg_scale=1.0)
-
-
 @pytest.mark.usefixtures("own_sizes")
 def test_a_mask_keeps_the_rest_as_in_diffusers(
     files: TinyQwenImage, pictures: list[Path], tmp_path: Path
@@ -193,47 +173,3 @@ def test_a_mask_keeps_the_rest_as_in_diffusers(
     pipe._encode_vae_image = functools.partial(QwenImageEditPipeline._encode_vae_image, pipe)
     asked = {"mask_image": mask, "strength": 1.0, "true_cfg_scale": 1.0, "height": height, "width": width}
     assert_same(made, pipe, Image.open(pictures[0]), **asked)
-
-
-@pytest.mark.parametrize("version", ["edit-2509", "edit-2511"])
-@pytest.mark.usefixtures("own_sizes")
-def test_two_steps_of_training_equal_those_computed_with_diffusers(
-    files: TinyQwenImage, pictures: list[Path], tmp_path: Path, version: str
-) -> None:
-    """With two references of other sizes for each picture. And diffusers' pipeline reads the LoRA."""
-    write_plain_pictures(tmp_path, batch_size=4)
-    (tmp_path / "control").mkdir()
-    for index in range(4):
-        for number, (width, height) in enumerate(((64, 40), (32, 48))):
-            write_image(tmp_path / "control" / f"picture {index}_{number}.png", width, height)
-    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
-        file.write(f'control_directory = "{tmp_path.as_posix()}/control"\nno_resize_control = true\n')
-    dataset = ["--dataset_config", "dataset.toml", "--model_version", version]
-    reading = ["--text_encoder", files.text_encoder, "--text_encoder_dtype", "float32"]
-    vae = ["--vae", files.vae, "--vae_dtype", "float32"]
-    succeed_here("qwen_image_cache_latents.py", *dataset, *vae, folder=tmp_path)
-    succeed_here("qwen_image_cache_text_encoder_outputs.py", *dataset, *reading, folder=tmp_path)
-    words = [*dataset, "--dit", files.dit, "--sdpa", "--timestep_sampling", "qwen_shift"]
-    words += ["--network_module", "networks.lora_qwen_image", "--network_dim", RANK, *descent(RATE)]
-    succeed_here("qwen_image_train_network.py", *words, folder=tmp_path)
-
-    items, modules = read_items(tmp_path / "cache", "qie"), modules_of(files)
-    sizes = [tuple(one.shape) for one in items[0].references]
-    assert (len(items), sizes) == (4, [(16, 1, 4, 8), (16, 1, 6, 4)])  # cut to multiples of 16
-    output, clean = tmp_path / "out", version == "edit-2511"
-    assert_steps_of_descent(
-        output,
-        modules,
-        RATE,
-        lambda factors, step: gradients(files, modules, factors, shuffled(items, step), step, clean),
-        "qwen_image",
-    )
-    lora, unguided = output / "lora.safetensors", ["--guidance_scale", "1"]
-    words = [*unguided, "--lora_weight", str(lora)]
-    made = ours(files, tmp_path / "made", version, pictures[:2], *words, size=(HEIGHT, WIDTH))
-    pipe, images = theirs(files, version), [Image.open(path) for path in pictures[:2]]
-    pipe.load_lora_weights(lora)
-    assert_same(made, pipe, images, true_cfg_scale=1.0)
-    pipe.unload_lora_weights()
-    with pytest.raises(AssertionError):
-        assert_same(made, pipe, images, true_cfg_scale=1.0)

@@ -15,12 +15,12 @@ from stable_diffusion.contract import UnetCall
 from tests.parity.stable_diffusion import (
     SIZE,
     Files,
+    FilesOf,
     assert_close,
     generators,
     pipeline,
     run_script,
     their_pixels,
-    write_files,
     write_mask,
     write_picture,
 )
@@ -31,16 +31,6 @@ PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
 TEXTS = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 5.0}
 LINE = f"{PROMPT} --n {NEGATIVE} --l 5 --d 7"
 STAGES = ["--highres_fix_scale", 0.5, "--highres_fix_steps", 3, "--steps", 4, "--highres_fix_strength", 0.7]
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files("sd1", tmp_path_factory.mktemp("sd1"))
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files("sdxl", tmp_path_factory.mktemp("sdxl"))
 
 
 def first(files: Files, sampler: str, **others: Any) -> Any:
@@ -57,21 +47,16 @@ def second(files: Files, sampler: str, image: Any) -> np.ndarray[Any, Any]:
     return their_pixels(made)
 
 
-@pytest.mark.parametrize(
-    ("model", "sampler"), [pytest.param("sd1", "ddim", marks=pytest.mark.slow), ("sdxl", "euler_a")]
-)
-def test_two_stages_with_pictures_between(
-    request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str
-) -> None:
-    files: Files = request.getfixturevalue(model)
-    (small,) = first(files, sampler)
+def test_two_stages_with_pictures_between(files_of: FilesOf, tmp_path: Path) -> None:
+    files = files_of("sdxl")
+    (small,) = first(files, "euler_a")
     large = small.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    ours = run_script(files, tmp_path, "--prompt", LINE, "--sampler", sampler, *STAGES)
-    assert_close(ours, second(files, sampler, large))
+    ours = run_script(files, tmp_path, "--prompt", LINE, "--sampler", "euler_a", *STAGES)
+    assert_close(ours, second(files, "euler_a", large))
 
 
 def test_two_stages_with_a_module_between(
-    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files_of: FilesOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mirror.py").write_text(
         "class Mirror:\n"
@@ -84,29 +69,25 @@ def test_two_stages_with_a_module_between(
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    (small,) = first(sd1, "ddim")
+    (small,) = first(files_of("sd1"), "ddim")
     large = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((SIZE, SIZE), Image.Resampling.NEAREST)
     module = ["--highres_fix_upscaler", "mirror", "--highres_fix_upscaler_args", "filter=0"]
     out = tmp_path / "out"
-    run_script_alone(sd1, out, "--prompt", LINE, *STAGES, *module, "--highres_fix_save_1st")
-    assert_close(pixels(next(out.glob("im_1*.png"))), second(sd1, "ddim", large))
+    say = ["--prompt", LINE, *STAGES, *module, "--highres_fix_save_1st"]
+    words = [*files_of("sd1").options, "--outdir", out, "--sequential_file_name", "--W", SIZE, "--H", SIZE]
+    gen_img.main([str(word) for word in [*words, *say]])
+    assert_close(pixels(next(out.glob("im_1*.png"))), second(files_of("sd1"), "ddim", large))
     saved = next(out.glob("im_0*.png"))
     assert_close(pixels(saved), np.asarray(small)[None])
     assert Image.open(saved).text["seed"] == "7"  # type: ignore[attr-defined]
-
-
-def run_script_alone(files: Files, out: Path, *arguments: object) -> None:
-    """Run gen_img.py, whose pictures may be of several sizes."""
-    words = [*files.options, "--outdir", out, "--sequential_file_name", "--W", SIZE, "--H", SIZE, *arguments]
-    gen_img.main([str(word) for word in words])
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(path))[None]
 
 
-def test_deep_shrink(sd1: Files, tmp_path: Path) -> None:
-    pipe = pipeline(sd1, "", "ddim")
+def test_deep_shrink(files_of: FilesOf, tmp_path: Path) -> None:
+    pipe = pipeline(files_of("sd1"), "", "ddim")
     unet, depths = pipe.unet, []
 
     def shrunk(
@@ -124,12 +105,12 @@ def test_deep_shrink(sd1: Files, tmp_path: Path) -> None:
         unet.forward = normal
     assert set(depths) == {2, 4, None}
     line = f"{LINE} --dsd1 2 --dst1 600 --dsd2 4 --dst2 300"
-    assert_close(run_script(sd1, tmp_path, "--prompt", line, "--steps", 4), their_pixels(theirs))
+    assert_close(run_script(files_of("sd1"), tmp_path, "--prompt", line, "--steps", 4), their_pixels(theirs))
 
 
 @torch.no_grad()
-def test_gradual_latent(sd1: Files, tmp_path: Path) -> None:
-    side, pipe = 16, pipeline(sd1, "", "euler_a")
+def test_gradual_latent(files_of: FilesOf, tmp_path: Path) -> None:
+    side, pipe = 16, pipeline(files_of("sd1"), "", "euler_a")
     negative, positive = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)[::-1]
     scheduler, (generator,) = pipe.scheduler, generators(7)
     scheduler.set_timesteps(5)
@@ -147,7 +128,7 @@ def test_gradual_latent(sd1: Files, tmp_path: Path) -> None:
     theirs = pipe.image_processor.postprocess(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample)
     assert grown
     line = f"{LINE} --glt 800 --gls 0.5 --w {side * 8} --h {side * 8}"
-    ours = run_script(sd1, tmp_path, "--prompt", line, "--steps", 5, "--sampler", "euler_a")
+    ours = run_script(files_of("sd1"), tmp_path, "--prompt", line, "--steps", 5, "--sampler", "euler_a")
     assert_close(ours, np.stack([np.asarray(image) for image in theirs]))
 
 
@@ -165,16 +146,8 @@ def theirs(files: Files, task: str, sampler: str, **asked: Any) -> np.ndarray[An
         others = {"force_zeros_for_empty_prompt": False, "add_watermarker": False}
     made = made_by(**base.components, controlnet=control_net(files.kind), **others)
     made.set_progress_bar_config(disable=True)
-    return their_pixels(
-        made(
-            prompt=PROMPT,
-            negative_prompt=NEGATIVE,
-            guidance_scale=SCALE,
-            generator=generators(7),
-            controlnet_conditioning_scale=STRENGTH,
-            **{"num_inference_steps": STEPS, "width": SIZE, "height": SIZE, **asked},
-        )
-    )
+    usual = {"num_inference_steps": STEPS, "width": SIZE, "height": SIZE, "generator": generators(7)}
+    return their_pixels(made(**TEXTS, controlnet_conditioning_scale=STRENGTH, **{**usual, **asked}))
 
 
 def ours(
@@ -194,77 +167,49 @@ def guide_in(folder: Path, size: tuple[int, int] = (96, 80)) -> Image.Image:
     return Image.open(write_picture(folder / "guide.png", size, seed=5))
 
 
-@pytest.mark.parametrize(
-    ("model", "sampler"), [pytest.param("sd1", "euler_a", marks=pytest.mark.slow), ("sdxl", "euler")]
-)
-def test_pictures_from_text(request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str) -> None:
-    files: Files = request.getfixturevalue(model)
-    guide = guide_in(tmp_path)
+def test_pictures_from_text(files_of: FilesOf, tmp_path: Path) -> None:
+    files, guide = files_of("sdxl"), guide_in(tmp_path)
 
-    wanted = theirs(files, "", sampler, image=guide)
+    wanted = theirs(files, "", "euler", image=guide)
 
-    assert_close(ours(files, tmp_path, sampler), wanted)
-    without = their_pixels(
-        pipeline(files, "", sampler)(
-            PROMPT,
-            negative_prompt=NEGATIVE,
-            guidance_scale=SCALE,
-            generator=generators(7),
-            num_inference_steps=STEPS,
-            width=SIZE,
-            height=SIZE,
-        )
-    )
+    assert_close(ours(files, tmp_path, "euler"), wanted)
+    asked = {"num_inference_steps": STEPS, "width": SIZE, "height": SIZE, "generator": generators(7)}
+    without = their_pixels(pipeline(files, "", "euler")(**TEXTS, **asked))
     assert np.abs(wanted.astype(int) - without).max() > 20  # the guide is seen
 
 
-def test_it_ends_after_its_share_of_the_steps(sd1: Files, tmp_path: Path) -> None:
+def test_it_ends_after_its_share_of_the_steps(files_of: FilesOf, tmp_path: Path) -> None:
     guide = guide_in(tmp_path)
     # the third of four steps begins at one half, and ends at three quarters
-    wanted = theirs(sd1, "", "ddim", image=guide, control_guidance_end=0.75)
-    assert_close(ours(sd1, tmp_path, "ddim", "--control_net_ratios", 0.5), wanted)
+    wanted = theirs(files_of("sd1"), "", "ddim", image=guide, control_guidance_end=0.75)
+    assert_close(ours(files_of("sd1"), tmp_path, "ddim", "--control_net_ratios", 0.5), wanted)
 
 
-def test_pictures_from_pictures(sd1: Files, tmp_path: Path) -> None:
-    guide = guide_in(tmp_path, (SIZE, SIZE))
+def test_pictures_from_pictures(files_of: FilesOf, tmp_path: Path) -> None:
+    files, guide = files_of("sd1"), guide_in(tmp_path, (SIZE, SIZE))
     source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    asked = {"image": Image.open(source), "strength": 0.6, "num_inference_steps": 5}
 
-    wanted = theirs(
-        sd1,
-        "Img2Img",
-        "ddim",
-        image=Image.open(source),
-        control_image=guide,
-        strength=0.6,
-        num_inference_steps=5,
-    )
+    wanted = theirs(files, "Img2Img", "ddim", control_image=guide, **asked)
 
     words = ("--image_path", source, "--strength", 0.6)
-    assert_close(ours(sd1, tmp_path, "ddim", *words, steps=5), wanted)
+    assert_close(ours(files, tmp_path, "ddim", *words, steps=5), wanted)
 
 
 @pytest.mark.slow
-def test_inpainting_with_a_checkpoint_for_it(tmp_path: Path) -> None:
-    files = write_files("sd1", tmp_path, channels=9)
-    guide = guide_in(tmp_path, (SIZE, SIZE))
+def test_inpainting_with_a_checkpoint_for_it(files_of: FilesOf, tmp_path: Path) -> None:
+    files, guide = files_of("sd1 painter"), guide_in(tmp_path, (SIZE, SIZE))
     source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
     mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (11, 5, 43, 50))
+    asked = {"image": Image.open(source), "mask_image": Image.open(mask), "strength": 1.0}
 
-    wanted = theirs(
-        files,
-        "Inpaint",
-        "ddim",
-        image=Image.open(source),
-        mask_image=Image.open(mask),
-        control_image=guide,
-        strength=1.0,
-    )
+    wanted = theirs(files, "Inpaint", "ddim", control_image=guide, **asked)
 
     words = ("--image_path", source, "--mask_path", mask, "--strength", 1.0)
     assert_close(ours(files, tmp_path, "ddim", *words), wanted)
 
 
-def test_a_batch_with_two_guides_each_equals_single_pictures(sdxl: Files, tmp_path: Path) -> None:
+def test_a_batch_with_two_guides_each_equals_single_pictures(files_of: FilesOf, tmp_path: Path) -> None:
     (tmp_path / "guides").mkdir()
     for number in range(4):
         write_picture(tmp_path / "guides" / f"{number}.png", (SIZE, 72), seed=number)
@@ -276,22 +221,22 @@ def test_a_batch_with_two_guides_each_equals_single_pictures(sdxl: Files, tmp_pa
         *("--guide_image_path", tmp_path / "guides"),
     ]
 
-    batch = run_script(sdxl, tmp_path / "batch", *words, "--batch_size", 2)
-    single = run_script(sdxl, tmp_path / "single", *words)
+    batch = run_script(files_of("sdxl"), tmp_path / "batch", *words, "--batch_size", 2)
+    single = run_script(files_of("sdxl"), tmp_path / "single", *words)
 
     assert_close(batch, single)
     assert np.abs(batch[0].astype(int) - batch[1]).max() > 20
 
 
 @pytest.mark.slow
-def test_the_second_stage_can_do_without(sd1: Files, tmp_path: Path) -> None:
+def test_the_second_stage_can_do_without(files_of: FilesOf, tmp_path: Path) -> None:
     guide_in(tmp_path)
     lines = ("--prompt", f"{PROMPT} --s 3 --d 7", "--highres_fix_scale", 0.5, "--highres_fix_steps", 3)
     net = write_control_net(tmp_path / "net.safetensors", "sd1")
     control = ("--control_net_models", net, "--guide_image_path", tmp_path / "guide.png")
 
     found = [
-        run_script(sd1, tmp_path / str(number), *lines, *words).tobytes()
+        run_script(files_of("sd1"), tmp_path / str(number), *lines, *words).tobytes()
         for number, words in enumerate(((), control, (*control, "--highres_fix_disable_control_net")))
     ]
 

@@ -11,19 +11,27 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from modules.media.writing import write_png, write_video
 from tests.parity import reference
-from tests.parity.projects import ALPHA, RANK, Project, train, write_project
-from tests.parity.reference import Sampling, draw_noise, open_image, relative_error, schedule, to_pixels
-from tests.parity.running import TOLERANCE, assert_equal, decoded, generate_one
+from tests.parity.projects import Project, train, write_project
+from tests.parity.reference import (
+    ReleasedUniPC,
+    Sampling,
+    draw_noise,
+    open_image,
+    relative_error,
+    schedule,
+    to_pixels,
+)
+from tests.parity.running import TOLERANCE, assert_equal, decoded, generate
 from tests.parity.test_training import (
     DESCENT,
-    PLAIN,
+    RATE,
     Batches,
     assert_steps,
     by_sigma,
@@ -32,7 +40,7 @@ from tests.parity.test_training import (
     single_items,
 )
 from tests.parity.theirs import Theirs, load_dit
-from tests.parity.training import linear_modules, read_factors
+from tests.parity.training import Factors, assert_descent, linear_modules, read_factors
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -43,16 +51,6 @@ ASK: list[object] = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--seed"
 ASK += ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS]
 EXACT = 1e-5
 Folders = Callable[[str], Path]
-
-
-class ReleasedUniPC(UniPCMultistepScheduler):
-    """diffusers' solver on the sigmas of the released code, which end before 0 and not at 1 / 1000."""
-
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
-        super().set_timesteps(num_inference_steps, device=device)
-        sampling = Sampling(flow_shift=self.config.flow_shift, scales=(None,) * num_inference_steps)
-        self.sigmas, timesteps = schedule(sampling)
-        self.timesteps = torch.tensor(timesteps).long()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +108,7 @@ def in_diffusers(
 def test_text_to_video_with_the_tasks_own_settings(tmp_path: Path, folders: Folders) -> None:
     folder = folders("t2v")
 
-    latents = generate_one(tmp_path, folder, "t2v-A14B", *ASK, *two(folder), in_process=True)
+    latents = generate(tmp_path, folder, "t2v-A14B", *ASK, *two(folder))
 
     expected = in_diffusers(folder, 0.875, 12.0, (4.0, 3.0))
     assert_equal(latents, expected, "t2v-A14B", EXACT)
@@ -129,7 +127,7 @@ def test_a_timestep_at_the_boundary_belongs_to_the_expert_for_much_noise(
     options = ["--timestep_boundary", boundary, "--flow_shift", 5, "--guidance_scale", 2.5]
     options += ["--guidance_scale_high_noise", 6]
 
-    latents = generate_one(tmp_path, folder, "t2v-A14B", *ASK, *two(folder), *options, in_process=True)
+    latents = generate(tmp_path, folder, "t2v-A14B", *ASK, *two(folder), *options)
 
     expected = in_diffusers(folder, boundary / 1000, 5.0, (6.0, 2.5))
     assert_equal(latents, expected, f"boundary {boundary}", EXACT)
@@ -140,7 +138,7 @@ def test_a_timestep_at_the_boundary_belongs_to_the_expert_for_much_noise(
 def test_one_transformer_alone_does_all_steps(tmp_path: Path, folders: Folders) -> None:
     folder = folders("t2v")
 
-    latents = generate_one(tmp_path, folder, "t2v-A14B", *ASK, in_process=True)
+    latents = generate(tmp_path, folder, "t2v-A14B", *ASK)
 
     assert_equal(latents, in_diffusers(folder, None, 12.0, (3.0, 3.0)), "the low one alone", EXACT)
 
@@ -149,12 +147,12 @@ def test_one_transformer_alone_does_all_steps(tmp_path: Path, folders: Folders) 
 def test_image_to_video_takes_no_image_encoder(
     tmp_path: Path, folders: Folders, end: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """--clip, which `generate_one` gives, is ignored with a warning."""
+    """--clip, which `generate` gives, is ignored with a warning."""
     folder = folders("i2v-2.2")
     images = {"image": "start.png"} | ({"last_image": "end.png"} if end else {})
     given = ["--image_path", folder / "start.png"] + (["--end_image_path", folder / "end.png"] if end else [])
 
-    latents = generate_one(tmp_path, folder, "i2v-A14B", *ASK, *two(folder), *given, in_process=True)
+    latents = generate(tmp_path, folder, "i2v-A14B", *ASK, *two(folder), *given)
 
     opened = {name: Image.open(folder / path) for name, path in images.items()}
     expected = in_diffusers(folder, 0.9, 5.0, (3.5, 3.5), **opened)
@@ -171,7 +169,7 @@ def test_fun_control_takes_control_mask_and_image_in_this_order(
     given = ["--control_path", folder / "control.mp4"]
     given += ["--image_path", folder / "start.png"] if task.startswith("i2v") else []
 
-    latents = generate_one(tmp_path, folder, task, *ASK, *two(folder), *given, in_process=True)
+    latents = generate(tmp_path, folder, task, *ASK, *two(folder), *given)
 
     control = theirs.encode(control_pixels(folder / "control.mp4"))[0]
     image = torch.zeros(20, *control.shape[1:])
@@ -202,11 +200,6 @@ def control_pixels(path: Path) -> Tensor:
 BOUNDARY = 600
 BOTH = ("--task", "t2v-A14B", "--timestep_boundary", BOUNDARY / 1000)
 UPDATES = 3
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture
@@ -242,7 +235,7 @@ def test_steps_in_two_transformers_equal_gradient_descent_with_diffusers(project
     sides = [[is_high(drawn.timesteps) for _, drawn in step] for step in steps]
     assert [True, False] in [sorted(pair, reverse=True) for pair in sides]  # both work in one step
 
-    files = train(project, *DESCENT, *expert_options(project), steps=UPDATES, in_process=True)
+    files = train(project, *DESCENT, *expert_options(project), steps=UPDATES)
 
     assert_steps(files, project, network_at(project), lambda step: steps[step], "two experts")
     with safe_open(files[-1], "pt") as file:
@@ -254,37 +247,20 @@ def test_steps_in_two_transformers_equal_gradient_descent_with_diffusers(project
 
 def test_a_network_for_each_transformer_learns_from_its_micro_batches_alone(project: Project) -> None:
     """Each file is compared with descent on the gradients of its side, divided by both micro-batches."""
-    steps, network = batches_by_step(project), network_at(project)
-    files = train(
-        project, *DESCENT, *expert_options(project), "--lora_per_expert", steps=UPDATES, in_process=True
-    )
+    steps, network, modules = batches_by_step(project), network_at(project), linear_modules(project.dit)
+    files = train(project, *DESCENT, *expert_options(project), "--lora_per_expert", steps=UPDATES)
 
     for part, side in (("low_noise", False), ("high_noise", True)):
         own = [path.with_name(f"{path.stem}_{part}.safetensors") for path in files]
-        first, scale = read_factors(own[0])
-        modules = linear_modules(project.dit)
-        assert first.keys() == modules.keys()
-        assert scale == ALPHA / RANK
-        before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-        for step, path in enumerate(own):
-            after, _ = read_factors(path)
+
+        def gradients_at(factors: Factors, step: int, side: bool = side) -> Factors:
             batches = [batch for batch in steps[step] if is_high(batch[1].timesteps) == side]
-            share = len(batches) / len(steps[step])
             if not batches:
-                assert all(
-                    torch.equal(after[name][part], before[name][part]) for name in after for part in (0, 1)
-                )
-                continue
-            gradients = mean_gradients(network, modules, before, scale, batches)
-            taken = PLAIN.steps_of(
-                {name: (share * down, share * up) for name, (down, up) in gradients.items()}
-            )
-            for name in taken:
-                for factor in (0, 1):
-                    expected = before[name][factor] - taken[name][factor]
-                    error = (after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3)
-                    assert error <= TOLERANCE, (part, step, name)
-            before = after
+                return {}
+            share, gradients = len(batches) / 2, mean_gradients(network, modules, factors, batches)
+            return {name: (share * down, share * up) for name, (down, up) in gradients.items()}
+
+        assert_descent(own, modules, RATE, gradients_at, part, TOLERANCE)
         with safe_open(own[-1], "pt") as file:
             metadata = file.metadata()
         assert metadata["ss_wan_expert"] == part.removesuffix("_noise")
@@ -296,8 +272,8 @@ def test_the_high_noise_transformer_alone_is_trained_on_its_timesteps(project: P
     high = project.models / "dit_high.safetensors"
     shared = [*DESCENT, *BOTH, "--timestep_sampling", "uniform"]
     window = ["--min_timestep", BOUNDARY, "--preserve_distribution_shape"]
-    alone = train(project, *shared, name="a", in_process=True, dits=["--dit_high_noise", high])
-    as_only = train(project, *shared, *window, name="b", in_process=True, dits=["--dit", high])
+    alone = train(project, *shared, name="a", dits=["--dit_high_noise", high])
+    as_only = train(project, *shared, *window, name="b", dits=["--dit", high])
     first, second = (read_factors(files[-1])[0] for files in (alone, as_only))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name][part], second[name][part]) for name in first for part in (0, 1))

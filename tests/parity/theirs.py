@@ -1,12 +1,10 @@
 """Wan2.1's networks as PyPI's diffusers and transformers have them, loaded from the files that are given to
 our scripts.
 
-Nothing of ours is imported. Names are changed by diffusers' own converters, or as checkpoints of transformers
-are documented.
+Names are changed by diffusers' own converters, or as the tiny files of transformers are written.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from tests.encoders.their_t5 import their_t5
+from tests.tiny.wan_encoders import clip_config, clip_hf_tensors, t5_config, t5_hf_tensors
+
 HEAD_WIDTH = 128
-CLIP_HEAD_WIDTH = 80
 TEXT_LENGTH = 512
 # released code, wan/modules/vae.py
 MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
@@ -80,7 +80,7 @@ class Theirs:
     def decode(self, latents: Tensor) -> Tensor:
         """1 16 f h w -> 1 3 F H W in -1..1."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
-        return self.vae.decode(latents * std + mean).sample.clamp(-1, 1)
+        return self.vae.decode((latents * std + mean).to(self.vae.dtype)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -112,10 +112,16 @@ class _Marked:
 
 
 def load_dit(path: Path) -> WanTransformer3DModel:
-    """A transformer of the official names; `ref_conv` of Fun-Control v1.1, which needs a reference image, is
-    left out.
+    """The transformer of a file; `ref_conv` of Fun-Control v1.1, which needs a reference image, is left
+    out.
     """
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("ref_conv.")}
+    return in_diffusers(
+        {name: tensor for name, tensor in load_file(path).items() if not name.startswith("ref_conv.")}
+    )
+
+
+def in_diffusers(tensors: Mapping[str, Tensor]) -> WanTransformer3DModel:
+    """A transformer of the official names, its sizes read off its tensors."""
     dim, in_channels, *patch = tensors["patch_embedding.weight"].shape
     image = tensors.get("img_emb.proj.0.weight")
     positions = tensors.get("img_emb.emb_pos")
@@ -149,97 +155,34 @@ def load_vae(path: Path) -> AutoencoderKLWan:
 
 
 def load_t5(path: Path) -> UMT5EncoderModel:
-    """An umT5 encoder of the official names."""
-    tensors = load_file(path)
-    parts = {
-        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-        "norm1": "layer.0.layer_norm",
-        "norm2": "layer.1.layer_norm",
-        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-        "ffn.fc2": "layer.1.DenseReluDense.wo",
-    }
-    parts |= {f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"}
-    renamed = dict.fromkeys(
-        ("shared.weight", "encoder.embed_tokens.weight"), tensors["token_embedding.weight"]
-    )
-    renamed["encoder.final_layer_norm.weight"] = tensors["norm.weight"]
-    for name, tensor in tensors.items():
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
-        if block:
-            renamed[f"encoder.block.{block[1]}.{parts[block[2]]}.weight"] = tensor
-    heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape[1]
-    vocabulary, width = tensors["token_embedding.weight"].shape
-    t5 = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=len(tensors["blocks.0.attn.q.weight"]) // heads,
-            d_ff=len(tensors["blocks.0.ffn.fc1.weight"]),
-            num_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-            num_heads=heads,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    missing, unexpected = t5.load_state_dict(renamed, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"encoder.embed_tokens.weight", "shared.weight"}, missing
-    return t5.eval().requires_grad_(False)
+    """An umT5 encoder of the official names, as large as all tiny ones."""
+    return their_t5(t5_config(), t5_hf_tensors(load_file(path)), UMT5EncoderModel, UMT5Config)
 
 
 def load_clip(path: Path) -> CLIPVisionModel:
-    """The `visual.` half of the official CLIP file."""
+    """The `visual.` half of the official CLIP file, as large as all tiny ones."""
     tensors = {
         name.removeprefix("visual."): tensor
         for name, tensor in load_file(path).items()
         if name.startswith("visual.")
     }
-    width = tensors["patch_embedding.weight"].shape[0]
-    renamed = {
-        "embeddings.class_embedding": tensors["cls_embedding"].flatten(),
-        "embeddings.position_embedding.weight": tensors["pos_embedding"][0],
-        "embeddings.patch_embedding.weight": tensors["patch_embedding.weight"],
-    }
-    for leaf in ("weight", "bias"):
-        renamed |= {
-            f"pre_layrnorm.{leaf}": tensors[f"pre_norm.{leaf}"],
-            f"post_layernorm.{leaf}": tensors[f"post_norm.{leaf}"],
-        }
-    for name, tensor in tensors.items():
-        block = re.fullmatch(r"transformer\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block:
-            renamed |= _clip_block(f"encoder.layers.{block[1]}.", block[2], block[3], tensor)
+    config = clip_config()
     clip = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(tensors["transformer.0.mlp.0.bias"]),
-            num_hidden_layers=1
-            + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
-            num_attention_heads=width // CLIP_HEAD_WIDTH,
-            image_size=14 * round((tensors["pos_embedding"].shape[1] - 1) ** 0.5),
-            patch_size=14,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_dim,
+            num_hidden_layers=config.num_layers + 1,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
             hidden_act="gelu",
         )
     )
-    if any(name.startswith("vision_model.") for name in clip.state_dict()):
-        renamed = {f"vision_model.{name}": tensor for name, tensor in renamed.items()}
+    renamed = clip_hf_tensors(tensors)
+    del renamed["visual_projection.weight"]
+    if not any(name.startswith("vision_model.") for name in clip.state_dict()):
+        renamed = {name.removeprefix("vision_model."): tensor for name, tensor in renamed.items()}
     missing, unexpected = clip.load_state_dict(renamed, strict=False)
     assert not unexpected, unexpected
     assert not [name for name in missing if "position_ids" not in name], missing
     return clip.eval().requires_grad_(False)
-
-
-def _clip_block(start: str, part: str, leaf: str, tensor: Tensor) -> Mapping[str, Tensor]:
-    if part == "attn.to_qkv":
-        return {
-            f"{start}self_attn.{letter}_proj.{leaf}": rows
-            for letter, rows in zip("qkv", tensor.chunk(3), strict=True)
-        }
-    names = {
-        "attn.proj": "self_attn.out_proj",
-        "norm1": "layer_norm1",
-        "norm2": "layer_norm2",
-        "mlp.0": "mlp.fc1",
-        "mlp.2": "mlp.fc2",
-    }
-    return {f"{start}{names[part]}.{leaf}": tensor}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -316,19 +315,4 @@ def write_encoders(folder: Path, t5_dtype: torch.dtype = torch.float32) -> dict[
     torch.save(t5_tensors(dtype=t5_dtype), paths["t5"])
     torch.save(clip_official_tensors(clip_tensors()), paths["clip"])
     write_tokenizer(paths["t5_tokenizer"])
-    return paths
-
-
-def write_comfy_encoders(folder: Path) -> dict[str, Path]:
-    """The three in ComfyUI's repackaged layout: safetensors, the tokenizer inside the T5 file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {
-        "vae": folder / "wan_2.1_vae.safetensors",
-        "t5": folder / "umt5_xxl_fp16.safetensors",
-        "clip": folder / "clip_vision_h.safetensors",
-    }
-    save_file(vae_tensors(), paths["vae"])
-    blob = torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)
-    save_file({**t5_hf_tensors(t5_tensors()), "spiece_model": blob}, paths["t5"])
-    save_file(clip_hf_tensors(clip_tensors()), paths["clip"])
     return paths

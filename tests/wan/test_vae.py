@@ -25,9 +25,7 @@ from tests.tiny.wan_encoders import (
 )
 from wan.configs import WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae import WanVae, load_vae
-from wan.vae_blocks import (
-    WanVaeConfig,
-)
+from wan.vae_blocks import WanVaeConfig
 
 CPU = torch.device("cpu")
 
@@ -164,7 +162,7 @@ def test_peak_memory_does_not_grow_with_the_clip(generation: Generation) -> None
         return tuple(found)
 
     latents = 4 * channels * 8 * 8  # bytes of one latent frame
-    for short, long in zip(peaks(3), peaks(5), strict=True):
+    for short, long in zip(peaks(3), peaks(4), strict=True):
         # only the latents of a clip are kept, and while they are joined twice
         assert short <= long <= short + 3 * 2 * latents
         assert long < 1.05 * short
@@ -208,14 +206,13 @@ def test_tiles_cover_an_axis_with_weights_that_sum_to_one(size: int, largest: in
 
 
 @each_generation
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_give_float32_latents_near_the_exact_ones(
-    tmp_path: Path, generation: Generation, dtype: torch.dtype
+    tmp_path: Path, generation: Generation
 ) -> None:
     vae = made(tmp_path, generation.tensors())
-    half, pixels = load_vae(tmp_path / "vae.safetensors", CPU, dtype), clip_of(5)
+    half, pixels = load_vae(tmp_path / "vae.safetensors", CPU, torch.bfloat16), clip_of(5)
     latents = half.encode(pixels)
-    assert half.dtype == dtype
+    assert half.dtype == torch.bfloat16
     assert latents.dtype == torch.float32
     assert relative_error(latents, vae.encode(pixels)) < 0.1
 

@@ -1,0 +1,429 @@
+"""Two steps of training of each family equal those computed with diffusers, and the LoRA that comes out has
+the same effect there as here. Of Wan and LTX-2: test_training.py, tests/ltx_2.
+
+The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the
+rate.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import Flux2LoraLoaderMixin, QwenImageLoraLoaderMixin
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import tests.flux.making as flux
+import tests.flux_2.making as flux_2
+import tests.hunyuan_image.making as hunyuan_image
+import tests.lumina.making as lumina
+import tests.parity.framepack as framepack
+import tests.parity.hunyuan as hunyuan
+import tests.qwen_image.making as qwen_image
+import tests.tiny.flux as tiny_flux
+import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.hunyuan_dit as tiny_hunyuan
+import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.lumina as tiny_lumina
+import tests.z_image.making as z_image
+from encoders.autoencoder import SCALE, SHIFT
+from tests.faults.messages import succeed_here
+from tests.parity.running import assert_equal, training_key
+from tests.parity.training import (
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    mixed,
+    normal_share,
+    padded,
+    parts_of,
+    ratio_of,
+    shifted,
+    shuffled,
+    uniform_of,
+)
+from tests.tiny.families import family_called
+from tests.tiny.project import write_image
+
+Parts = dict[str, list[str]]  # name of a module in LoRA files -> its modules in diffusers' network
+GUIDANCE = 2.5
+LONG = "a blue circle moves left " * 5
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training, and diffusers' network for it.
+
+    tag: in names of caches. text: the tensor with the states of a text. options: of the training. network: of
+    the tensors of a file. parts: of a file. error: the predicted less the wanted velocity of the micro-batch
+    of that number. change: of the project before it is cached. to_model: of cached latents. lora: what reads
+    LoRAs of ours there. unused: modules without a gradient, such as what the last block makes of the text.
+    family: if its name is not that of the case.
+    """
+
+    tag: str
+    text: str
+    rate: float
+    options: Sequence[object]
+    network: Callable[[Any], nn.Module]
+    parts: Callable[[Path], Parts]
+    error: Callable[[nn.Module, Sequence[Item], int], Tensor]
+    change: Callable[[Path], object] = lambda folder: None
+    to_model: Callable[[Tensor], Tensor] = lambda latents: latents
+    lora: Any = None
+    unused: int = 0
+    caching: Sequence[object] = ()  # options of caching latents
+    tolerance: float = 1e-4  # of the largest weight
+    family: str = ""
+
+
+def stacked(batch: Sequence[Item], name: str) -> Tensor:
+    return torch.stack([item.tensors[name] for item in batch])
+
+
+def references_of(batch: Sequence[Item]) -> list[Tensor]:
+    """The references of a batch, each B Z 1 H W."""
+    names = [name for name in sorted(batch[0].tensors) if name.startswith("latents_control")]
+    found = [stacked(batch, name) for name in names]
+    return [each if each.ndim == 5 else each.unsqueeze(2) for each in found]
+
+
+def by_size(batch: Sequence[Item], step: int, side: int = 2, **ends: float) -> Tensor:
+    """Noise levels that depend on the number of tokens. side: of a token, in latents."""
+    rows, columns = batch[0].latents.shape[-2:]
+    return shifted(normal_share(batch, step), ratio_of(rows // side * (columns // side), **ends))
+
+
+def error_of_flux(
+    dit: nn.Module, batch: Sequence[Item], step: int, text: str, pooled: str | None, later: int = 0
+) -> Tensor:
+    """Without --apply_t5_attn_mask FLUX sees the padding. later: added to timesteps by the known tuner."""
+    sigmas = by_size(batch, step)
+    noisy, wanted = mixed(batch, step, sigmas)
+    inputs: dict[str, Any] = {"noisy": noisy, "timesteps": 1000 * sigmas + later, "t5": stacked(batch, text)}
+    inputs["t5_mask"] = stacked(batch, "t5_attn_mask") if pooled is None else None
+    inputs["pooled"] = None if pooled is None else stacked(batch, pooled)
+    inputs["guidance"] = torch.full((len(batch),), GUIDANCE)
+    references = references_of(batch)
+    found = [flux.run_there(dit, inputs, sample, references) for sample in range(len(batch))]
+    return torch.cat(found) - wanted
+
+
+def error_of_flux_2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = by_size(batch, step, side=1)
+    noisy, wanted = mixed(batch, step, sigmas)
+    timesteps = 1000 * sigmas + 1  # as the known tuner's
+    given = {"noisy": noisy, "timesteps": timesteps, "text": stacked(batch, "ctx_vec")}
+    return flux_2.predict_with(dit, given, references_of(batch)) - wanted  # type: ignore[arg-type]
+
+
+def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = by_size(batch, step, many=8192, shift=0.9)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    timesteps = 1000 * sigmas + 1  # as the known tuner's
+    given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask}
+    found = qwen_image.predict_with(dit, given, references_of(batch))  # type: ignore[arg-type]
+    return found - qwen_image.pack(wanted)
+
+
+def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = shifted(normal_share(batch, step), 2.2)
+    noisy, wanted = mixed(batch, step, sigmas)
+    caption, mask = padded(batch)
+    times = 1 - (1000 * sigmas + 1) / 1000  # as the known trainer
+    given = {"noisy": noisy.squeeze(2), "times": times, "caption": caption, "caption_mask": mask}
+    return -z_image.predict_with(dit, given) - wanted.squeeze(2)  # type: ignore[arg-type]
+
+
+def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
+    sigmas = shifted(uniform_of(batch, step), ratio_of(tokens))
+    noisy, wanted = mixed(batch, step, sigmas)
+    texts = stacked(batch, "hidden_state"), stacked(batch, "attention_mask")
+    return dit(noisy[:, :, 0], 1 - sigmas, *texts).sample + wanted[:, :, 0]
+
+
+def error_of_hunyuan_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Each by itself; noise levels are an entry of the released table of 1000, which is shifted."""
+    sigmas = shifted(1 - (1000 * uniform_of(batch, step)).floor() / 1000, 5.0)
+    noisy, wanted = (each.squeeze(2) for each in mixed(batch, step, sigmas))
+    found = []
+    for index, item in enumerate(batch):
+        inputs = {
+            "noisy": noisy[index : index + 1],
+            "timesteps": (1000 * sigmas[index : index + 1]).trunc(),
+            "text": item.text[None],
+            "text_mask": torch.ones(1, len(item.text), dtype=torch.int64),
+            "glyphs": item.tensors["byt5_embed"][None],
+            "glyph_mask": item.tensors["byt5_mask"][None],
+        }
+        found.append(hunyuan_image.run_there(dit, inputs, learns=True))
+    return torch.cat(found) - wanted
+
+
+def error_of_hunyuan_video(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = shifted(normal_share(batch, step), 3.0)
+    noisy, wanted = mixed(batch, step, sigmas)
+    if "latents_image" in batch[0].tensors:
+        image = 0.476986 * stacked(batch, "latents_image")
+        noisy = torch.cat([noisy, pad(image, (0, 0, 0, 0, 0, noisy.shape[2] - 1))], dim=1)
+    texts = [stacked(batch, name) for name in ("llm", "llm_mask", "clipL")]
+    guidance = torch.full((len(batch),), GUIDANCE)
+    return dit(noisy, 1000 * sigmas + 1, *texts, guidance, return_dict=False)[0] - wanted
+
+
+def error_of_framepack(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """One by one, as it takes the same places for all samples of a batch."""
+    sigmas = shifted(normal_share(batch, step), 3.0)
+    noisy, wanted = mixed(batch, step, sigmas)
+    found, guidance = [], torch.tensor([1000 * GUIDANCE])
+    for sample, item in enumerate(batch):
+        given = {name: tensor[None] for name, tensor in item.tensors.items()}
+        one = slice(sample, sample + 1)
+        found.append(framepack.velocity(dit, noisy[one], 1000 * sigmas[one] + 1, guidance, given))  # type: ignore[arg-type]
+    return torch.cat(found) - wanted
+
+
+def hunyuan_parts(dit_file: Path) -> Parts:
+    """Of no modulation."""
+    linears = parts_of(dit_file, tiny_hunyuan.diffusers_parts)
+    return {name: paths for name, paths in linears.items() if "mod" not in name}
+
+
+def linears_in(*starts: str) -> Callable[[Path], Parts]:
+    """The Linear layers of a file in diffusers' names but for norms and modulation."""
+
+    def parts(dit_file: Path) -> Parts:
+        paths = [name.removesuffix(".weight") for name in load_file(dit_file) if name.endswith(".weight")]
+        is_learned = [path.startswith(starts) and "norm" not in path and "_mod" not in path for path in paths]
+        chosen = [path for path, learns in zip(paths, is_learned, strict=True) if learns]
+        return {path.replace(".", "_"): [path] for path in chosen}
+
+    return parts
+
+
+def lumina_parts(dit_file: Path) -> Parts:
+    """One module there, or those for q, k and v."""
+    found = {}
+    for name, weight in load_file(dit_file).items():
+        if name.endswith(".weight") and "embedder" not in name and "norm" not in name:
+            there = tiny_lumina.diffusers_state({name: weight})
+            path = name.removesuffix(".weight").replace(".", "_")
+            found[path] = [each.removesuffix(".weight") for each in there]
+    return found
+
+
+def two_references_of_other_sizes(folder: Path) -> None:
+    for path in (folder / "control").iterdir():
+        path.unlink()
+    for index in range(4):
+        for number, (width, height) in enumerate(((64, 40), (32, 48))):
+            write_image(folder / "control" / f"picture {index}_{number}.png", width, height)
+    keep_sizes(folder)
+
+
+def keep_sizes(folder: Path) -> None:
+    """References keep the sizes that they have."""
+    with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("no_resize_control = true\n")
+
+
+def two_clips(folder: Path) -> None:
+    """Of which each has two sections."""
+    for path in (folder / "clips").glob("clip [23].*"):
+        path.unlink()
+
+
+def write_caption(name: str, text: str, folder: Path) -> None:
+    (folder / "clips" / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+FLUX = {"rate": 0.5, "parts": partial(parts_of, parts_there=tiny_flux.diffusers_parts)}
+BY_SIZE = ("--timestep_sampling", "flux_shift", "--guidance_scale", GUIDANCE)
+QWEN = {
+    "text": "vl_embed",
+    "rate": 20.0,
+    "options": ("--timestep_sampling", "qwen_shift", "--discrete_flow_shift", "2.2"),
+    "parts": linears_in("transformer_blocks."),
+    "error": error_of_qwen_image,
+    "lora": QwenImageLoraLoaderMixin,
+    "unused": 4,
+}
+SHIFT_3 = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
+HUNYUAN: dict[str, Any] = {
+    "tag": "hv",
+    "text": "llm",
+    "rate": 2.0,
+    "options": SHIFT_3,
+    "network": hunyuan.in_diffusers,
+    "parts": hunyuan_parts,
+    "error": error_of_hunyuan_video,
+    "to_model": lambda latents: 0.476986 * latents,
+}
+FRAMEPACK: dict[str, Any] = {
+    "tag": "fp",
+    "text": "llama_vec",
+    "rate": 2.0,
+    "options": SHIFT_3,
+    "network": framepack.in_diffusers,
+    "parts": linears_in("transformer_blocks.", "single_transformer_blocks."),
+    "error": error_of_framepack,
+    "caching": ("--vae_dtype", "float32"),
+    "tolerance": 2e-5,  # measured: 2.2e-6
+}
+CASES: dict[str, Training] = {
+    "hunyuan_video": Training(**HUNYUAN),
+    "skyreels i2v": Training(**HUNYUAN),
+    "framepack": Training(**FRAMEPACK, change=two_clips),
+    "framepack f1": Training(**FRAMEPACK, change=two_clips),
+    "framepack one frame": Training(**FRAMEPACK),
+    "flux": Training(
+        *("flux", "t5_out"),
+        **FLUX,
+        options=BY_SIZE,
+        network=partial(flux.in_diffusers, "dev"),
+        error=partial(error_of_flux, text="t5_out", pooled="l_pooled"),
+    ),
+    "chroma": Training(
+        *("flux", "t5_out"),
+        **FLUX,
+        options=BY_SIZE,
+        network=partial(flux.in_diffusers, "chroma"),
+        error=partial(error_of_flux, text="t5_out", pooled=None),
+    ),
+    "kontext": Training(
+        *("fk", "t5_vec"),
+        **FLUX,
+        options=(*BY_SIZE, "--network_args", "include_patterns=['.*mod.*']"),
+        network=partial(flux.in_diffusers, "dev"),
+        error=partial(error_of_flux, text="t5_vec", pooled="clip_l_pooler", later=1),
+    ),
+    "flux_2": Training(
+        *("f2k4b", "ctx_vec", 20.0),
+        options=("--timestep_sampling", "flux2_shift"),
+        network=flux_2.in_diffusers,
+        parts=partial(parts_of, parts_there=tiny_flux_2.diffusers_parts),
+        error=error_of_flux_2,
+        change=keep_sizes,
+        lora=Flux2LoraLoaderMixin,
+    ),
+    "lumina": Training(
+        *("lumina", "hidden_state", 2.0),
+        options=("--timestep_sampling", "nextdit_shift"),
+        network=lumina.in_diffusers,
+        parts=lumina_parts,
+        error=error_of_lumina,
+    ),
+    "hunyuan_image": Training(
+        *("hi", "vlm_embed", 8.0, ()),
+        network=lambda _: hunyuan_image.in_diffusers(),
+        parts=partial(parts_of, parts_there=tiny_hunyuan_image.diffusers_parts),
+        error=error_of_hunyuan_image,
+        change=partial(write_caption, "picture 2", 'a door that says "push"'),
+        to_model=lambda latents: latents * 0.75289,
+    ),
+    "qwen_image": Training("qi", **QWEN, network=qwen_image.in_diffusers),
+    "qwen_image edit-2509": Training(
+        "qie",
+        **QWEN,
+        family="qwen_image edit-2511",
+        network=qwen_image.in_diffusers,
+        change=two_references_of_other_sizes,
+    ),
+    "qwen_image edit-2511": Training(
+        "qie",
+        **QWEN,
+        network=partial(qwen_image.in_diffusers, clean_references=True),
+        change=two_references_of_other_sizes,
+    ),
+    "z_image": Training(
+        *("zi", "llm_embed", 20.0),
+        options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
+        network=z_image.in_diffusers,
+        parts=linears_in("layers."),
+        error=error_of_z_image,
+        change=partial(write_caption, "picture 1", LONG),  # so that rows of padding are masked
+        to_model=lambda latents: (latents - SHIFT) * SCALE,
+    ),
+}
+
+
+def cached(folder: Path, name: str) -> list[Item]:
+    """Write a project and its caches, of one batch; what they hold of its items, sorted by name."""
+    case, family = CASES[name], family_called(CASES[name].family or name)
+    family.prepare(folder)
+    dataset = folder / "dataset.toml"
+    text = re.sub("batch_size = .", "batch_size = 4", dataset.read_text(encoding="utf-8"))
+    dataset.write_text(re.sub("target_frames = .*", "target_frames = [9]", text), encoding="utf-8")
+    case.change(folder)
+    succeed_here(*family.cache_latents, *case.caching, *version_of(name), folder=folder)
+    succeed_here(*family.cache_texts, *version_of(name), folder=folder)
+    items = []
+    for path in sorted((folder / "cache").glob(f"*_{case.tag}.safetensors")):
+        texts = path.with_name(f"{path.name.partition('_')[0]}_{case.tag}_te.safetensors")
+        found = load_file(path) | load_file(texts)
+        tensors = {
+            training_key(key): tensor.float() if tensor.is_floating_point() else tensor
+            for key, tensor in found.items()
+        }
+        latents = case.to_model(tensors["latents"])
+        latents = latents if latents.ndim == 4 else latents.unsqueeze(1)
+        items.append(Item(latents, tensors[case.text], tensors=tensors))
+    assert len(items) == 4
+    return items
+
+
+def version_of(name: str) -> Sequence[str]:
+    """The option of the release, if it is another than the family's."""
+    return ("--model_version", name.split()[1]) if CASES[name].family else ()
+
+
+def train(folder: Path, name: str, *more: object) -> Path:
+    """Train two steps of descent; the transformer's file."""
+    case, family = CASES[name], family_called(CASES[name].family or name)
+    words = [*family.train, *descent(case.rate), *case.options, *version_of(name), *more]
+    succeed_here(*words, folder=folder)
+    return folder / "model" / "dit.safetensors"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps_equal_those_computed_with_diffusers(tmp_path: Path, name: str) -> None:
+    case, items = CASES[name], cached(tmp_path, name)
+
+    dit_file = train(tmp_path, name)
+
+    parts, dit = case.parts(dit_file), case.network(load_file(dit_file)).requires_grad_(False)
+
+    def gradients_at(factors: Factors, step: int) -> Factors:
+        with learning(dit, parts, factors) as found:
+            case.error(dit, shuffled(items, step), step).square().mean().backward()
+            every = found()
+        learned = {key: both for key, both in every.items() if both[1] is not None and both[1].any()}
+        assert len(every) - len(learned) == case.unused
+        return learned
+
+    assert_steps_of_descent(tmp_path / "out", parts, case.rate, gradients_at, name, case.tolerance)
+    if case.lora is not None:
+        assert_same_effect(case, dit_file, tmp_path / "out" / "lora.safetensors", items)
+
+
+@torch.no_grad()
+def assert_same_effect(case: Training, dit_file: Path, lora: Path, items: Sequence[Item]) -> None:
+    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same."""
+    dit, merged = case.network(load_file(dit_file)), lora.with_name("merged.safetensors")
+    without = case.error(dit, items, 0)
+    dit.load_lora_adapter(case.lora.lora_state_dict(str(lora)), prefix="transformer")
+    loaded = case.error(dit, items, 0)
+    tool = ["--dit", dit_file, "--lora_weight", lora, "--save_merged_model", merged]
+    succeed_here("merge_lora.py", *tool, folder=lora.parent)
+    assert (loaded - without).abs().max() > 1e-2
+    assert_equal(case.error(case.network(load_file(merged)), items, 0), loaded, "LoRA")
