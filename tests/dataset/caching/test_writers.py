@@ -36,10 +36,6 @@ if sys.platform != "win32":
     PROCESSES.set_forkserver_preload([__name__])
 
 
-FORMS = pytest.mark.parametrize("form", ["files", "shards"])
-MOSTLY_FILES = pytest.mark.parametrize("form", ["files", pytest.param("shards", marks=pytest.mark.slow)])
-
-
 class Stop:
     """A place where a process waits: `reached` when it is there, `go` lets it on."""
 
@@ -99,14 +95,9 @@ def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
     cache_media(ToyFamily(), make_config(folder), options())
 
 
-def latents_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
+def stopping_when_listed(folder: Path, form: str, cache: Callable[..., Any], stop: Stop) -> None:
     config = make_config(folder, clips=(), cache_format=form)
-    cache_media(StoppingFamily(stop=stop), config, options())
-
-
-def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
-    config = make_config(folder, clips=(), cache_format=form)
-    cache_texts(StoppingFamily(stop=stop, text=two().text), config, options())
+    cache(StoppingFamily(stop=stop, text=two().text), config, options())
 
 
 class Other:
@@ -136,8 +127,7 @@ class Other:
         return int(self.process.exitcode)
 
 
-@FORMS
-@pytest.mark.parametrize("encoder", ["llm", "clipL"])
+@pytest.mark.parametrize(("encoder", "form"), [("llm", "shards"), ("clipL", "files")])
 def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form: str) -> None:
     """This process does everything while the other one is in its first pass, or between its passes."""
     config = make_config(tmp_path, cache_format=form)
@@ -146,7 +136,7 @@ def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form:
     with Other(texts_stopping_in, encoder, tmp_path, form) as other:
         (tmp_path / "cache").mkdir(exist_ok=True)
         # shards show what they hold when they are finished, or when their writer is dead
-        assert sorted(entries(config)) == (PARTS if (encoder, form) == ("clipL", "files") else [])
+        assert sorted(entries(config)) == (PARTS if form == "files" else [])
         cache_texts(two(), config, options())
         assert entries(config) == entries(undisturbed)
         assert other.end() == 0
@@ -178,18 +168,13 @@ def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
     assert left not in names(tmp_path)
 
 
-@MOSTLY_FILES
-@pytest.mark.parametrize(
-    ("work", "cache"),
-    [(latents_stopping_when_listed, cache_media), (texts_stopping_when_listed, cache_texts)],
-    ids=["latents", "texts"],
-)
+@pytest.mark.parametrize(("form", "cache"), [("files", cache_media), ("shards", cache_texts)])
 def test_what_others_make_of_new_sources_is_not_stale(
-    tmp_path: Path, work: Callable[..., None], cache: Callable[..., Any], form: str
+    tmp_path: Path, form: str, cache: Callable[..., Any]
 ) -> None:
     """A clip is copied in after one run has listed the sources and before another one does."""
     make_config(tmp_path, clips=(9,))
-    with Other(work, tmp_path, form) as other:
+    with Other(stopping_when_listed, tmp_path, form, cache) as other:
         config = make_config(tmp_path, clips=(9, 9), cache_format=form)
         cache(two(), config, options())
         made = entries(config)
@@ -201,31 +186,22 @@ def test_what_others_make_of_new_sources_is_not_stale(
 # --- faults
 
 
-def test_results_come_in_order_whatever_finishes_first() -> None:
-    def work(number: int) -> int:
-        time.sleep(0.02 if number == 0 else 0)
-        return number * 10
-
-    assert list(run_ahead(range(6), work, 3, lambda _: 0, 1)) == [
-        (number, number * 10) for number in range(6)
-    ]
-
-
-def test_no_more_is_started_than_the_limit_allows() -> None:
+def test_results_come_in_order_and_no_more_is_started_than_the_limit_allows() -> None:
     started: list[int] = []
 
     def work(number: int) -> int:
         started.append(number)
-        return number
+        time.sleep(0.02 if number == 0 else 0)  # the others are done first
+        return number * 10
 
     ahead = run_ahead(range(8), work, 4, lambda _: 10, limit_bytes=25)
-    next(ahead)
+    assert next(ahead) == (0, 0)
     time.sleep(0.05)
     assert len(started) == 2  # 20 bytes; the first is not given back yet
-    next(ahead)
+    assert next(ahead) == (1, 10)
     time.sleep(0.05)
     assert len(started) == 3
-    ahead.close()
+    assert list(ahead) == [(number, 10 * number) for number in range(2, 8)]
 
 
 def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
@@ -254,7 +230,7 @@ def cache_all(config: DatasetConfig, started: Any, share: ShardOptions, number: 
 
 
 @pytest.mark.slow
-@FORMS
+@pytest.mark.parametrize("form", ["files", "shards"])
 @pytest.mark.parametrize("number", range(25))
 def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: str, number: int) -> None:
     """Three writers of the same entries: two shards, and a run of everything. One of them is killed."""
@@ -262,9 +238,9 @@ def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: st
     config = make_config(tmp_path, clips=(5, 5, 5, 9, 5), cache_format=form)
     undisturbed = into(config, tmp_path / "undisturbed")
     everything = ShardOptions(num_shards=None, shard_index=None)
-    for cache in (cache_media, cache_texts):
-        family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
-        cache(family, undisturbed, options(batch_size=2))
+    alone = PROCESSES.Event()
+    alone.set()
+    cache_all(undisturbed, alone, everything, number)
     started = PROCESSES.Barrier(4)
     running = [
         PROCESSES.Process(target=cache_all, args=(config, started, share, number + place))
@@ -282,9 +258,7 @@ def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: st
     for path in (tmp_path / "cache").glob("*.safetensors"):
         assert set(read_entry(path).tensors) in ({"latents"}, set(KEYS)), path
 
-    started = PROCESSES.Event()
-    started.set()
-    cache_all(config, started, everything, number)
+    cache_all(config, alone, everything, number)
 
     assert entries(config) == entries(undisturbed)  # each writer has a shard of its own
     if form == "files":
