@@ -17,10 +17,7 @@ from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
     DYING,
     FAMILIES,
-    FLUX,
-    FRAMEPACK,
-    HUNYUAN_VIDEO,
-    LTX_2,
+    WAN,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -40,29 +37,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-# what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
-# families share
-STANDING_FOR_ALL = {FRAMEPACK.name: (), FLUX.name: ("mid_write]",), LTX_2.name: ()}
-# the same for families of which only these are not tried
-LEFT_TO_OTHERS = {
-    HUNYUAN_VIDEO.name: (
-        *("before_rename]", "after_rename]", "mid_epoch]", "mid_accumulation]", "mid_write]"),
-        *("SIGINT]", "SIGTERM]", "on_a_full_disk[", "of_their_video["),
-    )
-}
+# what is tried of Wan alone is slow too: more instants of a kill, through the code of the others
+MORE_INSTANTS = ("after_rename]", "mid_epoch]")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the other tests of these families as slow, before slow ones are left out."""
+    """Mark the tests of other families than Wan as slow, before slow ones are left out: many processes each,
+    through code that all families share.
+    """
     for item in items:
         found = getattr(item, "callspec", None)
         scripts = None if found is None else found.params.get("scripts")
-        name = getattr(scripts, "name", "")
-        chosen = STANDING_FOR_ALL.get(name)
-        if any(word in item.name for word in LEFT_TO_OTHERS.get(name, ())):
-            item.add_marker(pytest.mark.slow)
-        if chosen is not None and not any(word in item.name for word in chosen):
+        if scripts is not None and (scripts is not WAN or item.name.endswith(MORE_INSTANTS)):
             item.add_marker(pytest.mark.slow)
 
 
@@ -107,21 +94,14 @@ def undisturbed(
     """A training that nothing happened to."""
     if scripts.name not in trainings:
         folder = tmp_path_factory.mktemp("undisturbed")
-        started = time.monotonic()
-        script, *arguments = scripts.train
+        started, counts = time.monotonic(), folder / "passed.json"
+        script, *words = scripts.train
         run_python(
-            DYING,
-            "count",
-            folder / "passed.json",
-            ROOT / script,
-            *arguments,
-            "--output_dir",
-            folder / "out",
-            folder=project,
+            DYING, "count", counts, ROOT / script, *words, "--output_dir", folder / "out", folder=project
         )
         seconds = time.monotonic() - started
         assert_whole(folder / "out")
-        passed = json.loads((folder / "passed.json").read_text(encoding="utf-8"))
+        passed = json.loads(counts.read_text(encoding="utf-8"))
         trainings[scripts.name] = Undisturbed(folder / "out", passed, seconds)
     return trainings[scripts.name]
 

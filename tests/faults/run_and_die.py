@@ -6,7 +6,7 @@ FILE SCRIPT ...` kills nothing and writes to FILE how often each point was passe
 COUNT that will come.
 
 Only libraries are hooked, never the project: the renames of the operating system, torch's backward and
-optimizer step, safetensors' writer, files that Python writes itself, PyAV's muxer.
+optimizer step, files that Python writes itself, PyAV's muxer.
 """
 
 import atexit
@@ -38,21 +38,6 @@ def dying(call: Callable[..., Any], is_time: IsTime, *, before: bool = False) ->
             die()
         result = call(*arguments, **settings)
         if now:
-            die()
-        return result
-
-    return hooked
-
-
-def half_written(save: Callable[..., Any], is_time: IsTime) -> Callable[..., Any]:
-    """A safetensors writer that leaves half a file and dies."""
-
-    def hooked(tensors: Any, filename: Any, *arguments: Any, **settings: Any) -> Any:
-        result = save(tensors, filename, *arguments, **settings)
-        if is_time():
-            path = Path(filename)
-            with path.open("rb+") as file:
-                file.truncate(path.stat().st_size // 2)
             die()
         return result
 
@@ -110,9 +95,6 @@ def place(point: str, is_time: IsTime) -> None:
     if point in {"before_rename", "after_rename"}:
         os.replace = dying(os.replace, is_time, before=point == "before_rename")
     elif point == "mid_write":
-        import safetensors.torch
-
-        safetensors.torch.save_file = half_written(safetensors.torch.save_file, is_time)
         opened_file = Path.open
 
         def hooked_file(path: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:

@@ -56,12 +56,8 @@ def lora(good: Path, bad: Path) -> None:
 
 def without_record(good: Path, bad: Path) -> None:
     """As another program wrote it, but of another size or kind."""
-    renamed = (
-        {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)}
-        if good.name == LATENTS
-        else {"llama_float32": torch.zeros(4, 8)}
-    )
-    save_file(renamed, bad)
+    latents, text = {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)}, {"llama_float32": torch.zeros(4, 8)}
+    save_file(latents if good.name == LATENTS else text, bad)
 
 
 BAD_CACHES: dict[str, Damage] = {
@@ -76,8 +72,11 @@ BAD_CACHES: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
-@pytest.mark.parametrize("damage", BAD_CACHES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(LATENTS, damage) for damage in BAD_CACHES]
+    + [(TEXT, damage) for damage in ("with a flipped bit", "the other kind", "of another size or family")],
+)
 def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
     name: str, damage: str, project: Path, tmp_path: Path
 ) -> None:
@@ -219,8 +218,6 @@ PLACES = {
         ".toml",
     ),
     "samples": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".txt"),
-    "samples in TOML": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".toml"),
-    "samples in JSON": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".json"),
     "prompts": Place(GENERATE, "--from_file", ".txt"),
 }
 MODELS = {
@@ -295,8 +292,7 @@ def test_a_text_that_cannot_be_read_is_one_message(
 
 
 @with_pipes
-@pytest.mark.parametrize("make", [pipe, endless])
-@pytest.mark.parametrize("place", MODELS)
+@pytest.mark.parametrize(("place", "make"), [("dit", endless), *((place, pipe) for place in MODELS)])
 def test_a_model_that_is_no_regular_file_is_one_message(
     place: str, make: Callable[[Path], str], project: Path, tmp_path: Path
 ) -> None:

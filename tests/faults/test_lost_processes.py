@@ -231,8 +231,7 @@ def wait_until_joined(started: Sequence[WarmProcess]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", HOW)
-@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 0)])
 def test_processes_that_wait_end_when_one_is_killed_or_stopped(
     tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
