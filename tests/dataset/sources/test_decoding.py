@@ -13,7 +13,7 @@ from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import resample_indices, spans
 from dataset.sources.listing import find_sources
 from modules.media.reading import resize_cover
-from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
+from tests.dataset.making import frame_numbers, make_animation, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
 
 FAMILY_FPS = {"wan": 16.0, "hv": 24.0, "fp": 30.0}
@@ -176,13 +176,6 @@ def test_transparency_of_an_image_is_kept_beside_its_colours(tmp_path: Path, sid
 
 
 # --- GIF and WebP, and clips that are read by their times
-
-
-def make_animation(path: Path, milliseconds: list[int]) -> Path:
-    frames = [Image.new("RGB", (32, 32), (4 * index + 4,) * 3) for index in range(len(milliseconds))]
-    more = {"lossless": True} if path.suffix == ".webp" else {}
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, **more)
-    return path
 
 
 def test_animations_are_clips_and_still_ones_are_not(tmp_path: Path) -> None:
