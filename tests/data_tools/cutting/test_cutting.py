@@ -285,7 +285,7 @@ def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
         (["--output", "out", "--scene_threshold", "2"], "--detector own takes numbers above 0 and up to 1"),
         (["--output", "out", "--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
         (["--output", "out", "--jsonl", "clips.toml"], "ends in .jsonl"),
-        (["--output", "out", "--input", "."], "is a folder without videos"),
+        (["--output", "out", "--input", "empty"], "is a folder without videos"),
         (["--output", "in"], "is --input too"),
     ],
 )
@@ -293,7 +293,8 @@ def test_mistakes_end_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "in").mkdir()
+    for name in ("in", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "in" / "film.mp4").write_bytes(b"never opened")
 
     with pytest.raises((OptionError, MediaError), match=message):
