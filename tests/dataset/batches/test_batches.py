@@ -43,11 +43,9 @@ def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"")  # nothing to read
     found = find_items(config, "toy", LATENT)
+    spans = [(clip, frames) for clip in (0, 1) for frames in (1, 5)]
     assert [item.key for item in found.items] == [
-        "clip_0_00000-001_0032x0032_toy",
-        "clip_0_00000-005_0032x0032_toy",
-        "clip_1_00000-001_0032x0032_toy",
-        "clip_1_00000-005_0032x0032_toy",
+        f"clip_{clip}_00000-{frames:03d}_0032x0032_toy" for clip, frames in spans
     ]
     assert [item.bucket for item in found.items] == [(32, 32, 1), (32, 32, 5)] * 2
     assert found.items[0].source_stem == "clip_0"
@@ -101,13 +99,12 @@ def test_caches_of_the_known_tuners_load(tmp_path: Path) -> None:
     table = make_table(tmp_path, resolution=(64, 48))
     folder = table.cache_directory
     folder.mkdir()
-    metadata = {"architecture": "toy", "width": "48", "height": "32", "format_version": "1.0.1"}
     latents = {
-        "latents_2x4x6_bfloat16": torch.ones(2, 2, 4, 6, dtype=torch.bfloat16),
-        # their name says another dtype than the tensor has
-        "clip_bfloat16": torch.ones(3, 4, dtype=torch.float16),
-        "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6, dtype=torch.bfloat16),
+        "latents_2x4x6_bfloat16": torch.ones(2, 2, 4, 6).bfloat16(),
+        "clip_bfloat16": torch.ones(3, 4).half(),  # the name says another dtype than the tensor has
+        "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6).bfloat16(),
     }
+    metadata = {"architecture": "toy", "width": "48", "height": "32", "format_version": "1.0.1"}
     write_tensors(folder / "a_b_00000-005_0048x0032_toy.safetensors", latents, metadata)
     text = {"llm_float16": torch.ones(4, 4), "llm_mask": torch.ones(4, dtype=torch.int64)}
     write_tensors(folder / "a_b_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"})
@@ -200,7 +197,6 @@ def test_subsets_of_a_dataset_share_batches_of_one_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("repeats", "learned", "expected"),
     [
-        ([1, 1, 1], 3, [1, 1, 1]),
         ([1, 1, 1], 2, [1, 1, 0]),  # the rest is not used
         ([1, 1, 1], 7, [3, 2, 2]),
         ([2, 2, 1], 3, [2, 2, 0]),  # whole images only

@@ -6,7 +6,6 @@ Each scenario stops one process at a chosen place, lets another do something, an
 import dataclasses
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -16,11 +15,8 @@ from typing import Any
 
 import pytest
 
-from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import WriteBehind, run_ahead
-from dataset.config import DatasetConfig
-from dataset.options import ShardOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
@@ -183,9 +179,6 @@ def test_what_others_make_of_new_sources_is_not_stale(
     assert entries(config) == made
 
 
-# --- faults
-
-
 def test_results_come_in_order_and_no_more_is_started_than_the_limit_allows() -> None:
     started: list[int] = []
 
@@ -210,56 +203,3 @@ def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
         for number in range(20):
             writer.submit(lambda number=number: written.append(number))  # type: ignore[misc]
     assert written == list(range(20))
-
-
-@dataclasses.dataclass
-class NeighbourlyLlm(ToyLlm):
-    """Its outputs depend on the whole batch."""
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        found = super().encode(prompts)
-        length = sum((place + 1) * len(prompt.text) for place, prompt in enumerate(prompts))
-        return [{**one, "llm": one["llm"] * 0 + length} for one in found]
-
-
-def cache_all(config: DatasetConfig, started: Any, share: ShardOptions, number: int) -> None:
-    started.wait(PATIENCE)
-    family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
-    for cache in (cache_media, cache_texts) if number % 2 else (cache_texts, cache_media):
-        cache(family, config, options(shard=share, batch_size=2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["files", "shards"])
-@pytest.mark.parametrize("number", range(25))
-def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: str, number: int) -> None:
-    """Three writers of the same entries: two shards, and a run of everything. One of them is killed."""
-    draw = random.Random(number)
-    config = make_config(tmp_path, clips=(5, 5, 5, 9, 5), cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    everything = ShardOptions(num_shards=None, shard_index=None)
-    alone = PROCESSES.Event()
-    alone.set()
-    cache_all(undisturbed, alone, everything, number)
-    started = PROCESSES.Barrier(4)
-    running = [
-        PROCESSES.Process(target=cache_all, args=(config, started, share, number + place))
-        for place, share in enumerate((shard(0, 2), shard(1, 2), everything))
-    ]
-    for process in running:
-        process.start()
-    started.wait(PATIENCE)
-    victim = draw.choice(running)
-    victim.join(draw.uniform(0, 0.4))
-    victim.kill()
-    for process in running:
-        process.join(PATIENCE)
-        assert process is victim or process.exitcode == 0
-    for path in (tmp_path / "cache").glob("*.safetensors"):
-        assert set(read_entry(path).tensors) in ({"latents"}, set(KEYS)), path
-
-    cache_all(config, alone, everything, number)
-
-    assert entries(config) == entries(undisturbed)  # each writer has a shard of its own
-    if form == "files":
-        assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
