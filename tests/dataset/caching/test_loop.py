@@ -227,17 +227,18 @@ def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames:
     assert cache_media(ToyFamily(), config, options()).written == 1
 
 
-@pytest.mark.parametrize(("grid", "kept"), [("2x4x4", 1), ("2x4x6", 0)])
-def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(
-    tmp_path: Path, grid: str, kept: int
-) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    tensors = {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))}
-    write_foreign(tmp_path, "clip_0_00000-005_0032x0032_toy", tensors)
-    report = cache_media(ToyFamily(), config, options(skip_existing=True))
-    assert (report.kept, report.foreign, report.written) == (kept, kept, 1 - kept)
-    # without the option it has no record
-    assert cache_media(ToyFamily(), change(config), options()).written == kept
+def test_skip_existing_keeps_files_of_other_programs_whose_size_or_caption_is_right(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    for index, (width, caption) in enumerate(((4, "clip number 0"), (6, "an older text"))):
+        tensors = {f"latents_2x4x{width}_bfloat16": torch.zeros(2, 2, 4, width)}
+        write_foreign(tmp_path, f"clip_{index}_00000-005_0032x0032_toy", tensors)
+        text = {"varlen_t5_bfloat16": torch.ones(3, 4)}
+        write_foreign(tmp_path, f"clip_{index}_toy_te", text, caption1=caption)
+
+    for half in (cache_media, cache_texts):
+        report = half(ToyFamily(), config, options(skip_existing=True))
+        assert (report.kept, report.foreign, report.written) == (1, 1, 1)
+        assert half(ToyFamily(), config, options()).written == 1  # without the option it has no record
 
 
 def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Path) -> None:
@@ -251,16 +252,6 @@ def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Pat
     assert entry.header.metadata["note"] == "mine"
     changed = ToyFamily(text=[ToyText(), dataclasses.replace(llm, identity={"llm": "two"}, calls=[])])
     assert (cache_texts(changed, config, options()).written, changed.text[0].calls) == (1, [])
-
-
-@pytest.mark.parametrize(("caption", "kept"), [("clip number 0", 1), ("an older text", 0)])
-def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
-    tmp_path: Path, caption: str, kept: int
-) -> None:
-    config = make_config(tmp_path, clips=(5,))
-    write_foreign(tmp_path, "clip_0_toy_te", {"varlen_t5_bfloat16": torch.ones(3, 4)}, caption1=caption)
-    report = cache_texts(ToyFamily(), config, options(skip_existing=True))
-    assert (report.kept, report.foreign) == (kept, kept)
 
 
 PROCESS = """
