@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, run_python, run_script
 from tests.faults.messages import succeed_here
-from tests.faults.mistakes import COMMANDS
-from tests.faults.mistakes import FAMILIES as MISTAKEN
+from tests.faults.mistakes import COMMANDS, PROJECTS
 from tests.faults.runs import (
     DYING,
     FAMILIES,
@@ -26,19 +25,12 @@ from tests.faults.runs import (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES or the test
-    chooses itself.
-    """
-    chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
-    if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
+    """Every test that needs a project runs for every family, unless its module says FAMILIES."""
+    if "scripts" in metafunc.fixturenames:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
         metafunc.parametrize(
             "scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session"
         )
-
-
-# what is tried of Wan alone is slow too: more instants of a kill, through the code of the others
-MORE_INSTANTS = ("after_rename]", "mid_epoch]")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         found = getattr(item, "callspec", None)
         scripts = None if found is None else found.params.get("scripts")
-        if scripts is not None and (scripts is not WAN or item.name.endswith(MORE_INSTANTS)):
+        if scripts not in (None, WAN):
             item.add_marker(pytest.mark.slow)
 
 
@@ -109,7 +101,7 @@ def undisturbed(
 @pytest.fixture(scope="session")
 def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """For each family a folder in which the good commands work."""
-    for name, scripts in MISTAKEN.items():
+    for name, scripts in PROJECTS.items():
         if name not in projects:
             folder = tmp_path_factory.mktemp("project")
             write_project(folder, scripts)
@@ -125,7 +117,7 @@ def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFa
         shutil.copy(folder / "lora.safetensors", folder / "second.safetensors")
         if not (folder / "latent.safetensors").exists():
             shutil.copy(folder / "lora.safetensors", folder / "latent.safetensors")  # never read
-    return {name: projects[name] for name in MISTAKEN}
+    return {name: projects[name] for name in PROJECTS}
 
 
 @pytest.fixture(scope="session")

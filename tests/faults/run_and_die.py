@@ -5,8 +5,8 @@ At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `p
 FILE SCRIPT ...` kills nothing and writes to FILE how often each point was passed, so that a test can choose a
 COUNT that will come.
 
-Only libraries are hooked, never the project: the renames of the operating system, torch's backward and
-optimizer step, files that Python writes itself, PyAV's muxer.
+Only libraries are hooked, never the project: the renames of the operating system, torch's backward, files
+that Python writes itself, PyAV's muxer.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-POINTS = ("mid_write", "before_rename", "after_rename", "mid_epoch", "mid_accumulation", "while_sampling")
+POINTS = ("mid_write", "before_rename", "mid_accumulation", "while_sampling")
 
 IsTime = Callable[[], bool]  # told that the point is passed; whether the process dies now
 
@@ -92,8 +92,8 @@ class DyingContainer:
 
 def place(point: str, is_time: IsTime) -> None:
     """Hook the library call that `point` stands for."""
-    if point in {"before_rename", "after_rename"}:
-        os.replace = dying(os.replace, is_time, before=point == "before_rename")
+    if point == "before_rename":
+        os.replace = dying(os.replace, is_time, before=True)
     elif point == "mid_write":
         opened_file = Path.open
 
@@ -102,10 +102,6 @@ def place(point: str, is_time: IsTime) -> None:
             return DyingFile(file, is_time) if mode == "wb" else file
 
         Path.open = hooked_file  # type: ignore[method-assign, assignment]
-    elif point == "mid_epoch":
-        import torch
-
-        torch.optim.AdamW.step = dying(torch.optim.AdamW.step, is_time)  # type: ignore[method-assign]
     elif point == "mid_accumulation":
         import torch
 

@@ -15,7 +15,6 @@ from tests.commands import ROOT, run_python
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.run_limited import NO_MOUNT
 from tests.faults.runs import (
-    VIDEOS,
     Scripts,
     Undisturbed,
     assert_same_caches,
@@ -25,7 +24,6 @@ from tests.faults.runs import (
     visible_files,
 )
 
-FAMILIES = VIDEOS  # caches of tiny pictures are smaller than any limit that lets a script start
 PAGE = 4096  # bytes in which such a file system gives room
 QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
 LIMITED = Path(__file__).resolve().parent / "run_limited.py"

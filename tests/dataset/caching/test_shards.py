@@ -33,7 +33,7 @@ from tests.dataset.caching.test_loop import change, make_config, write_foreign
 from tests.dataset.making import make_image, make_table
 from tests.dataset.test_two_passes import COMMANDS, KEYS, two
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
-from tests.faults.runs import FAMILIES, write_project
+from tests.faults.runs import WAN, write_project
 
 CLIPS = (9, 5, 9, 13, 9)
 
@@ -286,12 +286,11 @@ def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     pytest.importorskip("ray.data")
-    scripts = next(one for one in FAMILIES if one.name == "wan")
     monkeypatch.chdir(tmp_path)
-    write_project(tmp_path, scripts)
+    write_project(tmp_path, WAN)
     text = (tmp_path / "dataset.toml").read_text(encoding="utf-8")
     (tmp_path / "shared.toml").write_text(text.replace("/cache", "/shared"), encoding="utf-8")
-    script, *words = scripts.cache_latents if part == "latents" else scripts.cache_texts
+    script, *words = WAN.cache_latents if part == "latents" else WAN.cache_texts
     shared = [word.replace("dataset.toml", "shared.toml") for word in words]
     module = __import__(script.removesuffix(".py"))
     module.main(words)
