@@ -113,9 +113,12 @@ def test_a_checksum_sees_name_shape_and_every_bit() -> None:
     [(b"}}", b"}"), (b"[2,1,4,4]", b'["?",44]'.ljust(9))],
     ids=["cut", "a shape that is no numbers"],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, old: bytes, new: bytes) -> None:
+def test_a_damaged_file_and_one_that_is_missing_are_named(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "clip_wan.safetensors"
     write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
+    for read in (read_header, read_entry):
+        with pytest.raises(CacheError, match=r"other_wan\.safetensors: no such"):
+            read(path.with_name("other_wan.safetensors"))
     path.write_bytes(path.read_bytes().replace(old, new))
 
     for read in (read_header, read_entry):

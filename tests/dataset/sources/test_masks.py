@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from dataset.batches.items import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.config import DatasetConfig
 from dataset.sources.decoding import decode_source
 from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_sources
 from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError, MediaError
+from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
@@ -32,21 +34,14 @@ def half(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
     return path
 
 
-def make_dataset(folder: Path, keys: str, count: int = 2) -> DatasetConfig:
-    for index in range(count):
-        if not (folder / f"clip{index}.mkv").exists():
-            make_clip(folder / f"clip{index}.mkv", 9)
-            (folder / f"clip{index}.txt").write_text("a clip", encoding="utf-8")
-    path = folder / "data.toml"
-    lines = ["[[datasets]]", f'video_directory = "{folder.as_posix()}"', "resolution = 32", "batch_size = 2"]
-    lines += ['caption_extension = ".txt"', f'cache_directory = "{folder.as_posix()}/cache"']
-    path.write_text("\n".join([*lines, "target_frames = [9]", keys]), encoding="utf-8")
-    return load_dataset_config(path)
+def make_dataset(folder: Path, count: int = 2, **keys: Any) -> DatasetConfig:
+    return make_config(folder, clips=(9,) * count, target_frames=(9,), batch_size=2, **keys)
 
 
-def masks(folder: Path) -> str:
+def masks(folder: Path) -> dict[str, Path]:
+    """The key of a folder of masks."""
     (folder / "masks").mkdir(exist_ok=True)
-    return f'mask_directory = "{(folder / "masks").as_posix()}"'
+    return {"mask_directory": folder / "masks"}
 
 
 def cache(config: DatasetConfig) -> int:
@@ -74,8 +69,8 @@ def test_a_mask_is_averaged_over_what_a_latent_stands_for() -> None:
 
 
 def test_masks_are_cached_beside_latents_and_items_without_one_are_whole(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, masks(tmp_path))
-    half(tmp_path / "masks" / "clip0.png")
+    config = make_dataset(tmp_path, **masks(tmp_path))
+    half(tmp_path / "masks" / "clip_0.png")
     cache(config)
     items = find_items(config, "toy", LATENT).items
 
@@ -141,49 +136,49 @@ def test_transparent_parts_of_clips_are_not_learned(tmp_path: Path) -> None:
 
 
 def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
-    assert cache(make_dataset(tmp_path, "")) == 2
-    config = make_dataset(tmp_path, masks(tmp_path))
-    half(tmp_path / "masks" / "clip0.png")
+    assert cache(make_dataset(tmp_path)) == 2
+    config = make_dataset(tmp_path, **masks(tmp_path))
+    half(tmp_path / "masks" / "clip_0.png")
     assert cache(config) == 1
     assert cache(config) == 0
 
-    make_image(tmp_path / "masks" / "clip0.png")
+    make_image(tmp_path / "masks" / "clip_0.png")
     assert cache(config) == 1
-    assert cache(make_dataset(tmp_path, "")) == 1
+    assert cache(make_dataset(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
         ("masks", "", "is from file, .* has no mask"),
-        ("", "alpha_mask = true", "is from nowhere, .* has alpha_mask = true"),
-        ("alpha_mask = true", "masks", "is from alpha, .* has a mask for it"),
+        ("", "alpha", "is from nowhere, .* has alpha_mask = true"),
+        ("alpha", "masks", "is from alpha, .* has a mask for it"),
     ],
 )
 def test_training_refuses_caches_with_other_masks(
     tmp_path: Path, before: str, after: str, message: str
 ) -> None:
-    directory = masks(tmp_path)
-    half(tmp_path / "masks" / "clip0.png")
-    cache(make_dataset(tmp_path, before.replace("masks", directory), count=1))
-    (item,) = find_items(make_dataset(tmp_path, after.replace("masks", directory), 1), "toy", LATENT).items
+    keys: dict[str, Any] = {"masks": masks(tmp_path), "alpha": {"alpha_mask": True}, "": {}}
+    half(tmp_path / "masks" / "clip_0.png")
+    cache(make_dataset(tmp_path, 1, **keys[before]))
+    (item,) = find_items(make_dataset(tmp_path, 1, **keys[after]), "toy", LATENT).items
 
     with pytest.raises(CacheError, match=f"{message}.*\n.*latents again"):
         read_batch([item], LATENT, COMMANDS)
 
 
 def test_training_notices_a_changed_mask_and_caching_one_of_another_shape(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, masks(tmp_path), count=1)
-    half(tmp_path / "masks" / "clip0.png")
+    config = make_dataset(tmp_path, 1, **masks(tmp_path))
+    half(tmp_path / "masks" / "clip_0.png")
     cache(config)
     (item,) = find_items(config, "toy", LATENT).items
     assert len(read_batch([item], LATENT)) == 1
-    make_image(tmp_path / "masks" / "clip0.png", (64, 32))
+    make_image(tmp_path / "masks" / "clip_0.png", (64, 32))
 
-    with pytest.raises(CacheError, match=r"clip0\.png has changed since it was encoded"):
+    with pytest.raises(CacheError, match=r"clip_0\.png has changed since it was encoded"):
         read_batch([item], LATENT, COMMANDS)
     (source,) = find_sources(config.datasets[0])
-    with pytest.raises(MediaError, match=r"clip0\.png has 64x32 pixels, what it masks has 32x32"):
+    with pytest.raises(MediaError, match=r"clip_0\.png has 64x32 pixels, what it masks has 32x32"):
         decode_source(source, 16.0)
 
 
