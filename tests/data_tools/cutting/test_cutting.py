@@ -1,9 +1,6 @@
 """The whole command: frames, times and sound of clips, their list, and what a second run does."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +16,8 @@ from dataset.config import DatasetConfig
 from dataset.sources.listing import find_sources
 from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
-from tests.commands import QUIET, ROOT
 from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
+from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import ToyFamily, options
 from tests.modules.media.test_streams import clicks_in, sound_of
@@ -236,47 +233,25 @@ def test_a_damaged_video_is_reported_and_the_others_are_cut(
     assert caplog.text.count("is skipped") == 2
 
 
-KILLED = """
-import os, sys, itertools
-sys.path.insert(0, {root!r})
-import modules.atomic_write as writing
-calls, real = itertools.count(), os.replace
-def replace(source, target):
-    # die at the given change of a name: before it is made, or after
-    number = next(calls)
-    if number == {at} and {before}: os._exit(9)
-    real(source, target)
-    if number == {at}: os._exit(9)
-os.replace = writing.os.replace = replace
-from tools.split_video import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize(
-    ("at", "before"),
-    [(1, True), (4, True), *(pytest.param(at, False, marks=pytest.mark.slow) for at in (0, 2, 3))],
-)
+@needs_fork
 def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
-    film: Path, tmp_path: Path, at: int, before: bool
+    film: Path, tmp_path: Path
 ) -> None:
     """Names are given in this order: record, clip 1, clip 2, record, list, record."""
     undisturbed = {clip.name: clip.read_bytes() for clip in run(film, tmp_path / "reference")}
-    output = tmp_path / "out"
-    code = KILLED.format(root=str(ROOT), at=at, before=before)
-    words = ["-c", code, "--input", film, "--output", output, "--preset", "ultrafast"]
-    environment = {**os.environ, **QUIET}
-    assert subprocess.run([sys.executable, *map(str, words)], env=environment, cwd=ROOT).returncode == 9
-    there = {clip.name: clip.stat().st_mtime_ns for clip in clips_in(output)}
-    assert {name: (output / name).read_bytes() for name in there}.items() <= undisturbed.items()
+    for step in range(1, 7):
+        output = tmp_path / str(step)
+        assert not run_to_step(lambda output=output: run(film, output) and None, step)  # type: ignore[misc]
+        there = {clip.name: clip.stat().st_mtime_ns for clip in clips_in(output)}
+        assert {name: (output / name).read_bytes() for name in there}.items() <= undisturbed.items()
 
-    clips = run(film, output)
+        clips = run(film, output)
 
-    assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
-    assert {name: (output / name).stat().st_mtime_ns for name in there} == there
-    assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
-    left = {path.name for path in output.iterdir() if path.suffix != ".tmp"}  # those go when they are old
-    assert left == {*undisturbed, "clips.jsonl", ".split_video"}
+        assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
+        assert {name: (output / name).stat().st_mtime_ns for name in there} == there
+        assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
+        left = {path.name for path in output.iterdir() if path.suffix != ".tmp"}  # those go when they are old
+        assert left == {*undisturbed, "clips.jsonl", ".split_video"}
 
 
 @pytest.mark.parametrize(
