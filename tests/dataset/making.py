@@ -61,6 +61,14 @@ def make_frames(folder: Path, num_frames: int, size: tuple[int, int] = (32, 32))
     return folder
 
 
+def make_animation(path: Path, milliseconds: list[int]) -> Path:
+    colours = [(GREY_STEP * (index + 1),) * 3 for index in range(len(milliseconds))]
+    frames = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    more = {"lossless": True} if path.suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, **more)
+    return path
+
+
 def frame_numbers(frames: Any) -> list[int]:
     """Which frames of a made clip these are (F H W C)."""
     return [round(float(frame.mean()) / GREY_STEP) - 1 for frame in frames]

@@ -10,6 +10,7 @@ import pytest
 from dataset.config import KEYS, MODES, DatasetTable, load_dataset_config
 from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import Augmentation, CaptionChanges
+from tests.commands import ROOT
 
 
 def write(folder: Path, text: str, name: str = "data.toml") -> Path:
@@ -66,12 +67,7 @@ def test_the_table_goes_before_general_before_the_default(tmp_path: Path) -> Non
         """,
     )
 
-    assert (first.resolution, first.batch_size, first.caption_extension, first.num_repeats) == (
-        (512, 512),
-        3,
-        ".txt",
-        1,
-    )
+    assert (first.resolution, first.batch_size, first.caption_extension) == ((512, 512), 3, ".txt")
     assert (second.resolution, second.batch_size, second.caption_extension) == ((960, 544), 2, ".txt")
 
 
@@ -108,7 +104,7 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         fp_1f_target_index = 1
         fp_latent_window_size = 9
         [[datasets]]
-        video_jsonl_file = "data/clips.jsonl"
+        video_tars = ["data/a.tar", "data/b-*.tar"]
         cache_directory = "cache"
         target_frames = [1, 17]
         source_fps = 30
@@ -128,22 +124,13 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         "fp_1f_clean_indices": [0, 10],
         "fp_1f_target_index": 1,
     }
-    assert videos.describe(has_control=True) | {"resolution": None} == {
-        "resolution": None,
-        "caption_extension": None,
-        "batch_size_per_device": 1,
-        "num_repeats": 1,
-        "enable_bucket": False,
-        "bucket_no_upscale": False,
-        "video_jsonl_file": "clips.jsonl",
-        "has_control": True,
-        "target_frames": [1, 17],
-        "frame_extraction": "head",
-        "frame_stride": 1,
-        "frame_sample": 1,
-        "max_frames": 129,
-        "source_fps": 30.0,
+    described = videos.describe(has_control=True)
+    assert described.keys() - images.describe().keys() == {
+        *("video_tars", "target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames"),
+        "source_fps",
     }
+    found = [described[name] for name in ("caption_extension", "target_frames", "source_fps", "video_tars")]
+    assert found == [None, [1, 17], 30.0, videos.source.name]
 
 
 @pytest.fixture(autouse=True)
@@ -151,24 +138,12 @@ def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)
 
 
-@pytest.mark.parametrize(
-    ("source", "key"),
-    [('video_tars = ["a.tar", "b-*.tar"]', "video_tars"), ('cogvideox_root = "c"', "cogvideox_root")],
-)
-def test_a_table_knows_its_source(tmp_path: Path, source: str, key: str) -> None:
-    (table,) = tables(tmp_path, f'[[datasets]]\n{source}\ncache_directory = "cache"')
-
-    assert (table.kind, table.source_key) == ("video", key)
-    assert table.describe()[key] == table.source.name
+def read_page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-MANUAL = "".join(
-    (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    for page in ("dataset", "dataset_keys", "dataset_large")
-)
-PICTURES = (ROOT / "docs" / "image_datasets.md").read_text(encoding="utf-8")
-TOOLS = (ROOT / "docs" / "dataset_tools.md").read_text(encoding="utf-8")
+MANUAL = "".join(map(read_page, ("dataset", "dataset_keys", "dataset_large")))
+PICTURES, TOOLS = read_page("image_datasets"), read_page("dataset_tools")
 
 
 def blocks(language: str) -> list[str]:
@@ -177,10 +152,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
 def test_its_configurations_load(tmp_path: Path, text: str, caplog) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text(text, encoding="utf-8")
-
-    load_dataset_config(path)
+    tables(tmp_path, text)
 
     assert not caplog.records
 

@@ -39,23 +39,6 @@ def sizes_of(folder: Path) -> list[str]:
     return [" ".join(one).removeprefix("latents_control_").removesuffix("_float32") for one in names]
 
 
-def test_references_of_their_own_sizes_are_cached_and_trained(tmp_path: Path) -> None:
-    family = make(tmp_path, "flux_kontext_no_resize_control = true\nbatch_size = 2")
-
-    said = succeed_here(*family.cache_latents, folder=tmp_path)
-    succeed_here(*family.cache_texts, folder=tmp_path)
-    succeed_here(*family.train, *RUN, "--output_name", "x", folder=tmp_path)
-
-    assert "1 of 4 images have no reference picture and are trained without one" in said
-    assert sizes_of(tmp_path) == ["1x6x6", "1x4x10", "1x4x10", ""]
-    set_keys(tmp_path, "control_resolution = [64, 64]")
-    code, told = run_here(*family.train, *RUN, "--output_name", "y", folder=tmp_path)
-    assert_one_message(code, told, "no_resize_control was True, is now", "flux_kontext_cache_latents.py")
-    said = succeed_here(*family.cache_latents, folder=tmp_path)
-    assert "3 sources had outdated cache files" in said  # not the one without a reference
-    assert sizes_of(tmp_path) == ["1x8x8", "1x6x10", "1x6x10", ""]
-
-
 def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path) -> None:
     family = make(tmp_path)
     dataset, control = tmp_path / "dataset.toml", tmp_path / "control"

@@ -24,7 +24,6 @@ from tests.dataset.sources.test_addresses import write_tar
 @pytest.mark.parametrize(
     ("keys", "found"),
     [
-        ("no_resize_control = true", (True, None)),
         ("flux_kontext_no_resize_control = true", (True, None)),
         ("qwen_image_edit_no_resize_control = true", (True, None)),
         ("control_resolution = [1024, 512]", (False, (1024, 512))),
@@ -45,26 +44,13 @@ def test_keys_have_the_names_of_several_tuners(tmp_path: Path, keys: str, found:
             "no_resize_control = true\nflux_kontext_no_resize_control = true",
             "flux_kontext_no_resize_control and no_resize_control are the same key; leave out one",
         ),
-        (
-            "flux_kontext_no_resize_control = true\nqwen_image_edit_no_resize_control = true",
-            "flux_kontext_no_resize_control and qwen_image_edit_no_resize_control are the same key",
-        ),
         ("multiple_target = true", "multiple_target = true .* Qwen-Image-Layered are not supported"),
         ("control_resolution = 0", "control_resolution = 0 .*allowed: a whole number or"),
-        ("no_resize_control = 1", "no_resize_control = 1 .*allowed: true or false"),
     ],
 )
 def test_wrong_keys_are_told(tmp_path: Path, keys: str, said: str) -> None:
     with pytest.raises(DatasetError, match=said):
         make_set(tmp_path, {"a": (SIZE,)}, keys)
-
-
-def test_the_keys_are_for_tables_of_images(tmp_path: Path) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text("[[datasets]]\nvideo_directory = 'x'\nqwen_image_edit_control_resolution = 64\n")
-
-    with pytest.raises(DatasetError, match="qwen_image_edit_control_resolution = 64 is for image tables"):
-        load_dataset_config(path)
 
 
 def test_a_resolution_too_small_for_the_model_is_told_before_encoding(tmp_path: Path) -> None:
@@ -137,7 +123,6 @@ def test_lists_and_tars_give_other_numbers_too(tmp_path: Path) -> None:
         ("control_resolution = 64", (80, 48)),  # of the buckets of 4096 pixels, the nearest to 2.5
         ("control_resolution = [128, 128]", (192, 80)),
         # both: only what is larger is resized
-        ("no_resize_control = true\ncontrol_resolution = 64", (96, 32)),
         ("no_resize_control = true\ncontrol_resolution = 48", (64, 32)),
     ],
 )

@@ -3,10 +3,7 @@ stopped.
 """
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,16 @@ import torch
 from data_tools.report.check import check_training
 from dataset.batches.items import CachingCommands, find_items, require_items
 from dataset.batches.reading import read_batch
-from dataset.cache.files import read_entry, write_tensors
+from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.errors import CacheError
-from tests.dataset.caching.test_loop import make_config, names
+from tests.dataset.cache.killing import needs_fork, run_to_step
+from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
-ROOT = Path(__file__).resolve().parents[2]
-DYING = ROOT / "tests" / "faults" / "run_and_die.py"
-KILLED = 1 if os.name == "nt" else -9
 KEYS = frozenset({"llm", "llm_mask", "clipL"})
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
 FILES = ["clip_0_toy_te.safetensors", "clip_1_toy_te.safetensors"]
@@ -137,13 +132,6 @@ def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_pa
     assert_whole(config, tmp_path)
 
 
-def half(path: Path, caption: str = "clip number 0") -> None:
-    """A file as another program leaves it when only its first pass was run."""
-    path.parent.mkdir(exist_ok=True)
-    tensors = {"llm_float32": torch.full((3, 2), 7.0), "llm_mask": torch.ones(3, dtype=torch.int64)}
-    write_tensors(path, tensors, {"architecture": "toy", "caption1": caption, "format_version": "1.0.1"})
-
-
 # --- training
 
 
@@ -164,52 +152,24 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
     assert read_batch(items, LATENT).tensor("llm").shape == (2, 3, 2)
 
 
-# --- kills
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.dataset.test_two_passes import make_config, options, two
-from dataset.caching.loop import cache_texts
-cache_texts(two(), make_config(Path({folder!r})), options())
-"""
-# of two sources: each writes and renames its unfinished file, then the joined one
-POINTS = [(point, count) for point in ("mid_write", "before_rename", "after_rename") for count in range(1, 5)]
-FAST = {("before_rename", 3), ("after_rename", 3)}  # when the first file is joined
-
-
-@pytest.mark.parametrize(
-    ("point", "count"),
-    [pytest.param(*point, marks=() if point in FAST else pytest.mark.slow) for point in POINTS],
-)
-def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(
-    tmp_path: Path, point: str, count: int
-) -> None:
-    (tmp_path / "killed").mkdir()
-    config = make_config(tmp_path / "killed")
-    shutil.copytree(tmp_path / "killed", tmp_path / "undisturbed")
-    cache_texts(two(), make_config(tmp_path / "undisturbed"), options())
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path / "killed")), encoding="utf-8")
-    died = subprocess.run(
-        [sys.executable, str(DYING), point, str(count), str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert died.returncode == KILLED, died.stderr[-2000:]
-    for path in cache(tmp_path / "killed").iterdir():
-        if path.suffix == ".safetensors":
-            assert set(read_entry(path).tensors) == KEYS
-        elif path.suffix == ".part":
-            assert set(read_entry(path).tensors) >= {"llm", "llm_mask"}
-        else:
-            assert path.name.startswith("."), path
-    cache_texts(two(), config, options())
-    assert_whole(config, tmp_path / "killed")
-    for name in FILES:
-        ours, theirs = (read_entry(tmp_path / run / "cache" / name) for run in ("killed", "undisturbed"))
-        assert ours.header.metadata == theirs.header.metadata
-        for tensor, value in theirs.named.items():
-            assert torch.equal(ours.named[tensor], value)
+@needs_fork
+def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(tmp_path: Path) -> None:
+    """Of two sources each writes and renames its unfinished file, then the joined one."""
+    config = make_config(tmp_path)
+    undisturbed = change(config, cache_directory=tmp_path / "undisturbed")
+    cache_texts(two(), undisturbed, options())
+    step, is_done = 0, False
+    while not is_done:
+        step += 1
+        shutil.rmtree(cache(tmp_path), ignore_errors=True)
+        is_done = run_to_step(lambda: cache_texts(two(), config, options()) and None, step)
+        for path in cache(tmp_path).iterdir():
+            if path.name.startswith("."):
+                continue
+            there = set(read_entry(path).tensors)
+            assert there == KEYS if path.suffix == ".safetensors" else there >= {"llm", "llm_mask"}
+        cache_texts(two(), config, options())
+        assert_whole(config, tmp_path)
+        for name in FILES:
+            assert (cache(tmp_path) / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert step > 4

@@ -2,25 +2,23 @@
 copies of what is in it.
 """
 
+import functools
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.commands import ROOT, run_python, run_script
+from tests.commands import ROOT, run_python
 from tests.faults.messages import succeed_here
 from tests.faults.mistakes import COMMANDS
-from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
     DYING,
     FAMILIES,
-    FLUX,
-    FRAMEPACK,
-    HUNYUAN_VIDEO,
-    LTX_2,
+    WAN,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -29,40 +27,23 @@ from tests.faults.runs import (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES or the test
-    chooses itself.
-    """
-    chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
-    if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
+    """Every test that needs a project runs for every family, unless its module says FAMILIES."""
+    if "scripts" in metafunc.fixturenames:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
         metafunc.parametrize(
             "scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session"
         )
 
 
-# what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
-# families share
-STANDING_FOR_ALL = {FRAMEPACK.name: (), FLUX.name: ("mid_write]",), LTX_2.name: ()}
-# the same for families of which only these are not tried
-LEFT_TO_OTHERS = {
-    HUNYUAN_VIDEO.name: (
-        *("before_rename]", "after_rename]", "mid_epoch]", "mid_accumulation]", "mid_write]"),
-        *("SIGINT]", "SIGTERM]", "on_a_full_disk[", "of_their_video["),
-    )
-}
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the other tests of these families as slow, before slow ones are left out."""
+    """Mark the tests of other families than Wan as slow, before slow ones are left out: many processes each,
+    through code that all families share.
+    """
     for item in items:
         found = getattr(item, "callspec", None)
         scripts = None if found is None else found.params.get("scripts")
-        name = getattr(scripts, "name", "")
-        chosen = STANDING_FOR_ALL.get(name)
-        if any(word in item.name for word in LEFT_TO_OTHERS.get(name, ())):
-            item.add_marker(pytest.mark.slow)
-        if chosen is not None and not any(word in item.name for word in chosen):
+        if scripts not in (None, WAN):
             item.add_marker(pytest.mark.slow)
 
 
@@ -73,79 +54,65 @@ def scripts(request: pytest.FixtureRequest) -> Scripts:
     return found
 
 
+# pytest drops a fixture as soon as a test of another family comes: these two keep what they made
 @pytest.fixture(scope="session")
-def projects() -> dict[str, Path]:
-    """What `project` made, by family: pytest drops a fixture as soon as a test of another family comes."""
-    return {}
+def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scripts], Path]:
+    """Make a folder in which every command of a family works, once."""
 
-
-@pytest.fixture(scope="session")
-def trainings() -> dict[str, Undisturbed]:
-    """What `undisturbed` made, by family."""
-    return {}
-
-
-@pytest.fixture(scope="session")
-def project(scripts: Scripts, projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every command of `scripts` works."""
-    if scripts.name not in projects:
+    @functools.cache
+    def make(scripts: Scripts) -> Path:
         folder = tmp_path_factory.mktemp("project")
         write_project(folder, scripts)
-        run_script(*scripts.cache_latents, folder=folder)
-        run_script(*scripts.cache_texts, folder=folder)
-        projects[scripts.name] = folder
-    return projects[scripts.name]
+        succeed_here(*scripts.cache_latents, folder=folder)
+        succeed_here(*scripts.cache_texts, folder=folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    scripts: Scripts,
-    project: Path,
-    trainings: dict[str, Undisturbed],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Undisturbed:
-    """A training that nothing happened to."""
-    if scripts.name not in trainings:
+def train_undisturbed(
+    make_project: Callable[[Scripts], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Scripts], Undisturbed]:
+    """Train a family, once."""
+
+    @functools.cache
+    def train(scripts: Scripts) -> Undisturbed:
         folder = tmp_path_factory.mktemp("undisturbed")
-        started = time.monotonic()
-        script, *arguments = scripts.train
-        run_python(
-            DYING,
-            "count",
-            folder / "passed.json",
-            ROOT / script,
-            *arguments,
-            "--output_dir",
-            folder / "out",
-            folder=project,
-        )
+        started, counts, output = time.monotonic(), folder / "passed.json", folder / "out"
+        script, *words = scripts.train
+        command = (DYING, "count", counts, ROOT / script, *words, "--output_dir", output)
+        run_python(*command, folder=make_project(scripts))
         seconds = time.monotonic() - started
-        assert_whole(folder / "out")
-        passed = json.loads((folder / "passed.json").read_text(encoding="utf-8"))
-        trainings[scripts.name] = Undisturbed(folder / "out", passed, seconds)
-    return trainings[scripts.name]
+        assert_whole(output)
+        return Undisturbed(output, json.loads(counts.read_text(encoding="utf-8")), seconds)
+
+    return train
 
 
 @pytest.fixture(scope="session")
-def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def project(scripts: Scripts, make_project: Callable[[Scripts], Path]) -> Path:
+    return make_project(scripts)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scripts: Scripts, train_undisturbed: Callable[[Scripts], Undisturbed]) -> Undisturbed:
+    return train_undisturbed(scripts)
+
+
+@pytest.fixture(scope="session")
+def made_projects(make_project: Callable[[Scripts], Path]) -> dict[str, Path]:
     """For each family a folder in which the good commands work."""
-    for name, scripts in MISTAKEN.items():
-        if name not in projects:
-            folder = tmp_path_factory.mktemp("project")
-            write_project(folder, scripts)
-            for command in (scripts.cache_latents, scripts.cache_texts):
-                succeed_here(*command, folder=folder)
-            projects[name] = folder
-        folder = projects[name]
+    found = {scripts.name: make_project(scripts) for scripts in FAMILIES}
+    for scripts in FAMILIES:
+        folder = found[scripts.name]
         text = (folder / "dataset.toml").read_text(encoding="utf-8").replace('/cache"', '/none"')
         (folder / "uncached.toml").write_text(text, encoding="utf-8")
-        if not (folder / "lora.safetensors").exists():
-            words = (*COMMANDS[scripts.train_script].words, "--max_train_steps", "1")
-            succeed_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
-        shutil.copy(folder / "lora.safetensors", folder / "second.safetensors")
-        if not (folder / "latent.safetensors").exists():
-            shutil.copy(folder / "lora.safetensors", folder / "latent.safetensors")  # never read
-    return {name: projects[name] for name in MISTAKEN}
+        words = (*COMMANDS[scripts.train_script].words, "--max_train_steps", "1")
+        succeed_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
+        for name in ("second", "latent"):  # that one is never read
+            shutil.copy(folder / "lora.safetensors", folder / f"{name}.safetensors")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,8 @@ from accelerate.state import AcceleratorState
 
 from modules.checkpoints.containers import SafetensorsFile, TorchFile
 from tests.faults.messages import run_here
-from tests.faults.runs import FRAMEPACK, HUNYUAN_VIDEO, TOKENIZERS, WAN, Scripts
+from tests.faults.runs import FAMILIES, FRAMEPACK, HUNYUAN_VIDEO, TOKENIZERS, WAN, Scripts
 
-FAMILIES = {scripts.name: scripts for scripts in (WAN, HUNYUAN_VIDEO, FRAMEPACK)}
 LOADED = "a model was loaded"
 
 
@@ -40,7 +39,7 @@ def _training(scripts: Scripts, script: str, learner: tuple[str, ...]) -> GoodCo
 
 def _all_commands() -> dict[str, GoodCommand]:
     found: dict[str, GoodCommand] = {}
-    for scripts in FAMILIES.values():
+    for scripts in FAMILIES:
         name, tokenizers = scripts.name, TOKENIZERS[scripts.name]
         uncached = ("--dataset_config", "uncached.toml")
         image = ("--image_path", "start.png") if scripts is FRAMEPACK else ()

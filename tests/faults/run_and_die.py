@@ -5,8 +5,8 @@ At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `p
 FILE SCRIPT ...` kills nothing and writes to FILE how often each point was passed, so that a test can choose a
 COUNT that will come.
 
-Only libraries are hooked, never the project: the renames of the operating system, torch's backward and
-optimizer step, safetensors' writer, files that Python writes itself, PyAV's muxer.
+Only libraries are hooked, never the project: the renames of the operating system, torch's backward, files
+that Python writes itself, PyAV's muxer.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-POINTS = ("mid_write", "before_rename", "after_rename", "mid_epoch", "mid_accumulation", "while_sampling")
+POINTS = ("mid_write", "before_rename", "mid_accumulation", "while_sampling")
 
 IsTime = Callable[[], bool]  # told that the point is passed; whether the process dies now
 
@@ -38,21 +38,6 @@ def dying(call: Callable[..., Any], is_time: IsTime, *, before: bool = False) ->
             die()
         result = call(*arguments, **settings)
         if now:
-            die()
-        return result
-
-    return hooked
-
-
-def half_written(save: Callable[..., Any], is_time: IsTime) -> Callable[..., Any]:
-    """A safetensors writer that leaves half a file and dies."""
-
-    def hooked(tensors: Any, filename: Any, *arguments: Any, **settings: Any) -> Any:
-        result = save(tensors, filename, *arguments, **settings)
-        if is_time():
-            path = Path(filename)
-            with path.open("rb+") as file:
-                file.truncate(path.stat().st_size // 2)
             die()
         return result
 
@@ -107,12 +92,9 @@ class DyingContainer:
 
 def place(point: str, is_time: IsTime) -> None:
     """Hook the library call that `point` stands for."""
-    if point in {"before_rename", "after_rename"}:
-        os.replace = dying(os.replace, is_time, before=point == "before_rename")
+    if point == "before_rename":
+        os.replace = dying(os.replace, is_time, before=True)
     elif point == "mid_write":
-        import safetensors.torch
-
-        safetensors.torch.save_file = half_written(safetensors.torch.save_file, is_time)
         opened_file = Path.open
 
         def hooked_file(path: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
@@ -120,10 +102,6 @@ def place(point: str, is_time: IsTime) -> None:
             return DyingFile(file, is_time) if mode == "wb" else file
 
         Path.open = hooked_file  # type: ignore[method-assign, assignment]
-    elif point == "mid_epoch":
-        import torch
-
-        torch.optim.AdamW.step = dying(torch.optim.AdamW.step, is_time)  # type: ignore[method-assign]
     elif point == "mid_accumulation":
         import torch
 

@@ -16,12 +16,9 @@ from torch import Tensor
 
 from modules.media.reading import read_image, video_frames
 from tests.commands import ROOT
-from tests.ltx_2.release import write_release
-from tests.sound_media import Track, write_media
-from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset, write_image, write_plain_pictures
+from tests.tiny.project import write_clips, write_dataset, write_image
 from tests.tiny.wan import write_tiny_wan
 from training.saving.states import CHECKSUM, FILE, SavedState, read_state
 
@@ -66,14 +63,13 @@ class Scripts:
     prompts: str = PROMPTS
     length: tuple[str, ...] = ("--video_length", "5")  # of a generation
     longer: tuple[str, ...] = ("--video_length", "9")
-    trained: tuple[str, ...] = ()  # further options of training
 
     @property
     def train_only(self) -> tuple[str, ...]:
         """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps,
         the second of one micro-batch; 8 steps in all.
         """
-        return (self.train_script, *self.models, *self.trained, *self.learner, *TRAINING.split())
+        return (self.train_script, *self.models, *self.learner, *TRAINING.split())
 
     @property
     def train(self) -> tuple[str, ...]:
@@ -153,72 +149,18 @@ two dogs --w 32 --h 48 --vs 1 --d 3 --s 2 --i start.png
 )
 
 
-def write_sounds(folder: Path) -> None:
-    """Clips of 9 frames with captions, every second one with sound, and dataset.toml."""
-    write_clips(folder / "clips", count=6)
-    for index in range(0, 6, 2):
-        write_media(folder / "clips" / f"clip {index}.mp4", Track((0.04 * index,)), frames=9, fps=16)
-    write_dataset(folder, frames="9", batch_size=2)
-
-
-_RELEASE = ("--ltx2_checkpoint", "model/ltx 2.3.safetensors", "--ltx2_mode", "av")
-_GEMMA = ("--gemma_root", "model/gemma", "--text_encoder_dtype", "float32")
-LTX_2 = Scripts(
-    name="ltx_2",
-    tag="ltx2",
-    write_models=write_release,
-    models=(*_RELEASE, "--vae_dtype", "float32", *_GEMMA),
-    cache_latents=("ltx2_cache_latents.py", *_DATASET, *_RELEASE, "--vae_dtype", "float32"),
-    cache_texts=("ltx2_cache_text_encoder_outputs.py", *_DATASET, *_RELEASE, *_GEMMA),
-    train_script="ltx2_train_network.py",
-    learner=_lora("networks.lora_ltx2"),
-    generate_script="ltx2_generate_video.py",
-    write_data=write_sounds,
-    samples=SAMPLES.replace("--f 5", "--f 9"),
-    prompts=PROMPTS.replace("--f 5", "--f 9").replace("--h 48", "--h 64"),
-)
 # given, so that none is looked for on the hub
 TOKENIZERS = {
     WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
-    HUNYUAN_VIDEO.name: tuple(
-        word
-        for option, folder in (
-            ("--text_encoder1_tokenizer", "text_encoder"),
-            ("--text_encoder2_tokenizer", "text_encoder_2"),
-        )
-        for word in (option, f"model/{folder}")
+    HUNYUAN_VIDEO.name: (
+        *("--text_encoder1_tokenizer", "model/text_encoder"),
+        *("--text_encoder2_tokenizer", "model/text_encoder_2"),
     ),
 }
 TOKENIZERS[FRAMEPACK.name] = TOKENIZERS[HUNYUAN_VIDEO.name]
 
 
-def write_six_pictures(folder: Path) -> None:
-    """Pictures with captions, and dataset.toml."""
-    write_plain_pictures(folder, batch_size=2, side=32, count=6, stem="clip")
-
-
-_FLUX_TEXTS = ("--clip_l", "model/clip_l.safetensors", "--t5xxl", "model/t5xxl_fp16.safetensors")
-_AE, _FLOAT32 = ("--ae", "model/ae.safetensors"), ("--text_encoder_dtype", "float32")
-_DIT = ("--pretrained_model_name_or_path", "model/dit.safetensors")
-FLUX = Scripts(  # stands for all models of pictures
-    name="flux",
-    tag="flux",
-    write_models=write_tiny_flux,
-    models=(*_DIT, *_FLUX_TEXTS, *_AE, "--vae_dtype", "float32", *_FLOAT32),
-    cache_latents=("flux_cache_latents.py", *_DATASET, *_AE),
-    cache_texts=("flux_cache_text_encoder_outputs.py", *_DATASET, *_FLOAT32, *_FLUX_TEXTS),
-    train_script="flux_train_network.py",
-    learner=_lora("networks.lora_flux"),
-    generate_script="flux_generate_image.py",
-    write_data=write_six_pictures,
-    samples="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull\na dog --w 32 --h 32 --d 8 --s 1\n",
-    prompts="a cat --w 32 --h 32 --d 1 --s 2\na dog --w 32 --h 48 --d 2 --s 2\n",
-    length=("--image_size", "32", "32"),
-    longer=("--image_size", "32", "64"),
-    trained=("--network_train_unet_only", "--model_prediction_type", "raw"),
-)
-VIDEOS = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
-FAMILIES = (*VIDEOS, FLUX, LTX_2)
+FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 

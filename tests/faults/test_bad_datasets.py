@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -56,12 +55,8 @@ def lora(good: Path, bad: Path) -> None:
 
 def without_record(good: Path, bad: Path) -> None:
     """As another program wrote it, but of another size or kind."""
-    renamed = (
-        {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)}
-        if good.name == LATENTS
-        else {"llama_float32": torch.zeros(4, 8)}
-    )
-    save_file(renamed, bad)
+    latents, text = {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)}, {"llama_float32": torch.zeros(4, 8)}
+    save_file(latents if good.name == LATENTS else text, bad)
 
 
 BAD_CACHES: dict[str, Damage] = {
@@ -76,8 +71,11 @@ BAD_CACHES: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
-@pytest.mark.parametrize("damage", BAD_CACHES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(LATENTS, damage) for damage in BAD_CACHES]
+    + [(TEXT, damage) for damage in ("with a flipped bit", "the other kind", "of another size or family")],
+)
 def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
     name: str, damage: str, project: Path, tmp_path: Path
 ) -> None:
@@ -200,34 +198,23 @@ def test_control_codes_in_names_reach_no_terminal(
 with_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 
 
-@dataclass(frozen=True)
-class Place:
-    """An option that names a text, in a command; or a file of a dataset."""
-
-    command: tuple[str, ...]
-    option: str
-    suffix: str
-
-
-PLACES = {
-    "dataset": Place(WAN.cache_latents, "--dataset_config", ".toml"),
-    "dataset in JSON": Place(WAN.cache_texts, "--dataset_config", ".json"),
-    "options": Place(SHORT_TRAINING, "--config_file", ".toml"),
-    "trackers": Place(
-        (*SHORT_TRAINING, "--log_with", "tensorboard", "--logging_dir", "logs"),
-        "--log_tracker_config",
+# commands whose last word is an option that names a file, and how the file is named
+PLACES: dict[str, tuple[tuple[str, ...], str]] = {
+    "dataset": ((*WAN.cache_latents, "--dataset_config"), ".toml"),
+    "dataset in JSON": ((*WAN.cache_texts, "--dataset_config"), ".json"),
+    "options": ((*SHORT_TRAINING, "--config_file"), ".toml"),
+    "trackers": (
+        (*SHORT_TRAINING, "--log_with", "tensorboard", "--logging_dir", "logs", "--log_tracker_config"),
         ".toml",
     ),
-    "samples": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".txt"),
-    "samples in TOML": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".toml"),
-    "samples in JSON": Place((*SHORT_TRAINING, "--sample_at_first"), "--sample_prompts", ".json"),
-    "prompts": Place(GENERATE, "--from_file", ".txt"),
+    "samples": ((*SHORT_TRAINING, "--sample_at_first", "--sample_prompts"), ".txt"),
+    "prompts": ((*GENERATE, "--from_file"), ".txt"),
 }
-MODELS = {
-    "dit": Place(GENERATE, "--dit", ".safetensors"),
-    "vae": Place(WAN.cache_latents, "--vae", ".pth"),
-    "lora": Place(GENERATE, "--lora_weight", ".safetensors"),
-    "tokenizer": Place(WAN.cache_texts, "--t5_tokenizer", ".json"),
+MODELS: dict[str, tuple[tuple[str, ...], str]] = {
+    "dit": ((*GENERATE, "--dit"), ".safetensors"),
+    "vae": ((*WAN.cache_latents, "--vae"), ".pth"),
+    "lora": ((*GENERATE, "--lora_weight"), ".safetensors"),
+    "tokenizer": ((*WAN.cache_texts, "--t5_tokenizer"), ".json"),
 }
 
 
@@ -280,43 +267,23 @@ def seconds(limit: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("place", "make"),
     [(place, make) for place in ("dataset", "dataset in JSON") for make in (endless, huge, deep, long_number)]
-    + [(place, pipe) for place in PLACES],
+    + [(place, pipe) for place in (*PLACES, *MODELS)]
+    + [("dit", endless)],
 )
-def test_a_text_that_cannot_be_read_is_one_message(
+def test_a_file_that_cannot_be_read_is_one_message(
     place: str, make: Callable[[Path], str], project: Path, tmp_path: Path
 ) -> None:
-    where = PLACES[place]
-    reason = make(tmp_path / f"bad{where.suffix}")
+    command, suffix = {**PLACES, **MODELS}[place]
+    bad = tmp_path / f"bad{suffix}"
+    reason = make(bad)
 
     with seconds(60):
-        code, said = run_here(*where.command, where.option, tmp_path / f"bad{where.suffix}", folder=project)
+        code, said = run_here(*command, bad, folder=project)
 
-    assert_one_message(code, said, f"bad{where.suffix}", reason, remedy=False)
-
-
-@with_pipes
-@pytest.mark.parametrize("make", [pipe, endless])
-@pytest.mark.parametrize("place", MODELS)
-def test_a_model_that_is_no_regular_file_is_one_message(
-    place: str, make: Callable[[Path], str], project: Path, tmp_path: Path
-) -> None:
-    where = MODELS[place]
-    reason = make(tmp_path / f"bad{where.suffix}")
-
-    with seconds(60):
-        code, said = run_here(*where.command, where.option, tmp_path / f"bad{where.suffix}", folder=project)
-
-    assert_one_message(code, said, f"bad{where.suffix}", reason)
+    assert_one_message(code, said, bad.name, reason, remedy=place in MODELS)
 
 
-def caption_of(content: bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "clips" / "clip 1.txt").write_bytes(content)
-
-    return write
-
-
-def in_place_of_caption(make: Callable[[Path], str]) -> Callable[[Path], None]:
+def in_place_of_caption(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def replace(folder: Path) -> None:
         (folder / "clips" / "clip 1.txt").unlink()
         make(folder / "clips" / "clip 1.txt")
@@ -328,20 +295,12 @@ def as_list(line: str) -> Callable[[Path], None]:
     """Turn the dataset into a list with one good line and this one; CLIP stands for the path of a clip."""
 
     def write(folder: Path) -> None:
-        config = folder / "dataset.toml"
-        text = config.read_text(encoding="utf-8")
-        clips = (folder / "clips").as_posix()
-        config.write_text(
-            text.replace("video_directory", "video_jsonl_file").replace(
-                f'"{clips}"', f'"{clips}/list.jsonl"'
-            ),
-            encoding="utf-8",
-        )
-        lines = (
-            f'{{"video_path": "{clips}/clip 0.mp4", "caption": "a square"}}\n',
-            line.replace("CLIP", f"{clips}/clip 1.mp4"),
-        )
-        (folder / "clips" / "list.jsonl").write_text("".join(lines), encoding="utf-8")
+        config, clips = folder / "dataset.toml", (folder / "clips").as_posix()
+        text = config.read_text(encoding="utf-8").replace("video_directory", "video_jsonl_file")
+        config.write_text(text.replace(f'"{clips}"', f'"{clips}/list.jsonl"'), encoding="utf-8")
+        good = f'{{"video_path": "{clips}/clip 0.mp4", "caption": "a square"}}\n'
+        bad = line.replace("CLIP", f"{clips}/clip 1.mp4")
+        (folder / "clips" / "list.jsonl").write_text(good + bad, encoding="utf-8")
 
     return write
 
@@ -353,7 +312,10 @@ def name_of_bytes(folder: Path) -> None:
 BAD_DATA: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "caption of gigabytes": (in_place_of_caption(huge), ("clip 1.txt", "larger than 1 MiB")),
     "caption that is a pipe": (in_place_of_caption(pipe), ("clip 1.txt", "named pipe")),
-    "caption with NUL": (caption_of(b"a\0 cat"), ("clip 1.txt", "NUL")),
+    "caption with NUL": (
+        in_place_of_caption(lambda path: path.write_bytes(b"a\0 cat")),
+        ("clip 1.txt", "NUL"),
+    ),
     "list with NUL in a path": (as_list('{"video_path": "a\\u0000.mp4"}'), ("list.jsonl, line 2", "NUL")),
     "list with half a character in a caption": (
         as_list('{"video_path": "CLIP", "caption": "\\udc00"}'),

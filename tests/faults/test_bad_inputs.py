@@ -20,7 +20,6 @@ from tests.faults.damage import (
     flipped_data,
     flipped_header,
     old_pickled_code,
-    one_byte_short,
     pickled_code,
     proof_of,
     read_or_refuse,
@@ -48,12 +47,9 @@ GENERATE = (WAN.generate_script, *WAN.models, *WAN.length, *SMALL, *TOKENIZER)
 SHORT_TRAINING = (*WAN.train_only, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "truncated": ("bad.safetensors", truncated),
-    "one byte short": ("bad.safetensors", one_byte_short),
-    "empty": ("bad.safetensors", empty),
     "a web page": ("bad.safetensors", web_page),
     "code in a pickle": ("bad.pth", pickled_code),
     "code in an old pickle": ("bad.pth", old_pickled_code),
-    "code in a pickle named safetensors": ("bad.safetensors", pickled_code),
     "a bit of the header flipped": ("bad.safetensors", flipped_header(0)),
 }
 

@@ -52,17 +52,8 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
     "batch as a text": ("= 1", '= "4"', ('batch_size = "4" (text)', "a whole number, 1 or more")),
-    "batch as a switch": ("= 1", "= true", ("batch_size = true (true or false)",)),
-    "batch with a fraction": ("batch_size = 1", "batch_size = 1.5", ("1.5 (a number)",)),
     "spans to fill a memory": ("[5]", "[5]\nframe_sample = 1000000000", ("1000000000", "at most 10000")),
-    "repeats to fill a memory": (
-        "batch_size = 1",
-        "num_repeats = 1000000000",
-        ("1000000000", "at most 100000"),
-    ),
-    "no frames": ("[5]", "[0]", ("target_frames = [0]",)),
     "no spans": ("[5]", "[]", ("target_frames = [] (a list)",)),
-    "no frames at most": ("[5]", "[5]\nmax_frames = 0", ("max_frames = 0",)),
     "unknown mode": ("[5]", '[5]\nframe_extraction = "heads"', ('Did you mean "head"?',)),
     "no rate": ("[5]", "[5]\nsource_fps = 0", ("source_fps = 0",)),
     "key of images": (
@@ -162,13 +153,6 @@ def test_faults_of_two_tables_are_told_together(folder: Path) -> None:
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
 
     told(folder, LATENTS, "[[datasets]] 1", "Did you mean target_frames?", "[[datasets]] 2", "num_repeats")
-
-
-def test_clips_among_pictures_are_told(folder: Path) -> None:
-    text = CONFIG.replace("video_directory", "image_directory").replace("target_frames = [5]", "")
-    (folder / "dataset.toml").write_text(text, encoding="utf-8")
-
-    told(folder, LATENTS, "no images but 3 videos", "video_directory")
 
 
 def test_a_json_file_with_a_comma_too_many_is_told_with_its_place(folder: Path) -> None:

@@ -15,7 +15,6 @@ from tests.commands import ROOT, run_python
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.run_limited import NO_MOUNT
 from tests.faults.runs import (
-    VIDEOS,
     Scripts,
     Undisturbed,
     assert_same_caches,
@@ -25,7 +24,6 @@ from tests.faults.runs import (
     visible_files,
 )
 
-FAMILIES = VIDEOS  # caches of tiny pictures are smaller than any limit that lets a script start
 PAGE = 4096  # bytes in which such a file system gives room
 QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
 LIMITED = Path(__file__).resolve().parent / "run_limited.py"
@@ -69,12 +67,6 @@ def small_files(size_bytes: int) -> RunFull:
     return lambda command, disk, folder: run_limited("file", size_bytes, command, folder)
 
 
-def generation(scripts: Scripts) -> tuple[str, ...]:
-    """The command for one small video, of more bytes than its latents."""
-    one_video = ("--prompt", "a cat", "--seed", "1", "--video_size", "64", "64", "--infer_steps", "1")
-    return (scripts.generate_script, *scripts.models, *scripts.longer, *one_video, *QUALITY)
-
-
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in visible_files(folder)}
 
@@ -84,8 +76,11 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("full", [small_disk(1 << 20), small_files(2000)], ids=["disk", "file"])
-@pytest.mark.parametrize("what", ["cache_latents", "cache_texts"])
+@pytest.mark.parametrize(
+    ("what", "full"),
+    [("cache_latents", small_disk(1 << 20)), ("cache_texts", small_files(2000))],
+    ids=["latents, disk", "texts, file"],
+)
 def test_caching_on_a_full_disk(
     what: str, full: RunFull, scripts: Scripts, project: Path, tmp_path: Path
 ) -> None:
@@ -130,15 +125,17 @@ def test_latents_outlive_a_disk_that_is_full_of_their_video(
     scripts: Scripts, project: Path, tmp_path: Path
 ) -> None:
     output, disk = tmp_path / "made", tmp_path / "disk"
-    code, said = small_files(24 << 10)([*generation(scripts), "--save_path", str(output)], output, project)
+    generate = [scripts.generate_script, *scripts.models, *QUALITY]
+    small = ["--prompt", "a cat", "--seed", "1", "--video_size", "64", "64", "--infer_steps", "1"]
+    command = [*generate, *scripts.longer, *small, "--save_path", str(output)]
+    code, said = small_files(24 << 10)(command, output, project)
 
     assert_one_message(code, said, str(output))
     assert not hidden(output)
     (latents,) = output.glob("*_latent.safetensors")
     assert not list(output.glob("*[0-9].mkv"))
 
-    decode = [scripts.generate_script, *scripts.models, *QUALITY]
-    decode += ["--latent_path", str(latents), "--save_path", str(disk)]
+    decode = [*generate, "--latent_path", str(latents), "--save_path", str(disk)]
     code, said = small_disk(24 << 10)(decode, disk, project)
 
     assert_one_message(code, said, str(disk))

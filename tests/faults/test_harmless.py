@@ -32,21 +32,13 @@ HOSTILE = {
 }
 PLACES = {
     "a path": (WAN, ("--dit",)),
-    "a folder": (WAN, ("--ckpt_dir",)),
     "a choice": (WAN, ("--task",)),
     "a number": (WAN, ("--video_length",)),
-    "a size": (WAN, ("--video_size",)),
-    "a device": (WAN, ("--device",)),
-    "a schedule": (WAN, ("--cfg_schedule",)),
     "a LoRA": (WAN, ("--lora_weight",)),
     "a file of options": (WAN_TRAIN, ("--config_file",)),
     "a network": (WAN_TRAIN, ("--network_module",)),
     "settings": (WAN_TRAIN, ("--network_args",)),
-    "an optimizer": (WAN_TRAIN, ("--optimizer_type",)),
     "its arguments": (WAN_TRAIN, ("--optimizer_args",)),
-    "a dataset": (WAN_TRAIN, ("--dataset_config",)),
-    "a state": (WAN_TRAIN, ("--resume",)),
-    "a schedule of rates": (WAN_TRAIN, ("--lr_scheduler",)),
 }
 
 
@@ -112,13 +104,12 @@ def test_mistakes_at_the_prompt_do_not_end_the_session(made_projects: dict[str, 
 # --- nothing is lost
 
 
-@pytest.mark.parametrize("script", TRAININGS)
 def test_a_disk_without_room_for_one_file_is_told_before_a_model_is_loaded(
-    script: str, made_projects: dict[str, Path]
+    made_projects: dict[str, Path],
 ) -> None:
     usage = shutil.disk_usage(".")
     with patch.object(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20)):
-        code, said = try_mistake(script, folder=made_projects[COMMANDS[script].family])
+        code, said = try_mistake(WAN_TRAIN, folder=made_projects["wan"])
 
     assert code != LOADED
     assert isinstance(code, int)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_tools.captions import places
 from data_tools.captions.asking import Frames, caption_in, choose_frames, read_shown, reword, reword_lines
@@ -21,13 +20,13 @@ from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
 from modules.errors import CheckpointError, MemoryPlanError, OutputError
 from tests.data_tools.captions.making import make_folder, options_of, read_captions
-from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
+from tests.dataset.making import frame_numbers, make_animation, make_clip, make_frames, make_image, make_table
 from tests.tiny.vision_model import TEMPLATE, WORDS, write_llava, write_qwen
 
 
 @pytest.mark.parametrize(
     ("num_frames", "wanted", "chosen"),
-    [(81, 3, (13, 40, 67)), (4, 8, (0, 1, 2, 3)), (9, 1, (4,)), (10, 5, (1, 3, 5, 7, 9)), (0, 8, ())],
+    [(81, 3, (13, 40, 67)), (4, 8, (0, 1, 2, 3)), (0, 8, ())],
 )
 def test_frames_are_the_middles_of_equal_parts(num_frames: int, wanted: int, chosen: tuple[int, ...]) -> None:
     assert choose_frames(num_frames, wanted) == chosen
@@ -42,24 +41,18 @@ def test_clips_of_all_kinds_are_sampled_alike(suffix: str, tmp_path: Path) -> No
 
 
 def test_animations_and_images_are_read_and_large_frames_scaled_down(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (64, 32), (40 * index,) * 3) for index in range(4)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    make_animation(tmp_path / "a.gif", [100] * 4)
 
     (frame,) = read_shown(make_image(tmp_path / "b.png", (200, 100)), True, 8, 5000)
     assert frame.shape == (50, 100, 3)
-    assert [frame.shape for frame in read_shown(tmp_path / "a.gif", False, 2, 10**6)] == [(32, 64, 3)] * 2
-
-
-AROUND = WordingOptions(trigger_word="zxc", caption_prefix="A video of", caption_suffix="in 4k.")
+    assert frame_numbers(read_shown(tmp_path / "a.gif", False, 2, 10**6)) == [1, 3]
 
 
 @pytest.mark.parametrize(
     ("answer", "caption"),
     [
-        ("  a cat\n\n walks. \r\n", "a cat walks."),
-        ('"a cat walks"', "a cat walks"),
-        ("a cat<|im_end|></s>", "a cat"),
-        ("<think>what\nis it</think> a cat", "a cat"),
+        ('  "a cat\n\n walks." \r\n', "a cat walks."),
+        ("<think>what\nis it</think> a cat<|im_end|></s>", "a cat"),
         ("a\0cat \ud800", "acat"),
         ("\x1b[1;31ma red\x1b[0m cat\x9b2J", "a red cat"),
         ("\x1b]0;title\x07a \x1b]8;;http://host\x1b\\cat\x1b]8;;\x1b\\ walks\x1b", "a cat walks"),
@@ -72,14 +65,17 @@ def test_an_answer_becomes_one_line(answer: str, caption: str) -> None:
 
 
 def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path: Path) -> None:
-    table = make_table(
-        tmp_path, "image_directory", trigger_word="zxc", caption_prefix="A video of", caption_suffix="in 4k."
-    )
+    words = {"trigger_word": "zxc", "caption_prefix": "A video of", "caption_suffix": "in 4k."}
+    table, around = make_table(tmp_path, "image_directory", **words), WordingOptions(**words)
     for caption in ("a cat", "the zxc dog", ""):
         (by_table,) = complete_captions([caption], table)
 
-        assert reword(caption, AROUND) == by_table
-        assert reword(by_table, AROUND) == by_table
+        assert reword(caption, around) == by_table
+        assert reword(by_table, around) == by_table
+    assert reword_lines("a cat\n\n a dog ", around, True) == (
+        "A video of zxc, a cat in 4k.\nA video of zxc, a dog in 4k."
+    )
+    assert reword_lines("a cat\n\na dog", around, False) == "A video of zxc, a cat\n\na dog in 4k."
 
 
 def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:
@@ -91,13 +87,6 @@ def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:
 
     assert reword("dog runs", wording) == "cat, bird"
     assert reword("two dogs x", wording) == "cat, two catS"
-
-
-def test_each_line_of_several_captions_is_edited() -> None:
-    assert reword_lines("a cat\n\n a dog ", AROUND, True) == (
-        "A video of zxc, a cat in 4k.\nA video of zxc, a dog in 4k."
-    )
-    assert reword_lines("a cat\n\na dog", AROUND, False) == "A video of zxc, a cat\n\na dog in 4k."
 
 
 ASK = AskOptions.usual(prompt="a cat", max_pixels=4096, max_new_tokens=8)
@@ -128,7 +117,7 @@ def make_jobs(folder: Path) -> list[tuple[CaptionPlace, Frames]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "temperature"), [("llava", 0.0), ("llava", 1.0), ("qwen", 1.0)])
+@pytest.mark.parametrize(("name", "temperature"), [("llava", 0.0), ("qwen", 1.0)])
 def test_a_batch_gives_what_each_gives_alone(
     name: str, temperature: float, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -235,33 +224,25 @@ def test_a_pickle_is_not_read(llava: Path, tmp_path: Path) -> None:
 
 
 def open_list(folder: Path, text: str) -> CaptionList:
-    path = folder / "list.jsonl"
-    path.write_bytes(text.encode("utf-8"))
+    (folder / "list.jsonl").write_bytes(text.encode("utf-8"))
     return CaptionList(make_table(folder, "video_jsonl_file"))
 
 
-def put(
-    captions: CaptionList, entry: str, text: str, old: str | None = None, is_foreign: bool = False
-) -> bool:
-    return captions.write({entry: ({"caption": old}, {"caption": text})}, is_foreign) > 0
-
-
-def texts_in(path: Path) -> list[str]:
-    return [json.loads(line).get("caption") for line in path.read_text(encoding="utf-8").splitlines()]
+def put(captions: CaptionList, entry: str, text: str) -> bool:
+    return captions.write({entry: ({"caption": None}, {"caption": text})}, False) > 0
 
 
 @pytest.mark.parametrize(
     "line",
     [
         '{"video_path": "a", "n": [1.0, {"b": "}"}], "c": 123456789012345678901234567890}',
-        '{ "caption" : null , "video_path": "a", "half": "\\ud800" }',
-        '{"caption": "first", "video_path": "a", "caption": null}',
+        '{"caption": "first", "video_path": "a", "half": "\\ud800", "caption": null}',
     ],
 )
 def test_a_changed_line_keeps_its_other_values(line: str, tmp_path: Path) -> None:
     captions = open_list(tmp_path, line)
 
-    assert put(captions, "a", 'é "x"', None, False)
+    assert put(captions, "a", 'é "x"')
 
     assert json.loads(captions.path.read_text(encoding="utf-8")) == {**json.loads(line), "caption": 'é "x"'}
 
@@ -270,8 +251,8 @@ def test_a_list_keeps_its_other_lines_its_ends_its_mark_and_its_first_state(tmp_
     text = '\ufeff{"video_path": "a", "z": 1.0}\r\n{"video_path":"b","caption":"hand"}\r\n{"video_path": "c"}'
     captions = open_list(tmp_path, text)
 
-    put(captions, "a", "new a", None, False)
-    put(captions, "c", "new c", None, False)
+    put(captions, "a", "new a")
+    put(captions, "c", "new c")
 
     assert captions.path.read_bytes().decode("utf-8") == (
         '\ufeff{"video_path": "a", "z": 1.0, "caption": "new a"}\r\n'
@@ -286,33 +267,28 @@ def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
     more = '{"video_path": "new"}\n{"video_path": "b", "n": 1}\n{"video_path": "a", "caption": "hand"}\n{"vid'
     captions.path.write_text(more, encoding="utf-8")
 
-    assert put(captions, "b", "x", None, False)
-    assert not put(captions, "a", "x", None, False)
+    assert put(captions, "b", "x")
+    assert not put(captions, "a", "x")
 
     assert captions.path.read_text(encoding="utf-8") == more.replace('"n": 1', '"n": 1, "caption": "x"')
 
 
-def test_what_is_saved_while_a_caption_is_written_stays(
+def test_what_is_saved_while_a_caption_is_written_stays_and_a_list_that_is_gone_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b"}\n')
-    copy, saved = places.shutil.copymode, []
+    captions = open_list(tmp_path, '{"video_path": "a"}\n')
+    copy, by_hand = places.shutil.copymode, '{"video_path": "a", "saved": "by hand"}\n'
 
     def save_then_copy(path: Path, temporary: Path) -> None:
-        if not saved:
-            saved.append(path.write_text('{"video_path": "a"}\n{"video_path": "b", "caption": "hand"}\n'))
+        if "saved" not in path.read_text(encoding="utf-8"):
+            path.write_text(by_hand, encoding="utf-8")
         copy(path, temporary)
 
     monkeypatch.setattr(places.shutil, "copymode", save_then_copy)
 
-    assert put(captions, "a", "x", None, False)
-    assert texts_in(captions.path) == ["x", "hand"]
-
-
-def test_a_list_that_is_gone_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captions = open_list(tmp_path, '{"video_path": "a"}\n')
+    assert put(captions, "a", "x")
+    assert json.loads(captions.path.read_text(encoding="utf-8")) == {**json.loads(by_hand), "caption": "x"}
     captions.path.unlink()
     monkeypatch.setattr(places, "PAUSE", 0)
-
     with pytest.raises(OutputError, match="the list is gone"):
-        put(captions, "a", "x", None, False)
+        put(captions, "a", "x")

@@ -59,7 +59,7 @@ def read_table(folder: Path, root: Path, *lines: str) -> DatasetTable:
     return load_dataset_config(write_config(folder, root, *lines)).datasets[0]
 
 
-def save(tensor: Tensor, path: Path) -> Path:
+def save(tensor: Tensor | dict[str, Tensor], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensor, path)
     return path

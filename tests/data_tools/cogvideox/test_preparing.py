@@ -82,22 +82,17 @@ def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: P
     assert sorted(path.name for path in output.iterdir() if path.is_dir()) == sorted(FOLDERS)
     records = [json.loads(line) for line in (output / "data.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["prompt"] for record in records] == [f"BW {caption}" for caption in CAPTIONS[:3]]
-    assert (output / "prompts.txt").read_text(encoding="utf-8").splitlines() == [
-        record["prompt"] for record in records
-    ]
-    assert (output / "videos.txt").read_text(encoding="utf-8").splitlines() == [
-        record["video"] for record in records
-    ]
+    for key in ("prompt", "video"):
+        lines = (output / f"{key}s.txt").read_text(encoding="utf-8").splitlines()
+        assert lines == [record[key] for record in records]
     for record, name in zip(records, NAMES, strict=True):
         stems = {Path(record[key]).stem for key in ("video", "video_latent", "image", "prompt_embed")}
         assert len(stems) == 1
         assert uuid.UUID(stems.pop()).version == 4
         assert record["metadata"] == {"num_frames": 13, "height": 32, "width": 32}
-        facts = (output / record["video"]).with_suffix(".txt").read_text(encoding="utf-8")
-        assert json.loads(facts) == record["metadata"]
-        assert (output / "prompts" / Path(record["video"]).name).with_suffix(".txt").read_text(
-            encoding="utf-8"
-        ) == record["prompt"]
+        facts = (output / record["video"]).with_suffix(".txt")
+        assert json.loads(facts.read_text(encoding="utf-8")) == record["metadata"]
+        assert (output / "prompts" / facts.name).read_text(encoding="utf-8") == record["prompt"]
         assert torch.load(output / record["video_latent"]).shape == (32, 4, 4, 4)
         assert torch.load(output / record["image_latent"]).shape == (32, 1, 4, 4)
         assert torch.load(output / record["prompt_embed"]).dtype == torch.float32
@@ -239,9 +234,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("frames", "usable"), [(1, 1), (3, 1), (4, 4), (5, 5), (6, 4), (16, 16), (49, 49), (50, 48), (80, 80)]
-)
+@pytest.mark.parametrize(("frames", "usable"), [(3, 1), (4, 4), (5, 5), (6, 4), (50, 48)])
 def test_the_vae_takes_4n_or_4n_plus_1_frames(frames: int, usable: int) -> None:
     assert usable_frames(frames) == usable
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import wan_cache_latents
 from data_tools.cogvideox.clips import batches_by_shape, choose_frames, choose_size, read_clip, shape_frame
@@ -32,12 +31,9 @@ def shape(**changes: object) -> ShapeOptions:
 @pytest.mark.parametrize(
     ("available", "buckets", "most", "expected"),
     [
-        (16, (16, 24, 32), 49, 16),
         (100, (16, 24, 32, 48, 64, 80), 49, 48),
-        (100, (16, 24, 32, 48, 64, 80), 80, 80),
         (20, (16, 24), 49, 16),  # as near as 24
         (23, (16, 24), 49, 16),  # 24 is nearer, but there are not so many
-        (56, (49, 64), 60, 49),
         (10, (16,), 49, None),
         (300, (49,), 49, 49),
     ],
@@ -48,31 +44,19 @@ def test_a_clip_takes_the_nearest_number_of_frames_that_it_has(
     assert choose_frames(available, buckets, most) == expected
 
 
-@pytest.mark.parametrize("size", [(1920, 1080), (300, 200), (1000, 1000), (448, 352), (5000, 10)])
+@pytest.mark.parametrize("size", [(1920, 1080), (448, 352), (5000, 10)])
 def test_the_size_is_the_nearest_of_all_pairs(size: tuple[int, int]) -> None:
     pairs = list(itertools.product(SIDES, SIDES))
     height, width = min(pairs, key=lambda pair: abs(pair[0] - size[1]) + abs(pair[1] - size[0]))
     assert choose_size(size, SIDES, SIDES) == (width, height)
 
 
-def picture(width: int, height: int) -> np.ndarray:
-    return np.random.default_rng(3).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def test_without_a_mode_a_frame_is_resized_whatever_its_proportions() -> None:
-    frame = picture(50, 30)
-    plain = np.array(Image.fromarray(frame).resize((32, 64), Image.Resampling.BICUBIC))
-
-    shaped = shape_frame(frame, (32, 64), shape(), ((0.5, 0.5), False))
-
-    assert np.array_equal(shaped, plain)
-
-
 @pytest.mark.parametrize(
     ("mode", "place", "left"), [("center", (0.9, 0.9), 10), ("random", (0.99, 0), 21), ("none", (0.0, 0), 0)]
 )
 def test_with_a_mode_it_is_resized_to_cover_and_cut(mode: str, place: tuple[float, float], left: int) -> None:
-    frame = picture(106, 64)  # half of it covers 32 x 32, and 21 columns are too many
+    # half of it covers 32 x 32, and 21 columns are too many
+    frame = np.random.default_rng(3).integers(0, 256, (64, 106, 3), np.uint8)
     plain = cv2.resize(frame, (53, 32), interpolation=cv2.INTER_AREA)[:, left : left + 32]
 
     shaped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), (place, False))
@@ -80,6 +64,13 @@ def test_with_a_mode_it_is_resized_to_cover_and_cut(mode: str, place: tuple[floa
 
     assert np.array_equal(shaped, plain)
     assert np.array_equal(flipped, plain[:, ::-1])
+
+
+def test_without_a_mode_a_frame_is_resized_whatever_its_proportions() -> None:
+    frame = np.random.default_rng(3).integers(0, 256, (30, 50, 3), np.uint8)
+    plain = np.array(Image.fromarray(frame).resize((32, 64), Image.Resampling.BICUBIC))
+
+    assert np.array_equal(shape_frame(frame, (32, 64), shape(), ((0.5, 0.5), False)), plain)
 
 
 def test_a_clip_is_read_as_its_chosen_frames_at_its_chosen_size(tmp_path: Path) -> None:
@@ -121,9 +112,7 @@ def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> N
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("moments") / "wan.pth"
-    torch.save(vae_tensors(), path)
-    return path
+    return save(vae_tensors(), tmp_path_factory.mktemp("moments") / "wan.pth")
 
 
 def cache(vae: Path, config: Path) -> None:
@@ -144,18 +133,12 @@ def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(vae: Pa
     save(torch.ones(32, 3, 4, 4), root / "video_latents" / f"{NAMES[1]}.pt")
     cache(vae, config)
 
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert names == [
-        f"{NAMES[0]}_00000-005_0032x0032_wan.safetensors",
-        f"{NAMES[1]}_00000-009_0032x0032_wan.safetensors",
-    ]
-    assert (tmp_path / "cache" / names[0]).stat().st_mtime_ns == first[names[0]]
+    kept, changed = sorted((tmp_path / "cache").iterdir())
+    assert kept.stat().st_mtime_ns == first[kept.name]
+    assert changed.name == f"{NAMES[1]}_00000-009_0032x0032_wan.safetensors"
 
-    clips = write_config(tmp_path, root, "target_frames = [5]")
-    cache(vae, clips)  # the same names, but from the clips
-    tensors = load_file(tmp_path / "cache" / names[0])
-    assert next(iter(tensors.values())).abs().max() > 0
-    record = latent_record(read_header(tmp_path / "cache" / names[0]))
+    cache(vae, write_config(tmp_path, root, "target_frames = [5]"))  # the same name, but from the clip
+    record = latent_record(read_header(kept))
     assert record is not None
     assert [file.name for file in record.files] == [f"{NAMES[0]}.mp4"]
 
@@ -197,9 +180,9 @@ def test_a_file_that_cannot_be_used_is_named_and_the_others_are_cached(
 
 
 def test_another_vae_is_refused_by_name_before_anything_is_read(tmp_path: Path) -> None:
-    torch.save(vae22_tensors(), tmp_path / "wan22.pth")
     root = write_data(tmp_path / "data", count=1)
     save(torch.zeros(32, 1, 4, 4), root / "video_latents" / f"{NAMES[0]}.pt")
-    config = write_config(tmp_path, root, "load_tensors = true")
     with pytest.raises(DatasetError, match="has 32 channels, but this model's VAE has 96"):
-        wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(tmp_path / "wan22.pth")])
+        cache(
+            save(vae22_tensors(), tmp_path / "wan22.pth"), write_config(tmp_path, root, "load_tensors = true")
+        )

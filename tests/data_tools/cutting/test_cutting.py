@@ -1,9 +1,6 @@
 """The whole command: frames, times and sound of clips, their list, and what a second run does."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,12 +12,13 @@ import pytest
 
 from data_tools.cutting.clips import VideoLook, look_at
 from dataset.caching.loop import cache_media
-from dataset.config import load_dataset_config
+from dataset.config import DatasetConfig
 from dataset.sources.listing import find_sources
 from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
-from tests.commands import QUIET, ROOT
 from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
+from tests.dataset.cache.killing import needs_fork, run_to_step
+from tests.dataset.making import make_table
 from tests.dataset.toy_family import ToyFamily, options
 from tests.modules.media.test_streams import clicks_in, sound_of
 from tests.modules.media.test_streams import write_film as write_clicks
@@ -63,11 +61,8 @@ def film(tmp_path: Path) -> Path:
     return write_film(tmp_path / "a film.mp4", FILM, NTSC)
 
 
-@pytest.mark.parametrize("rate", [NTSC, Fraction(25)])
-def test_clips_hold_the_frames_of_their_scenes_at_the_rate_of_the_source(
-    tmp_path: Path, rate: Fraction
-) -> None:
-    source = write_film(tmp_path / "film.mkv", FILM, rate)
+def test_clips_hold_the_frames_of_their_scenes_at_the_rate_of_the_source(tmp_path: Path) -> None:
+    source, rate = write_film(tmp_path / "film.mkv", FILM, NTSC), NTSC
 
     clips = run(source, tmp_path / "out", "--crf", 0)
 
@@ -98,20 +93,17 @@ def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
     assert (line["start_seconds"], line["end_seconds"], line["frames"]) == (0.8, 3.8, 20)
 
 
-@pytest.mark.parametrize("more", [[], ["--no_audio"]])
-def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path, more: list[str]) -> None:
+def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path) -> None:
     source = write_clicks(tmp_path / "clicks.mp4", "aac")
+    words = ("--keep_static", "--keep_black", "--max_seconds", 2)
 
-    clips = run(source, tmp_path / "out", "--keep_static", "--keep_black", "--max_seconds", 2, *more)
+    first, second = run(source, tmp_path / "out", *words)
 
-    assert len(clips) == 2
-    if more:
-        for clip in clips:
-            with av.open(str(clip)) as container:
-                assert not container.streams.audio
-    else:
-        assert clicks_in(sound_of(clips[0])) == pytest.approx([0.7], abs=0.002)
-        assert clicks_in(sound_of(clips[1])) == pytest.approx([0.2, 1.1], abs=0.002)
+    assert clicks_in(sound_of(first)) == pytest.approx([0.7], abs=0.002)
+    assert clicks_in(sound_of(second)) == pytest.approx([0.2, 1.1], abs=0.002)
+    for clip in run(source, tmp_path / "silent", *words, "--no_audio"):
+        with av.open(str(clip)) as container:
+            assert not container.streams.audio
 
 
 def test_the_list_is_a_table_that_is_cached_from_any_folder(
@@ -122,21 +114,11 @@ def test_the_list_is_a_table_that_is_cached_from_any_folder(
     monkeypatch.chdir(tmp_path)
     run(Path(film.name), Path("out"))
     monkeypatch.chdir(elsewhere)
-    (tmp_path / "data.toml").write_text(
-        f"""[general]
-resolution = [64, 32]
-[[datasets]]
-video_jsonl_file = {str(tmp_path / "out" / "clips.jsonl")!r}
-cache_directory = {str(tmp_path / "cache")!r}
-target_frames = [17]
-source_fps = "auto"
-""",
-        encoding="utf-8",
-    )
+    keys = {"resolution": (64, 32), "target_frames": (17,), "source_fps": "auto"}
+    table = make_table(tmp_path, jsonl_file=tmp_path / "out" / "clips.jsonl", directory=None, **keys)
+    config = DatasetConfig(table.config_path, (table,))
 
-    config = load_dataset_config(tmp_path / "data.toml")
-
-    sources = find_sources(config.datasets[0])
+    sources = find_sources(table)
     assert [source.path.name for source in sources] == ["a film_00001.mp4", "a film_00002.mp4"]
     assert {source.caption for source in sources} == {None}
     assert cache_media(ToyFamily(), config, options()).written == 2
@@ -251,74 +233,44 @@ def test_a_damaged_video_is_reported_and_the_others_are_cut(
     assert caplog.text.count("is skipped") == 2
 
 
-KILLED = """
-import os, sys, itertools
-sys.path.insert(0, {root!r})
-import modules.atomic_write as writing
-calls, real = itertools.count(), os.replace
-def replace(source, target):
-    # die at the given change of a name: before it is made, or after
-    number = next(calls)
-    if number == {at} and {before}: os._exit(9)
-    real(source, target)
-    if number == {at}: os._exit(9)
-os.replace = writing.os.replace = replace
-from tools.split_video import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize(
-    ("at", "before"),
-    [(1, True), (4, True), *(pytest.param(at, False, marks=pytest.mark.slow) for at in (0, 2, 3))],
-)
+@needs_fork
 def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
-    film: Path, undisturbed: dict[str, bytes], tmp_path: Path, at: int, before: bool
+    film: Path, tmp_path: Path
 ) -> None:
     """Names are given in this order: record, clip 1, clip 2, record, list, record."""
-    output = tmp_path / "out"
-    code = KILLED.format(root=str(ROOT), at=at, before=before)
-    words = ["-c", code, "--input", film, "--output", output, "--preset", "ultrafast"]
-    environment = {**os.environ, **QUIET}
-    assert subprocess.run([sys.executable, *map(str, words)], env=environment, cwd=ROOT).returncode == 9
-    there = {clip.name: clip.stat().st_mtime_ns for clip in clips_in(output)}
-    assert {name: (output / name).read_bytes() for name in there}.items() <= undisturbed.items()
+    undisturbed = {clip.name: clip.read_bytes() for clip in run(film, tmp_path / "reference")}
+    for step in range(1, 7):
+        output = tmp_path / str(step)
+        assert not run_to_step(lambda output=output: run(film, output) and None, step)  # type: ignore[misc]
+        there = {clip.name: clip.stat().st_mtime_ns for clip in clips_in(output)}
+        assert {name: (output / name).read_bytes() for name in there}.items() <= undisturbed.items()
 
-    clips = run(film, output)
+        clips = run(film, output)
 
-    assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
-    assert {name: (output / name).stat().st_mtime_ns for name in there} == there
-    assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
-    left = {path.name for path in output.iterdir() if path.suffix != ".tmp"}  # those go when they are old
-    assert left == {*undisturbed, "clips.jsonl", ".split_video"}
-
-
-@pytest.fixture
-def undisturbed(film: Path, tmp_path: Path) -> dict[str, bytes]:
-    return {clip.name: clip.read_bytes() for clip in run(film, tmp_path / "reference")}
+        assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
+        assert {name: (output / name).stat().st_mtime_ns for name in there} == there
+        assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
+        left = {path.name for path in output.iterdir() if path.suffix != ".tmp"}  # those go when they are old
+        assert left == {*undisturbed, "clips.jsonl", ".split_video"}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scene_threshold", "2"], "--scene_threshold 2: --detector own takes numbers above 0 and up to 1"),
-        (["--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
-        (["--min_frames", "5", "--max_frames", "4"], "--max_frames 4 is less than --min_frames 5"),
-        (["--jsonl", "clips.toml"], "ends in .jsonl"),
+        (["--output", "out", "--scene_threshold", "2"], "--detector own takes numbers above 0 and up to 1"),
+        (["--output", "out", "--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
+        (["--output", "out", "--jsonl", "clips.toml"], "ends in .jsonl"),
+        (["--output", "out", "--input", "empty"], "is a folder without videos"),
+        (["--output", "in"], "is --input too"),
     ],
 )
-def test_mistakes_end_before_anything_is_read(tmp_path: Path, words: Sequence[str], message: str) -> None:
-    (tmp_path / "film.mp4").write_bytes(b"never opened")
+def test_mistakes_end_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "in" / "film.mp4").write_bytes(b"never opened")
 
-    with pytest.raises(OptionError, match=message):
-        main(["--input", str(tmp_path / "film.mp4"), "--output", str(tmp_path / "out"), *words])
-
-
-def test_clips_cannot_go_into_the_folder_of_their_sources(film: Path) -> None:
-    with pytest.raises(OptionError, match="is --input too"):
-        main(["--input", str(film.parent), "--output", str(film.parent)])
-
-
-def test_a_folder_without_videos_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="is a folder without videos"):
-        main(["--input", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises((OptionError, MediaError), match=message):
+        main([*words, *([] if "--input" in words else ["--input", "in"])])

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from data_tools.report.check import check_caching, check_training, repair_captions
@@ -12,7 +13,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.options import GUESS, DebugOptions
 from modules.errors import OptionError
-from modules.media.reading import image_size, read_image, video_frames
+from modules.media.reading import read_image, video_frames
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -127,32 +128,22 @@ def test_pictures_show_frames_from_the_first_to_the_last(
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     config = make_config(tmp_path, clips=(9,), target_frames=(5,))
     show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="image"), workers=1)
-    path = tmp_path / "debug_views" / "0_clip_0_00000-005.png"
-    assert image_size(path) == (5 * 32, 32)
-    assert frame_numbers([read_image(path)[:, 32 * place : 32 * place + 32] for place in range(5)]) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    shown = read_image(tmp_path / "debug_views" / "0_clip_0_00000-005.png")
+    assert shown.shape == (32, 5 * 32, 3)
+    assert frame_numbers(np.split(shown, 5, axis=1)) == [0, 1, 2, 3, 4]
 
 
 def test_clips_show_the_control_beside_the_frames(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     make_clip(tmp_path / "control" / "clip_0.mp4", 9)
     config = make_config(tmp_path, clips=(9,), control_directory=tmp_path / "control")
-    show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="video"), workers=1)
+    make_clip(tmp_path / "control" / "broken.mp4", 9)
+    (tmp_path / "broken.mp4").write_bytes(b"")
+    report = show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="video"), workers=1)
+    assert [failure.stem for failure in report.failures] == ["broken"]
     frames = list(video_frames(tmp_path / "debug_views" / "0_clip_0_00000-005.mp4"))
     assert len(frames) == 5
     assert frames[0].shape == (32, 64, 3)
-
-
-def test_unreadable_clips_are_reported(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    (tmp_path / "clip_0.mp4").write_bytes(b"")
-    report = show_datasets(ToyFamily(), config, DEBUG, workers=1)
-    assert [failure.stem for failure in report.failures] == ["clip_0"]
 
 
 GERMAN = "ein roter Käfer fährt über die Straße"
@@ -179,32 +170,18 @@ def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "c.txt.bak").exists()
 
 
-def test_an_unsure_guess_is_left_and_named_and_can_be_given(tmp_path: Path) -> None:
-    config = config_of(tmp_path, {"a": "naïve".encode("cp1252")})
+def test_what_cannot_be_converted_surely_is_left_as_it_is_and_named(tmp_path: Path) -> None:
+    old = {"a": "naïve".encode("cp1252"), "b": GERMAN.encode("cp1252")}
+    old |= {"c": b"\xff\xfe\x00\xd8", "d": b"\x89PNG\r\n\x1a\n\x00\x00\xff"}
+    config = config_of(tmp_path, old)
+    (tmp_path / "b.txt.bak").write_bytes(b"older")
 
     lines = repair_captions(config, GUESS)
 
-    assert lines[0].endswith("1 left as they are")
+    assert lines[0].endswith("4 left as they are")
     assert "--repair_captions cp1252" in lines[1]
-    assert (tmp_path / "a.txt").read_bytes() == "naïve".encode("cp1252")
-    assert repair_captions(config, "cp1252")[0].endswith(", 0 left as they are")
+    assert "b.txt.bak is there already" in "\n".join(lines)
+    assert {name: (tmp_path / f"{name}.txt").read_bytes() for name in old} == old
+    assert (tmp_path / "b.txt.bak").read_bytes() == b"older"
+    repair_captions(config, "cp1252")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "naïve"
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8", b"\x89PNG\r\n\x1a\n\x00\x00\xff"])
-def test_what_is_no_text_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
-    lines = repair_captions(config_of(tmp_path, {"a": content}), GUESS)
-
-    assert lines[0].endswith("1 left as they are")
-    assert (tmp_path / "a.txt").read_bytes() == content
-
-
-def test_an_older_backup_is_never_replaced(tmp_path: Path) -> None:
-    config = config_of(tmp_path, {"a": GERMAN.encode("cp1252")})
-    (tmp_path / "a.txt.bak").write_bytes(b"older")
-
-    lines = repair_captions(config, GUESS)
-
-    assert "a.txt.bak is there already" in lines[1]
-    assert (tmp_path / "a.txt").read_bytes() == GERMAN.encode("cp1252")
-    assert (tmp_path / "a.txt.bak").read_bytes() == b"older"

@@ -60,13 +60,10 @@ def test_a_file_tells_its_crop_its_caption_and_its_lengths(config: Path) -> None
 @pytest.mark.parametrize(
     ("change", "stem", "expected"),
     [
-        (lambda folder: (folder / "set/a.txt").write_text("a lion"), "a", [VALID, STALE]),
         (lambda folder: (folder / "set/c.txt").write_text("a dog\na pet"), "c", [VALID, STALE]),
         (lambda folder: save_picture(folder / "set/b.png", 9, caption=None), "b", [STALE, VALID]),
-        (lambda folder: save_clip(folder / "set/c.mp4", 9, 9, caption=None), "c", [STALE, VALID]),
         (lambda folder: [one.unlink() for one in folder.glob("cache 0/b_*")], "b", [MISSING, MISSING]),
         (lambda folder: (folder / "set/b.png").write_bytes(b"x"), "b", [UNKNOWN, VALID]),
-        (lambda folder: None, "a", [VALID, VALID]),
     ],
 )
 def test_what_no_longer_fits_its_caches_is_told(

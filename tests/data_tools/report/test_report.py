@@ -173,6 +173,20 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
         assert sizes == expected.buckets
 
 
+def test_blurred_pictures_are_told_from_sharp_ones_and_trigger_words_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    save_picture(tmp_path / "p/sharp.png", 1, (512, 384), caption="ohwx on a chair")
+    small = Image.fromarray(picture(2, (512, 384))).resize((40, 30), Image.Resampling.BOX)
+    small.resize((512, 384), Image.Resampling.BICUBIC).save(tmp_path / "p/soft.png")
+    save_picture(tmp_path / "p/other.png", 2, caption="a chair")
+    Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(tmp_path / "p/flat.png")
+
+    result = report(write_config(tmp_path, "image_directory = '{folder}/p'\ntrigger_word = 'ohwx'"))
+
+    assert names(result["blurred"]) == ["soft.png"]
+    assert result["captions"]["trigger_words"] == [{"word": "ohwx", "captions": 2, "present": 2}]
+
+
 @pytest.mark.parametrize(("options", "frames"), [((), 13), (("--frame_step", "8", "--pixel_step", "32"), 9)])
 def test_clips_have_the_frames_that_the_model_takes(
     tmp_path: Path, options: tuple[str, ...], frames: int
@@ -184,28 +198,6 @@ def test_clips_have_the_frames_that_the_model_takes(
     result = report(write_config(tmp_path, table), *options)
 
     assert [one["frames"] for one in result["tables"][0]["buckets"]] == [frames]
-
-
-def test_blurred_pictures_are_told_from_sharp_ones(tmp_path: Path) -> None:
-    (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/sharp.png", 1, (512, 384))
-    small = Image.fromarray(picture(2, (512, 384))).resize((40, 30), Image.Resampling.BOX)
-    small.resize((512, 384), Image.Resampling.BICUBIC).save(tmp_path / "p/soft.png")
-    Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(tmp_path / "p/flat.png")
-
-    result = report(write_config(tmp_path, "image_directory = '{folder}/p'"))
-
-    assert names(result["blurred"]) == ["soft.png"]
-
-
-def test_a_trigger_word_is_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/a.png", 1, caption="ohwx on a chair")
-    save_picture(tmp_path / "p/b.png", 2, caption="a chair")
-
-    result = report(write_config(tmp_path, "image_directory = '{folder}/p'\ntrigger_word = 'ohwx'"))
-
-    assert result["captions"]["trigger_words"] == [{"word": "ohwx", "captions": 2, "present": 2}]
 
 
 def test_a_table_that_cannot_be_used_does_not_end_the_run(
@@ -235,7 +227,6 @@ def test_a_table_that_cannot_be_used_does_not_end_the_run(
     [
         ([], "nothing would be written"),
         (["--json", "data.toml"], "ends in .json"),
-        (["--output", "page.txt"], "ends in .html"),
         (["--output", f"{__file__}/page.html"], "is a file, not a folder"),
         (["--output", "page.html", "--pixel_step", "0"], "--pixel_step 0"),
     ],
@@ -249,7 +240,6 @@ def test_wrong_options_are_refused_before_anything_is_read(options: list[str], m
     ("values", "expected"),
     [
         ([], []),
-        ([5, 5], [(5, 6, 2)]),
         ([1, 2, 2, 4], [(1, 2, 1), (2, 3, 2), (3, 4, 0), (4, 5, 1)]),
         ([0.5, 0.5], [(0, 1, 2)]),
         ([1] * 99 + [1000], [(1, 2, 99), (2, 1000, 1)]),
@@ -295,23 +285,25 @@ def test_groups_are_chains_in_order() -> None:
     assert group_copies(found) == [[1, 2, 4, 5]]
 
 
-def test_one_shape_in_other_colours_is_no_copy() -> None:
-    red, blue = bytes([200, 40, 40] * 16), bytes([40, 40, 200] * 16)
-    brighter = bytes(value + 30 for value in red)
-    assert group_copies([measures((5,), red), measures((5,), blue)]) == []
-    assert group_copies([measures((5,), red), measures((5,), brighter)]) == [[0, 1]]
+DOTS = bytes(random.Random(0).randrange(20, 200) for _ in range(48))
 
 
-def test_brightness_and_contrast_do_not_count_but_one_cell_does() -> None:
-    generator = random.Random(0)
-    picture = bytes(generator.randrange(20, 200) for _ in range(48))
-    darker = bytes(round(0.7 * value) for value in picture)
-    other = bytes([*picture[:3], 250, 20, 250, *picture[6:]])
-    assert group_copies([measures((5,), picture), measures((5,), darker)]) == [[0, 1]]
-    assert group_copies([measures((5,), picture), measures((5,), other)]) == []
+@pytest.mark.parametrize(
+    ("colours", "other", "is_copy"),
+    [
+        (bytes([200, 40, 40] * 16), bytes([40, 40, 200] * 16), False),
+        (bytes([200, 40, 40] * 16), bytes([230, 70, 70] * 16), True),  # brighter
+        (DOTS, bytes(round(0.7 * value) for value in DOTS), True),  # with less contrast
+        (DOTS, bytes([*DOTS[:3], 250, 20, 250, *DOTS[6:]]), False),  # in one cell
+    ],
+)
+def test_pictures_of_one_shape_are_copies_unless_colours_differ(
+    colours: bytes, other: bytes, is_copy: bool
+) -> None:
+    assert group_copies([measures((5,), colours), measures((5,), other)]) == ([[0, 1]] if is_copy else [])
 
 
-def test_flat_pictures_are_copies_if_they_have_one_colour() -> None:
+def test_flat_pictures_are_copies_if_they_have_one_colour_and_black_ones_never() -> None:
     off = bytes([100 + round(255 * SAME_FLAT) + 2] * 48)
     found = [
         measures((0,), GREY, is_flat=True),
@@ -320,8 +312,4 @@ def test_flat_pictures_are_copies_if_they_have_one_colour() -> None:
         measures((0,), GREY),
     ]
     assert group_copies(found) == [[0, 2]]
-
-
-def test_black_ones_are_left_out() -> None:
     assert group_copies([measures((7,), is_black=True), measures((7,), is_black=True)]) == []
-    assert group_copies([]) == []

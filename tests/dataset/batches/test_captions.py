@@ -62,14 +62,13 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
     assert sum(map(len, texts)) / 2000 == pytest.approx(1 + 3 * 0.75, abs=0.06)
 
 
-def test_captions_are_dropped_at_random_and_in_every_nth_epoch(tmp_path: Path) -> None:
-    table = subset_table(tmp_path, caption_dropout_rate=0.2, caption_dropout_every_n_epochs=3)
+def test_captions_are_dropped_in_every_nth_epoch(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, caption_dropout_every_n_epochs=3)
     item = TrainingItem("a_0064x0064_toy", 1, table, (64, 64), ItemKind("toy"))
 
-    chosen = [choose_captions([item], 3, number, epoch=0)[0] for number in range(2000)]
+    chosen = [choose_captions([item], 3, 0, epoch=epoch)[0] for epoch in range(1, 6)]
 
-    assert chosen.count(EMPTY) / 2000 == pytest.approx(0.2, abs=0.03)
-    assert {choose_captions([item], 3, number, epoch=5)[0] for number in range(20)} == {EMPTY}
+    assert chosen == [0, EMPTY, 0, 0, EMPTY]
 
 
 def test_a_dropped_caption_stays_empty_and_another_is_a_function_of_its_place(tmp_path: Path) -> None:
@@ -117,11 +116,9 @@ def text_files(folder: Path) -> list[str]:
         ({"trigger_word": "ohwx"}, "a cat", "ohwx, a cat"),
         ({"trigger_word": "ohwx"}, "an ohwx cat", "an ohwx cat"),
         ({"trigger_word": "ohwx"}, "ohwxes", "ohwx, ohwxes"),
-        ({"trigger_word": "ohwx"}, "", "ohwx"),
         ({"trigger_word": "a (b"}, "x", "a (b, x"),
-        ({"caption_prefix": "film of", "caption_suffix": "in fog"}, "a cat", "film of a cat in fog"),
-        ({"caption_prefix": "film of", "trigger_word": "ohwx"}, "a cat", "film of ohwx, a cat"),
-        ({}, "two\nlines", "two\nlines"),
+        ({"caption_suffix": "in fog", "trigger_word": "ohwx"}, "", "ohwx in fog"),
+        ({"caption_prefix": "film of", "trigger_word": "ohwx"}, "a\ncat", "film of ohwx, a\ncat"),
     ],
 )
 def test_a_table_adds_words_to_captions(tmp_path: Path, keys: dict, caption: str, expected: str) -> None:
@@ -145,7 +142,7 @@ def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
 
 
 def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp_path: Path) -> None:
-    keys = "multi_caption = true\ncaption_dropout_rate = 0.1"
+    keys = "multi_caption = true\ncaption_dropout_rate = 0.1\nbatch_size = 2"
     config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
 
     assert cache(config) == ["one two", "x", "three", ""]
@@ -160,16 +157,7 @@ def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp
     )
     assert len(known) == 4  # the patterns of other tuners: two latents, two texts
     assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["caption1"] == "one two"
-
-
-def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:
-    keys = "multi_caption = true\ncaption_dropout_rate = 0.1\nbatch_size = 2"
-    config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
-    cache(config)
-    items = find_items(config, "toy", LATENT, frozenset({"t5"})).items
-
-    batch = read_batch(items, LATENT, captions=(1, EMPTY))
-
+    batch = read_batch(find_items(config, "toy", LATENT).items, LATENT, captions=(1, EMPTY))
     assert batch.captions == ("three", "")
     assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(1, 4), (0, 4)]
     assert check_training(config, "toy", LATENT).exit_code == 0
@@ -180,7 +168,6 @@ def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:
     [
         ('multi_caption = true\ntrigger_word = "T"', "trigger_word was , is now T in"),
         ("multi_caption = false", "captions was 2, is now 1, multi_caption was True, is now False in"),
-        ('multi_caption = true\ncaption_suffix = "S"', "caption_suffix was , is now S in"),
     ],
 )
 def test_training_refuses_texts_made_with_other_keys(tmp_path: Path, keys: str, message: str) -> None:
@@ -219,16 +206,13 @@ def test_a_dropped_caption_is_known_to_a_teacher(tmp_path: Path) -> None:
     config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
     cache(config)
     items = find_items(config, "toy", LATENT, frozenset({"t5"})).items
-    numbers = range(300)
-    pairs = [
-        pair
-        for number in numbers
-        for pair in zip(
-            choose_captions(items, 3, number), choose_captions(items, 3, number, drops=False), strict=True
-        )
-    ]
-    assert all(with_dropout in (EMPTY, without) for with_dropout, without in pairs)
-    assert {without for with_dropout, without in pairs if with_dropout == EMPTY} == {0, 1}
+    dropped = set()
+    for number in range(300):
+        without = choose_captions(items, 3, number, drops=False)
+        for chosen, other in zip(choose_captions(items, 3, number), without, strict=True):
+            assert chosen in (EMPTY, other)
+            dropped |= {other} if chosen == EMPTY else set()
+    assert dropped == {0, 1}
 
     batch = read_batch(items, LATENT, captions=(EMPTY, 0), undropped=(0, 0))
 

@@ -16,7 +16,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot 
 
 
 def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> tuple[int, bool]:
-    """Fork a process that works, and kill it after some seconds.
+    """Fork a process that works, and kill it after some seconds unless it is done.
 
     work: is given what it calls after each thing that it may rely on. Returns how often it did, and whether
     the work was done before the kill.
@@ -31,9 +31,13 @@ def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> 
         finally:
             os._exit(code)
     os.close(writing)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    deadline, ended, status = time.monotonic() + seconds, 0, 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.002)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the work failed by itself"
     said = b""
     while chunk := os.read(reading, 1 << 16):

@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,10 @@ from dataset.cache.files import (
     is_latent_cache,
     is_text_cache,
     parse_latent_name,
-    parse_text_name,
     read_entry,
     read_header,
     tensor_key,
     tensor_name,
-    text_file_name,
     write_tensors,
 )
 from dataset.cache.shards import ShardStore
@@ -29,40 +28,28 @@ from tests.dataset.making import make_table
 from tests.faults.messages import succeed_here
 from tools import convert_cache
 
-NAMES = [
-    ("image", LatentName("pic_0", (120, 90)), "wan", "pic_0_0120x0090_wan.safetensors"),
-    ("video", LatentName("clip_0", (112, 80), (0, 17)), "wan", "clip_0_00000-017_0112x0080_wan.safetensors"),
-    (
-        "video",
-        LatentName("clip", (640, 608), (0, 145), 2),
-        "fp",
-        "clip_00000-145-0002_0640x0608_fp.safetensors",
-    ),
-    (
-        "video",
-        LatentName("a b.c_1", (12800, 80), (123456, 1001)),
-        "hv",
-        "a b.c_1_123456-1001_12800x0080_hv.safetensors",
-    ),
-]
 
-
-@pytest.mark.parametrize(("kind", "name", "tag", "file"), NAMES)
+@pytest.mark.parametrize(
+    ("kind", "name", "file"),
+    [
+        ("image", LatentName("pic_0", (120, 90)), "pic_0_0120x0090"),
+        ("video", LatentName("clip", (640, 608), (0, 145), 2), "clip_00000-145-0002_0640x0608"),
+        ("video", LatentName("a b.c_1", (12800, 80), (123456, 1001)), "a b.c_1_123456-1001_12800x0080"),
+    ],
+)
 def test_latent_names_are_those_of_the_known_tuners_and_read_back(
-    kind: str, name: LatentName, tag: str, file: str
+    kind: str, name: LatentName, file: str
 ) -> None:
-    assert name.file_name(tag) == file
-    assert parse_latent_name(file, tag, kind) == name
+    assert name.file_name("wan") == f"{file}_wan.safetensors"
+    assert parse_latent_name(f"{file}_wan.safetensors", "wan", kind) == name
 
 
 @pytest.mark.parametrize(
     "file",
     [
-        "style_wan.safetensors",
         "clip_wan_te.safetensors",
         "clip_0112x0080_wan.safetensors",  # no frames: an image's
         "_0112x0080_wan.safetensors",
-        ".clip_00000-017_0112x0080_wan.safetensors.ab12.tmp",
         "clip_00000-017_0112x0080_hv.safetensors",
         "clip_00000-017_0112x0080_wan.safetensors.bak",
     ],
@@ -71,30 +58,24 @@ def test_other_files_are_no_video_caches(file: str) -> None:
     assert parse_latent_name(file, "wan", "video") is None
 
 
-def test_text_files_are_named_by_stem_and_family() -> None:
-    assert text_file_name("clip_0", "wan") == "clip_0_wan_te.safetensors"
-    assert parse_text_name("clip_0_wan_te.safetensors", "wan") == "clip_0"
-    assert parse_text_name("clip_0_0112x0080_wan.safetensors", "wan") is None
-
-
 @pytest.mark.parametrize(
-    ("key", "tensor", "variable", "name"),
+    ("key", "tensor", "options", "name", "grid"),
     [
-        ("latents", torch.zeros(16, 5, 10, 14, dtype=torch.bfloat16), False, "latents_5x10x14_bfloat16"),
-        ("latents_image", torch.zeros(20, 5, 10, 14), False, "latents_image_5x10x14_float32"),
-        ("latents_clean_2x", torch.zeros(16, 2, 10, 14), False, "latents_clean_2x_2x10x14_float32"),
-        ("latent_indices", torch.zeros(9, dtype=torch.int64), False, "latent_indices_int64"),
-        ("clip", torch.zeros(257, 8, dtype=torch.float16), False, "clip_float16"),
-        ("t5", torch.zeros(7, 8, dtype=torch.bfloat16), True, "varlen_t5_bfloat16"),
-        ("llm_mask", torch.zeros(7, dtype=torch.int64), False, "llm_mask"),
-        ("llama_attention_mask", torch.zeros(7, dtype=torch.bool), False, "llama_attention_mask"),
+        ("latents", torch.zeros(16, 5, 10, 14).bfloat16(), {}, "latents_5x10x14_bfloat16", (5, 10, 14)),
+        ("latents_clean_2x", torch.zeros(4, 2, 6, 8), {}, "latents_clean_2x_2x6x8_float32", (2, 6, 8)),
+        # the grid can be that of another tensor
+        ("latents_4x", torch.zeros(4, 9, 8, 8), {"grid": (3, 2, 1)}, "latents_4x_3x2x1_float32", (3, 2, 1)),
+        ("latent_indices", torch.zeros(9, dtype=torch.int64), {}, "latent_indices_int64", None),
+        ("t5", torch.zeros(7, 8).half(), {"variable": True}, "varlen_t5_float16", None),
+        ("llama_attention_mask", torch.zeros(7).bool(), {}, "llama_attention_mask", None),
     ],
 )
 def test_tensor_names_carry_sizes_and_dtype_and_batches_know_them_by_the_rest(
-    key: str, tensor: torch.Tensor, variable: bool, name: str
+    key: str, tensor: torch.Tensor, options: dict[str, Any], name: str, grid: tuple[int, ...] | None
 ) -> None:
-    assert tensor_name(key, tensor, variable) == name
+    assert tensor_name(key, tensor, **options) == name
     assert tensor_key(name) == key
+    assert grid_in_name(name) == grid
 
 
 @pytest.mark.parametrize("key", ["latents", "latents_control_0", "latents_control_12_flipped"])
@@ -105,21 +86,6 @@ def test_names_of_pictures_may_leave_the_frames_out(key: str) -> None:
     assert name == f"{key}_6x10_float32"
     assert tensor_key(name) == key
     assert grid_in_name(name) == (1, 6, 10)
-
-
-def test_the_grid_in_a_name_can_be_that_of_another_tensor() -> None:
-    name = tensor_name("latents_clean_4x", torch.zeros(16, 16, 8, 8), grid=(9, 8, 8))
-    assert name == "latents_clean_4x_9x8x8_float32"
-    assert grid_in_name(name) == (9, 8, 8)
-    assert grid_in_name("clip_float16") is None
-
-
-def test_a_lora_of_a_like_name_is_no_cache(tmp_path: Path) -> None:
-    lora = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(4, 8)}
-    write_tensors(tmp_path / "style_wan.safetensors", lora, {})
-    header = read_header(tmp_path / "style_wan.safetensors")
-    assert not is_latent_cache(header, "wan")
-    assert not is_text_cache(header, "wan")
 
 
 def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
@@ -138,47 +104,39 @@ def test_a_checksum_sees_name_shape_and_every_bit() -> None:
     changed = tensor.clone()
     changed[2, 3] = 1
     assert checksum("a", tensor) == checksum("a", tensor.clone())
-    assert (
-        len({checksum("a", tensor), checksum("b", tensor), checksum("a", tensor.T), checksum("a", changed)})
-        == 4
-    )
-    assert checksum("scalar", torch.tensor(1.0)) != checksum("scalar", torch.tensor(2.0))
+    others = [("b", tensor), ("a", tensor.T), ("a", changed), ("a", torch.tensor(1.0))]
+    assert len({checksum(*one) for one in [("a", tensor), *others]}) == 5
 
 
-def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "clip_wan.safetensors"
-    with pytest.raises(CacheError, match=r"clip_wan\.safetensors: no such"):
-        read_entry(path)
-    write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
-        read_entry(path)
-
-
-def test_a_shape_that_is_no_numbers_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"}}", b"}"), (b"[2,1,4,4]", b'["?",44]'.ljust(9))],
+    ids=["cut", "a shape that is no numbers"],
+)
+def test_a_damaged_file_and_one_that_is_missing_are_named(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "clip_wan.safetensors"
     write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
-    path.write_bytes(path.read_bytes().replace(b"[2,1,4,4]", b'["?",44]'.ljust(9)))
+    for read in (read_header, read_entry):
+        with pytest.raises(CacheError, match=r"other_wan\.safetensors: no such"):
+            read(path.with_name("other_wan.safetensors"))
+    path.write_bytes(path.read_bytes().replace(old, new))
 
-    with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
-        read_header(path)
+    for read in (read_header, read_entry):
+        with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
+            read(path)
 
 
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     """So a run that was interrupted ends with the files of one that was not."""
-    tensors = {
-        "llm_float16": torch.ones(3, 4, dtype=torch.float16),
-        "llm_mask": torch.ones(3, dtype=torch.int64),
-    }
+    tensors = {"llm_float16": torch.ones(3, 4).half(), "llm_mask": torch.ones(3, dtype=torch.int64)}
     metadata = {f"key {number}": "é" * number for number in range(8)}
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
 
-    write_tensors(tmp_path / "one.safetensors", tensors, metadata)
-    write_tensors(
-        tmp_path / "two.safetensors", dict(reversed(tensors.items())), dict(reversed(metadata.items()))
-    )
+    write_tensors(one, tensors, metadata)
+    write_tensors(two, dict(reversed(tensors.items())), dict(reversed(metadata.items())))
 
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    entry = read_entry(tmp_path / "two.safetensors")
+    assert one.read_bytes() == two.read_bytes()
+    entry = read_entry(two)
     assert entry.header.metadata == metadata
     assert all(torch.equal(entry.named[name], tensor) for name, tensor in tensors.items())
 
@@ -219,33 +177,20 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Path) -> None:
-    before = contents(folder)
-    convert_cache.main(["--cache_directory", str(folder), "--to", "shards"])
-    assert set(contents(folder)) == {*OTHERS, *list_shards(folder), INDEX}
-    assert len(list_shards(folder)) == 1
-    store = ShardStore(folder)
-    assert {name: store.read_bytes(name) for name in store.names()} == {name: before[name] for name in CACHES}
-    convert_cache.main(["--cache_directory", str(folder), "--to", "files"])
-    assert contents(folder) == before
-
-
-def test_what_was_converted_is_kept_if_asked(folder: Path) -> None:
-    before = contents(folder)
-    assert files_to_shards(folder, keep=True)[0] == 9
-    assert before.items() <= contents(folder).items()
-    assert shards_to_files(folder, keep=True)[:2] == (0, 9)
-    assert len(list_shards(folder)) == 1
-
-
-def test_the_tables_of_a_dataset_file_are_converted(folder: Path) -> None:
+    before, toml = contents(folder), folder.parent / "data.toml"
     (folder.parent / "clips").mkdir()
-    toml = folder.parent / "data.toml"
     toml.write_text('[[datasets]]\nvideo_directory = "clips"\ncache_directory = "cache"\n', encoding="utf-8")
+
     said = succeed_here(
         "tools/convert_cache.py", "--dataset_config", toml, "--to", "shards", folder=folder.parent
     )
     assert 'Set cache_format = "shards" in' in said
-    assert set(ShardStore(folder).names()) == set(CACHES)
+    (shard,) = list_shards(folder)
+    assert set(contents(folder)) == {*OTHERS, shard, INDEX}
+    store = ShardStore(folder)
+    assert {name: store.read_bytes(name) for name in store.names()} == {name: before[name] for name in CACHES}
+    convert_cache.main(["--cache_directory", str(folder), "--to", "files"])
+    assert contents(folder) == before
 
 
 def test_damaged_entries_keep_the_shards(folder: Path) -> None:
@@ -287,7 +232,10 @@ def test_a_killed_conversion_loses_nothing_and_goes_on(folder: Path, kills: int)
 
 
 def test_a_folder_with_both_forms_serves_either_while_they_agree(folder: Path) -> None:
-    files_to_shards(folder, keep=True)
+    before = contents(folder)
+    assert files_to_shards(folder, keep=True)[0] == len(CACHES)
+    assert before.items() <= contents(folder).items()
+    assert shards_to_files(folder, keep=True)[:2] == (0, len(CACHES))
     both = [make_table(folder.parent, cache_format=form) for form in ("files", "shards")]
     assert [list(other_form(one, "wan")) for one in both] == [[], []]
 

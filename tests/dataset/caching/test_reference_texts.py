@@ -18,7 +18,7 @@ from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError
 from modules.media.reading import read_image
-from tests.dataset.edit_sets import RULES, SIZE, EditFamily, make_set, read_set
+from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyText, options
 
@@ -66,9 +66,10 @@ def test_a_text_is_encoded_with_the_references_of_its_image(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", ["edited", "removed", "added"])
-def test_a_changed_reference_makes_its_text_stale(tmp_path: Path, change: str) -> None:
+def test_a_changed_reference_makes_its_latents_and_its_text_stale(tmp_path: Path, change: str) -> None:
     make_set(tmp_path, {"a": (SIZE,), "b": (SIZE,), "c": ()})
     cache_seen(tmp_path)
+    cache(read_set(tmp_path))
     if change == "edited":
         make_image(tmp_path / "refs/a_0.png", SIZE, (9, 9, 9))
     elif change == "removed":
@@ -79,6 +80,7 @@ def test_a_changed_reference_makes_its_text_stale(tmp_path: Path, change: str) -
     _, (text,), _ = cache_seen(tmp_path)
 
     assert text.calls == [f"make it blue|{ {'edited': 1, 'removed': 0, 'added': 2}[change] }"]
+    assert [key[0] for keys in cache(read_set(tmp_path))[1].seen for key in keys] == ["a"]
     # sizes are of the latents alone
     assert cache_seen(tmp_path, "no_resize_control = true")[1][0].calls == []
 

@@ -6,7 +6,6 @@ Each scenario stops one process at a chosen place, lets another do something, an
 import dataclasses
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -16,11 +15,8 @@ from typing import Any
 
 import pytest
 
-from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import WriteBehind, run_ahead
-from dataset.config import DatasetConfig
-from dataset.options import ShardOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
@@ -34,10 +30,6 @@ LATENT = "clip_{}_00000-005_0032x0032_toy.safetensors"
 PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
     PROCESSES.set_forkserver_preload([__name__])
-
-
-FORMS = pytest.mark.parametrize("form", ["files", "shards"])
-MOSTLY_FILES = pytest.mark.parametrize("form", ["files", pytest.param("shards", marks=pytest.mark.slow)])
 
 
 class Stop:
@@ -99,14 +91,9 @@ def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
     cache_media(ToyFamily(), make_config(folder), options())
 
 
-def latents_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
+def stopping_when_listed(folder: Path, form: str, cache: Callable[..., Any], stop: Stop) -> None:
     config = make_config(folder, clips=(), cache_format=form)
-    cache_media(StoppingFamily(stop=stop), config, options())
-
-
-def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
-    config = make_config(folder, clips=(), cache_format=form)
-    cache_texts(StoppingFamily(stop=stop, text=two().text), config, options())
+    cache(StoppingFamily(stop=stop, text=two().text), config, options())
 
 
 class Other:
@@ -136,8 +123,7 @@ class Other:
         return int(self.process.exitcode)
 
 
-@FORMS
-@pytest.mark.parametrize("encoder", ["llm", "clipL"])
+@pytest.mark.parametrize(("encoder", "form"), [("llm", "shards"), ("clipL", "files")])
 def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form: str) -> None:
     """This process does everything while the other one is in its first pass, or between its passes."""
     config = make_config(tmp_path, cache_format=form)
@@ -146,7 +132,7 @@ def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form:
     with Other(texts_stopping_in, encoder, tmp_path, form) as other:
         (tmp_path / "cache").mkdir(exist_ok=True)
         # shards show what they hold when they are finished, or when their writer is dead
-        assert sorted(entries(config)) == (PARTS if (encoder, form) == ("clipL", "files") else [])
+        assert sorted(entries(config)) == (PARTS if form == "files" else [])
         cache_texts(two(), config, options())
         assert entries(config) == entries(undisturbed)
         assert other.end() == 0
@@ -178,18 +164,13 @@ def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
     assert left not in names(tmp_path)
 
 
-@MOSTLY_FILES
-@pytest.mark.parametrize(
-    ("work", "cache"),
-    [(latents_stopping_when_listed, cache_media), (texts_stopping_when_listed, cache_texts)],
-    ids=["latents", "texts"],
-)
+@pytest.mark.parametrize(("form", "cache"), [("files", cache_media), ("shards", cache_texts)])
 def test_what_others_make_of_new_sources_is_not_stale(
-    tmp_path: Path, work: Callable[..., None], cache: Callable[..., Any], form: str
+    tmp_path: Path, form: str, cache: Callable[..., Any]
 ) -> None:
     """A clip is copied in after one run has listed the sources and before another one does."""
     make_config(tmp_path, clips=(9,))
-    with Other(work, tmp_path, form) as other:
+    with Other(stopping_when_listed, tmp_path, form, cache) as other:
         config = make_config(tmp_path, clips=(9, 9), cache_format=form)
         cache(two(), config, options())
         made = entries(config)
@@ -198,34 +179,22 @@ def test_what_others_make_of_new_sources_is_not_stale(
     assert entries(config) == made
 
 
-# --- faults
-
-
-def test_results_come_in_order_whatever_finishes_first() -> None:
-    def work(number: int) -> int:
-        time.sleep(0.02 if number == 0 else 0)
-        return number * 10
-
-    assert list(run_ahead(range(6), work, 3, lambda _: 0, 1)) == [
-        (number, number * 10) for number in range(6)
-    ]
-
-
-def test_no_more_is_started_than_the_limit_allows() -> None:
+def test_results_come_in_order_and_no_more_is_started_than_the_limit_allows() -> None:
     started: list[int] = []
 
     def work(number: int) -> int:
         started.append(number)
-        return number
+        time.sleep(0.02 if number == 0 else 0)  # the others are done first
+        return number * 10
 
     ahead = run_ahead(range(8), work, 4, lambda _: 10, limit_bytes=25)
-    next(ahead)
+    assert next(ahead) == (0, 0)
     time.sleep(0.05)
     assert len(started) == 2  # 20 bytes; the first is not given back yet
-    next(ahead)
+    assert next(ahead) == (1, 10)
     time.sleep(0.05)
     assert len(started) == 3
-    ahead.close()
+    assert list(ahead) == [(number, 10 * number) for number in range(2, 8)]
 
 
 def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
@@ -234,58 +203,3 @@ def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
         for number in range(20):
             writer.submit(lambda number=number: written.append(number))  # type: ignore[misc]
     assert written == list(range(20))
-
-
-@dataclasses.dataclass
-class NeighbourlyLlm(ToyLlm):
-    """Its outputs depend on the whole batch."""
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        found = super().encode(prompts)
-        length = sum((place + 1) * len(prompt.text) for place, prompt in enumerate(prompts))
-        return [{**one, "llm": one["llm"] * 0 + length} for one in found]
-
-
-def cache_all(config: DatasetConfig, started: Any, share: ShardOptions, number: int) -> None:
-    started.wait(PATIENCE)
-    family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
-    for cache in (cache_media, cache_texts) if number % 2 else (cache_texts, cache_media):
-        cache(family, config, options(shard=share, batch_size=2))
-
-
-@pytest.mark.slow
-@FORMS
-@pytest.mark.parametrize("number", range(25))
-def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: str, number: int) -> None:
-    """Three writers of the same entries: two shards, and a run of everything. One of them is killed."""
-    draw = random.Random(number)
-    config = make_config(tmp_path, clips=(5, 5, 5, 9, 5), cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    everything = ShardOptions(num_shards=None, shard_index=None)
-    for cache in (cache_media, cache_texts):
-        family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
-        cache(family, undisturbed, options(batch_size=2))
-    started = PROCESSES.Barrier(4)
-    running = [
-        PROCESSES.Process(target=cache_all, args=(config, started, share, number + place))
-        for place, share in enumerate((shard(0, 2), shard(1, 2), everything))
-    ]
-    for process in running:
-        process.start()
-    started.wait(PATIENCE)
-    victim = draw.choice(running)
-    victim.join(draw.uniform(0, 0.4))
-    victim.kill()
-    for process in running:
-        process.join(PATIENCE)
-        assert process is victim or process.exitcode == 0
-    for path in (tmp_path / "cache").glob("*.safetensors"):
-        assert set(read_entry(path).tensors) in ({"latents"}, set(KEYS)), path
-
-    started = PROCESSES.Event()
-    started.set()
-    cache_all(config, started, everything, number)
-
-    assert entries(config) == entries(undisturbed)  # each writer has a shard of its own
-    if form == "files":
-        assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")

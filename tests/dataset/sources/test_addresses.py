@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import random
+import re
 import tarfile
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,8 @@ def test_passwords_and_queries_are_never_shown() -> None:
     assert hide_secrets(str(Path(SECRET))) == shown.replace("//", "/")
     assert hide_secrets("C:\\data and a/b@c and 1:2") == "C:\\data and a/b@c and 1:2"
     assert address_identity(SECRET) == "https://host.org/a/cat%201.png?id=7"
-    assert [is_address(text) for text in ("s3://b/k", "C:/data", "a/b://c", "simplecache::s3://b")] == [
-        *(True, False, False, True)
-    ]
+    assert all(map(is_address, ("s3://b/k", "simplecache::s3://b")))
+    assert not any(map(is_address, ("C:/data", "a/b://c")))
 
 
 def test_a_downloaded_file_is_named_by_its_address_without_what_signs_it() -> None:
@@ -73,8 +74,7 @@ def test_a_site_that_fails_twice_and_one_that_breaks_in_the_middle(tmp_path: Pat
     assert len(site.asked) == 6
 
 
-@pytest.mark.parametrize("heeds", [True, False])
-@pytest.mark.parametrize("change", [b"x" * 300_000, b"short"])
+@pytest.mark.parametrize(("change", "heeds"), [(b"x" * 300_000, False), (b"short", True), (b"short", False)])
 def test_a_file_that_changes_between_two_tries_is_not_put_together_from_both(
     change: bytes, heeds: bool, tmp_path: Path, site: Site
 ) -> None:
@@ -90,9 +90,14 @@ def test_a_file_that_changes_between_two_tries_is_not_put_together_from_both(
     assert (tmp_path / "a.png").read_bytes() == change
 
 
-def test_a_site_cannot_pass_on_to_an_address_without_encryption(
+def test_a_site_cannot_pass_on_to_a_file_of_this_machine_or_to_an_address_without_encryption(
     tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    site.passes["b.png"] = (tmp_path / "secret.txt").as_uri()
+    with pytest.raises(MediaError, match="no address that can be asked for"):
+        download(f"{site.url}/b.png", tmp_path / "b.png", nothing)
+
     (site.folder / "a.png").write_bytes(CONTENT)
     get = requests.Session.get
 
@@ -114,18 +119,10 @@ def test_what_cannot_be_had_is_told_without_secrets_and_leaves_no_file(tmp_path:
     ):
         with pytest.raises(MediaError, match=why) as caught:
             download(f"{user}/{name}", tmp_path / "kept" / "x.png", nothing)
-        assert "s1gnature" not in str(caught.value)
-        assert "pa55word" not in str(caught.value)
+        assert not re.search("pa55word|s1gnature", str(caught.value))
     assert len(site.asked) == 4  # what is missing stays so
     assert all(site.auth)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == []
-
-
-def test_a_site_cannot_pass_on_to_a_file_of_this_machine(tmp_path: Path, site: Site) -> None:
-    (tmp_path / "secret.txt").write_text("secret")
-    site.passes["a.png"] = (tmp_path / "secret.txt").as_uri()
-    with pytest.raises(MediaError, match="no address that can be asked for"):
-        download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
 
 
 def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
@@ -143,16 +140,11 @@ def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
 
 def test_threads_that_want_the_same_file_download_it_once(tmp_path: Path, site: Site) -> None:
     (site.folder / "a.png").write_bytes(CONTENT)
-    folder = tmp_path / "kept"
-    threads = [
-        threading.Thread(target=download, args=(f"{site.url}/a.png", folder / "a.png")) for _ in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    path = tmp_path / "kept" / "a.png"
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: download(f"{site.url}/a.png", path), range(6)))
     assert site.asked == ["a.png"]
-    assert (folder / "a.png").read_bytes() == CONTENT
+    assert path.read_bytes() == CONTENT
 
 
 def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(
@@ -160,7 +152,7 @@ def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     (tmp_path / "list.jsonl").write_text(
-        f'{{"image_path": "{SECRET}", "caption": "x"}}\n{{"image_path": "s3://b/k.png", "caption": "y"}}\n',
+        f'{{"image_path": "{SECRET}", "caption": "x"}}\n{{"image_path": "http://h/k.png", "caption": "y"}}\n',
         encoding="utf-8",
     )
     for source in ("image_jsonl_file", "image_table_file"):
@@ -168,8 +160,17 @@ def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(
         with pytest.raises(DatasetError, match=r"2 (lines|rows) of .* cannot .*allow_urls = true") as caught:
             find_sources(table)
         assert "host.org/a/cat%201.png?..." in str(caught.value)
-        assert "pa55word" not in str(caught.value) + caplog.text
-        assert "s1gnature" not in str(caught.value) + caplog.text
+        assert not re.search("pa55word|s1gnature", str(caught.value) + caplog.text)
+    one = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))[0]
+    assert (one.stem, one.path.parent.name) == ("cat 1", "downloads")
+    assert not re.search("pa55word|s1gnature", repr(one))
+
+
+def test_an_address_of_a_file_is_its_path(tmp_path: Path) -> None:
+    row = {"image_path": (tmp_path / "a b.png").as_uri()}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
+    assert (one.path, one.origins) == (tmp_path / "a b.png", ())
 
 
 @pytest.mark.parametrize(
@@ -184,19 +185,6 @@ def test_addresses_that_lead_elsewhere_are_refused(tmp_path: Path, address: str,
     (tmp_path / "list.jsonl").write_text(f'{{"image_path": "{address}", "caption": ""}}\n', encoding="utf-8")
     with pytest.raises(DatasetError, match=why):
         find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
-
-
-def test_sources_at_addresses_show_no_secret_anywhere(tmp_path: Path) -> None:
-    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "{SECRET}", "caption": ""}}\n', encoding="utf-8")
-    (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
-    assert (one.stem, one.path.parent.name) == ("cat 1", "downloads")
-    assert "pa55word" not in repr(one)
-    assert "s1gnature" not in repr(one)
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"image_path": {str((tmp_path / "a b.png").as_uri())!r}}}\n'.replace("'", '"'), encoding="utf-8"
-    )
-    (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
-    assert (one.path, one.origins) == (tmp_path / "a b.png", ())
 
 
 Files = Mapping[str, bytes | str]
@@ -287,9 +275,8 @@ def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -
 
 def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> None:
     (one,), _ = listed(tmp_path, write_tar(tmp_path / "t.tar", {"x/1.png": b"no picture"}))
-    with pytest.raises(MediaError, match=r"t.tar.x.1.png is no image") as caught:
+    with pytest.raises(MediaError, match=r"t.tar.x.1.png is no image"):
         decode_source(one, 16.0)
-    assert "reelsmith-extracted" not in str(caught.value)
 
 
 def test_the_times_of_an_incremental_backup_are_no_part_of_its_names(tmp_path: Path) -> None:
@@ -341,13 +328,10 @@ def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "data.toml"])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_damaged_tar_never_gives_another_error(tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    whole = write_tar(
-        tmp_path / "w.tar", {f"{LONG}{index}.png": b"x" * 99 for index in range(5)}
-    ).read_bytes()
-    for _ in range(60):
+def test_a_damaged_tar_never_gives_another_error(tmp_path: Path) -> None:
+    rng, files = random.Random(0), {f"{LONG}{index}.png": b"x" * 99 for index in range(5)}
+    whole = write_tar(tmp_path / "w.tar", files).read_bytes()
+    for _ in range(180):
         content = bytearray(whole)
         for _ in range(rng.randint(1, 20)):
             content[rng.randrange(len(content))] = rng.randrange(256)
@@ -372,8 +356,7 @@ def test_the_index_of_a_large_tar_is_kept_until_the_tar_changes(tmp_path: Path) 
 
     assert kept.stat().st_mtime_ns == made
     assert len(first) == count
-    assert [repr(one).split("table=")[0] for one in again] == [repr(one).split("table=")[0] for one in first]
-    assert [one.origins for one in again] == [one.origins for one in first]
+    assert [replace(one, table=first[0].table) for one in again] == first
     for change in (lambda: os.utime(path, ns=(1, 1)), lambda: kept.write_bytes(kept.read_bytes()[:-9])):
         made = kept.stat().st_mtime_ns
         change()

@@ -36,7 +36,7 @@ def table_of(folder: Path, rows: Rows, name: str = "t.parquet", **changes: Any) 
     return make_table(folder, "image_directory", directory=None, table_file=path, **changes)
 
 
-@pytest.mark.parametrize("column", ["image_path", "path", "file_name", "url", "image"])
+@pytest.mark.parametrize("column", ["image_path", "file_name", "url", "image"])
 def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Path, column: str) -> None:
     rows = [{"id": "b.png", column: "a.png", "text": "x", "prompt": "y"}]
     (one,) = find_sources(table_of(tmp_path, rows))
@@ -45,9 +45,6 @@ def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Pat
     assert (one.path, one.caption) == (Path("b.png"), "y")
     with pytest.raises(DatasetError, match=f"path_column = 'no' is not a column. It has 'id', '{column}', "):
         find_sources(table_of(tmp_path, rows, path_column="no"))
-
-
-def test_a_table_without_paths_says_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'picture'"):
         find_sources(table_of(tmp_path, [{"picture": "a.png", "label": 1}]))
 
@@ -141,6 +138,9 @@ def rows_of(path: Path, *wanted: str) -> list[tuple[str, int, dict[str, Any], st
 
 def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     csv, tsv, jsonl = (tmp_path / f"t.{end}" for end in ("csv", "tsv", "jsonl"))
+    of_spreadsheet = tmp_path / "s.csv"
+    of_spreadsheet.write_text('path;caption\na.png;"one,\ntwo"\nb c.png;"say ""ü"""\n', encoding="utf-8")
+    assert [values for _, _, values, _ in rows_of(of_spreadsheet)] == ROWS
     csv.write_bytes('\ufeffpath,caption\r\na.png,"one,\r\ntwo"\r\nb c.png,"say ""ü"""\r\n'.encode())
     tsv.write_text('path\tcaption\na.png\t"one,\ntwo"\n\nb c.png\t"say ""ü"""', encoding="utf-8")
     jsonl.write_text(
@@ -164,11 +164,6 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     }
     assert column_names(csv) == column_names(tsv) == column_names(tmp_path / "t.parquet")
     assert column_names(jsonl) == ("caption", "path", "more")
-
-
-def test_a_spreadsheet_may_separate_by_semicolons(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("path;caption\na.png;one, two\n", encoding="utf-8")
-    assert rows_of(tmp_path / "t.csv") == [("line", 2, {"path": "a.png", "caption": "one, two"}, None)]
 
 
 # --- Parquet
@@ -195,23 +190,17 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-def lists_of(value: str, count: int, each: int) -> pa.Array:
-    offsets = pa.array(np.arange(0, count * each + 1, each, dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, repeated(value, count * each))
-
-
 @pytest.mark.parametrize(
     ("column", "options"),
     [
         (lambda: repeated(LONG, 4000), {}),
         (lambda: repeated("a.png", 1_000_000), {}),
-        (lambda: lists_of(LONG, 2, 2000), {}),
-        (lambda: lists_of("", 2, 8_000_000), {}),
+        (lambda: pa.ListArray.from_arrays(np.array([0, 2000], np.int32), repeated(LONG, 2000)), {}),
         (lambda: pa.array([LONG] * 100), {"use_dictionary": False, "data_page_size": 1 << 30}),
         (lambda: pa.array([LONG] * 100), {"column_encoding": "DELTA_BYTE_ARRAY", "use_dictionary": False}),
         (lambda: pa.array([bytes(MIB)] * 100, pa.binary(MIB)), {}),
     ],
-    ids=["a long text", "many rows", "lists", "long lists", "zstd", "prefixes", "of a fixed size"],
+    ids=["a long text", "many rows", "lists", "zstd", "prefixes", "of a fixed size"],
 )
 def test_a_small_file_of_much_is_refused_before_it_fills_the_memory(
     tmp_path: Path, pool: pa.MemoryPool, column: Any, options: dict[str, Any]
@@ -256,21 +245,16 @@ def test_pages_decide_where_the_metadata_lie(tmp_path: Path, request: pytest.Fix
 
 
 def test_a_usual_table_is_read_whole(tmp_path: Path) -> None:
-    rows = [
-        {"path": f"{number}.png", "caption": "a picture of a cat " * 20, "captions": ["a", None, "b"]}
-        for number in range(3000)
-    ]
-    for compression in ("zstd", "none"):
-        pq.write_table(
-            pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1000, compression=compression
-        )
-        assert [dict(row.values) for row in read_columns(tmp_path / "t.parquet")] == rows
+    rows = [{"path": f"{number}.png", "caption": "a picture of a cat " * 20} for number in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", compression="zstd")
+    assert [dict(row.values) for row in read_columns(tmp_path / "t.parquet")] == rows
 
 
 def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
-    rows = [{"path": f"{number}.png", "captions": ["a", "b"], "image": b"abc"} for number in range(50)]
+    rows = [{"path": f"{number}.png", "captions": ["a", None], "image": b"abc"} for number in range(50)]
     path = tmp_path / "t.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20)
+    assert [dict(row.values) for row in read_columns(path)] == rows
     content, numbers = path.read_bytes(), np.random.default_rng(0)
     end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # behind it pyarrow itself may abort
     for _ in range(100):
