@@ -34,10 +34,6 @@ def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do"),
-        (["--from_file", __file__, "--interactive"], "give one of them"),
-        (["--latent_path", __file__, "--output_type", "both"], "the latents exist already"),
-        (["--latent_path", __file__, "--interactive"], "only decodes"),
         (["--from_file", "no such.txt"], "--from_file no such.txt: no such file"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
@@ -230,13 +226,6 @@ def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
     return read_generation("", pictures, NoOptions, argv)[0]
 
 
-def test_a_picture_script_makes_single_images_of_its_size(tmp_path: Path) -> None:
-    options = read_pictures(tmp_path)
-
-    assert options.request.video_size == (1024, 768)
-    assert (options.request.video_length, options.output.output_type) == (1, "images")
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -251,12 +240,15 @@ def test_what_only_videos_have_is_refused_by_name(tmp_path: Path, words: tuple[s
         read_pictures(tmp_path, *words)
 
 
-def test_a_video_as_output_is_refused_with_the_reason(
+def test_a_picture_script_makes_single_images_of_its_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = read_pictures(tmp_path)
+
+    assert options.request.video_size == (1024, 768)
+    assert (options.request.video_length, options.output.output_type) == (1, "images")
     with pytest.raises(SystemExit):
         read_pictures(tmp_path, "--output_type", "video")
-
     assert "makes pictures" in capsys.readouterr().err
 
 

@@ -179,15 +179,6 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
     assert found.keys() - extra == {f"bt_{name}" for name in always.split()}
 
 
-def test_every_option_is_one_of_four_kinds_and_the_same_in_every_script() -> None:
-    kinds: dict[str, set[str]] = {}
-    for script in SCRIPTS.values():
-        for option, kind in script.facts.items():
-            kinds.setdefault(option, set()).add(kind)
-    assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
-    assert set().union(*kinds.values()) == {"setting", "request", "decoding", "nothing"}
-
-
 def test_files_are_recorded_by_name(tmp_path: Path) -> None:
     found = recorded(
         SCRIPTS["hv"].read(

@@ -134,11 +134,8 @@ def test_a_slowed_frequency_changes_long_videos_only(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--te_multiplier", "much", "1"], "--te_multiplier much 1: give two numbers"),
         (["--dit_in_channels", "20"], "--dit_in_channels 20"),
         (["--hidden_state_skip_layer", "-1"], "--hidden_state_skip_layer"),
-        (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
-        (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
         (
             ["--blocks_to_swap", "2"],
             "--blocks_to_swap 2: the transformer has 2 . 3 blocks, at most 0 can be swapped",
