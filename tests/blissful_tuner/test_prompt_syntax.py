@@ -193,7 +193,7 @@ def test_wildcards_and_alternatives_may_hold_one_another(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["/etc/x", "../x", "sub/../../x", "C:/x", "C:x", r"sub\tree", "a//b", "./color", "a\x07b", "x/", "~/.."],
+    ["/etc/x", "../x", "sub/../../x", "C:/x", r"sub\tree", "./color", "a\x07b", "~/.."],
 )
 def test_paths_out_of_the_folder_are_no_wildcards(folder: Path, key: str) -> None:
     (folder.parent / "x.txt").write_text("secret", encoding="utf-8")

@@ -9,7 +9,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.fp8.weights import attach, dequantise, quantise
 from modules.speed_options import Quantisation
@@ -21,9 +20,7 @@ from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import add_lora, inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, run_there
-from tests.tiny.loras import lora_like
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
-from tests.training.toy import ToyFamily, same, train_toy, write_caches
 from tests.wan.making import in_diffusers
 
 RECORDED = load_file(Path(__file__).parents[1] / "data" / "lycoris_dora.safetensors")
@@ -164,7 +161,6 @@ def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
         convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
 
 
-QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 FUSED = {"lora_down.weight": torch.rand(2, 4), "lora_up.weight": torch.rand(18, 2)}
 
 
@@ -188,7 +184,6 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) ->
     torch.testing.assert_close(part, whole[rows])
 
 
-DORA = ["--network_args", "dora_wd=True"]
 CPU = torch.device("cpu")
 
 
@@ -241,39 +236,3 @@ def test_gradients_are_those_with_the_norm_as_a_constant() -> None:
     out = nn.functional.linear(x, layer.dora_scale * whole / norm, original.bias)
     for mine, theirs in zip(found, torch.autograd.grad((out * seen).sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_what_was_trained_is_what_generation_adds(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    tensors = train_toy(tmp_path, *DORA, "--max_train_steps", 4)
-    path = tmp_path / "output" / "x.safetensors"
-    patch = LoraPatch([LoraUse(read_lora(path))])
-    merged = ToyFamily().load_dit(Placement(CPU, patch=patch))
-    patch.check()
-    dit = ToyFamily().load_dit(Placement(CPU))
-    network = lora_like("lora", read_lora(path).tensors, dit)
-    network.attach()
-    assert network.load_weights(path) == []
-    assert same(network.state_dict(), tensors)
-    x = torch.randn(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
-
-    with torch.no_grad():
-        torch.testing.assert_close(dit(*x), merged(*x), rtol=1e-4, atol=1e-5)
-    start = ToyFamily().load_dit(Placement(CPU)).state_dict()["blocks.0.up.weight"]
-    learned = tensors["lora_unet_blocks_0_up.dora_scale"]
-    assert not torch.allclose(learned.flatten(), torch.linalg.vector_norm(start, dim=1))
-
-
-def test_it_resumes_with_lora_plus_dropout_and_autocast(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    usual = [*DORA, "loraplus_lr_ratio=4", "rank_dropout=0.2", "module_dropout=0.2"]
-    usual += ["--mixed_precision", "bf16", "--scale_weight_norms", "0.5"]
-    expected = train_toy(tmp_path, *usual)
-    train_toy(tmp_path, *usual, "--max_train_steps", 4, "--save_state")
-
-    assert same(train_toy(tmp_path, *usual, "--resume", "latest"), expected)
-    path = tmp_path / "output" / "x.safetensors"
-    still = ["--mixed_precision", "bf16", "--learning_rate", 0, "--max_train_steps", 1]
-    wanted = load_file(path)
-    found = train_toy(tmp_path, *still, "--network_weights", path, "--dim_from_weights")
-    assert same(found, wanted)

@@ -16,11 +16,11 @@ from tests.golden_cases import make_input, read_case
 from tests.networks import making
 from tests.tiny.loras import lora_like, make_lora
 
-BLOCKS = DitSpec(block_lists=("blocks",))
 
-
-@pytest.mark.parametrize("joins", [False, True], ids=["separate sums", "sums in place"])
-@pytest.mark.parametrize("case", ["wan_lora_t2v", "wan_lora_i2v"])
+@pytest.mark.parametrize(
+    ("case", "joins"),
+    [("wan_lora_t2v", False), ("wan_lora_t2v", True), ("wan_lora_i2v", True)],
+)
 def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bool) -> None:
     description, tensors = read_case(case)
     settings = description["lora"]
@@ -47,7 +47,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bo
     loss.backward()
 
     torch.testing.assert_close(out, tensors["out"], **description["tolerance"]["out"])
-    making.assert_recorded(network, dit, loss, description, tensors)
+    making.assert_recorded(making.own_gradients(network), dit, loss, description, tensors)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,8 @@ def test_unknown_network_args_are_refused_with_a_suggestion(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rank_dropout": "1.5"}, "rank_dropout=1.5"),
         ({"module_dropout": "many"}, "module_dropout=many"),
         ({"conv_dim": "0"}, "conv_dim=0"),
-        ({"exclude_patterns": ".*ffn.*"}, "exclude_patterns"),
-        ({"exclude_patterns": "[r'(', r'.*ffn.*']"}, "is not a regular expression"),
         ({"exclude_patterns": "__import__('os')"}, "exclude_patterns"),
         ({"exclude_patterns": "[r'.*']"}, "no module"),
     ],
