@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,25 +174,21 @@ def write_factors(path: Path, seed: int, *starts: str, width: int = 128) -> Path
     return path
 
 
-class Given:
-    """The options that `expert_loras` reads."""
-
-    def __init__(self, low: list[Path], high: list[Path], *patterns: str) -> None:
-        self.lora = LoraOptions.usual(lora_weight=tuple(low) or None, lora_multiplier=(0.5,))
-        self.lora_patterns = LoraPatternOptions.usual(include_patterns=tuple(patterns) or None)
-        self.experts: Any = type(
-            "Experts",
-            (),
-            {"loras": LoraOptions.usual(lora_weight=tuple(high) or None, lora_multiplier=(2.0,))},
-        )
+def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> list[tuple[LoraUse, ...]]:
+    """What each expert gets of the LoRAs of both options."""
+    options = SimpleNamespace(
+        lora=LoraOptions.usual(lora_weight=tuple(low) or None),
+        lora_patterns=LoraPatternOptions.usual(),
+        experts=SimpleNamespace(loras=LoraOptions.usual(lora_weight=tuple(high) or None)),
+    )
+    return list(expert_loras(experts, options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", ["low", "high", "both"])
 def test_a_file_for_both_is_used_in_both_once(tmp_path: Path, options: str) -> None:
     path = write_factors(tmp_path / "x.safetensors", 1, "transformer.", "transformer_2.")
-    given = Given([path] if options != "high" else [], [path] if options != "low" else [])
 
-    low, high = expert_loras(BOTH, given)  # type: ignore[arg-type]
+    low, high = uses_of(BOTH, [path] if options != "high" else [], [path] if options != "low" else [])
 
     whole = read_lora(path, by_expert=True)
     assert [use.lora.tensors.keys() for use in low] == [whole.parts[LOW_NOISE].tensors.keys()]
@@ -207,11 +203,11 @@ def test_loras_for_an_expert_that_is_not_given_are_refused(tmp_path: Path) -> No
     two = write_factors(tmp_path / "two.safetensors", 1, "transformer.", "transformer_2.")
 
     with pytest.raises(OptionError, match="--lora_weight_high_noise is for --dit_high_noise"):
-        expert_loras(ONE_EXPERT, Given([], [path]))  # type: ignore[arg-type]
+        uses_of(ONE_EXPERT, [], [path])
     with pytest.raises(OptionError, match="use --lora_weight_high_noise"):
-        expert_loras(BOTH[1:], Given([path], []))  # type: ignore[arg-type]
+        uses_of(BOTH[1:], [path], [])
     with pytest.raises(CheckpointError, match="holds two LoRAs"):
-        expert_loras(ONE_EXPERT, Given([two], []))  # type: ignore[arg-type]
+        uses_of(ONE_EXPERT, [two], [])
 
 
 @pytest.mark.parametrize(("said", "hints"), [("both", 1), ("low", 0)])
@@ -222,11 +218,11 @@ def test_a_lora_that_was_trained_in_both_is_not_put_into_one_in_silence(
     tensors = load_file(write_factors(tmp_path / "y.safetensors", 1))
     save_file(tensors, path, {"ss_wan_expert": said})
 
-    low, high = expert_loras(BOTH, Given([path], []))  # type: ignore[arg-type]
+    low, high = uses_of(BOTH, [path], [])
 
     assert (len(low), len(high)) == (1, 0)
     assert caplog.text.count("give it to --lora_weight_high_noise too") == hints
-    expert_loras(BOTH, Given([path], [path]))  # type: ignore[arg-type]
+    uses_of(BOTH, [path], [path])
     assert caplog.text.count("was trained for both experts") == hints
 
 

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, write_text_encoders
 from tests.tiny.hunyuan_vae import write_vae
-from tests.tiny.project import write_image, write_lora
+from tests.tiny.project import write_image
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
 SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu")
@@ -37,19 +36,6 @@ def generate(folder: Path, files: TinyWan, *arguments: object, task: str = "t2v-
     """Return the latents that are left, or none where only a model is written."""
     made = Script(wan_generate_video.main, ("--task", task, *SIZE, *files.models)).made(folder, *arguments)
     return next(iter(made.values()), torch.empty(0))
-
-
-def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: Path, t2v: TinyWan) -> None:
-    lora = tmp_path / "style.safetensors"
-    write_lora(lora, t2v.dit)
-    say = ("--prompt", "a cat", "--seed", 1, "--output_type", "latent")
-    plain = generate(tmp_path / "plain", t2v, *say)
-    weights = ("--lora_weight", lora, "--lora_multiplier", 0.7)
-    changed = generate(tmp_path / "lora", t2v, *say, *weights)
-    generate(tmp_path / "merge", t2v, *weights, "--save_merged_model", tmp_path / "m.safetensors")
-    merged = generate(tmp_path / "merged", replace(t2v, dit=tmp_path / "m.safetensors"), *say)
-    assert not torch.allclose(plain, changed, atol=1e-3)
-    assert torch.equal(changed, merged)
 
 
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:

@@ -232,10 +232,10 @@ def test_a_file_of_diffusers_changes_a_model_as_the_network_did(tmp_path: Path, 
 
 
 PUBLISHED = {
-    "flux": ("flux1-dev-dit", 304),
-    "chroma": ("chroma1-dit", 228),
-    "hunyuan_image": ("hunyuanimage2.1-dit", 320),
-    "lumina": ("lumina2-dit", 180),
+    "flux": "flux1-dev-dit",
+    "chroma": "chroma1-dit",
+    "hunyuan_image": "hunyuanimage2.1-dit",
+    "lumina": "lumina2-dit",
 }
 CLIP = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 T5 = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
@@ -259,10 +259,9 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ())
 
 
 def dit(family: str, depth: int | None = None) -> nn.Module:
-    manifest, _ = PUBLISHED[family]
     shapes = {
         name.removesuffix(".weight"): shape[:2]
-        for name, (_, shape) in tensor_list(manifest).items()
+        for name, (_, shape) in tensor_list(PUBLISHED[family]).items()
         if name.endswith(".weight") and len(shape) == 2
     }
     number = r"(?:blocks|layers)\.(\d+)\."
@@ -312,13 +311,6 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
         names = {id(parameter): name for name, parameter in made.named_parameters()}
         rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
         assert rates == pytest.approx(case["learning_rates"])
-
-
-@pytest.mark.parametrize("family", PUBLISHED)
-def test_a_published_model_has_the_known_number_of_modules(family: str) -> None:
-    made = make_lora(MODULES[family], 1, 1.0, dit(family))
-
-    assert len(made.layers) == PUBLISHED[family][1]
 
 
 @pytest.mark.parametrize(
