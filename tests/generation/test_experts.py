@@ -146,43 +146,34 @@ PLAN = (1, 0, 1, 0)
 READ_ONCE = ["load 1", "read 0", "copy 1", "bring 0", "leave 0", "bring 1", "leave 1", "bring 0"]
 
 
-def test_each_expert_is_loaded_once_and_the_next_is_read_while_the_first_works() -> None:
-    stage = Stage()
-    diary = stage.denoise(PLAN)
-    # the last of a plan does not wait, as nobody needs it any more
-    assert diary[:6] == READ_ONCE[:6]
-    assert sorted(diary[6:]) == ["bring 0", "free 0", "free 1"]
-    assert stage.places == {}
-
-
-def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    diary = Stage(host=SIZE - 1).denoise(PLAN)
-    assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
-    assert caplog.text.count("low-noise transformer is loaded when its steps begin: the host has") == 1
-
-
-def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
-    stage = Stage(spare=SIZE)
-    diary = stage.denoise(PLAN)
-    assert diary[:3] == ["load 1", "read 0", "bring 0 beside"]
-    assert sorted(diary[3:]) == ["free 0", "free 1"]
-    assert Stage(spare=SIZE, never_beside=True).denoise(PLAN)[:6] == READ_ONCE[:6]
+EACH_TIME = ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
+FREED = ["free 0", "free 1"]  # in any order
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"),
+    ("rooms", "first", "then"),
     [
-        (None, ["load 1", "read 0"]),
-        (0, ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0"]),
+        # the last of a plan does not wait, as nobody needs it any more
+        ({}, READ_ONCE[:6], ["bring 0", *FREED]),
+        ({"spare": SIZE, "never_beside": True}, READ_ONCE[:6], ["bring 0", *FREED]),
+        ({"spare": SIZE}, ["load 1", "read 0", "bring 0 beside"], FREED),
+        ({"device": CPU}, ["load 1", "read 0"], FREED),
+        ({"host": SIZE - 1}, EACH_TIME, []),
+        ({"device": CPU, "host": 0}, EACH_TIME, []),
     ],
+    ids=["in turns", "never beside", "room for both", "on a CPU", "no room on the host", "on a small CPU"],
 )
-def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, expected: list[str]) -> None:
-    diary = Stage(host=host, device=CPU).denoise(PLAN)
-    assert diary[: len(expected)] == expected
-    assert all(line.startswith("free") for line in diary[len(expected) :])
+def test_experts_are_loaded_as_seldom_as_the_rooms_allow(
+    rooms: dict[str, Any], first: list[str], then: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stage = Stage(**rooms)
+    diary = stage.denoise(PLAN)
+    assert diary[: len(first)] == first
+    assert sorted(diary[len(first) :]) == then
+    assert stage.places == {}
+    told = caplog.text.count("low-noise transformer is loaded when its steps begin: the host has")
+    assert told == ("host" in rooms)
 
 
 def test_an_error_while_reading_ahead_is_raised_at_the_boundary_and_the_next_video_tries_again() -> None:

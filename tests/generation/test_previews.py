@@ -14,13 +14,12 @@ import fpack_generate_video
 import wan_generate_video
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
-from generation.denoise import LoopStart, denoise, make_latents
+from generation.denoise import make_latents
 from generation.run import generate
 from modules.contract.data import LatentSpec
 from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
+from modules.contract.steps import EncodedPrompts, StepDone
 from modules.errors import CheckpointError, OptionError
-from modules.flow.solvers import solver_for
 from modules.media.reading import video_info
 from tests.generation.guided import Script
 from tests.generation.test_run import options
@@ -231,17 +230,3 @@ def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None
     assert not latents.requires_grad
     assert told == [0, 1]  # also of the last one, by which another has ended the loop
     assert len(family.diary) == 2 * 2  # passes: no step more
-
-
-def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
-    family, dit = ToyFamily(), ToyDit()
-    section = Section(torch.zeros(1, 2, 1, 2, 2), toy_texts()[0].positive)
-    steps: list[int] = []
-
-    def positive_only(step: Step, predict: object, section: Section) -> Tensor:
-        steps.append(step.index)
-        return predict(section.positive)[0]  # type: ignore[operator]
-
-    start = LoopStart(torch.ones(1, 2, 1, 2, 2), step=3)
-    denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
-    assert steps == [0, 1]

@@ -177,13 +177,3 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
         guidance_scale cfg_schedule flow_shift height width video_length fps sample_solver
     """
     assert found.keys() - extra == {f"bt_{name}" for name in always.split()}
-
-
-def test_files_are_recorded_by_name(tmp_path: Path) -> None:
-    found = recorded(
-        SCRIPTS["hv"].read(
-            "--prompt", "a cat", "--dit", str(tmp_path / "dit.pt"), "--vae", f"{tmp_path}/vae/"
-        )
-    )
-    assert (found["bt_dit"], found["bt_vae"]) == ("dit.pt", "vae")
-    assert not [text for text in found.values() if str(tmp_path) in text]

@@ -127,26 +127,10 @@ def test_latents_stay_where_decoding_fails(tmp_path: Path) -> None:
     assert only(tmp_path / "again", "*.mp4").name.endswith(f"_1_{saved.stem}.mp4")
 
 
-def test_decoding_saved_latents_gives_the_same_frames(tmp_path: Path) -> None:
-    run(tmp_path / "a", "--prompt", "cat", "--seed", 1, "--output_type", "both")
-    diary = run(tmp_path / "b", "--latent_path", only(tmp_path / "a", "*.safetensors"))
-    assert diary == ["load vae", "decode"]
-    first, second = (list(video_frames(only(tmp_path / name, "*.mp4"))) for name in "ab")
-    assert all((ours == theirs).all() for ours, theirs in zip(first, second, strict=True))
-
-
 def test_latents_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="16 channels, the toy has 2"):
         run(tmp_path, "--latent_path", tmp_path / "x.safetensors")
-
-
-def test_images_are_images_in_every_mode(tmp_path: Path) -> None:
-    run(tmp_path / "a", "--prompt", "cat", "--output_type", "images", "--trim_tail_frames", 2)
-    assert len(list(only(tmp_path / "a", "*").glob("*.png"))) == 3
-    run(tmp_path / "b", "--prompt", "cat", "--output_type", "latent")
-    run(tmp_path / "c", "--latent_path", only(tmp_path / "b", "*"), "--output_type", "images")
-    assert len(list(only(tmp_path / "c", "*").glob("*.png"))) == 5
 
 
 def test_a_missing_model_is_said_once_and_not_for_every_line(tmp_path: Path) -> None:

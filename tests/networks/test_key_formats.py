@@ -254,13 +254,12 @@ def test_a_lora_with_biases_acts_as_in_diffusers(tmp_path: Path, target: str | N
 
 
 @torch.no_grad()
-def test_biases_of_the_parts_of_fused_weights_are_put_together(tmp_path: Path) -> None:
+def test_parts_of_fused_weights_are_put_together_with_their_ranks_alphas_and_biases(tmp_path: Path) -> None:
     theirs, dit, given = hunyuan.in_diffusers("t2v"), hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v")
-    targets, settings = (
-        r".*\.(to_q|to_v|add_k_proj|proj_mlp)",
-        {"alpha_pattern": {"to_q": 9}, "lora_bias": True},
-    )
-    path = saved_by_diffusers(theirs, tmp_path / "lora.safetensors", targets, 3, **settings)
+    patterns = {"alpha_pattern": {"to_q": 9}, "rank_pattern": {"to_v": 2}}
+    targets = r".*\.(to_q|to_v|add_k_proj|proj_mlp)"
+    file = tmp_path / "lora.safetensors"
+    path = saved_by_diffusers(theirs, file, targets, 3, lora_bias=True, **patterns)
     convert_file(path, tmp_path / "fused.safetensors", "default")
 
     add_lora(dit, tmp_path / "fused.safetensors")

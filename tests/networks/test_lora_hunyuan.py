@@ -206,28 +206,6 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
     assert caplog.text.count("4 times as many rows") == 1
 
 
-def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
-    generator, expected, tensors = torch.Generator().manual_seed(0), [], {}
-    for letter, rank, alpha in (("q", 2, 1.0), ("k", 3, 6.0), ("v", 1, 0.0)):
-        down, up = torch.randn(rank, 5, generator=generator), torch.randn(4, rank, generator=generator)
-        name = f"lora_unet_transformer_blocks_7_attn_add_{letter}_proj"
-        tensors |= {
-            f"{name}.lora_down.weight": down,
-            f"{name}.lora_up.weight": up,
-            f"{name}.alpha": torch.tensor(alpha),
-        }
-        expected.append((alpha or rank) / rank * up @ down)
-
-    fused = fuse(tensors)
-
-    down, up, alpha = (
-        fused[f"lora_unet_double_blocks_7_txt_attn_qkv.{part}"]
-        for part in ("lora_down.weight", "lora_up.weight", "alpha")
-    )
-    torch.testing.assert_close(alpha / len(down) * up @ down, torch.cat(expected))
-    assert len(fused) == 3
-
-
 @pytest.mark.parametrize("large", [False, True])
 def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
