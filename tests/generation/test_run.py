@@ -72,17 +72,16 @@ def test_one_prompt_makes_one_video_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_file_loads_each_network_once_and_goes_phase_by_phase(tmp_path: Path) -> None:
-    path = prompts(tmp_path, "cat --d 1", "# no", "dog --d 2 --i a.png", "cat --d 3 --n worse")
-    diary = run(tmp_path / "out", "--from_file", path, "--output_type", "both")
-    assert diary == [
+    path, out = (
+        prompts(tmp_path, "cat --d 1", "# no", "dog --d 2 --i a.png", "cat --n worse"),
+        tmp_path / "out",
+    )
+    assert run(out, "--from_file", path, "--output_type", "both") == [
         *["load text", "encode cat", "encode bad", "encode dog", "encode worse", "free text"],
         *["load vae", "encode a.png", "load dit", "decode", "decode", "decode"],
     ]
-    assert (
-        len(list((tmp_path / "out").glob("*.mp4")))
-        == len(list((tmp_path / "out").glob("*_latent.safetensors")))
-        == 3
-    )
+    for kind in ("*.mp4", "*_latent.safetensors"):
+        assert len(list(out.glob(kind))) == 3
 
 
 def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:

@@ -79,13 +79,8 @@ def test_a_weight_that_is_changed_some_rows_at_a_time_gets_the_norms_of_the_whol
 
 
 def test_magnitudes_of_another_size_are_named() -> None:
-    lora = lora_of(
-        {
-            "lora_down.weight": torch.ones(2, 4),
-            "lora_up.weight": torch.ones(6, 2),
-            "dora_scale": torch.ones(5, 1),
-        }
-    )
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
+    lora = lora_of(factors | {"dora_scale": torch.ones(5, 1)})
     with pytest.raises(CheckpointError, match=r"it has 5 DoRA magnitudes, the model \[6, 4\]"):
         merged(torch.ones(6, 4), lora)
 
@@ -143,45 +138,27 @@ def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
 
 
 def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
-    name = "lora_unet_transformer_blocks_0_attn_to_q"
-    factors = {
-        "lora_down.weight": torch.ones(2, 4),
-        "lora_up.weight": torch.ones(6, 2),
-        "dora_scale": torch.ones(1, 4),
-    }
-    save_file(
-        {f"{name}.{part}": tensor for part, tensor in factors.items()},
-        tmp_path / "x.safetensors",
-        metadata={"ss_base_model_version": "framepack"},
-    )
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
+    factors["dora_scale"] = torch.ones(1, 4)
+    tensors = {f"lora_unet_transformer_blocks_0_attn_to_q.{part}": one for part, one in factors.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "framepack"})
 
-    with pytest.raises(
-        CheckpointError, match="its DoRA magnitudes are by input, diffusers has them by output"
-    ):
+    message = "its DoRA magnitudes are by input, diffusers has them by output"
+    with pytest.raises(CheckpointError, match=message):
         convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
 
 
 FUSED = {"lora_down.weight": torch.rand(2, 4), "lora_up.weight": torch.rand(18, 2)}
 
 
-@pytest.mark.parametrize("module", ["to_q", "to_k", "to_v"])
-def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) -> None:
-    weight, magnitudes = torch.rand(18, 4), torch.rand(18, 1) + 1
-    whole = merged(
-        weight,
-        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
-        module="double_blocks.0.img_attn_qkv",
-    )
-    rows = slice(6 * ["to_q", "to_k", "to_v"].index(module), None)
-    rows = slice(rows.start, rows.start + 6)
+@pytest.mark.parametrize(("place", "letter"), enumerate("qkv"))
+def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, letter: str) -> None:
+    weight, rows, fused = torch.rand(18, 4), slice(6 * place, 6 * place + 6), "double_blocks.0.img_attn_qkv"
+    lora = lora_of(FUSED | {"dora_scale": torch.rand(18, 1) + 1}, fused)
 
-    part = merged(
-        weight[rows],
-        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
-        module=f"transformer_blocks.0.attn.{module}",
-    )
+    part = merged(weight[rows], lora, module=f"transformer_blocks.0.attn.to_{letter}")
 
-    torch.testing.assert_close(part, whole[rows])
+    torch.testing.assert_close(part, merged(weight, lora, module=fused)[rows])
 
 
 CPU = torch.device("cpu")
