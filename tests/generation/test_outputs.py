@@ -82,6 +82,12 @@ def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) ->
         load_latents(path)
 
 
+def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path) -> None:
+    asked = output_options(tmp_path, "images", numbered=True)
+    for name in ("a_000.png", "a__000.png"):
+        assert save_pixels(asked, "a", clip(1), 16, None) == tmp_path / name
+
+
 @pytest.mark.parametrize(
     ("output_type", "codec", "trim", "grey"),
     [("images", "h264", 0, 4), ("video", "prores", 0, 4), ("video", "h264", 2, 2)],

@@ -1,4 +1,4 @@
-"""Weights, wildcards, second prompts and pairs of features, from the command line to latents."""
+"""Weights, wildcards, second prompts and features together, from the command line to latents."""
 
 from pathlib import Path
 

@@ -116,6 +116,7 @@ def test_the_metadata_tells_the_experts_apart(tmp_path: Path, files: TinyWan, sc
         "bt_lora_high_noise_0": "high.safetensors: 1.0",
     }
     assert {name: found[name] for name in expected} == expected
+    assert found["parameters"].startswith("a cat\nNegative prompt: dull\n")  # for other viewers
 
 
 MAG = ("--magcache_mag_ratios", "1", "1", "1", "1", "--magcache_retention_ratio", "0", "--magcache_threshold")
