@@ -10,44 +10,24 @@ from torch import Tensor
 from blissful_tuner.guidance import check_guidance, choose_applied_steps, make_guidance, parse_cfg_schedule
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.session import wanted_texts
-from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.rules import GuidanceRules
-from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
+from modules.contract.steps import Step
 from modules.errors import OptionError
+from tests.blissful_tuner.test_guidance_formulas import Network, step
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
 REQUEST = prepare(Request("p", 0, steps=10, guidance_scale=5.0))
 
 
-def step(index: int) -> Step:
-    """A step of guidance that looks at nothing but its index."""
-    return Step(index, 10, 0.5, 500.0, torch.zeros(1, 1, 1, 2, 2))
-
-
-class Passes:
-    """Answers with given velocities; skipped blocks take a tenth off for each. Counts."""
-
-    def __init__(self, positive: Tensor, negative: Tensor) -> None:
-        self.section = Section(positive, {"v": positive}, {"v": negative})
-        self.made: list[tuple[bool, frozenset[int]]] = []  # is positive, skipped blocks
-
-    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
-        self.made += [(one is self.section.positive, tweaks.skip_blocks) for one in conditions]
-        velocities = [one["v"] for one in conditions]
-        return tuple(
-            value * (1 - 0.1 * len(tweaks.skip_blocks)) for value in velocities if isinstance(value, Tensor)
-        )
-
-
-def passes() -> Passes:
-    return Passes(torch.full((1, 1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 2, 2), 1.0))
+def passes() -> Network:
+    return Network(torch.full((1, 1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 2, 2), 1.0))
 
 
 def test_plain_guidance_equals_the_recorded_values() -> None:
     _, tensors = read_case("guidance")
-    recorded = Passes(tensors["cond"], tensors["uncond"])
+    recorded = Network(tensors["cond"], tensors["uncond"])
     velocity = make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(step(0), recorded, recorded.section)
     torch.testing.assert_close(velocity, tensors["plain_cfg"], atol=1e-4, rtol=0)
 
@@ -95,7 +75,8 @@ def skipping(mode: str, layers: str) -> GuidanceOptions:
 def test_skip_layer_uncond_weakens_the_negative_pass_while_active() -> None:
     guidance, network = make_guidance(replace(REQUEST, steps=4), skipping("uncond", "1,3")), passes()
     velocity = guidance(step(0), network, network.section)
-    assert network.made == [(True, frozenset()), (False, frozenset({1, 3}))]
+    assert network.calls == [("+",), ("-!",)]
+    assert network.tweaks[-1].skip_blocks == {1, 3}
     torch.testing.assert_close(velocity, torch.full_like(velocity, 0.8 + 5 * (2 - 0.8)))
     assert float(guidance(step(2), network, network.section).mean()) == 6.0
 
@@ -103,29 +84,29 @@ def test_skip_layer_uncond_weakens_the_negative_pass_while_active() -> None:
 def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
     guidance, network = make_guidance(replace(REQUEST, steps=4), skipping("original", "1")), passes()
     velocity = guidance(step(1), network, network.section)
-    assert network.made == [(True, frozenset()), (False, frozenset()), (False, frozenset({1}))]
+    assert network.calls == [("+", "-"), ("-!",)]
     torch.testing.assert_close(velocity, torch.full_like(velocity, 6.0 + 3.0 * (2 - 0.9)))
     guidance(step(2), network, network.section)
-    assert len(network.made) == 5
+    assert network.calls[2:] == [("+", "-")]
 
 
-def drawn() -> Passes:
+def drawn() -> Network:
     """Two samples of different deviation."""
     generator = torch.Generator().manual_seed(3)
     sizes = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
-    return Passes(*(sizes * torch.randn(2, 4, 3, 5, 5, generator=generator) for _ in range(2)))
+    return Network(*(sizes * torch.randn(2, 4, 3, 5, 5, generator=generator) for _ in range(2)))
 
 
 def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sample() -> None:
     network = drawn()
     plain = make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(step(0), network, network.section)
-    network.made.clear()
+    network.calls.clear()
 
     velocity = make_guidance(replace(REQUEST, steps=1), replace(PLAIN_GUIDANCE, guidance_rescale=1.0))(
         step(0), network, network.section
     )
 
-    assert len(network.made) == 2  # the positive pass is not made again
+    assert network.calls == [("+", "-")]  # the positive pass is not made again
     # its noise is the positive one
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
     ratio = (velocity / plain).flatten(1)
@@ -150,27 +131,16 @@ def test_steps_may_be_left_out_before_a_range_that_has_them() -> None:
     assert parse_cfg_schedule("!1-2,1-4", 10, 3) == {3: 3, 4: 3}
 
 
-def check_options(
-    options: dict[str, Any], scale: float = 5.0, schedule: str | None = None, negative: str | None = None
-) -> None:
-    request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule, negative_prompt=negative)
-    check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
-
-
-def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
-    with pytest.raises(OptionError, match="--cfg_schedule '1' and --cfg_skip_mode late"):
-        check_options({"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5}, schedule="1")
-
-
 @pytest.mark.parametrize("options", [{"cfgzerostar_scaling": True}, {"cfgzerostar_init_steps": 1}])
-@pytest.mark.parametrize(("scale", "schedule"), [(1.0, None), (5.0, "!1")])
-def test_zero_star_is_refused_where_no_step_has_guidance(
-    options: dict[str, Any], scale: float, schedule: str | None
-) -> None:
+def test_zero_star_is_refused_where_no_step_has_guidance(options: dict[str, Any]) -> None:
+    def check(scale: float, schedule: str) -> None:
+        request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule)
+        check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
+
     (option,) = options
     with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: give a"):
-        check_options(options, scale, schedule)
-    check_options(options, 1.0, "2:3")
+        check(5.0, "!1")
+    check(1.0, "2:3")
 
 
 DESCRIPTION, TENSORS = read_case("image_guidance")
@@ -179,11 +149,11 @@ DESCRIPTION, TENSORS = read_case("image_guidance")
 def guided(scale: float, rules: GuidanceRules, sigma: float = 0.9) -> tuple[Tensor, int]:
     """The velocity of a step, and how many passes it made."""
     positive, negative = TENSORS["cond"][0].unsqueeze(2), TENSORS["uncond"][0].unsqueeze(2)
-    network = Passes(positive, negative)
+    network = Network(positive, negative)
     prepared = replace(prepare(Request("p", 0, steps=1, guidance_scale=scale)), rules=rules)
     guidance = make_guidance(prepared, PLAIN_GUIDANCE)
     velocity = guidance(Step(0, 1, sigma, 1000 * sigma, torch.zeros_like(positive)), network, network.section)
-    return velocity, len(network.made)
+    return velocity, sum(map(len, network.calls))
 
 
 @pytest.mark.parametrize("case", DESCRIPTION["lumina"], ids=lambda case: case["name"])

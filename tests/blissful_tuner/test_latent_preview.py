@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blissful_tuner.latent_preview import LatentPreviews, LatestWriter, make_previews, preview_clip
@@ -20,6 +21,7 @@ from modules.errors import CheckpointError
 from modules.media.reading import read_image, video_info
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
+from tests.tiny.taehv import write_taehv
 from wan.spec import LATENT, LATENT_5B
 
 CPU = torch.device("cpu")
@@ -72,9 +74,7 @@ def test_the_clean_clip_is_shown_and_not_the_noisy_one(tmp_path: Path) -> None:
     assert not np.array_equal(picture, colours_of(done.step.noisy)[0])
 
 
-@pytest.mark.parametrize(
-    ("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (5, [4]), (6, []), (7, [])]
-)
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (5, [4]), (6, [])])
 def test_previews_come_after_every_nth_step_but_not_after_the_last(every: int, expected: list[int]) -> None:
     steps = [step(index, 6) for index in range(6)]
     found = shown(every, steps)
@@ -83,8 +83,6 @@ def test_previews_come_after_every_nth_step_but_not_after_the_last(every: int, e
 
 
 def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -> None:
-    from tests.tiny.taehv import write_taehv
-
     path = write_taehv(tmp_path / "taehv.pth")
     previews = make_previews(
         PreviewOptions(preview_latent_every=1, preview_vae=path), LATENT, tmp_path, CPU, lambda _: True
@@ -166,17 +164,10 @@ def decode(vae: TinyVae, latents: Tensor) -> Tensor:
         return torch.cat(list(decoder.decode(latents.transpose(0, 1))))
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_decoding_equals_the_recorded_one(tmp_path: Path, suffix: str) -> None:
+def test_decoding_equals_the_recorded_one(tmp_path: Path) -> None:
     case, tensors = read_case("taehv")
-    weights = make_weights(case["weights_model_key"], case["weights"])
-    path = tmp_path / f"taehv.{suffix}"
-    if suffix == "pth":
-        torch.save(weights, path)
-    else:
-        from safetensors.torch import save_file
-
-        save_file(weights, path)
+    path = tmp_path / "taehv.safetensors"
+    save_file(make_weights(case["weights_model_key"], case["weights"]), path)
 
     vae, still = load_taehv(path, LATENT, CPU), load_taehv(path, PICTURES, CPU)
 

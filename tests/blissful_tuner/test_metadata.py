@@ -20,6 +20,7 @@ from blissful_tuner.metadata import (
     seed_in,
     with_plain_keys,
 )
+from blissful_tuner.metaview import main
 from generation.outputs import save_latents
 from modules.contract.requests import Request
 from modules.media.writing import write_png, write_video
@@ -31,26 +32,25 @@ REQUEST = replace(prepare(ASKED), embedded_guidance=None)
 
 
 def test_metadata_has_the_known_keys_and_the_sizes() -> None:
-    found = output_metadata(
-        REQUEST, {"model_type": "wan", "task": "t2v-14B"}, {"": [("style.safetensors", 0.8)]}
-    )
-    assert found == {
-        "bt_model_type": "wan",
-        "bt_task": "t2v-14B",
-        "bt_tunerver": TUNER_VERSION,
-        "bt_seeds": "7",
-        "bt_prompt": "a\ncat ä",
-        "bt_negative_prompt": "bad",
-        "bt_infer_steps": "50",
-        "bt_guidance_scale": "5.0",
-        "bt_cfg_schedule": "N/A",
-        "bt_flow_shift": "5.0",
-        "bt_height": "480",
-        "bt_width": "832",
-        "bt_video_length": "81",
-        "bt_fps": "16",
-        "bt_lora_0": "style.safetensors: 0.8",
+    about = {"model_type": "wan", "task": "t2v-14B"}
+    found = output_metadata(REQUEST, about, {"": [("style.safetensors", 0.8)]})
+    expected = {
+        **about,
+        "tunerver": TUNER_VERSION,
+        "seeds": "7",
+        "prompt": "a\ncat ä",
+        "negative_prompt": "bad",
+        "infer_steps": "50",
+        "guidance_scale": "5.0",
+        "cfg_schedule": "N/A",
+        "flow_shift": "5.0",
+        "height": "480",
+        "width": "832",
+        "video_length": "81",
+        "fps": "16",
+        "lora_0": "style.safetensors: 0.8",
     }
+    assert found == {f"bt_{name}": text for name, text in expected.items()}
 
 
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
@@ -79,7 +79,7 @@ def test_the_known_names_without_prefix_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("nan", 0), ("1.5", 0)]
+    ("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("1.5", 0)]
 )
 def test_a_seed_is_read_to_the_last_digit(text: str, seed: int) -> None:
     assert seed_in({"bt_seeds": text}) == seed
@@ -168,38 +168,45 @@ def write(folder: Path, name: str, metadata: Mapping[str, str] = METADATA) -> Pa
     return path
 
 
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    main([str(word) for word in words])
+    return capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.png", "a_latent.safetensors"])
-def test_every_kind_of_output_gives_the_same_lines(name: str, tmp_path: Path) -> None:
-    said = run_script(SCRIPT, write(tmp_path, name), folder=tmp_path)  # from another folder
-    lines = said.stdout.splitlines()
+def test_every_kind_of_output_gives_the_same_lines(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown(capsys, write(tmp_path, name))
     assert lines[: len(LINES)] == LINES
     assert [line.partition(":")[0] for line in lines[len(LINES) :]] == (
         ["parameters"] if name == "a.png" else []
     )
-    assert said.stderr == ""
 
 
 def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", "modelspec.title": "käfer", "prompt": "x"})
-    assert run_script(SCRIPT, path).stdout.splitlines() == [
-        "modelspec.title: käfer",
-        "prompt: x",
-        "ss_network_dim: 4",
-    ]
+    metadata = {"ss_network_dim": "4", "modelspec.title": "käfer", "prompt": "x"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata)
+    said = run_script(SCRIPT, "x.safetensors", folder=tmp_path)  # from another folder
+    assert said.stdout.splitlines() == ["modelspec.title: käfer", "prompt: x", "ss_network_dim: 4"]
+    assert said.stderr == ""
 
 
-def test_control_codes_of_hostile_files_reach_no_terminal(tmp_path: Path) -> None:
+def test_control_codes_of_hostile_files_reach_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hostile = {"bt_prompt": "\x1b[2J\x9b1m\u202ecat\r\n\x07", "bt_\x1b]0;x": "y"}
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, hostile)
-    shown = run_script(SCRIPT, path).stdout + run_script(SCRIPT, path, "--json").stdout
-    assert not set(shown) & set("\x1b\x9b\u202e\r\x07")
-    assert "PROMPT: \\x1b[2J\\x9b1m\\u202ecat\\n\\x07" in shown
+    lines = [*shown(capsys, path), *shown(capsys, path, "--json")]
+    assert not set("".join(lines)) & set("\x1b\x9b\u202e\r\x07")
+    assert "PROMPT: \\x1b[2J\\x9b1m\\u202ecat\\n\\x07" in lines
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.png", "a_latent.safetensors"])
-@pytest.mark.parametrize("keep", [0, 5, 100])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("a.mp4", 0), ("a.mp4", 100), ("a.mkv", 5), ("a.png", 100), ("a.safetensors", 5)],
+)
 def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
     name: str, keep: int, tmp_path: Path
 ) -> None:
@@ -208,7 +215,4 @@ def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
     cut.write_bytes(cut.read_bytes()[:keep])
     done = run_script(SCRIPT, cut, whole, check=False)
     assert "SEEDS: 1" in done.stdout
-    if done.returncode:  # what is there of a Matroska file can be read
-        assert_user_error(done, cut.name)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1 or (name, keep) == ("a.mkv", 100)
+    assert_user_error(done, cut.name)

@@ -267,22 +267,3 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written_to_its_end(tmp_path: P
         run(path, "--convert", out, "--dtype", "fp16", "--shard_size", "1000")
 
     assert list(out.iterdir()) == []
-
-
-def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(1), "code": Touch(tmp_path / "touched")}, tmp_path / "a.pth")
-
-    with pytest.raises(CheckpointError, match="holds program code"):
-        run(tmp_path / "a.pth", "--convert", tmp_path / "b.safetensors")
-
-    assert not (tmp_path / "touched").exists()
-
-
-class Touch:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.touch, (self.path,)

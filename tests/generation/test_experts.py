@@ -31,46 +31,44 @@ from wan.checkpoints import load_dit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LOW, HIGH = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 900.0)
-SIZE = 10  # bytes of an expert
+SIZE, SWAPPED = 10, 3  # bytes of an expert, and of its swapped blocks
 VIDEO = (999.0, 950.0, 899.0, 100.0)
 
 
 class Toy(nn.Module):
-    """Writes down where it is put; `here` has who is on the device."""
+    """An expert of which only the size is real; it writes down where it is put."""
 
-    def __init__(self, verb: str, number: int, diary: list[str], place: str, places: dict[int, str]) -> None:
+    def __init__(self, stage: "Stage", verb: str, number: int, place: str) -> None:
         super().__init__()
-        self.number, self.diary, self.places = number, diary, places
+        self.stage, self.number, self.has_copy = stage, number, False
         self.put(verb, place)
-        weakref.finalize(self, self.forget, number, diary, places)
-
-    @staticmethod
-    def forget(number: int, diary: list[str], places: dict[int, str]) -> None:
-        diary.append(f"free {number}")
-        del places[number]
+        stage.toys.add(self)
+        weakref.finalize(self, stage.forget, number)
 
     def put(self, verb: str, place: str) -> None:
-        self.places[self.number] = place
-        beside = any(where != "cpu" for number, where in self.places.items() if number != self.number)
-        self.diary.append(f"{verb} {self.number}{' beside' * (beside and place != 'cpu')}")
+        places = self.stage.places
+        places[self.number] = place
+        beside = any(where != "cpu" for number, where in places.items() if number != self.number)
+        self.stage.diary.append(f"{verb} {self.number}{' beside' * (beside and place != 'cpu')}")
 
     def to(self, device: torch.device) -> "Toy":  # type: ignore[override]
         self.put("rest" if device.type == "cpu" else "move", device.type)
         return self
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:  # type: ignore[override]
-        yield SimpleNamespace(
-            nbytes=SIZE, device=torch.device(self.places[self.number]), requires_grad_=lambda _: None
-        )
+        device = torch.device(self.stage.places[self.number])
+        yield SimpleNamespace(nbytes=SIZE, device=device, requires_grad_=lambda _: None)
 
 
 class ToyCopy:
-    """Brings a toy to the device and lets it leave."""
+    """All weights of a toy on the host, as `HostCopy` has them."""
 
     def __init__(self, dit: nn.Module, device: torch.device) -> None:
         assert isinstance(dit, Toy)
         self.dit = dit
-        if dit.places[dit.number] != "cpu":
+        dit.has_copy = True
+        dit.stage.note_host()
+        if dit.stage.places[dit.number] != "cpu":
             dit.put("copy", "cpu")
 
     def bring(self) -> None:
@@ -88,34 +86,48 @@ class Stage:
         spare: int = 0,
         host: int | None = None,
         device: torch.device = CUDA,
-        count: int = 2,
-        ahead: bool = True,
+        experts: Sequence[Expert] = (LOW, HIGH),
         **rules: bool,
     ) -> None:
         self.diary: list[str] = []
         self.places: dict[int, str] = {}
+        self.toys: weakref.WeakSet[Toy] = weakref.WeakSet()
+        self.most_on_host = 0
         self.device, self.may_read = device, threading.Event()
         self.may_read.set()
         self.broken: dict[int, Exception] = {}
-        experts = (LOW, HIGH) if count == 2 else (LOW, Expert("middle", 500.0), HIGH)
         self.turns = DitTurns(
-            experts,
+            tuple(experts),
             device,
-            lambda expert: Toy("load", expert, self.diary, device.type, self.places),
-            self.aside if ahead else None,
+            self.load,
+            self.aside,
             TurnRules(**rules),
             lambda needed: needed <= spare,
             lambda: host,
             ToyCopy,
         )
 
+    def load(self, expert: int) -> Toy:
+        dit = Toy(self, "load", expert, self.device.type)
+        self.note_host()
+        return dit
+
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, ToyCopy]:
         self.may_read.wait(10)
         check()
         if expert in self.broken:
             raise self.broken[expert]
-        dit = Toy("read", expert, self.diary, "cpu", self.places)
+        dit = Toy(self, "read", expert, "cpu")
         return dit, ToyCopy(dit, self.device)
+
+    def forget(self, number: int) -> None:
+        self.diary.append(f"free {number}")
+        del self.places[number]
+
+    def note_host(self) -> None:
+        """The host holds all of a network that has a copy there, else what it has swapped."""
+        held = sum(SIZE if toy.has_copy else SWAPPED for toy in self.toys)
+        self.most_on_host = max(self.most_on_host, held)
 
     def denoise(self, plan: Sequence[int], videos: Sequence[Sequence[float]] = (VIDEO, VIDEO)) -> list[str]:
         """Denoise videos in one phase, and return what was noted meanwhile."""
@@ -134,43 +146,34 @@ PLAN = (1, 0, 1, 0)
 READ_ONCE = ["load 1", "read 0", "copy 1", "bring 0", "leave 0", "bring 1", "leave 1", "bring 0"]
 
 
-def test_each_expert_is_loaded_once_and_the_next_is_read_while_the_first_works() -> None:
-    stage = Stage()
-    diary = stage.denoise(PLAN)
-    # the last of a plan does not wait, as nobody needs it any more
-    assert diary[:6] == READ_ONCE[:6]
-    assert sorted(diary[6:]) == ["bring 0", "free 0", "free 1"]
-    assert stage.places == {}
-
-
-def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    diary = Stage(host=SIZE - 1).denoise(PLAN)
-    assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
-    assert caplog.text.count("low-noise transformer is loaded when its steps begin: the host has") == 1
-
-
-def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
-    stage = Stage(spare=SIZE)
-    diary = stage.denoise(PLAN)
-    assert diary[:3] == ["load 1", "read 0", "bring 0 beside"]
-    assert sorted(diary[3:]) == ["free 0", "free 1"]
-    assert Stage(spare=SIZE, never_beside=True).denoise(PLAN)[:6] == READ_ONCE[:6]
+EACH_TIME = ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
+FREED = ["free 0", "free 1"]  # in any order
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"),
+    ("rooms", "first", "then"),
     [
-        (None, ["load 1", "read 0"]),
-        (0, ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0"]),
+        # the last of a plan does not wait, as nobody needs it any more
+        ({}, READ_ONCE[:6], ["bring 0", *FREED]),
+        ({"spare": SIZE, "never_beside": True}, READ_ONCE[:6], ["bring 0", *FREED]),
+        ({"spare": SIZE}, ["load 1", "read 0", "bring 0 beside"], FREED),
+        ({"device": CPU}, ["load 1", "read 0"], FREED),
+        ({"host": SIZE - 1}, EACH_TIME, []),
+        ({"device": CPU, "host": 0}, EACH_TIME, []),
     ],
+    ids=["in turns", "never beside", "room for both", "on a CPU", "no room on the host", "on a small CPU"],
 )
-def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, expected: list[str]) -> None:
-    diary = Stage(host=host, device=CPU).denoise(PLAN)
-    assert diary[: len(expected)] == expected
-    assert all(line.startswith("free") for line in diary[len(expected) :])
+def test_experts_are_loaded_as_seldom_as_the_rooms_allow(
+    rooms: dict[str, Any], first: list[str], then: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stage = Stage(**rooms)
+    diary = stage.denoise(PLAN)
+    assert diary[: len(first)] == first
+    assert sorted(diary[len(first) :]) == then
+    assert stage.places == {}
+    told = caplog.text.count("low-noise transformer is loaded when its steps begin: the host has")
+    assert told == ("host" in rooms)
 
 
 def test_an_error_while_reading_ahead_is_raised_at_the_boundary_and_the_next_video_tries_again() -> None:
@@ -193,19 +196,18 @@ def test_what_there_was_no_memory_to_read_ahead_is_loaded_when_its_steps_begin(e
 
 
 def test_an_expert_that_found_no_room_on_the_device_is_brought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: ToyCopy) -> None:
+        raise torch.OutOfMemoryError("no room")
+
     stage, bring = Stage(), ToyCopy.bring
     with stage.turns.phase(PLAN) as dit_at:
         dit_at(999.0)
-        monkeypatch.setattr(ToyCopy, "bring", lambda _: _fail(torch.OutOfMemoryError("no room")))
+        monkeypatch.setattr(ToyCopy, "bring", fail)
         with pytest.raises(torch.OutOfMemoryError):
             dit_at(899.0)
         monkeypatch.setattr(ToyCopy, "bring", bring)
         for timestep in VIDEO:
             assert stage.places[dit_at(timestep).number] == "cuda"
-
-
-def _fail(error: Exception) -> None:
-    raise error
 
 
 def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
@@ -279,69 +281,8 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
     assert device.used == 0
 
 
-EXPERTS = (Expert(LOW_NOISE, 0.0), Expert("middle", 500.0), Expert(HIGH_NOISE, 900.0))
+EXPERTS = (LOW, Expert("middle", 500.0), HIGH)
 TIMESTEPS = (100.0, 600.0, 999.0)  # one for each expert
-ALL, SWAPPED = 100, 30  # bytes of an expert, and of its swapped blocks
-
-
-class Host:
-    """Bytes that networks hold on the host: all of one that has a copy there, else what it has swapped."""
-
-    def __init__(self) -> None:
-        self.networks: weakref.WeakSet[Sized] = weakref.WeakSet()
-        self.most = 0
-
-    def note(self) -> None:
-        held = sum(ALL if network.has_copy else SWAPPED for network in self.networks)
-        self.most = max(self.most, held)
-
-
-class Sized(nn.Module):
-    """A network of which only the size is real."""
-
-    def __init__(self, host: Host) -> None:
-        super().__init__()
-        self.host, self.has_copy = host, False
-
-    def parameters(self, recurse: bool = True) -> Iterator[Any]:  # type: ignore[override]
-        yield SimpleNamespace(nbytes=ALL, device=CUDA, requires_grad_=lambda _: None)
-
-
-class SizedCopy:
-    """All weights of a toy on the host, as `HostCopy` has them."""
-
-    def __init__(self, dit: nn.Module, device: torch.device) -> None:
-        assert isinstance(dit, Sized)
-        dit.has_copy = True
-        dit.host.networks.add(dit)
-        dit.host.note()
-
-    def bring(self) -> None: ...
-
-    def leave(self) -> None: ...
-
-
-def most_on_host(order: Sequence[int], rules: TurnRules) -> int:
-    """Have experts take turns, and return the most bytes on the host."""
-    host = Host()
-
-    def load(expert: int) -> Sized:
-        made = Sized(host)
-        host.networks.add(made)
-        host.note()
-        return made
-
-    def aside(expert: int, check: Check) -> tuple[nn.Module, SizedCopy]:
-        made = Sized(host)
-        return made, SizedCopy(made, CUDA)
-
-    turns = DitTurns(EXPERTS, CUDA, load, aside, rules, lambda _: False, lambda: None, SizedCopy)
-    with turns.phase(order) as dit_at:
-        for expert in order:
-            dit_at(TIMESTEPS[expert])
-            if turns._ahead is not None:
-                turns._ahead.join()
-    return host.most
 
 
 def orders(count: int) -> list[tuple[int, ...]]:
@@ -355,29 +296,34 @@ def orders(count: int) -> list[tuple[int, ...]]:
     return made
 
 
-@pytest.mark.parametrize("rules", [TurnRules(), TurnRules(keep=True), TurnRules(lazy=True)], ids=str)
-def test_the_host_holds_what_was_counted(rules: TurnRules) -> None:
+@pytest.mark.parametrize("rule", [{}, {"keep": True}, {"lazy": True}], ids=str)
+def test_the_host_holds_what_was_counted(rule: dict[str, bool]) -> None:
     for order in orders(40):
-        assert ExpertTurns(order, rules).host_peak(ALL, SWAPPED) == most_on_host(order, rules), order
+        stage = Stage(experts=EXPERTS, **rule)
+        with stage.turns.phase(order) as dit_at:
+            for expert in order:
+                dit_at(TIMESTEPS[expert])
+                if stage.turns._ahead is not None:
+                    stage.turns._ahead.join()
+        assert ExpertTurns(order, TurnRules(**rule)).host_peak(SIZE, SWAPPED) == stage.most_on_host, order
 
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     def phase_of(turns: ExpertTurns) -> Phase:
         swap = SimpleNamespace(host=SWAPPED)
-        return Phase("x", (MemoryPart(NAMES[WEIGHTS], ALL, SWAPPED), *turns.parts(ALL, swap)))  # type: ignore[arg-type]
+        parts = turns.parts(SIZE, swap)  # type: ignore[arg-type]
+        return Phase("x", (MemoryPart(NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
 
     def remarks(turns: ExpertTurns, room: int, host: int) -> str:
         phase, free = phase_of(turns), Room("a card", room, room)
         return "\n".join(turns.remarks(MemoryPlan((phase,)), phase, free, host))
 
-    one, two = ExpertTurns((1, 1)), ExpertTurns((2, 0))
+    one, two, large = ExpertTurns((1, 1)), ExpertTurns((2, 0)), 1 << 40
     assert phase_of(one).host == SWAPPED
-    assert remarks(one, 1 << 40, 1) == ""
-    assert (phase_of(two).device, phase_of(two).host) == (ALL, ALL + SWAPPED)
-    assert "they stay there" in remarks(two, 1 << 40, 1 << 40)
-    assert "they stay there" not in remarks(
-        ExpertTurns((2, 0), TurnRules(never_beside=True)), 1 << 40, 1 << 40
-    )
-    assert remarks(two, 1 << 20, 1 << 40) == ""
-    assert "loaded again instead of waiting" in remarks(two, 1 << 20, ALL)
+    assert remarks(one, large, 1) == ""
+    assert (phase_of(two).device, phase_of(two).host) == (SIZE, SIZE + SWAPPED)
+    assert "they stay there" in remarks(two, large, large)
+    assert "they stay there" not in remarks(ExpertTurns((2, 0), TurnRules(never_beside=True)), large, large)
+    assert remarks(two, 1 << 20, large) == ""
+    assert "loaded again instead of waiting" in remarks(two, 1 << 20, SIZE)
     assert phase_of(ExpertTurns((2, 0), TurnRules(lazy=True))).host == SWAPPED

@@ -1,5 +1,6 @@
 """fpack_generate_video.py on a tiny FramePack, from the command line to files."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -20,28 +21,31 @@ SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
 SAY = ("--prompt", "a cat", "--seed", 1, "--video_sections", 1)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> TinyFramePack:
-    return write_tiny_framepack(tmp_path_factory.mktemp("framepack"))
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny FramePack on disk, two pictures, and its script."""
+
+    models: TinyFramePack
+    start: Path
+    other: Path
+
+    def run(self, folder: Path, *arguments: object, output: str = "latent") -> None:
+        words = ("--save_path", folder, *SIZE, *self.models.models, "--output_type", output, *arguments)
+        fpack_generate_video.main(list(map(str, words)))
+
+    def latents(self, folder: Path, *arguments: object) -> dict[int, Tensor]:
+        """The latents that are left, by seed."""
+        self.run(folder, *arguments)
+        return latents_in(folder)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder, random = tmp_path_factory.mktemp("pictures"), numpy.random.default_rng(1)
-    for name in ("start", "other"):
-        write_png(folder / f"{name}.png", random.integers(0, 256, (32, 48, 3), dtype=numpy.uint8))
-    return folder / "start.png", folder / "other.png"
-
-
-def run(folder: Path, files: TinyFramePack, *arguments: object, output: str = "latent") -> None:
-    words = ["--save_path", str(folder), *SIZE, *files.models, "--output_type", output, *map(str, arguments)]
-    fpack_generate_video.main(words)
-
-
-def latents(folder: Path, files: TinyFramePack, *arguments: object) -> dict[int, Tensor]:
-    """The latents that are left, by seed."""
-    run(folder, files, *arguments)
-    return latents_in(folder)
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder, random = tmp_path_factory.mktemp("framepack"), numpy.random.default_rng(1)
+    start, other = folder / "start.png", folder / "other.png"
+    for path in (start, other):
+        write_png(path, random.integers(0, 256, (32, 48, 3), dtype=numpy.uint8))
+    return Tiny(write_tiny_framepack(folder / "models"), start, other)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -49,36 +53,30 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_texts_images_and_the_end_act_on_their_sections(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
+def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, tiny: Tiny) -> None:
     """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the
     start image.
     """
-    start, other = pictures
+    start, other = tiny.start, tiny.other
     say = ("--video_sections", 2, "--seed", 1, "--f1")
-    plain = latents(tmp_path / "a", files, *say, "--prompt", "a cat", "--image_path", start)[1]
-    text = latents(tmp_path / "b", files, *say, "--prompt", "a cat;;;1:a dog", "--image_path", start)[1]
-    image = latents(
-        tmp_path / "c", files, *say, "--prompt", "a cat", "--image_path", f"{start};;;-1:{other}"
-    )[1]
+    plain = tiny.latents(tmp_path / "a", *say, "--prompt", "a cat", "--image_path", start)[1]
+    text = tiny.latents(tmp_path / "b", *say, "--prompt", "a cat;;;1:a dog", "--image_path", start)[1]
+    two = f"{start};;;-1:{other}"
+    image = tiny.latents(tmp_path / "c", *say, "--prompt", "a cat", "--image_path", two)[1]
     for changed in (text, image):
         assert torch.equal(changed[:, :10], plain[:, :10])
         assert not torch.equal(changed[:, 10:], plain[:, 10:])
 
 
-def test_a_video_is_written_whole_and_can_be_decoded_again(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", start, "--keep_pngs")
-    run(tmp_path / "a", files, *say, output="both")
+def test_a_video_is_written_whole_and_can_be_decoded_again(tmp_path: Path, tiny: Tiny) -> None:
+    say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", tiny.start, "--keep_pngs")
+    tiny.run(tmp_path / "a", *say, output="both")
     (video,), (saved,) = (tmp_path / "a").glob("*.mp4"), (tmp_path / "a").glob("*.safetensors")
     assert len(list(video_frames(video))) == 17  # 4 * 2 * 2 + 1
     assert metadata_of(saved)["bt_latent_window_size"] == "2"
 
     # the window is in the file
-    vae = ("--vae", str(files.vae), "--vae_dtype", "float32")
+    vae = ("--vae", str(tiny.models.vae), "--vae_dtype", "float32")
     fpack_generate_video.main(
         ["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b"), "--keep_pngs"]
     )
@@ -92,34 +90,37 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(
     assert numpy.array_equal(frames, theirs)
 
 
+@pytest.mark.parametrize(("output", "left"), [("video", 1), ("images", 1), ("latent_images", 2)])
 def test_one_picture_is_a_png_beside_nothing_else(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+    output: str,
+    left: int,
+    tmp_path: Path,
+    tiny: Tiny,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    start, other = pictures
+    start, other = tiny.start, tiny.other
     caplog.set_level("INFO")
-    for output, left in (("video", 1), ("images", 1), ("latent_images", 2)):
-        run(
-            tmp_path / output,
-            files,
-            *("--prompt", "a cat", "--seed", 1, "--image_path", start),
-            *("--one_frame_inference", "target_index=1,control_index=0;10,no_post,no_2x,no_4x"),
-            *("--control_image_path", start, other),
-            output=output,
-        )
-        (png,) = (tmp_path / output).glob("*_1_000.png")
-        assert len(list((tmp_path / output).iterdir())) == left
-        assert read_image(png).shape == (32, 48, 3)
-    assert caplog.text.count("48 x 32 (width x height), 1 frame, ") == 3
-    (saved,) = (tmp_path / "latent_images").glob("*.safetensors")
-    assert load_file(saved)["latent"].shape == (16, 1, 4, 6)
-    assert metadata_of(saved)["bt_one_frame"].startswith("target_index=1")
-    assert not any(str(start) in text for text in metadata_of(saved).values())
+    tiny.run(
+        tmp_path,
+        *("--prompt", "a cat", "--seed", 1, "--image_path", start),
+        *("--one_frame_inference", "target_index=1,control_index=0;10,no_post,no_2x,no_4x"),
+        *("--control_image_path", start, other),
+        output=output,
+    )
+    (png,) = tmp_path.glob("*_1_000.png")
+    assert len(list(tmp_path.iterdir())) == left
+    assert read_image(png).shape == (32, 48, 3)
+    assert "48 x 32 (width x height), 1 frame, " in caplog.text
+    for saved in tmp_path.glob("*.safetensors"):
+        assert load_file(saved)["latent"].shape == (16, 1, 4, 6)
+        assert metadata_of(saved)["bt_one_frame"].startswith("target_index=1")
+        assert not any(str(start) in text for text in metadata_of(saved).values())
 
 
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
-    start, other = pictures
+    start, other = tiny.start, tiny.other
     lines = [
         f"a cat --d 1 --i {start} --f 1",  # seconds, in place of the sections of the command line
         "a dog --d 2",  # the image of the command line
@@ -134,66 +135,55 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     with pytest.raises(
         UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"
     ):
-        run(tmp_path / "file", files, "--from_file", tmp_path / "lines.txt", *usual)
+        tiny.run(tmp_path / "file", "--from_file", tmp_path / "lines.txt", *usual)
     # for lines 3 and 6
     assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1
 
     made = latents_in(tmp_path / "file")
+    dog = ("--prompt", "a dog", *usual)
+    one_frame = ("--one_frame_inference", "default", "--control_image_path", start, other)
     singly: dict[int, tuple[object, ...]] = {
         1: ("--prompt", "a cat", "--image_path", start, "--video_seconds", 1, "--latent_window_size", 2),
-        2: ("--prompt", "a dog", *usual),
-        3: (
-            *("--prompt", "a dog", *usual, "--one_frame_inference", "default"),
-            *("--control_image_path", start, other, "--control_image_mask_path", start),
-        ),
-        4: (
-            *("--prompt", "a dog", *usual, "--video_sections", 1, "--end_image_path", other),
-            *("--guidance_scale", 2, "--negative_prompt", "dull"),
-        ),
+        2: dog,
+        3: (*dog, *one_frame, "--control_image_mask_path", start),
+        4: (*dog, "--video_sections", 1, "--end_image_path", other, "--guidance_scale", 2)
+        + ("--negative_prompt", "dull"),
         6: ("--prompt", "a cat", *usual, "--one_frame_inference", "no_4x"),
     }
     assert made.keys() == singly.keys()
     for seed, say in singly.items():
-        assert torch.equal(made[seed], latents(tmp_path / str(seed), files, "--seed", seed, *say)[seed]), seed
+        assert torch.equal(made[seed], tiny.latents(tmp_path / str(seed), "--seed", seed, *say)[seed]), seed
 
 
-def test_the_metadata_says_how_it_was_made(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    run(tmp_path, files, *SAY, "--image_path", start, "--f1", "--latent_window_size", 2)
+def test_the_metadata_says_how_it_was_made(tmp_path: Path, tiny: Tiny) -> None:
+    tiny.run(tmp_path, *SAY, "--image_path", tiny.start, "--f1", "--latent_window_size", 2)
     (path,) = tmp_path.iterdir()
     found = metadata_of(path)
-    assert (found["seeds"], found["prompt"], found["fps"]) == (
-        found["bt_seeds"],
-        found["bt_prompt"],
-        found["bt_fps"],
-    )
-    assert (found["latent_window_size"], found["sample_solver"]) == (found["bt_latent_window_size"], "unipc")
-    assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == (
-        "framepack",
-        "10.0",
-        "30",
-    )
-    assert (found["bt_video_sections"], found["bt_video_length"], found["bt_f1"]) == ("1", "9", "True")
-    assert (found["bt_image_path"], found["bt_dit"], found["bt_vae_dtype"]) == (
-        start.name,
-        files.dit.name,
-        "float32",
-    )
-    assert (found["bt_video_seconds"], found["bt_latent_window_size"], found["bt_sample_solver"]) == (
-        "0.3",
-        "2",
-        "unipc",
-    )
+    expected = {
+        "model_type": "framepack",
+        "embedded_cfg_scale": "10.0",
+        "fps": "30",
+        "video_sections": "1",
+        "video_length": "9",
+        "video_seconds": "0.3",
+        "latent_window_size": "2",
+        "f1": "True",
+        "sample_solver": "unipc",
+        "image_path": tiny.start.name,
+        "dit": tiny.models.dit.name,
+        "vae_dtype": "float32",
+    }
+    assert {name: found[f"bt_{name}"] for name in expected} == expected
+    for name in ("seeds", "prompt", "fps", "latent_window_size", "sample_solver"):
+        assert found[name] == found[f"bt_{name}"]
 
 
-def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack) -> None:
+def test_latents_of_the_known_tool_are_read(tmp_path: Path, tiny: Tiny) -> None:
     """Its names have no prefix."""
     said = {"seeds": "77", "fps": "24", "latent_window_size": "2", "prompt": "a cat"}
     save_file({"latent": torch.zeros(16, 5, 4, 6)}, tmp_path / "theirs.safetensors", said)
     words = ["--latent_path", tmp_path / "theirs.safetensors", "--save_path", tmp_path / "out"]
-    words += ["--vae", files.vae, "--vae_dtype", "float32", "--container", "mkv", "--device", "cpu"]
+    words += ["--vae", tiny.models.vae, "--vae_dtype", "float32", "--container", "mkv", "--device", "cpu"]
     fpack_generate_video.main([str(word) for word in words])
     (video,) = (tmp_path / "out").iterdir()
     assert "_77_theirs" in video.name
@@ -203,19 +193,13 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--image_path is missing"),
         (["--image_path", "3-1:a;;;0:b"], "--image_path: 3-1 is not a range"),
         (["--prompt", "3-1:a;;;0:b"], "--prompt: 3-1 is not a range"),
         (["--latent_window_size", "0"], "--latent_window_size 0"),
         (["--latent_paddings", "1,x"], "--latent_paddings '1,x'"),
-        (["--video_size", "32", "40"], "--video_size 32 40"),
         (["--preview_vae", "x"], "--preview_vae"),
-        (["--prompt_wildcards", "x"], "--prompt_wildcards x: no such folder"),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], arguments: list[str], message: str
-) -> None:
-    image = ["--image_path", str(pictures[0])] if arguments else []
+def test_what_cannot_be_done_is_said(tmp_path: Path, tiny: Tiny, arguments: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        run(tmp_path, files, "--prompt", "a cat", *image, *arguments)
+        tiny.run(tmp_path, "--prompt", "a cat", "--image_path", tiny.start, *arguments)

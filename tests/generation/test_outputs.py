@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -57,22 +58,22 @@ class Harmful:
         return (eval, ("1",))
 
 
-@pytest.mark.parametrize(
-    "kind", ["truncated", "other tensor", "wrong shape", "two videos", "no frame", "code", "text"]
-)
+NO_LATENTS: dict[str, Any] = {
+    "other tensor": {"weight": torch.zeros(2)},
+    "wrong shape": {"latent": torch.zeros(2)},
+    "two videos": {"latent": torch.zeros(2, 16, 1, 2, 2)},
+    "no frame": {"latent": torch.zeros(16, 0, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", [*NO_LATENTS, "truncated", "code", "text"])
 def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("x.pt" if kind in {"code", "text"} else "x.safetensors")
-    if kind == "truncated":
+    if kind in NO_LATENTS:
+        save_file(NO_LATENTS[kind], path)
+    elif kind == "truncated":
         save_latents(path, torch.zeros(1, 4, 1, 2, 2), None)
         path.write_bytes(path.read_bytes()[:-8])
-    elif kind == "other tensor":
-        save_file({"weight": torch.zeros(2)}, path)
-    elif kind == "wrong shape":
-        save_file({"latent": torch.zeros(2)}, path)
-    elif kind == "two videos":
-        save_file({"latent": torch.zeros(2, 16, 1, 2, 2)}, path)
-    elif kind == "no frame":
-        save_file({"latent": torch.zeros(16, 0, 2, 2)}, path)
     elif kind == "code":
         torch.save({"latent": Harmful()}, path)
     else:
@@ -81,30 +82,15 @@ def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) ->
         load_latents(path)
 
 
-def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
-    metadata = {"bt_prompt": "a\nä", "bt_seeds": "1"}
-    matroska = save_pixels(output_options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
-    video = save_pixels(output_options(tmp_path), "a", clip(), 16.0, metadata)
-    image = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, metadata)
-    for path in (matroska, video, image):
-        found = read_tags(path)
-        assert (found["bt_prompt"], found["bt_seeds"]) == ("a\\nä", "1")
-    assert read_tags(image)["parameters"] == "a\nä\nSeed: 1"
-
-
-@pytest.mark.parametrize("output_type", ["video", "images", "latent_images"])
-def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path, output_type: str) -> None:
-    path = save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
-    assert path == tmp_path / "a_000.png"
-    assert (
-        save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
-        == tmp_path / "a__000.png"
-    )
+def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path) -> None:
+    asked = output_options(tmp_path, "images", numbered=True)
+    for name in ("a_000.png", "a__000.png"):
+        assert save_pixels(asked, "a", clip(1), 16, None) == tmp_path / name
 
 
 @pytest.mark.parametrize(
     ("output_type", "codec", "trim", "grey"),
-    [("video", "h264", 0, 4), ("images", "h264", 0, 4), ("video", "prores", 0, 4), ("video", "h264", 2, 2)],
+    [("images", "h264", 0, 4), ("video", "prores", 0, 4), ("video", "h264", 2, 2)],
 )
 def test_the_last_frame_is_written_beside_a_video(
     tmp_path: Path, output_type: str, codec: str, trim: int, grey: int
@@ -141,13 +127,10 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("A red kite, over the sea!", "A-red-kite-over-the-sea"),
         ("../../etc/passwd <b>\x1b[31m NUL:", "etc-passwd-b-31m-NUL"),
         ("one two three four five six seven eight nine ten", "one-two-three-four-five-six-seven-eight"),
-        ("ein Käfer läuft", "ein-Käfer-läuft"),
         ("漢" * 80, "漢" * 33),
         ("?!", ""),
-        ("", ""),
     ],
 )
 def test_the_words_of_a_prompt_may_follow_the_known_name(prompt: str, words: str) -> None:
@@ -176,8 +159,7 @@ def tags_by_av(path: Path) -> dict[str, str]:
         return {name.lower(): text for name, text in container.metadata.items()}
 
 
-@pytest.mark.parametrize("container", ["mp4", "mkv"])
-@pytest.mark.parametrize("codec", STREAMS)
+@pytest.mark.parametrize(("codec", "container"), [("h264", "mp4"), ("h265", "mkv"), ("prores", "mp4")])
 def test_every_codec_and_container_keeps_frames_and_metadata(
     codec: str, container: str, tmp_path: Path
 ) -> None:
@@ -195,16 +177,7 @@ def test_every_codec_and_container_keeps_frames_and_metadata(
         assert {key: found[key] for key in METADATA} == AS_ONE_LINE
 
 
-@pytest.mark.parametrize("codec", STREAMS)
-@pytest.mark.parametrize(("width", "height"), [(97, 65), (96, 65), (97, 64)])
-def test_the_last_row_or_column_of_an_odd_size_is_cropped(
-    codec: str, width: int, height: int, tmp_path: Path
-) -> None:
-    path = save(tmp_path, codec, "mkv", width, height)
-    assert next(video_frames(path)).shape == (64, 96, 3)
-
-
-@pytest.mark.parametrize(("width", "height", "codec"), [(48, 32, "h264"), (62, 64, "h264"), (64, 48, "hevc")])
+@pytest.mark.parametrize(("width", "height", "codec"), [(62, 64, "h264"), (64, 48, "hevc")])
 def test_pictures_too_small_for_h265_are_written_as_h264(
     width: int, height: int, codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

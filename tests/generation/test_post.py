@@ -10,7 +10,7 @@ from torch import Tensor
 
 from generation.outputs import save_pixels
 from generation.run import generate
-from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError
+from modules.errors import NothingFoundError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
 from post.chain_options import AskedTools, ToolOptions
 from post.contract import Stage
@@ -115,17 +115,6 @@ def test_what_cannot_be_is_refused_by_name(words: list[str], message: str, tmp_p
         options(tmp_path, "--post", "upscaler model=x.pth", *words)
 
 
-def test_latents_go_through_tools_when_they_are_decoded(tmp_path: Path) -> None:
-    generate(ToyFamily(), options(tmp_path, "--prompt", "cat", "--output_type", "latent", "--seed", 1))
-    latents = only(tmp_path, "*_latent.safetensors")
-    missing = tmp_path / "no.pth"
-
-    with pytest.raises((CheckpointError, OptionError), match="^--post upscaler: "):
-        generate(
-            ToyFamily(), options(tmp_path, "--latent_path", latents, "--post", f"upscaler model={missing}")
-        )
-
-
 @pytest.fixture(scope="module")
 def blur(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A blur of red dots, which toy videos do not have."""
@@ -163,15 +152,3 @@ def test_a_video_in_sections_has_no_preview_if_a_tool_hides(
     assert "Preview: " not in caplog.text
     assert caplog.text.count("There is no preview of the video") == 1
     assert "The latents of --output_type both hold the video as it is before --post yolo_blur" in caplog.text
-
-
-def test_a_full_disk_leaves_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OutputError("the disk is full")
-
-    monkeypatch.setattr("generation.outputs.write_video", full)
-
-    with pytest.raises(OutputError, match="the disk is full\n.*the latents are kept"):
-        generate(ToyFamily(), options(tmp_path, "--prompt", "cat"))
-
-    assert only(tmp_path, "*").name.endswith("_latent.safetensors")

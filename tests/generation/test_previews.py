@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 import fpack_generate_video
-import hv_generate_video
 import wan_generate_video
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
-from generation.denoise import LoopStart, SeededNoise, denoise, make_latents
+from generation.denoise import make_latents
 from generation.run import generate
 from modules.contract.data import LatentSpec
 from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
+from modules.contract.steps import EncodedPrompts, StepDone
 from modules.errors import CheckpointError, OptionError
-from modules.flow.solvers import solver_for
 from modules.media.reading import video_info
 from tests.generation.guided import Script
 from tests.generation.test_run import options
@@ -29,7 +27,6 @@ from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.golden_cases import DRAWN, make_weights, read_case
 from tests.preparing import prepare
 from tests.tiny.framepack import write_tiny_framepack
-from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
@@ -50,20 +47,14 @@ COLOURED = LatentSpec(
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
     folder = tmp_path_factory.mktemp("models")
-    parts = {name: folder / name for name in ("wan", "hunyuan", "framepack")}
-    for part in parts.values():
-        part.mkdir()
     write_image(folder / "start.png", 48, 32)
-    size = ("--video_size", "32", "48")
-    video = (*size, "--video_length", "5", "--infer_steps", "4")
-    wan = ("--task", "t2v-1.3B", *write_tiny_wan(parts["wan"]).models, *video)
-    image = ("--image_path", str(folder / "start.png"), "--video_sections", "3", "--infer_steps", "2")
-    framepack = (*write_tiny_framepack(parts["framepack"]).models, *size, *image)
-    hunyuan = (*write_tiny_hunyuan(parts["hunyuan"]).models, *video)
+    size = ("--video_size", "32", "48", "--infer_steps", "2")
+    wan = ("--task", "t2v-1.3B", *write_tiny_wan(folder / "wan").models, "--video_length", "5")
+    sections = ("--image_path", folder / "start.png", "--video_sections", "3")
+    framepack = write_tiny_framepack(folder / "framepack").models
     return {
-        "wan": Script(wan_generate_video.main, wan),
-        "hunyuan": Script(hv_generate_video.main, hunyuan),
-        "framepack": Script(fpack_generate_video.main, framepack),
+        "wan": Script(wan_generate_video.main, (*wan, *size)),
+        "framepack": Script(fpack_generate_video.main, (*framepack, *size, *sections)),
     }
 
 
@@ -74,7 +65,6 @@ def taehv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SHAPES = {  # frames and rate of the preview by colours, frames and rate by TAEHV
     "wan": (2, 4.0, 5, 16.0),
-    "hunyuan": (2, 6.0, 5, 24.0),
     "framepack": (18, 7.5, 69, 30.0),
 }
 
@@ -221,31 +211,6 @@ def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> 
     torch.testing.assert_close(latents[0], tensors[recorded], atol=2e-3, rtol=2e-3)
 
 
-def test_cpu_noise_is_the_global_generators_stream() -> None:
-    noise = SeededNoise(5, CPU, cpu_noise=True)
-    first, second = noise.draw((1, 2, 3)), noise.draw((4,))
-    torch.manual_seed(5)
-    assert torch.equal(first, torch.randn(1, 2, 3))
-    assert torch.equal(second, torch.randn(4))
-
-
-def test_watchers_see_each_step_and_the_clean_estimate() -> None:
-    seen: list[StepDone] = []
-    dit = ToyDit()
-    latents = make_latents(
-        ToyFamily(),
-        lambda t: dit,
-        REQUEST,
-        toy_texts(),
-        {0: {}},
-        CPU,
-        watchers=[lambda done: note(seen, done)],
-    )
-    assert [(done.step.index, done.step.num_steps) for done in seen] == [(step, 4) for step in range(4)]
-    assert seen[-1].clean.shape == latents.shape
-    assert not latents.requires_grad
-
-
 def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None:
     family, told, estimates = ToyFamily(), list[int](), list[Tensor]()
 
@@ -254,6 +219,7 @@ def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None
         return done.step.index == 1
 
     def count(done: StepDone) -> bool:
+        assert done.step.num_steps == 4
         return note(told, done.step.index)
 
     latents = make_latents(
@@ -261,19 +227,6 @@ def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None
     )
 
     assert torch.equal(latents, estimates[-1])
+    assert not latents.requires_grad
     assert told == [0, 1]  # also of the last one, by which another has ended the loop
     assert len(family.diary) == 2 * 2  # passes: no step more
-
-
-def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
-    family, dit = ToyFamily(), ToyDit()
-    section = Section(torch.zeros(1, 2, 1, 2, 2), toy_texts()[0].positive)
-    steps: list[int] = []
-
-    def positive_only(step: Step, predict: object, section: Section) -> Tensor:
-        steps.append(step.index)
-        return predict(section.positive)[0]  # type: ignore[operator]
-
-    start = LoopStart(torch.ones(1, 2, 1, 2, 2), step=3)
-    denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
-    assert steps == [0, 1]

@@ -1,6 +1,7 @@
 """Prompt lines against the measured ones, and what is mended in them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from generation.prompt_lines import (
     EMBEDDED_GENERATION_OPTIONS,
     GENERATION_OPTIONS,
     SECTIONED_GENERATION_OPTIONS,
+    LineOption,
     parse_generation_line,
     read_generation_lines,
     text_to_seed,
@@ -41,35 +43,60 @@ def test_lines_of_videos_in_sections_are_read_as_measured(line: str, expected: d
 
 
 IMAGES = {"image_path": "my cat.png", "end_image_path": "b.png"}
+PLAIN, EMBEDDED = GENERATION_OPTIONS, EMBEDDED_GENERATION_OPTIONS
+SECTIONS = SECTIONED_GENERATION_OPTIONS
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("options", "line", "expected"),
     [
+        # what a letter means is the script's
+        (PLAIN, "p --g 3 --f 5", {"guidance_scale": 3.0, "video_length": 5}),
+        (EMBEDDED, "p --g 3 --f 5", {"embedded_cfg_scale": 3.0, "video_length": 5}),
+        (PLAIN, "p --zz 3", {}),
         # the sections of the command line are not to count
-        ("p --f 3", {"video_seconds": 3.0, "video_sections": None}),
-        ("p --vs 2", {"video_sections": 2}),
-        ("p --vs 2 --f 3", {"video_sections": 2, "video_seconds": 3.0}),
-        ("p --g 2 --l 3", {"guidance_scale": 3.0}),
-        ("p --i 0:a.png;;;-1:b.png", {"image_path": "0:a.png;;;-1:b.png"}),
-        ("p --cn a.mp4 --ii b.png", {}),
-        ('p --v "b c.mp4" --vd 0.4', {"video_path": "b c.mp4", "denoise": 0.4}),
-        ('p --i "my cat.png" --ei \'b.png\' --ci "c.png"', {**IMAGES, "control_image_path": ["c.png"]}),
-        ('p --i " --ei "b.png', {"image_path": '"', "end_image_path": '"b.png'}),
+        (SECTIONS, "p --f 3", {"video_seconds": 3.0, "video_sections": None}),
+        (SECTIONS, "p --vs 2 --f 3", {"video_sections": 2, "video_seconds": 3.0}),
+        (SECTIONS, "p --g 2 --l 3", {"guidance_scale": 3.0}),
+        (SECTIONS, "p --i 0:a.png;;;-1:b.png", {"image_path": "0:a.png;;;-1:b.png"}),
+        (SECTIONS, "p --cn a.mp4 --ii b.png", {}),
+        (SECTIONS, 'p --v "b c.mp4" --vd 0.4', {"video_path": "b c.mp4", "denoise": 0.4}),
+        (
+            SECTIONS,
+            'p --i "my cat.png" --ei \'b.png\' --ci "c.png"',
+            {**IMAGES, "control_image_path": ["c.png"]},
+        ),
+        (SECTIONS, 'p --i " --ei "b.png', {"image_path": '"', "end_image_path": '"b.png'}),
+        # where there are two text encoders
+        (EMBEDDED, "p --p2 a dog - with a hat", {"prompt_2": "a dog - with a hat"}),
+        (SECTIONS, "p --p2 a dog - with a hat", {"prompt_2": "a dog - with a hat"}),
+        (PLAIN, "p --p2 a dog", {}),
+        # long names are those of the script
+        (PLAIN, "p --guidance_scale 5 --infer_steps 3", {"guidance_scale": 5.0, "infer_steps": 3}),
+        (PLAIN, "p --seed hello", {"seed": 2475399061}),
+        (PLAIN, "p --video_size 480 832", {"video_size_height": 480, "video_size_width": 832}),
+        (PLAIN, "p --video_size 480x832 --w 64", {"video_size_height": 480, "video_size_width": 64}),
+        (PLAIN, "p --fps 24 --sample_solver vanilla", {"fps": 24, "sample_solver": "vanilla"}),
+        (PLAIN, "p --g 3 --guidance_scale 5", {"guidance_scale": 5.0}),
+        (
+            PLAIN,
+            "p --image_path 'a b.png' --negative_prompt",
+            {"image_path": "a b.png", "negative_prompt": ""},
+        ),
+        (SECTIONS, "p --embedded_cfg_scale 3", {"embedded_cfg_scale": 3.0}),
+        (SECTIONS, "p --video_seconds 2", {"video_seconds": 2.0, "video_sections": None}),
+        (SECTIONS, "p --control_image_path a --control_image_path b", {"control_image_path": ["a", "b"]}),
+        (PLAIN, "p --embedded_cfg_scale 3 --video_seconds 2 --control_image_path a", {}),
     ],
 )
-def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str, Any]) -> None:
-    assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {"prompt": "p", **expected}
-
-
-def test_a_script_says_what_its_letters_mean() -> None:
-    line = "p --g 3 --f 5"
-    assert parse_generation_line(line) == {"prompt": "p", "guidance_scale": 3.0, "video_length": 5}
-    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {
-        "prompt": "p",
-        "embedded_cfg_scale": 3.0,
-        "video_length": 5,
-    }
+def test_a_line_is_read_with_the_options_of_its_script(
+    options: Mapping[str, LineOption],
+    line: str,
+    expected: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert parse_generation_line(line, options) == {"prompt": "p", **expected}
+    assert bool(caplog.text) == (expected == {})  # what has no meaning is reported
 
 
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
@@ -77,55 +104,18 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
     assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
 
 
-def test_a_generation_line_with_a_wrong_number_is_refused() -> None:
-    with pytest.raises(OptionError, match="--w: '5x' is not a whole number"):
-        parse_generation_line("p --w 5x")
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("p --guidance_scale 5 --infer_steps 3", {"guidance_scale": 5.0, "infer_steps": 3}),
-        ("p --seed hello", {"seed": 2475399061}),
-        ("p --video_size 480 832", {"video_size_height": 480, "video_size_width": 832}),
-        ("p --video_size 480x832 --w 64", {"video_size_height": 480, "video_size_width": 64}),
-        ("p --fps 24 --sample_solver vanilla", {"fps": 24, "sample_solver": "vanilla"}),
-        ("p --g 3 --guidance_scale 5", {"guidance_scale": 5.0}),
-        ("p --image_path 'a b.png' --negative_prompt", {"image_path": "a b.png", "negative_prompt": ""}),
-    ],
-)
-def test_options_have_their_long_names_too(line: str, expected: dict[str, Any]) -> None:
-    assert parse_generation_line(line) == {"prompt": "p", **expected}
-
-
-def test_long_names_are_those_of_the_script() -> None:
-    line = "p --embedded_cfg_scale 3 --video_seconds 2 --control_image_path a --control_image_path b"
-    assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {
-        "prompt": "p",
-        "embedded_cfg_scale": 3.0,
-        "video_seconds": 2.0,
-        "video_sections": None,
-        "control_image_path": ["a", "b"],
-    }
-    assert parse_generation_line(line) == {"prompt": "p"}  # with a warning for each
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("p --w 5x", "--w: '5x' is not a whole number"),
         ("p --video_size 480", "--video_size: '480' is not a height and a width, such as 480 832"),
         ("p --fps 0", "--fps: 0 is no frame rate: give a number from 1 to 1000"),
         ("p --infer_steps many", "--infer_steps: 'many' is not a whole number"),
     ],
 )
-def test_long_names_with_wrong_values_are_refused(line: str, message: str) -> None:
+def test_wrong_values_are_refused(line: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         parse_generation_line(line)
-
-
-def test_unknown_options_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    parse_generation_line("p --zz 3")
-    assert "--zz 3" in caplog.text
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
@@ -189,17 +179,6 @@ def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
     with pytest.raises(OptionError, match="entry 1: seed: "):
         read_sample_prompts(path)
-
-
-def test_a_second_prompt_has_a_letter_where_there_are_two_text_encoders() -> None:
-    line = "a cat --p2 a dog - with a hat --d 3"
-    for options in (EMBEDDED_GENERATION_OPTIONS, SECTIONED_GENERATION_OPTIONS):
-        assert parse_generation_line(line, options) == {
-            "prompt": "a cat",
-            "prompt_2": "a dog - with a hat",
-            "seed": 3,
-        }
-    assert "p2" not in GENERATION_OPTIONS
 
 
 def test_the_guides_name_of_the_guidance_scale_is_read_from_prompt_files(tmp_path: Path) -> None:

@@ -177,22 +177,3 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
         guidance_scale cfg_schedule flow_shift height width video_length fps sample_solver
     """
     assert found.keys() - extra == {f"bt_{name}" for name in always.split()}
-
-
-def test_every_option_is_one_of_four_kinds_and_the_same_in_every_script() -> None:
-    kinds: dict[str, set[str]] = {}
-    for script in SCRIPTS.values():
-        for option, kind in script.facts.items():
-            kinds.setdefault(option, set()).add(kind)
-    assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
-    assert set().union(*kinds.values()) == {"setting", "request", "decoding", "nothing"}
-
-
-def test_files_are_recorded_by_name(tmp_path: Path) -> None:
-    found = recorded(
-        SCRIPTS["hv"].read(
-            "--prompt", "a cat", "--dit", str(tmp_path / "dit.pt"), "--vae", f"{tmp_path}/vae/"
-        )
-    )
-    assert (found["bt_dit"], found["bt_vae"]) == ("dit.pt", "vae")
-    assert not [text for text in found.values() if str(tmp_path) in text]

@@ -19,6 +19,7 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.chromium import open_page
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.generation.guided import Script
 from tests.generation.test_run import options, run
 from tests.generation.toy_family import ToyFamily
 from tests.tiny.families import FAMILIES
@@ -29,11 +30,9 @@ from tools import compare
 BY_NAME = {family.name: family for family in FAMILIES}
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--output_type", "both"]
 # family -> two axes, whose cells all differ
+# family -> two axes, whose cells all differ
 AXES = {
-    "wan t2v-1.3B": ("seed=1,2", "guidance_scale=3,5"),
     "wan i2v-14B": ("flow_shift=3,5", "sample_solver=unipc,dpm++"),
-    "hunyuan_video": ("embedded_cfg_scale=1,6", "infer_steps=1,2"),
-    "framepack": ("seed=1,2", "video_sections=1,2"),
     "framepack one frame": ("seed=1,2", "embedded_cfg_scale=3,10"),
 }
 
@@ -172,17 +171,16 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sheet"], ["--sheet takes one or two axes, 0 are given"]),
         (["--sheet", "seed=1", "s=1", "g=1"], ["--sheet takes one or two axes, 3 are given"]),
         (["--sheet", "seed"], ["--sheet seed: no values are given"]),
         (["--sheet", "sead=1,2"], ["--sheet sead: it is no option of a prompt line", "seed"]),
-        (["--sheet", "slg_scale=1,2"], ["--sheet slg_scale: it is no option of a prompt line"]),
         (["--sheet", "lora_multiplier=1,2"], ["--sheet lora_multiplier", "tools/compare.py"]),
         (["--sheet", "s=1,x"], ["--sheet s: 'x' is not a whole number"]),
         (["--sheet", "s=1,1"], ["--sheet s: the value '1' is given twice"]),
         (["--sheet", "g=1", "guidance_scale=2"], ["both axes are guidance_scale"]),
         (["--sheet", "fps=8,16"], ["--sheet fps: it changes no picture"]),
         (["--sheet", "prompt=a||b"], ["one of the prompts is empty"]),
+        (["--sheet", "s=1,2", "--num_videos", "2"], ["--num_videos and --sheet: give the seeds"]),
         (["--sheet", f"d={','.join(map(str, range(101)))}"], ["--sheet has 101 cells, 100 are the most"]),
         (["--sheet", "s=1,2", "--output_type", "latent"], ["--output_type latent cannot be used together"]),
     ],
@@ -234,34 +232,28 @@ def test_a_clip_equals_what_the_generation_script_makes(
 
     made = {path.name: load_file(path)["latent"] for path in (tmp_path / "grid").glob("*_latent.safetensors")}
     assert len(made) == 5
-    lora = t2v.dit.parent / "style-000010.safetensors"
+    assert not any(torch.equal(one, other) for one, other in combinations(made.values(), 2))
+    script = Script(wan_generate_video.main, ["--task", "t2v-1.3B", *SMALL, *t2v.models, "--seed", "0"])
+    lora = ("--lora_weight", t2v.dit.parent / "style-000010.safetensors")
     for column, weights in {
-        "without-LoRA": [],
-        "style-000010-x-0-6": ["--lora_weight", str(lora), "--lora_multiplier", "0.6"],
-        "style-000010-x-1": ["--lora_weight", str(lora)],
+        "without-LoRA": (),
+        "style-000010-x-0-6": (*lora, "--lora_multiplier", 0.6),
+        "style-000010-x-1": lora,
     }.items():
-        folder = tmp_path / column
-        wan_generate_video.main(
-            ["--save_path", str(folder), "--task", "t2v-1.3B", *SMALL, *t2v.models, *more]
-            + ["--seed", "0", "--output_type", "latent", *weights]
-        )
-        (path,) = folder.iterdir()
         (name,) = (name for name in made if name.startswith(f"001_0_{column}_"))
-        assert torch.equal(made[name], load_file(path)["latent"]), column
-    tensors = list(made.values())
-    assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+        assert torch.equal(made[name], script.one(tmp_path / column, *more, *weights)), column
 
 
 def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", experts=2)
-    for name, rank in (("low", 2), ("high", 3)):
-        write_lora(tmp_path / f"{name}.safetensors", files.dit, rank)
+    low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
+    write_lora(low, files.dit, 2)
+    write_lora(high, files.dit, 3)
     more = ["--task", "t2v-A14B", *SMALL, "--flow_shift", "1", *files.models, "--prompt", "a cat"]
-    pair = ["--lora", str(tmp_path / "low.safetensors"), "--lora_high_noise", str(tmp_path / "high*")]
 
     compare.main(
-        ["--family", "wan", *pair, "--lora_multiplier", "0.6", "--save_path", str(tmp_path / "grid"), *more]
-        + ["--output_type", "both"]
+        ["--family", "wan", "--lora", str(low), "--lora_high_noise", str(tmp_path / "high*"), *more]
+        + ["--lora_multiplier", "0.6", "--save_path", str(tmp_path / "grid"), "--output_type", "both"]
     )
 
     (column,) = (tmp_path / "grid").glob("*low-x-0-6*_latent.safetensors")
@@ -272,15 +264,10 @@ def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     assert metadata["bt_lora_sha256_0"] != metadata["bt_lora_high_noise_sha256_0"]
     words = next((tmp_path / "grid").glob("*.html")).read_text(encoding="utf-8")
     assert "--lora_weight_high_noise" in words
-    weights = [
-        word
-        for option, name in (("", "low"), ("_high_noise", "high"))
-        for word in (f"--lora_weight{option}", str(tmp_path / f"{name}.safetensors"))
-    ]
-    strengths = ["--lora_multiplier", "0.6", "--lora_multiplier_high_noise", "0.6"]
     wan_generate_video.main(
-        ["--save_path", str(tmp_path / "one"), *more, *weights, *strengths, "--seed", "0"]
-        + ["--output_type", "latent"]
+        ["--save_path", str(tmp_path / "one"), *more, "--seed", "0", "--output_type", "latent"]
+        + ["--lora_weight", str(low), "--lora_multiplier", "0.6"]
+        + ["--lora_weight_high_noise", str(high), "--lora_multiplier_high_noise", "0.6"]
     )
     (path,) = (tmp_path / "one").iterdir()
     assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
@@ -316,21 +303,21 @@ def test_the_grids_show_every_clip_with_its_labels(
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, caplog_text = tmp_path / "grid", "4 of them made before"
-    compared(folder, t2v, "--from_file", prompts(tmp_path))
+    folder, words = tmp_path / "grid", ("--from_file", prompts(tmp_path), "--infer_steps", 1)
+    compared(folder, t2v, *words)
     times = {path: path.stat().st_mtime_ns for path in folder.glob("00*.mp4")}
     gone = sorted(times)[:2]
     for path in gone:
         path.unlink()
     caplog.set_level(logging.INFO)
 
-    compared(folder, t2v, "--from_file", prompts(tmp_path))
+    compared(folder, t2v, *words)
 
-    assert caplog_text in caplog.text
+    assert "4 of them made before" in caplog.text
     assert {path for path in times if path.stat().st_mtime_ns == times[path]} == set(times) - set(gone)
     assert len(list(folder.glob("compare_*.html"))) == 2
 
-    compared(folder, t2v, "--from_file", prompts(tmp_path), "--guidance_scale", 3)
+    compared(folder, t2v, *words, "--guidance_scale", 3)
 
     again = [path for path in folder.glob("00*.mp4") if path.stem.endswith("_")]
     assert len(again) == 6
@@ -353,23 +340,23 @@ def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path
     ("more", "message"),
     [
         (("--interactive",), "--interactive has no meaning"),
-        (("--prompt", "a", "--save_last_frame"), "--save_last_frame has no meaning"),
-        (("--prompt", "a", "--sheet", "seed=1,2"), "--sheet has no meaning"),
-        (("--prompt", "a", "--output_type", "latent"), "--output_type latent has no meaning"),
-        (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
-        (("--prompt", "a", "--post", "upscaler model=x"), "--post has no meaning"),
-        (("--prompt", "a", "--shard_base"), "--shard_base has no meaning"),
-        (("--prompt", "a", "--cfg_parallel"), "--cfg_parallel has no meaning"),
-        (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a finite number"),
-        (("--prompt", "a", "--lora_multiplier", *("1" * 70)), "64 are the most"),
-        (("--prompt", "a", "--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
+        (("--save_last_frame",), "--save_last_frame has no meaning"),
+        (("--sheet", "seed=1,2"), "--sheet has no meaning"),
+        (("--output_type", "latent"), "--output_type latent has no meaning"),
+        (("--no_metadata",), "--no_metadata has no meaning"),
+        (("--post", "upscaler model=x"), "--post has no meaning"),
+        (("--shard_base",), "--shard_base has no meaning"),
+        (("--cfg_parallel",), "--cfg_parallel has no meaning"),
+        (("--lora_multiplier", "nan"), "--lora_multiplier nan: give a finite number"),
+        (("--lora_multiplier", *("1" * 70)), "64 are the most"),
+        (("--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
     ],
 )
 def test_what_makes_no_comparison_is_refused(
     tmp_path: Path, t2v: TinyWan, more: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        compared(tmp_path, t2v, *more)
+        compared(tmp_path, t2v, "--prompt", "a", *more)
     assert not list(tmp_path.iterdir())
 
 
@@ -378,9 +365,7 @@ def test_what_makes_no_comparison_is_refused(
     [
         ({"ss_base_model_version": "wan2.1"}, "wan"),
         ({"modelspec.architecture": "hunyuan-video/lora"}, "hunyuan_video"),
-        ({"ss_base_model_version": "framepack"}, "framepack"),
         ({"ss_base_model_version": "chroma", "modelspec.architecture": "chroma/lora"}, "flux"),
-        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
         ({"modelspec.architecture": "flux-1-kontext/lora"}, "flux_kontext"),
         ({"ss_base_model_version": "flux_2_klein_4b"}, "flux_2"),
         ({"title": "x"}, None),
@@ -391,10 +376,10 @@ def test_the_family_is_what_the_lora_says(
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata)
-    families = dict.fromkeys(("framepack", "hunyuan_video", "wan", "flux_kontext", "flux_2"), ())
+    families = dict.fromkeys(("hunyuan_video", "wan", "flux_kontext", "flux_2"), ())
     families |= {"flux": ("chroma",)}
     if family is None:
-        with pytest.raises(OptionError, match=re.escape("Give --family: framepack, hunyuan_video, wan, ")):
+        with pytest.raises(OptionError, match=re.escape("Give --family: hunyuan_video, wan, ")):
             family_of(path, families)
     else:
         assert family_of(path, families) == family

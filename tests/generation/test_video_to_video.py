@@ -74,22 +74,18 @@ def reconstruction(name: str, scripts: Scripts) -> Tensor:
     return vae.encode(byte_clips(frames_of()), [posterior_generator(1)])[0] * HUNYUAN_LATENT.scale
 
 
-EVERY = ["wan", "hv", "fpack", "f1"]
 FAMILIES = ["wan", "hv", "fpack"]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "mode"), [("wan", "direct"), ("hv", "traditional"), ("f1", "direct")])
 def test_all_of_it_made_anew_equals_a_video_from_noise(
-    tmp_path: Path, scripts: Scripts, clip: Path, name: str
+    tmp_path: Path, scripts: Scripts, clip: Path, name: str, mode: str
 ) -> None:
-    script = scripts[name]
-    plain = script.one(tmp_path / "plain", *SAY)
-    for mode in ("traditional", "direct"):
-        more = ("--video_path", clip, "--strength", 1, "--noise_mode", mode)
-        assert torch.equal(plain, script.one(tmp_path / mode, *SAY, *more))
+    make, more = scripts[name].one, ("--video_path", clip, "--strength", 1, "--noise_mode", mode)
+    assert torch.equal(make(tmp_path / "plain", *SAY), make(tmp_path / mode, *SAY, *more))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*FAMILIES, "f1"])
 def test_little_made_anew_is_near_what_the_vae_reconstructs(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str
 ) -> None:
@@ -105,7 +101,7 @@ def test_little_made_anew_is_near_what_the_vae_reconstructs(
     assert steps > 2 * off, "the frames are too alike to tell one from another"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["wan", "fpack"])
 def test_lines_of_a_file_equal_single_runs(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,12 +170,9 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path .* and --i2i_path"),
         ("hv", "--video_path CLIP --from_latent x", "--video_path .* and --from_latent x"),
         ("fpack", "--video_path no.mp4", "--video_path no.mp4: no such file"),
-        ("wan", "--video_path TMP/text.mp4", "--video_path: .*text.mp4.* Give a video, or a folder"),
         ("wan", "--i2i_path TMP/text.mp4 --video_length 1", "--i2i_path: .*text.mp4.*. Give an image file"),
         ("wan", "--i2i_path CLIP/0.png", "--i2i_path .*0.png and --video_length 9"),
-        ("wan", "--video_path TMP", "a folder without images"),
         ("wan", "--video_path CLIP --denoise_strength 1.5", "--v2v_denoise 1.5: give a share"),
-        ("hv", "--video_path CLIP --strength -0.1", "--strength -0.1: give a share"),
         ("wan", "--video_path CLIP --v2v_extra_noise -1", "--v2v_extra_noise -1"),
         ("fpack", "--i2i_path CLIP/0.png", "--i2i_path is not supported"),
         ("fpack", "--video_path CLIP --one_frame_inference default", "--video_path .*--one_frame_inference"),

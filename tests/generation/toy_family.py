@@ -260,14 +260,8 @@ class ToyFamily:
                 label=f"section {number + 1}",
                 count=self.sections_made,
             )
-            parts = (
-                [latents]
-                if video is None
-                else [latents, video]
-                if self.makes_last_first
-                else [video, latents]
-            )
-            video = torch.cat(parts, dim=2)
+            before = [] if video is None else [video]
+            video = torch.cat([latents, *before] if self.makes_last_first else [*before, latents], dim=2)
             newest = video[:, :, : 2 * WINDOW] if self.makes_last_first else video[:, :, -2 * WINDOW :]
             made = Piece(
                 newest if number else video,

@@ -26,7 +26,7 @@ from networks.tool_options import LARGEST_SIGMA, AveragingOptions
 from tests.faults.messages import assert_one_message, run_here
 from tests.networks.test_read_by_comfyui import MODELS, write_lora
 from tests.networks.test_read_by_comfyui import factors as factors_of_kind
-from tests.tiny import framepack_dit, hunyuan_dit, stable_diffusion
+from tests.tiny import hunyuan_dit, stable_diffusion
 
 NAME = "lora_unet_blocks_0_self_attn_q"
 
@@ -69,7 +69,7 @@ def test_a_beta_counts_files_as_its_powers() -> None:
     assert file_weights(4, options(beta=0.9)) == pytest.approx([0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1])
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2, LARGEST_SIGMA])
+@pytest.mark.parametrize("sigma", [0.05, LARGEST_SIGMA])
 def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> None:
     gamma = exponent_of(sigma)
     # Karras et al. 2023: a density proportional to t^gamma on 0..1
@@ -82,9 +82,10 @@ def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> N
 
 
 def test_files_are_averaged_by_their_step_in_more_than_their_own_precision(tmp_path: Path) -> None:
-    paths = [write(tmp_path, index, step) for index, step in ((1, 300), (2, 100), (3, 200))]
+    for index, step in ((1, 300), (2, 100), (3, 200)):
+        write(tmp_path, index, step)
 
-    found = run(tmp_path, *paths, "--beta", 0.5)
+    found = run(tmp_path, tmp_path / "my lora-*.safetensors", "--beta", 0.5)
 
     first, second, last = factors(2), factors(3), factors(1)
     for name, tensor in found.items():
@@ -110,13 +111,6 @@ def test_without_steps_time_decides_or_the_order_given(tmp_path: Path, switch: l
     found = run(tmp_path, *paths, "--beta", 0, *switch)
 
     assert all(torch.equal(found[name], tensor) for name, tensor in factors(last).items())
-
-
-def test_a_pattern_stands_for_its_files(tmp_path: Path) -> None:
-    for index in (1, 2):
-        write(tmp_path, index, index)
-
-    assert run(tmp_path, tmp_path / "my lora-*.safetensors", "--sigma_rel", 0.2).keys() == factors(1).keys()
 
 
 def test_copies_and_averages_are_left_out(tmp_path: Path) -> None:
@@ -153,15 +147,12 @@ def test_a_file_larger_than_a_lora_is_written_tensor_by_tensor_without_hashes(
     [
         ({"rank": 3}, (), ("holds another network", "equal ranks")),
         ({"alpha": 2.0}, (), ("alpha differs", "equal alphas")),
-        ({}, ("--output_file", "my lora-1.safetensors"), ("--output_file", "one of the files to read")),
         ({}, ("--output_file", "out.pth"), ("--output_file", ".safetensors")),
-        ({}, ("--output_file", "folder"), ("--output_file", "folder")),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(
     tmp_path: Path, sizes: dict[str, float], arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    (tmp_path / "folder").mkdir()
     paths = [write(tmp_path, 1, 1), write(tmp_path, 2, 2, **sizes)]
     output = () if "--output_file" in arguments else ("--output_file", "out.safetensors")
 
@@ -171,7 +162,7 @@ def test_what_cannot_be_averaged_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("given", [["one"], ["one", "one"], ["none*"], ["one", "none"]])
+@pytest.mark.parametrize("given", [["one", "one"], ["none*"], ["one", "none"]])
 def test_less_than_two_files_are_refused(tmp_path: Path, given: list[str]) -> None:
     write(tmp_path, 1).rename(tmp_path / "one")
 
@@ -215,7 +206,7 @@ def test_files_for_different_experts_are_refused(tmp_path: Path, second: tuple[s
     assert_one_message(code, said, "The files are LoRAs of different experts")
 
 
-STATES = {name: model.state for name, model in MODELS.items()} | {"framepack": framepack_dit.tiny_state()}
+STATES = {name: MODELS[name].state for name in ("wan", "hunyuan_video", "flux")}
 PLAIN = {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
@@ -239,9 +230,14 @@ def assert_same_effect(state: Mapping[str, Tensor], folder: Path, atol: float = 
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("LoHa", "other"), ("LoKr", "diffusers"), ("DoRA", "default"), ("DoRA", "other")]
+    ("name", "kind", "target"),
+    [
+        ("wan", "LoHa", "other"),
+        ("flux", "LoKr", "diffusers"),
+        ("hunyuan_video", "DoRA", "default"),
+        ("flux", "DoRA", "other"),
+    ],
 )
-@pytest.mark.parametrize("name", STATES)
 def test_a_plain_lora_of_enough_rank_does_the_same(tmp_path: Path, name: str, kind: str, target: str) -> None:
     state = STATES[name]
     write_lora(tmp_path / "saved.safetensors", kind, state, name, "0.")
@@ -276,9 +272,7 @@ def test_the_share_that_is_lost_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert {len(factors_of_kind["lora_down.weight"]) for factors_of_kind in found.modules().values()} == {8}
 
 
-@pytest.mark.parametrize(
-    "dialect", ["comfy", "comfy_all_in_one", "diffusers", "comfy_fp8_scaled", "pt_wrapped"]
-)
+@pytest.mark.parametrize("dialect", ["comfy_all_in_one", "diffusers", "comfy_fp8_scaled"])
 def test_a_dora_is_baked_from_a_model_in_any_layout(tmp_path: Path, dialect: str) -> None:
     state = STATES["hunyuan_video"]
     write_lora(tmp_path / "saved.safetensors", "DoRA", state, "hunyuan_video", "0.")

@@ -1,6 +1,7 @@
 """What factors of all forms add to a weight, against sums written out, and while a layer computes."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,57 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def check(factors: dict[str, Tensor], expected: Tensor) -> None:
+DOWN, UP = drawn(3, 5), drawn(7, 3)
+CONV_DOWN, CONV_UP, CORE = drawn(3, 5, 1, 1), drawn(7, 3, 1, 1), drawn(3, 3, 2, 2)
+A1, B1, A2, B2 = drawn(7, 3), drawn(3, 5), drawn(7, 3) + 1, drawn(3, 5) - 1
+W1, W2, A, B, CORE_OF_6 = drawn(2, 3), drawn(4, 5), drawn(4, 6), drawn(6, 5), drawn(6, 6, 2, 2)
+
+
+def rebuilt(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The kernel of a core between two matrices of `rank` rows."""
+    return torch.einsum("pqkl,po,qi->oikl", core, a, b)
+
+
+FORMULAS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+    "LoRA: up times down times alpha over rank": (
+        {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(1.5)},
+        0.5 * UP @ DOWN,
+    ),
+    "LoRA of a convolution keeps the kernel": (
+        {"lora_down.weight": drawn(3, 5, 2, 2), "lora_up.weight": CONV_UP},
+        torch.einsum("or,rikl->oikl", CONV_UP[:, :, 0, 0], drawn(3, 5, 2, 2)),
+    ),
+    "LoRA with a core in the middle": (
+        {"lora_down.weight": CONV_DOWN, "lora_mid.weight": CORE, "lora_up.weight": CONV_UP},
+        torch.einsum("or,rskl,si->oikl", CONV_UP[:, :, 0, 0], CORE, CONV_DOWN[:, :, 0, 0]),
+    ),
+    "LoHa: the product of two LoRAs": (
+        {"hada_w1_a": A1, "hada_w1_b": B1, "hada_w2_a": A2, "hada_w2_b": B2, "alpha": torch.tensor(6.0)},
+        2 * (A1 @ B1) * (A2 @ B2),
+    ),
+    "LoHa of a convolution with cores": (
+        {"hada_w1_a": A1.T, "hada_w1_b": B1, "hada_w2_a": A2.T, "hada_w2_b": B2}
+        | {"hada_t1": CORE, "hada_t2": CORE + 1},
+        rebuilt(CORE, A1.T, B1) * rebuilt(CORE + 1, A2.T, B2),
+    ),
+    "LoKr stored whole is not scaled": (
+        {"lokr_w1": W1, "lokr_w2": W2, "alpha": torch.tensor(8.0)},
+        torch.kron(W1, W2),
+    ),
+    "LoKr with factors is scaled by their rank": (
+        {"lokr_w1": W1, "lokr_w2_a": A, "lokr_w2_b": B, "alpha": torch.tensor(3.0)},
+        0.5 * torch.kron(W1, A @ B),
+    ),
+    "LoKr of a convolution with a core": (
+        {"lokr_w1": W1, "lokr_w2_a": A.T, "lokr_w2_b": B, "lokr_t2": CORE_OF_6},
+        torch.kron(W1[:, :, None, None], rebuilt(CORE_OF_6, A.T, B).contiguous()),
+    ),
+    "whole difference": ({"diff": drawn(3, 4), "diff_b": drawn(3)}, drawn(3, 4)),
+}
+
+
+@pytest.mark.parametrize(("factors", "expected"), FORMULAS.values(), ids=list(FORMULAS))
+def test_a_change_is_that_of_its_formula(factors: dict[str, Tensor], expected: Tensor) -> None:
     assert find_fault(factors) is None
     delta = weight_delta(factors, CPU)
     assert delta is not None
@@ -29,72 +80,12 @@ def check(factors: dict[str, Tensor], expected: Tensor) -> None:
     assert meta.shape == delta.shape
 
 
-def test_lora_is_up_times_down_times_alpha_over_rank() -> None:
-    down, up = drawn(3, 5), drawn(7, 3)
-    check({"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.5)}, 0.5 * up @ down)
-
-
 @pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(0.0)}])
 def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
     assert strength({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
 
 
-def test_lora_of_a_convolution_keeps_the_kernel() -> None:
-    down, up = drawn(3, 5, 2, 2), drawn(7, 3, 1, 1)
-    check(
-        {"lora_down.weight": down, "lora_up.weight": up}, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
-    )
-
-
-def test_lora_with_a_core_in_the_middle() -> None:
-    down, mid, up = drawn(3, 5, 1, 1), drawn(3, 3, 2, 2), drawn(7, 3, 1, 1)
-    expected = torch.einsum("or,rskl,si->oikl", up[:, :, 0, 0], mid, down[:, :, 0, 0])
-    check({"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, expected)
-
-
-def test_loha_is_the_product_of_two_loras() -> None:
-    a1, b1, a2, b2 = drawn(7, 3), drawn(3, 5), drawn(7, 3) + 1, drawn(3, 5) - 1
-    factors = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": torch.tensor(6.0)}
-    check(factors, 2 * (a1 @ b1) * (a2 @ b2))
-
-
-def test_loha_of_a_convolution_with_cores() -> None:
-    a1, b1, a2, b2 = drawn(3, 7), drawn(3, 5), drawn(3, 7) + 1, drawn(3, 5) - 1
-    t1, t2 = drawn(3, 3, 2, 2), drawn(3, 3, 2, 2) + 1
-    rebuilt = [torch.einsum("pqkl,po,qi->oikl", t, a, b) for t, a, b in ((t1, a1, b1), (t2, a2, b2))]
-    factors = {
-        "hada_w1_a": a1,
-        "hada_w1_b": b1,
-        "hada_w2_a": a2,
-        "hada_w2_b": b2,
-        "hada_t1": t1,
-        "hada_t2": t2,
-    }
-    check(factors, rebuilt[0] * rebuilt[1])
-
-
-def test_lokr_stored_whole_is_not_scaled() -> None:
-    w1, w2 = drawn(2, 3), drawn(4, 5)
-    check({"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(8.0)}, torch.kron(w1, w2))
-
-
-def test_lokr_with_factors_is_scaled_by_their_rank() -> None:
-    w1, a, b = drawn(2, 3), drawn(4, 6), drawn(6, 5)
-    check(
-        {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)},
-        0.5 * torch.kron(w1, a @ b),
-    )
-
-
-def test_lokr_of_a_convolution_with_a_core() -> None:
-    w1, a, b, core = drawn(2, 3), drawn(6, 4), drawn(6, 5), drawn(6, 6, 2, 2)
-    second = torch.einsum("pqkl,po,qi->oikl", core, a, b)
-    expected = torch.kron(w1[:, :, None, None], second.contiguous())
-    check({"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": core}, expected)
-
-
-def test_whole_differences_and_bias_differences() -> None:
-    check({"diff": drawn(3, 4), "diff_b": drawn(3)}, drawn(3, 4))
+def test_a_difference_of_a_bias_is_the_change() -> None:
     delta = bias_delta({"diff_b": drawn(3)}, CPU)
     assert delta is not None
     assert torch.equal(delta, drawn(3))
@@ -143,41 +134,31 @@ def of_other_shape(name: str, module: nn.Module) -> Factors:
     }
 
 
-def loha(name: str, module: nn.Module) -> Factors:
-    out, rest = module.weight.shape[0], module.weight[0].numel()  # type: ignore[index, union-attr]
-    sizes = {"hada_w1_a": (out, RANK), "hada_w1_b": (RANK, rest)}
-    sizes |= {"hada_w2_a": (out, RANK), "hada_w2_b": (RANK, rest)}
-    made = {part: random(*size, seed=f"{name}{part}") for part, size in sizes.items()}
-    return {**made, "alpha": torch.tensor(1.5)}
+def shapes_of(form: str, out: int, channels: int, *kernel: int) -> dict[str, tuple[int, ...]]:
+    """The factors of a form and their shapes."""
+    rest = channels * math.prod(kernel)
+    has_core = bool(kernel) and kernel[0] > 1
+    match form:
+        case "LoHa with cores" if has_core:
+            parts = {"t{}": (RANK, RANK, *kernel), "w{}_a": (RANK, out), "w{}_b": (RANK, channels)}
+        case "LoCon" if has_core:
+            one = (1, 1)
+            return {
+                "lora_down.weight": (RANK, channels, *one),
+                "lora_mid.weight": (RANK, RANK, *kernel),
+                "lora_up.weight": (out, RANK, *one),
+            }
+        case "LoKr":
+            return {"lokr_w1": (2, 2), "lokr_w2": (out // 2, channels // 2, *kernel)}
+        case _:
+            parts = {"w{}_a": (out, RANK), "w{}_b": (RANK, rest)}
+    return {f"hada_{part.format(n)}": shape for n in "12" for part, shape in parts.items()}
 
 
-def loha_with_cores(name: str, module: nn.Module) -> Factors:
-    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
-    if not kernel or kernel[0] == 1:
-        return loha(name, module)
-    sizes: dict[str, tuple[int, ...]] = {}
-    for k in "12":
-        sizes[f"hada_t{k}"] = (RANK, RANK, *kernel)
-        sizes |= {f"hada_w{k}_a": (RANK, out), f"hada_w{k}_b": (RANK, channels)}
-    return {part: random(*size, seed=f"{name}{part}") for part, size in sizes.items()}
-
-
-def lokr(name: str, module: nn.Module) -> Factors:
-    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
-    second = random(out // 2, channels // 2, *kernel, seed=f"{name}2")
-    return {"lokr_w1": random(2, 2, seed=name), "lokr_w2": second}
-
-
-def locon_with_core(name: str, module: nn.Module) -> Factors:
-    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
-    if not kernel or kernel[0] == 1:
-        return low_rank(name, module)
-    return {
-        "lora_down.weight": random(RANK, channels, 1, 1, seed=name),
-        "lora_mid.weight": random(RANK, RANK, *kernel, seed=f"{name} mid"),
-        "lora_up.weight": random(out, RANK, 1, 1, seed=f"{name} up"),
-        "alpha": torch.tensor(2.0),
-    }
+def drawn_as(form: str, name: str, module: nn.Module) -> Factors:
+    shapes = shapes_of(form, *module.weight.shape)  # type: ignore[misc]
+    made = {part: random(*shape, seed=f"{name}{part}") for part, shape in shapes.items()}
+    return made if form == "LoKr" else {**made, "alpha": torch.tensor(1.5)}
 
 
 def dora(name: str, module: nn.Module) -> Factors:
@@ -188,7 +169,7 @@ def dora(name: str, module: nn.Module) -> Factors:
 
 
 def change_of(factors: Factors, module: nn.Module) -> Tensor:
-    """What factors add to the weight of a module, by the formulas of the tests above."""
+    """What factors add to the weight of a module, by the formulas above."""
     weight = module.weight.detach()  # type: ignore[union-attr, operator]
     delta = weight_delta(factors, CPU)
     assert delta is not None
@@ -202,10 +183,7 @@ def change_of(factors: Factors, module: nn.Module) -> Tensor:
 FORMS: dict[str, Callable[[str, nn.Module], Factors]] = {
     "LoRA": low_rank,
     "of another shape": of_other_shape,
-    "LoHa": loha,
-    "LoHa with cores": loha_with_cores,
-    "LoKr": lokr,
-    "LoCon": locon_with_core,
+    **{form: functools.partial(drawn_as, form) for form in ("LoHa", "LoHa with cores", "LoKr", "LoCon")},
     "DoRA": dora,
 }
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -287,20 +265,6 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
     parts[0].region = torch.zeros_like
 
     torch.testing.assert_close(module(x), plain + x @ change.T + bias, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_change_of_a_bias_alone_is_added() -> None:
-    module, x = nn.Conv2d(6, 8, 3, padding=1), random(2, 6, 5, 7, seed="x", scale=1)
-    plain, change = module(x), random(8, seed="bias")
-    layer = AddedLayer(
-        ChangedPlace("x.weight", module),
-        [AddedPart(ChangedPlace("x.weight", module), {"diff_b": change}, 2.0)],
-    )
-    layer.attach()
-    layer.switch_on(CPU, torch.float32)
-
-    torch.testing.assert_close(module(x), plain + 2 * change[:, None, None])
 
 
 @torch.no_grad()

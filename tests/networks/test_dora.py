@@ -9,7 +9,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.fp8.weights import attach, dequantise, quantise
 from modules.speed_options import Quantisation
@@ -21,9 +20,7 @@ from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import add_lora, inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, run_there
-from tests.tiny.loras import lora_like
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
-from tests.training.toy import ToyFamily, same, train_toy, write_caches
 from tests.wan.making import in_diffusers
 
 RECORDED = load_file(Path(__file__).parents[1] / "data" / "lycoris_dora.safetensors")
@@ -82,13 +79,8 @@ def test_a_weight_that_is_changed_some_rows_at_a_time_gets_the_norms_of_the_whol
 
 
 def test_magnitudes_of_another_size_are_named() -> None:
-    lora = lora_of(
-        {
-            "lora_down.weight": torch.ones(2, 4),
-            "lora_up.weight": torch.ones(6, 2),
-            "dora_scale": torch.ones(5, 1),
-        }
-    )
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
+    lora = lora_of(factors | {"dora_scale": torch.ones(5, 1)})
     with pytest.raises(CheckpointError, match=r"it has 5 DoRA magnitudes, the model \[6, 4\]"):
         merged(torch.ones(6, 4), lora)
 
@@ -146,49 +138,29 @@ def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
 
 
 def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
-    name = "lora_unet_transformer_blocks_0_attn_to_q"
-    factors = {
-        "lora_down.weight": torch.ones(2, 4),
-        "lora_up.weight": torch.ones(6, 2),
-        "dora_scale": torch.ones(1, 4),
-    }
-    save_file(
-        {f"{name}.{part}": tensor for part, tensor in factors.items()},
-        tmp_path / "x.safetensors",
-        metadata={"ss_base_model_version": "framepack"},
-    )
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
+    factors["dora_scale"] = torch.ones(1, 4)
+    tensors = {f"lora_unet_transformer_blocks_0_attn_to_q.{part}": one for part, one in factors.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "framepack"})
 
-    with pytest.raises(
-        CheckpointError, match="its DoRA magnitudes are by input, diffusers has them by output"
-    ):
+    message = "its DoRA magnitudes are by input, diffusers has them by output"
+    with pytest.raises(CheckpointError, match=message):
         convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
 
 
-QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 FUSED = {"lora_down.weight": torch.rand(2, 4), "lora_up.weight": torch.rand(18, 2)}
 
 
-@pytest.mark.parametrize("module", ["to_q", "to_k", "to_v"])
-def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) -> None:
-    weight, magnitudes = torch.rand(18, 4), torch.rand(18, 1) + 1
-    whole = merged(
-        weight,
-        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
-        module="double_blocks.0.img_attn_qkv",
-    )
-    rows = slice(6 * ["to_q", "to_k", "to_v"].index(module), None)
-    rows = slice(rows.start, rows.start + 6)
+@pytest.mark.parametrize(("place", "letter"), enumerate("qkv"))
+def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, letter: str) -> None:
+    weight, rows, fused = torch.rand(18, 4), slice(6 * place, 6 * place + 6), "double_blocks.0.img_attn_qkv"
+    lora = lora_of(FUSED | {"dora_scale": torch.rand(18, 1) + 1}, fused)
 
-    part = merged(
-        weight[rows],
-        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
-        module=f"transformer_blocks.0.attn.{module}",
-    )
+    part = merged(weight[rows], lora, module=f"transformer_blocks.0.attn.to_{letter}")
 
-    torch.testing.assert_close(part, whole[rows])
+    torch.testing.assert_close(part, merged(weight, lora, module=fused)[rows])
 
 
-DORA = ["--network_args", "dora_wd=True"]
 CPU = torch.device("cpu")
 
 
@@ -241,39 +213,3 @@ def test_gradients_are_those_with_the_norm_as_a_constant() -> None:
     out = nn.functional.linear(x, layer.dora_scale * whole / norm, original.bias)
     for mine, theirs in zip(found, torch.autograd.grad((out * seen).sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_what_was_trained_is_what_generation_adds(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    tensors = train_toy(tmp_path, *DORA, "--max_train_steps", 4)
-    path = tmp_path / "output" / "x.safetensors"
-    patch = LoraPatch([LoraUse(read_lora(path))])
-    merged = ToyFamily().load_dit(Placement(CPU, patch=patch))
-    patch.check()
-    dit = ToyFamily().load_dit(Placement(CPU))
-    network = lora_like("lora", read_lora(path).tensors, dit)
-    network.attach()
-    assert network.load_weights(path) == []
-    assert same(network.state_dict(), tensors)
-    x = torch.randn(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
-
-    with torch.no_grad():
-        torch.testing.assert_close(dit(*x), merged(*x), rtol=1e-4, atol=1e-5)
-    start = ToyFamily().load_dit(Placement(CPU)).state_dict()["blocks.0.up.weight"]
-    learned = tensors["lora_unet_blocks_0_up.dora_scale"]
-    assert not torch.allclose(learned.flatten(), torch.linalg.vector_norm(start, dim=1))
-
-
-def test_it_resumes_with_lora_plus_dropout_and_autocast(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    usual = [*DORA, "loraplus_lr_ratio=4", "rank_dropout=0.2", "module_dropout=0.2"]
-    usual += ["--mixed_precision", "bf16", "--scale_weight_norms", "0.5"]
-    expected = train_toy(tmp_path, *usual)
-    train_toy(tmp_path, *usual, "--max_train_steps", 4, "--save_state")
-
-    assert same(train_toy(tmp_path, *usual, "--resume", "latest"), expected)
-    path = tmp_path / "output" / "x.safetensors"
-    still = ["--mixed_precision", "bf16", "--learning_rate", 0, "--max_train_steps", 1]
-    wanted = load_file(path)
-    found = train_toy(tmp_path, *still, "--network_weights", path, "--dim_from_weights")
-    assert same(found, wanted)

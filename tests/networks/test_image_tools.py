@@ -120,29 +120,20 @@ def merge(loras: list[Path], *more: str) -> None:
     flux_merge_lora.main(["--models", *map(str, loras), "--ratios", *ratios, *more])
 
 
-def test_a_model_gets_the_recorded_sum(tmp_path: Path, loras: list[Path]) -> None:
+def test_a_model_gets_the_recorded_sum_in_any_precision(tmp_path: Path, loras: list[Path]) -> None:
     weights, output = model(tmp_path / "model.safetensors"), tmp_path / "merged.safetensors"
+    files = ["--flux_model", str(tmp_path / "model.safetensors"), "--save_to"]
 
-    merge(loras, "--flux_model", str(tmp_path / "model.safetensors"), "--save_to", str(output))
+    merge(loras, *files, str(output))
+    merge(loras, *files, str(tmp_path / "half.safetensors"), "--save_precision", "bf16")
 
-    merged = load_file(output)
-    assert sorted(name for name in weights if not torch.equal(weights[name], merged[name])) == sorted(
-        CASE["merge_model"]["changed"]
-    )
+    merged, half = load_file(output), load_file(tmp_path / "half.safetensors")
+    changed = sorted(name for name in weights if not torch.equal(weights[name], merged[name]))
+    assert changed == sorted(CASE["merge_model"]["changed"])
     for name, tensor in TENSORS.items():
         if name.startswith("merged."):
             torch.testing.assert_close(merged[name.removeprefix("merged.")], tensor, rtol=0, atol=2e-6)
-
-
-def test_a_model_is_saved_in_the_precision_that_is_asked_for(tmp_path: Path, loras: list[Path]) -> None:
-    model(tmp_path / "model.safetensors")
-    files = ["--flux_model", str(tmp_path / "model.safetensors"), "--save_to"]
-
-    merge(loras, *files, str(tmp_path / "whole.safetensors"))
-    merge(loras, *files, str(tmp_path / "half.safetensors"), "--save_precision", "bf16")
-
-    whole, half = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "half.safetensors")
-    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in merged.items())
 
 
 def test_loras_are_added_up_exactly_or_at_the_first_ones_rank(tmp_path: Path, loras: list[Path]) -> None:
@@ -309,23 +300,19 @@ def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:
-    flux, other, output = tmp_path / "flux.safetensors", tmp_path / "other.safetensors", tmp_path / "out"
-    tensors = load_file(loras[0])
-    save_file(tensors, flux, {"ss_base_model_version": "flux1"})
-    save_file(tensors, other, {"ss_base_model_version": "hunyuan_image"})
-    words = ["--src", "sd-scripts", "--dst", "ai-toolkit"]
-    with pytest.raises(
-        CheckpointError, match="is a LoRA for hunyuan_image, as its metadata say, not for flux"
-    ):
-        convert_flux_lora.main([*words, "--src_path", str(other), "--dst_path", str(output)])
+    other, nameless, output = (tmp_path / f"{name}.safetensors" for name in ("other", "nameless", "out"))
+    save_file(load_file(loras[0]), other, {"ss_base_model_version": "hunyuan_image"})
     factors = {"lora_down": torch.ones(2, 4 * 8), "lora_up": torch.ones(8, 2)}
-    nameless = {f"lora_unet_single_blocks_0_linear2.{part}.weight": one for part, one in factors.items()}
-    save_file(nameless, tmp_path / "nameless.safetensors")
-    with pytest.raises(CheckpointError, match="is a LoRA for flux_2, as its sizes say, not for flux"):
-        convert_flux_lora.main(
-            [*words, "--src_path", str(tmp_path / "nameless.safetensors"), "--dst_path", str(output)]
-        )
-    models = ["--models", str(flux), str(other), "--ratios", "1", "1"]
+    tensors = {f"lora_unet_single_blocks_0_linear2.{part}.weight": one for part, one in factors.items()}
+    save_file(tensors, nameless)
+
+    for path, said in (
+        (other, "is a LoRA for hunyuan_image, as its metadata say, not for flux"),
+        (nameless, "is a LoRA for flux_2, as its sizes say, not for flux"),
+    ):
+        words = ["--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", str(path)]
+        with pytest.raises(CheckpointError, match=said):
+            convert_flux_lora.main([*words, "--dst_path", str(output)])
     with pytest.raises(CheckpointError, match="is for hunyuan_image, .* for flux"):
-        flux_merge_lora.main([*models, "--save_to", str(output)])
+        merge([loras[0], other], "--save_to", str(output))
     assert not output.exists()

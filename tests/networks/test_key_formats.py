@@ -1,6 +1,7 @@
 """Tensor names of LoRA files in every dialect; files saved here act in diffusers as here, and back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
 from networks.key_formats import to_native
 from networks.loading import read_lora
-from networks.lora_network import OwnNetwork
-from networks.metadata import save_network
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.video import WAN
 from networks.writing import Written, in_dialect
@@ -27,7 +26,6 @@ from tests.networks.making import (
     inputs,
     saved_by_diffusers,
     tiny_dit,
-    wan_network,
 )
 from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name
@@ -48,15 +46,11 @@ def to_other(tensors: dict[str, Tensor], target: str = "other") -> Written:
     return in_dialect(tensors, family, target)
 
 
-def golden_tensors() -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-
+def golden_tensors() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     description, expected = read_case("lora_merge_convert")
     network = make_lora("lora_wan", description["rank"], description["alpha"], golden_dit(description))
-    return (
-        description,
-        golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"]),
-        expected,
-    )
+    key, scale = description["lora_weights_model_key"], description["lora_up_extra_scale"]
+    return description, golden_lora(network, key, scale), expected
 
 
 def test_conversion_to_the_other_dialect_equals_the_recorded_one() -> None:
@@ -134,62 +128,41 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             assert owners == {family.name} or is_like or module in of_several
 
 
+Q = "blocks_0_self_attn_q"
+
+
 @pytest.mark.parametrize(
     ("key", "native"),
     [
-        ("lycoris_blocks_0_self_attn_q.hada_w1_a", "lora_unet_blocks_0_self_attn_q.hada_w1_a"),
-        ("diffusion_model.blocks.0.ffn.2.lora_up.weight", "lora_unet_blocks_0_ffn_2.lora_up.weight"),
-        ("diffusion_model.blocks.0.norm3.diff_b", "lora_unet_blocks_0_norm3.diff_b"),
-        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
-        (
-            "transformer.blocks.0.attn2.to_out.0.lora.up.weight",
-            "lora_unet_blocks_0_cross_attn_o.lora_up.weight",
-        ),
-        (
-            "base_model.model.blocks.11.ffn.net.0.proj.lora_A.default.weight",
-            "lora_unet_blocks_11_ffn_0.lora_down.weight",
-        ),
-        (
-            "transformer.condition_embedder.time_proj.lora_B.weight",
-            "lora_unet_time_projection_1.lora_up.weight",
-        ),
-        ("lora_unet__blocks_0_cross_attn_k.lora_up.weight", "lora_unet_blocks_0_cross_attn_k.lora_up.weight"),
-        ("pipe.dit.blocks.0.ffn.2.lora_B.default.weight", "lora_unet_blocks_0_ffn_2.lora_up.weight"),
-        ("blocks.0.attn1.to_q.lora_A.my-style_1.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
-        ("transformer.blocks.0.attn1.to_q.lora_B.other.bias", "lora_unet_blocks_0_self_attn_q.lora_up.bias"),
-        (
-            "transformer.blocks.0.attn1.to_q.lora_magnitude_vector",
-            "lora_unet_blocks_0_self_attn_q.dora_scale",
-        ),
-        (
-            "blocks.0.attn1.to_q.lora_magnitude_vector.default.weight",
-            "lora_unet_blocks_0_self_attn_q.dora_scale",
-        ),
+        ("lycoris_blocks_0_self_attn_q.hada_w1_a", f"{Q}.hada_w1_a"),
+        ("lycoris_blocks_0_norm3.w_norm", "blocks_0_norm3.diff"),
+        ("lycoris_blocks_0_norm3.b_norm", "blocks_0_norm3.diff_b"),
+        ("lora_unet__blocks_0_cross_attn_k.lora_up.weight", "blocks_0_cross_attn_k.lora_up.weight"),
+        ("diffusion_model.blocks.0.ffn.2.lora_up.weight", "blocks_0_ffn_2.lora_up.weight"),
+        ("diffusion_model.blocks.0.norm3.diff_b", "blocks_0_norm3.diff_b"),
+        ("diffusion_model.txt_in.c_embedder.in_layer.diff", "txt_in_c_embedder_linear_1.diff"),
+        ("diffusion_model.transformer_blocks.0.attn.to_q.diff", "transformer_blocks_0_attn_to_q.diff"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", f"{Q}.lora_down.weight"),
+        ("transformer.blocks.0.attn1.to_q.lora_B.other.bias", f"{Q}.lora_up.bias"),
+        ("transformer.blocks.0.attn1.to_q.lora_magnitude_vector", f"{Q}.dora_scale"),
+        ("transformer.blocks.0.attn2.to_out.0.lora.up.weight", "blocks_0_cross_attn_o.lora_up.weight"),
+        ("transformer.condition_embedder.time_proj.lora_B.weight", "time_projection_1.lora_up.weight"),
+        ("blocks.0.attn1.to_q.lora_magnitude_vector.default.weight", f"{Q}.dora_scale"),
+        ("blocks.0.attn1.to_q.lora_A.my-style_1.weight", f"{Q}.lora_down.weight"),
+        ("base_model.model.blocks.11.ffn.net.0.proj.lora_B.default.weight", "blocks_11_ffn_0.lora_up.weight"),
+        ("pipe.dit.blocks.0.ffn.2.lora_B.default.weight", "blocks_0_ffn_2.lora_up.weight"),
+        ("lora_transformer_transformer_blocks_0_attn_to_k.diff", "transformer_blocks_0_attn_to_k.diff"),
+        ("mid_block.resnets.0.conv1.lora_A.weight", "mid_block_resnets_0_conv1.lora_down.weight"),
         (
             "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
-            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
-        ),
-        ("mid_block.resnets.0.conv1.lora_A.weight", "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"),
-        (
-            "lora_transformer_transformer_blocks_0_attn_to_k.lora_down.weight",
-            "lora_unet_transformer_blocks_0_attn_to_k.lora_down.weight",
-        ),
-        ("lycoris_blocks_0_norm3.w_norm", "lora_unet_blocks_0_norm3.diff"),
-        ("lycoris_blocks_0_norm3.b_norm", "lora_unet_blocks_0_norm3.diff_b"),
-        (
-            "diffusion_model.txt_in.c_embedder.in_layer.lora_A.weight",
-            "lora_unet_txt_in_c_embedder_linear_1.lora_down.weight",
-        ),
-        (
-            "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
-            "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
+            "mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
         ),
     ],
 )
 def test_every_dialect_is_brought_into_ours(key: str, native: str) -> None:
     found = to_native({key: torch.ones(2, 2)})
 
-    assert list(found.tensors) == [native]
+    assert list(found.tensors) == [f"lora_unet_{native}"]
     assert found.unknown == ()
 
 
@@ -230,72 +203,33 @@ def run_there(other: WanTransformer3DModel, dit: WanModel) -> Tensor:
     return other(given["noisy"], given["timesteps"], texts, given.get("image_embeds"), return_dict=False)[0]
 
 
-@torch.no_grad()
-def run_here(dit: WanModel, network: OwnNetwork) -> Tensor:
-    network.attach()
-    out = dit(**inputs(dit))
-    network.set_multiplier(0.0)
-    return out
-
-
 def load_there(other: WanTransformer3DModel, path: Path) -> None:
     state = WanLoraLoaderMixin.lora_state_dict(str(path))
     other.load_lora_adapter(state, prefix="transformer")
 
 
-@pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: str, converted: bool) -> None:
-    dit = tiny_dit(tmp_path, kind)
-    network = wan_network(dit, rank=4, alpha=3.0)
-    path = tmp_path / "lora.safetensors"
-    save_network(network, path, torch.float32, {"ss_base_model_version": "wan"})
-    if converted:
-        convert_file(path, tmp_path / "other.safetensors", "other")
-        path = tmp_path / "other.safetensors"
-    other = in_diffusers(dit.config, dit.state_dict())
-    plain = run_there(other, dit)
-
-    load_there(other, path)
-
-    here = run_here(dit, network)
-    torch.testing.assert_close(run_there(other, dit), here, **TOLERANCE)
-    assert float((here - plain).abs().max()) > 0.01
+PATTERNS: dict[str, dict[str, dict[str, int]]] = {
+    "none": {},
+    "alphas": {"alpha_pattern": {"to_q": 9, "attn2.to_out.0": 1, "ffn.net.0.proj": 6}},
+    "ranks too": {
+        "alpha_pattern": {"attn1.to_q": 9, "to_q": 1, "proj": 5},
+        "rank_pattern": {"to_q": 2, "attn1.to_out.0": 8},
+    },
+    "expressions": {
+        "alpha_pattern": {r"blocks\.[1-9]\d*\.attn\d\.to_.*": 9, "^proj_out$": 1, r"blocks\.0\..*": 2}
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("with_settings", "patterns"),
-    [
-        (False, {}),
-        (True, {}),
-        (True, {"alpha_pattern": {"to_q": 9, "attn2.to_out.0": 1, "ffn.net.0.proj": 6}}),
-        (
-            True,
-            {
-                "alpha_pattern": {"attn1.to_q": 9, "to_q": 1, "proj": 5},
-                "rank_pattern": {"to_q": 2, "attn1.to_out.0": 8},
-            },
-        ),
-        (
-            True,
-            {
-                "alpha_pattern": {
-                    r"blocks\.[1-9]\d*\.attn\d\.to_.*": 9,
-                    "^proj_out$": 1,
-                    r"blocks\.0\.(ffn|attn1).*": 2,
-                }
-            },
-        ),
-    ],
-)
-def test_a_lora_saved_by_diffusers_acts_here_as_there(
-    tmp_path: Path, with_settings: bool, patterns: dict[str, dict[str, int]]
-) -> None:
+@pytest.mark.parametrize("settings", ["absent", *PATTERNS])
+def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, settings: str) -> None:
     dit = tiny_dit(tmp_path)
     other = in_diffusers(dit.config, dit.state_dict())
-    alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
+    is_said = settings != "absent"
+    alpha = 3 if is_said else 4  # without settings in the file alpha is the rank
     targets = ["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
-    path = saved_by_diffusers(other, tmp_path / "lora.safetensors", targets, alpha, with_settings, **patterns)
+    file, patterns = tmp_path / "lora.safetensors", PATTERNS.get(settings, {})
+    path = saved_by_diffusers(other, file, targets, alpha, is_said, **patterns)
 
     torch.testing.assert_close(add_lora(dit, path)(**inputs(dit)), run_there(other, dit), **TOLERANCE)
 
@@ -320,13 +254,12 @@ def test_a_lora_with_biases_acts_as_in_diffusers(tmp_path: Path, target: str | N
 
 
 @torch.no_grad()
-def test_biases_of_the_parts_of_fused_weights_are_put_together(tmp_path: Path) -> None:
+def test_parts_of_fused_weights_are_put_together_with_their_ranks_alphas_and_biases(tmp_path: Path) -> None:
     theirs, dit, given = hunyuan.in_diffusers("t2v"), hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v")
-    targets, settings = (
-        r".*\.(to_q|to_v|add_k_proj|proj_mlp)",
-        {"alpha_pattern": {"to_q": 9}, "lora_bias": True},
-    )
-    path = saved_by_diffusers(theirs, tmp_path / "lora.safetensors", targets, 3, **settings)
+    patterns = {"alpha_pattern": {"to_q": 9}, "rank_pattern": {"to_v": 2}}
+    targets = r".*\.(to_q|to_v|add_k_proj|proj_mlp)"
+    file = tmp_path / "lora.safetensors"
+    path = saved_by_diffusers(theirs, file, targets, 3, lora_bias=True, **patterns)
     convert_file(path, tmp_path / "fused.safetensors", "default")
 
     add_lora(dit, tmp_path / "fused.safetensors")

@@ -18,56 +18,32 @@ from tests.networks.making import join_all, randomize
 Inputs = tuple[Tensor, ...]
 
 
-def factors(heights: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Inputs:
-    """x 2 5 8, frozen weight 12 x 8 and its bias, down 4 x 8, up 12 x 4, or 12 x 2 for two parts."""
+def factors(dtype: torch.dtype = torch.float64) -> Inputs:
+    """x 2 5 8, frozen weight 12 x 8 and its bias, down 4 x 8, up 12 x 4."""
     torch.manual_seed(0)
-    width = 4 // (len(heights) or 1)
-    shapes = ((2, 5, 8), (12, 8), (12,), (4, 8), (12, width))
+    shapes = ((2, 5, 8), (12, 8), (12,), (4, 8), (12, 4))
     x, weight, bias, down, up = (torch.randn(*shape, dtype=dtype) for shape in shapes)
     return x.requires_grad_(), weight, bias, down.requires_grad_(), up.requires_grad_()
 
 
-def joined(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
-    x, weight, bias, down, up = inputs
-    seen, hidden = branch(x, down)
-    hidden = hidden * 0.5
-    held = hold(hidden, up, heights)
-    return add_up(functional.linear(seen, weight, bias), hidden, up, heights, held)
-
-
-def separate(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
-    x, weight, bias, down, up = inputs
-    hidden = functional.linear(x, down) * 0.5
-    if not heights:
-        return functional.linear(x, weight, bias) + functional.linear(hidden, up)
-    parts = zip(hidden.chunk(len(heights), -1), up.split(heights), strict=True)
-    return functional.linear(x, weight, bias) + torch.cat([functional.linear(*part) for part in parts], -1)
-
-
-def of_factors(out: Tensor, inputs: Inputs) -> Inputs:
-    """The gradients of x, down and up of a loss."""
-    weights = torch.arange(out.numel()).view(out.shape)
-    return torch.autograd.grad((out * weights).sum(), [inputs[0], *inputs[3:]])
-
-
-@pytest.mark.parametrize("heights", [(), (7, 5)])
-def test_values_and_gradients_are_those_of_separate_operations(heights: tuple[int, ...]) -> None:
-    inputs = factors(heights)
-
-    ours, expected = joined(inputs, heights), separate(inputs, heights)
-
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(of_factors(ours, inputs), of_factors(expected, inputs))
-
-
 def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> None:
-    inputs = factors()
+    x, weight, bias, down, up = factors()
 
-    def network(one: Callable[[Inputs], Tensor]) -> Tensor:
-        out = one(inputs)
-        return out + one((out[..., :8], *inputs[1:])) + one(inputs).square() + inputs[0].sum()
+    def joined(x: Tensor) -> Tensor:
+        seen, hidden = branch(x, down)
+        held = hold(hidden, up, ())
+        return add_up(functional.linear(seen, weight, bias), hidden, up, (), held)
 
-    torch.testing.assert_close(of_factors(network(joined), inputs), of_factors(network(separate), inputs))
+    def separate(x: Tensor) -> Tensor:
+        return functional.linear(x, weight, bias) + functional.linear(functional.linear(x, down), up)
+
+    def gradients(one: Callable[[Tensor], Tensor]) -> Inputs:
+        out = one(x)
+        out = out + one(out[..., :8]) + one(x).square() + x.sum()
+        weights = torch.arange(out.numel()).view(out.shape)
+        return torch.autograd.grad((out * weights).sum(), [x, down, up])
+
+    torch.testing.assert_close(gradients(joined), gradients(separate))
 
 
 def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> None:
@@ -88,7 +64,7 @@ def test_an_output_that_is_needed_again_is_refused_rather_than_wrong() -> None:
 
 
 def test_sums_are_rounded_once() -> None:
-    x, weight, bias, down, up = (one.detach().bfloat16() for one in factors(dtype=torch.float32))
+    x, weight, bias, down, up = (one.detach().bfloat16() for one in factors(torch.float32))
     out, hidden = functional.linear(x, weight, bias), functional.linear(x, down)
     exact = out.float() + hidden.float() @ up.float().T
 

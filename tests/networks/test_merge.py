@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
-from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
@@ -18,11 +16,9 @@ from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.options import LoraOptions, LoraPatternOptions
 from tests.golden_cases import read_case
-from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
+from tests.networks.making import golden_dit, golden_lora
 from tests.networks.test_lora_image_families import skeleton
 from tests.tiny.loras import make_lora
-from tests.tiny.wan_dit import tiny_state, write_dit
-from wan.checkpoints import load_dit
 
 
 def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFile:
@@ -49,20 +45,6 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
     patch.check()
 
 
-def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    network = wan_network(dit)
-    save_network(network, tmp_path / "x.safetensors", None, {})
-    network.attach()
-    expected = dit(**inputs(dit))
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
-
-    merged = load_dit(write_dit(tmp_path, tiny_state("t2v")), Placement(torch.device("cpu"), patch=patch))
-    patch.check()
-
-    torch.testing.assert_close(merged(**inputs(merged)), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_several_loras_are_summed_before_rounding() -> None:
     weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
     one = {
@@ -84,7 +66,7 @@ def test_a_merged_weight_is_rounded_once() -> None:
     assert torch.equal(changed, torch.full((4, 4), 258.0, dtype=torch.bfloat16))
 
 
-ROWS, COLUMNS = 2100, 2048  # more than is changed at once
+ROWS, COLUMNS = 2100, 1024  # more than is changed at once
 LARGE: dict[str, dict[str, tuple[int, ...]]] = {
     "LoRA": {"lora_down.weight": (2, COLUMNS), "lora_up.weight": (ROWS, 2)},
     "whole": {"diff": (ROWS, COLUMNS)},
@@ -119,57 +101,16 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
     assert torch.equal(weight, changed)
 
 
-def test_patterns_choose_parts_of_a_lora(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    patch = LoraPatch(
-        [LoraUse(lora_file(dict(wan_network(dit).state_dict())), 1.0, r"self_attn", r"_1_self_attn_[qk]")]
-    )
-
-    changed = [
-        name for name, weight in dit.state_dict().items() if not torch.equal(patch(name, weight), weight)
-    ]
-
-    kept = (
-        "0.self_attn.k",
-        "0.self_attn.o",
-        "0.self_attn.q",
-        "0.self_attn.v",
-        "1.self_attn.o",
-        "1.self_attn.v",
-    )
-    assert sorted(changed) == [f"blocks.{module}.weight" for module in kept]
-    patch.check()
-    assert patch.unused() == []
-
-
-def test_a_lora_of_another_size_is_refused_with_both_shapes(tmp_path: Path) -> None:
-    tensors = dict(wan_network(tiny_dit(tmp_path, dim=256, num_heads=2)).state_dict())
-    patch = LoraPatch([LoraUse(lora_file(tensors))])
-
-    with pytest.raises(CheckpointError, match=r"x.safetensors.*\[256, 256\].*\[128, 128\]"):
-        patch("blocks.0.self_attn.q.weight", torch.ones(128, 128))
-
-
 def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> None:
-    tensors = {"lora_unet_a.diff": torch.ones(2, 2)}
     files = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
     for file in files:
-        save_file(tensors, file)
+        save_file({"lora_unet_a.diff": torch.ones(2, 2)}, file)
+    options = LoraOptions.usual(lora_weight=files, lora_multiplier=(0.5,))
 
-    uses = lora_uses(
-        LoraOptions.usual(lora_weight=files, lora_multiplier=(0.5,)),
-        LoraPatternOptions.usual(include_patterns=("a",)),
-    )
+    uses = lora_uses(options, LoraPatternOptions.usual(include_patterns=("a",)))
 
-    assert [(use.multiplier, use.include, use.exclude) for use in uses] == [
-        (0.5, "a", None),
-        (1.0, None, None),
-    ]
-    with pytest.raises(OptionError, match="--exclude_patterns has 3 patterns for 2"):
-        lora_uses(
-            LoraOptions.usual(lora_weight=files, lora_multiplier=(1.0,)),
-            LoraPatternOptions.usual(exclude_patterns=("a", "b", "c")),
-        )
+    found = [(use.multiplier, use.include, use.exclude) for use in uses]
+    assert found == [(0.5, "a", None), (1.0, None, None)]
 
 
 NAME = "blocks.0.self_attn.q.weight"

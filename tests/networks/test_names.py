@@ -197,43 +197,30 @@ _IN_UNET = {
     "sdxl": "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q.lora_down.weight",
     "flux": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
 }
+_Q = f"text_model.{_LAYER}"
+_T5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
 
 
 @pytest.mark.parametrize(
     ("family", "theirs", "ours"),
     [
-        ("sd1", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te_text_model"),
-        ("sd1", f"text_encoder.{_LAYER}.lora_linear_layer.down.weight", "lora_te_text_model"),
-        (
-            "sd1",
-            "text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.down.weight",
-            "lora_te_text_model",
-        ),
-        ("sdxl", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
-        ("sdxl", f"text_encoder_2.text_model.{_LAYER}.lora.down.weight", "lora_te2_text_model"),
-        ("sdxl", f"clip_g.transformer.text_model.{_LAYER}.lora_down.weight", "lora_te2_text_model"),
-        (
-            "sdxl",
-            f"text_encoders.clip_l.transformer.text_model.{_LAYER}.lora_A.weight",
-            "lora_te1_text_model",
-        ),
-        ("flux", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
+        ("sd1", f"text_encoder.{_Q}.lora_A.weight", f"lora_te_{_Q}"),
+        ("sd1", f"text_encoder.{_LAYER}.lora_linear_layer.down.weight", f"lora_te_{_Q}"),
+        ("sd1", f"text_encoder.{_Q[:-7]}.to_q_lora.down.weight", f"lora_te_{_Q}"),
+        ("sdxl", f"text_encoder.{_Q}.lora_A.weight", f"lora_te1_{_Q}"),
+        ("sdxl", f"text_encoder_2.{_Q}.lora.down.weight", f"lora_te2_{_Q}"),
+        ("sdxl", f"clip_g.transformer.{_Q}.lora_down.weight", f"lora_te2_{_Q}"),
+        ("sdxl", f"text_encoders.clip_l.transformer.{_Q}.lora_A.weight", f"lora_te1_{_Q}"),
+        ("flux", f"text_encoder.{_Q}.lora_A.weight", f"lora_te1_{_Q}"),
+        ("flux", _T5, "lora_te3_encoder_block_0_layer_0_SelfAttention_q"),
     ],
 )
 def test_text_encoders_have_the_names_of_the_family(family: str, theirs: str, ours: str) -> None:
     found = to_native({theirs: torch.zeros(1, 1), _IN_UNET[family]: torch.zeros(1, 1)})
 
-    assert set(found.texts) == {f"{ours}_encoder_layers_3_self_attn_q_proj.lora_down.weight"}
+    assert set(found.texts) == {f"{ours.replace('.', '_')}.lora_down.weight"}
     assert len(found.tensors) == 1
     assert not found.unknown
-
-
-def test_the_second_encoder_of_flux_is_t5() -> None:
-    name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
-
-    found = to_native({name: torch.zeros(1, 1), _IN_UNET["flux"]: torch.zeros(1, 1)})
-
-    assert set(found.texts) == {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"}
 
 
 @pytest.mark.parametrize(
