@@ -19,12 +19,10 @@ def at(x: float, y: float = 50, size: float = 20) -> Box:
     return x - size / 2, y - size / 2, x + size / 2, y + size / 2
 
 
-def followed(
-    found: Mapping[int, Sequence[Box]], pictures: int, hold: int = HOLD, lookback: int = LOOKBACK
-) -> tuple[list[list[Box]], Tracks]:
+def followed(found: Mapping[int, Sequence[Box]], pictures: int) -> tuple[list[list[Box]], Tracks]:
     """What is covered in each picture, asked for as late as the stage does."""
-    tracks, covered = Tracks(hold, lookback), []
-    delay = max(hold, lookback)
+    tracks, covered = Tracks(HOLD, LOOKBACK), []
+    delay = max(HOLD, LOOKBACK)
     for index in range(pictures + delay):
         if index < pictures:
             tracks.see(index, found.get(index, []))
@@ -36,13 +34,9 @@ def followed(
 
 def holds(boxes: Sequence[Box], box: Box) -> bool:
     """Whether one of the boxes covers all of a box."""
-    return any(
-        each[0] <= box[0] + 1e-6
-        and each[1] <= box[1] + 1e-6
-        and each[2] >= box[2] - 1e-6
-        and each[3] >= box[3] - 1e-6
-        for each in boxes
-    )
+    left, top, right, bottom = np.array(boxes).reshape(-1, 4).T
+    is_around = (left <= box[0] + 1e-6) & (top <= box[1] + 1e-6)
+    return bool((is_around & (right >= box[2] - 1e-6) & (bottom >= box[3] - 1e-6)).any())
 
 
 def test_a_gap_between_two_sightings_is_covered_along_the_way() -> None:
@@ -58,9 +52,8 @@ def test_a_gap_between_two_sightings_is_covered_along_the_way() -> None:
 def test_something_that_stands_still_is_covered_before_and_after_it_is_found() -> None:
     covered, _ = followed({10: [at(50)], 11: [at(50)]}, 30)
 
-    assert [index for index, boxes in enumerate(covered) if boxes] == list(
-        range(10 - LOOKBACK, 11 + HOLD + 1)
-    )
+    held = [index for index, boxes in enumerate(covered) if boxes]
+    assert held == list(range(10 - LOOKBACK, 11 + HOLD + 1))
     assert all(holds(boxes, at(50)) for boxes in covered if boxes)
 
 
@@ -111,8 +104,7 @@ def changed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (one != other).any(axis=2)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("method", ["blur", "fill"])
+@pytest.mark.parametrize(("dtype", "method"), [(np.uint8, "blur"), (np.uint16, "blur"), (np.uint8, "fill")])
 def test_pixels_outside_are_the_same_to_the_bit(dtype: type, method: str) -> None:
     pixels = noise(80, 120, dtype)
     before = pixels.copy()
@@ -136,8 +128,7 @@ def test_a_box_of_usual_size_gets_the_blur_that_was_asked_for_mixed_with_its_sur
     assert (result[60:140, 60:140] == expected[60:140, 60:140]).all()
 
 
-@pytest.mark.parametrize("size", [6, 24, 100, 380])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("size", "dtype"), [(6, np.uint8), (24, np.uint16), (380, np.uint8)])
 def test_detail_is_gone_whatever_the_size_of_the_box(size: int, dtype: type) -> None:
     """A pattern of eight squares across the box, about as coarse as an eye in a face."""
     side = 400
