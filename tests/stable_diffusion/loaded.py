@@ -1,5 +1,6 @@
 """Loaded tiny models, ControlNets and LoRAs, for the tests of gen_img.py."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ def load(ckpt: Path | str, *others: object, device: torch.device = CPU) -> Model
 
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")
-_BY_NAME: dict[str, ModelKind] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
 
 
 def tokenize(text: str) -> list[int]:
@@ -75,7 +76,7 @@ def tokenize(text: str) -> list[int]:
 
 def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
     """The text encoders of a tiny model, loaded anew, and its kind."""
-    kind, end = _BY_NAME[name], vocabulary() - 1
+    kind, end = OF_NAME[name], vocabulary() - 1
     towers = []
     for number, (activation, layers) in enumerate(KINDS[name].texts):
         network = ClipText(text_config(activation, layers))
@@ -162,7 +163,6 @@ def make_pictures(project: Path, out: Path, *words: object) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))]
 
 
-OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
 SETTINGS = PictureSettings(width=64, height=48, steps=4, scale=7.5)
 
 
@@ -267,17 +267,23 @@ def kohya_name(path: str, kind: str) -> str:
     return f"lora_unet_{to_alias(name, SDXL_NAMES) if kind == 'sdxl' else name}"
 
 
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def change_json(path: Path, **values: object) -> None:
+    """Set values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
 def write(
     path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str] | None = None
 ) -> Path:
     """Write `name.part` tensors."""
-    tensors = {
-        f"{name}.{part}": one.contiguous()
-        for name, factors in modules.items()
-        for part, one in factors.items()
-    }
-    save_file(tensors, path, metadata)
-    return path
+    tensors = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
+    return save(path, tensors, metadata)
 
 
 def write_kohya(
