@@ -114,17 +114,23 @@ def options(*arguments: object) -> GenImgOptions:
 
 @dataclass
 class PlainMaker:
-    """Makes pictures of one colour, which the seed decides. batches: what it was asked for."""
+    """Makes pictures of one colour, which the seed decides.
+
+    batches, starts: what it was asked for.
+    """
 
     kind: ModelKind = SD1
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
     batches: list[list[AskedPicture]] = field(default_factory=list)
+    starts: list[SecondStart | None] = field(default_factory=list)
     networks: None = None
+    vae_batch_size: None = None
 
     @property
     def model(self) -> Any:
-        return SimpleNamespace(kind=self.kind, device=torch.device("cpu"))
+        vae = SimpleNamespace(device=CPU)
+        return SimpleNamespace(kind=self.kind, device=CPU, vae=vae, dtype=torch.float32)
 
     def make(
         self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
@@ -132,6 +138,7 @@ class PlainMaker:
         if self.fails_on and any(self.fails_on in picture.prompt for picture in pictures):
             raise self.error("no such thing")
         self.batches.append(list(pictures))
+        self.starts.append(start)
         size = pictures[0].settings.width, pictures[0].settings.height
         images = [Image.new("RGB", size, (picture.seed % 256, 0, 0)) for picture in pictures]
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
