@@ -69,7 +69,10 @@ TOGETHER = (
     (GUIDE, "--guide_image_path needs --control_net_models"),
     ("--control_net_models sd1.safetensors", "--guide_image_path"),
     ("--gradual_latent_timesteps 750", "works with --sampler euler_a only"),
-    ("--image_path picture.png --clip_vision_strength 1", "--clip_vision_strength"),
+    (
+        "--image_path picture.png --clip_vision_strength 1",
+        "is Stable Diffusion 1.x, which has no pooled state",
+    ),
     (f"{CLIP} clip --clip_image_guidance_scale 1", "--clip_image_guidance_scale needs --guide_image_path"),
     ("--highres_fix_scale 0.5 --highres_fix_upscaler no.such.module", "no.such.module"),
 )

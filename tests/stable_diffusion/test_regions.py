@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
 from stable_diffusion.regions import Regions, read_regions
-from tests.tiny.stable_diffusion import KINDS, unet_state
+from tests.stable_diffusion.loaded import unet_of
+from tests.tiny.stable_diffusion import KINDS
 
 HEIGHT, WIDTH = 72, 120  # pixels: latents 9 x 15, features 5 x 8, no two alike and none even
 TOKENS = 7
@@ -44,12 +44,6 @@ def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return functional.conv2d(x, weight, None, module.stride, module.padding)
     return functional.linear(x, weight)
-
-
-def tiny_unet(kind: str) -> Any:
-    unet = UNet2DConditionModel(**KINDS[kind].unet)
-    unet.load_state_dict(unet_state(kind))
-    return unet.eval().requires_grad_(False)
 
 
 def add_loras(unet: Any, count: int) -> list[dict[str, Lora]]:
@@ -175,7 +169,7 @@ def plain(unet: Any, call: UnetCall, regions: Tensor, changes: Sequence[dict[str
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> None:
-    unet = tiny_unet(kind)
+    unet = unet_of(kind)
     loras = add_loras(unet, 2)
     call = a_call(kind, [a_context(kind, 1, 2), a_context(kind, 2, 2)], rows=2)
     picture = a_picture(halves, parts=2)
@@ -192,7 +186,7 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
 
 
 def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
-    unet = tiny_unet("sd1")
+    unet = unet_of("sd1")
     loras = add_loras(unet, 2)
     call = a_call("sd1", [a_context("sd1", 1, 2)], rows=2)
     before = run(unet, call)
@@ -204,7 +198,7 @@ def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
 
 
 def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
-    unet = tiny_unet("sd1")
+    unet = unet_of("sd1")
     maker = Regions(unet, add_loras(unet, 2))
     with pytest.raises(OptionError, match=r"the prompt has 3 parts between AND, --network_weights 2 LoRAs"):
         maker.of(a_picture(halves, 3), WIDTH, HEIGHT)
