@@ -342,3 +342,9 @@ def results(model: Model) -> Result:
     context = random(1, 7, width, seed="context", scale=1).to(model.dtype)
     out = model.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)[0]
     return out, *texts
+
+
+def assert_same(found: Result, wanted: Result, tolerance: float = 1e-5) -> None:
+    """Compare what two models compute, in deviations."""
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one / other.std(), other / other.std(), rtol=tolerance, atol=tolerance)

@@ -30,10 +30,14 @@ SOURCES = ("--from_file", "--from_module", "--interactive")
 GUIDE = "--guide_image_path picture.png"
 CLIP = "--clip_guidance_scale 1 --clip_guidance_model"
 VGG = f"--vgg16_guidance_scale 1 {GUIDE} --vgg16_guidance_model"
+LAYERS = ("IN01", "IN02", "MID", "OUT03", "OUT04", "OUT05")  # cross-attentions of the tiny model
 # a line to add to the good command, which replaces its options, and what the message has to hold
 NUMBERS = (
     ("--W 100", "--W 100: sizes are multiples of 8"),
     ("--steps 2.5", "2.5 is not a whole number"),
+    ("--steps 1000", "--steps 1000"),
+    ("--sampler pndm --steps 3", "--steps 3: --sampler pndm"),
+    ("--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3", "--highres_fix_steps 3: --sampler pndm"),
     ("--scale nan", "--scale nan"),
     ("--scale inf", "--scale inf"),
     ("--seed 99999999999999999999", "does not fit 64 bits"),
@@ -69,11 +73,14 @@ TOGETHER = (
     (GUIDE, "--guide_image_path needs --control_net_models"),
     ("--control_net_models sd1.safetensors", "--guide_image_path"),
     ("--gradual_latent_timesteps 750", "works with --sampler euler_a only"),
-    (
-        "--image_path picture.png --clip_vision_strength 1",
-        "is Stable Diffusion 1.x, which has no pooled state",
-    ),
+    ("--image_path picture.png --clip_vision_strength 1", "is Stable Diffusion 1.x, which has no pooled"),
     (f"{CLIP} clip --clip_image_guidance_scale 1", "--clip_image_guidance_scale needs --guide_image_path"),
+    (f"--XTI_embeddings layers.safetensors --control_net_models a {GUIDE}", "do not work together"),
+    ("--ckpt BAD/sdxl.safetensors --XTI_embeddings layers.safetensors", "this is Stable Diffusion XL"),
+    (
+        "--XTI_embeddings layers.safetensors --textual_inversion_embeddings BAD/layers.safetensors",
+        "are both for the word layers",
+    ),
     ("--highres_fix_scale 0.5 --highres_fix_upscaler no.such.module", "no.such.module"),
 )
 FILES = (
@@ -191,6 +198,7 @@ def write_good(folder: Path) -> Path:
     mask.paste((255, 0, 0), (0, 0, 32, 64))
     mask.save(folder / "mask.png")
     save(folder / "word.safetensors", {"emb_params": torch.ones(2, 64)})
+    save(folder / "layers.safetensors", {name: torch.ones(2, 64) for name in LAYERS})
     return folder
 
 
@@ -216,8 +224,8 @@ def write_bad(folder: Path, good: Path) -> Path:
     save(folder / "wide_word.safetensors", {"emb_params": torch.ones(2, 99)})
     save(folder / "empty_word.safetensors", {"emb_params": torch.ones(0, 64)})
     save(folder / "nan_word.safetensors", {"emb_params": torch.full((2, 64), torch.nan)})
-    layers = ("IN01", "IN02", "MID", "OUT03", "OUT04", "OUT05")
-    save(folder / "wide_layers.safetensors", {name: torch.ones(2, 99) for name in layers})
+    save(folder / "wide_layers.safetensors", {name: torch.ones(2, 99) for name in LAYERS})
+    save(folder / "layers.safetensors", {"emb_params": torch.ones(2, 64)})
     _write_guides(folder)
     _write_folders(folder, good)
     for name, text in (
