@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-import convert_lora
 import merge_lora
 from modules.errors import CheckpointError
 from networks import extract_lora_from_models, sdxl_merge_lora
@@ -294,27 +293,6 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     assert_same(results(model), results(both))
     assert read_lora(total).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert set(load_file(one)) <= set(load_file(total))
-
-
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_converted_to_diffusers_and_back_it_has_the_same_names(
-    tmp_path: Path, tokenizers: Path, kind: str
-) -> None:
-    model = load(WRITERS[kind](tmp_path), "--tokenizer_cache_dir", tokenizers)
-    path = write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path)
-    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
-
-    convert_lora.main(["--input", str(path), "--output", str(there), "--target", "diffusers"])
-    convert_lora.main(["--input", str(there), "--output", str(back), "--target", "default"])
-
-    made = load_file(there)
-    assert any(name.startswith("unet.") for name in made)
-    assert {name for name in made if name.startswith("text_encoder_2.")} or kind == "sd1"
-    assert set(load_file(back)) == set(load_file(path))
-    other = load(model.path, "--tokenizer_cache_dir", tokenizers)
-    put_in(model, path)
-    put_in(other, back)
-    assert_same(results(model), results(other), 1e-4)
 
 
 def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
 from tests.stable_diffusion.loaded import (
     RANK,
-    Result,
     assert_same,
     in_places,
     kohya_name,
@@ -27,7 +26,6 @@ from tests.stable_diffusion.loaded import (
     put_in,
     random,
     results,
-    save,
     text_modules,
     unet_modules,
     write,
@@ -127,6 +125,20 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(
     assert_same(results(model), results(wanted))
     with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"):
         networks.choose((1, 1))
+
+
+def test_added_merged_and_calculated_before_are_the_same(fresh: Callable[..., Model], tmp_path: Path) -> None:
+    plain, wanted = fresh("sdxl"), fresh("sdxl")
+    path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
+    add_by_hand(wanted, plain_changes(path), 0.7)
+    expected = results(wanted)
+
+    for words in ([], ["--network_merge"], ["--network_pre_calc"]):
+        model = fresh("sdxl")
+        put_in(model, path, "--network_mul", 0.7, *words)
+        assert_same(results(model), expected)
+    for changed, before in zip(expected, results(plain), strict=True):
+        assert float((changed - before).abs().max()) > 0.01 * float(before.std())
 
 
 def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], tmp_path: Path) -> None:
@@ -258,89 +270,6 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
 
     networks.choose(None)
     assert weights == [1.0, 1.0]
-
-
-def assert_differ(found: Result, others: Result) -> None:
-    for one, other in zip(found, others, strict=True):
-        assert float((one - other).abs().max()) > 0.01 * float(other.std())
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_added_merged_and_calculated_before_are_the_same(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str
-) -> None:
-    plain, wanted = fresh(kind), fresh(kind)
-    path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
-    add_by_hand(wanted, plain_changes(path), 0.7)
-    expected = results(wanted)
-
-    for words in ([], ["--network_merge"], ["--network_pre_calc"]):
-        model = fresh(kind)
-        put_in(model, path, "--network_mul", 0.7, *words)
-        assert_same(results(model), expected)
-    assert_differ(expected, results(plain))
-
-
-def peft(name: str) -> str:
-    return name.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-
-
-def before_peft(name: str) -> str:
-    """Of attention alone: beside its layers in the U-Net, in them in the text encoder."""
-    if name.startswith("unet."):
-        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-            name = name.replace(f".{layer}.lora_", f".processor.{layer.removesuffix('.0')}_lora.")
-        return name
-    return name.replace(".lora_", ".lora_linear_layer.")
-
-
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "dialect",
-    [peft, before_peft, lambda name: peft(name).removeprefix("unet.")],
-    ids=["PEFT", "before PEFT", "without unet."],
-)
-def test_names_of_diffusers(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str, dialect: Callable[[str], str]
-) -> None:
-    model, same = fresh(kind), fresh(kind)
-    path = write_kohya(tmp_path / "kohya.safetensors", model, lambda path: "attn" in path)
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("alpha")}
-    kohya = save(tmp_path / "no alpha.safetensors", tensors)
-
-    # sd-scripts' name of a module -> `unet.down_blocks.0. ...` or `text_encoder. ...`
-    known = {kohya_name(path, model.kind.name): f"unet.{path}" for path in unet_modules(model)}
-    known |= {
-        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": f"text_encoder{end}.text_model.{path}"
-        for tower, end in zip(model.texts, ("", "_2"), strict=False)
-        for path, _ in tower.network.named_modules()
-    }
-
-    def theirs(name: str) -> str:
-        module, _, part = name.partition(".")
-        return dialect(f"{known[module]}.{part}")
-
-    other = save(tmp_path / "diffusers.safetensors", {theirs(name): one for name, one in tensors.items()})
-    plain = results(model)
-
-    put_in(model, other)
-    put_in(same, kohya)
-
-    assert_same(results(model), results(same))
-    assert_differ(results(model), plain)
-
-
-def test_half_precision_sums_are_made_in_float32(fresh: Callable[..., Model], tmp_path: Path) -> None:
-    model, plain = fresh("sd1", "--bf16"), fresh("sd1", "--bf16")
-    path = write_kohya(tmp_path / "x.safetensors", model, lambda path: path.endswith("to_q"))
-    changes = plain_changes(path)
-
-    put_in(model, path, "--network_merge")
-
-    for name, module in unet_modules(plain, lambda path: path.endswith("to_q")).items():
-        weight: Tensor = module.weight.float()  # type: ignore[operator, union-attr, assignment]
-        wanted = (weight + changes[kohya_name(name, "sd1")]).bfloat16()
-        assert torch.equal(model.unet.get_submodule(name).weight, wanted)
 
 
 @pytest.mark.parametrize(
