@@ -35,31 +35,20 @@ from stable_diffusion.contract import (
 )
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, load_networks
-from stable_diffusion.network_options import AddedNetworkOptions
-from stable_diffusion.options import GenImgOptions, ModelOptions, TextOptions, read_gen_img
+from stable_diffusion.options import GenImgOptions, ModelOptions, read_gen_img
 from tests.faults.messages import run_here
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, unet_state, vocabulary
 
 CPU = torch.device("cpu")
 
 
-def model_options(ckpt: Path | str, *others: object) -> ModelOptions:
-    """What a command line with these options says of the model."""
-    options: ModelOptions
-    (options,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
-    return options
-
-
-def load_model(options: ModelOptions, device: torch.device = CPU) -> Model:
-    """Load a checkpoint as gen_img.py would."""
-    check_attention(options, device)
-    with ExitStack() as files:
-        return load_release(options, open_release(options, files), device)
-
-
 def load(ckpt: Path | str, *others: object, device: torch.device = CPU) -> Model:
-    """Load the checkpoint of a command line."""
-    return load_model(model_options(ckpt, *others), device)
+    """Load the checkpoint of a command line as gen_img.py would."""
+    given: ModelOptions
+    (given,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
+    check_attention(given, device)
+    with ExitStack() as files:
+        return load_release(given, open_release(given, files), device)
 
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")
@@ -97,11 +86,6 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
             )
         )
     return tuple(towers), kind
-
-
-def text_options(*argv: object) -> TextOptions:
-    """Options as a command line gives them."""
-    return read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, argv)]).text
 
 
 def options(*arguments: object) -> GenImgOptions:
@@ -319,14 +303,8 @@ def in_places(path: str) -> bool:
     return path.endswith(("conv_in", "time_emb_proj", *ends))
 
 
-def network_options(*words: object) -> AddedNetworkOptions:
-    options: AddedNetworkOptions
-    (options,) = parse_options(None, [str(word) for word in words], AddedNetworkOptions)
-    return options
-
-
 def put_in(model: Model, *words: object) -> ChosenLoras | None:
-    return load_networks(network_options("--network_weights", *words), model)
+    return load_networks(options("--network_weights", *words).networks, model)
 
 
 @torch.no_grad()

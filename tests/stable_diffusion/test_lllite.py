@@ -190,11 +190,6 @@ def test_other_files_are_named(tmp_path: Path) -> None:
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def tokenizers(tmp_path: Path) -> Path:
-    return tokenizer_folder(tmp_path / "tokenizers")
-
-
 def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) -> None:
     if tool == "merge_lora":
         words = ["--dit", source, "--lora_weight", path, "--lora_multiplier", multiplier, "--device", "cpu"]
@@ -228,10 +223,11 @@ def write_text_lora(path: Path) -> Path:
     ],
 )
 def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
-    tmp_path: Path, tokenizers: Path, kind: str, tool: str
+    tmp_path: Path, kind: str, tool: str
 ) -> None:
+    tokenizer_folder(tmp_path / "tokenizers")
     source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
-    model = load(source, "--tokenizer_cache_dir", tokenizers)
+    model = load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
     path = write_kohya(
         tmp_path / "x.safetensors", model, lambda place: in_places(place) and place != "conv_in"
     )
@@ -239,7 +235,7 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
 
     merge(tool, source, path, output, 0.5)
 
-    merged = load(output, "--tokenizer_cache_dir", tokenizers)
+    merged = load(output, "--tokenizer_cache_dir", tmp_path / "tokenizers")
     assert_same(results(merged), results(model))
     before, after = load_file(source), load_file(output)
     assert before.keys() == after.keys()
@@ -249,7 +245,7 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
     extracted = tmp_path / "extracted.safetensors"
     extract(source, output, extracted, "--dim", 3, "--conv_dim", 3)
 
-    again = load(source, "--tokenizer_cache_dir", tokenizers)
+    again = load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
     put_in(again, extracted)
     assert_same(results(again), results(merged), 1e-3)
     with safe_open(extracted, "pt") as file:
@@ -278,8 +274,9 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
         extract(source, write_sd1(tmp_path), lora)
 
 
-def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path, tokenizers: Path) -> None:
-    model = load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tokenizers)
+def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path) -> None:
+    tokenizer_folder(tmp_path / "tokenizers")
+    model = load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tmp_path / "tokenizers")
     one = write_kohya(tmp_path / "one.safetensors", model, in_places)
     other = write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
     total = tmp_path / "sum.safetensors"
@@ -287,7 +284,7 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     words = ["--models", one, other, "--ratios", 0.5, -2, "--save_to", total, "--concat"]
     sdxl_merge_lora.main([str(word) for word in words])
 
-    both = load(model.path, "--tokenizer_cache_dir", tokenizers)
+    both = load(model.path, "--tokenizer_cache_dir", tmp_path / "tokenizers")
     put_in(both, one, other, "--network_mul", 0.5, -2)
     put_in(model, total)
     assert_same(results(model), results(both))

@@ -26,7 +26,6 @@ from tests.tiny.stable_diffusion import (
     unet_state,
     vae_state,
     write_folder,
-    write_sd1,
     write_sdxl,
 )
 
@@ -59,7 +58,6 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
     model = quick(folder, kind if layout == "folder" else f"{kind}.safetensors")
 
     assert model.kind.name == kind
-    assert not model.is_inpainting
     assert_equal_states(model.unet, unet_state(kind))
     assert_equal_states(model.vae, vae_state())
     assert model.vae.config.scaling_factor == KINDS[kind].latent_scale == model.kind.latent_scale
@@ -75,13 +73,6 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
         assert torch.equal(model.texts[1].projection, projection.T)  # type: ignore[arg-type]
     networks = (model.unet, model.vae, *(tower.network for tower in model.texts))
     assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
-
-
-def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -> None:
-    model = quick(folder, write_sd1(tmp_path, channels=9))
-
-    assert model.is_inpainting
-    assert model.unet.conv_in.weight.shape[1] == 9
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.stable_diffusion.loaded import (
     kohya_name,
     load,
     low_rank,
-    network_options,
+    options,
     put_in,
     random,
     results,
@@ -33,9 +33,11 @@ from tests.stable_diffusion.loaded import (
 )
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
+Fresh = Callable[..., Model]
+
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     """Loads a new model of a kind."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = tokenizer_folder(folder / "tokenizers")
@@ -79,7 +81,7 @@ def plain_changes(path: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("words", [[], ["--network_pre_calc"]], ids=["added", "before"])
 def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
-    fresh: Callable[..., Model], tmp_path: Path, words: list[str]
+    fresh: Fresh, tmp_path: Path, words: list[str]
 ) -> None:
     plain = fresh()
     one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
@@ -107,9 +109,7 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     assert_same(results(model), results(both))
 
 
-def test_the_first_files_are_merged_and_the_others_have_strengths(
-    fresh: Callable[..., Model], tmp_path: Path
-) -> None:
+def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, tmp_path: Path) -> None:
     plain = fresh()
     one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
     other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path)
@@ -127,7 +127,7 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(
         networks.choose((1, 1))
 
 
-def test_added_merged_and_calculated_before_are_the_same(fresh: Callable[..., Model], tmp_path: Path) -> None:
+def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path: Path) -> None:
     plain, wanted = fresh("sdxl"), fresh("sdxl")
     path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
     add_by_hand(wanted, plain_changes(path), 0.7)
@@ -141,7 +141,7 @@ def test_added_merged_and_calculated_before_are_the_same(fresh: Callable[..., Mo
         assert float((changed - before).abs().max()) > 0.01 * float(before.std())
 
 
-def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], tmp_path: Path) -> None:
+def test_norms_change_at_run_time_and_when_merged(fresh: Fresh, tmp_path: Path) -> None:
     model, merged, wanted = fresh(), fresh(), fresh()
     named = [path for path, one in model.unet.named_modules() if isinstance(one, nn.GroupNorm | nn.LayerNorm)]
     norms = {path: wanted.unet.get_submodule(path) for path in named}
@@ -165,7 +165,7 @@ def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], t
 
 
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
-    fresh: Callable[..., Model], tmp_path: Path
+    fresh: Fresh, tmp_path: Path
 ) -> None:
     """SD 1 with the names that SDXL's LoRAs have."""
     model, same = fresh(), fresh()
@@ -182,9 +182,7 @@ def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
     assert_same(results(model), results(same))
 
 
-def test_layers_tell_each_lora_and_let_its_output_be_changed(
-    fresh: Callable[..., Model], tmp_path: Path
-) -> None:
+def test_layers_tell_each_lora_and_let_its_output_be_changed(fresh: Fresh, tmp_path: Path) -> None:
     model, plain = fresh(), fresh()
     one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
     other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv1" in path, texts=False)
@@ -221,10 +219,10 @@ def of_flux(path: Path) -> Path:
 )
 def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        network_options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
+        options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
 
 
-def test_a_lora_of_another_family_or_kind_is_named(fresh: Callable[..., Model], tmp_path: Path) -> None:
+def test_a_lora_of_another_family_or_kind_is_named(fresh: Fresh, tmp_path: Path) -> None:
     cross = {"lora_down.weight": random(2, 2048, seed="a"), "lora_up.weight": random(32, 2, seed="b")}
     place = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     wide = "is a LoRA for Stable Diffusion XL, by its sizes; --ckpt is Stable Diffusion 1.x"
@@ -233,19 +231,19 @@ def test_a_lora_of_another_family_or_kind_is_named(fresh: Callable[..., Model], 
         (of_flux(tmp_path / "flux.safetensors"), flux),
         (write(tmp_path / "wide.safetensors", {place: cross}), wide),
     ):
-        given = network_options("--network_weights", path)
+        given = options("--network_weights", path).networks
         with pytest.raises(CheckpointError, match=message):
             check_kind(read_networks(given), SD1)
 
 
 def test_what_a_file_says_of_itself_is_shown(
-    fresh: Callable[..., Model], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fresh: Fresh, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     factors = {name: low_rank(name, one) for name, one in text_modules(fresh()).items()}
     said = {"ss_base_model_version": "sd_v2", "ss_tag_frequency": '{"10_cat": {"cat": 3}}'}
     path = write(tmp_path / "x.safetensors", factors, said)
-    check_kind(read_networks(network_options("--network_weights", path, "--network_show_meta")), SD1)
+    check_kind(read_networks(options("--network_weights", path, "--network_show_meta").networks), SD1)
 
     assert '"10_cat": {' in caplog.text
     assert "was trained for Stable Diffusion 2.x, as its metadata say, and is used with" in caplog.text

@@ -36,13 +36,6 @@ def write_lines(folder: Path, *lines: str) -> Path:
     return path
 
 
-def test_a_prompt_with_options_makes_a_picture(tmp_path: Path) -> None:
-    maker = run(tmp_path, "--prompt", "a cat --w 32 --n bad --f mine", "--seed", 9)
-    (picture,) = maker.pictures
-    assert (picture.prompt, picture.negative_prompt, picture.seed) == ("a cat", "bad", 9)
-    assert names(tmp_path) == ["mine.png"]
-
-
 def test_lines_of_a_file_are_made_in_batches(tmp_path: Path) -> None:
     path = write_lines(tmp_path, "# no", "", "eins für 1", "two --s 3", "three --s 3", "four --s 3")
     maker = run(tmp_path, "--from_file", path, "--batch_size", 2, "--sequential_file_name")

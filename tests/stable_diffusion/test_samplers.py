@@ -110,18 +110,11 @@ def test_nothing_is_drawn_by_what_is_not_asked_for() -> None:
         assert torch.equal(generator.get_state(), state)
 
 
-def test_an_offset_is_one_number_for_each_channel() -> None:
+def test_an_offset_is_one_number_for_each_channel_of_the_size_that_is_asked_for() -> None:
     noise, generator = draw(1)
     options = StartNoiseOptions(noise_offset_prob=1.0, noise_offset_range=(0.5, 0.5))
     shift = vary_noise(noise, options, generator) - noise
     torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift))
-    assert len(set(shift[:, 0, 0].tolist())) == 4
-    _, generator = draw(1)
-    torch.testing.assert_close(add_offset(noise, 0.0, generator), noise)
-
-
-def test_offsets_have_the_size_that_is_asked_for() -> None:
-    generator = torch.Generator().manual_seed(0)
     shifts = torch.stack([add_offset(torch.zeros(4, 1, 1), 0.3, generator) for _ in range(1000)])
     assert shifts.std().item() == pytest.approx(0.3, rel=0.05)
 

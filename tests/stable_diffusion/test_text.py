@@ -20,7 +20,7 @@ from stable_diffusion.contract import Model
 from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
 from stable_diffusion.tokenizers import MOST, Part, cut_into_chunks, cut_text, parse_weights
-from tests.stable_diffusion.loaded import load, make_towers, text_options
+from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
 
@@ -67,7 +67,7 @@ def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_fi
     """A single file of SD 2 has one layer more, which does not count."""
     pipeline, *models = opened(kind, folder / kind)
     model = models[is_file]
-    texts = Texts(model.texts, model.kind, text_options())
+    texts = Texts(model.texts, model.kind, options().text)
     for text in PLAIN:
         context, pooled = encode_prompt(pipeline, text)
         found = texts.encode(text)
@@ -85,12 +85,12 @@ def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
     with torch.no_grad():
         states = encoder(given, output_hidden_states=True).hidden_states
         for skip in (1, 2, 3):
-            texts = Texts(model.texts, model.kind, text_options("--clip_skip", skip))
+            texts = Texts(model.texts, model.kind, options("--clip_skip", skip).text)
             state = states[-skip] if kind == "sdxl" else encoder.final_layer_norm(states[-skip])
             found = texts.encode("a cat").context[:, : state.shape[-1]]
             torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
     with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
-        Texts(model.texts, model.kind, text_options("--clip_skip", 4))
+        Texts(model.texts, model.kind, options("--clip_skip", 4).text)
 
 
 @pytest.mark.parametrize(("layers", "loaded"), [(3, 3), (23, 23), (24, 23)])
@@ -159,8 +159,8 @@ def plain_loop(
 )
 def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: str, mode: str) -> None:
     pipeline, _, model = opened(kind, folder / kind)
-    options = text_options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode)
-    texts = Texts(model.texts, model.kind, options)
+    given = options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode).text
+    texts = Texts(model.texts, model.kind, given)
     for text, parts in WEIGHTED.items():
         context, pooled = plain_loop(pipeline, parts, mode)
         found = texts.encode(text)
@@ -172,7 +172,7 @@ def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: s
 
 
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    texts = Texts(*make_towers("sdxl"), text_options())
+    texts = Texts(*make_towers("sdxl"), options().text)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts.chunks("a " * 75 + "red (cat:2)") == 1
@@ -190,7 +190,7 @@ def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
     shapes: list[torch.Size] = []
     for tower in towers:
         tower.network.embeddings.register_forward_hook(lambda _, given, out: shapes.append(given[0].shape))
-    texts = Texts(towers, sort, text_options("--max_embeddings_multiples", 3))
+    texts = Texts(towers, sort, options("--max_embeddings_multiples", 3).text)
     for _ in range(3):
         texts.encode("a (red:1.3) cat " * 50)
     assert shapes == [(2, 77)] * len(towers)
@@ -206,8 +206,6 @@ UP, DOWN = 1.1, 1 / 1.1
     [
         ("", []),
         ("a cat, 8k: sharp", [("a cat, 8k: sharp", 1)]),
-        ("a (red) car", [("a ", 1), ("red", UP), (" car", 1)]),
-        ("(x:1.3)", [("x", 1.3)]),
         ("(x: 0.5 )", [("x", 0.5)]),
         ("(x:.5) (y:-1.) (z:+2)", [("x", 0.5), (" ", 1), ("y", -1), (" ", 1), ("z", 2)]),
         ("[[a]]", [("a", DOWN * DOWN)]),
@@ -218,7 +216,6 @@ UP, DOWN = 1.1, 1 / 1.1
         (r"back\slash \{x\}", [(r"back\slash \{x\}", 1)]),
         ("(a (b", [("a ", UP), ("b", UP * UP)]),
         ("a) b] :1.3)", [("a) b] :1.3)", 1)]),
-        ("(a:1.2.3)", [("a:1.2.3", UP)]),
         ("[a:1.3]", [("a:1.3", DOWN)]),
         ("(a [b) c]", [("a ", UP), ("b", UP * DOWN), (" c", DOWN)]),
         ("() [] (:1.3)", [("  ", 1)]),
@@ -238,7 +235,6 @@ def test_weights_are_read(text: str, parts: list[tuple[str, float]]) -> None:
         ("a BREAK b", [Part("a "), Part(" b", begins_chunk=True)]),
         ("(a BREAK b:2)", [Part("a ", 2), Part(" b", 2, begins_chunk=True)]),
         ("BREAK a", [Part(" a", begins_chunk=True)]),
-        ("a BREAK", [Part("a ")]),
         ("BREAKFAST break a_BREAK", [Part("BREAKFAST break a_BREAK")]),
     ],
 )
@@ -281,10 +277,8 @@ def test_break_and_the_75th_token_end_a_chunk(text: str, expected: list[int]) ->
 @pytest.mark.parametrize(
     ("text", "most", "rest"),
     [
-        ("a " * 75, 1, ""),
         ("a " * 73 + "b (c d:2) e", 1, "d e"),
         ("a " * 75 + "(b c:1.5) d", 1, "b c d"),
-        ("a BREAK b c", 1, "b c"),
         ("a BREAK b BREAK c", 2, "c"),
     ],
 )

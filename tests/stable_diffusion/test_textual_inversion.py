@@ -22,7 +22,7 @@ from stable_diffusion.text import Texts
 from stable_diffusion.textual_inversion import read_words, with_words
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
 from tests.parity.stable_diffusion import their_scheduler
-from tests.stable_diffusion.loaded import make_towers, text_options, tokenize
+from tests.stable_diffusion.loaded import make_towers, options, tokenize
 from tests.stable_diffusion.test_making import load, start_noise
 from tests.tiny.stable_diffusion import (
     TEXT_DIM,
@@ -75,8 +75,8 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     rows = [tower.network.embeddings.token_embedding.weight[tokenize("red cat")].clone() for tower in towers]
     names = ["clip_l", "clip_g"] if kind == "sdxl" else ["emb_params"]
     path = write(tmp_path / "Blob-v1.safetensors", dict(zip(names, rows, strict=True)))
-    expected = Texts(towers, sort, text_options()).encode("a red cat , (red cat:1.5) in a house cat")
-    texts = Texts(make_towers(kind)[0], sort, text_options("--textual_inversion_embeddings", path))
+    expected = Texts(towers, sort, options().text).encode("a red cat , (red cat:1.5) in a house cat")
+    texts = Texts(make_towers(kind)[0], sort, options("--textual_inversion_embeddings", path).text)
     found = texts.encode("a blob-v1, (BLOB-V1:1.5) in a house blob-v11")
     assert torch.equal(found.context, expected.context)
     if kind == "sdxl":
@@ -130,7 +130,7 @@ def test_what_does_not_fit_the_model_is_refused(
     towers, sort = make_towers(kind)
     rows = len(towers[0].network.embeddings.token_embedding.weight)
     with pytest.raises(CheckpointError, match=message):
-        Texts(towers, sort, text_options("--textual_inversion_embeddings", path))
+        Texts(towers, sort, options("--textual_inversion_embeddings", path).text)
     assert len(towers[0].network.embeddings.token_embedding.weight) == rows
 
 

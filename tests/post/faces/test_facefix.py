@@ -74,12 +74,8 @@ def _stage(model: Path, *words: object) -> Facefix:
     return stage
 
 
-def _clip(is_deep: bool = False) -> Clip:
-    return Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
-
-
 def _run(stage: Facefix, frames: Sequence[Pixels], is_deep: bool = False) -> list[Pixels]:
-    clip = _clip(is_deep)
+    clip = Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
     made = list(stage.run(_pictures(frames), clip))
     assert [picture.start for picture in made] == [Fraction(i, 10) for i in range(len(frames))]
     size = stage.result(clip)
@@ -285,16 +281,13 @@ def test_a_yunet_is_found_and_has_a_threshold_of_its_own(folder: Path, tmp_path:
     assert _run(stage, [faced])[0] is faced  # the tiny YuNet says that both eyes are at one place
 
 
-def _script(folder: Path, *words: object) -> str:
-    return succeed_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
-
-
 def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_path: Path) -> None:
     clip, words = tmp_path / "a.mkv", ("--mode", "codeformer", "-s", 2)
     dots = [(), ((40, 24),), ((42, 25), (80, 8)), ((43, 25),), ()]
     write_video(clip, (_pixels(*each) for each in dots), 10, codec="h264", preset="ultrafast")
 
-    _script(folder, "--input", clip, "--output", tmp_path / "b.mkv", "--codec", "h264", "--keep_pngs", *words)
+    files = ("--model", folder, "--input", clip, "--output", tmp_path / "b.mkv", "--codec", "h264")
+    succeed_here("blissful_tuner/facefix.py", *files, "--keep_pngs", *words, folder=tmp_path)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the script has it: sums of more threads round differently

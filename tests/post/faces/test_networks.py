@@ -273,33 +273,11 @@ def test_what_half_precision_cannot_hold_is_found_in_float32(
     assert "goes on in float32" in caplog.text
 
 
-class Says(nn.Module):
-    """A network that finds what it is told to, at the anchors themselves."""
+@pytest.mark.parametrize(("side", "count"), [(16, 2), (20, 1)])  # 0.33 and 0.43 of both are shared
+def test_faces_that_overlap_by_more_than_0_4_are_one(tmp_path: Path, side: float, count: int) -> None:
+    detector = load_detector(write_red_detector(tmp_path / "red.pth", side), CPU)
 
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(scores[None])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = self.scores.shape[1]
-        return self.scores, torch.zeros(1, count, 4), torch.zeros(1, count, 10)
-
-
-def test_faces_that_overlap_by_more_than_0_4_are_one() -> None:
-    places = anchors(64, 64) * 64
-    scores = torch.zeros(len(places))
-    for score, (x, y, size) in (
-        (0.9, (20, 20, 32)),
-        (0.8, (28, 20, 32)),
-        (0.7, (36, 20, 32)),
-        (0.6, (20, 20, 16)),
-    ):
-        scores[(places == torch.tensor([x, y, size, size])).all(dim=1)] = score
-    network: Any = Says(scores)
-
-    found = RetinaFaceDetector(network, None, torch.device("cpu")).find(np.zeros((64, 64, 3), np.uint8), 0.5)
-
-    assert [round(each.score, 3) for each in found] == [0.9, 0.7, 0.6]  # 0.6 and 0.33 of both are shared
+    assert len(detector.find(dotted(64, 96, (40, 28), (48, 28)), 0.5)) == count
 
 
 def wave_face(size: int, phase: float) -> Tensor:
