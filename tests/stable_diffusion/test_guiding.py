@@ -54,19 +54,12 @@ class Project:
     def guide(self) -> Path:
         return self.folder / "guide.png"
 
-    def words(self, **scales: float) -> list[str]:
-        found = [word for name, scale in scales.items() for word in (f"--{name}", str(scale))]
-        if any(name.startswith("clip") for name in scales):
-            found += ["--clip_guidance_model", str(self.folder / "clip")]
-        if any(name.startswith("vgg") for name in scales):
-            found += ["--vgg16_guidance_model", str(self.folder / "vgg16.pth")]
-        if set(scales) - {"clip_guidance_scale"}:
-            found += ["--guide_image_path", str(self.guide)]
-        return found
-
-    def load(self, *words: object, **scales: float) -> Maker:
-        given = [*self.files.options, "--prompt", "x", *self.words(**scales), *map(str, words)]
-        made = assemble(read_gen_img(None, given), CPU)
+    def load(self, *words: str) -> Maker:
+        """With all three guides."""
+        scales = [word for name, scale in SCALES.items() for word in (f"--{name}", str(scale))]
+        files = ["--clip_guidance_model", self.folder / "clip", "--guide_image_path", self.guide]
+        files += ["--vgg16_guidance_model", self.folder / "vgg16.pth", "--prompt", "x"]
+        made = assemble(read_gen_img(None, [*self.files.options, *scales, *map(str, files), *words]), CPU)
         assert isinstance(made, Maker)
         return made
 
@@ -83,10 +76,9 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def picture(guide: Path | None = None, **others: Any) -> AskedPicture:
-    given: dict[str, Any] = {"settings": SETTINGS, "seed": 5, **others}
+    given = {"prompt": "a (red:1.5) cat", "settings": SETTINGS, **others}
     guides = () if guide is None else (guide,)
-    words = {"prompt": "a (red:1.5) cat", "negative_prompt": "ugly", "raw_prompt": ""}
-    return AskedPicture("line 1", guides=guides, **{**words, **given})
+    return AskedPicture("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
 
 
 def vgg_features(pixels: Tensor, last: int) -> Tensor:
@@ -184,8 +176,7 @@ def assert_same(made: Tensor, wanted: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def maker(sd1: Project) -> Maker:
-    """With all three guides."""
-    return sd1.load(**SCALES)
+    return sd1.load()
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm_2_a", "dpmsolver++"])
@@ -200,7 +191,7 @@ def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler:
 
 def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
     sd2 = project("sd2", tmp_path)
-    maker = sd2.load("--v_parameterization", **SCALES)
+    maker = sd2.load("--v_parameterization")
 
     assert_same(latents_of(maker, picture(sd2.guide)), follow(sd2, maker, *begin("ddim", velocity=True)))
     snr = replace(maker, sampling=replace(maker.sampling, zero_terminal_snr=True))

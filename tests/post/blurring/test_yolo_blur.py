@@ -138,21 +138,15 @@ def test_pictures_of_the_source_stay_behind_and_the_rest_is_kept(
     with av.open(str(tmp_path / "plain.mkv")) as source, av.open(str(tmp_path / "clip.mkv"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         target.add_attachment("cover.png", "image/png", shown.getvalue())
-        target.add_attachment("photo.webp", "image/webp", shown.getvalue())
         target.add_attachment("letters.ttf", "application/x-truetype-font", b"a font")
         target.metadata.update({"title": "At home", "xmp": "<x>", "note": "QUJD" * 200})
-        target.set_chapters(
-            [{"id": 1, "start": 0, "end": 1, "time_base": Fraction(1, 12), "metadata": {"title": "A"}}]
-        )
         for packet in source.demux(video=0):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
 
-    main(
-        ["--model", str(detector), "--device", "cpu", "--codec", "h264", "--container", "mkv"]
-        + ["--input", str(tmp_path / "clip.mkv")]
-    )
+    words = ["--model", str(detector), "--device", "cpu", "--codec", "h264", "--container", "mkv"]
+    main([*words, "--input", str(tmp_path / "clip.mkv")])
 
     with av.open(str(tmp_path / "clip_blur.mkv")) as made:
         assert [each.type for each in made.streams] == ["video", "attachment"]
@@ -160,8 +154,7 @@ def test_pictures_of_the_source_stay_behind_and_the_rest_is_kept(
         tags = {name.lower(): text for name, text in made.metadata.items()}
         assert tags["title"] == "At home"
         assert not tags.keys() & {"xmp", "note"}
-        assert [chapter["metadata"]["title"] for chapter in made.chapters()] == ["A"]
-    assert caplog.text.count("is left out: ") == 2
+    assert caplog.text.count("is left out: ") == 1
     assert "left out, because there may be a picture in it: " in caplog.text
 
 
