@@ -209,6 +209,16 @@ def call_of(kind: str, rows: int = 2, step: int = 0, size: tuple[int, int] = (64
     )
 
 
+@torch.no_grad()
+def run_unet(unet: Any, call: UnetCall) -> Tensor:
+    """What a U-Net makes of a call."""
+    added = {}
+    if call.residuals is not None:
+        added["down_block_additional_residuals"], added["mid_block_additional_residual"] = call.residuals
+    known = dict(call.added)
+    return unet(call.sample, call.timestep, call.context, added_cond_kwargs=known, **added).sample
+
+
 def pixels(path: Path) -> Tensor:
     """A guide as it is: 1 3 H W in 0..1."""
     return torch.from_numpy(np.array(Image.open(path))).float().permute(2, 0, 1)[None] / 255

@@ -16,7 +16,7 @@ from stable_diffusion.contract import AskedPicture, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
-from tests.stable_diffusion.loaded import PlainMaker, call_of, unet_of
+from tests.stable_diffusion.loaded import PlainMaker, call_of, run_unet, unet_of
 from tests.tiny.post_upscaling import rrdb_weights
 
 OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
@@ -186,17 +186,10 @@ def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedPicture]:
     ]
 
 
-def run(unet: Any, call: UnetCall) -> Tensor:
-    added = {}
-    if call.residuals is not None:
-        added["down_block_additional_residuals"], added["mid_block_additional_residual"] = call.residuals
-    return unet(call.sample, call.timestep, call.context, **added).sample
-
-
 def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:
     with DeepShrinks(unet).for_batch(shrinking(shrink), 64, 64) as idea:
         assert idea is not None
-        return run(unet, idea(call))
+        return run_unet(unet, idea(call))
 
 
 def walk(unet: Any, call: UnetCall, depth: int | None, ratio: float) -> Tensor:
@@ -254,19 +247,19 @@ def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float
     made = shrunk(unet, call, DeepShrinkOptions(ds_depth_1=depth, ds_ratio=ratio))
     assert made.shape == call.sample.shape
     torch.testing.assert_close(made, walk(unet, call, depth, ratio), atol=1e-5, rtol=1e-5)
-    assert (made - run(unet, call)).abs().max() > 1e-3
+    assert (made - run_unet(unet, call)).abs().max() > 1e-3
 
 
 def test_nothing_stays_behind(unet: Any) -> None:
     call = call_at(900.0)
-    before = run(unet, call)
+    before = run_unet(unet, call)
     with DeepShrinks(unet).for_batch(shrinking(None), 64, 64) as idea:
         assert idea is None
-        assert torch.equal(run(unet, call), before)
+        assert torch.equal(run_unet(unet, call), before)
     above = DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=950)
     assert torch.equal(shrunk(unet, call, above), before)
     shrunk(unet, call, DeepShrinkOptions(ds_depth_1=1))
-    assert torch.equal(run(unet, call), before)
+    assert torch.equal(run_unet(unet, call), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 

@@ -28,6 +28,7 @@ from tests.stable_diffusion.loaded import (
     pixels,
     put_in,
     results,
+    run_unet,
     unet_of,
     write,
     write_guide,
@@ -54,13 +55,6 @@ CONVOLUTION = {"lllite_unet_input_blocks_4_0_out_layers_3": 128}
 
 def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
     return ControlOptions.usual(control_net_lllite_models=paths, **values)
-
-
-def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
-    with torch.no_grad():
-        return unet(
-            call.sample, call.timestep, encoder_hidden_states=call.context, added_cond_kwargs=dict(call.added)
-        ).sample
 
 
 def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, multiplier: float) -> None:
@@ -97,18 +91,18 @@ def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
     model, call = model_of("sdxl"), call_of("sdxl")
     lllites = load_lllites(options_of(*paths, control_net_multipliers=(0.8, 0.5)), model)
     assert lllites is not None
-    before = run(model.unet, call)
+    before = run_unet(model.unet, call)
 
     with torch.no_grad(), lllites.for_batch([picture(*guides)], 64, 64) as idea:
         assert idea is not None
-        found = run(model.unet, idea(call))
+        found = run_unet(model.unet, idea(call))
 
     plain = unet_of("sdxl")
     for seed, guide, multiplier in zip((60, 61), guides, (0.8, 0.5), strict=True):
         wrap(plain, lllite_state(seed=seed), pixels(guide).repeat(2, 1, 1, 1) * 2 - 1, multiplier)
-    torch.testing.assert_close(found, run(plain, call), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, run_unet(plain, call), atol=1e-5, rtol=1e-5)
     assert (found - before).abs().max() > 1e-2
-    assert torch.equal(run(model.unet, call), before)  # nothing is left in it
+    assert torch.equal(run_unet(model.unet, call), before)  # nothing is left in it
 
 
 def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None:
@@ -123,8 +117,8 @@ def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None
     with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         assert idea is not None
-        run(model.unet, idea(call))
-    run(model.unet, call)
+        run_unet(model.unet, idea(call))
+    run_unet(model.unet, call)
 
     state = {
         name.partition(".")[2]: tensor for name, tensor in lllite_state(CONVOLUTION, convolution=True).items()
@@ -148,7 +142,7 @@ def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[T
     assert lllites is not None
     with torch.no_grad(), lllites.for_batch([picture(guide)], width, height) as idea:
         assert idea is not None
-        return [run(model.unet, idea(call)) for call in calls]
+        return [run_unet(model.unet, idea(call)) for call in calls]
 
 
 def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:

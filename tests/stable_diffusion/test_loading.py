@@ -313,14 +313,6 @@ def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: 
     assert model.texts[0].network.num_layers == 23
 
 
-def test_a_download_by_name_is_refused_without_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(Exception, match="owner/name-of-model"):
-        load("owner/name-of-model")
-
-
 def test_a_name_on_the_hub_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

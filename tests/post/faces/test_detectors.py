@@ -14,12 +14,25 @@ from post.faces.boxes import FoundFace, best_of
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import read_onnx
 from post.faces.yolo import YoloDetector, YoloLayout
-from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import _field, _node, _number, write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 from tests.tiny.taehv import write_taehv
 
 CPU = torch.device("cpu")
+
+
+def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:
+    """A grey picture with red dots of 8 x 8 pixels around x, y."""
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    for x, y in centres:
+        pixels[y - 4 : y + 4, x - 4 : x + 4] = (red, 0, 0)
+    return pixels
+
+
+def surrounds(found: FoundFace, left: float, top: float, right: float, bottom: float) -> bool:
+    """Whether a box holds all of another one."""
+    box = found.box
+    return box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom
 
 
 def found_in(path: Path, pixels: np.ndarray, least_score: float = 0.5) -> list[FoundFace]:
