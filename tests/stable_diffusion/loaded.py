@@ -299,18 +299,14 @@ def write_kohya(
     return write(path, modules)
 
 
+# of each sort of module in the U-Net one or more
+PLACES = (
+    "conv_in time_emb_proj conv1 conv_shortcut downsamplers.0.conv upsamplers.0.conv proj_in attn2.to_k net.2"
+)
+
+
 def in_places(path: str) -> bool:
-    """Of each sort of module one or more."""
-    ends = (
-        "conv1",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "proj_in",
-        "attn2.to_k",
-        "net.2",
-    )
-    return path.endswith(("conv_in", "time_emb_proj", *ends))
+    return path.endswith(tuple(PLACES.split()))
 
 
 def put_in(model: Model, *words: object) -> ChosenLoras | None:

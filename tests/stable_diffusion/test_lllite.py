@@ -1,5 +1,6 @@
 """ControlNet-LLLite, and the tools for LoRAs of Stable Diffusion."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,32 +58,31 @@ def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
     return ControlOptions.usual(control_net_lllite_models=paths, **values)
 
 
+def tell(weights: dict[str, Tensor], guides: Tensor) -> Tensor:
+    """What a layer is told of guides, R 3 H W in -1..1."""
+    first, second = ("conditioning1.0", "conditioning1.2")
+    told = functional.conv2d(guides, weights[f"{first}.weight"], weights[f"{first}.bias"], stride=4)
+    return functional.conv2d(told.relu(), weights[f"{second}.weight"], weights[f"{second}.bias"], stride=4)
+
+
+def change(weights: dict[str, Tensor], told: Tensor, x: Tensor) -> Tensor:
+    """What is added to the input of a layer that convolves, or multiplies."""
+    apply, axis = (functional.conv2d, 1) if x.ndim == 4 else (functional.linear, 2)
+    x = apply(x, weights["down.0.weight"], weights["down.0.bias"]).relu()
+    x = apply(torch.cat([told, x], axis), weights["mid.0.weight"], weights["mid.0.bias"]).relu()
+    return apply(x, weights["up.0.weight"], weights["up.0.bias"])
+
+
 def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, multiplier: float) -> None:
-    """Change a U-Net for good, by the formula. guides: R 3 H W in -1..1."""
+    """Change a U-Net for good, by the formula."""
     for name in {name.partition(".")[0] for name in state}:
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if name + "." in key}
         # lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q
         block, _, rest = name.removeprefix("lllite_unet_").partition("_transformer_blocks_")
         number, attention, kind = rest.split("_", 2)
         layer = unet.get_submodule(f"{PLACES[block]}.transformer_blocks.{number}.{attention}.{kind}")
-        told = functional.conv2d(
-            guides, weights["conditioning1.0.weight"], weights["conditioning1.0.bias"], stride=4
-        )
-        told = functional.conv2d(
-            told.relu(), weights["conditioning1.2.weight"], weights["conditioning1.2.bias"], stride=4
-        )
-        layer.forward = changed(layer.forward, weights, told.flatten(2).transpose(1, 2), multiplier)
-
-
-def changed(forward, weights: dict[str, Tensor], told: Tensor, multiplier: float):  # type: ignore[no-untyped-def]
-    def linear(part: str, x: Tensor) -> Tensor:
-        return functional.linear(x, weights[f"{part}.0.weight"], weights[f"{part}.0.bias"])
-
-    def new(x: Tensor) -> Tensor:
-        joined = torch.cat([told, linear("down", x).relu()], dim=2)
-        return forward(x + multiplier * linear("up", linear("mid", joined).relu()))
-
-    return new
+        added = partial(change, weights, tell(weights, guides).flatten(2).transpose(1, 2))
+        layer.forward = lambda x, forward=layer.forward, added=added: forward(x + multiplier * added(x))
 
 
 def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
@@ -123,15 +123,8 @@ def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None
     state = {
         name.partition(".")[2]: tensor for name, tensor in lllite_state(CONVOLUTION, convolution=True).items()
     }
-    told = pixels(guide).repeat(2, 1, 1, 1) * 2 - 1
-    for place in (0, 2):
-        weight, bias = state[f"conditioning1.{place}.weight"], state[f"conditioning1.{place}.bias"]
-        told = functional.conv2d(told if place == 0 else told.relu(), weight, bias, stride=4)
-    x = seen[1]
-    for part in ("down", "mid", "up"):
-        x = functional.conv2d(x, state[f"{part}.0.weight"], state[f"{part}.0.bias"])
-        x = torch.cat([told, x.relu()], dim=1) if part == "down" else x.relu() if part == "mid" else x
-    torch.testing.assert_close(seen[0], seen[1] + x, atol=1e-5, rtol=1e-5)
+    told = tell(state, pixels(guide).repeat(2, 1, 1, 1) * 2 - 1)
+    torch.testing.assert_close(seen[0], seen[1] + change(state, told, seen[1]), atol=1e-5, rtol=1e-5)
 
 
 def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[Tensor]:

@@ -27,7 +27,7 @@ from tests.tiny.hunyuan_encoders import save
 CPU = torch.device("cpu")
 KINDS = ("sd1", "sd2", "sdxl")
 LONG = " ".join(["a red cat, an old house in the forest,"] * 12)  # more than 75 tokens
-PLAIN = ("a cat sits on a red chair.", "", "wörld: 12 dogs' | <|endoftext|> x", LONG)
+PLAIN = ("A  cat, of a girl's 2 dogs.", "", "naïve 日本語 🙂: | <|endoftext|> x", "x" * 400, LONG)
 # a text, and what it says in words: its parts with their weights; None: BREAK
 WEIGHTED: dict[str, list[tuple[str, float] | None]] = {
     "a (red:1.4) [old] cat": [("a ", 1), ("red", 1.4), (" ", 1), ("old", 1 / 1.1), (" cat", 1)],

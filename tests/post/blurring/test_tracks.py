@@ -39,16 +39,6 @@ def holds(boxes: Sequence[Box], box: Box) -> bool:
     return bool((is_around & (right >= box[2] - 1e-6) & (bottom >= box[3] - 1e-6)).any())
 
 
-def test_a_gap_between_two_sightings_is_covered_along_the_way() -> None:
-    path = {index: at(20 + 12 * index) for index in range(20)}
-    seen = {index: [box] for index, box in path.items() if not 8 <= index < 8 + HOLD}
-
-    covered, tracks = followed(seen, 20)
-
-    assert all(holds(covered[index], box) for index, box in path.items())
-    assert (tracks.started, tracks.longest_gap) == (1, HOLD)
-
-
 def test_something_that_stands_still_is_covered_before_and_after_it_is_found() -> None:
     covered, _ = followed({10: [at(50)], 11: [at(50)]}, 30)
 
