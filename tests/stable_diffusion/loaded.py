@@ -300,9 +300,7 @@ def write_kohya(
 
 
 # of each sort of module in the U-Net one or more
-PLACES = (
-    "conv_in time_emb_proj conv1 conv_shortcut downsamplers.0.conv upsamplers.0.conv proj_in attn2.to_k net.2"
-)
+PLACES = "conv_in time_emb_proj conv1 conv_shortcut samplers.0.conv proj_in attn2.to_k net.2"
 
 
 def in_places(path: str) -> bool:

@@ -96,6 +96,11 @@ def _lies_around(dot: tuple[int, int], box: tuple[int, int, int, int]) -> bool:
     return x - 32 < left < x < right < x + 32 and y - 32 < top < y < bottom < y + 32
 
 
+@pytest.fixture(scope="module")
+def usual(folder: Path) -> Facefix:
+    return _stage(folder)
+
+
 @pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
 def test_only_faces_change(folder: Path, mode: str) -> None:
     plain, faced = _pixels(), _pixels((40, 24))
@@ -120,10 +125,10 @@ def test_what_is_not_part_of_the_face_stays(folder: Path, tmp_path: Path) -> Non
     assert np.array_equal(made, faced)
 
 
-def test_several_faces_change_and_only_center_keeps_one(folder: Path) -> None:
+def test_several_faces_change_and_only_center_keeps_one(folder: Path, usual: Facefix) -> None:
     faced = _pixels((40, 24), (80, 8), (0, 48))
 
-    (all_of_them,) = _run(_stage(folder), [faced])
+    (all_of_them,) = _run(usual, [faced])
     (central,) = _run(_stage(folder, "--only_center"), [faced])
 
     (box,) = _changed(faced, central)
@@ -135,27 +140,23 @@ def test_several_faces_change_and_only_center_keeps_one(folder: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "is_deep"), [(np.uint8, False), (np.uint8, True), (np.uint16, False)])
 def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
-    folder: Path, dtype: type, is_deep: bool
+    usual: Facefix, dtype: type, is_deep: bool
 ) -> None:
     plain, faced = _pixels(dtype=dtype), _pixels((40, 24), dtype=dtype)
 
-    first, second = _run(_stage(folder), [plain, faced], is_deep)
+    first, second = _run(usual, [plain, faced], is_deep)
 
     assert first is plain
     deep = is_deep or dtype == np.uint16
     assert second.dtype == (np.uint16 if deep else np.uint8)
-    (in_bytes,) = _run(_stage(folder), [_pixels((40, 24))])
-    np.testing.assert_allclose(
-        second.astype(float) / (257 if deep else 1), in_bytes, atol=1
-    )  # faces of bytes are cut out as bytes
+    (in_bytes,) = _run(usual, [_pixels((40, 24))])  # faces of bytes are cut out as bytes
+    np.testing.assert_allclose(second.astype(float) / (257 if deep else 1), in_bytes, atol=1)
 
 
-def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path) -> None:
+def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path, usual: Facefix) -> None:
     faced = _pixels((40, 24))
-    stored, one, again, other = (
-        _run(_stage(folder, *words), [faced, faced])
-        for words in ((), ("--seed", "1"), ("--seed", "1"), ("--seed", "blue"))
-    )
+    stages = (usual, *(_stage(folder, "--seed", seed) for seed in ("1", "1", "blue")))
+    stored, one, again, other = (_run(stage, [faced, faced]) for stage in stages)
 
     for first, second in (stored, one, other):
         assert np.array_equal(first, second)
@@ -247,7 +248,9 @@ def test_a_missing_file_is_named_with_its_folder(
     assert "my.pth" in words or str(models) in str(error.value)
 
 
-def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_path: Path) -> None:
+def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(
+    folder: Path, usual: Facefix, tmp_path: Path
+) -> None:
     (tmp_path / "faces.pth").symlink_to(folder / "GFPGANv1.4.pth")
     (tmp_path / "Detection_resnet50_final.PTH").symlink_to(folder / "detection_Resnet50_Final.pth")
     tiny.write_model(tmp_path / "parsing_parsenet.safetensors", tiny.parsenet_weights(part=1))
@@ -255,7 +258,7 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_
 
     (made,) = _run(_stage(tmp_path / "faces.pth"), [faced])
 
-    assert np.array_equal(made, _run(_stage(folder), [faced])[0])
+    assert np.array_equal(made, _run(usual, [faced])[0])
 
 
 def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
