@@ -36,13 +36,7 @@ from tests.stable_diffusion.loaded import (
     write_kohya,
 )
 from tests.tiny.control_nets import lllite_state, write_control_net, write_lllite
-from tests.tiny.stable_diffusion import (
-    WRITERS,
-    tokenizer_folder,
-    unet_state,
-    write_sd1,
-    write_sdxl,
-)
+from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_sd1, write_sdxl
 
 PLACES = {
     "input_blocks_4_1": "down_blocks.1.attentions.0",

@@ -177,11 +177,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        "regions",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions"),
-    ],
+    "case", ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")]
 )
 def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp_path: Path) -> None:
     single = make_pictures(project, tmp_path / "single", *SMALL, *CASES[case])
