@@ -15,23 +15,14 @@ from modules import families
 from modules.errors import CheckpointError, UserError
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import change_json, load, save
-from tests.tiny.stable_diffusion import (
-    RELEASED_UNETS,
-    ldm_unet,
-    ldm_vae,
-    open_clip,
-    single_file_state,
-    tokenizer_folder,
-    write_folder,
-    write_sdxl,
-)
+from tests.tiny import stable_diffusion as tiny
 
 UNET = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizer_folder(tmp_path_factory.mktemp("tokenizers"))
+    return tiny.tokenizer_folder(tmp_path_factory.mktemp("tokenizers"))
 
 
 OTHERS = {
@@ -55,7 +46,7 @@ def test_other_models_are_named(case: str, tmp_path: Path) -> None:
 
 
 def test_another_number_of_channels_is_named(tmp_path: Path, tokenizers: Path) -> None:
-    path = save(tmp_path / "pix2pix.safetensors", single_file_state("sd1", in_channels=8))
+    path = save(tmp_path / "pix2pix.safetensors", tiny.single_file_state("sd1", in_channels=8))
 
     with pytest.raises(CheckpointError, match="takes 8 channels"):
         load(path, "--tokenizer_cache_dir", tokenizers)
@@ -96,7 +87,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_gets_one_message(damage: str, tmp_path: Path, tokenizers: Path) -> None:
-    state = single_file_state("sdxl")
+    state = tiny.single_file_state("sdxl")
     DAMAGES[damage](state)
     path = save(tmp_path / "damaged.safetensors", state)
 
@@ -126,7 +117,7 @@ FOLDERS: list[tuple[str, dict[str, object], str]] = [
 def test_a_folder_that_says_something_else_gets_one_message(
     file: str, values: dict[str, object], said: str, tmp_path: Path
 ) -> None:
-    path = write_folder("sd1", tmp_path / "folder")
+    path = tiny.write_folder("sd1", tmp_path / "folder")
     change_json(path / file, **values)
 
     with pytest.raises(UserError, match=f"(?s)folder.*{said}"):
@@ -142,7 +133,7 @@ def test_a_folder_that_says_something_else_gets_one_message(
     ],
 )
 def test_what_a_folder_lacks_is_named(kind: str, missing: str, said: str, tmp_path: Path) -> None:
-    path = write_folder(kind, tmp_path / "folder")
+    path = tiny.write_folder(kind, tmp_path / "folder")
     (path / missing).rename(tmp_path / "away")
 
     with pytest.raises(CheckpointError, match=said):
@@ -150,7 +141,7 @@ def test_what_a_folder_lacks_is_named(kind: str, missing: str, said: str, tmp_pa
 
 
 def test_a_hint_to_users_of_other_scripts_says_which_takes_the_file(tmp_path: Path) -> None:
-    file, folder = write_sdxl(tmp_path), write_folder("sd1", tmp_path / "sd1")
+    file, folder = tiny.write_sdxl(tmp_path), tiny.write_folder("sd1", tmp_path / "sd1")
 
     command = f"python gen_img.py --ckpt {file}"
     assert families.identify(file) == f"it is a Stable Diffusion XL checkpoint: {command}"
@@ -178,35 +169,37 @@ def text(config: ClipTextConfig) -> dict[str, Tensor]:
 def released(kind: str) -> dict[str, Tensor]:
     """Names and shapes of a released single file; tensors on the meta device."""
     with META:
-        unet = UNet2DConditionModel(**RELEASED_UNETS[kind]).state_dict()
+        unet = UNet2DConditionModel(**tiny.RELEASED_UNETS[kind]).state_dict()
         vae = AutoencoderKL(**VAE).state_dict()
-        parts = {"model.diffusion_model.": ldm_unet(unet), "first_stage_model.": ldm_vae(vae)}
+        parts = {"model.diffusion_model.": tiny.ldm_unet(unet), "first_stage_model.": tiny.ldm_vae(vae)}
         assert len(unet) == TENSORS[kind]
         if kind == "sd1":
             parts["cond_stage_model.transformer."] = text(CLIP_L)
         elif kind == "sd2":
             unused = {"text_projection.weight": torch.empty(1024, 1024)}
-            parts["cond_stage_model.model."] = open_clip({**text(VIT_H), **unused})
+            parts["cond_stage_model.model."] = tiny.open_clip({**text(VIT_H), **unused})
         else:
             parts["conditioner.embedders.0.transformer."] = text(CLIP_L)
-            parts["conditioner.embedders.1.model."] = open_clip(
+            parts["conditioner.embedders.1.model."] = tiny.open_clip(
                 {**text(BIG_G), "text_projection.weight": torch.empty(1280, 1280)}
             )
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
-@pytest.mark.parametrize("kind", RELEASED_UNETS)
+@pytest.mark.parametrize("kind", tiny.RELEASED_UNETS)
 def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: Path) -> None:
     tensors: TensorList = {name: ("F16", tuple(one.shape)) for name, one in released(kind).items()}
     path = write_hollow(tmp_path / f"{kind}.safetensors", tensors)
 
     model = load(
-        path, "--tokenizer_cache_dir", tokenizer_folder(tmp_path), "--fp16", "--no_half_vae", device=META
+        path, "--tokenizer_cache_dir", tiny.tokenizer_folder(tmp_path), "--fp16", "--no_half_vae", device=META
     )
 
     assert model.kind.name == kind
     assert len(model.unet.state_dict()) == TENSORS[kind]
-    theirs = {name: value for name, value in RELEASED_UNETS[kind].items() if name != "attention_head_dim"}
+    theirs = {
+        name: value for name, value in tiny.RELEASED_UNETS[kind].items() if name != "attention_head_dim"
+    }
     found = {name: model.unet.config[name] for name in theirs}
     assert found == theirs
     heads = {

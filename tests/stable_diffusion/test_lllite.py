@@ -19,22 +19,7 @@ from networks.loading import read_lora
 from stable_diffusion.contract import SD1, SDXL, UnetCall
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.network_options import ControlOptions
-from tests.stable_diffusion.loaded import (
-    assert_same,
-    call_of,
-    in_places,
-    load,
-    model_of,
-    picture,
-    pixels,
-    put_in,
-    results,
-    run_unet,
-    unet_of,
-    write,
-    write_guide,
-    write_kohya,
-)
+from tests.stable_diffusion import loaded
 from tests.tiny.control_nets import lllite_state, write_control_net, write_lllite
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_sd1, write_sdxl
 
@@ -80,66 +65,66 @@ def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, m
 
 
 def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
-    guides = [write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
+    guides = [loaded.write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
     paths = [write_lllite(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (60, 61)]
-    model, call = model_of("sdxl"), call_of("sdxl")
+    model, call = loaded.model_of("sdxl"), loaded.call_of("sdxl")
     lllites = load_lllites(options_of(*paths, control_net_multipliers=(0.8, 0.5)), model)
     assert lllites is not None
-    before = run_unet(model.unet, call)
+    before = loaded.run_unet(model.unet, call)
 
-    with torch.no_grad(), lllites.for_batch([picture(*guides)], 64, 64) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(*guides)], 64, 64) as idea:
         assert idea is not None
-        found = run_unet(model.unet, idea(call))
+        found = loaded.run_unet(model.unet, idea(call))
 
-    plain = unet_of("sdxl")
+    plain = loaded.unet_of("sdxl")
     for seed, guide, multiplier in zip((60, 61), guides, (0.8, 0.5), strict=True):
-        wrap(plain, lllite_state(seed=seed), pixels(guide).repeat(2, 1, 1, 1) * 2 - 1, multiplier)
-    torch.testing.assert_close(found, run_unet(plain, call), atol=1e-5, rtol=1e-5)
+        wrap(plain, lllite_state(seed=seed), loaded.pixels(guide).repeat(2, 1, 1, 1) * 2 - 1, multiplier)
+    torch.testing.assert_close(found, loaded.run_unet(plain, call), atol=1e-5, rtol=1e-5)
     assert (found - before).abs().max() > 1e-2
-    assert torch.equal(run_unet(model.unet, call), before)  # nothing is left in it
+    assert torch.equal(loaded.run_unet(model.unet, call), before)  # nothing is left in it
 
 
 def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None:
-    guide, path = write_guide(tmp_path / "guide.png"), tmp_path / "net.safetensors"
+    guide, path = loaded.write_guide(tmp_path / "guide.png"), tmp_path / "net.safetensors"
     write_lllite(path, layers=CONVOLUTION, convolution=True)
-    model, call = model_of("sdxl"), call_of("sdxl")
+    model, call = loaded.model_of("sdxl"), loaded.call_of("sdxl")
     lllites = load_lllites(options_of(path), model)
     layer = model.unet.get_submodule("down_blocks.1.resnets.0.conv2")
     seen: list[Tensor] = []
     assert lllites is not None
 
-    with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], 64, 48) as idea:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         assert idea is not None
-        run_unet(model.unet, idea(call))
-    run_unet(model.unet, call)
+        loaded.run_unet(model.unet, idea(call))
+    loaded.run_unet(model.unet, call)
 
     state = {
         name.partition(".")[2]: tensor for name, tensor in lllite_state(CONVOLUTION, convolution=True).items()
     }
-    told = tell(state, pixels(guide).repeat(2, 1, 1, 1) * 2 - 1)
+    told = tell(state, loaded.pixels(guide).repeat(2, 1, 1, 1) * 2 - 1)
     torch.testing.assert_close(seen[0], seen[1] + change(state, told, seen[1]), atol=1e-5, rtol=1e-5)
 
 
 def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[Tensor]:
     """What the U-Net makes of calls in a batch of that size, with a net and a guide."""
-    path, guide = write_lllite(folder / "net.safetensors"), write_guide(folder / "guide.png")
-    model = model_of("sdxl")
+    path, guide = write_lllite(folder / "net.safetensors"), loaded.write_guide(folder / "guide.png")
+    model = loaded.model_of("sdxl")
     lllites = load_lllites(options_of(path), model)
     assert lllites is not None
-    with torch.no_grad(), lllites.for_batch([picture(guide)], width, height) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], width, height) as idea:
         assert idea is not None
-        return [run_unet(model.unet, idea(call)) for call in calls]
+        return [loaded.run_unet(model.unet, idea(call)) for call in calls]
 
 
 def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
-    small, large = (call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
+    small, large = (loaded.call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
 
     assert torch.equal(made_with(tmp_path, 64, 48, small, large)[1], made_with(tmp_path, 64, 48, large)[0])
 
 
 def test_sizes_that_levels_round_up_fit(tmp_path: Path) -> None:
-    call = call_of("sdxl", size=(72, 40))
+    call = loaded.call_of("sdxl", size=(72, 40))
 
     assert made_with(tmp_path, 72, 40, call)[0].shape == call.sample.shape
 
@@ -165,7 +150,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is for Stable Diffusion XL, but --ckpt is .* 1\.x"):
         check_lllites(options_of(wide), SD1)
     with pytest.raises(CheckpointError, match="640 channels, and the model has 128 x 128 there"):
-        load_lllites(options_of(wide), model_of("sdxl"))
+        load_lllites(options_of(wide), loaded.model_of("sdxl"))
 
 
 CPU = torch.device("cpu")
@@ -190,7 +175,7 @@ TEXT_LAYER = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 
 def write_text_lora(path: Path) -> Path:
     """A LoRA for one layer of the first text encoder, which adds 1 to all weights."""
-    return write(
+    return loaded.write(
         path, {TEXT_LAYER: {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}}
     )
 
@@ -208,16 +193,16 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
 ) -> None:
     tokenizer_folder(tmp_path / "tokenizers")
     source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
-    model = load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
-    path = write_kohya(
-        tmp_path / "x.safetensors", model, lambda place: in_places(place) and place != "conv_in"
+    model = loaded.load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    path = loaded.write_kohya(
+        tmp_path / "x.safetensors", model, lambda place: loaded.in_places(place) and place != "conv_in"
     )
-    put_in(model, path, "--network_mul", 0.5)
+    loaded.put_in(model, path, "--network_mul", 0.5)
 
     merge(tool, source, path, output, 0.5)
 
-    merged = load(output, "--tokenizer_cache_dir", tmp_path / "tokenizers")
-    assert_same(results(merged), results(model))
+    merged = loaded.load(output, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.assert_same(loaded.results(merged), loaded.results(model))
     before, after = load_file(source), load_file(output)
     assert before.keys() == after.keys()
     kept = [name for name in before if name.startswith("first_stage_model.")]
@@ -226,9 +211,9 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
     extracted = tmp_path / "extracted.safetensors"
     extract(source, output, extracted, "--dim", 3, "--conv_dim", 3)
 
-    again = load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
-    put_in(again, extracted)
-    assert_same(results(again), results(merged), 1e-3)
+    again = loaded.load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.put_in(again, extracted)
+    loaded.assert_same(loaded.results(again), loaded.results(merged), 1e-3)
     with safe_open(extracted, "pt") as file:
         version = file.metadata()["ss_base_model_version"]
         names = set(file.keys())
@@ -257,18 +242,18 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
 
 def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path) -> None:
     tokenizer_folder(tmp_path / "tokenizers")
-    model = load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tmp_path / "tokenizers")
-    one = write_kohya(tmp_path / "one.safetensors", model, in_places)
-    other = write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
+    model = loaded.load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    one = loaded.write_kohya(tmp_path / "one.safetensors", model, loaded.in_places)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
     total = tmp_path / "sum.safetensors"
 
     words = ["--models", one, other, "--ratios", 0.5, -2, "--save_to", total, "--concat"]
     sdxl_merge_lora.main([str(word) for word in words])
 
-    both = load(model.path, "--tokenizer_cache_dir", tmp_path / "tokenizers")
-    put_in(both, one, other, "--network_mul", 0.5, -2)
-    put_in(model, total)
-    assert_same(results(model), results(both))
+    both = loaded.load(model.path, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.put_in(both, one, other, "--network_mul", 0.5, -2)
+    loaded.put_in(model, total)
+    loaded.assert_same(loaded.results(model), loaded.results(both))
     assert read_lora(total).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert set(load_file(one)) <= set(load_file(total))
 

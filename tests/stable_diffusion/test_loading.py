@@ -15,29 +15,17 @@ from modules.errors import CheckpointError, OptionError
 from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import SDXL, Model
 from tests.stable_diffusion.loaded import change_json, load, save
-from tests.tiny.stable_diffusion import (
-    KINDS,
-    VAE,
-    WRITERS,
-    ldm_vae,
-    single_file_state,
-    text_state,
-    tokenizer_folder,
-    unet_state,
-    vae_state,
-    write_folder,
-    write_sdxl,
-)
+from tests.tiny import stable_diffusion as tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tiny checkpoints: KIND.safetensors, folders KIND, and tokenizers."""
     folder = tmp_path_factory.mktemp("tiny models")
-    tokenizer_folder(folder / "tokenizers")
-    for kind, write in WRITERS.items():
+    tiny.tokenizer_folder(folder / "tokenizers")
+    for kind, write in tiny.WRITERS.items():
         write(folder)
-        write_folder(kind, folder / kind)
+        tiny.write_folder(kind, folder / kind)
     return folder
 
 
@@ -53,23 +41,23 @@ def assert_equal_states(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["single", "folder"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder: Path) -> None:
     model = quick(folder, kind if layout == "folder" else f"{kind}.safetensors")
 
     assert model.kind.name == kind
-    assert_equal_states(model.unet, unet_state(kind))
-    assert_equal_states(model.vae, vae_state())
-    assert model.vae.config.scaling_factor == KINDS[kind].latent_scale == model.kind.latent_scale
+    assert_equal_states(model.unet, tiny.unet_state(kind))
+    assert_equal_states(model.vae, tiny.vae_state())
+    assert model.vae.config.scaling_factor == tiny.KINDS[kind].latent_scale == model.kind.latent_scale
     for number, tower in enumerate(model.texts):
         stored = {
-            name.removeprefix("text_model."): tensor for name, tensor in text_state(kind, number).items()
+            name.removeprefix("text_model."): tensor for name, tensor in tiny.text_state(kind, number).items()
         }
         assert_equal_states(tower.network, stored)
         assert tower.lora_prefix == model.kind.lora_prefixes[number]
     assert [tower.projection is not None for tower in model.texts] == [False, True][: len(model.texts)]
     if model.kind is SDXL:
-        projection = text_state(kind, 1, projected=True)["text_projection.weight"]
+        projection = tiny.text_state(kind, 1, projected=True)["text_projection.weight"]
         assert torch.equal(model.texts[1].projection, projection.T)  # type: ignore[arg-type]
     networks = (model.unet, model.vae, *(tower.network for tower in model.texts))
     assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
@@ -88,9 +76,9 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
     ids=["few layers", "many layers", "depths that differ within a level"],
 )
 def test_layers_and_depths_are_counted_in_the_file(sizes: Any, tmp_path: Path, folder: Path) -> None:
-    path = write_sdxl(tmp_path, **sizes)
+    path = tiny.write_sdxl(tmp_path, **sizes)
 
-    assert_equal_states(quick(folder, path).unet, unet_state("sdxl", **sizes))
+    assert_equal_states(quick(folder, path).unet, tiny.unet_state("sdxl", **sizes))
 
 
 # Precision
@@ -126,22 +114,22 @@ def test_options_choose_the_precision(
 def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
-        for name, tensor in single_file_state("sd1").items()
+        for name, tensor in tiny.single_file_state("sd1").items()
     }
 
     model = quick(folder, save(tmp_path / "low.safetensors", state))
 
     name = "mid_block.attentions.0.proj_in.weight"
-    assert torch.equal(model.unet.state_dict()[name], unet_state("sd1")[name].to(dtype).float())
+    assert torch.equal(model.unet.state_dict()[name], tiny.unet_state("sd1")[name].to(dtype).float())
 
 
 # Containers and folders
 
 
 def test_torch_files_are_read_without_running_code(folder: Path, tmp_path: Path) -> None:
-    torch.save({"state_dict": single_file_state("sd1"), "global_step": 7}, tmp_path / "sd1.ckpt")
+    torch.save({"state_dict": tiny.single_file_state("sd1"), "global_step": 7}, tmp_path / "sd1.ckpt")
 
-    assert_equal_states(quick(folder, tmp_path / "sd1.ckpt").unet, unet_state("sd1"))
+    assert_equal_states(quick(folder, tmp_path / "sd1.ckpt").unet, tiny.unet_state("sd1"))
 
 
 def test_averages_are_ignored_and_mentioned(
@@ -150,7 +138,7 @@ def test_averages_are_ignored_and_mentioned(
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.diffusion_modelout2weight": torch.ones(2)}
     caplog.set_level("INFO")
 
-    quick(folder, save(tmp_path / "ema.safetensors", single_file_state("sd1") | extra))
+    quick(folder, save(tmp_path / "ema.safetensors", tiny.single_file_state("sd1") | extra))
 
     assert "2 averaged tensors (model_ema.) are not used" in caplog.text
 
@@ -159,13 +147,13 @@ def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> Non
     whole = "cond_stage_model.transformer.text_model."
     state = {
         key.replace(whole, "cond_stage_model.transformer."): tensor
-        for key, tensor in single_file_state("sd1").items()
+        for key, tensor in tiny.single_file_state("sd1").items()
     }
 
     (tower,) = quick(folder, save(tmp_path / "sd1.safetensors", state)).texts
 
     name = "final_layer_norm.weight"
-    assert torch.equal(tower.network.state_dict()[name], text_state("sd1")[f"text_model.{name}"])
+    assert torch.equal(tower.network.state_dict()[name], tiny.text_state("sd1")[f"text_model.{name}"])
 
 
 def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> None:
@@ -182,8 +170,8 @@ def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> Non
 
     model = quick(folder, copy)
 
-    assert_equal_states(model.unet, unet_state("sdxl"))
-    assert_equal_states(model.vae, vae_state())
+    assert_equal_states(model.unet, tiny.unet_state("sdxl"))
+    assert_equal_states(model.vae, tiny.vae_state())
 
 
 def test_the_tokenizers_of_a_folder_are_its_own(folder: Path) -> None:
@@ -205,8 +193,8 @@ def old_names(name: str) -> str:
     "layout", ["released", "prefixed", "diffusers", "old diffusers", "folder", "pipeline"]
 )
 def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_path: Path) -> None:
-    state = {name: tensor + 0.25 for name, tensor in vae_state().items()}
-    released = ldm_vae(state)
+    state = {name: tensor + 0.25 for name, tensor in tiny.vae_state().items()}
+    released = tiny.ldm_vae(state)
     layouts = {
         "released": {**released, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(1)},
         "prefixed": {f"first_stage_model.{name}": tensor for name, tensor in released.items()},
@@ -225,7 +213,7 @@ def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_p
 
 
 def test_a_vae_without_half_of_a_pair_is_one_message(folder: Path, tmp_path: Path) -> None:
-    released = ldm_vae(vae_state())
+    released = tiny.ldm_vae(tiny.vae_state())
     lost = next(name for name in released if name.endswith("upsample.conv.bias"))
     path = save(tmp_path / "vae.safetensors", {name: one for name, one in released.items() if name != lost})
 
@@ -235,9 +223,9 @@ def test_a_vae_without_half_of_a_pair_is_one_message(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("slices", [3, 16])
 def test_slices_of_the_vae_change_nothing(slices: int) -> None:
-    whole, sliced = AutoencoderKL(**VAE).eval(), AutoencoderKL(**VAE).eval()
+    whole, sliced = AutoencoderKL(**tiny.VAE).eval(), AutoencoderKL(**tiny.VAE).eval()
     for vae in (whole, sliced):
-        vae.load_state_dict(vae_state())
+        vae.load_state_dict(tiny.vae_state())
     latents, pixels = torch.randn(1, 4, 9, 2), torch.randn(1, 3, 72, 16)
 
     band_convolutions(sliced, slices)
@@ -279,7 +267,7 @@ def test_xformers_without_a_gpu_is_refused_before_loading(folder: Path) -> None:
 def test_marks_in_an_xl_file_tell_how_it_was_trained(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = single_file_state("sdxl") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    state = tiny.single_file_state("sdxl") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     caplog.set_level("INFO")
 
     model = quick(folder, save(tmp_path / "v.safetensors", state))
@@ -293,7 +281,7 @@ def test_marks_in_an_xl_file_tell_how_it_was_trained(
 
 
 def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path: Path) -> None:
-    path = write_folder("sd1", tmp_path / "v", velocity=True)
+    path = tiny.write_folder("sd1", tmp_path / "v", velocity=True)
 
     assert load(path).predicts_velocity
     assert not load(folder / "sd1").predicts_velocity
@@ -302,7 +290,7 @@ def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path:
 
 
 def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: Path, tmp_path: Path) -> None:
-    state = single_file_state("sd2")
+    state = tiny.single_file_state("sd2")
     start = "cond_stage_model.model.transformer.resblocks."
     first = {name: one for name, one in state.items() if name.startswith(f"{start}0.")}
     for number in range(1, 23):
@@ -330,7 +318,7 @@ def test_a_name_on_the_hub_is_fetched(folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_config_of_a_folder_counts_where_tensors_are_silent(tmp_path: Path) -> None:
-    path = write_folder("sd1", tmp_path)
+    path = tiny.write_folder("sd1", tmp_path)
     change_json(path / "unet" / "config.json", attention_head_dim=4, _diffusers_version="0.6")
 
     assert load(path).unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 4
@@ -338,7 +326,7 @@ def test_config_of_a_folder_counts_where_tensors_are_silent(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("layers", [10**9, [2, [10**9]]])
 def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Path, layers: object) -> None:
-    path = write_folder("sd1", tmp_path)
+    path = tiny.write_folder("sd1", tmp_path)
     change_json(path / "unet" / "config.json", transformer_layers_per_block=layers)
 
     with pytest.raises(CheckpointError, match="it has more layers than its file has tensors"):

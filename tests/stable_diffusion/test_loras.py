@@ -15,22 +15,7 @@ from networks.added import AddedPart
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
-from tests.stable_diffusion.loaded import (
-    RANK,
-    assert_same,
-    in_places,
-    kohya_name,
-    load,
-    low_rank,
-    options,
-    put_in,
-    random,
-    results,
-    text_modules,
-    unet_modules,
-    write,
-    write_kohya,
-)
+from tests.stable_diffusion import loaded
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
 Fresh = Callable[..., Model]
@@ -41,13 +26,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     """Loads a new model of a kind."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = tokenizer_folder(folder / "tokenizers")
-    loaded: dict[tuple[object, ...], Model] = {}
+    known: dict[tuple[object, ...], Model] = {}
 
-    def make(kind: str = "sd1", *options: object) -> Model:
-        if (kind, *options) not in loaded:
+    def make(kind: str = "sd1", *words: object) -> Model:
+        if (kind, *words) not in known:
             path = WRITERS[kind](folder)
-            loaded[kind, *options] = load(path, "--tokenizer_cache_dir", tokenizers, *options)
-        model = loaded[kind, *options]
+            known[kind, *words] = loaded.load(path, "--tokenizer_cache_dir", tokenizers, *words)
+        model = known[kind, *words]
         texts = tuple(replace(tower, network=copy.deepcopy(tower.network)) for tower in model.texts)
         return replace(model, unet=copy.deepcopy(model.unet), texts=texts)
 
@@ -58,9 +43,9 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
 def add_by_hand(model: Model, changes: Mapping[str, Tensor], multiplier: float = 1.0) -> None:
     """Add changes of weights, by sd-scripts' names of the modules."""
     modules: dict[str, nn.Module] = {
-        kohya_name(path, model.kind.name): one for path, one in model.unet.named_modules() if path
+        loaded.kohya_name(path, model.kind.name): one for path, one in model.unet.named_modules() if path
     }
-    modules |= text_modules(model)
+    modules |= loaded.text_modules(model)
     for name, change in changes.items():
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
@@ -75,7 +60,7 @@ def plain_changes(path: Path) -> dict[str, Tensor]:
     for name in names:
         down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
         product = up.flatten(1) @ down.flatten(1)
-        changes[name] = product * float(tensors[f"{name}.alpha"]) / RANK
+        changes[name] = product * float(tensors[f"{name}.alpha"]) / loaded.RANK
     return changes
 
 
@@ -84,37 +69,37 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     fresh: Fresh, tmp_path: Path, words: list[str]
 ) -> None:
     plain = fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path, texts=False)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path, texts=False)
     model = fresh()
-    networks = put_in(model, one, other, *words)
+    networks = loaded.put_in(model, one, other, *words)
     assert networks is not None
     wanted = fresh()
     add_by_hand(wanted, plain_changes(one), 0.25)
     add_by_hand(wanted, plain_changes(other), -2)
 
     networks.choose((0.25, -2.0))
-    assert_same(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
     networks.choose((0.25, 0.5), part=0)
-    alone = results(model)
+    alone = loaded.results(model)
     networks.choose((0.0,))  # the last one counts for the others
-    assert all(torch.equal(a, b) for a, b in zip(results(model), results(plain), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.results(model), loaded.results(plain), strict=True))
     only_one = fresh()
     add_by_hand(only_one, plain_changes(one), 0.25)
-    assert_same(alone, results(only_one))
+    loaded.assert_same(alone, loaded.results(only_one))
     both = fresh()
     add_by_hand(both, plain_changes(one))
     add_by_hand(both, plain_changes(other))
     networks.choose(None)
-    assert_same(results(model), results(both))
+    loaded.assert_same(loaded.results(model), loaded.results(both))
 
 
 def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, tmp_path: Path) -> None:
     plain = fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path)
     model = fresh()
-    networks = put_in(model, one, other, "--network_merge_n_models", 1, "--network_mul", 0.5)
+    networks = loaded.put_in(model, one, other, "--network_merge_n_models", 1, "--network_mul", 0.5)
     assert networks is not None
     assert len(networks) == 1
     wanted = fresh()
@@ -122,22 +107,22 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, 
     add_by_hand(wanted, plain_changes(other), 3)
 
     networks.choose((3.0,))
-    assert_same(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
     with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"):
         networks.choose((1, 1))
 
 
 def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path: Path) -> None:
     plain, wanted = fresh("sdxl"), fresh("sdxl")
-    path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
+    path = loaded.write_kohya(tmp_path / "x.safetensors", plain, loaded.in_places)
     add_by_hand(wanted, plain_changes(path), 0.7)
-    expected = results(wanted)
+    expected = loaded.results(wanted)
 
     for words in ([], ["--network_merge"], ["--network_pre_calc"]):
         model = fresh("sdxl")
-        put_in(model, path, "--network_mul", 0.7, *words)
-        assert_same(results(model), expected)
-    for changed, before in zip(expected, results(plain), strict=True):
+        loaded.put_in(model, path, "--network_mul", 0.7, *words)
+        loaded.assert_same(loaded.results(model), expected)
+    for changed, before in zip(expected, loaded.results(plain), strict=True):
         assert float((changed - before).abs().max()) > 0.01 * float(before.std())
 
 
@@ -146,22 +131,22 @@ def test_norms_change_at_run_time_and_when_merged(fresh: Fresh, tmp_path: Path) 
     named = [path for path, one in model.unet.named_modules() if isinstance(one, nn.GroupNorm | nn.LayerNorm)]
     norms = {path: wanted.unet.get_submodule(path) for path in named}
     change = {
-        kohya_name(path, "sd1"): {
-            "w_norm": random(*norm.weight.shape, seed=path),
-            "b_norm": random(*norm.weight.shape, seed=f"{path} b"),
+        loaded.kohya_name(path, "sd1"): {
+            "w_norm": loaded.random(*norm.weight.shape, seed=path),
+            "b_norm": loaded.random(*norm.weight.shape, seed=f"{path} b"),
         }
         for path, norm in norms.items()
     }
-    path = write(tmp_path / "x.safetensors", change)
+    path = loaded.write(tmp_path / "x.safetensors", change)
     for name, norm in norms.items():
-        norm.weight += 0.5 * change[kohya_name(name, "sd1")]["w_norm"]
-        norm.bias += 0.5 * change[kohya_name(name, "sd1")]["b_norm"]
+        norm.weight += 0.5 * change[loaded.kohya_name(name, "sd1")]["w_norm"]
+        norm.bias += 0.5 * change[loaded.kohya_name(name, "sd1")]["b_norm"]
 
-    put_in(model, path, "--network_mul", 0.5)
-    put_in(merged, path, "--network_mul", 0.5, "--network_merge")
+    loaded.put_in(model, path, "--network_mul", 0.5)
+    loaded.put_in(merged, path, "--network_mul", 0.5, "--network_merge")
 
-    assert_same(results(model), results(wanted))
-    assert_same(results(merged), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
+    loaded.assert_same(loaded.results(merged), loaded.results(wanted))
 
 
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
@@ -169,43 +154,48 @@ def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
 ) -> None:
     """SD 1 with the names that SDXL's LoRAs have."""
     model, same = fresh(), fresh()
-    modules = unet_modules(model, in_places)
-    own = {kohya_name(path, "sd1"): low_rank(path, one) for path, one in modules.items()}
-    ldm = {kohya_name(path, "sdxl"): low_rank(path, one) for path, one in modules.items()}
-    texts = {name: low_rank(name, one) for name, one in text_modules(model).items()}
+    modules = loaded.unet_modules(model, loaded.in_places)
+    own = {loaded.kohya_name(path, "sd1"): loaded.low_rank(path, one) for path, one in modules.items()}
+    ldm = {loaded.kohya_name(path, "sdxl"): loaded.low_rank(path, one) for path, one in modules.items()}
+    texts = {name: loaded.low_rank(name, one) for name, one in loaded.text_modules(model).items()}
     first = {name.replace("lora_te_", "lora_te1_"): factors for name, factors in texts.items()}
     assert own.keys() != ldm.keys()
 
-    put_in(same, write(tmp_path / "own.safetensors", {**own, **texts}))
-    put_in(model, write(tmp_path / "ldm.safetensors", {**ldm, **first}))
+    loaded.put_in(same, loaded.write(tmp_path / "own.safetensors", {**own, **texts}))
+    loaded.put_in(model, loaded.write(tmp_path / "ldm.safetensors", {**ldm, **first}))
 
-    assert_same(results(model), results(same))
+    loaded.assert_same(loaded.results(model), loaded.results(same))
 
 
 def test_layers_tell_each_lora_and_let_its_output_be_changed(fresh: Fresh, tmp_path: Path) -> None:
     model, plain = fresh(), fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv1" in path, texts=False)
-    networks = put_in(model, one, other)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv1" in path, texts=False)
+    networks = loaded.put_in(model, one, other)
     assert networks is not None
     assert networks.layers is not None
     first, second = networks.layers
 
-    assert set(first) == set(unet_modules(plain, lambda path: "attn" in path))
-    assert set(second) == set(unet_modules(plain, lambda path: "conv1" in path))
+    assert set(first) == set(loaded.unet_modules(plain, lambda path: "attn" in path))
+    assert set(second) == set(loaded.unet_modules(plain, lambda path: "conv1" in path))
     for layer in first.values():
         layer.region = torch.zeros_like
     wanted = fresh()
     add_by_hand(wanted, plain_changes(other))
-    assert_same(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
 
 
 # What is refused
 
 
 def of_flux(path: Path) -> Path:
-    factors = {"lora_down.weight": random(2, 8, seed="a"), "lora_up.weight": random(24, 2, seed="b")}
-    return write(path, {"lora_unet_double_blocks_0_img_mod_lin": factors}, {"ss_base_model_version": "flux1"})
+    factors = {
+        "lora_down.weight": loaded.random(2, 8, seed="a"),
+        "lora_up.weight": loaded.random(24, 2, seed="b"),
+    }
+    return loaded.write(
+        path, {"lora_unet_double_blocks_0_img_mod_lin": factors}, {"ss_base_model_version": "flux1"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,19 +209,22 @@ def of_flux(path: Path) -> Path:
 )
 def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
+        loaded.options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
 
 
 def test_a_lora_of_another_family_or_kind_is_named(fresh: Fresh, tmp_path: Path) -> None:
-    cross = {"lora_down.weight": random(2, 2048, seed="a"), "lora_up.weight": random(32, 2, seed="b")}
+    cross = {
+        "lora_down.weight": loaded.random(2, 2048, seed="a"),
+        "lora_up.weight": loaded.random(32, 2, seed="b"),
+    }
     place = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     wide = "is a LoRA for Stable Diffusion XL, by its sizes; --ckpt is Stable Diffusion 1.x"
     flux = "is a LoRA for flux, not for Stable Diffusion"
     for path, message in (
         (of_flux(tmp_path / "flux.safetensors"), flux),
-        (write(tmp_path / "wide.safetensors", {place: cross}), wide),
+        (loaded.write(tmp_path / "wide.safetensors", {place: cross}), wide),
     ):
-        given = options("--network_weights", path).networks
+        given = loaded.options("--network_weights", path).networks
         with pytest.raises(CheckpointError, match=message):
             check_kind(read_networks(given), SD1)
 
@@ -240,10 +233,10 @@ def test_what_a_file_says_of_itself_is_shown(
     fresh: Fresh, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    factors = {name: low_rank(name, one) for name, one in text_modules(fresh()).items()}
+    factors = {name: loaded.low_rank(name, one) for name, one in loaded.text_modules(fresh()).items()}
     said = {"ss_base_model_version": "sd_v2", "ss_tag_frequency": '{"10_cat": {"cat": 3}}'}
-    path = write(tmp_path / "x.safetensors", factors, said)
-    check_kind(read_networks(options("--network_weights", path, "--network_show_meta").networks), SD1)
+    path = loaded.write(tmp_path / "x.safetensors", factors, said)
+    check_kind(read_networks(loaded.options("--network_weights", path, "--network_show_meta").networks), SD1)
 
     assert '"10_cat": {' in caplog.text
     assert "was trained for Stable Diffusion 2.x, as its metadata say, and is used with" in caplog.text

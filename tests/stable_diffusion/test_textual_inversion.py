@@ -24,17 +24,10 @@ from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
 from tests.parity.stable_diffusion import their_scheduler
 from tests.stable_diffusion.loaded import make_towers, options, tokenize
 from tests.stable_diffusion.test_making import load, start_noise
-from tests.tiny.stable_diffusion import (
-    TEXT_DIM,
-    TOKENIZERS,
-    tokenizer_folder,
-    write_folder,
-    write_sd1,
-    write_tokenizer,
-)
+from tests.tiny import stable_diffusion as tiny
 
 
-def vectors(count: int = 2, width: int = TEXT_DIM, seed: int = 1) -> Tensor:
+def vectors(count: int = 2, width: int = tiny.TEXT_DIM, seed: int = 1) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -97,7 +90,7 @@ def test_words_are_found_alone_the_longest_first() -> None:
 
 def test_harmful_tensors_are_refused(tmp_path: Path) -> None:
     """A few bytes repeated over a shape that no memory holds; a container without its own fields."""
-    huge = torch.ones(1, 1).expand(10**9, TEXT_DIM)
+    huge = torch.ones(1, 1).expand(10**9, tiny.TEXT_DIM)
     bare = ParameterDict()
     bare.__dict__.clear()
     for number, value in enumerate([{"*": huge}, {"*": torch.ones(2, 2).to_sparse()}, bare]):
@@ -149,7 +142,7 @@ PICTURE = AskedPicture("line 1", PROMPT, AVOIDED, 5, PictureSettings(SIZE, SIZE,
 
 def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> Maker:
     folder.mkdir()
-    return load(folder, write_sd1, option, str(write(folder / "blob.safetensors", dict(rows))))
+    return load(folder, tiny.write_sd1, option, str(write(folder / "blob.safetensors", dict(rows))))
 
 
 def all_of(rows: Tensor) -> dict[str, Tensor]:
@@ -181,7 +174,7 @@ def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
         text: {LAYERS[name]: maker.texts.encode(text).context[None] for name, maker in alone.items()}
         for text in (PROMPT, AVOIDED)
     }
-    unet = UNet2DConditionModel.from_pretrained(write_folder("sd1", tmp_path / "theirs") / "unet")
+    unet = UNet2DConditionModel.from_pretrained(tiny.write_folder("sd1", tmp_path / "theirs") / "unet")
     told: dict[str, Tensor] = {}
     for path in LAYERS.values():
         for name, module in unet.get_submodule(path).named_modules():
@@ -232,22 +225,22 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_exclamation_mark_is_a_word_and_no_padding(tmp_path: Path) -> None:
     """transformers cut it out as OpenCLIP's padding, token 0; it was a word while the encoder was trained."""
-    first, second = find_tokenizers(tokenizer_folder(tmp_path), tmp_path, BOTH)
+    first, second = find_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, BOTH)
 
     assert first.tokenize("a dog!") == second.tokenize("a dog!")
     assert 0 not in second.tokenize("a dog!")
 
 
-@pytest.mark.parametrize("name", [*TOKENIZERS.values(), "stabilityai_stable-diffusion-2"])
+@pytest.mark.parametrize("name", [*tiny.TOKENIZERS.values(), "stabilityai_stable-diffusion-2"])
 def test_either_vocabulary_serves_openclip(name: str, tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / name)
+    tiny.write_tokenizer(tmp_path / name)
 
     assert find_tokenizers(tmp_path, tmp_path / "sd2.safetensors", [True])[0].tokenize("cat")
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "openai_clip-vit-large-patch14", "."])
 def test_files_beside_a_single_file_are_found(place: str, tmp_path: Path, no_hub: None) -> None:
-    write_tokenizer(tmp_path / place)
+    tiny.write_tokenizer(tmp_path / place)
 
     assert len(find_tokenizers(None, tmp_path / "sdxl.safetensors", BOTH)) == 2
 
@@ -256,7 +249,7 @@ def test_the_tokenizer_of_another_model_in_the_same_folder_is_left_alone(tmp_pat
     other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     (tmp_path / "tokenizer").mkdir()
     other.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    write_tokenizer(tmp_path / "clip_l")
+    tiny.write_tokenizer(tmp_path / "clip_l")
 
     assert find_tokenizers(None, tmp_path / "sd1.safetensors", [False])[0].tokenize("a cat")
 
@@ -272,7 +265,7 @@ def test_a_missing_tokenizer_gets_one_message(tmp_path: Path) -> None:
 def test_a_download_is_kept_for_runs_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = write_tokenizer(tmp_path / "hub")
+    stored = tiny.write_tokenizer(tmp_path / "hub")
     CLIPTokenizer.from_pretrained(stored).backend_tokenizer.save(str(stored / "tokenizer.json"))
     whole = stored / "tokenizer.json"
     asked = []
@@ -289,11 +282,11 @@ def test_a_download_is_kept_for_runs_without_a_network(
 
     assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
     assert first[0].tokenize("a cat") == second[1].tokenize("a cat") != []
-    assert (cache / TOKENIZERS["clip_l"] / "tokenizer.json").is_file()
+    assert (cache / tiny.TOKENIZERS["clip_l"] / "tokenizer.json").is_file()
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
-    words = find_tokenizers(tokenizer_folder(tmp_path), tmp_path, [False])[0]
+    words = find_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, [False])[0]
 
     check_vocabulary(words, words.end + 1, tmp_path)
     with pytest.raises(CheckpointError, match="rows of token embeddings"):
