@@ -126,6 +126,7 @@ def test_modules_of_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         ("", "no create_upscaler"),
         ("1 / 0", "ZeroDivisionError"),
         ("def create_upscaler(colour): return 1", "missing 1 required positional argument: 'colour'"),
+        ("def create_upscaler(): return 1", "has no upscale"),
         (LATENTS.replace("width // 8", "width"), "returned latents of 2 x 4 x 8 x 96"),
         (LATENTS.replace("latents.new_ones", "latents.missing"), "failed: AttributeError"),
         (LATENTS.replace("return latents.new", "return latents.new_ones(1).item() #"), "returned float"),

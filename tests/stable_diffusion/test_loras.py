@@ -26,13 +26,12 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     """Loads a new model of a kind."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = tokenizer_folder(folder / "tokenizers")
-    known: dict[tuple[object, ...], Model] = {}
+    known: dict[str, Model] = {}
 
-    def make(kind: str = "sd1", *words: object) -> Model:
-        if (kind, *words) not in known:
-            path = WRITERS[kind](folder)
-            known[kind, *words] = loaded.load(path, "--tokenizer_cache_dir", tokenizers, *words)
-        model = known[kind, *words]
+    def make(kind: str = "sd1") -> Model:
+        if kind not in known:
+            known[kind] = loaded.load(WRITERS[kind](folder), "--tokenizer_cache_dir", tokenizers)
+        model = known[kind]
         texts = tuple(replace(tower, network=copy.deepcopy(tower.network)) for tower in model.texts)
         return replace(model, unet=copy.deepcopy(model.unet), texts=texts)
 

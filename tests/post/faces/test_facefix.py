@@ -228,6 +228,7 @@ def test_the_weight_of_another_network_is_refused() -> None:
         ("GFPGANv1.4.pth", (), "no GFPGANv1.4.pth is in"),
         ("parsing_parsenet.pth", (), "no parsing_parsenet.pth is in"),
         ("detection_Resnet50_Final.pth", (), "no detection_Resnet50_Final.pth is in"),
+        ("", ("--detection_model", "retinaface_mobile0.25"), "no detection_mobilenet0.25_Final.pth is in"),
         ("", ("--detection_model", "yunet"), "no .onnx file with yunet in its name is in"),
         (
             "",

@@ -76,6 +76,8 @@ def test_rrdb_equals_the_recorded_one(tmp_path: Path, model: str, inputs: list[s
         ("swinir-large-realsr-x4-gan", "SwinIR", {"dim": 240, "depths": (6,) * 9, "convolutions": 3}),
         ("swinir-medium-realsr-x4-gan", "SwinIR", {"dim": 180, "heads": (6,) * 6, "convolutions": 1}),
         ("esrgan-x4-old", "ESRGAN", {"features": 64, "blocks": 23, "factor": 4}),
+        ("esrgan-x4-mid", "ESRGAN", {"features": 64, "blocks": 23, "factor": 4}),
+        ("realesrgan-x4plus", "ESRGAN", {"growth": 32, "blocks": 23, "factor": 4}),
         ("realesrgan-x2plus", "ESRGAN", {"unshuffle": 2, "doublings": 2, "factor": 2}),
     ],
 )
