@@ -48,6 +48,10 @@ def test_each_tool_has_its_own_options() -> None:
         (["--then", "facefx"], r"^--then facefx: facefx is no tool.*Did you mean facefix\?"),
         (["--then", "facefix", "-y"], r"^--then facefix: -y holds for the whole run\. Write it before"),
         (["--then", "facefix", "--model="], r"^--then facefix: --model is empty"),
+        (["--then", "facefix", "model=x", "weight=0.7"], r"--weight 0\.7 is for --mode codeformer"),
+        (["--then", "gimmvfi", "model=x", "mode=film"], "--mode film"),
+        (["--then", "gimmvfi", "model=x", "ds_factor=0.29"], r"--ds_factor 0\.29"),
+        (["--tile", "48", "--tile_overlap", "32"], "--tile_overlap 32 is more than half of --tile 48"),
     ],
 )
 def test_what_cannot_be_in_a_chain_is_refused_by_name(words: list[str], message: str) -> None:
@@ -206,14 +210,6 @@ def test_the_input_is_never_overwritten(given: str, tmp_path: Path) -> None:
         plan_jobs(chain_of(TOOL, clip, tmp_path / given, PRORES, yes=True), Asked())
 
 
-def test_results_of_two_inputs_never_share_a_name(tmp_path: Path) -> None:
-    for name in ("a.mp4", "a.mkv"):
-        write_clip(tmp_path / name, frames=1)
-
-    with pytest.raises(OutputError, match=r"a\.mkv and a\.mp4 would both be written to .*a_SWIN\.mp4"):
-        plan_jobs(chain_of(TOOL, tmp_path), Asked())
-
-
 @pytest.mark.parametrize(
     ("source", "output", "error", "words"),
     [
@@ -222,13 +218,15 @@ def test_results_of_two_inputs_never_share_a_name(tmp_path: Path) -> None:
         ("results", None, MediaError, "but 1 with _SWIN, which are results"),
         ("clips", "out.mkv", OptionError, "is a file, and --input"),
         ("clips/a.mp4", "folder", OutputError, r"a_SWIN\.mp4 is a folder"),
+        ("two", None, OutputError, r"a\.mkv and a\.mp4 would both be written to .*a_SWIN\.mp4"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_loads(
     source: str, output: str | None, error: type[Exception], words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    write_clip(tmp_path / "clips" / "a.mp4", frames=1)
+    for name in ("clips/a.mp4", "two/a.mp4", "two/a.mkv"):
+        write_clip(tmp_path / name, frames=1)
     write_clip(tmp_path / "results" / "a_SWIN.mp4", frames=1)
     (tmp_path / "folder" / "a_SWIN.mp4").mkdir(parents=True)
     given = None if output is None else tmp_path / output

@@ -159,6 +159,12 @@ CLIP_L = ClipTextConfig(49408, 77, 768, 3072, 12, 12)
 VIT_H = ClipTextConfig(49408, 77, 1024, 4096, 16, 24, "gelu")
 BIG_G = ClipTextConfig(49408, 77, 1280, 5120, 20, 32, "gelu")
 TENSORS = {"sd1": 686, "sd2": 686, "sdxl": 1680}  # of the U-Net
+# heads of the U-Net's levels, layers of each text encoder, parameters of the U-Net
+FACTS = {
+    "sd1": ({8}, [12], 859_520_964),
+    "sd2": ({5, 10, 20}, [23], 865_910_724),
+    "sdxl": ({10, 20}, [12, 32], 2_567_463_684),
+}
 
 
 def text(config: ClipTextConfig) -> dict[str, Tensor]:
@@ -202,16 +208,8 @@ def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: 
     }
     found = {name: model.unet.config[name] for name in theirs}
     assert found == theirs
-    heads = {
-        name: one.heads
-        for name, one in model.unet.named_modules()
-        if name.endswith("attn1") and "transformer_blocks.0" in name
-    }
-    wanted = {"sd1": {8}, "sd2": {5, 10, 20}, "sdxl": {10, 20}}[kind]
-    assert set(heads.values()) == wanted
-    layers = [tower.network.num_layers for tower in model.texts]
-    assert layers == {"sd1": [12], "sd2": [23], "sdxl": [12, 32]}[kind]
-    assert (
-        sum(one.numel() for one in model.unet.parameters())
-        == {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}[kind]
-    )
+    heads, layers, parameters = FACTS[kind]
+    firsts = [name for name, _ in model.unet.named_modules() if name.endswith("transformer_blocks.0.attn1")]
+    assert {model.unet.get_submodule(name).heads for name in firsts} == heads
+    assert [tower.network.num_layers for tower in model.texts] == layers
+    assert sum(one.numel() for one in model.unet.parameters()) == parameters

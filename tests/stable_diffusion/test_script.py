@@ -60,7 +60,7 @@ def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) 
 
 @pytest.mark.slow
 def test_packages_that_nothing_uses_are_not_loaded(tmp_path: Path) -> None:
-    words = f"--ckpt {tmp_path}/none.pt --outdir {tmp_path} --prompt x --device cpu".split()
+    words = ["--ckpt", f"{tmp_path}/none.pt", "--outdir", str(tmp_path), "--prompt", "x", "--device", "cpu"]
     code = (
         "import sys, gen_img\n"
         "from modules.errors import UserError\n"

@@ -53,14 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("text")
 
 
-def encode_prompt(pipeline: Any, text: str, **others: Any) -> tuple[Tensor, Tensor | None]:
-    """diffusers' states of a text, L C, and its pooled state."""
-    found = pipeline.encode_prompt(
-        text, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False, **others
-    )
-    return found[0][0], found[2][0] if len(found) == 4 else None
-
-
 @pytest.mark.parametrize("is_file", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_file: bool) -> None:
@@ -68,8 +60,10 @@ def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_fi
     pipeline, *models = opened(kind, folder / kind)
     model = models[is_file]
     texts = Texts(model.texts, model.kind, options().text)
+    alone = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     for text in PLAIN:
-        context, pooled = encode_prompt(pipeline, text)
+        theirs = pipeline.encode_prompt(text, **alone)
+        context, pooled = theirs[0][0], theirs[2][0] if len(theirs) == 4 else None
         found = texts.encode(text)
         torch.testing.assert_close(found.context, context, atol=1e-6, rtol=0)
         assert (found.pooled is None) == (pooled is None) == (kind != "sdxl")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from modules.media.encoding import Picture, Pixels
 from modules.media.reading import video_frames
 from modules.media.writing import write_video
@@ -215,11 +215,6 @@ def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loa
 
     whole = write_yolo(tmp_path / "b.onnx", notes={"names": "{0: 'face'}", "kpt_shape": "[5, 3]"})
     check_facefix(_options(folder, "--detection_model", str(whole)))
-
-
-def test_the_weight_of_another_network_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"--weight 0\.7 is for --mode codeformer"):
-        _options(Path("x"), "--weight", "0.7")
 
 
 @pytest.mark.parametrize(

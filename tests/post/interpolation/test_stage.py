@@ -188,16 +188,6 @@ def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
         small.result(replace(CLIP, width=least, height=least))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"), [({"mode": "film"}, "--mode film"), ({"ds_factor": 0.29}, "--ds_factor 0.29")]
-)
-def test_values_that_make_no_sense_are_refused(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    with pytest.raises(OptionError, match=message):
-        options(tmp_path, **changes)
-
-
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
         check_interpolation(options(tmp_path / "nowhere" / "model"))

@@ -115,8 +115,3 @@ def test_a_size_that_no_picture_can_have_is_refused(tmp_path: Path, scale: float
     stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), scale=scale), CPU)
     with pytest.raises(OptionError, match=r"--scale \S+ makes \d+ x \d+ pixels of the 37 x 26 of a.mkv"):
         stage.result(clip())
-
-
-def test_tiles_that_are_mostly_shared_are_refused() -> None:
-    with pytest.raises(OptionError, match="--tile_overlap 32 is more than half of --tile 48"):
-        options(Path("x.pth"), tile=48, tile_overlap=32)
