@@ -11,14 +11,14 @@ from modules.media.writing import write_video
 from pocket import drawing, train_vae
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, DATASET
-from pocket.measure import CLIP, IN_FLOAT32, POCKET, model_options
+from pocket.measure import IN_FLOAT32, POCKET, model_options
 from pocket.vae_learning import decode, encode, fold_statistics
 from tests.commands import run_script
 from tests.tiny.wan_encoders import random_tensors, vae_config
 from wan.configs import WAN_2_1
 from wan.vae import WanVae, load_vae
 
-STEPS = 4
+STEPS = 2
 SAMPLE = "a red blorp moving left --w 64 --h 64 --f 17 --s 4 --g 4 --fs 3 --d 1\n"
 
 
@@ -39,18 +39,11 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, name: str, *options: object) -> Path:
     """The LoRA of a run in `folder`/NAME."""
-    network = (
-        *("--network_module", "networks.lora_wan", "--network_dim", 4, "--learning_rate", 1e-2, "--seed", 3),
-        "--sdpa",
-    )
-    times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--max_data_loader_n_workers", 0)
-    output = (
-        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / name),
-        *("--output_name", "blorp"),
-    )
-    run_script(
-        "wan_train_network.py", *model_options(POCKET), *IN_FLOAT32, *network, *times, *output, *options
-    )
+    words = "--network_module networks.lora_wan --network_dim 4 --learning_rate 1e-2 --seed 3 --sdpa"
+    words += " --timestep_sampling shift --discrete_flow_shift 3 --max_data_loader_n_workers 0"
+    files = ("--dataset_config", folder / "dataset.toml", "--output_dir", folder / name)
+    given = (*model_options(POCKET), *IN_FLOAT32, *words.split(), *files, "--output_name", "blorp")
+    run_script("wan_train_network.py", *given, *options)
     return folder / name / "blorp.safetensors"
 
 
@@ -61,44 +54,13 @@ def trained(cached: Path) -> Path:
     return train(cached, "whole", "--max_train_steps", STEPS, *samples)
 
 
-def test_samples_are_made_while_training(trained: Path) -> None:
-    samples = sorted((trained.parent / "sample").glob("*.mp4"))
-    assert len(samples) == 2
-
-
-def test_a_resumed_run_ends_with_the_same_lora(cached: Path, trained: Path) -> None:
+def test_a_resumed_run_without_samples_ends_with_the_same_lora(cached: Path, trained: Path) -> None:
+    assert len(list((trained.parent / "sample").glob("*.mp4"))) == 2
     train(cached, "parts", "--max_train_steps", STEPS // 2, "--save_state_on_train_end")
     parts = train(cached, "parts", "--max_train_steps", STEPS, "--resume", "latest")
     first, second = load_file(trained), load_file(parts)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_converted_lora_makes_the_same_clip(trained: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    run_script("convert_lora.py", "--input", trained, "--output", other, "--target", "other")
-    made = []
-    for index, path in enumerate((trained, other)):
-        folder = tmp_path / str(index)
-        prompt = (
-            *("--prompt", "a red blorp moving left", "--seed", 1, "--infer_steps", 4),
-            *("--output_type", "latent"),
-        )
-        run_script(
-            "wan_generate_video.py",
-            *model_options(POCKET),
-            *IN_FLOAT32,
-            *CLIP,
-            *prompt,
-            *("--lora_weight", path, "--save_path", folder),
-        )
-        made += [load_file(latent)["latent"] for latent in folder.glob("*_latent.safetensors")]
-    assert torch.allclose(made[0], made[1], atol=1e-5)
-
-
-def statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_2_1.mean, WAN_2_1.std))
-    return mean, std
 
 
 @pytest.fixture
@@ -109,10 +71,10 @@ def vae() -> WanVae:
     return vae
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", [1, 9])
 def test_both_forms_give_the_same(vae: WanVae, frames: int) -> None:
     pixels = torch.randn(2, 3, frames, 16, 24, generator=torch.Generator().manual_seed(1)) / 2
-    mean, std = statistics()
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_2_1.mean, WAN_2_1.std))
     with torch.no_grad():
         means = encode(vae, pixels)
         assert torch.allclose(vae.encode(pixels) * std + mean, means, atol=1e-4)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,16 @@ PRORES = FormatOptions(codec="prores", container="mkv", keep_pngs=False)
 
 @dataclass
 class Same:
-    """Gives pictures on as they are, and tells `seen` of each."""
+    """Gives pictures on as they are, if `change` is not given."""
 
     name: str = "same"
-    seen: Callable[[Picture], object] = lambda picture: None
+    change: Callable[[Picture], Picture] = lambda picture: picture
 
     def result(self, clip: Clip) -> Clip:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        for picture in pictures:
-            self.seen(picture)
-            yield picture
+        return map(self.change, pictures)
 
 
 @dataclass
@@ -165,11 +164,10 @@ def run_stages(
     form: FormatOptions = H264,
     *,
     yes: bool = False,
-    ask: Asked | None = None,
 ) -> list[Path]:
     """Run as a script does, but with stages that are there; returns the results."""
     chain = chain_of(stages, source, output, form, yes)
-    jobs = plan_jobs(chain, ask or Asked())
+    jobs = plan_jobs(chain, Asked())
     run_jobs(chain, jobs, [NamedStage(stages[0]), *(NamedStage(s, f"--then {s.name}") for s in stages[1:])])
     return [job.output for job in jobs]
 
@@ -195,17 +193,15 @@ def main() -> None:
     """Make a run whose stage takes its time, for tests that end it: INPUT OUTPUT."""
     source, output = map(Path, sys.argv[1:3])
     form = replace(H264, keep_pngs=True)
-    count = [0]
 
-    def wait(picture: Picture) -> None:
-        count[0] += 1
-        if count[0] == 4:  # the encoder has its first frames
-            sys.stdout.write("at work\n")
-            sys.stdout.flush()
-        if count[0] > 4:
+    def wait(picture: Picture) -> Picture:
+        if picture.start == Fraction(3, 16):  # the encoder has its first frames
+            print("at work", flush=True)  # noqa: T201
+        if picture.start > Fraction(3, 16):
             time.sleep(0.2)
+        return picture
 
-    run_stages([Same(seen=wait)], source, output, form)
+    run_stages([Same(change=wait)], source, output, form)
 
 
 if __name__ == "__main__":

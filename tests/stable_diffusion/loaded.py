@@ -1,5 +1,6 @@
 """Loaded tiny models, ControlNets and LoRAs, for the tests of gen_img.py."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -34,35 +35,24 @@ from stable_diffusion.contract import (
 )
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, load_networks
-from stable_diffusion.network_options import AddedNetworkOptions
-from stable_diffusion.options import GenImgOptions, ModelOptions, TextOptions, read_gen_img
+from stable_diffusion.options import GenImgOptions, ModelOptions, read_gen_img
 from tests.faults.messages import run_here
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, unet_state, vocabulary
 
 CPU = torch.device("cpu")
 
 
-def model_options(ckpt: Path | str, *others: object) -> ModelOptions:
-    """What a command line with these options says of the model."""
-    options: ModelOptions
-    (options,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
-    return options
-
-
-def load_model(options: ModelOptions, device: torch.device = CPU) -> Model:
-    """Load a checkpoint as gen_img.py would."""
-    check_attention(options, device)
-    with ExitStack() as files:
-        return load_release(options, open_release(options, files), device)
-
-
 def load(ckpt: Path | str, *others: object, device: torch.device = CPU) -> Model:
-    """Load the checkpoint of a command line."""
-    return load_model(model_options(ckpt, *others), device)
+    """Load the checkpoint of a command line as gen_img.py would."""
+    given: ModelOptions
+    (given,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
+    check_attention(given, device)
+    with ExitStack() as files:
+        return load_release(given, open_release(given, files), device)
 
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")
-_BY_NAME: dict[str, ModelKind] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
 
 
 def tokenize(text: str) -> list[int]:
@@ -75,7 +65,7 @@ def tokenize(text: str) -> list[int]:
 
 def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
     """The text encoders of a tiny model, loaded anew, and its kind."""
-    kind, end = _BY_NAME[name], vocabulary() - 1
+    kind, end = OF_NAME[name], vocabulary() - 1
     towers = []
     for number, (activation, layers) in enumerate(KINDS[name].texts):
         network = ClipText(text_config(activation, layers))
@@ -98,11 +88,6 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
     return tuple(towers), kind
 
 
-def text_options(*argv: object) -> TextOptions:
-    """Options as a command line gives them."""
-    return read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, argv)]).text
-
-
 def options(*arguments: object) -> GenImgOptions:
     """Return the options of a command line with a checkpoint and a prompt."""
     words = [str(argument) for argument in arguments]
@@ -113,17 +98,23 @@ def options(*arguments: object) -> GenImgOptions:
 
 @dataclass
 class PlainMaker:
-    """Makes pictures of one colour, which the seed decides. batches: what it was asked for."""
+    """Makes pictures of one colour, which the seed decides.
+
+    batches, starts: what it was asked for.
+    """
 
     kind: ModelKind = SD1
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
     batches: list[list[AskedPicture]] = field(default_factory=list)
+    starts: list[SecondStart | None] = field(default_factory=list)
     networks: None = None
+    vae_batch_size: None = None
 
     @property
     def model(self) -> Any:
-        return SimpleNamespace(kind=self.kind, device=torch.device("cpu"))
+        vae = SimpleNamespace(device=CPU)
+        return SimpleNamespace(kind=self.kind, device=CPU, vae=vae, dtype=torch.float32)
 
     def make(
         self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
@@ -131,6 +122,7 @@ class PlainMaker:
         if self.fails_on and any(self.fails_on in picture.prompt for picture in pictures):
             raise self.error("no such thing")
         self.batches.append(list(pictures))
+        self.starts.append(start)
         size = pictures[0].settings.width, pictures[0].settings.height
         images = [Image.new("RGB", size, (picture.seed % 256, 0, 0)) for picture in pictures]
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
@@ -162,7 +154,6 @@ def make_pictures(project: Path, out: Path, *words: object) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))]
 
 
-OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
 SETTINGS = PictureSettings(width=64, height=48, steps=4, scale=7.5)
 
 
@@ -218,6 +209,16 @@ def call_of(kind: str, rows: int = 2, step: int = 0, size: tuple[int, int] = (64
     )
 
 
+@torch.no_grad()
+def run_unet(unet: Any, call: UnetCall) -> Tensor:
+    """What a U-Net makes of a call."""
+    added = {}
+    if call.residuals is not None:
+        added["down_block_additional_residuals"], added["mid_block_additional_residual"] = call.residuals
+    known = dict(call.added)
+    return unet(call.sample, call.timestep, call.context, added_cond_kwargs=known, **added).sample
+
+
 def pixels(path: Path) -> Tensor:
     """A guide as it is: 1 3 H W in 0..1."""
     return torch.from_numpy(np.array(Image.open(path))).float().permute(2, 0, 1)[None] / 255
@@ -267,17 +268,23 @@ def kohya_name(path: str, kind: str) -> str:
     return f"lora_unet_{to_alias(name, SDXL_NAMES) if kind == 'sdxl' else name}"
 
 
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def change_json(path: Path, **values: object) -> None:
+    """Set values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
 def write(
     path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str] | None = None
 ) -> Path:
     """Write `name.part` tensors."""
-    tensors = {
-        f"{name}.{part}": one.contiguous()
-        for name, factors in modules.items()
-        for part, one in factors.items()
-    }
-    save_file(tensors, path, metadata)
-    return path
+    tensors = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
+    return save(path, tensors, metadata)
 
 
 def write_kohya(
@@ -292,28 +299,16 @@ def write_kohya(
     return write(path, modules)
 
 
+# of each sort of module in the U-Net one or more
+PLACES = "conv_in time_emb_proj conv1 conv_shortcut samplers.0.conv proj_in attn2.to_k net.2"
+
+
 def in_places(path: str) -> bool:
-    """Of each sort of module one or more."""
-    ends = (
-        "conv1",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "proj_in",
-        "attn2.to_k",
-        "net.2",
-    )
-    return path.endswith(("conv_in", "time_emb_proj", *ends))
-
-
-def network_options(*words: object) -> AddedNetworkOptions:
-    options: AddedNetworkOptions
-    (options,) = parse_options(None, [str(word) for word in words], AddedNetworkOptions)
-    return options
+    return path.endswith(tuple(PLACES.split()))
 
 
 def put_in(model: Model, *words: object) -> ChosenLoras | None:
-    return load_networks(network_options("--network_weights", *words), model)
+    return load_networks(options("--network_weights", *words).networks, model)
 
 
 @torch.no_grad()
@@ -329,3 +324,9 @@ def results(model: Model) -> Result:
     context = random(1, 7, width, seed="context", scale=1).to(model.dtype)
     out = model.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)[0]
     return out, *texts
+
+
+def assert_same(found: Result, wanted: Result, tolerance: float = 1e-5) -> None:
+    """Compare what two models compute, in deviations."""
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one / other.std(), other / other.std(), rtol=tolerance, atol=tolerance)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders.clip_layers import MEAN, STD, load_clip_vision
-from modules.errors import CheckpointError, DownloadError, OptionError
+from modules.errors import CheckpointError, DownloadError
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, Model, PictureSettings, TextState
 from stable_diffusion.guiding import load_vgg16
@@ -54,19 +54,12 @@ class Project:
     def guide(self) -> Path:
         return self.folder / "guide.png"
 
-    def words(self, **scales: float) -> list[str]:
-        found = [word for name, scale in scales.items() for word in (f"--{name}", str(scale))]
-        if any(name.startswith("clip") for name in scales):
-            found += ["--clip_guidance_model", str(self.folder / "clip")]
-        if any(name.startswith("vgg") for name in scales):
-            found += ["--vgg16_guidance_model", str(self.folder / "vgg16.pth")]
-        if set(scales) - {"clip_guidance_scale"}:
-            found += ["--guide_image_path", str(self.guide)]
-        return found
-
-    def load(self, *words: object, **scales: float) -> Maker:
-        given = [*self.files.options, "--prompt", "x", *self.words(**scales), *map(str, words)]
-        made = assemble(read_gen_img(None, given), CPU)
+    def load(self, *words: str) -> Maker:
+        """With all three guides."""
+        scales = [word for name, scale in SCALES.items() for word in (f"--{name}", str(scale))]
+        files = ["--clip_guidance_model", self.folder / "clip", "--guide_image_path", self.guide]
+        files += ["--vgg16_guidance_model", self.folder / "vgg16.pth", "--prompt", "x"]
+        made = assemble(read_gen_img(None, [*self.files.options, *scales, *map(str, files), *words]), CPU)
         assert isinstance(made, Maker)
         return made
 
@@ -83,31 +76,25 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def picture(guide: Path | None = None, **others: Any) -> AskedPicture:
-    given: dict[str, Any] = {"settings": SETTINGS, "seed": 5, **others}
+    given = {"prompt": "a (red:1.5) cat", "settings": SETTINGS, **others}
     guides = () if guide is None else (guide,)
-    words = {"prompt": "a (red:1.5) cat", "negative_prompt": "ugly", "raw_prompt": ""}
-    return AskedPicture("line 1", guides=guides, **{**words, **given})
+    return AskedPicture("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
 
 
 def vgg_features(pixels: Tensor, last: int) -> Tensor:
-    """torchvision's VGG16 in plain code, with the numbers of its layers."""
-    state, number = vgg_state(), 0
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = (pixels - mean[:, None, None]) / std[:, None, None]
+    """torchvision's VGG16, whose layers have these numbers."""
+    layers: list[nn.Module] = []
+    channels = 3
     for level in VGG_LEVELS:
-        for _ in level:
-            x = F.conv2d(x, state[f"features.{number}.weight"], state[f"features.{number}.bias"], padding=1)
-            if number == last:
-                return x
-            x = F.relu(x)
-            if number + 1 == last:
-                return x
-            number += 2
-        x = F.max_pool2d(x, 2)
-        if number == last:
-            return x
-        number += 1
-    raise AssertionError(last)
+        for width in level:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    network = nn.Sequential(*layers)
+    state = {name.removeprefix("features."): one for name, one in vgg_state().items() if "features" in name}
+    network.load_state_dict(state)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return network[: last + 1]((pixels - mean[:, None, None]) / std[:, None, None])
 
 
 def loss_of(project: Project, maker: Maker, pixels: Tensor, text: str, guide: Image.Image) -> Tensor:
@@ -168,17 +155,13 @@ def follow(
     return latents
 
 
-def steps_of(sampler: str) -> int:
-    return 4 if sampler == "pndm" else STEPS  # which begins with four of another kind
-
-
 def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
     """A scheduler, and its start noise."""
     scheduler = stable_diffusion.their_scheduler(sampler, velocity)
-    scheduler.set_timesteps(steps_of(sampler))
+    scheduler.set_timesteps(STEPS)
     (generator,) = stable_diffusion.generators(5)
     noise = torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generator)
-    if sampler in {"euler_a", "dpm_2_a"}:
+    if sampler == "dpm_2_a":
         scheduler.drawn_from = generator
     return scheduler, noise * scheduler.init_noise_sigma
 
@@ -193,16 +176,14 @@ def assert_same(made: Tensor, wanted: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def maker(sd1: Project) -> Maker:
-    """With all three guides."""
-    return sd1.load(**SCALES)
+    return sd1.load()
 
 
-@pytest.mark.parametrize("sampler", stable_diffusion.CLASSES)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm_2_a", "dpmsolver++"])
 def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler: str) -> None:
     maker = replace(maker, sampling=replace(maker.sampling, sampler=sampler))
-    settings = replace(SETTINGS, steps=steps_of(sampler))
-    made = latents_of(maker, picture(sd1.guide, settings=settings))
-    plain = latents_of(replace(maker, guides=None), picture(settings=settings))
+    made = latents_of(maker, picture(sd1.guide))
+    plain = latents_of(replace(maker, guides=None), picture())
 
     assert_same(made, follow(sd1, maker, *begin(sampler)))
     assert (made - plain).abs().max() > 0.05 * plain.abs().max()
@@ -210,7 +191,7 @@ def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler:
 
 def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
     sd2 = project("sd2", tmp_path)
-    maker = sd2.load("--v_parameterization", **SCALES)
+    maker = sd2.load("--v_parameterization")
 
     assert_same(latents_of(maker, picture(sd2.guide)), follow(sd2, maker, *begin("ddim", velocity=True)))
     snr = replace(maker, sampling=replace(maker.sampling, zero_terminal_snr=True))
@@ -250,24 +231,17 @@ def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, change
     assert (made - latents_of(replace(maker, guides=None), asked)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("last", [1, 4, 9, 19, 20, 29, 30])
+@pytest.mark.parametrize("last", [1, 4, 20, 30])
 def test_layers_of_vgg16_are_those_of_torchvision(sd1: Project, last: int) -> None:
     pixels = torch.rand((2, 3, 40, 33), generator=torch.Generator().manual_seed(1))
     network = load_vgg16(sd1.folder / "vgg16.pth", last, CPU, torch.float32)
-    torch.testing.assert_close(network(pixels), vgg_features(pixels, last))
+    torch.testing.assert_close(network(pixels), vgg_features(pixels, last).detach())
 
 
 def make_model(kind: str, path: Path) -> Model:
     """A model of which only the text encoders are there."""
     towers, sort = make_towers(kind)
     return Model(sort, path, None, None, towers, False, False, CPU, torch.float32, torch.float32)
-
-
-def write_pictures(folder: Path) -> list[Path]:
-    paths = [folder / "one.png", folder / "two.png"]
-    for path, image in zip(paths, (noise(40, 30), noise(30, 50)), strict=True):
-        image.save(path)
-    return paths
 
 
 def test_the_image_encoder_is_found_with_the_tokenizers_then_beside_the_checkpoint(tmp_path: Path) -> None:
@@ -292,49 +266,36 @@ def test_without_the_image_encoder_the_message_says_where_to_put_it(
 
 def test_the_pictures_vector_times_the_strength_replaces_the_pooled_state(tmp_path: Path) -> None:
     folder, _ = write_tower(tmp_path / "image_encoder", projection=TEXT_DIM)
-    paths = write_pictures(tmp_path)
+    images = [noise(40, 30), noise(30, 50)]
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
     vectors = PictureVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 0.5)
     states = [TextState(torch.full((77, 128), float(index)), torch.ones(TEXT_DIM)) for index in range(3)]
     found = vectors.replace_pooled(states, [paths[0], paths[1], paths[0]])
     tower = load_clip_vision(folder, CPU, torch.float32, "--x", "a tower")
-    for state, before, path in zip(found, states, (paths[0], paths[1], paths[0]), strict=True):
+    for state, before, image in zip(found, states, (images[0], images[1], images[0]), strict=True):
         assert state.context is before.context
-        with Image.open(path) as image:
-            expected = tower.encode([image])[0] * 0.5
         assert state.pooled is not None
-        assert torch.equal(state.pooled, expected)
+        assert torch.equal(state.pooled, tower.encode([image])[0] * 0.5)
 
 
-def test_another_width_and_another_model_are_refused(tmp_path: Path) -> None:
+def test_a_vector_of_another_width_is_refused(tmp_path: Path) -> None:
     write_tower(tmp_path / "image_encoder", projection=32)
-    model = make_model("sdxl", tmp_path / "x.safetensors")
-    vectors = PictureVectors(model, None, 1.0)
+    noise(40, 30).save(tmp_path / "one.png")
+    vectors = PictureVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 1.0)
     with pytest.raises(CheckpointError, match="makes vectors of 32 numbers, the pooled state of .* has 64"):
-        vectors.replace_pooled([TextState(torch.ones(77, 128), torch.ones(64))], write_pictures(tmp_path)[:1])
-    with pytest.raises(OptionError, match=r"is Stable Diffusion 1\.x, which has no pooled state"):
-        PictureVectors(make_model("sd1", tmp_path / "x.safetensors"), None, 1.0)
+        vectors.replace_pooled([TextState(torch.ones(77, 128), torch.ones(64))], [tmp_path / "one.png"])
 
 
-SMALL = ("--W", "64", "--H", "64", "--steps", "2", "--seed", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    write_sdxl(folder)
-    tokenizer_folder(folder / "tokenizers")
-    write_tower(folder / "image_encoder", projection=TEXT_DIM)
-    noise(64, 64).save(folder / "one.png")
-    return folder
-
-
-def test_a_picture_in_place_of_the_pooled_state(folder: Path, tmp_path: Path) -> None:
-    words = ("--ckpt", "sdxl.safetensors", "--prompt", "a cat", "--image_path", "one.png")
-    plain, weak, strong = (
-        make_pictures(folder, tmp_path / str(number), *SMALL, *words, *more)[0]
-        for number, more in enumerate(
-            ((), ("--clip_vision_strength", "0.5"), ("--clip_vision_strength", "2"))
-        )
+def test_a_picture_in_place_of_the_pooled_state(tmp_path: Path) -> None:
+    ckpt, _ = write_sdxl(tmp_path), tokenizer_folder(tmp_path / "tokenizers")
+    write_tower(tmp_path / "image_encoder", projection=TEXT_DIM)
+    noise(64, 64).save(tmp_path / "one.png")
+    words = ("--ckpt", ckpt, "--prompt", "a cat", "--W", "64", "--H", "64", "--steps", "2", "--seed", "1")
+    words += ("--image_path", "one.png")
+    [plain], [strong] = (
+        make_pictures(tmp_path, tmp_path / str(number), *words, *more)
+        for number, more in enumerate(((), ("--clip_vision_strength", "2")))
     )
-    assert np.abs(plain - weak).max() > 1
-    assert np.abs(weak - strong).max() > 1
+    assert np.abs(plain - strong).max() > 1

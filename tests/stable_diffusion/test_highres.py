@@ -1,67 +1,26 @@
 """Pictures in two stages, and Deep Shrink against the U-Net walked by hand."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart, UnetCall
+from stable_diffusion.contract import AskedPicture, PictureSettings, SecondStart, UnetCall
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
+from tests.stable_diffusion.loaded import PlainMaker, call_of, run_unet, unet_of
 from tests.tiny.post_upscaling import rrdb_weights
-from tests.tiny.stable_diffusion import KINDS, unet_state
 
 OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
 OURS = "stable_diffusion.model_upscaler"
-
-
-@dataclass
-class Asked:
-    """What a stage was asked for."""
-
-    pictures: Sequence[AskedPicture]
-    start: SecondStart | None
-    wants_images: bool
-
-
-@dataclass
-class Maker:
-    """Makes pictures whose numbers depend on the seed."""
-
-    asked: list[Asked] = field(default_factory=list)
-    vae_batch_size: float | None = None
-    model: Any = field(
-        default_factory=lambda: SimpleNamespace(
-            vae=SimpleNamespace(device=torch.device("cpu")), device=torch.device("cpu"), dtype=torch.float32
-        )
-    )
-
-    def make(
-        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
-    ) -> Made:
-        self.asked.append(Asked(pictures, start, wants_images))
-        settings = pictures[0].settings
-        latents, images = [], []
-        for picture in pictures:
-            generator = torch.Generator().manual_seed(picture.seed)
-            latents.append(torch.randn(4, settings.height // 8, settings.width // 8, generator=generator))
-            random = np.random.default_rng(picture.seed)
-            pixels = random.integers(0, 256, (settings.height, settings.width, 3), np.uint8)
-            images.append(Image.fromarray(pixels))
-        return Made(torch.stack(latents), images if wants_images else None)
 
 
 def pictures(width: int = 96, height: int = 64) -> list[AskedPicture]:
@@ -72,27 +31,29 @@ def pictures(width: int = 96, height: int = 64) -> list[AskedPicture]:
     ]
 
 
-def make(options: HighresOptions, maker: Maker, asked: list[AskedPicture] | None = None) -> list[Any]:
-    return list(make_pictures(maker, prepare_highres(options), asked or pictures()))
+def make(options: HighresOptions, asked: list[AskedPicture] | None = None) -> tuple[PlainMaker, list[Any]]:
+    """The maker, which knows what it was asked for, and the stages that are saved."""
+    maker: Any = PlainMaker()
+    return maker, list(make_pictures(maker, prepare_highres(options), asked or pictures()))
 
 
 def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
-    maker = Maker()
-    (stage,) = make(OPTIONS, maker)
-    first, second = maker.asked
-    small, large = first.pictures[0].settings, second.pictures[0].settings
+    maker, (stage,) = make(OPTIONS)
+    first, second = maker.batches
+    small, large = first[0].settings, second[0].settings
     assert (small.width, small.height, small.steps) == (48, 32, 7)
     assert (large.width, large.height, large.steps, large.strength) == (96, 64, 20, 0.6)
-    assert [each.seed for each in first.pictures] == [3, 9]
-    assert [each.seed for each in second.pictures] == [4, 10]
+    assert [each.seed for each in first] == [3, 9]
+    assert [each.seed for each in second] == [4, 10]
     assert [each.seed for each in stage.pictures] == [3, 9]  # what is written into the files
     assert stage.digit == "1"
     assert stage.made.images[0].size == (96, 64)
-    assert all(each.guides for each in second.pictures)
+    assert all(each.guides for each in second)
+    maker, _ = make(OPTIONS, [replace(pictures()[0], seed=2**64 - 1)])
+    assert maker.batches[1][0].seed == 0
 
 
 def test_options_of_the_stages() -> None:
-    maker = Maker()
     options = replace(
         OPTIONS,
         highres_fix_strength=0.3,
@@ -100,30 +61,19 @@ def test_options_of_the_stages() -> None:
         highres_fix_latents_upscaling=True,
         highres_fix_disable_control_net=True,
     )
-    first, second = make(options, maker)
+    maker, (first, second) = make(options)
     assert (first.digit, second.digit) == ("0", "1")
     assert first.made.images[0].size == (48, 32)
     assert first.pictures[0].settings.steps == 7
-    assert maker.asked[1].pictures[0].settings.strength == second.pictures[0].settings.strength == 0.3
-    assert maker.asked[0].pictures[0].guides
-    assert not maker.asked[1].pictures[0].guides
+    assert maker.batches[1][0].settings.strength == second.pictures[0].settings.strength == 0.3
+    assert maker.batches[0][0].guides
+    assert not maker.batches[1][0].guides
 
 
-def test_sides_of_the_first_stage_are_multiples_of_8() -> None:
-    for scale, side, wanted in ((0.5, 520, 256), (0.75, 1024, 768), (0.66, 1000, 656), (0.01, 64, 8)):
-        maker = Maker()
-        next(
-            make_pictures(
-                maker, prepare_highres(replace(OPTIONS, highres_fix_scale=scale)), pictures(side, 64)
-            )
-        )
-        assert maker.asked[0].pictures[0].settings.width == wanted
-
-
-def test_the_highest_seed_has_a_next_one() -> None:
-    maker = Maker()
-    make(OPTIONS, maker, [replace(pictures()[0], seed=2**64 - 1)])
-    assert maker.asked[1].pictures[0].seed == 0
+@pytest.mark.parametrize(("scale", "side", "wanted"), [(0.5, 520, 256), (0.66, 1000, 656), (0.01, 64, 8)])
+def test_sides_of_the_first_stage_are_multiples_of_8(scale: float, side: int, wanted: int) -> None:
+    maker, _ = make(replace(OPTIONS, highres_fix_scale=scale), pictures(side, 64))
+    assert maker.batches[0][0].settings.width == wanted
 
 
 def write_module(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> str:
@@ -135,9 +85,8 @@ def write_module(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> st
 
 
 def upscaled(name: str, args: str | None = None) -> SecondStart:
-    maker = Maker()
-    make(replace(OPTIONS, highres_fix_upscaler=name, highres_fix_upscaler_args=args), maker)
-    start = maker.asked[1].start
+    maker, _ = make(replace(OPTIONS, highres_fix_upscaler=name, highres_fix_upscaler_args=args))
+    start = maker.starts[1]
     assert start is not None
     return start
 
@@ -175,7 +124,6 @@ def test_modules_of_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     ("text", "words"),
     [
         ("", "no create_upscaler"),
-        ("import missing_package", "cannot be imported: No module named 'missing_package'"),
         ("1 / 0", "ZeroDivisionError"),
         ("def create_upscaler(colour): return 1", "missing 1 required positional argument: 'colour'"),
         ("def create_upscaler(): return 1", "has no upscale"),
@@ -195,32 +143,26 @@ def test_modules_that_cannot_be_used(
 def test_upscaler_files_enlarge(tmp_path: Path) -> None:
     model = tmp_path / "4x.safetensors"
     save_tensors(model, rrdb_weights(), {})
-    start = upscaled(OURS, f"model={model};tile=0")
+    start, (plain, *_) = upscaled(OURS, f"model={model};tile=0"), make(OPTIONS)
     assert start.images is not None
     assert start.images[0].size == (96, 64)
-    plain = Maker()
-    make(OPTIONS, plain)
-    assert plain.asked[1].start is not None
-    assert plain.asked[1].start.images is not None
-    assert start.images[0].tobytes() != plain.asked[1].start.images[0].tobytes()
+    assert plain.starts[1] is not None
+    assert plain.starts[1].images is not None
+    assert start.images[0].tobytes() != plain.starts[1].images[0].tobytes()
 
 
 def test_upscaler_files_are_checked_before_anything_is_made(tmp_path: Path) -> None:
-    def prepare(args: str) -> None:
-        prepare_highres(replace(OPTIONS, highres_fix_upscaler=OURS, highres_fix_upscaler_args=args))
-
     model = tmp_path / "4x.safetensors"
     save_tensors(model, {"unknown.weight": torch.zeros(3)}, {})
-    with pytest.raises(CheckpointError, match="SwinIR"):
-        prepare(f"model={model}")
-    with pytest.raises(OptionError, match="model=none.pth: no such file"):
-        prepare("model=none.pth")
-    with pytest.raises(OptionError, match="factor is not known"):
-        prepare(f"model={model};factor=3")
-    with pytest.raises(OptionError, match="give model=FILE"):
-        prepare("tile=5")
-    with pytest.raises(OptionError, match="tile"):
-        prepare(f"model={model};tile=many")
+    for args, error, words in (
+        (f"model={model}", CheckpointError, "SwinIR"),
+        ("model=none.pth", OptionError, "model=none.pth: no such file"),
+        (f"model={model};factor=3", OptionError, "factor is not known"),
+        ("tile=5", OptionError, "give model=FILE"),
+        (f"model={model};tile=many", OptionError, "tile"),
+    ):
+        with pytest.raises(error, match=words):
+            prepare_highres(replace(OPTIONS, highres_fix_upscaler=OURS, highres_fix_upscaler_args=args))
 
 
 def test_arguments_of_upscalers() -> None:
@@ -231,9 +173,12 @@ def test_arguments_of_upscalers() -> None:
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    network = UNet2DConditionModel(**KINDS["sd1"].unet)
-    network.load_state_dict(unet_state("sd1"))
-    return network.eval().requires_grad_(False)
+    return unet_of("sd1")
+
+
+def call_at(timestep: float, height: int = 9, width: int = 12, residuals: Any = None) -> UnetCall:
+    """A call for latents of that height and width."""
+    return replace(call_of("sd1", size=(8 * width, 8 * height)), timestep=timestep, residuals=residuals)
 
 
 def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedPicture]:
@@ -242,24 +187,10 @@ def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedPicture]:
     ]
 
 
-def call_of(height: int, width: int, timestep: float, unet: Any, residuals: Any = None) -> UnetCall:
-    generator = torch.Generator().manual_seed(height + width)
-    sample = torch.randn(2, 4, height, width, generator=generator)
-    context = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
-    return UnetCall(0, 4, timestep, sample, context, 1, residuals=residuals)
-
-
-def run(unet: Any, call: UnetCall) -> Tensor:
-    added = {}
-    if call.residuals is not None:
-        added["down_block_additional_residuals"], added["mid_block_additional_residual"] = call.residuals
-    return unet(call.sample, call.timestep, call.context, **added).sample
-
-
 def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:
     with DeepShrinks(unet).for_batch(shrinking(shrink), 64, 64) as idea:
         assert idea is not None
-        return run(unet, idea(call))
+        return run_unet(unet, idea(call))
 
 
 def walk(unet: Any, call: UnetCall, depth: int | None, ratio: float) -> Tensor:
@@ -291,14 +222,11 @@ def walk(unet: Any, call: UnetCall, depth: int | None, ratio: float) -> Tensor:
         for up in block.upsamplers or ():
             # where a side is odd, diffusers' U-Net enlarges to the next skip at once
             odd = any(side % 2 for side in call.sample.shape[-2:])
-            follows = tuple(skips[-1].shape[-2:])
-            h = up(h, follows if odd and halves(follows) == tuple(h.shape[-2:]) else None)
+            follows = skips[-1].shape[-2:]
+            is_half = [(side + 1) // 2 for side in follows] == list(h.shape[-2:])
+            h = up(h, tuple(follows) if odd and is_half else None)
     h = fit(h, call.sample)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
-
-
-def halves(size: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple((side + 1) // 2 for side in size)
 
 
 def fit(features: Tensor, like: Tensor) -> Tensor:
@@ -316,25 +244,23 @@ def attend(attention: Any, features: Tensor, context: Tensor) -> Tensor:
     [*((depth, 9, 13, 0.6) for depth in range(6)), (0, 8, 12, 0.5), (3, 8, 12, 0.5)],
 )
 def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float) -> None:
-    call = call_of(height, width, 900.0, unet)
+    call = call_at(900.0, height, width)
     made = shrunk(unet, call, DeepShrinkOptions(ds_depth_1=depth, ds_ratio=ratio))
     assert made.shape == call.sample.shape
     torch.testing.assert_close(made, walk(unet, call, depth, ratio), atol=1e-5, rtol=1e-5)
-    assert (made - run(unet, call)).abs().max() > 1e-3
+    assert (made - run_unet(unet, call)).abs().max() > 1e-3
 
 
 def test_nothing_stays_behind(unet: Any) -> None:
-    call = call_of(9, 12, 900.0, unet)
-    before = run(unet, call)
+    call = call_at(900.0)
+    before = run_unet(unet, call)
     with DeepShrinks(unet).for_batch(shrinking(None), 64, 64) as idea:
         assert idea is None
-        assert torch.equal(run(unet, call), before)
-    with DeepShrinks(unet).for_batch(
-        shrinking(DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=950)), 64, 64
-    ) as idea:
-        assert torch.equal(run(unet, idea(call)), before)  # above this timestep only
+        assert torch.equal(run_unet(unet, call), before)
+    above = DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=950)
+    assert torch.equal(shrunk(unet, call, above), before)
     shrunk(unet, call, DeepShrinkOptions(ds_depth_1=1))
-    assert torch.equal(run(unet, call), before)
+    assert torch.equal(run_unet(unet, call), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
@@ -346,7 +272,7 @@ def test_it_is_told_if_the_steps_from_a_picture_begin_too_late(
     picture = replace(picture, image=Path("a.png"))
     with DeepShrinks(unet).for_batch([picture], 64, 64) as idea:
         assert idea is not None
-        idea(call_of(8, 8, timestep, unet))
+        idea(call_at(timestep))
     assert ("Deep Shrink never acts: with this --strength" in caplog.text) == is_told
 
 
@@ -355,18 +281,13 @@ def test_control_residuals_are_fitted(unet: Any, depth: int) -> None:
     generator = torch.Generator().manual_seed(3)
     sizes = [(32, 9, 12)] * 3 + [(32, 5, 6), (64, 5, 6), (64, 5, 6)]
     *down, middle = [torch.randn(2, *size, generator=generator) for size in [*sizes, sizes[-1]]]
-    call = call_of(9, 12, 900.0, unet, residuals=(down, middle))
+    call = call_at(900.0, residuals=(down, middle))
     made = shrunk(unet, call, DeepShrinkOptions(ds_depth_1=depth))
     torch.testing.assert_close(made, walk(unet, call, depth, 0.5), atol=1e-5, rtol=1e-5)
 
 
 def test_a_depth_that_the_model_lacks_is_refused(unet: Any) -> None:
-    for shrink, name in (
-        (DeepShrinkOptions(ds_depth_1=6), "ds_depth_1"),
-        (DeepShrinkOptions(ds_depth_1=1, ds_depth_2=7, ds_timesteps_2=0), "ds_depth_2"),
-    ):
-        with (
-            pytest.raises(OptionError, match=f"--{name} .*0 to 5"),
-            DeepShrinks(unet).for_batch(shrinking(shrink), 64, 64),
-        ):
-            pass
+    second = DeepShrinkOptions(ds_depth_1=1, ds_depth_2=7, ds_timesteps_2=0)
+    for shrink, name in ((DeepShrinkOptions(ds_depth_1=6), "ds_depth_1"), (second, "ds_depth_2")):
+        with pytest.raises(OptionError, match=f"--{name} .*0 to 5"):
+            shrunk(unet, call_at(900.0), shrink)

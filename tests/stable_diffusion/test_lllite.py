@@ -1,5 +1,6 @@
 """ControlNet-LLLite, and the tools for LoRAs of Stable Diffusion."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,36 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-import convert_lora
 import merge_lora
 from modules.errors import CheckpointError
 from networks import extract_lora_from_models, sdxl_merge_lora
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import read_lora
-from stable_diffusion.contract import SD1, SDXL, Model, UnetCall
+from stable_diffusion.contract import SD1, SDXL, UnetCall
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.network_options import ControlOptions
-from tests.stable_diffusion.loaded import (
-    call_of,
-    in_places,
-    load,
-    model_of,
-    picture,
-    pixels,
-    put_in,
-    results,
-    unet_of,
-    write_guide,
-    write_kohya,
-)
+from tests.stable_diffusion import loaded
 from tests.tiny.control_nets import lllite_state, write_control_net, write_lllite
-from tests.tiny.stable_diffusion import (
-    WRITERS,
-    tokenizer_folder,
-    unet_state,
-    write_sd1,
-    write_sdxl,
-)
+from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_sd1, write_sdxl
 
 PLACES = {
     "input_blocks_4_1": "down_blocks.1.attentions.0",
@@ -55,156 +37,123 @@ def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
     return ControlOptions.usual(control_net_lllite_models=paths, **values)
 
 
-def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
-    with torch.no_grad():
-        return unet(
-            call.sample, call.timestep, encoder_hidden_states=call.context, added_cond_kwargs=dict(call.added)
-        ).sample
+def tell(weights: dict[str, Tensor], guides: Tensor) -> Tensor:
+    """What a layer is told of guides, R 3 H W in -1..1."""
+    first, second = ("conditioning1.0", "conditioning1.2")
+    told = functional.conv2d(guides, weights[f"{first}.weight"], weights[f"{first}.bias"], stride=4)
+    return functional.conv2d(told.relu(), weights[f"{second}.weight"], weights[f"{second}.bias"], stride=4)
+
+
+def change(weights: dict[str, Tensor], told: Tensor, x: Tensor) -> Tensor:
+    """What is added to the input of a layer that convolves, or multiplies."""
+    apply, axis = (functional.conv2d, 1) if x.ndim == 4 else (functional.linear, 2)
+    x = apply(x, weights["down.0.weight"], weights["down.0.bias"]).relu()
+    x = apply(torch.cat([told, x], axis), weights["mid.0.weight"], weights["mid.0.bias"]).relu()
+    return apply(x, weights["up.0.weight"], weights["up.0.bias"])
 
 
 def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, multiplier: float) -> None:
-    """Change a U-Net for good, by the formula. guides: R 3 H W in -1..1."""
+    """Change a U-Net for good, by the formula."""
     for name in {name.partition(".")[0] for name in state}:
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if name + "." in key}
         # lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q
         block, _, rest = name.removeprefix("lllite_unet_").partition("_transformer_blocks_")
         number, attention, kind = rest.split("_", 2)
         layer = unet.get_submodule(f"{PLACES[block]}.transformer_blocks.{number}.{attention}.{kind}")
-        told = functional.conv2d(
-            guides, weights["conditioning1.0.weight"], weights["conditioning1.0.bias"], stride=4
-        )
-        told = functional.conv2d(
-            told.relu(), weights["conditioning1.2.weight"], weights["conditioning1.2.bias"], stride=4
-        )
-        layer.forward = changed(layer.forward, weights, told.flatten(2).transpose(1, 2), multiplier)
-
-
-def changed(forward, weights: dict[str, Tensor], told: Tensor, multiplier: float):  # type: ignore[no-untyped-def]
-    def linear(part: str, x: Tensor) -> Tensor:
-        return functional.linear(x, weights[f"{part}.0.weight"], weights[f"{part}.0.bias"])
-
-    def new(x: Tensor) -> Tensor:
-        joined = torch.cat([told, linear("down", x).relu()], dim=2)
-        return forward(x + multiplier * linear("up", linear("mid", joined).relu()))
-
-    return new
+        added = partial(change, weights, tell(weights, guides).flatten(2).transpose(1, 2))
+        layer.forward = lambda x, forward=layer.forward, added=added: forward(x + multiplier * added(x))
 
 
 def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
-    guides = [write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
+    guides = [loaded.write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
     paths = [write_lllite(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (60, 61)]
-    model, call = model_of("sdxl"), call_of("sdxl")
+    model, call = loaded.model_of("sdxl"), loaded.call_of("sdxl")
     lllites = load_lllites(options_of(*paths, control_net_multipliers=(0.8, 0.5)), model)
     assert lllites is not None
-    before = run(model.unet, call)
+    before = loaded.run_unet(model.unet, call)
 
-    with torch.no_grad(), lllites.for_batch([picture(*guides)], 64, 64) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(*guides)], 64, 64) as idea:
         assert idea is not None
-        found = run(model.unet, idea(call))
+        found = loaded.run_unet(model.unet, idea(call))
 
-    plain = unet_of("sdxl")
+    plain = loaded.unet_of("sdxl")
     for seed, guide, multiplier in zip((60, 61), guides, (0.8, 0.5), strict=True):
-        wrap(plain, lllite_state(seed=seed), pixels(guide).repeat(2, 1, 1, 1) * 2 - 1, multiplier)
-    torch.testing.assert_close(found, run(plain, call), atol=1e-5, rtol=1e-5)
+        wrap(plain, lllite_state(seed=seed), loaded.pixels(guide).repeat(2, 1, 1, 1) * 2 - 1, multiplier)
+    torch.testing.assert_close(found, loaded.run_unet(plain, call), atol=1e-5, rtol=1e-5)
     assert (found - before).abs().max() > 1e-2
-    assert torch.equal(run(model.unet, call), before)  # nothing is left in it
+    assert torch.equal(loaded.run_unet(model.unet, call), before)  # nothing is left in it
 
 
 def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None:
-    guide, path = write_guide(tmp_path / "guide.png"), tmp_path / "net.safetensors"
+    guide, path = loaded.write_guide(tmp_path / "guide.png"), tmp_path / "net.safetensors"
     write_lllite(path, layers=CONVOLUTION, convolution=True)
-    model, call = model_of("sdxl"), call_of("sdxl")
+    model, call = loaded.model_of("sdxl"), loaded.call_of("sdxl")
     lllites = load_lllites(options_of(path), model)
     layer = model.unet.get_submodule("down_blocks.1.resnets.0.conv2")
     seen: list[Tensor] = []
     assert lllites is not None
 
-    with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], 64, 48) as idea:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         assert idea is not None
-        run(model.unet, idea(call))
-    run(model.unet, call)
+        loaded.run_unet(model.unet, idea(call))
+    loaded.run_unet(model.unet, call)
 
     state = {
         name.partition(".")[2]: tensor for name, tensor in lllite_state(CONVOLUTION, convolution=True).items()
     }
-    told = pixels(guide).repeat(2, 1, 1, 1) * 2 - 1
-    for place in (0, 2):
-        weight, bias = state[f"conditioning1.{place}.weight"], state[f"conditioning1.{place}.bias"]
-        told = functional.conv2d(told if place == 0 else told.relu(), weight, bias, stride=4)
-    x = seen[1]
-    for part in ("down", "mid", "up"):
-        x = functional.conv2d(x, state[f"{part}.0.weight"], state[f"{part}.0.bias"])
-        x = torch.cat([told, x.relu()], dim=1) if part == "down" else x.relu() if part == "mid" else x
-    torch.testing.assert_close(seen[0], seen[1] + x, atol=1e-5, rtol=1e-5)
+    told = tell(state, loaded.pixels(guide).repeat(2, 1, 1, 1) * 2 - 1)
+    torch.testing.assert_close(seen[0], seen[1] + change(state, told, seen[1]), atol=1e-5, rtol=1e-5)
 
 
 def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[Tensor]:
     """What the U-Net makes of calls in a batch of that size, with a net and a guide."""
-    path, guide = write_lllite(folder / "net.safetensors"), write_guide(folder / "guide.png")
-    model = model_of("sdxl")
+    path, guide = write_lllite(folder / "net.safetensors"), loaded.write_guide(folder / "guide.png")
+    model = loaded.model_of("sdxl")
     lllites = load_lllites(options_of(path), model)
     assert lllites is not None
-    with torch.no_grad(), lllites.for_batch([picture(guide)], width, height) as idea:
+    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], width, height) as idea:
         assert idea is not None
-        return [run(model.unet, idea(call)) for call in calls]
+        return [loaded.run_unet(model.unet, idea(call)) for call in calls]
 
 
 def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
-    small, large = (call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
+    small, large = (loaded.call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
 
     assert torch.equal(made_with(tmp_path, 64, 48, small, large)[1], made_with(tmp_path, 64, 48, large)[0])
 
 
-@pytest.mark.parametrize(("width", "height"), [(72, 40), (8, 24)])
-def test_sizes_that_levels_round_up_fit(tmp_path: Path, width: int, height: int) -> None:
-    call = call_of("sdxl", size=(width, height))
+def test_sizes_that_levels_round_up_fit(tmp_path: Path) -> None:
+    call = loaded.call_of("sdxl", size=(72, 40))
 
-    assert made_with(tmp_path, width, height, call)[0].shape == call.sample.shape
+    assert made_with(tmp_path, 72, 40, call)[0].shape == call.sample.shape
 
 
 # Wrong files
 
 
-def test_sd1_has_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is for Stable Diffusion XL, but --ckpt is .* 1\.x"):
-        check_lllites(options_of(write_lllite(tmp_path / "net.safetensors")), SD1)
-
-
 def test_other_files_are_named(tmp_path: Path) -> None:
+    def lllite(name: str, layer: str, width: int = 16) -> Path:
+        return write_lllite(tmp_path / f"{name}.safetensors", layers={layer: width})
+
+    wide = lllite("wide", "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q", 640)
     paths = {
         "looks like": write_control_net(tmp_path / "control.safetensors", "sdxl"),
-        "another model": write_lllite(tmp_path / "dit.safetensors", layers={"lllite_dit_blocks_0_q": 16}),
-        "does not have": write_lllite(
-            tmp_path / "far.safetensors", layers={"lllite_unet_input_blocks_99_1_x": 16}
-        ),
+        "another model": lllite("dit", "lllite_dit_blocks_0_q"),
+        "does not have": lllite("far", "lllite_unet_input_blocks_99_1_x"),
         "no such file": tmp_path / "missing.safetensors",
     }
 
     for words, path in paths.items():
         with pytest.raises(CheckpointError, match=words):
             check_lllites(options_of(path), SDXL)
-
-
-def test_other_widths_are_refused(tmp_path: Path) -> None:
-    layers = {"lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q": 640}
-
+    with pytest.raises(CheckpointError, match=r"is for Stable Diffusion XL, but --ckpt is .* 1\.x"):
+        check_lllites(options_of(wide), SD1)
     with pytest.raises(CheckpointError, match="640 channels, and the model has 128 x 128 there"):
-        load_lllites(options_of(write_lllite(tmp_path / "net.safetensors", layers=layers)), model_of("sdxl"))
+        load_lllites(options_of(wide), loaded.model_of("sdxl"))
 
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def tokenizers(tmp_path: Path) -> Path:
-    return tokenizer_folder(tmp_path / "tokenizers")
-
-
-def assert_same(one: Model, other: Model, tolerance: float = 1e-5) -> None:
-    for found, wanted in zip(results(one), results(other), strict=True):
-        scale = wanted.std()
-        torch.testing.assert_close(found / scale, wanted / scale, rtol=tolerance, atol=tolerance)
 
 
 def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) -> None:
@@ -216,6 +165,21 @@ def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) 
         sdxl_merge_lora.main([str(word) for word in words])
 
 
+def extract(source: Path, tuned: Path, output: Path, *others: object) -> None:
+    words = ["--model_org", source, "--model_tuned", tuned, "--save_to", output, "--device", "cpu"]
+    extract_lora_from_models.main([str(word) for word in (*words, "--clamp_quantile", 1, *others)])
+
+
+TEXT_LAYER = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+def write_text_lora(path: Path) -> Path:
+    """A LoRA for one layer of the first text encoder, which adds 1 to all weights."""
+    return loaded.write(
+        path, {TEXT_LAYER: {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}}
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "tool"),
     [
@@ -225,31 +189,31 @@ def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) 
     ],
 )
 def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
-    tmp_path: Path, tokenizers: Path, kind: str, tool: str
+    tmp_path: Path, kind: str, tool: str
 ) -> None:
+    tokenizer_folder(tmp_path / "tokenizers")
     source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
-    model = load(source, "--tokenizer_cache_dir", tokenizers)
-    path = write_kohya(
-        tmp_path / "x.safetensors", model, lambda place: in_places(place) and place != "conv_in"
+    model = loaded.load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    path = loaded.write_kohya(
+        tmp_path / "x.safetensors", model, lambda place: loaded.in_places(place) and place != "conv_in"
     )
-    put_in(model, path, "--network_mul", 0.5)
+    loaded.put_in(model, path, "--network_mul", 0.5)
 
     merge(tool, source, path, output, 0.5)
 
-    merged = load(output, "--tokenizer_cache_dir", tokenizers)
-    assert_same(merged, model)
+    merged = loaded.load(output, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.assert_same(loaded.results(merged), loaded.results(model))
     before, after = load_file(source), load_file(output)
     assert before.keys() == after.keys()
     kept = [name for name in before if name.startswith("first_stage_model.")]
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
     extracted = tmp_path / "extracted.safetensors"
-    words = ["--model_org", source, "--model_tuned", output, "--save_to", extracted, "--clamp_quantile", 1]
-    extract_lora_from_models.main([*map(str, words), "--dim", "3", "--conv_dim", "3", "--device", "cpu"])
+    extract(source, output, extracted, "--dim", 3, "--conv_dim", 3)
 
-    again = load(source, "--tokenizer_cache_dir", tokenizers)
-    put_in(again, extracted)
-    assert_same(again, merged, 1e-3)
+    again = loaded.load(source, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.put_in(again, extracted)
+    loaded.assert_same(loaded.results(again), loaded.results(merged), 1e-3)
     with safe_open(extracted, "pt") as file:
         version = file.metadata()["ss_base_model_version"]
         names = set(file.keys())
@@ -260,63 +224,38 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
 def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path: Path) -> None:
     source, tuned, lora = write_sdxl(tmp_path), tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors"
     tensors = load_file(source)
-    name = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
-    tensors[name][:64] += 0.5
+    tensors["conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"][:64] += 0.5
     save_file(tensors, tuned)
-    words = ["--model_org", str(source), "--model_tuned", str(tuned), "--save_to", str(lora)]
-    words += ["--clamp_quantile", "1", "--device", "cpu"]
 
-    extract_lora_from_models.main(words)
+    extract(source, tuned, lora)
 
-    assert {each.split("_")[1] for each in load_file(lora)} == {"unet", "te2"}
-    changes = {
-        module: weight_delta(factors, CPU) for module, factors in group_by_module(load_file(lora)).items()
-    }
+    found = load_file(lora)
+    assert {each.split("_")[1] for each in found} == {"unet", "te2"}
+    changes = {module: weight_delta(factors, CPU) for module, factors in group_by_module(found).items()}
     layer = "lora_te2_text_model_encoder_layers_0_self_attn"
     largest = {key: float(one.abs().max()) for key, one in changes.items() if one is not None}
     assert largest[f"{layer}_q_proj"] > 0.1
     assert largest[f"{layer}_k_proj"] < 1e-3
-    words[3] = str(write_sd1(tmp_path))
     with pytest.raises(CheckpointError, match="are not the same model"):
-        extract_lora_from_models.main(words)
+        extract(source, write_sd1(tmp_path), lora)
 
 
-def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path, tokenizers: Path) -> None:
-    model = load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tokenizers)
-    one = write_kohya(tmp_path / "one.safetensors", model, in_places)
-    other = write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
+def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path) -> None:
+    tokenizer_folder(tmp_path / "tokenizers")
+    model = loaded.load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    one = loaded.write_kohya(tmp_path / "one.safetensors", model, loaded.in_places)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
     total = tmp_path / "sum.safetensors"
 
     words = ["--models", one, other, "--ratios", 0.5, -2, "--save_to", total, "--concat"]
     sdxl_merge_lora.main([str(word) for word in words])
 
-    both = load(model.path, "--tokenizer_cache_dir", tokenizers)
-    put_in(both, one, other, "--network_mul", 0.5, -2)
-    put_in(model, total)
-    assert_same(model, both)
+    both = loaded.load(model.path, "--tokenizer_cache_dir", tmp_path / "tokenizers")
+    loaded.put_in(both, one, other, "--network_mul", 0.5, -2)
+    loaded.put_in(model, total)
+    loaded.assert_same(loaded.results(model), loaded.results(both))
     assert read_lora(total).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert set(load_file(one)) <= set(load_file(total))
-
-
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_converted_to_diffusers_and_back_it_has_the_same_names(
-    tmp_path: Path, tokenizers: Path, kind: str
-) -> None:
-    model = load(WRITERS[kind](tmp_path), "--tokenizer_cache_dir", tokenizers)
-    path = write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path)
-    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
-
-    convert_lora.main(["--input", str(path), "--output", str(there), "--target", "diffusers"])
-    convert_lora.main(["--input", str(there), "--output", str(back), "--target", "default"])
-
-    made = load_file(there)
-    assert any(name.startswith("unet.") for name in made)
-    assert {name for name in made if name.startswith("text_encoder_2.")} or kind == "sd1"
-    assert set(load_file(back)) == set(load_file(path))
-    other = load(model.path, "--tokenizer_cache_dir", tokenizers)
-    put_in(model, path)
-    put_in(other, back)
-    assert_same(model, other, 1e-4)
 
 
 def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tmp_path: Path) -> None:
@@ -325,33 +264,24 @@ def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tm
     tensors = {name.replace(f"{text}text_model.", text): one for name, one in load_file(source).items()}
     tensors.pop(f"{text}embeddings.position_ids")
     save_file(tensors, old)
-    module = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
-    factors = {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}
-    save_file({f"{module}.{part}": one for part, one in factors.items()}, lora)
+    merged, extracted = tmp_path / "merged.safetensors", tmp_path / "extracted.safetensors"
 
-    merge("sdxl_merge_lora", old, lora, merged, 0.5)
+    merge("sdxl_merge_lora", old, write_text_lora(tmp_path / "lora.safetensors"), merged, 0.5)
 
     changed = f"{text}encoder.layers.0.mlp.fc1.weight"
     torch.testing.assert_close(load_file(merged)[changed], tensors[changed] + 0.5)
-    extracted = tmp_path / "extracted.safetensors"
-    words = ["--model_org", old, "--model_tuned", merged, "--save_to", extracted, "--device", "cpu"]
-    extract_lora_from_models.main([*map(str, words), "--clamp_quantile", "1"])
-    again = group_by_module(load_file(extracted))[module]
-    delta = weight_delta(again, CPU)
+    extract(old, merged, extracted)
+    delta = weight_delta(group_by_module(load_file(extracted))[TEXT_LAYER], CPU)
     assert delta is not None
     torch.testing.assert_close(delta, torch.full((128, 64), 0.5), atol=1e-4, rtol=1e-4)
     # a fine-tuned file that has what the original leaves out
     tensors[f"{text}embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, merged)
-    extract_lora_from_models.main([str(word) for word in words])
+    extract(old, merged, extracted)
 
 
 def test_a_lora_for_text_encoders_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:
-    module = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    lora, output = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
-    factors = {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}
-    save_file({f"{module}.{part}": one for part, one in factors.items()}, lora)
+    lora, output = write_text_lora(tmp_path / "lora.safetensors"), tmp_path / "merged.safetensors"
     alone = tmp_path / "unet.safetensors"
     save_file(unet_state("sd1"), alone)
 

@@ -7,65 +7,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart
 from stable_diffusion.contract import SD1, Model
-from stable_diffusion.loras import ChosenLoras, check_kind, load_networks, read_networks
+from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
-from tests.stable_diffusion.loaded import (
-    RANK,
-    Result,
-    in_places,
-    kohya_name,
-    load,
-    low_rank,
-    network_options,
-    put_in,
-    random,
-    results,
-    text_modules,
-    unet_modules,
-    write,
-    write_kohya,
-)
+from tests.stable_diffusion import loaded
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+Fresh = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     """Loads a new model of a kind."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = tokenizer_folder(folder / "tokenizers")
-    loaded: dict[tuple[object, ...], Model] = {}
+    known: dict[str, Model] = {}
 
-    def make(kind: str = "sd1", *options: object) -> Model:
-        if (kind, *options) not in loaded:
-            path = WRITERS[kind](folder)
-            loaded[kind, *options] = load(path, "--tokenizer_cache_dir", tokenizers, *options)
-        model = loaded[kind, *options]
+    def make(kind: str = "sd1") -> Model:
+        if kind not in known:
+            known[kind] = loaded.load(WRITERS[kind](folder), "--tokenizer_cache_dir", tokenizers)
+        model = known[kind]
         texts = tuple(replace(tower, network=copy.deepcopy(tower.network)) for tower in model.texts)
         return replace(model, unet=copy.deepcopy(model.unet), texts=texts)
 
     return make
 
 
-def assert_close(found: Result, wanted: Result) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one / other.std(), other / other.std(), **CLOSE)
-
-
 @torch.no_grad()
 def add_by_hand(model: Model, changes: Mapping[str, Tensor], multiplier: float = 1.0) -> None:
     """Add changes of weights, by sd-scripts' names of the modules."""
     modules: dict[str, nn.Module] = {
-        kohya_name(path, model.kind.name): one for path, one in model.unet.named_modules() if path
+        loaded.kohya_name(path, model.kind.name): one for path, one in model.unet.named_modules() if path
     }
-    modules |= text_modules(model)
+    modules |= loaded.text_modules(model)
     for name, change in changes.items():
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
@@ -80,48 +59,46 @@ def plain_changes(path: Path) -> dict[str, Tensor]:
     for name in names:
         down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
         product = up.flatten(1) @ down.flatten(1)
-        changes[name] = product * float(tensors[f"{name}.alpha"]) / RANK
+        changes[name] = product * float(tensors[f"{name}.alpha"]) / loaded.RANK
     return changes
 
 
 @pytest.mark.parametrize("words", [[], ["--network_pre_calc"]], ids=["added", "before"])
 def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
-    fresh: Callable[..., Model], tmp_path: Path, words: list[str]
+    fresh: Fresh, tmp_path: Path, words: list[str]
 ) -> None:
     plain = fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path, texts=False)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path, texts=False)
     model = fresh()
-    networks = put_in(model, one, other, *words)
+    networks = loaded.put_in(model, one, other, *words)
     assert networks is not None
     wanted = fresh()
     add_by_hand(wanted, plain_changes(one), 0.25)
     add_by_hand(wanted, plain_changes(other), -2)
 
     networks.choose((0.25, -2.0))
-    assert_close(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
     networks.choose((0.25, 0.5), part=0)
-    alone = results(model)
+    alone = loaded.results(model)
     networks.choose((0.0,))  # the last one counts for the others
-    assert all(torch.equal(a, b) for a, b in zip(results(model), results(plain), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.results(model), loaded.results(plain), strict=True))
     only_one = fresh()
     add_by_hand(only_one, plain_changes(one), 0.25)
-    assert_close(alone, results(only_one))
+    loaded.assert_same(alone, loaded.results(only_one))
     both = fresh()
     add_by_hand(both, plain_changes(one))
     add_by_hand(both, plain_changes(other))
     networks.choose(None)
-    assert_close(results(model), results(both))
+    loaded.assert_same(loaded.results(model), loaded.results(both))
 
 
-def test_the_first_files_are_merged_and_the_others_have_strengths(
-    fresh: Callable[..., Model], tmp_path: Path
-) -> None:
+def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, tmp_path: Path) -> None:
     plain = fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv2" in path)
     model = fresh()
-    networks = put_in(model, one, other, "--network_merge_n_models", 1, "--network_mul", 0.5)
+    networks = loaded.put_in(model, one, other, "--network_merge_n_models", 1, "--network_mul", 0.5)
     assert networks is not None
     assert len(networks) == 1
     wanted = fresh()
@@ -129,85 +106,100 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(
     add_by_hand(wanted, plain_changes(other), 3)
 
     networks.choose((3.0,))
-    assert_close(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
     with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"):
         networks.choose((1, 1))
 
 
-def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], tmp_path: Path) -> None:
+def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path: Path) -> None:
+    plain, wanted = fresh("sdxl"), fresh("sdxl")
+    path = loaded.write_kohya(tmp_path / "x.safetensors", plain, loaded.in_places)
+    add_by_hand(wanted, plain_changes(path), 0.7)
+    expected = loaded.results(wanted)
+
+    for words in ([], ["--network_merge"], ["--network_pre_calc"]):
+        model = fresh("sdxl")
+        loaded.put_in(model, path, "--network_mul", 0.7, *words)
+        loaded.assert_same(loaded.results(model), expected)
+    for changed, before in zip(expected, loaded.results(plain), strict=True):
+        assert float((changed - before).abs().max()) > 0.01 * float(before.std())
+
+
+def test_norms_change_at_run_time_and_when_merged(fresh: Fresh, tmp_path: Path) -> None:
     model, merged, wanted = fresh(), fresh(), fresh()
     named = [path for path, one in model.unet.named_modules() if isinstance(one, nn.GroupNorm | nn.LayerNorm)]
     norms = {path: wanted.unet.get_submodule(path) for path in named}
     change = {
-        kohya_name(path, "sd1"): {
-            "w_norm": random(*norm.weight.shape, seed=path),
-            "b_norm": random(*norm.weight.shape, seed=f"{path} b"),
+        loaded.kohya_name(path, "sd1"): {
+            "w_norm": loaded.random(*norm.weight.shape, seed=path),
+            "b_norm": loaded.random(*norm.weight.shape, seed=f"{path} b"),
         }
         for path, norm in norms.items()
     }
-    path = write(tmp_path / "x.safetensors", change)
+    path = loaded.write(tmp_path / "x.safetensors", change)
     for name, norm in norms.items():
-        norm.weight += 0.5 * change[kohya_name(name, "sd1")]["w_norm"]
-        norm.bias += 0.5 * change[kohya_name(name, "sd1")]["b_norm"]
+        norm.weight += 0.5 * change[loaded.kohya_name(name, "sd1")]["w_norm"]
+        norm.bias += 0.5 * change[loaded.kohya_name(name, "sd1")]["b_norm"]
 
-    put_in(model, path, "--network_mul", 0.5)
-    put_in(merged, path, "--network_mul", 0.5, "--network_merge")
+    loaded.put_in(model, path, "--network_mul", 0.5)
+    loaded.put_in(merged, path, "--network_mul", 0.5, "--network_merge")
 
-    assert_close(results(model), results(wanted))
-    assert_close(results(merged), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
+    loaded.assert_same(loaded.results(merged), loaded.results(wanted))
 
 
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
-    fresh: Callable[..., Model], tmp_path: Path
+    fresh: Fresh, tmp_path: Path
 ) -> None:
     """SD 1 with the names that SDXL's LoRAs have."""
     model, same = fresh(), fresh()
-    modules = unet_modules(model, in_places)
-    own = {kohya_name(path, "sd1"): low_rank(path, one) for path, one in modules.items()}
-    ldm = {kohya_name(path, "sdxl"): low_rank(path, one) for path, one in modules.items()}
-    texts = {name: low_rank(name, one) for name, one in text_modules(model).items()}
+    modules = loaded.unet_modules(model, loaded.in_places)
+    own = {loaded.kohya_name(path, "sd1"): loaded.low_rank(path, one) for path, one in modules.items()}
+    ldm = {loaded.kohya_name(path, "sdxl"): loaded.low_rank(path, one) for path, one in modules.items()}
+    texts = {name: loaded.low_rank(name, one) for name, one in loaded.text_modules(model).items()}
     first = {name.replace("lora_te_", "lora_te1_"): factors for name, factors in texts.items()}
     assert own.keys() != ldm.keys()
 
-    put_in(same, write(tmp_path / "own.safetensors", {**own, **texts}))
-    put_in(model, write(tmp_path / "ldm.safetensors", {**ldm, **first}))
+    loaded.put_in(same, loaded.write(tmp_path / "own.safetensors", {**own, **texts}))
+    loaded.put_in(model, loaded.write(tmp_path / "ldm.safetensors", {**ldm, **first}))
 
-    assert_close(results(model), results(same))
+    loaded.assert_same(loaded.results(model), loaded.results(same))
 
 
-def test_layers_tell_each_lora_and_let_its_output_be_changed(
-    fresh: Callable[..., Model], tmp_path: Path
-) -> None:
+def test_layers_tell_each_lora_and_let_its_output_be_changed(fresh: Fresh, tmp_path: Path) -> None:
     model, plain = fresh(), fresh()
-    one = write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
-    other = write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv1" in path, texts=False)
-    networks = put_in(model, one, other)
+    one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
+    other = loaded.write_kohya(tmp_path / "two.safetensors", plain, lambda path: "conv1" in path, texts=False)
+    networks = loaded.put_in(model, one, other)
     assert networks is not None
     assert networks.layers is not None
     first, second = networks.layers
 
-    assert set(first) == set(unet_modules(plain, lambda path: "attn" in path))
-    assert set(second) == set(unet_modules(plain, lambda path: "conv1" in path))
+    assert set(first) == set(loaded.unet_modules(plain, lambda path: "attn" in path))
+    assert set(second) == set(loaded.unet_modules(plain, lambda path: "conv1" in path))
     for layer in first.values():
         layer.region = torch.zeros_like
     wanted = fresh()
     add_by_hand(wanted, plain_changes(other))
-    assert_close(results(model), results(wanted))
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
 
 
 # What is refused
 
 
 def of_flux(path: Path) -> Path:
-    factors = {"lora_down.weight": random(2, 8, seed="a"), "lora_up.weight": random(24, 2, seed="b")}
-    return write(path, {"lora_unet_double_blocks_0_img_mod_lin": factors}, {"ss_base_model_version": "flux1"})
+    factors = {
+        "lora_down.weight": loaded.random(2, 8, seed="a"),
+        "lora_up.weight": loaded.random(24, 2, seed="b"),
+    }
+    return loaded.write(
+        path, {"lora_unet_double_blocks_0_img_mod_lin": factors}, {"ss_base_model_version": "flux1"}
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--network_mul", 1, 1], "--network_mul has 2 values for 1 files"),
-        (["--network_mul", "nan"], "--network_mul nan: give a finite number"),
         (["--network_module", "networks.lora", "networks.lora"], "--network_module has 2 names for 1 files"),
         (["--network_merge", "--network_merge_n_models", 1], "give one"),
         (["--network_merge_n_models", 2], "there are 1 --network_weights"),
@@ -216,43 +208,34 @@ def of_flux(path: Path) -> Path:
 )
 def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        network_options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
+        loaded.options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
 
 
-def read_all(given: AddedNetworkOptions, model: Model) -> None:
-    loras = read_networks(given)
-    check_kind(loras, model.kind)
-    load_networks(given, model, loras)
-
-
-def test_a_lora_of_another_family_or_kind_is_named(fresh: Callable[..., Model], tmp_path: Path) -> None:
-    cross = {"lora_down.weight": random(2, 2048, seed="a"), "lora_up.weight": random(32, 2, seed="b")}
-    wide = write(
-        tmp_path / "wide.safetensors", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": cross}
-    )
-    cases: list[tuple[Path, str]] = [
-        (of_flux(tmp_path / "flux.safetensors"), "is a LoRA for flux, not for Stable Diffusion"),
-        (wide, "is a LoRA for Stable Diffusion XL, by its sizes; --ckpt is Stable Diffusion 1.x"),
-        (
-            write_kohya(tmp_path / "xl.safetensors", fresh("sdxl"), lambda path: "attn2" in path),
-            "does not fit",
-        ),
-    ]
-    model = fresh()
-    for path, message in cases:
-        given = network_options("--network_weights", path)
+def test_a_lora_of_another_family_or_kind_is_named(fresh: Fresh, tmp_path: Path) -> None:
+    cross = {
+        "lora_down.weight": loaded.random(2, 2048, seed="a"),
+        "lora_up.weight": loaded.random(32, 2, seed="b"),
+    }
+    place = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    wide = "is a LoRA for Stable Diffusion XL, by its sizes; --ckpt is Stable Diffusion 1.x"
+    flux = "is a LoRA for flux, not for Stable Diffusion"
+    for path, message in (
+        (of_flux(tmp_path / "flux.safetensors"), flux),
+        (loaded.write(tmp_path / "wide.safetensors", {place: cross}), wide),
+    ):
+        given = loaded.options("--network_weights", path).networks
         with pytest.raises(CheckpointError, match=message):
-            read_all(given, model)
+            check_kind(read_networks(given), SD1)
 
 
 def test_what_a_file_says_of_itself_is_shown(
-    fresh: Callable[..., Model], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fresh: Fresh, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    factors = {name: low_rank(name, one) for name, one in text_modules(fresh()).items()}
+    factors = {name: loaded.low_rank(name, one) for name, one in loaded.text_modules(fresh()).items()}
     said = {"ss_base_model_version": "sd_v2", "ss_tag_frequency": '{"10_cat": {"cat": 3}}'}
-    path = write(tmp_path / "x.safetensors", factors, said)
-    check_kind(read_networks(network_options("--network_weights", path, "--network_show_meta")), SD1)
+    path = loaded.write(tmp_path / "x.safetensors", factors, said)
+    check_kind(read_networks(loaded.options("--network_weights", path, "--network_show_meta").networks), SD1)
 
     assert '"10_cat": {' in caplog.text
     assert "was trained for Stable Diffusion 2.x, as its metadata say, and is used with" in caplog.text
@@ -277,95 +260,6 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
 
     networks.choose(None)
     assert weights == [1.0, 1.0]
-
-
-def assert_differ(found: Result, others: Result) -> None:
-    for one, other in zip(found, others, strict=True):
-        assert float((one - other).abs().max()) > 0.01 * float(other.std())
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_added_merged_and_calculated_before_are_the_same(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str
-) -> None:
-    plain, wanted = fresh(kind), fresh(kind)
-    path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
-    add_by_hand(wanted, plain_changes(path), 0.7)
-    expected = results(wanted)
-
-    for words in ([], ["--network_merge"], ["--network_pre_calc"]):
-        model = fresh(kind)
-        put_in(model, path, "--network_mul", 0.7, *words)
-        assert_close(results(model), expected)
-    assert_differ(expected, results(plain))
-
-
-def renamed(path: Path, out: Path, change: Callable[[str], str]) -> Path:
-    save_file({change(name): tensor for name, tensor in load_file(path).items()}, out)
-    return out
-
-
-def peft(name: str) -> str:
-    return name.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-
-
-def before_peft(name: str) -> str:
-    """Of attention alone: beside its layers in the U-Net, in them in the text encoder."""
-    if name.startswith("unet."):
-        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-            name = name.replace(f".{layer}.lora_", f".processor.{layer.removesuffix('.0')}_lora.")
-        return name
-    return name.replace(".lora_", ".lora_linear_layer.")
-
-
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "dialect",
-    [peft, before_peft, lambda name: peft(name).removeprefix("unet.")],
-    ids=["PEFT", "before PEFT", "without unet."],
-)
-def test_names_of_diffusers(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str, dialect: Callable[[str], str]
-) -> None:
-    model, same = fresh(kind), fresh(kind)
-    path = write_kohya(tmp_path / "kohya.safetensors", model, lambda path: "attn" in path)
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("alpha")}
-    kohya = tmp_path / "no alpha.safetensors"
-    save_file(tensors, kohya)
-
-    # sd-scripts' name of a module -> `unet.down_blocks.0. ...` or `text_encoder. ...`
-    known = {kohya_name(path, model.kind.name): f"unet.{path}" for path in unet_modules(model)}
-    known |= {
-        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": f"text_encoder{end}.text_model.{path}"
-        for tower, end in zip(model.texts, ("", "_2"), strict=False)
-        for path, _ in tower.network.named_modules()
-    }
-
-    def theirs(name: str) -> str:
-        module, _, part = name.partition(".")
-        return dialect(f"{known[module]}.{part}")
-
-    other = renamed(kohya, tmp_path / "diffusers.safetensors", theirs)
-    plain = results(model)
-
-    put_in(model, other)
-    put_in(same, kohya)
-
-    assert_close(results(model), results(same))
-    assert_differ(results(model), plain)
-
-
-def test_half_precision_sums_are_made_in_float32(fresh: Callable[..., Model], tmp_path: Path) -> None:
-    model, plain = fresh("sd1", "--bf16"), fresh("sd1", "--bf16")
-    path = write_kohya(tmp_path / "x.safetensors", model, lambda path: path.endswith("to_q"))
-    changes = plain_changes(path)
-
-    put_in(model, path, "--network_merge")
-
-    for name, module in unet_modules(plain, lambda path: path.endswith("to_q")).items():
-        weight: Tensor = module.weight.float()  # type: ignore[operator, union-attr, assignment]
-        wanted = (weight + changes[kohya_name(name, "sd1")]).bfloat16()
-        assert torch.equal(model.unet.get_submodule(name).weight, wanted)
 
 
 @pytest.mark.parametrize(

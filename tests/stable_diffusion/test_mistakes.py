@@ -1,27 +1,26 @@
 """Mistakes at gen_img.py's command line, files that are no models among them: one message each."""
 
-import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.checkpoints.containers import SafetensorsFile
 from tests.faults import damage
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.mistakes import Loading, drop
+from tests.stable_diffusion.loaded import change_json, load, save, write_guide, write_kohya
 from tests.tiny import flux
 from tests.tiny.guides import vgg_state, write_clip
 from tests.tiny.picture_encoders import write_autoencoder
-from tests.tiny.stable_diffusion import tokenizer_folder, unet_state, write_folder, write_sd1, write_sdxl
+from tests.tiny.stable_diffusion import tokenizer_folder, write_folder, write_sd1, write_sdxl
 
 GOOD = (
     *("--ckpt", "sd1.safetensors", "--tokenizer_cache_dir", "tokenizers", "--prompt", "cat"),
@@ -31,10 +30,14 @@ SOURCES = ("--from_file", "--from_module", "--interactive")
 GUIDE = "--guide_image_path picture.png"
 CLIP = "--clip_guidance_scale 1 --clip_guidance_model"
 VGG = f"--vgg16_guidance_scale 1 {GUIDE} --vgg16_guidance_model"
+LAYERS = ("IN01", "IN02", "MID", "OUT03", "OUT04", "OUT05")  # cross-attentions of the tiny model
 # a line to add to the good command, which replaces its options, and what the message has to hold
 NUMBERS = (
     ("--W 100", "--W 100: sizes are multiples of 8"),
     ("--steps 2.5", "2.5 is not a whole number"),
+    ("--steps 1000", "--steps 1000"),
+    ("--sampler pndm --steps 3", "--steps 3: --sampler pndm"),
+    ("--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3", "--highres_fix_steps 3: --sampler pndm"),
     ("--scale nan", "--scale nan"),
     ("--scale inf", "--scale inf"),
     ("--seed 99999999999999999999", "does not fit 64 bits"),
@@ -50,6 +53,16 @@ NUMBERS = (
 TOGETHER = (
     ("--fp16 --bf16", "--fp16 and --bf16 exclude each other: give one of them"),
     ("--sdxl", "--sdxl: sd1.safetensors is Stable Diffusion 1.x"),
+    ("--v2", "--v2: sd1.safetensors is Stable Diffusion 1.x"),
+    ("--ckpt BAD/sdxl.safetensors --v1", "--v1: BAD/sdxl.safetensors is Stable Diffusion XL"),
+    ("--noise_offset_prob 1 --noise_offset_range 1 0", "give the smaller number first"),
+    ("--network_regional_mask_max_color_codes 3", "needs --mask_path"),
+    ("--vgg16_guidance_scale 1 --vgg16_guidance_model v", "--vgg16_guidance_scale needs --guide_image_path"),
+    (f"{VGG} v --control_net_models a", "--vgg16_guidance_scale and --control_net_models both take"),
+    (
+        f"{VGG} v --highres_fix_scale 1 --highres_fix_disable_control_net",
+        "--highres_fix_disable_control_net with --vgg16_guidance_scale",
+    ),
     ("--zero_terminal_snr", "--zero_terminal_snr needs a model that predicts v"),
     ("--mask_path mask.png", "Write AND between its parts"),
     ("--from_file parts.txt --mask_path mask.png --network_weights lora.safetensors", "3 parts between AND"),
@@ -60,8 +73,14 @@ TOGETHER = (
     (GUIDE, "--guide_image_path needs --control_net_models"),
     ("--control_net_models sd1.safetensors", "--guide_image_path"),
     ("--gradual_latent_timesteps 750", "works with --sampler euler_a only"),
-    ("--image_path picture.png --clip_vision_strength 1", "--clip_vision_strength"),
+    ("--image_path picture.png --clip_vision_strength 1", "is Stable Diffusion 1.x, which has no pooled"),
     (f"{CLIP} clip --clip_image_guidance_scale 1", "--clip_image_guidance_scale needs --guide_image_path"),
+    (f"--XTI_embeddings layers.safetensors --control_net_models a {GUIDE}", "do not work together"),
+    ("--ckpt BAD/sdxl.safetensors --XTI_embeddings layers.safetensors", "this is Stable Diffusion XL"),
+    (
+        "--XTI_embeddings layers.safetensors --textual_inversion_embeddings BAD/layers.safetensors",
+        "are both for the word layers",
+    ),
     ("--highres_fix_scale 0.5 --highres_fix_upscaler no.such.module", "no.such.module"),
 )
 FILES = (
@@ -78,7 +97,6 @@ FILES = (
     ("--ckpt BAD/empty_folder", "not in the layout of diffusers"),
     ("--vae BAD/flux_vae.safetensors", "16 latent channels"),
     ("--vae lora.safetensors", "it looks like a LoRA"),
-    ("--vae BAD/empty_folder", "empty_folder"),
     ("--network_weights BAD/flux_lora.safetensors", "not for Stable Diffusion"),
     ("--network_weights BAD/sdxl_lora.safetensors", "does not fit"),
     ("--network_weights BAD/sdxl.safetensors", "is no LoRA"),
@@ -103,18 +121,14 @@ FILES = (
     ("--from_module BAD/empty_module.py", "no function get_prompter"),
     ("--image_path nothing.png", "nothing.png"),
     ("--image_path BAD/text.png", "no image"),
-    ("--image_path BAD/no_pictures", "no_pictures"),
+    ("--image_path BAD/empty_folder", "empty_folder"),
     ("--image_path picture.png --mask_path BAD/truncated.png", "truncated.png"),
     ("--outdir sd1.safetensors", "it is a file"),
 )
 HOSTILE = (
     *((f"--ckpt BAD/{name}_ckpt.safetensors", name) for name in ("truncated", "one_byte_short", "empty")),
-    *(
-        (f"--network_weights BAD/{name}_lora.safetensors", name)
-        for name in ("truncated", "one_byte_short", "empty")
-    ),
+    ("--network_weights BAD/truncated_lora.safetensors", "truncated"),
     ("--ckpt BAD/web_page_ckpt.safetensors", "web page"),
-    ("--network_weights BAD/web_page_lora.safetensors", "web page"),
     ("--ckpt BAD/pickled_code_ckpt.ckpt", "program code"),
     ("--ckpt BAD/old_pickled_code_ckpt.ckpt", "program code"),
     ("--network_weights BAD/pickled_code_lora.ckpt", "program code"),
@@ -174,62 +188,17 @@ def test_a_mistake_is_one_message_before_anything_is_loaded(line: str, words: st
     assert not list((folder / "made").glob("*.png"))
 
 
-RANK = 4
-# of the U-Net, and of the text encoders
-LORA_MODULES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "ff.net.2")
-
-
-def write_lora(path: Path, kind: str = "sd1", seed: int = 0, strength: float = 0.5) -> Path:
-    """A LoRA in the layout of sd-scripts, for the U-Net's attention and the first text encoder."""
-    tensors: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(1000 + seed)
-    prefix = "lora_te1" if kind == "sdxl" else "lora_te"
-
-    def add(name: str, rows: int, columns: int) -> None:
-        tensors[f"{name}.lora_down.weight"] = torch.randn((RANK, columns), generator=generator) / columns**0.5
-        up = torch.randn((rows, RANK), generator=generator) * strength / RANK**0.5
-        tensors[f"{name}.lora_up.weight"] = up
-        tensors[f"{name}.alpha"] = torch.tensor(float(RANK))
-
-    for name, weight in unet_state(kind).items():
-        if name.endswith(tuple(f"{module}.weight" for module in LORA_MODULES)):
-            add(f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}", *weight.shape)
-    for layer in range(2):
-        add(f"{prefix}_text_model_encoder_layers_{layer}_self_attn_q_proj", 64, 64)
-        add(f"{prefix}_text_model_encoder_layers_{layer}_mlp_fc1", 128, 64)
-    return save(path, tensors)
-
-
-def save(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return path
-
-
-def write_picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
-    dice = np.random.default_rng(seed)
-    small = dice.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
-    return path
-
-
-def write_mask(path: Path, width: int = 64, height: int = 64) -> Path:
-    """Red on the left, green on the right."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:, : width // 2, 0] = pixels[:, width // 2 :, 1] = 255
-    Image.fromarray(pixels).save(path)
-    return path
-
-
 def write_good(folder: Path) -> Path:
-    """A project that works: sd1.safetensors, tokenizers, lora.safetensors, guide.png, mask.png, ..."""
+    """A project that works: sd1.safetensors, tokenizers, lora.safetensors, picture.png, mask.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_sd1(folder)
-    tokenizer_folder(folder / "tokenizers")
-    write_lora(folder / "lora.safetensors")
-    write_picture(folder / "picture.png")
-    write_mask(folder / "mask.png")
-    (folder / "prompts.txt").write_text("a cat\na dog --d 2\n", encoding="utf-8")
+    model = load(write_sd1(folder), "--tokenizer_cache_dir", tokenizer_folder(folder / "tokenizers"))
+    write_kohya(folder / "lora.safetensors", model, lambda path: ".attn" in path)
+    write_guide(folder / "picture.png", size=(64, 64))
+    mask = Image.new("RGB", (64, 64), (0, 255, 0))
+    mask.paste((255, 0, 0), (0, 0, 32, 64))
+    mask.save(folder / "mask.png")
     save(folder / "word.safetensors", {"emb_params": torch.ones(2, 64)})
+    save(folder / "layers.safetensors", {name: torch.ones(2, 64) for name in LAYERS})
     return folder
 
 
@@ -237,14 +206,7 @@ def write_bad(folder: Path, good: Path) -> Path:
     """The folder of bad files."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = good / "sd1.safetensors"
-    write_sdxl(folder)
-    flux.write_dit(folder, flux.tiny_state())
-    write_autoencoder(folder / "flux_vae.safetensors")
-    _write_flux_lora(folder / "flux_lora.safetensors")
-    write_lora(folder / "sdxl_lora.safetensors", "sdxl")
-    (folder / "text.txt").write_text("a cat\n", encoding="utf-8")
-    (folder / "text.safetensors").write_text("no checkpoint\n", encoding="utf-8")
-    (folder / "text.pt").write_text("no checkpoint\n", encoding="utf-8")
+    _write_of_others(folder, good)
     for name in ("truncated", "one_byte_short", "empty", "web_page", "pickled_code", "old_pickled_code"):
         for kind, source in (("ckpt", checkpoint), ("lora", good / "lora.safetensors")):
             ending = "ckpt" if "pickled" in name else "safetensors"
@@ -254,30 +216,44 @@ def write_bad(folder: Path, good: Path) -> Path:
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     save(folder / "nan.safetensors", {**state, key: torch.full_like(state[key], torch.nan)})
     save(folder / "half.safetensors", {name: t for name, t in state.items() if "output_blocks" not in name})
-    save(folder / "no_text.safetensors", _without(state, ("cond_stage_model.",)))
-    save(folder / "no_vae.safetensors", _without(state, ("first_stage_model.",)))
-    save(folder / "only_text.safetensors", _without(state, ("model.", "first_stage_model.")))
+    save(folder / "no_text.safetensors", _without(state, "cond_stage_model."))
     save(folder / "other_size.safetensors", {**state, key: torch.ones(3, 5)})
     lora = load_file(good / "lora.safetensors")
     name = next(name for name in lora if name.endswith("lora_up.weight"))
     save(folder / "nan_lora.safetensors", {**lora, name: torch.full_like(lora[name], torch.nan)})
     save(folder / "wide_word.safetensors", {"emb_params": torch.ones(2, 99)})
     save(folder / "empty_word.safetensors", {"emb_params": torch.ones(0, 64)})
-    save(folder / "flat_word.safetensors", {"emb_params": torch.tensor(1.0)})
     save(folder / "nan_word.safetensors", {"emb_params": torch.full((2, 64), torch.nan)})
-    layers = ("IN01", "IN02", "MID", "OUT03", "OUT04", "OUT05")
-    save(folder / "wide_layers.safetensors", {name: torch.ones(2, 99) for name in layers})
+    save(folder / "wide_layers.safetensors", {name: torch.ones(2, 99) for name in LAYERS})
+    save(folder / "layers.safetensors", {"emb_params": torch.ones(2, 64)})
     _write_guides(folder)
-    _write_folders(folder)
-    shutil.copytree(good / "tokenizers", folder / "bad_tokenizers")
-    for vocabulary in (folder / "bad_tokenizers").glob("*/vocab.json"):
-        vocabulary.write_text("[1, 2", encoding="utf-8")
-    _write_pictures(folder)
+    _write_folders(folder, good)
+    for name, text in (
+        ("text.txt", "a cat\n"),
+        ("text.safetensors", "no checkpoint\n"),
+        ("text.png", "no picture"),
+        ("nothing.txt", "# nothing\n\n"),
+        ("module.py", "raise ValueError('broken')\n"),
+        ("empty_module.py", "x = 1\n"),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "truncated.png").write_bytes((good / "picture.png").read_bytes()[:100])
     return folder
 
 
-def _without(state: Mapping[str, Tensor], starts: Iterable[str]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(starts))}
+def _write_of_others(folder: Path, good: Path) -> None:
+    """Models and LoRAs of FLUX and Stable Diffusion XL."""
+    flux.write_dit(folder, flux.tiny_state())
+    write_autoencoder(folder / "flux_vae.safetensors")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    factors = {f"{name}.lora_down.weight": torch.ones(4, 128), f"{name}.lora_up.weight": torch.ones(384, 4)}
+    save(folder / "flux_lora.safetensors", factors)
+    model = load(write_sdxl(folder), "--tokenizer_cache_dir", good / "tokenizers")
+    write_kohya(folder / "sdxl_lora.safetensors", model, lambda path: ".attn" in path)
+
+
+def _without(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(start)}
 
 
 def _write_guides(folder: Path) -> None:
@@ -286,47 +262,25 @@ def _write_guides(folder: Path) -> None:
     state = load_file(folder / "clip" / "model.safetensors")
     for name, missing in (("blind_clip", "vision_model."), ("clip_without_projection", "text_projection.")):
         (folder / name).mkdir()
-        save(folder / name / "model.safetensors", _without(state, (missing,)))
+        save(folder / name / "model.safetensors", _without(state, missing))
         shutil.copy(folder / "clip" / "config.json", folder / name)
     layers = vgg_state()
-    torch.save(_without(layers, ("features.19.bias",)), folder / "half_vgg16.pth")
-    kept = {
-        name: tensor for name, tensor in layers.items() if name.startswith(("features.0.", "features.2."))
-    }
+    torch.save(_without(layers, "features.19.bias"), folder / "half_vgg16.pth")
+    kept = {name: one for name, one in layers.items() if name.startswith(("features.0.", "features.2."))}
     torch.save(kept, folder / "short_vgg16.pth")
 
 
-def _write_flux_lora(path: Path) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    save(path, {f"{name}.lora_down.weight": torch.ones(4, 128), f"{name}.lora_up.weight": torch.ones(384, 4)})
-
-
-def _write_folders(folder: Path) -> None:
+def _write_folders(folder: Path, good: Path) -> None:
     for name in ("no_unet", "no_config", "bad_config", "wide_config", "hostile_config"):
         write_folder("sd1", folder / name)
     shutil.rmtree(folder / "no_unet" / "unet")
     (folder / "no_config" / "unet" / "config.json").unlink()
-    config = folder / "bad_config" / "unet" / "config.json"
-    config.write_text("{", encoding="utf-8")
-    _change(folder / "wide_config" / "unet" / "config.json", block_out_channels=[10**9, 10**9])
+    (folder / "bad_config" / "unet" / "config.json").write_text("{", encoding="utf-8")
+    change_json(folder / "wide_config" / "unet" / "config.json", block_out_channels=[10**9, 10**9])
     hostile = {"_class_name": "os.system", "act_fn": "__import__('os')"}
-    _change(folder / "hostile_config" / "unet" / "config.json", **hostile)
-    _change(folder / "hostile_config" / "model_index.json", unet=["os", "system"])
+    change_json(folder / "hostile_config" / "unet" / "config.json", **hostile)
+    change_json(folder / "hostile_config" / "model_index.json", unet=["os", "system"])
     (folder / "empty_folder").mkdir()
-
-
-def _change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
-
-
-def _write_pictures(folder: Path) -> None:
-    (folder / "text.png").write_text("no picture", encoding="utf-8")
-    write_picture(folder / "whole.png")
-    (folder / "truncated.png").write_bytes((folder / "whole.png").read_bytes()[:100])
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "no_pictures").mkdir()
-    (folder / "latin.txt").write_bytes("a café\n".encode("latin-1"))
-    (folder / "nothing.txt").write_text("# nothing\n\n", encoding="utf-8")
-    (folder / "zeros.txt").write_bytes(b"\0" * 100)
-    (folder / "module.py").write_text("raise ValueError('broken')\n", encoding="utf-8")
-    (folder / "empty_module.py").write_text("x = 1\n", encoding="utf-8")
+    shutil.copytree(good / "tokenizers", folder / "bad_tokenizers")
+    for vocabulary in (folder / "bad_tokenizers").glob("*/vocab.json"):
+        vocabulary.write_text("[1, 2", encoding="utf-8")

@@ -2,6 +2,7 @@
 # Letters: B pictures, R rows, P parts, L tokens of a part, N tokens of a picture
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
+from stable_diffusion.contract import AskedPicture, UnetCall
 from stable_diffusion.regions import Regions, read_regions
-from tests.tiny.stable_diffusion import KINDS, unet_state
+from tests.stable_diffusion.loaded import call_of, picture, run_unet, unet_of
 
 HEIGHT, WIDTH = 72, 120  # pixels: latents 9 x 15, features 5 x 8, no two alike and none even
 TOKENS = 7
@@ -46,12 +46,6 @@ def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
     return functional.linear(x, weight)
 
 
-def tiny_unet(kind: str) -> Any:
-    unet = UNet2DConditionModel(**KINDS[kind].unet)
-    unet.load_state_dict(unet_state(kind))
-    return unet.eval().requires_grad_(False)
-
-
 def add_loras(unet: Any, count: int) -> list[dict[str, Lora]]:
     """LoRAs on every linear layer and convolution."""
     modules = [(name, m) for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -61,31 +55,13 @@ def add_loras(unet: Any, count: int) -> list[dict[str, Lora]]:
     ]
 
 
-def a_call(kind: str, contexts: Sequence[Tensor], rows: int, pictures: int = 1) -> UnetCall:
-    generator = torch.Generator().manual_seed(5)
-    sample = torch.randn((pictures, 4, HEIGHT // 8, WIDTH // 8), generator=generator)
-    sample = sample.repeat(rows // pictures, 1, 1, 1)
-    added = {}
-    if kind == "sdxl":
-        ids = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]]).float().expand(rows, -1)
-        added = {"text_embeds": torch.randn((rows, 64), generator=generator), "time_ids": ids}
-    return UnetCall(0, 4, 500.0, sample, torch.cat(list(contexts), 1), rows // 2, added)
-
-
-def a_context(kind: str, seed: int, rows: int) -> Tensor:
-    width = KINDS[kind].unet["cross_attention_dim"]
-    return torch.randn((rows, TOKENS, width), generator=torch.Generator().manual_seed(seed))
-
-
-def run(unet: Any, call: UnetCall) -> Tensor:
-    return unet(
-        call.sample, call.timestep, call.context, added_cond_kwargs=dict(call.added), return_dict=False
-    )[0]
+def a_call(kind: str, parts: int) -> UnetCall:
+    call = call_of(kind, size=(WIDTH, HEIGHT))
+    return replace(call, context=call.context[:, : parts * TOKENS])
 
 
 def a_picture(mask: Path | None, parts: int) -> AskedPicture:
-    settings = PictureSettings(WIDTH, HEIGHT, 4, 7.5, parts=parts)
-    return AskedPicture("line 1", "", "", 1, settings, "", mask=mask)
+    return replace(picture(parts=parts), mask=mask)
 
 
 def save_mask(path: Path, *boxes: tuple[int, int, int, int, tuple[int, int, int]]) -> Path:
@@ -165,7 +141,7 @@ def plain(unet: Any, call: UnetCall, regions: Tensor, changes: Sequence[dict[str
             name, module, hidden_states, encoder_hidden_states
         )
     try:
-        return run(unet, call)
+        return run_unet(unet, call)
     finally:
         for name, module in modules.items():
             module.forward = with_forward[name] or original[name]
@@ -175,36 +151,36 @@ def plain(unet: Any, call: UnetCall, regions: Tensor, changes: Sequence[dict[str
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> None:
-    unet = tiny_unet(kind)
+    unet = unet_of(kind)
     loras = add_loras(unet, 2)
-    call = a_call(kind, [a_context(kind, 1, 2), a_context(kind, 2, 2)], rows=2)
-    picture = a_picture(halves, parts=2)
+    call = a_call(kind, parts=2)
+    masked = a_picture(halves, parts=2)
     maker = Regions(unet, loras)
 
-    with maker.for_batch([picture], WIDTH, HEIGHT) as idea:
+    with maker.for_batch([masked], WIDTH, HEIGHT) as idea:
         assert idea is not None
-        made = run(unet, idea(call))
+        made = run_unet(unet, idea(call))
 
     changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
-    expected = plain(unet, call, maker.of(picture, WIDTH, HEIGHT), changes)
+    expected = plain(unet, call, maker.of(masked, WIDTH, HEIGHT), changes)
     torch.testing.assert_close(made, expected, **CLOSE)
     assert all(lora.region is None for layers in loras for lora in layers.values())
 
 
 def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
-    unet = tiny_unet("sd1")
+    unet = unet_of("sd1")
     loras = add_loras(unet, 2)
-    call = a_call("sd1", [a_context("sd1", 1, 2)], rows=2)
-    before = run(unet, call)
+    call = a_call("sd1", parts=1)
+    before = run_unet(unet, call)
 
     with pytest.raises(KeyboardInterrupt), Regions(unet, loras).for_batch([a_picture(halves, 2)], 64, 64):
         raise KeyboardInterrupt
 
-    torch.testing.assert_close(run(unet, call), before, rtol=0, atol=0)
+    torch.testing.assert_close(run_unet(unet, call), before, rtol=0, atol=0)
 
 
 def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
-    unet = tiny_unet("sd1")
+    unet = unet_of("sd1")
     maker = Regions(unet, add_loras(unet, 2))
     with pytest.raises(OptionError, match=r"the prompt has 3 parts between AND, --network_weights 2 LoRAs"):
         maker.of(a_picture(halves, 3), WIDTH, HEIGHT)

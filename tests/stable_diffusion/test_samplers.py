@@ -13,8 +13,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings
-from stable_diffusion.options import read_gen_img
-from stable_diffusion.samplers import SchedulerSolver, begin_sampling, check_sampling, make_scheduler
+from stable_diffusion.samplers import SchedulerSolver, begin_sampling, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, GradualLatentOptions, StartNoiseOptions, Unsharp
 from stable_diffusion.small_start import begin_small, check_batch, plan_growth, size_at
 from stable_diffusion.starting import add_offset, add_pyramid, vary_noise
@@ -96,28 +95,6 @@ def test_steps_offset() -> None:
         assert begin_sampling(scheduler, 10, generators(1)).schedule.timesteps[-1] == last
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--sampler pndm --steps 3", "--steps 3: --sampler pndm"),
-        (
-            "--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3",
-            "--highres_fix_steps 3: --sampler pndm",
-        ),
-        ("--steps 1000", "--steps 1000"),
-        ("--zero_terminal_snr", "--zero_terminal_snr needs a model that predicts v"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused(words: str, message: str) -> None:
-    def act() -> None:
-        options = read_gen_img(None, ["--ckpt", "x", "--prompt", "a", *words.split()])
-        check_sampling(options.sampling, predicts_velocity=False)
-
-    with pytest.raises((OptionError, SystemExit)) as caught:
-        act()
-    assert message in str(caught.value)
-
-
 def draw(seed: int) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 24, 16, generator=generator), generator
@@ -133,18 +110,11 @@ def test_nothing_is_drawn_by_what_is_not_asked_for() -> None:
         assert torch.equal(generator.get_state(), state)
 
 
-def test_an_offset_is_one_number_for_each_channel() -> None:
+def test_an_offset_is_one_number_for_each_channel_of_the_size_that_is_asked_for() -> None:
     noise, generator = draw(1)
     options = StartNoiseOptions(noise_offset_prob=1.0, noise_offset_range=(0.5, 0.5))
     shift = vary_noise(noise, options, generator) - noise
     torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift))
-    assert len(set(shift[:, 0, 0].tolist())) == 4
-    _, generator = draw(1)
-    torch.testing.assert_close(add_offset(noise, 0.0, generator), noise)
-
-
-def test_offsets_have_the_size_that_is_asked_for() -> None:
-    generator = torch.Generator().manual_seed(0)
     shifts = torch.stack([add_offset(torch.zeros(4, 1, 1), 0.3, generator) for _ in range(1000)])
     assert shifts.std().item() == pytest.approx(0.3, rel=0.05)
 
@@ -186,10 +156,9 @@ def output_of(sample: Tensor) -> Tensor:
     return torch.tanh(sample + 0.3 * sample.roll(1, -1))
 
 
-def start(seeds: Sequence[int] = SEEDS, height: int = 32, width: int = 40) -> Tensor:
+def start(seeds: Sequence[int] = SEEDS) -> Tensor:
     noise = [
-        torch.randn(1, 4, 1, height, width, generator=torch.Generator().manual_seed(seed + 9))
-        for seed in seeds
+        torch.randn(1, 4, 1, 32, 40, generator=torch.Generator().manual_seed(seed + 9)) for seed in seeds
     ]
     return torch.cat(noise) * 14.6
 
@@ -211,40 +180,27 @@ def computed(gradual: GradualLatentOptions, velocity: bool = False) -> list[Tens
     """The same in plain words, without a solver or a plan."""
     scheduler: Any = make_scheduler("euler_a", velocity)
     scheduler.set_timesteps(GROWING)
-    draw, ratio, waited = (
-        generators(*SEEDS),
-        gradual.gradual_latent_ratio,
-        gradual.gradual_latent_every_n_steps,
-    )
+    draw, every = generators(*SEEDS), gradual.gradual_latent_every_n_steps
+    ratio, waited, unsharp = gradual.gradual_latent_ratio, every, gradual.unsharp
     x = bicubic(start().squeeze(2), ratio)
     samples = [x]
-    for sigma, sigma_next, t in zip(
-        scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps, strict=False
-    ):
+    for sigma, following, t in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps, strict=False):
         output = output_of((x / (sigma**2 + 1) ** 0.5).unsqueeze(2)).squeeze(2)
         if velocity:
             clean = x / (sigma**2 + 1) - output * sigma / (sigma**2 + 1) ** 0.5
         else:
             clean = x - sigma * output
         d = (x - clean) / sigma
-        up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-        dt = (sigma_next**2 - up**2) ** 0.5 - sigma
-        grows, strength = (
-            t < gradual.gradual_latent_timesteps
-            and ratio < 1
-            and waited >= gradual.gradual_latent_every_n_steps,
-            1.0,
-        )
-        if grows:
-            ratio, waited, strength = (
-                min(1.0, ratio + gradual.gradual_latent_ratio_step),
-                0,
-                gradual.gradual_latent_s_noise,
-            )
-            if gradual.unsharp is None or gradual.unsharp.target_x:
-                x = unsharped(bicubic(x + d * dt, ratio), gradual.unsharp)
+        up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
+        dt = (following**2 - up**2) ** 0.5 - sigma
+        strength = 1.0
+        if t < gradual.gradual_latent_timesteps and ratio < 1 and waited >= every:
+            ratio, waited = min(1.0, ratio + gradual.gradual_latent_ratio_step), 0
+            strength = gradual.gradual_latent_s_noise
+            if unsharp is None or unsharp.target_x:
+                x = unsharped(bicubic(x + d * dt, ratio), unsharp)
             else:
-                x = unsharped(bicubic(x, ratio), gradual.unsharp) + bicubic(d, ratio) * dt
+                x = unsharped(bicubic(x, ratio), unsharp) + bicubic(d, ratio) * dt
         else:
             x = x + d * dt
         waited += 1
@@ -278,14 +234,13 @@ def blur(latents: Tensor, ksize: int, sigma: float) -> Tensor:
     return total / weights
 
 
-@pytest.mark.parametrize("velocity", [False, True])
 @pytest.mark.parametrize(
-    "gradual",
+    ("gradual", "velocity"),
     [
-        GRADUAL,
-        replace(GRADUAL, gradual_latent_s_noise=0.7, gradual_latent_every_n_steps=1),
-        replace(GRADUAL, gradual_latent_unsharp_params="3,0.5,0.8,1"),
-        replace(GRADUAL, gradual_latent_unsharp_params="5,1.5,0.5,0", gradual_latent_s_noise=1.1),
+        (GRADUAL, False),
+        (replace(GRADUAL, gradual_latent_s_noise=0.7, gradual_latent_every_n_steps=1), True),
+        (replace(GRADUAL, gradual_latent_unsharp_params="3,0.5,0.8,1"), False),
+        (replace(GRADUAL, gradual_latent_unsharp_params="5,1.5,0.5,0", gradual_latent_s_noise=1.1), True),
     ],
 )
 def test_steps_are_those_of_the_plain_computation(gradual: GradualLatentOptions, velocity: bool) -> None:

@@ -2,10 +2,8 @@
 
 import logging
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,10 +17,10 @@ from modules.errors import OptionError, UserError
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import read_image, read_tags
 from stable_diffusion.lines import LINE_OPTIONS, enumerates, expand, read_line, split_seeds
-from tests.commands import QUIET, ROOT
-from tests.stable_diffusion.loaded import make_pictures
-from tests.stable_diffusion.test_mistakes import write_good, write_lora, write_picture
-from tests.tiny.control_nets import write_control_net, write_lllite
+from tests.commands import QUIET, ROOT, run_python
+from tests.stable_diffusion.loaded import load, make_pictures, write_guide, write_kohya
+from tests.stable_diffusion.test_mistakes import write_good
+from tests.tiny.control_nets import write_control_net
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
@@ -62,10 +60,7 @@ def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) 
 
 @pytest.mark.slow
 def test_packages_that_nothing_uses_are_not_loaded(tmp_path: Path) -> None:
-    words = [
-        *("--ckpt", str(tmp_path / "none.pt"), "--prompt", "x", "--device", "cpu"),
-        *("--outdir", str(tmp_path)),
-    ]
+    words = ["--ckpt", f"{tmp_path}/none.pt", "--outdir", str(tmp_path), "--prompt", "x", "--device", "cpu"]
     code = (
         "import sys, gen_img\n"
         "from modules.errors import UserError\n"
@@ -73,13 +68,7 @@ def test_packages_that_nothing_uses_are_not_loaded(tmp_path: Path) -> None:
         "except UserError: pass\n"
         "print(sorted({'diffusers', 'transformers', 'peft', 'bitsandbytes'} & {*sys.modules}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(gen_img.__file__).parent,
-    )
+    done = run_python("-c", code, folder=ROOT)
     assert done.stdout.strip() == "['diffusers']"
     assert not done.stderr
 
@@ -141,17 +130,16 @@ NETWORK = ("--network_module", "networks.lora", "--network_weights")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_good(tmp_path_factory.mktemp("project"))
-    write_sdxl(folder)
-    write_lora(folder / "second.safetensors", seed=1)
-    for number in (0, 1):
-        write_lora(folder / f"xl{number}.safetensors", "sdxl", seed=number)
+    places = {"second": ("sd1.safetensors", ".attn2"), "xl": (write_sdxl(folder), ".attn")}
+    for name, (ckpt, place) in places.items():
+        model = load(folder / ckpt, "--tokenizer_cache_dir", folder / "tokenizers")
+        write_kohya(folder / f"{name}.safetensors", model, lambda path, place=place: place in path)
     (folder / "lines.txt").write_text("\n".join(LINES), encoding="utf-8")
     (folder / "parts.txt").write_text("\n".join(PARTS), encoding="utf-8")
     write_control_net(folder / "control.safetensors", "sd1")
-    write_lllite(folder / "lllite.safetensors")
     (folder / "pictures").mkdir()
     for number in range(4):
-        write_picture(folder / "pictures" / f"{number}.png", seed=number)
+        write_guide(folder / "pictures" / f"{number}.png", number, (64, 64))
     return folder
 
 
@@ -167,7 +155,6 @@ def assert_same(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Non
 XL = ("--ckpt", "sdxl.safetensors")
 SD = ("--ckpt", "sd1.safetensors")
 CASES = {
-    "lora": (*SD, "--from_file", "lines.txt", *NETWORK, "lora.safetensors", "--sampler", "euler_a"),
     "regions": (
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
         *(*NETWORK, "lora.safetensors", "second.safetensors"),
@@ -175,15 +162,11 @@ CASES = {
     "image to image": (*SD, "--from_file", "lines.txt", "--image_path", "pictures", "--sampler", "euler_a"),
     "xl": (
         *(*XL, "--from_file", "lines.txt", "--sampler", "euler_a", "--negative_scale", "2"),
-        *(*NETWORK, "xl0.safetensors"),
+        *(*NETWORK, "xl.safetensors"),
     ),
     "control": (
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
         *("--control_net_models", "control.safetensors", "--guide_image_path", "pictures"),
-    ),
-    "xl control": (
-        *(*XL, "--from_file", "lines.txt", "--sampler", "euler_a"),
-        *("--control_net_lllite_models", "lllite.safetensors", "--guide_image_path", "pictures"),
     ),
     "grown": (
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),
@@ -191,14 +174,11 @@ CASES = {
         *(*NETWORK, "lora.safetensors", "second.safetensors"),
     ),
 }
-USUAL = {"regions", "xl"}  # the others are slow together
 
 
-def _cases(names: Iterable[str], usual: Collection[str]) -> list[Any]:
-    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("case", _cases(CASES, USUAL))
+@pytest.mark.parametrize(
+    "case", ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")]
+)
 def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp_path: Path) -> None:
     single = make_pictures(project, tmp_path / "single", *SMALL, *CASES[case])
     batch = make_pictures(
@@ -222,73 +202,62 @@ def test_parts_without_a_mask_are_averaged_everywhere(project: Path, tmp_path: P
     assert np.abs(mixed - once).max() > 5
 
 
-READ: dict[str, dict[str, Any]] = {
-    "a cat": {},
-    "a cat --n ugly, bad --w 512 --h 768": {"negative_prompt": "ugly, bad", "W": 512, "H": 768},
-    "a cat --W 512 --S 30": {"W": 512, "steps": 30},
-    "a cat --s 30": {"steps": 30},
-    "a cat --d 1,2, 3 --l 7.5 --nl -1 --t 0.5": {
-        "seeds": (1, 2, 3),
-        "scale": 7.5,
-        "negative_scale": -1.0,
-        "strength": 0.5,
-    },
-    "a cat --nl none --am 1,0.5,-2": {"negative_scale": None, "network_mul": (1.0, 0.5, -2.0)},
-    "a cat --c a clip text --f name": {"clip_prompt": "a clip text", "file_name": "name"},
-    "a cat --ow 10 --oh 20 --nw 30 --nh 40 --ct 5 --cl 6": {
-        "original_width": 10,
-        "original_height": 20,
-        "original_width_negative": 30,
-        "original_height_negative": 40,
-        "crop_top": 5,
-        "crop_left": 6,
-    },
-    "a cat --dsd1 3 --dst1 600 --dsd2 none --dst2 400 --dsr 0.4": {
-        "ds_depth_1": 3,
-        "ds_timesteps_1": 600,
-        "ds_depth_2": None,
-        "ds_timesteps_2": 400,
-        "ds_ratio": 0.4,
-    },
-    "a cat --glt 700 --glr 0.6 --gls 0.1 --gle 2 --glsn 0.9 --glus 3,0.5,0.5,1": {
-        "gradual_latent_timesteps": 700,
-        "gradual_latent_ratio": 0.6,
-        "gradual_latent_ratio_step": 0.1,
-        "gradual_latent_every_n_steps": 2,
-        "gradual_latent_s_noise": 0.9,
-        "gradual_latent_unsharp_params": "3,0.5,0.5,1",
-    },
-    "a cat --steps 7 --strength 0.3": {"steps": 7, "strength": 0.3},
-}
+# an option of each letter in the guide, its key, and what is read
+READ: list[tuple[str, str, Any]] = [
+    ("--n ugly, bad", "negative_prompt", "ugly, bad"),
+    ("--w 512", "W", 512),
+    ("--h 768", "H", 768),
+    ("--s 30", "steps", 30),
+    ("--d 1,2, 3", "seeds", (1, 2, 3)),
+    ("--l 7.5", "scale", 7.5),
+    ("--nl -1", "negative_scale", -1.0),
+    ("--t 0.5", "strength", 0.5),
+    ("--am 1,0.5,-2", "network_mul", (1.0, 0.5, -2.0)),
+    ("--c a clip text", "clip_prompt", "a clip text"),
+    ("--f name", "file_name", "name"),
+    ("--ow 10", "original_width", 10),
+    ("--oh 20", "original_height", 20),
+    ("--nw 30", "original_width_negative", 30),
+    ("--nh 40", "original_height_negative", 40),
+    ("--ct 5", "crop_top", 5),
+    ("--cl 6", "crop_left", 6),
+    ("--dsd1 3", "ds_depth_1", 3),
+    ("--dst1 600", "ds_timesteps_1", 600),
+    ("--dsd2 none", "ds_depth_2", None),
+    ("--dst2 400", "ds_timesteps_2", 400),
+    ("--dsr 0.4", "ds_ratio", 0.4),
+    ("--glt 700", "gradual_latent_timesteps", 700),
+    ("--glr 0.6", "gradual_latent_ratio", 0.6),
+    ("--gls 0.1", "gradual_latent_ratio_step", 0.1),
+    ("--gle 2", "gradual_latent_every_n_steps", 2),
+    ("--glsn 0.9", "gradual_latent_s_noise", 0.9),
+    ("--glus 3,0.5,0.5,1", "gradual_latent_unsharp_params", "3,0.5,0.5,1"),
+]
 
 
-@pytest.mark.parametrize("line", READ)
-def test_lines_are_read(line: str) -> None:
-    assert read_line(line) == {"prompt": "a cat", **READ[line]}
+def test_every_letter_of_the_guide_is_read() -> None:
+    line = " ".join(["a cat", *(option for option, _, _ in READ)])
+
+    assert read_line(line) == {"prompt": "a cat", **{key: value for _, key, value in READ}}
+    assert [option.split()[0] for option, _, _ in READ] == [f"--{letter}" for letter in LINE_OPTIONS]
 
 
-def test_every_letter_of_the_guide_is_there() -> None:
-    guide = "n w h s d l nl t am c f ow oh nw nh ct cl dsd1 dst1 dsd2 dst2 dsr glt glr gls gle glsn glus"
-    assert set(guide.split()) == set(LINE_OPTIONS)
-    assert {letter for line in READ for letter in LINE_OPTIONS if f"--{letter} " in line} == set(LINE_OPTIONS)
+def test_capital_letters_and_long_names_are_read_too() -> None:
+    found = read_line("a cat --W 512 --steps 7 --strength 0.3 --nl none")
+    assert found == {"prompt": "a cat", "W": 512, "steps": 7, "strength": 0.3, "negative_scale": None}
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("a --w wide", "--w: 'wide' is not a whole number"),
         ("a --d 1,x", "--d: 'x' is not a whole number"),
         ("a --d 99999999999999999999999", "--d: a seed has at most 64 bits"),
         ("a --am 1,two", "--am: 'two' is not a number"),
         ("a --f ../b", "--f '../b': give a file's name"),
-        ("a --f /tmp/b", "give a file's name"),
         ("a --f ..", "give a file's name"),
         ("a --f \x1b[31mred", "--f '\\x1b[31mred': give a file's name"),
-        ("a --f a\tb", "give a file's name"),
         ("a --f left\u202egnp", "give a file's name"),
-        ("a --f \x9b31m", "give a file's name"),
         ("a --f " + "字" * 100, "the name has 300 bytes"),
-        ("a --f " + "n" * 300, "the name has 300 bytes"),
         ("a --glus 2,1,1", "--glus: "),
     ],
 )
@@ -304,15 +273,11 @@ def test_an_unknown_option_is_left_out_with_a_warning(caplog: pytest.LogCaptureF
     assert "line 2 'a cat --zz 3 --s 4': the unknown option --zz 3 is ignored" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("line", "seeds"), [("a", None), ("a --d 5", (5,)), ("a {b --d 1|c} --D 7,8 --n x", (1,))]
-)
-def test_seeds_are_found_before_variants_are_chosen(line: str, seeds: tuple[int, ...] | None) -> None:
-    if "{" in line:
-        with pytest.raises(OptionError, match="not a whole number"):
-            split_seeds(line)
-    else:
-        assert split_seeds(line) == seeds
+def test_seeds_are_found_before_variants_are_chosen() -> None:
+    assert split_seeds("a") is None
+    assert split_seeds("a {b|c} --D 7,8 --n x") == (7, 8)
+    with pytest.raises(OptionError, match="not a whole number"):
+        split_seeds("a {b --d 1|c}")
 
 
 # prompt -> all texts that it may stand for
@@ -333,6 +298,8 @@ CHOICES = {
     r"\{a|b\} {c|d}": {"{a|b} c", "{a|b} d"},
     r"{\{a\}|b}": {"{a}", "b"},
     "{a|b": {"{a|b"},
+    "{ee|b}": {"ee", "b"},
+    r"\{e$$a|b}": {"{e$$a|b}"},
     "a|b}": {"a|b}"},
     r"(a\:{b|c})": {r"(a\:b)", r"(a\:c)"},
 }
@@ -379,8 +346,3 @@ def test_more_combinations_than_any_run_makes_are_an_error() -> None:
     with pytest.raises(OptionError, match="variants"):
         expand("{e$$1-40$$" + "a|" * 60 + "}", Random(0))
     assert expand("{" + "9" * 30 + "$$a|b}", Random(0))[0] in {"9" * 30 + "$$a", "b"}
-
-
-@pytest.mark.parametrize("prompt", ["a", r"\{e$$a|b}", "{ee|b}", "e$$a", "{2$$e|f}"])
-def test_a_prompt_without_the_letter_makes_one_picture_each(prompt: str) -> None:
-    assert not enumerates(prompt)

@@ -17,18 +17,17 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from stable_diffusion.contract import Model
-from stable_diffusion.options import read_gen_img
 from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
 from stable_diffusion.tokenizers import MOST, Part, cut_into_chunks, cut_text, parse_weights
-from tests.stable_diffusion.loaded import load_model, make_towers, text_options
+from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
 
 CPU = torch.device("cpu")
 KINDS = ("sd1", "sd2", "sdxl")
 LONG = " ".join(["a red cat, an old house in the forest,"] * 12)  # more than 75 tokens
-PLAIN = ("a cat sits on a red chair.", "", "wörld: 12 dogs' | <|endoftext|> x", LONG)
+PLAIN = ("A  cat, of a girl's 2 dogs.", "", "naïve 日本語 🙂: | <|endoftext|> x", "x" * 400, LONG)
 # a text, and what it says in words: its parts with their weights; None: BREAK
 WEIGHTED: dict[str, list[tuple[str, float] | None]] = {
     "a (red:1.4) [old] cat": [("a ", 1), ("red", 1.4), (" ", 1), ("old", 1 / 1.1), (" cat", 1)],
@@ -42,15 +41,10 @@ def opened(kind: str, folder: Path) -> tuple[Any, Model, Model]:
     """The text half of diffusers' pipeline, and our models of its folder and of a single file."""
     path = tiny.write_folder(kind, folder / "folder")
     pipeline = getattr(diffusers, tiny.KINDS[kind].pipeline).from_pretrained(path, unet=None, vae=None)
-    file = getattr(tiny, f"write_{kind}")(folder)
     tokenizers = tiny.tokenizer_folder(folder / "tokenizers")
-    options = (
-        read_gen_img(
-            None, ["--prompt", "x", "--ckpt", str(one), "--tokenizer_cache_dir", str(tokenizers)]
-        ).model
-        for one in (path, file)
+    of_folder, of_file = (
+        load(one, "--tokenizer_cache_dir", tokenizers) for one in (path, tiny.WRITERS[kind](folder))
     )
-    of_folder, of_file = (load_model(one, CPU) for one in options)
     return pipeline, of_folder, of_file
 
 
@@ -59,23 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("text")
 
 
-def encode_prompt(pipeline: Any, text: str, **others: Any) -> tuple[Tensor, Tensor | None]:
-    """diffusers' states of a text, L C, and its pooled state."""
-    found = pipeline.encode_prompt(
-        text, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False, **others
-    )
-    return found[0][0], found[2][0] if len(found) == 4 else None
-
-
 @pytest.mark.parametrize("is_file", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_file: bool) -> None:
     """A single file of SD 2 has one layer more, which does not count."""
     pipeline, *models = opened(kind, folder / kind)
     model = models[is_file]
-    texts = Texts(model.texts, model.kind, text_options())
+    texts = Texts(model.texts, model.kind, options().text)
+    alone = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     for text in PLAIN:
-        context, pooled = encode_prompt(pipeline, text)
+        theirs = pipeline.encode_prompt(text, **alone)
+        context, pooled = theirs[0][0], theirs[2][0] if len(theirs) == 4 else None
         found = texts.encode(text)
         torch.testing.assert_close(found.context, context, atol=1e-6, rtol=0)
         assert (found.pooled is None) == (pooled is None) == (kind != "sdxl")
@@ -83,7 +71,7 @@ def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_fi
             torch.testing.assert_close(found.pooled, pooled, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
     pipeline, model, _ = opened(kind, folder / kind)
     given = pipeline.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
@@ -91,12 +79,12 @@ def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
     with torch.no_grad():
         states = encoder(given, output_hidden_states=True).hidden_states
         for skip in (1, 2, 3):
-            texts = Texts(model.texts, model.kind, text_options("--clip_skip", skip))
+            texts = Texts(model.texts, model.kind, options("--clip_skip", skip).text)
             state = states[-skip] if kind == "sdxl" else encoder.final_layer_norm(states[-skip])
             found = texts.encode("a cat").context[:, : state.shape[-1]]
             torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
     with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
-        Texts(model.texts, model.kind, text_options("--clip_skip", 4))
+        Texts(model.texts, model.kind, options("--clip_skip", 4).text)
 
 
 @pytest.mark.parametrize(("layers", "loaded"), [(3, 3), (23, 23), (24, 23)])
@@ -165,8 +153,8 @@ def plain_loop(
 )
 def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: str, mode: str) -> None:
     pipeline, _, model = opened(kind, folder / kind)
-    options = text_options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode)
-    texts = Texts(model.texts, model.kind, options)
+    given = options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode).text
+    texts = Texts(model.texts, model.kind, given)
     for text, parts in WEIGHTED.items():
         context, pooled = plain_loop(pipeline, parts, mode)
         found = texts.encode(text)
@@ -178,7 +166,7 @@ def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: s
 
 
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    texts = Texts(*make_towers("sdxl"), text_options())
+    texts = Texts(*make_towers("sdxl"), options().text)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts.chunks("a " * 75 + "red (cat:2)") == 1
@@ -196,7 +184,7 @@ def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
     shapes: list[torch.Size] = []
     for tower in towers:
         tower.network.embeddings.register_forward_hook(lambda _, given, out: shapes.append(given[0].shape))
-    texts = Texts(towers, sort, text_options("--max_embeddings_multiples", 3))
+    texts = Texts(towers, sort, options("--max_embeddings_multiples", 3).text)
     for _ in range(3):
         texts.encode("a (red:1.3) cat " * 50)
     assert shapes == [(2, 77)] * len(towers)
@@ -212,24 +200,16 @@ UP, DOWN = 1.1, 1 / 1.1
     [
         ("", []),
         ("a cat, 8k: sharp", [("a cat, 8k: sharp", 1)]),
-        ("a (red) car", [("a ", 1), ("red", UP), (" car", 1)]),
-        ("[old]", [("old", DOWN)]),
-        ("(x:1.3)", [("x", 1.3)]),
         ("(x: 0.5 )", [("x", 0.5)]),
         ("(x:.5) (y:-1.) (z:+2)", [("x", 0.5), (" ", 1), ("y", -1), (" ", 1), ("z", 2)]),
-        ("((a))", [("a", UP * UP)]),
         ("[[a]]", [("a", DOWN * DOWN)]),
         ("[(a)] b", [("a b", 1)]),
         ("(a (b:2) [c]:3)", [("a ", 3), ("b", 6), (" ", 3), ("c", 3 * DOWN)]),
         ("((a:0) b)", [("a", 0), (" b", UP)]),
         (r"a \(b\) \[c\] \\", [("a (b) [c] \\", 1)]),
-        (r"(a \) b:1.5)", [("a ) b", 1.5)]),
         (r"back\slash \{x\}", [(r"back\slash \{x\}", 1)]),
         ("(a (b", [("a ", UP), ("b", UP * UP)]),
-        ("[a", [("a", DOWN)]),
         ("a) b] :1.3)", [("a) b] :1.3)", 1)]),
-        ("(a:b)", [("a:b", UP)]),
-        ("(a:1.2.3)", [("a:1.2.3", UP)]),
         ("[a:1.3]", [("a:1.3", DOWN)]),
         ("(a [b) c]", [("a ", UP), ("b", UP * DOWN), (" c", DOWN)]),
         ("() [] (:1.3)", [("  ", 1)]),
@@ -249,7 +229,6 @@ def test_weights_are_read(text: str, parts: list[tuple[str, float]]) -> None:
         ("a BREAK b", [Part("a "), Part(" b", begins_chunk=True)]),
         ("(a BREAK b:2)", [Part("a ", 2), Part(" b", 2, begins_chunk=True)]),
         ("BREAK a", [Part(" a", begins_chunk=True)]),
-        ("a BREAK", [Part("a ")]),
         ("BREAKFAST break a_BREAK", [Part("BREAKFAST break a_BREAK")]),
     ],
 )
@@ -257,47 +236,13 @@ def test_break_begins_a_chunk(text: str, parts: list[Part]) -> None:
     assert list(parse_weights(text)) == parts
 
 
-def test_a_nested_weight_is_the_product_of_all_around_it() -> None:
-    """Trees of brackets, written out and read again."""
-    source = random.Random(3)
-
-    def write(depth: int, weight: float) -> tuple[str, list[tuple[str, float]]]:
-        text, expected = "", []
-        for _ in range(source.randint(1, 4)):
-            if depth == 0 or source.random() < 0.4:
-                word = "".join(source.choices("abc de,:", k=source.randint(1, 5)))
-                text, expected = text + word, [*expected, (word, weight)]
-                continue
-            number = round(source.uniform(0.2, 2), 2)
-            start, end, factor = source.choice(
-                [("(", ")", UP), ("[", "]", DOWN), ("(", f":{number})", number)]
-            )
-            inner, parts = write(depth - 1, weight * factor)
-            if end == ")" and inner[-1] in ":.":
-                inner, parts = inner + "z", [*parts, ("z", weight * factor)]
-            text, expected = text + start + inner + end, expected + parts
-        return text, expected
-
-    for _ in range(300):
-        text, expected = write(4, 1.0)
-        found = [(letter, part.weight) for part in parse_weights(text) for letter in part.text]
-        wanted = [(letter, weight) for word, weight in expected for letter in word]
-        assert [letter for letter, _ in found] == [letter for letter, _ in wanted], text
-        assert [weight for _, weight in found] == pytest.approx([weight for _, weight in wanted]), text
-
-
 def test_no_text_is_an_error_and_one_without_marks_is_itself() -> None:
     source = random.Random(4)
-    for _ in range(3000):
+    for _ in range(1000):
         text = "".join(source.choices([*r"()[]:\1.9-+a é", "BREAK", " BREAK "], k=source.randint(0, 30)))
-        for part in parse_weights(text):
-            assert part.text
-            assert abs(part.weight) <= MOST
+        assert all(part.text and abs(part.weight) <= MOST for part in parse_weights(text))
         plain = "".join(source.choices(r":1.9-+a éß,;{}|$", k=source.randint(1, 30)))
         assert parse_weights(plain) == (Part(plain),)
-
-
-def test_a_weight_has_an_end() -> None:
     assert parse_weights("(a" * 200)[-1].weight == MOST
 
 
@@ -306,17 +251,12 @@ def tokenize(text: str) -> list[int]:
     return [len(word) for word in text.split()]
 
 
-def sizes(text: str) -> list[int]:
-    return [len(chunk.ids) for chunk in cut_into_chunks(parse_weights(text), tokenize)]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", [0]),
         ("a " * 75, [75]),
         ("a " * 76, [75, 1]),
-        ("a BREAK b", [1, 1]),
         ("BREAK b", [1]),
         ("a BREAK BREAK  BREAK b BREAK ", [1, 1]),
         ("a " * 75 + "BREAK b", [75, 1]),
@@ -324,16 +264,15 @@ def sizes(text: str) -> list[int]:
     ],
 )
 def test_break_and_the_75th_token_end_a_chunk(text: str, expected: list[int]) -> None:
-    assert sizes(text) == expected
+    chunks = cut_into_chunks(parse_weights(text), tokenize)
+    assert [len(chunk.ids) for chunk in chunks] == expected
 
 
 @pytest.mark.parametrize(
     ("text", "most", "rest"),
     [
-        ("a " * 75, 1, ""),
         ("a " * 73 + "b (c d:2) e", 1, "d e"),
         ("a " * 75 + "(b c:1.5) d", 1, "b c d"),
-        ("a BREAK b c", 1, "b c"),
         ("a BREAK b BREAK c", 2, "c"),
     ],
 )

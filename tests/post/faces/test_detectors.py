@@ -1,7 +1,6 @@
 """Detectors told by what their files hold, and files that are none."""
 
 import contextlib
-import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,7 +14,6 @@ from post.faces.boxes import FoundFace, best_of
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import read_onnx
 from post.faces.yolo import YoloDetector, YoloLayout
-from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import _field, _node, _number, write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 from tests.tiny.taehv import write_taehv
@@ -23,13 +21,28 @@ from tests.tiny.taehv import write_taehv
 CPU = torch.device("cpu")
 
 
+def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:
+    """A grey picture with red dots of 8 x 8 pixels around x, y."""
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    for x, y in centres:
+        pixels[y - 4 : y + 4, x - 4 : x + 4] = (red, 0, 0)
+    return pixels
+
+
+def surrounds(found: FoundFace, left: float, top: float, right: float, bottom: float) -> bool:
+    """Whether a box holds all of another one."""
+    box = found.box
+    return box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom
+
+
 def found_in(path: Path, pixels: np.ndarray, least_score: float = 0.5) -> list[FoundFace]:
     check_detector(path)
     return list(load_detector(path, CPU).find(pixels, least_score))
 
 
-@pytest.mark.parametrize("is_turned", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (128, 64), (31, 33)])
+@pytest.mark.parametrize(
+    ("is_turned", "height", "width"), [(False, 64, 96), (True, 128, 64), (False, 31, 33)]
+)
 def test_boxes_of_a_yolo_are_where_the_face_is_in_a_picture_of_any_shape(
     tmp_path: Path, is_turned: bool, height: int, width: int
 ) -> None:
@@ -58,14 +71,6 @@ def test_notes_of_a_yolo_say_how_many_classes_it_has(tmp_path: Path) -> None:
     assert layout.classes == 2
 
 
-def test_a_yunet_finds_a_face_and_its_landmarks(tmp_path: Path) -> None:
-    (found,) = found_in(write_yunet(tmp_path / "yunet.onnx"), dotted(64, 96, (40, 32)))
-
-    assert surrounds(found, 36, 28, 44, 36)
-    assert found.landmarks is not None
-    assert found.landmarks.shape == (5, 2)
-
-
 @pytest.mark.parametrize(("height", "scale"), [(48, 1), (32, 3), (20, 2)])
 def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: int, scale: int) -> None:
     pixels = dotted(height, 64, (20, 12)).repeat(scale, axis=0).repeat(scale, axis=1)
@@ -77,6 +82,8 @@ def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: i
 
     assert surrounds(found, 16 * scale, 8 * scale, 24 * scale, 16 * scale)
     assert found.box[2] - found.box[0] == pytest.approx(16 * scale, rel=0.01)
+    assert found.landmarks is not None
+    assert found.landmarks.shape == (5, 2)
 
 
 def test_a_yunet_that_this_opencv_cannot_run_is_named(tmp_path: Path) -> None:
@@ -107,26 +114,10 @@ def test_a_box_that_is_not_finite_neither_hides_another_nor_is_hidden(broken: fl
 
 
 def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_face(tmp_path: Path) -> None:
-    detector = YoloDetector(tmp_path / "a.onnx", Gives(np.full((1, 5, 84), np.nan)), YoloLayout(64, 1, 0))
+    path = write_yolo(tmp_path / "a.onnx", face=np.nan)
 
     with pytest.raises(CheckpointError, match="a.onnx is NaN"):
-        detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
-
-
-class Gives:
-    """A network in OpenCV that always gives the same."""
-
-    def __init__(self, output: np.ndarray) -> None:
-        self.output = output.astype(np.float32)
-
-    def setInput(self, image: np.ndarray) -> None:  # noqa: N802, the name in OpenCV
-        assert image.shape == (1, 3, 64, 64)
-
-    def getUnconnectedOutLayersNames(self) -> list[str]:  # noqa: N802
-        return ["output0"]
-
-    def forward(self, names: list[str]) -> list[np.ndarray]:
-        return [self.output]
+        found_in(path, dotted(64, 64))
 
 
 def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -168,18 +159,12 @@ class Yolo:
         return (print, ("ultralytics.nn.tasks DetectionModel",))
 
 
-def write_pickled_yolo(path: Path) -> Path:
-    content = io.BytesIO()
-    pickle.dump(Yolo(), content)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("yolo/data.pkl", content.getvalue())
-    return path
-
-
 def test_a_pickled_yolo_is_refused_with_the_way_to_export_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_pickled_yolo(tmp_path / "face.pt")
+    path = tmp_path / "face.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("yolo/data.pkl", pickle.dumps(Yolo()))
 
     with pytest.raises(CheckpointError, match=r"AGPL-3.0(.|\n)*yolo export model=face.pt format=onnx"):
         check_detector(path)
@@ -188,6 +173,9 @@ def test_a_pickled_yolo_is_refused_with_the_way_to_export_it(
 
 
 def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) -> None:
+    def write_other(path: Path) -> Path:
+        return write_onnx(path, [b""], {}, {"x": [1, 3, 8, 8]}, {"y": [1, 8]}, {})
+
     for name, write, said in (
         ("taehv.pth", write_taehv, "not a detector of faces"),
         ("text.onnx", lambda path: path.write_text("hello, this is no model"), "is no ONNX file"),
@@ -195,16 +183,12 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
         ("page.pth", lambda path: path.write_text("<html><body>log in"), "is a web page"),
         ("gone.onnx", lambda path: path, "there is no such file"),
         ("gone.pth", lambda path: path, "there is no such file"),
-        ("other.onnx", write_other_onnx, "neither a YuNet nor a YOLO"),
+        ("other.onnx", write_other, "neither a YuNet nor a YOLO"),
         ("turned.onnx", lambda path: write_yolo(path, notes={"task": "obb"}), "a YOLO for obb"),
     ):
         write(tmp_path / name)
         with pytest.raises(CheckpointError, match=said):
             check_detector(tmp_path / name)
-
-
-def write_other_onnx(path: Path) -> Path:
-    return write_onnx(path, [b""], {}, {"x": [1, 3, 8, 8]}, {"y": [1, 8]}, {})
 
 
 def test_a_file_too_large_for_onnx_and_a_damaged_archive_are_refused(tmp_path: Path) -> None:
@@ -281,28 +265,13 @@ def tensor_of(*dims: int, more: bytes = b"") -> bytes:
         (tensor_of(1, more=_number(14, 1)), "in another file"),
     ],
 )
-@pytest.mark.parametrize("is_constant", [False, True])
-def test_tensors_without_their_numbers(tmp_path: Path, tensor: bytes, said: str, is_constant: bool) -> None:
-    path, graph = tmp_path / "x.onnx", _field(5, tensor)
-    if is_constant:
-        graph = _field(1, _field(2, b"y") + _field(4, b"Constant") + _field(5, _field(5, tensor)))
-    whole = write_yolo(path).read_bytes()
-    start = whole.index(_field(2, b"tests")) + len(_field(2, b"tests"))
-    inner, end = graph_at(whole, start)
-    path.write_bytes(whole[:start] + _field(7, inner + graph) + whole[end:])
-    with pytest.raises(CheckpointError, match=said):
-        check_detector(path)
-
-
-def graph_at(content: bytes, start: int) -> tuple[bytes, int]:
-    """The graph whose field begins there, and where it ends."""
-    size = place = 0
-    start += 1
-    while True:
-        size |= (content[start] & 127) << (7 * place)
-        start, place = start + 1, place + 1
-        if content[start - 1] < 128:
-            return content[start : start + size], start + size
+def test_tensors_without_their_numbers(tmp_path: Path, tensor: bytes, said: str) -> None:
+    constant = _field(2, b"y") + _field(4, b"Constant") + _field(5, _field(5, tensor))
+    for graph in (_field(1, b"") + _field(5, tensor), _field(1, constant)):
+        path = tmp_path / "x.onnx"
+        path.write_bytes(_number(1, 7) + _field(7, graph + _field(12, b"")))
+        with pytest.raises(CheckpointError, match=said):
+            check_detector(path)
 
 
 def test_pictures_larger_than_any_detector_takes(tmp_path: Path) -> None:
@@ -317,7 +286,7 @@ def test_graphs_in_graphs_and_a_million_parts_end(tmp_path: Path) -> None:
     inner = b""
     for _ in range(60):
         inner = _field(1, _field(5, _field(6, inner)))
-    many = _field(1, _field(1, b"") * 2_000_000)
+    many = _field(1, _field(1, b"") * 1_048_577)
     for graph, said in ((inner, "graphs in graphs"), (many, "more than 1,048,576 parts")):
         path = tmp_path / "x.onnx"
         path.write_bytes(_number(1, 7) + _field(7, graph + _field(12, b"")))
@@ -330,7 +299,7 @@ def test_damage_anywhere_is_one_message(tmp_path: Path) -> None:
     for write in (write_yolo, write_yunet):
         path = write(tmp_path / "x.onnx")  # type: ignore[operator]
         content = path.read_bytes()
-        for _ in range(100):
+        for _ in range(50):
             damaged = bytearray(content)
             for place in numbers.integers(0, len(content), 3):
                 damaged[place] = numbers.integers(0, 256)

@@ -28,7 +28,7 @@ from post.faces.retinaface import (
 )
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import fit, tensor_list, write_hollow
-from tests.post.faces.pictures import dotted, surrounds
+from tests.post.faces.test_detectors import dotted, surrounds
 from tests.tiny import post_restorers as tiny
 from tests.tiny.post_faces import (
     MOBILE,
@@ -64,11 +64,10 @@ def _tiny(kind: str, folder: Path) -> Any:
         return load_planned(read(checkpoint), build, CPU, torch.float32, "--model")
 
 
-@pytest.mark.parametrize("manifest", KINDS)
-def test_the_released_file_loads_at_full_size(manifest: str, tmp_path: Path) -> None:
-    network = _hollow(manifest, tmp_path)
+def test_the_released_file_of_each_kind_loads_at_full_size(tmp_path: Path) -> None:
+    sizes = [getattr(_hollow(kind, tmp_path).config, "size", None) for kind in KINDS]
 
-    assert manifest == "parsenet" or network.config.size == 512
+    assert sizes == [512, 512, None]
 
 
 @pytest.mark.slow
@@ -151,23 +150,22 @@ def test_noise_of_a_seed_replaces_that_of_the_file(tmp_path: Path) -> None:
     assert not torch.equal(made[1], made[2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [("gfpgan-v1.4", "codeformer"), ("codeformer", "parsenet"), ("parsenet", "gfpgan-v1.4")],
+)
 def test_another_file_is_named_as_what_it_is(kind: str, other: str, tmp_path: Path) -> None:
     path = tiny.write_model(tmp_path / "x.safetensors", WEIGHTS[other]())
     names = {"gfpgan-v1.4": "GFPGAN", "codeformer": "CodeFormer", "parsenet": "ParseNet"}
-    with open_checkpoint(path) as checkpoint:
-        if kind == other:
-            KINDS[kind][0](checkpoint)
-            return
-        with pytest.raises(CheckpointError, match=rf"is not a {names[kind]}.*looks like a {names[other]}"):
-            KINDS[kind][0](checkpoint)
+    said = rf"is not a {names[kind]}.*looks like a {names[other]}"
+    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=said):
+        KINDS[kind][0](checkpoint)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_layout_is_an_error_of_the_file(kind: str, tmp_path: Path) -> None:
     weights = WEIGHTS[kind]()
-    for number, name in enumerate(sorted(weights)[::16]):
+    for number, name in enumerate(sorted(weights)[::32]):
         for change in ({}, {name: torch.zeros(())}, {name: torch.zeros(2, 2, 2)}):
             broken = {other: weight for other, weight in weights.items() if other != name} | change
             path = tiny.write_model(tmp_path / f"{number}.safetensors", broken)
@@ -232,12 +230,11 @@ def test_the_published_files_fit_at_their_full_size(tmp_path: Path, name: str) -
     check_detector(write_hollow(tmp_path / "detector.safetensors", tensor_list(f"retinaface-{name}")))
 
 
-@pytest.mark.parametrize("config", [MOBILE, RESNET], ids=["mobile", "resnet"])
-@pytest.mark.parametrize("size", [(16, 16), (33, 71), (1, 9)])
+@pytest.mark.parametrize(("config", "size"), [(MOBILE, (33, 71)), (RESNET, (1, 9))])
 def test_files_of_any_width_look_at_pictures_of_any_size(
-    tmp_path: Path, config: object, size: tuple[int, int]
+    tmp_path: Path, config: Any, size: tuple[int, int]
 ) -> None:
-    weights = {f"module.{name}": weight for name, weight in random_retinaface(config).items()}  # type: ignore[arg-type]
+    weights = {f"module.{name}": weight for name, weight in random_retinaface(config).items()}
     detector = load(write_weights(tmp_path / "detector.pth", weights))
 
     found = detector.find(np.zeros((*size, 3), np.uint8), 0.0)
@@ -276,33 +273,11 @@ def test_what_half_precision_cannot_hold_is_found_in_float32(
     assert "goes on in float32" in caplog.text
 
 
-class Says(nn.Module):
-    """A network that finds what it is told to, at the anchors themselves."""
+@pytest.mark.parametrize(("side", "count"), [(16, 2), (20, 1)])  # 0.33 and 0.43 of both are shared
+def test_faces_that_overlap_by_more_than_0_4_are_one(tmp_path: Path, side: float, count: int) -> None:
+    detector = load_detector(write_red_detector(tmp_path / "red.pth", side), CPU)
 
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(scores[None])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = self.scores.shape[1]
-        return self.scores, torch.zeros(1, count, 4), torch.zeros(1, count, 10)
-
-
-def test_faces_that_overlap_by_more_than_0_4_are_one() -> None:
-    places = anchors(64, 64) * 64
-    scores = torch.zeros(len(places))
-    for score, (x, y, size) in (
-        (0.9, (20, 20, 32)),
-        (0.8, (28, 20, 32)),
-        (0.7, (36, 20, 32)),
-        (0.6, (20, 20, 16)),
-    ):
-        scores[(places == torch.tensor([x, y, size, size])).all(dim=1)] = score
-    network: Any = Says(scores)
-
-    found = RetinaFaceDetector(network, None, torch.device("cpu")).find(np.zeros((64, 64, 3), np.uint8), 0.5)
-
-    assert [round(each.score, 3) for each in found] == [0.9, 0.7, 0.6]  # 0.6 and 0.33 of both are shared
+    assert len(detector.find(dotted(64, 96, (40, 28), (48, 28)), 0.5)) == count
 
 
 def wave_face(size: int, phase: float) -> Tensor:

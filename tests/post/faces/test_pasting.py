@@ -97,7 +97,7 @@ def test_the_mask_is_soft_inside_and_free_at_the_edge() -> None:
     assert everywhere[10:-10, 10:-10].min() > 0.5
 
 
-@pytest.mark.parametrize("upscale", [1, 1.5, 2, 0.5])
+@pytest.mark.parametrize("upscale", [1, 1.5, 0.5])
 def test_an_unchanged_face_goes_back_to_its_place(upscale: float) -> None:
     pixels = _picture()
     enlarged = enlarge(pixels, upscale)

@@ -19,8 +19,7 @@ from tests.tiny.post_upscaling import write_compact, write_rrdb, write_swinir
 
 CPU = torch.device("cpu")
 WIDTH, HEIGHT, FRAMES = 37, 26, 12
-WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb}
-ALL_WRITERS = {**WRITERS, "compact": write_compact}
+ALL_WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb, "compact": write_compact}
 
 
 def options(model: Path, **changes: Any) -> UpscalerOptions:
