@@ -33,14 +33,7 @@ Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
 # of a training
 OUTPUT = [
-    "--output_dir",
-    "output",
-    "--output_name",
-    "lora",
-    "--seed",
-    "1",
-    "--max_data_loader_n_workers",
-    "0",
+    *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
 ]
 DATASET = ["--dataset_config", "dataset.toml"]
 VAE, TEXTS = ["--vae", "model/vae.safetensors"], ["--text_encoder", "model/text_encoder"]
