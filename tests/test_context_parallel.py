@@ -2,7 +2,6 @@
 that of one process, but for the order of sums.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from modules.offload.context import TokenPart
 from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
-from tests.commands import ROOT, run_in_processes
+from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_shard_base import (
     GENERATIONS,
@@ -240,45 +239,6 @@ def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
         assert error <= 1e-4 * change + 3e-7 * weight.abs().max(), tensor
 
 
-COUNTED = """import collections, json, os, runpy, sys
-sys.path.insert(0, {root!r})
-from modules.private_torch import TorchDispatchMode
-sent = collections.Counter()
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, operator, types, args=(), named=None):
-        name = str(operator).split(".")[1]
-        if name in ("all_to_all_single", "_allgather_base_"):
-            sent[name] += args[name == "_allgather_base_"].nbytes
-        return operator(*args, **(named or {{}}))
-try:
-    with Counting():
-        runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
-finally:
-    with open("sent" + os.environ["RANK"], "w") as file:
-        json.dump(sent, file)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("--gradient_checkpointing",)])
-def test_each_block_exchanges_its_heads_and_tokens_and_the_last_gathers_them(
-    project: Wide, words: tuple[str, ...]
-) -> None:
-    """Of 27 tokens of 256 numbers a process sends 14, the last one with one of padding."""
-    script, *arguments = project.family.train
-    counted = project.folder / "counted.py"
-    counted.write_text(COUNTED.format(root=str(ROOT), script=script), encoding="utf-8")
-    command = (str(counted), *arguments, *RUN, *STEPS, "--output_dir", "counted", *words)
-
-    run_in_processes(2, *command, "--context_parallel", "2", folder=project.folder)
-
-    steps, blocks, tokens = 4, 4, 14 * 256 * 4
-    passes = 3 if words else 2  # forward, perhaps again, backward
-    expected = {"all_to_all_single": steps * blocks * passes * 4 * tokens, "_allgather_base_": steps * tokens}
-    for rank in range(2):
-        assert json.loads((project.folder / f"sent{rank}").read_text(encoding="utf-8")) == expected
-
-
 FOUR = {
     "tokens": ((), 4),
     "tokens and batches": ((), 2),
@@ -317,22 +277,24 @@ def test_a_run_is_resumed_by_another_number_of_processes(project: Wide) -> None:
     assert error_of(found, expected) < 1e-6
 
 
-def test_what_tokens_cannot_be_shared_by_is_refused_by_name(project: Wide) -> None:
-    train = (*project.family.train, *RUN, "--output_dir", "refused", "--context_parallel")
-    make = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--context_parallel")
-    for command in (train, make):
-        said = run_here(*command, "2", folder=project.folder)
-        assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
+@pytest.mark.parametrize("kind", ["train", "generate"])
+def test_one_process_makes_no_groups_but_plans_for_them(project: Wide, kind: str) -> None:
+    command = [*getattr(project.family, kind), *(RUN if kind == "train" else (*SIZE, "--prompt", "x"))]
+    command += ["--output_dir" if kind == "train" else "--save_path", "refused", "--context_parallel", "2"]
 
-    for command in (train, make):
-        succeed_here(*command, "2", "--plan", "24", folder=project.folder)
+    said = run_here(*command, folder=project.folder)
 
-    for words, named in (
-        ((*make, "3"), "3: each process computes an equal part of the 2 heads"),
-        ((*make, "3", "--sheet", "seed=1,2"), "--sheet and --context_parallel 3 cannot be used together"),
-    ):
-        done = run_in_processes(3, *words, folder=project.folder, code=2)
-        assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
+    assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
+    succeed_here(*command, "--plan", "24", folder=project.folder)
+
+
+def test_processes_need_an_equal_part_of_the_heads(project: Wide) -> None:
+    command = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x")
+
+    done = run_in_processes(3, *command, "--context_parallel", "3", folder=project.folder, code=2)
+
+    named = "3: each process computes an equal part of the 2 heads"
+    assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
 
 
 @pytest.mark.parametrize("kind", ["neuron", "rank", "module"])

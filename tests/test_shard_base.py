@@ -355,15 +355,6 @@ def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: s
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
 
 
-def test_sheets_tools_and_turns_are_refused(project: Shared) -> None:
-    sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
-    turns = ("--lazy_loading", *BOTH)
-    for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x"), turns):
-        done = run_in_processes(2, *sheet, *words, folder=project.folder, code=2)
-        named = f"{words[0]} and --shard_base"
-        assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
-
-
 def test_one_process_says_that_it_holds_the_model(project: Shared) -> None:
     said = succeed_here(
         *project.family.train, *RUN, "--output_dir", "alone", "--shard_base", folder=project.folder
