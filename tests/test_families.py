@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
+from tests.tiny.runs import make_project
 
 # families whose saved LoRAs a tool reads only once they are converted, as their names say in networks/names
 CONVERTED_FOR = {
@@ -47,19 +48,11 @@ def trained(
     """
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("a family")  # the space in the name is part of the test
-    prepare(family, folder)
+    make_project(family, folder)
     samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
     saved = ["--save_every_n_steps", "2", "--save_state"]
     run_script(*family.train, *OUTPUT, *samples, *saved, "--max_train_steps", "3", folder=folder)
     return family, folder
-
-
-def prepare(family: TinyFamily, folder: Path) -> None:
-    """Write a family's models, its caches, and a prompt for samples."""
-    family.prepare(folder)
-    (folder / "prompts.txt").write_text(f"# a comment\n{family.sample_line}\n", encoding="utf-8")
-    succeed_here(*family.cache_latents, folder=folder)
-    succeed_here(*family.cache_texts, folder=folder)
 
 
 def test_the_lora_has_learned(trained: tuple[TinyFamily, Path]) -> None:
@@ -237,7 +230,7 @@ def project(
     """A folder with models and caches."""
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("whole")
-    prepare(family, folder)
+    make_project(family, folder)
     return family, folder
 
 
