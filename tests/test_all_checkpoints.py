@@ -389,10 +389,7 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("all_x_embedder.2-1.weight", (0, 64)),
         ("layers.0.attention.to_q.weight", (95, 96)),
     ],
-    "z_image comfy": [
-        ("layers.0.attention.qkv.weight", ()),
-        ("layers.0.attention.qkv.weight", (95, 96)),
-    ],
+    "z_image comfy": [("layers.0.attention.qkv.weight", ()), ("layers.0.attention.qkv.weight", (95, 96))],
 }
 
 

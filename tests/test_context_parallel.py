@@ -16,17 +16,7 @@ from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
 from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.test_shard_base import (
-    GENERATIONS,
-    OTHERS,
-    RUN,
-    SIZE,
-    USUAL,
-    Shared,
-    frames_in,
-    scalars,
-    with_slow,
-)
+from tests.test_shard_base import GENERATIONS, OTHERS, RUN, SIZE, USUAL, Shared, frames_in, scalars, with_slow
 from tests.tiny.project import write_dataset
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM

@@ -52,9 +52,7 @@ def test_losses_are_those_of_the_merged_model_and_samples_those_of_the_plain_one
     assert torch.equal(ours, base)
 
 
-def test_in_8_bits_with_swapped_blocks_samples_are_those_of_the_plain_model_too(
-    project: TinyProject,
-) -> None:
+def test_in_8_bits_with_swapped_blocks_samples_are_those_of_the_plain_model_too(project: TinyProject) -> None:
     plain = train(project, "small plain", *SMALL, *SAMPLES)
 
     adapted = train(project, "small adapted", *SMALL, *ADAPTER, *SAMPLES)
