@@ -92,44 +92,22 @@ FLOORS = {
         {"scripts"},
     ),
 }
-LIGHT_FILES = {
-    "modules/options.py",
-    "modules/option_values.py",
-    "modules/parser.py",
-    "modules/command.py",
-    "modules/paths.py",
-    "modules/errors.py",
-    "modules/families.py",
-    "modules/control_codes.py",
-    "modules/installation.py",
-    "modules/interpreter.py",
-    "modules/limits.py",
-    "modules/version.py",
-    "modules/output_files.py",
-    "modules/text_files.py",
-    "modules/text_encodings.py",
-    "modules/contract/rules.py",
-    "generation/prompt_lines.py",
-    "dataset/config.py",
-    "dataset/config_keys.py",
-    "dataset/key_reading.py",
-    "dataset/subsets.py",
-    "dataset/table.py",
-} | {"frame_pack/options.py", "downloads/catalogue.py", "post/chain_options.py"}
+_LIGHT = {
+    "modules": (
+        *("command", "control_codes", "errors", "families", "installation", "interpreter", "limits"),
+        *("option_values", "options", "output_files", "parser", "paths", "text_encodings", "text_files"),
+        *("version", "contract/rules"),
+    ),
+    "dataset": ("config", "config_keys", "key_reading", "subsets", "table"),
+    "downloads": ("catalogue",),
+    "frame_pack": ("options",),
+    "generation": ("prompt_lines",),
+    "post": ("chain_options",),
+}
+LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 HEAVY = (
-    "torch",
-    "numpy",
-    "av",
-    "cv2",
-    "accelerate",
-    "transformers",
-    "safetensors",
-    "PIL",
-    "einops",
-    "jinja2",
-    "matplotlib",
-    "rich",
-    "tqdm",
+    *("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops"),
+    *("jinja2", "matplotlib", "rich", "tqdm"),
 )
 # of the standard library, a tenth of the time of --help together: options import them where they need them
 SLOW = ("hashlib", "json", "subprocess", "tomllib")
@@ -248,13 +226,9 @@ def test_a_training_reaches_no_tool_for_finished_videos() -> None:
 
 def test_a_training_of_caches_reads_neither_sources_nor_shards() -> None:
     read = _reached_from("wan_train_network.py", "training/run.py", at_start=True)
-    others = (
-        "dataset/caching",
-        "dataset/cache/shards.py",
-        "dataset/cache/npz.py",
-        "dataset/sources/listing.py",
-    )
-    assert [path for path in read if any(map(path.is_relative_to, (ROOT / other for other in others)))] == []
+    others = [ROOT / "dataset" / other for other in ("caching", "cache/shards.py", "cache/npz.py")]
+    others.append(ROOT / "dataset" / "sources" / "listing.py")
+    assert [path for path in read if any(map(path.is_relative_to, others))] == []
     assert sum(path.read_bytes().count(b"\n") for path in read) <= MOST_READ
 
 
