@@ -16,7 +16,18 @@ from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
 from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.test_shard_base import GENERATIONS, OTHERS, RUN, SIZE, USUAL, Shared, frames_in, scalars, with_slow
+from tests.test_shard_base import (
+    GENERATIONS,
+    OTHERS,
+    RUN,
+    SIZE,
+    USUAL,
+    Shared,
+    frames_in,
+    generate,
+    scalars,
+    with_slow,
+)
 from tests.tiny.project import write_dataset
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM
@@ -57,15 +68,7 @@ class Wide(Shared):
 
     def generate(self, output: str, processes: int, *words: object, peers: int = 0) -> list[Tensor]:
         """Return the latents of a generation."""
-        command = (*self.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
-        if processes == 1:
-            succeed_here(*command, folder=self.folder)
-        else:
-            shares = ("--context_parallel", peers or processes)
-            _, *others = run_in_processes(processes, *command, *shares, folder=self.folder)
-            assert not any("INFO" in other.stderr + other.stdout for other in others)  # the first one talks
-        paths = sorted((self.folder / output).glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        return [load_file(path)["latent"] for path in paths]
+        return generate(self, output, processes, *words, by=("--context_parallel", peers or processes))
 
 
 def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -80,11 +83,8 @@ def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def error_of_latents(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference as a share of the largest number."""
-    assert len(found) == len(expected) > 0
-    return max(
-        float((ours - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(found, expected, strict=True)
-    )
+    pairs = list(zip(found, expected, strict=True))
+    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +214,12 @@ def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
 ) -> None:
     """Also those before the tokens are cut and behind the gather."""
     project = Wide(name, tmp_path_factory.mktemp("whole"))
-    models = project.family.train[1 : project.family.train.index("--network_module")]
-    command = (project.family.train_whole, *models, *RUN, *STEPS)
-    (before,) = (load_file(path) for path in (project.folder / "model").glob("dit.safetensors"))
-    succeed_here(*command, "--output_dir", "alone", folder=project.folder)
+    before = load_file(project.folder / "model" / "dit.safetensors")
     count = 3 if name == "z_image" else 2
-    shares = ("--context_parallel", count)
-    run_in_processes(count, *command, "--output_dir", "shared", *shares, folder=project.folder)
 
-    alone, shared = (load_file(project.folder / each / "x.safetensors") for each in ("alone", "shared"))
+    alone = project.train("alone", 1, *STEPS, is_whole=True)
+    shared = project.train("shared", count, *STEPS, "--context_parallel", count, is_whole=True)
+
     for tensor, weight in alone.items():
         change = (weight - before[tensor]).abs().max() if tensor in before else 0
         error = (shared[tensor] - weight).abs().max()
