@@ -179,6 +179,8 @@ def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Pat
     succeed_here(*train, "whole", "--max_train_steps", "4", folder=folder)
 
     assert_equal(folder / "compiled/resumed.safetensors", folder / "compiled/whole.safetensors")
+    whole = load_file(folder / "compiled/whole.safetensors")
+    assert any(tensor.any() for name, tensor in whole.items() if name.endswith("lora_up.weight"))
 
 
 @pytest.mark.slow
