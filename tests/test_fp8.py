@@ -18,7 +18,7 @@ from tests.tiny.families import FAMILIES, LTX_2, Command
 from tests.tiny.project import write_lora
 from tests.tiny.runs import Latents, TinyProject, make_project
 
-SIZE = ["--video_size", "32", "32", "--infer_steps", "2"]
+SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu"]
 TRAINED = [
     ["--fp8_base"],
     ["--fp8_base", "--fp8_scaled"],
@@ -150,7 +150,7 @@ def test_loras_are_merged_before_the_rounding(project: TinyProject, tmp_path: Pa
     else:
         save_file(project.train("for merging", "--max_train_steps", "2"), lora)
     say = ["--lora_weight", lora, "--lora_multiplier", "0.9"]
-    save = ["--prompt", "", "--save_path", tmp_path, "--save_merged_model", merged]
+    save = ["--prompt", "", "--save_path", tmp_path, "--save_merged_model", merged, "--device", "cpu"]
     project.run(*project.family.generate, *say, *save)
 
     expected = generated(with_dit(project, merged), tmp_path / "from_merged", "--fp8_scaled")
