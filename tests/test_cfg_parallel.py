@@ -13,7 +13,7 @@ import torch
 from tests.commands import ROOT, run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_context_parallel import Wide
-from tests.test_shard_base import OTHERS, SIZE, TEACACHE, USUAL, Shared, generate, with_slow
+from tests.test_shard_base import BOTH, OTHERS, SIZE, TEACACHE, USUAL, Shared, generate, with_slow
 from tests.tiny.wan import write_tiny_wan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
@@ -135,6 +135,7 @@ def test_a_run_says_if_there_is_nothing_to_share(project: Shared) -> None:
             ("--shard_base", *TEACACHE),
             "--cfg_parallel and --shard_base cannot be used together with a step cache",
         ),
+        (("--shard_base", "--lazy_loading", *BOTH), "--lazy_loading and --shard_base"),
         (("--context_parallel", "3"), "--context_parallel 3: 2 processes"),
     ],
 )

@@ -19,17 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
 WIDER_CHOICES = {
-    "--log_with",
-    *(
-        "--attn_mode",
-        "--loss_type",
-        "--sample_solver",
-        "--task",
-        "--timestep_sampling",
-        "--dynamo_backend",
-        "--target",
-    ),
-    "--save_precision",
+    *("--attn_mode", "--dynamo_backend", "--log_with", "--loss_type", "--sample_solver"),
+    *("--save_precision", "--target", "--task", "--timestep_sampling"),
 }
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
 WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
@@ -70,11 +61,10 @@ def _parser_of(script: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Argumen
     return found.value.parser
 
 
-def _cases() -> list[Any]:
-    return [pytest.param(path, id=path.stem) for path in MANIFESTS]
+of_each_manifest = pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("manifest", _cases())
+@of_each_manifest
 def test_every_known_option_is_there_and_in_the_help(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     description = json.loads(manifest.read_text(encoding="utf-8"))
     parser = _parser_of(description["script"], monkeypatch)
@@ -112,7 +102,7 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
         assert action.type in TYPES[option["type"]], flag
 
 
-@pytest.mark.parametrize("manifest", _cases())
+@of_each_manifest
 def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

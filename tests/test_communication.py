@@ -13,7 +13,7 @@ from modules.families import FAMILIES
 from modules.planning.communication import Division, WorkCounter, count_traffic
 from networks.options import NetworkOptions
 from tests.commands import ROOT, run_in_processes, run_script
-from tests.test_shard_base import RUN, SIZE, USUAL, Shared
+from tests.test_shard_base import RUN, SIZE, USUAL, Shared, with_slow
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.planning.test_rehearsal import noisy
 from training.options import read_training
@@ -68,7 +68,8 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+# of the others, `both` sends everything
+@pytest.mark.parametrize("row", with_slow(ROWS, {"shared blocks in fp8", "both"}))
 def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
     division, words = ROWS[row]
     command = (*project.family.train, *RUN, "--output_dir", row, *words, "--max_train_steps", "2")

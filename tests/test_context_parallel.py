@@ -2,7 +2,6 @@
 that of one process, but for the order of sums.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from modules.offload.context import TokenPart
 from modules.offload.sharding import TOKEN_PART
 from networks.lora_layer import LoraLayer
-from tests.commands import ROOT, run_in_processes
+from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_shard_base import (
     GENERATIONS,
@@ -25,6 +24,7 @@ from tests.test_shard_base import (
     USUAL,
     Shared,
     frames_in,
+    generate,
     scalars,
     with_slow,
 )
@@ -68,15 +68,7 @@ class Wide(Shared):
 
     def generate(self, output: str, processes: int, *words: object, peers: int = 0) -> list[Tensor]:
         """Return the latents of a generation."""
-        command = (*self.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
-        if processes == 1:
-            succeed_here(*command, folder=self.folder)
-        else:
-            shares = ("--context_parallel", peers or processes)
-            _, *others = run_in_processes(processes, *command, *shares, folder=self.folder)
-            assert not any("INFO" in other.stderr + other.stdout for other in others)  # the first one talks
-        paths = sorted((self.folder / output).glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        return [load_file(path)["latent"] for path in paths]
+        return generate(self, output, processes, *words, by=("--context_parallel", peers or processes))
 
 
 def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -91,11 +83,8 @@ def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def error_of_latents(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference as a share of the largest number."""
-    assert len(found) == len(expected) > 0
-    return max(
-        float((ours - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(found, expected, strict=True)
-    )
+    pairs = list(zip(found, expected, strict=True))
+    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -225,58 +214,16 @@ def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
 ) -> None:
     """Also those before the tokens are cut and behind the gather."""
     project = Wide(name, tmp_path_factory.mktemp("whole"))
-    models = project.family.train[1 : project.family.train.index("--network_module")]
-    command = (project.family.train_whole, *models, *RUN, *STEPS)
-    (before,) = (load_file(path) for path in (project.folder / "model").glob("dit.safetensors"))
-    succeed_here(*command, "--output_dir", "alone", folder=project.folder)
+    before = load_file(project.folder / "model" / "dit.safetensors")
     count = 3 if name == "z_image" else 2
-    shares = ("--context_parallel", count)
-    run_in_processes(count, *command, "--output_dir", "shared", *shares, folder=project.folder)
 
-    alone, shared = (load_file(project.folder / each / "x.safetensors") for each in ("alone", "shared"))
+    alone = project.train("alone", 1, *STEPS, is_whole=True)
+    shared = project.train("shared", count, *STEPS, "--context_parallel", count, is_whole=True)
+
     for tensor, weight in alone.items():
         change = (weight - before[tensor]).abs().max() if tensor in before else 0
         error = (shared[tensor] - weight).abs().max()
         assert error <= 1e-4 * change + 3e-7 * weight.abs().max(), tensor
-
-
-COUNTED = """import collections, json, os, runpy, sys
-sys.path.insert(0, {root!r})
-from modules.private_torch import TorchDispatchMode
-sent = collections.Counter()
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, operator, types, args=(), named=None):
-        name = str(operator).split(".")[1]
-        if name in ("all_to_all_single", "_allgather_base_"):
-            sent[name] += args[name == "_allgather_base_"].nbytes
-        return operator(*args, **(named or {{}}))
-try:
-    with Counting():
-        runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
-finally:
-    with open("sent" + os.environ["RANK"], "w") as file:
-        json.dump(sent, file)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("--gradient_checkpointing",)])
-def test_each_block_exchanges_its_heads_and_tokens_and_the_last_gathers_them(
-    project: Wide, words: tuple[str, ...]
-) -> None:
-    """Of 27 tokens of 256 numbers a process sends 14, the last one with one of padding."""
-    script, *arguments = project.family.train
-    counted = project.folder / "counted.py"
-    counted.write_text(COUNTED.format(root=str(ROOT), script=script), encoding="utf-8")
-    command = (str(counted), *arguments, *RUN, *STEPS, "--output_dir", "counted", *words)
-
-    run_in_processes(2, *command, "--context_parallel", "2", folder=project.folder)
-
-    steps, blocks, tokens = 4, 4, 14 * 256 * 4
-    passes = 3 if words else 2  # forward, perhaps again, backward
-    expected = {"all_to_all_single": steps * blocks * passes * 4 * tokens, "_allgather_base_": steps * tokens}
-    for rank in range(2):
-        assert json.loads((project.folder / f"sent{rank}").read_text(encoding="utf-8")) == expected
 
 
 FOUR = {
@@ -317,22 +264,24 @@ def test_a_run_is_resumed_by_another_number_of_processes(project: Wide) -> None:
     assert error_of(found, expected) < 1e-6
 
 
-def test_what_tokens_cannot_be_shared_by_is_refused_by_name(project: Wide) -> None:
-    train = (*project.family.train, *RUN, "--output_dir", "refused", "--context_parallel")
-    make = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--context_parallel")
-    for command in (train, make):
-        said = run_here(*command, "2", folder=project.folder)
-        assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
+@pytest.mark.parametrize("kind", ["train", "generate"])
+def test_one_process_makes_no_groups_but_plans_for_them(project: Wide, kind: str) -> None:
+    command = [*getattr(project.family, kind), *(RUN if kind == "train" else (*SIZE, "--prompt", "x"))]
+    command += ["--output_dir" if kind == "train" else "--save_path", "refused", "--context_parallel", "2"]
 
-    for command in (train, make):
-        succeed_here(*command, "2", "--plan", "24", folder=project.folder)
+    said = run_here(*command, folder=project.folder)
 
-    for words, named in (
-        ((*make, "3"), "3: each process computes an equal part of the 2 heads"),
-        ((*make, "3", "--sheet", "seed=1,2"), "--sheet and --context_parallel 3 cannot be used together"),
-    ):
-        done = run_in_processes(3, *words, folder=project.folder, code=2)
-        assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
+    assert_one_message(*said, "--context_parallel 2: 1 processes make no groups of 2")
+    succeed_here(*command, "--plan", "24", folder=project.folder)
+
+
+def test_processes_need_an_equal_part_of_the_heads(project: Wide) -> None:
+    command = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x")
+
+    done = run_in_processes(3, *command, "--context_parallel", "3", folder=project.folder, code=2)
+
+    named = "3: each process computes an equal part of the 2 heads"
+    assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
 
 
 @pytest.mark.parametrize("kind", ["neuron", "rank", "module"])

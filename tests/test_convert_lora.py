@@ -17,7 +17,6 @@ from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.metadata import model_hashes, save_network
 from tests.frame_pack.making import tiny_model
-from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making import saved as saved_hunyuan_lora
 from tests.tiny import framepack_dit
@@ -37,12 +36,8 @@ def convert(source: Path, output: Path, target: str) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "lora.safetensors"
-    save_network(
-        wan_network(tiny_dit(tmp_path)),
-        path,
-        torch.bfloat16,
-        {"ss_output_name": "lora", "modelspec.title": "A title"},
-    )
+    about = {"ss_output_name": "lora", "modelspec.title": "A title"}
+    save_network(wan_network(tiny_dit(tmp_path)), path, torch.bfloat16, about)
     return path
 
 
@@ -60,19 +55,12 @@ def test_metadata_are_copied_and_hashes_made_anew(tmp_path: Path, saved: Path) -
         assert metadata["sshs_model_hash"] != before["sshs_model_hash"]
 
 
-def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path, saved: Path) -> None:
-    for source, target in (
-        (saved, "other"),
-        ("other1", "default"),
-        ("default2", "other"),
-        ("other3", "default"),
-    ):
-        number = {"lora": 1, "other1": 2, "default2": 3, "other3": 4}[Path(source).stem]
-        convert(
-            tmp_path / Path(source).with_suffix(".safetensors").name,
-            tmp_path / f"{target}{number}.safetensors",
-            target,
-        )
+@pytest.mark.usefixtures("saved")
+def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path) -> None:
+    names = ("lora", "other1", "default2", "other3", "default4")
+    for source, output in zip(names, names[1:], strict=False):
+        path = tmp_path / f"{output}.safetensors"
+        convert(tmp_path / f"{source}.safetensors", path, output.rstrip("1234"))
 
     for first, second in (("other1", "other3"), ("default2", "default4")):
         one, two = read(tmp_path / f"{first}.safetensors"), read(tmp_path / f"{second}.safetensors")
@@ -82,13 +70,8 @@ def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path,
 
 
 def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
-    save_file(
-        {
-            "lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2),
-            "lora_unet_blocks_0_ffn_0.lokr_w2": torch.ones(2, 2),
-        },
-        tmp_path / "x.safetensors",
-    )
+    factors = {f"lora_unet_blocks_0_ffn_0.lokr_w{number}": torch.ones(2, 2) for number in (1, 2)}
+    save_file(factors, tmp_path / "x.safetensors")
 
     with pytest.raises(CheckpointError, match=r"has no form in this dialect\).\n  --bake"):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers")
@@ -103,11 +86,8 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
     )
     modules = {path for path, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
 
-    for source, output, target in (
-        ("lora", "other", "other"),
-        ("other", "back", "default"),
-        ("back", "again", "other"),
-    ):
+    steps = ("lora", "other", "other"), ("other", "back", "default"), ("back", "again", "other")
+    for source, output, target in steps:
         convert(tmp_path / f"{source}.safetensors", tmp_path / f"{output}.safetensors", target)
 
     other, back, again = (read(tmp_path / f"{name}.safetensors")[0] for name in ("other", "back", "again"))
@@ -135,9 +115,13 @@ def lora(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "dialect", ["pth", "safetensors", "sharded", "prefixed", "all_in_one", "diffusers", "diffusers_sharded"]
+    ("dialect", "dtype"),
+    [
+        ("safetensors", torch.float32),
+        *((each, torch.bfloat16) for each in ("pth", "safetensors", "sharded", "prefixed", "all_in_one")),
+        *((each, torch.bfloat16) for each in ("diffusers", "diffusers_sharded")),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layout_of_a_model_is_merged_under_its_own_names(
     tmp_path: Path, lora: Path, dialect: str, dtype: torch.dtype
 ) -> None:
@@ -178,20 +162,19 @@ def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> N
         }
 
 
-@pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
-def test_fp8_weights_are_refused(tmp_path: Path, lora: Path, dialect: str) -> None:
-    model = write_dit(tmp_path, tiny_state("t2v"), dialect)
+def test_fp8_weights_are_refused(tmp_path: Path, lora: Path) -> None:
+    model = write_dit(tmp_path, tiny_state("t2v"), "fp8_scaled")
 
     with pytest.raises(CheckpointError, match="too coarse to add a LoRA to"):
         merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dialect", framepack_dit.DIALECTS)
 def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack(
-    tmp_path: Path, dialect: str, dtype: torch.dtype
+    tmp_path: Path, dialect: str
 ) -> None:
-    own = make_lora("lora_framepack", 4, 3.0, tiny_framepack())
+    dtype = torch.bfloat16
+    own = make_lora("lora_framepack", 4, 3.0, tiny_model())
     randomize(own)
     save_network(own, tmp_path / "own.safetensors", torch.bfloat16, {"ss_base_model_version": "framepack"})
     saved_hunyuan_lora(tmp_path / "hv.safetensors", dtype=torch.bfloat16)

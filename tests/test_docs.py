@@ -14,20 +14,8 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.tiny.picture_project import (
-    SIDE,
-    lay_out_flux,
-    lay_out_flux_2,
-    lay_out_hunyuan_image,
-    lay_out_kontext,
-    lay_out_ltx_2,
-    lay_out_lumina,
-    lay_out_pictures,
-    lay_out_qwen_image,
-    lay_out_sdxl,
-    lay_out_stable_diffusion,
-    lay_out_z_image,
-)
+from tests.tiny import picture_project
+from tests.tiny.picture_project import SIDE, lay_out_flux, lay_out_pictures, lay_out_sdxl
 from tests.tiny.project import (
     lay_out_models,
     write_clips,
@@ -53,108 +41,76 @@ NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^`
 RAY = "cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
+AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
+OF_PICTURES = ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")  # how scripts begin
 NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
-GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
+# appended to a script's words, so that the last value of an option wins
+GENERATION = "--video_size 32 32 --video_length 5 --infer_steps 2"
 # --overwrite: other commands of a page read what was laid out under the same name
-TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0", "--overwrite"]
-PICTURE = ["--image_size", "64", "64", "--infer_steps", "2"]
-QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
-SMALLER = {  # appended, so that the last value wins
+TRAINING = "--max_train_epochs 1 --max_data_loader_n_workers 0 --overwrite"
+LORA = f"{TRAINING} --network_dim 2"
+PICTURE = "--image_size 64 64 --infer_steps 2"
+QUICK_VAE = "--vae_dtype float32"  # a CPU takes long in float16
+SMALLER = {
     "tools/compare.py": GENERATION,
-    "prepare_dataset.py": ["--height_buckets", "32", "--width_buckets", "32", "--frame_buckets", "5"],
+    "prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
-    "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
-    "sample_video.py": [
-        *("--video-size", "32", "--video-length", "5", "--infer-steps", "2"),
-        *("--vae-precision", "fp32"),
-    ],
+    "hv_generate_video.py": f"{GENERATION} {QUICK_VAE}",
+    "sample_video.py": "--video-size 32 --video-length 5 --infer-steps 2 --vae-precision fp32",
     "fpack_cache_latents.py": QUICK_VAE,
-    "fpack_generate_video.py": [
-        *["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2"],
-        *QUICK_VAE,
-    ],
-    "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
-    **dict.fromkeys(
-        (
-            f"{family}_train_network.py"
-            for family in ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")
-        ),
-        [*TRAINING, "--network_dim", "2"],
-    ),
-    "zimage_train.py": TRAINING,
-    "ltx2_train_network.py": [*TRAINING, "--network_dim", "2"],
-    "ltx2_generate_video.py": ["--video_size", "32", "32", "--video_length", "9", "--infer_steps", "2"],
-    "flux_generate_image.py": PICTURE,
+    "fpack_generate_video.py": f"--video_size 32 32 --infer_steps 2 --video_sections 2 {QUICK_VAE}",
+    "ltx2_generate_video.py": "--video_size 32 32 --video_length 9 --infer_steps 2",
     # a reference at a trained size has a million pixels
-    "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
-    "flux_kontext_generate_image.py": [*PICTURE, "--no_resize_control"],
-    "flux_2_generate_image.py": PICTURE,
-    "gen_img.py": ["--W", "64", "--H", "64", "--steps", "2"],
-    "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
-    "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
-    "lumina_generate_image.py": PICTURE,
-    "qwen_image_generate_image.py": PICTURE,
-    "zimage_generate_image.py": PICTURE,
-    "lumina_minimal_inference.py": ["--image_width", "64", "--image_height", "64", "--steps", "2"],
-    "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
-    "hv_train.py": TRAINING,
-    "wan_train.py": TRAINING,
-    "qwen_image_train.py": TRAINING,
-    "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
-    "fpack_train_network.py": [
-        *TRAINING,
-        *["--network_dim", "2", "--latent_window_size", "1", "--sample_every_n_epochs", "1"],
-    ],
+    "flux_kontext_train_network.py": f"{LORA} --no_resize_control",
+    "flux_kontext_generate_image.py": f"{PICTURE} --no_resize_control",
+    "gen_img.py": "--W 64 --H 64 --steps 2",
+    "flux_minimal_inference.py": "--width 64 --height 64 --steps 2",
+    "hunyuan_image_minimal_inference.py": f"{PICTURE} {QUICK_VAE}",
+    "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
+    "fpack_train.py": f"{TRAINING} --latent_window_size 1",
+    "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
+    **dict.fromkeys(("hv_train.py", "qwen_image_train.py", "wan_train.py", "zimage_train.py"), TRAINING),
+    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
+    **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
 }
 NOT_ON_CPU = {"gen_img.py": {"--fp16"}}  # left out: a CPU takes long in float16
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
-    "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
-    "--blocks_to_swap=18": ["--blocks_to_swap", "0"],
-    "--optimizer_type=AdamW8bit": ["--optimizer_type", "adamw"],  # needs a GPU
-    "--resolution 1024,1024": ["--resolution", "64", "--min_bucket_reso", "32", "--bucket_reso_steps", "32"],
-    "--max_train_steps 1600": ["--validation_split", "0.5"],  # of two pictures
-    "--teacache_calibration": ["--infer_steps", "8"],  # with fewer there is nothing to fit
-    "--i2i_path start.png": ["--video_length", "1"],
+    "--blocks_to_swap 20": "--blocks_to_swap 1",  # they have few blocks
+    "--blocks_to_swap=18": "--blocks_to_swap 0",
+    "--optimizer_type=AdamW8bit": "--optimizer_type adamw",  # needs a GPU
+    "--resolution 1024,1024": "--resolution 64 --min_bucket_reso 32 --bucket_reso_steps 32",
+    "--max_train_steps 1600": "--validation_split 0.5",  # of two pictures
+    "--teacache_calibration": "--infer_steps 8",  # with fewer there is nothing to fit
+    "--i2i_path start.png": "--video_length 1",
     # they make two steps
-    "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
-    "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
-    "--highres_fix_scale 0.5": ["--highres_fix_steps", "2"],
+    "--cfgzerostar_init_steps 2": "--cfgzerostar_init_steps 1",
+    "--cfg_schedule 1-": "--cfg_schedule '1:3, e~2, !2'",
+    "--highres_fix_scale 0.5": "--highres_fix_steps 2",
     # latents that grow from 8 x 8 to 16 x 16
-    "--gradual_latent_timesteps 750": [
-        *("--W", "128", "--H", "128", "--steps", "5", "--gradual_latent_timesteps", "900"),
-        *("--gradual_latent_every_n_steps", "1", "--gradual_latent_ratio_step", "0.5"),
-    ],
-    "reelsmith.py new": ["--max_train_steps", "1", "--memory", "0"],
-    "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
-    "gpu.py --dry": ["--rows", "wan14b-bf16"],
+    "--gradual_latent_timesteps 750": "--W 128 --H 128 --steps 5 --gradual_latent_timesteps 900 "
+    "--gradual_latent_every_n_steps 1 --gradual_latent_ratio_step 0.5",
+    "reelsmith.py new": "--max_train_steps 1 --memory 0",
+    "--post gimmvfi": "--video_size 128 128",  # it takes no smaller frames
+    "gpu.py --dry": "--rows wan14b-bf16",
     # inductor is slow, and has its own tests
-    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
+    "--compile_args inductor": "--compile_args eager default auto False",
 }
-WAN_CACHES = {  # script -> what names its models
-    "wan_cache_latents.py": {"--vae": "Wan2.1_VAE.pth"},
-    "wan_cache_text_encoder_outputs.py": {"--t5": "models_t5_umt5-xxl-enc-bf16.pth"},
+# for each training the scripts of its caches, and what names their models
+WAN_CACHES = {
+    "wan_cache_latents.py": "--vae Wan2.1_VAE.pth",
+    "wan_cache_text_encoder_outputs.py": "--t5 models_t5_umt5-xxl-enc-bf16.pth",
 }
-HUNYUAN_CACHES = {
-    "cache_latents.py": {"--vae": "hunyuan-video-t2v-720p/vae/pytorch_model.pt"},
-    "cache_text_encoder_outputs.py": {
-        "--text_encoder1": "llava_llama3_fp16.safetensors",
-        "--text_encoder2": "clip_l.safetensors",
-    },
-}
+HUNYUAN_VAE = "--vae hunyuan-video-t2v-720p/vae/pytorch_model.pt"
+HUNYUAN_TEXTS = "--text_encoder1 llava_llama3_fp16.safetensors --text_encoder2 clip_l.safetensors"
+HUNYUAN_CACHES = {"cache_latents.py": HUNYUAN_VAE, "cache_text_encoder_outputs.py": HUNYUAN_TEXTS}
 FRAMEPACK_CACHES = {
-    "fpack_cache_latents.py": {
-        "--vae": "hunyuan-video-t2v-720p/vae/pytorch_model.pt",
-        "--image_encoder": "sigclip_vision_patch14_384.safetensors",
-    },
-    "fpack_cache_text_encoder_outputs.py": HUNYUAN_CACHES["cache_text_encoder_outputs.py"],
+    "fpack_cache_latents.py": f"{HUNYUAN_VAE} --image_encoder sigclip_vision_patch14_384.safetensors",
+    "fpack_cache_text_encoder_outputs.py": HUNYUAN_TEXTS,
 }
 CACHES = {
-    "wan_train_network.py": WAN_CACHES,
-    "hv_train_network.py": HUNYUAN_CACHES,
-    "hv_train.py": HUNYUAN_CACHES,
-    "wan_train.py": WAN_CACHES,
-    "fpack_train.py": FRAMEPACK_CACHES,
-    "fpack_train_network.py": FRAMEPACK_CACHES,
+    f"{name}{ending}": caches
+    for name, caches in {"wan": WAN_CACHES, "hv": HUNYUAN_CACHES, "fpack": FRAMEPACK_CACHES}.items()
+    for ending in ("_train_network.py", "_train.py")
 }
 DATASET = """[general]
 resolution = [32, 32]
@@ -185,20 +141,14 @@ OWN_PROCESS = {
     *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
     *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py"),
 }
-# pages whose commands are all programs of their own, as a reader starts them
-APART = {"README", "first_lora"}
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
-    "flux": lay_out_flux,
-    "flux_2": lay_out_flux_2,
-    "flux_kontext": lay_out_kontext,
-    "gen_img": lay_out_stable_diffusion,
-    "hunyuan_image": lay_out_hunyuan_image,
+    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "hunyuan_image")},
+    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("lumina", "qwen_image", "z_image")},
+    "flux_kontext": picture_project.lay_out_kontext,
+    "gen_img": picture_project.lay_out_stable_diffusion,
     "image_datasets": lay_out_flux,
-    "ltx2": lay_out_ltx_2,
-    "lumina": lay_out_lumina,
-    "qwen_image": lay_out_qwen_image,
-    "z_image": lay_out_z_image,
+    "ltx2": picture_project.lay_out_ltx_2,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
@@ -222,7 +172,8 @@ def all_commands_of(page: Path) -> list[str]:
 
 def commands_of(page: Path) -> list[str]:
     """Those that are run here."""
-    return [command for command in all_commands_of(page) if not any(name in command for name in NOT_HERE)]
+    commands = [command for command in all_commands_of(page) if command not in AGAIN]
+    return [command for command in commands if not any(name in command for name in NOT_HERE)]
 
 
 def test_links_between_pages_lead_somewhere_and_the_index_names_every_page() -> None:
@@ -273,7 +224,10 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
         is_about_pictures = "flux_" in command or "gen_img" in command  # their own pages run them too
-        run_in(tmp_path, command, makes_caches, apart=page.stem in APART and not is_about_pictures)
+        # those of the first page are all programs of their own, as a reader starts them
+        run_in(tmp_path, command, makes_caches, apart=page.stem == "README" and not is_about_pictures)
+        if "pocket.concepts" in command:
+            thin_out(tmp_path / "trial")
 
 
 @pytest.mark.parametrize("page", ABOUT_DATA, ids=lambda page: page.stem)
@@ -327,6 +281,13 @@ def test_the_recipes_for_ray_run(tmp_path: Path, tmp_path_factory: pytest.TempPa
         run_python("-c", code, folder=tmp_path, environment={"PYTHONPATH": os.pathsep.join(path)})
 
     assert len([*(tmp_path / "cache").glob("*.safetensors")]) == 4
+
+
+def thin_out(folder: Path) -> None:
+    """Keep two clips of each folder: what a reader caches in a minute."""
+    for clips in folder.glob("*/*clips"):
+        for path in sorted(clips.glob("*.mp4"))[2:]:
+            path.unlink()
 
 
 def lay_out_datasets(folder: Path, in_sections: bool) -> None:
@@ -388,9 +349,9 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     script = words[start]
     if script in CACHES and "--check" not in words and not (makes_caches and (folder / "cache").exists()):
         cache(folder, CACHES[script])
-    lighter = [word for given, instead in LIGHTER.items() if given in " ".join(words) for word in instead]
+    lighter = [instead for given, instead in LIGHTER.items() if given in " ".join(words)]
     kept = [word for word in words[start + 1 :] if word not in NOT_ON_CPU.get(script, ())]
-    arguments = [*kept, *SMALLER.get(script, []), *lighter]
+    arguments = [*kept, *shlex.split(" ".join([SMALLER.get(script, ""), *lighter]))]
     if apart or OWN_PROCESS & {*words}:
         launcher = ["-m", "accelerate.commands.launch", "--cpu", *launch] if launch else []
         run_python(*launcher, ROOT / script, *arguments, folder=folder)
@@ -402,8 +363,8 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
         succeed_here(script, *arguments, folder=folder)
 
 
-def cache(folder: Path, scripts: Mapping[str, Mapping[str, str]]) -> None:
+def cache(folder: Path, scripts: Mapping[str, str]) -> None:
     """The caches that training needs, where the page does not make them itself, or not yet."""
     for script, models in scripts.items():
-        files = [word for option, file in models.items() for word in (option, folder / "models" / file)]
+        files = [word if word.startswith("--") else folder / "models" / word for word in models.split()]
         succeed_here(script, "--dataset_config", "dataset.toml", *files, folder=folder)

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
+from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
+from tests.tiny.runs import make_project
 
 # families whose saved LoRAs a tool reads only once they are converted, as their names say in networks/names
 CONVERTED_FOR = {
@@ -41,15 +43,15 @@ CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for ea
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TinyFamily, Path]:
-    """A folder in which a LoRA was trained for three steps; a sample was made at the end."""
+    """A folder in which a LoRA was trained for three steps; a state was saved after the second, and a sample
+    made at the end.
+    """
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("a family")  # the space in the name is part of the test
-    family.prepare(folder)
-    (folder / "prompts.txt").write_text(f"# a comment\n{family.sample_line}\n", encoding="utf-8")
-    succeed_here(*family.cache_latents, folder=folder)
-    succeed_here(*family.cache_texts, folder=folder)
+    make_project(family, folder)
     samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
-    run_script(*family.train, *OUTPUT, *samples, "--max_train_steps", "3", "--save_state", folder=folder)
+    saved = ["--save_every_n_steps", "2", "--save_state"]
+    run_script(*family.train, *OUTPUT, *samples, *saved, "--max_train_steps", "3", folder=folder)
     return family, folder
 
 
@@ -61,27 +63,31 @@ def test_the_lora_has_learned(trained: tuple[TinyFamily, Path]) -> None:
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
 
 
-def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> None:
+CHECKPOINTS = (
+    *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
+    *("--gradient_checkpointing_keep", "attention"),
+)
+
+
+@pytest.mark.parametrize("blocks", [(), CHECKPOINTS], ids=["plain", "checkpointed"])
+def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path], blocks: Sequence[str]) -> None:
+    """What checkpointed blocks keep, and where, changes nothing."""
     family, folder = trained
-    output = [
-        *("--output_dir", "output", "--output_name", "longer", "--seed", "1"),
-        *("--max_data_loader_n_workers", "0"),
-    ]
+    output = ["--output_dir", "resumed", *OUTPUT[2:], "--max_train_steps", "3", "--overwrite"]
 
-    succeed_here(
-        *family.train, *output, "--max_train_steps", "5", "--resume", "output/lora-state", folder=folder
-    )
-    succeed_here(
-        *family.train,
-        *output[:2],
-        *("--output_name", "whole"),
-        *output[4:],
-        *("--max_train_steps", "5"),
-        folder=folder,
-    )
+    succeed_here(*family.train, *output, *STATE, *blocks, folder=folder)
 
-    resumed, whole = (load_file(folder / "output" / f"{name}.safetensors") for name in ("longer", "whole"))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_equal(folder / "resumed/lora.safetensors", folder / "output/lora.safetensors")
+
+
+STATE = ["--resume", "output/lora-step00000002-state"]
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Two files hold equal tensors."""
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_state_is_not_resumed_with_other_options_of_the_family_in_silence(
@@ -89,7 +95,7 @@ def test_a_state_is_not_resumed_with_other_options_of_the_family_in_silence(
 ) -> None:
     family, folder = trained
     output = ["--output_dir", "output", "--output_name", "other", *OUTPUT[4:], "--max_train_steps", "3"]
-    resume = [*family.train, *output, "--resume", "output/lora-state"]
+    resume = [*family.train, *output, *STATE]
 
     if family.another_run:
         option, value = family.another_run
@@ -106,9 +112,8 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     family, folder = trained
     generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
 
-    succeed_here(
-        *generate, "--lora_weight", "output/lora.safetensors", "--save_path", "videos", folder=folder
-    )
+    lora = ["--lora_weight", "output/lora.safetensors"]
+    succeed_here(*generate, *lora, "--save_path", "videos", folder=folder)
     succeed_here(*generate, "--save_path", "without", folder=folder)
 
     ours, theirs, without = (shown(folder / name).float() for name in ("output/sample", "videos", "without"))
@@ -131,17 +136,24 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
     converts = ["convert_lora.py"] if tool else []
     started = family.train[0]  # the page ends with the command that the run was started with
     assert scripts == [family.train[0], family.generate[0], *converts, started]
+    goes_on, *others, starts = commands
+    if family.name in TRAIN_AGAIN:
+        others += [starts, goes_on]
 
     shutil.move(folder / "output" / "sample", folder / "output" / "sample first")
-    for words in commands[1:] + commands[:1]:
+    for words in others:
         succeed_here(Path(words[1]).name, *words[2:], folder=folder)
 
-    assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
-    made = [path.name for path in (folder / "output").glob("lora_*.safetensors")]
-    assert made == ([f"lora_{tool}.safetensors"] if tool else [])
+    if family.name in TRAIN_AGAIN:
+        assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    made = {path.name for path in (folder / "output").glob("lora_*.safetensors")}
+    assert made == ({f"lora_{tool}.safetensors"} if tool else set())
     theirs, ours = (shown(folder / name).float() for name in ("output/generated", "output/sample first"))
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 6
+
+
+TRAIN_AGAIN = {each.name for each in ONE_OF_EACH}  # the words of a training are those that were typed
 
 
 def shown(folder: Path) -> torch.Tensor:
@@ -154,33 +166,11 @@ def shown(folder: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(frame) for frame in frames])
 
 
-CHECKPOINTS = [
-    *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
-    *("--gradient_checkpointing_keep", "attention"),
-]
-
-
-def test_what_checkpointed_blocks_keep_and_where_changes_nothing(trained: tuple[TinyFamily, Path]) -> None:
-    family, folder = trained
-    output = ["--output_dir", "output", "--output_name", "checkpointed", *OUTPUT[4:]]
-
-    succeed_here(*family.train, *output, *CHECKPOINTS, "--max_train_steps", "3", folder=folder)
-
-    plain, checkpointed = (
-        load_file(folder / "output" / f"{name}.safetensors") for name in ("lora", "checkpointed")
-    )
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
-
-
 @pytest.mark.slow
 def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> None:
     family, folder = trained
-    compiled = [
-        *CHECKPOINTS,
-        *("--dynamo_backend", "eager", "--dynamo_fullgraph", "--seed", "1"),
-        *("--max_data_loader_n_workers", "0"),
-    ]
-    train = [*family.train, *compiled, "--output_dir", "compiled", "--output_name"]
+    compiled = [*CHECKPOINTS, "--dynamo_backend", "eager", "--dynamo_fullgraph"]
+    train = [*family.train, *compiled, *OUTPUT[4:], "--output_dir", "compiled", "--output_name"]
 
     succeed_here(*train, "part", "--max_train_steps", "2", "--save_state", folder=folder)
     succeed_here(
@@ -188,8 +178,8 @@ def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Pat
     )
     succeed_here(*train, "whole", "--max_train_steps", "4", folder=folder)
 
-    resumed, whole = (load_file(folder / "compiled" / f"{name}.safetensors") for name in ("resumed", "whole"))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_equal(folder / "compiled/resumed.safetensors", folder / "compiled/whole.safetensors")
+    whole = load_file(folder / "compiled/whole.safetensors")
     assert any(tensor.any() for name, tensor in whole.items() if name.endswith("lora_up.weight"))
 
 
@@ -199,14 +189,9 @@ def test_compiled_generation_makes_the_same_latents(trained: tuple[TinyFamily, P
     family, folder = trained
     options = [*SIZE, "--prompt", "a cat", "--seed", "7", "--output_type", "latent", "--save_path"]
 
+    compiled = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
     succeed_here(*family.generate, *options, "plain", folder=folder)
-    succeed_here(
-        *family.generate,
-        *options,
-        "fast",
-        *("--compile", "--compile_args", "eager", "default", "auto", "true"),
-        folder=folder,
-    )
+    succeed_here(*family.generate, *options, "fast", *compiled, folder=folder)
 
     found = [load_file(next((folder / name).glob("*.safetensors")))["latent"] for name in ("plain", "fast")]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
@@ -220,21 +205,11 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     weights = ["--lora_weight", "output/lora.safetensors", "--lora_multiplier", "0.5"]
     form = "latent_images" if family.generate[0].endswith("image.py") else "both"
 
-    succeed_here(
-        *(
-            "tools/compare.py",
-            *family.generate[1:],
-            *options,
-            *("--output_type", form, "--save_path", "compared"),
-        ),
-        *("--lora", "output/lora.safetensors", "--lora_multiplier", "0.5"),
-        folder=folder,
-    )
+    made = ["--output_type", form, "--save_path", "compared", "--lora", *weights[1:]]
+    succeed_here("tools/compare.py", *family.generate[1:], *options, *made, folder=folder)
     for column, more in {"without": [], "lora": weights}.items():
-        succeed_here(
-            *(*family.generate, *options, *more, "--output_type", "latent", "--save_path", f"as {column}"),
-            folder=folder,
-        )
+        more += ["--output_type", "latent", "--save_path", f"as {column}"]
+        succeed_here(*family.generate, *options, *more, folder=folder)
         (theirs,) = (folder / f"as {column}").glob("*_latent.safetensors")
         (ours,) = (folder / "compared").glob(f"001_7_{column}*_latent.safetensors")
         assert torch.equal(load_file(ours)["latent"], load_file(theirs)["latent"])
@@ -248,8 +223,6 @@ WHOLE_CASES = [
     for each in FAMILIES
     if each.name in CHOSEN
 ]
-SEED = ("--seed", "1", "--max_data_loader_n_workers", "0")
-WHOLE_OUTPUT = ("--output_dir", "output", *SEED, "--max_train_steps", "3")
 
 
 @pytest.fixture(scope="module", params=WHOLE_CASES)
@@ -259,16 +232,8 @@ def project(
     """A folder with models and caches."""
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("whole")
-    family.prepare(folder)
-    (folder / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
-    succeed_here(*family.cache_latents, folder=folder)
-    succeed_here(*family.cache_texts, folder=folder)
+    make_project(family, folder)
     return family, folder
-
-
-def whole(family: TinyFamily) -> list[str]:
-    """The command that trains the transformer itself."""
-    return [family.train_whole, *family.train[1 : family.train.index("--network_module")]]
 
 
 def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[TinyFamily, Path]) -> None:
@@ -277,23 +242,27 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
     rate = ["--learning_rate", "1e-2", "--optimizer_type", "adamw"]
 
-    succeed_here(*whole(family), *WHOLE_OUTPUT, "--output_name", "x", *rate, *samples, folder=folder)
+    models = family.train[1 : family.train.index("--network_module")]
+    steps = [*OUTPUT, "--max_train_steps", "3"]
+    succeed_here(family.train_whole, *models, *steps, *rate, *samples, folder=folder)
 
-    before, after = (load_file(folder / name) for name in ("model/dit.safetensors", "output/x.safetensors"))
+    before, after = (
+        load_file(folder / name) for name in ("model/dit.safetensors", "output/lora.safetensors")
+    )
     assert {name: tensor.shape for name, tensor in after.items()} == {
         name: tensor.shape for name, tensor in before.items()
     }
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
     assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
-    with safe_open(folder / "output" / "x.safetensors", "pt") as file:
+    with safe_open(folder / "output" / "lora.safetensors", "pt") as file:
         assert "lora" not in file.metadata()["modelspec.architecture"]
-    page = (folder / "output" / "x.html").read_text(encoding="utf-8")
+    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
     page = typed_there(html.unescape(re.sub("<!--.*?-->", "", page)))
     assert f"python {family.train_whole}" in page
     assert f"python {family.generate[0]}" in page
     generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
-    succeed_here(*generate, "--dit", "output/x.safetensors", "--save_path", "videos", folder=folder)
+    succeed_here(*generate, "--dit", "output/lora.safetensors", "--save_path", "videos", folder=folder)
     succeed_here(*generate, "--save_path", "untrained", folder=folder)
     ours, theirs, untrained = (
         shown(folder / name).float() for name in ("output/sample", "videos", "untrained")
@@ -319,11 +288,8 @@ def test_nothing_is_learned_of_black_masks(family: TinyFamily, tmp_path: Path) -
     config.write_text(config.read_text(encoding="utf-8") + keys, encoding="utf-8")
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)
-    output = ["--output_dir", "output", "--output_name", "lora", "--seed", "1"]
 
-    succeed_here(
-        *family.train, *output, "--max_train_steps", "3", "--max_data_loader_n_workers", "0", folder=tmp_path
-    )
+    succeed_here(*family.train, *OUTPUT, "--max_train_steps", "3", folder=tmp_path)
 
     tensors = load_file(tmp_path / "output" / "lora.safetensors")
     assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))

@@ -2,23 +2,22 @@
 text encoders.
 """
 
-import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.errors import CheckpointError
+from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.dit_files import as_fp8
-from tests.tiny.families import FAMILIES, LTX_2, Command, TinyFamily
+from tests.tiny.families import FAMILIES, LTX_2, Command
 from tests.tiny.project import write_lora
+from tests.tiny.runs import Latents, TinyProject, make_project
 
-OUTPUT = ["--output_dir", "output", "--seed", "1", "--max_data_loader_n_workers", "0"]
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu"]
 TRAINED = [
     ["--fp8_base"],
@@ -54,11 +53,6 @@ CHOSEN = [
 ]
 
 
-def run(*command: str) -> None:
-    """A root script within this process: quicker than a process of its own."""
-    importlib.import_module(command[0].removesuffix(".py")).main(list(command[1:]))
-
-
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Of all tensors together, relative to the second."""
     assert one.keys() == other.keys()
@@ -67,38 +61,14 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
-def project(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TinyFamily, Path]:
-    """A family's files with caches."""
-    family: TinyFamily = request.param
-    folder = tmp_path_factory.mktemp("fp8")
-    family.prepare(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(*family.cache_latents)
-        run(*family.cache_texts)
-    return family, folder
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    return make_project(request.param, tmp_path_factory.mktemp("fp8"))
 
 
-@pytest.fixture
-def family(project: tuple[TinyFamily, Path], monkeypatch: pytest.MonkeyPatch) -> TinyFamily:
-    monkeypatch.chdir(project[1])
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return project[0]
-
-
-def trained(family: TinyFamily, name: str, *more: str) -> dict[str, Tensor]:
-    """The LoRA of a run with these options."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps it for the life of a process
-    run(*family.train, *OUTPUT, "--output_name", name, *more)
-    return load_file(f"output/{name}.safetensors")
-
-
-def generated(family: TinyFamily, folder: Path, *more: str) -> dict[str, Tensor]:
+def generated(project: TinyProject, folder: Path, *more: object) -> Latents:
     """The latents of a generation with these options, with those of its sound."""
-    words = ["--prompt", "a cat", "--seed", "7", "--output_type", "latent", "--save_path", str(folder)]
-    run(*family.generate, *SIZE, *words, *more)
+    latents = ["--seed", "7", "--output_type", "latent", "--save_path", folder]
+    project.run(*project.family.generate, *SIZE, "--prompt", "a cat", *latents, *more)
     (path,) = folder.glob("*_latent.safetensors")
     return load_file(path)
 
@@ -109,33 +79,39 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[f
     return [difference({name: found[name]}, {name: expected[name]}) for name in expected]
 
 
-def load_weights() -> dict[str, Tensor]:
+def load_weights(project: TinyProject) -> dict[str, Tensor]:
     """The tensors of the transformer."""
-    if not Path(LTX_2).exists():
-        return load_file("model/dit.safetensors")
+    if not (project.folder / LTX_2).exists():
+        return load_file(project.folder / "model/dit.safetensors")
     start = "model.diffusion_model."
-    whole = load_file(LTX_2)
+    whole = load_file(project.folder / LTX_2)
     return {name.removeprefix(start): tensor for name, tensor in whole.items() if name.startswith(start)}
 
 
-def with_dit(command: Command, path: Path) -> Command:
-    """The same command with another transformer."""
-    if "--ltx2_checkpoint" in command:  # the file of all other parts
-        return [*command, "--dit", str(path)]
-    return [
-        str(path) if before in {"--dit", "--pretrained_model_name_or_path"} else word
-        for before, word in zip(["", *command], command, strict=False)
-    ]
+def with_dit(project: TinyProject, path: Path) -> TinyProject:
+    """The same project with another transformer."""
+
+    def changed(command: Command) -> Command:
+        if "--ltx2_checkpoint" in command:  # the file of all other parts
+            return [*command, "--dit", str(path)]
+        places = {"--dit", "--pretrained_model_name_or_path"}
+        words = zip(["", *command], command, strict=False)
+        return [str(path) if before in places else word for before, word in words]
+
+    family = project.family
+    return replace(
+        project, family=replace(family, train=changed(family.train), generate=changed(family.generate))
+    )
 
 
 @pytest.mark.parametrize("how", TRAINED, ids=" ".join)
-def test_training_with_fp8_weights_learns_nearly_the_same(family: TinyFamily, how: list[str]) -> None:
+def test_training_with_fp8_weights_learns_nearly_the_same(project: TinyProject, how: list[str]) -> None:
     """With plain gradient descent the factor `up` is after one step the gradient itself, times the learning
     rate.
     """
     one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1"]
-    expected = trained(family, "plain", *one_step)
-    found = trained(family, "fp8", *one_step, *how)
+    expected = project.train("plain", *one_step)
+    found = project.train("fp8", *one_step, *how)
 
     ups = [
         {name: t for name, t in lora.items() if name.endswith("lora_up.weight")} for lora in (found, expected)
@@ -143,108 +119,88 @@ def test_training_with_fp8_weights_learns_nearly_the_same(family: TinyFamily, ho
     # weights that are off by 2.25 % (a plain cast of these small ones: 4 %) through a few layers
     assert 1e-3 < difference(*ups) < (0.2 if "--fp8_scaled" in how else 0.4)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    with safe_open("output/fp8.safetensors", "pt") as file:
+    with safe_open(project.folder / "fp8" / "x.safetensors", "pt") as file:
         assert file.metadata()["ss_fp8_base"] == "True"
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(family: TinyFamily, precision: str) -> None:
+def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(project: TinyProject, precision: str) -> None:
     how = ["--fp8_base", "--fp8_scaled", "--mixed_precision", precision, "--gradient_checkpointing"]
-    whole = trained(family, "whole", *how, "--max_train_steps", "3")
-    trained(family, "half", *how, "--max_train_steps", "2", "--save_state")
-    resumed = trained(family, "resumed", *how, "--max_train_steps", "3", "--resume", "output/half-state")
+    whole = project.train(f"whole {precision}", *how, "--save_state", "--save_every_n_steps", "2")
+
+    resume = ["--resume", f"whole {precision}/x-step00000002-state"]
+    resumed = project.train(f"resumed {precision}", *how, *resume)
 
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("how", GENERATED, ids=" ".join)
 def test_generation_with_fp8_weights_makes_nearly_the_same(
-    family: TinyFamily, tmp_path: Path, how: list[str]
+    project: TinyProject, tmp_path: Path, how: list[str]
 ) -> None:
-    expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", *how)
+    expected, found = generated(project, tmp_path / "plain"), generated(project, tmp_path / "fp8", *how)
     assert all(1e-4 < one < (0.05 if "--fp8_scaled" in how else 0.1) for one in apart(found, expected))
 
 
-def test_loras_are_merged_before_the_rounding(
-    project: tuple[TinyFamily, Path], family: TinyFamily, tmp_path: Path
-) -> None:
+def test_loras_are_merged_before_the_rounding(project: TinyProject, tmp_path: Path) -> None:
     """A LoRA and --fp8_scaled give what the merged model does with --fp8_scaled."""
-    lora = tmp_path / "lora.safetensors"
-    if "wan" in family.name:
-        write_lora(lora, project[1] / "model" / "dit.safetensors")
+    lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    if "wan" in project.family.name:
+        write_lora(lora, project.folder / "model" / "dit.safetensors")
     else:
-        lora = Path("output/for_merging.safetensors").absolute()
-        trained(family, "for_merging", "--max_train_steps", "2", "--learning_rate", "0.1")
-    say = ["--lora_weight", str(lora), "--lora_multiplier", "0.9"]
-    run(
-        *family.generate,
-        *say,
-        *("--prompt", "", "--save_path", str(tmp_path)),
-        *("--save_merged_model", str(tmp_path / "merged.safetensors"), "--device", "cpu"),
-    )
+        save_file(project.train("for merging", "--max_train_steps", "2"), lora)
+    say = ["--lora_weight", lora, "--lora_multiplier", "0.9"]
+    save = ["--prompt", "", "--save_path", tmp_path, "--save_merged_model", merged, "--device", "cpu"]
+    project.run(*project.family.generate, *say, *save)
 
-    merged = TinyFamily(
-        **{**vars(family), "generate": with_dit(family.generate, tmp_path / "merged.safetensors")}
-    )
-    expected = generated(merged, tmp_path / "from_merged", "--fp8_scaled")
-    found = generated(family, tmp_path / "from_lora", "--fp8_scaled", *say)
+    expected = generated(with_dit(project, merged), tmp_path / "from_merged", "--fp8_scaled")
+    found = generated(project, tmp_path / "from_lora", "--fp8_scaled", *say)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
 def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
-    family: TinyFamily, tmp_path: Path, dialect: str, caplog: pytest.LogCaptureFixture
+    project: TinyProject, tmp_path: Path, dialect: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_file(as_fp8(load_weights(), dialect), tmp_path / "dit.safetensors")
-    here = TinyFamily(**{**vars(family), "generate": with_dit(family.generate, tmp_path / "dit.safetensors")})
-    expected = generated(here, tmp_path / "plain")
+    save_file(as_fp8(load_weights(project), dialect), tmp_path / "dit.safetensors")
+    released = with_dit(project, tmp_path / "dit.safetensors")
+    expected = generated(released, tmp_path / "plain")
     with caplog.at_level("INFO"):
-        found = generated(here, tmp_path / "fp8", "--fp8")
+        found = generated(released, tmp_path / "fp8", "--fp8")
 
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
     # guided 3.5 times, and a picture of few tokens: that enlarges the rounding
     wide = {"hunyuan_image": 3e-2, "qwen_image": 3e-2, "qwen_image edit-2511": 3e-2, "z_image": 3e-2}
     limits = {"lumina": 2e-2, **wide}
-    limit = limits.get(family.name, 1e-2)
-    assert max(apart(found, expected)) < limit
-    with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
-        generated(here, tmp_path / "again", "--fp8_scaled")
+    assert max(apart(found, expected)) < limits.get(project.family.name, 1e-2)
+    again = (*released.family.generate, *SIZE, "--prompt", "x", "--save_path", "again", "--fp8_scaled")
+    assert_one_message(*run_here(*again, folder=project.folder), "--fp8_scaled: ", "already in fp8")
 
-    train = TinyFamily(**{**vars(family), "train": with_dit(family.train, tmp_path / "dit.safetensors")})
-    lora = trained(train, "released", "--fp8_base", "--max_train_steps", "1", "--mixed_precision", "bf16")
+    lora = released.train("released", "--fp8_base", "--max_train_steps", "1", "--mixed_precision", "bf16")
     assert all(tensor.isfinite().all() for tensor in lora.values())
 
 
-def _skip_without_fp8_texts(family: TinyFamily) -> None:
-    if family.name not in TEXTS_IN_FP8:
+def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(project: TinyProject) -> None:
+    if project.family.name not in TEXTS_IN_FP8:
         pytest.skip("its text encoders are kept in 16 bits")
-
-
-def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(family: TinyFamily) -> None:
-    _skip_without_fp8_texts(family)
-    option, key = TEXTS_IN_FP8[family.name]
+    option, key = TEXTS_IN_FP8[project.family.name]
 
     def caches() -> dict[str, dict[str, Tensor]]:
-        return {path.name: load_file(path) for path in sorted(Path("cache").glob("*_te.safetensors"))}
+        paths = sorted((project.folder / "cache").glob("*_te.safetensors"))
+        return {path.name: load_file(path) for path in paths}
 
     before = caches()
-    run(*family.cache_texts, option)  # the caches are there, but were made with other weights
+    project.run(*project.family.cache_texts, option)  # caches are there, but were made with other weights
     after = caches()
-    try:
-        assert before.keys() == after.keys()
-        for name, tensors in after.items():
-            # dtype is part of the names: the usual one comes out
-            assert tensors.keys() == before[name].keys()
-            change = difference(
-                *({part: t for part, t in found.items() if key in part} for found in (tensors, before[name]))
-            )
-            # T5's attention is not scaled: of random weights it is sharp
-            assert 1e-4 < change < (0.3 if option == "--fp8_t5" else 0.15)
-    finally:
-        run(*family.cache_texts)  # for the other tests of this project
-    assert all(
-        torch.equal(tensor, before[name][part])
-        for name, found in caches().items()
-        for part, tensor in found.items()
-    )
+    project.run(*project.family.cache_texts)  # for the other tests of this project
+    torch.testing.assert_close(caches(), before, rtol=0, atol=0)
+    assert before.keys() == after.keys()
+    for name, tensors in after.items():
+        # dtype is part of the names: the usual one comes out
+        assert tensors.keys() == before[name].keys()
+        change = difference(
+            *({part: t for part, t in found.items() if key in part} for found in (tensors, before[name]))
+        )
+        # T5's attention is not scaled: of random weights it is sharp
+        assert 1e-4 < change < (0.3 if option == "--fp8_t5" else 0.15)

@@ -5,6 +5,7 @@ of runs in which each process has all of it, to the bit.
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3
 
 
 def generate(
-    project: Shared, output: str, processes: int, *words: object, by: Sequence[str] = ("--shard_base",)
+    project: Shared, output: str, processes: int, *words: object, by: Sequence[object] = ("--shard_base",)
 ) -> list[Tensor]:
     """Return the latents of all that is made. by: how several processes share the work."""
     command = (*project.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
@@ -320,13 +321,12 @@ def test_prompts_are_asked_for_once(project: Shared, by: str) -> None:
     expected = generate(project, f"told {by}", 1, "--from_file", "prompts.txt")
     answers = project.folder / "answers.py"
     answers.write_text(ANSWERS.format(root=str(ROOT), script=project.family.generate[0]), encoding="utf-8")
-    words = (*SIZE, "--output_type", "latent", "--save_path", f"asked {by}", "--interactive", by)
+    asking = replace(project.family, generate=[str(answers), *project.family.generate[1:]])
+    asked = copy(project)
+    asked.family = asking
 
-    run_in_processes(2, str(answers), *project.family.generate[1:], *words, folder=project.folder)
+    found = generate(asked, f"asked {by}", 2, "--interactive", by=(by,))
 
-    found = [
-        load_file(path)["latent"] for path in sorted((project.folder / f"asked {by}").glob("*.safetensors"))
-    ]
     assert len(found) == 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -353,15 +353,6 @@ def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: s
     command = (*project.family.train, *RUN, "--output_dir", "refused", "--shard_base", *words)
 
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)
-
-
-def test_sheets_tools_and_turns_are_refused(project: Shared) -> None:
-    sheet = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x", "--shard_base")
-    turns = ("--lazy_loading", *BOTH)
-    for words in (("--sheet", "seed=1,2"), ("--post", "upscaler model=x"), turns):
-        done = run_in_processes(2, *sheet, *words, folder=project.folder, code=2)
-        named = f"{words[0]} and --shard_base"
-        assert all(named in one.stderr and "Traceback" not in one.stderr for one in done)
 
 
 def test_one_process_says_that_it_holds_the_model(project: Shared) -> None:

@@ -1,17 +1,16 @@
 """MagCache and TeaCache through the command lines of all families, on tiny models."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import TinyFamily, family_called
+from tests.faults.messages import assert_one_message, run_here
+from tests.tiny.families import family_called
 from tests.tiny.project import write_clips
+from tests.tiny.runs import Latents, TinyProject
 
 STEPS = 8
 SIZE = ("--video_size", "32", "32", "--infer_steps", str(STEPS), "--seed", "5", "--prompt", "a cat")
@@ -20,26 +19,15 @@ RATIOS = ("--magcache_mag_ratios", "1", *["0.99"] * (STEPS - 1))
 # anything goes
 BOLD = (*RATIOS, "--magcache_threshold", "100", "--magcache_k", "3")
 TEA = ("--teacache_threshold", "100", "--teacache_coefficients", "1", "0")
-Latents = dict[str, Tensor]  # of a video, and of its sound if there is some
 SKIPPED = re.compile(r"(MagCache|TeaCache) skipped (\d+) of (\d+) passes")
 
 
-@dataclass(frozen=True)
-class Project:
-    """A family's models in a folder."""
-
-    family: TinyFamily
-    folder: Path
-
-    def generate(self, output: Path, *arguments: object) -> tuple[list[Latents], str]:
-        """The latents of all that is made, and what was said."""
-        latents = ("--output_type", "latent", "--save_path", output)
-        said = succeed_here(*self.family.generate, *SIZE, *latents, *arguments, folder=self.folder)
-        return [load_file(path) for path in sorted(output.glob("*.safetensors"))], said
-
-    def one(self, output: Path, *arguments: object) -> tuple[Latents, str]:
-        (latents,), said = self.generate(output, *arguments)
-        return latents, said
+def generate(project: TinyProject, output: Path, *words: object) -> tuple[Latents, str]:
+    """Return the latents of what is made, and what was said."""
+    latents = ("--output_type", "latent", "--save_path", output)
+    said = project.run(*project.family.generate, *SIZE, *latents, *words)
+    (path,) = output.glob("*.safetensors")
+    return load_file(path), said
 
 
 NAMES = (
@@ -52,11 +40,11 @@ NAMES = (
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
     family = family_called(request.param)
     folder = tmp_path_factory.mktemp("step cache")
     family.prepare(folder)
-    return Project(family, folder)
+    return TinyProject(family, folder)
 
 
 def skipped_in(said: str) -> tuple[int, int]:
@@ -73,8 +61,8 @@ def same_parts(ours: Latents, theirs: Latents) -> list[bool]:
     return [torch.equal(ours[name], theirs[name]) for name in ours]
 
 
-def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: Project, tmp_path: Path) -> None:
-    plain, said = project.one(tmp_path / "plain", *GUIDED)
+def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: TinyProject, tmp_path: Path) -> None:
+    plain, said = generate(project, tmp_path / "plain", *GUIDED)
     assert SKIPPED.search(said) is None
     for name, neutral in {
         "threshold": (*RATIOS, "--magcache_threshold", 0),
@@ -82,16 +70,16 @@ def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: Project,
         "retention": (*BOLD, "--magcache_retention_ratio", 1),
         "tea": (*TEA, "--teacache_threshold", 0),
     }.items():
-        assert all(same_parts(project.one(tmp_path / name, *GUIDED, *neutral)[0], plain)), name
+        assert all(same_parts(generate(project, tmp_path / name, *GUIDED, *neutral)[0], plain)), name
     for name, bold in {"mag": BOLD, "tea bold": TEA}.items():
-        found, said = project.one(tmp_path / name, *GUIDED, *bold)
+        found, said = generate(project, tmp_path / name, *GUIDED, *bold)
         skipped, passes = skipped_in(said)
         assert 0 < skipped < passes
         assert passes % STEPS == 0
         assert not any(same_parts(found, plain))
 
 
-def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: Project) -> None:
+def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: TinyProject) -> None:
     """Passes by the rule: of 8 steps, the first is kept (20 %), then three of four are skipped, and the last
     is computed.
     """
@@ -100,14 +88,14 @@ def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: Projec
     own = 2 if project.family.name.startswith("ltx_2") else 0  # besides what a prompt is weighed by
     off = 0 if project.family.name == "z_image" else 1  # whose scales count from 0
     for scale, branches in ((off, 1 + own), (3, 1 if joined else 2 + own)):
-        _, said = project.one(tmp_path / str(scale), "--guidance_scale", scale, *BOLD)
+        _, said = generate(project, tmp_path / str(scale), "--guidance_scale", scale, *BOLD)
         # c s s s c s s c
         assert skipped_in(said) == (5 * branches * sections, STEPS * branches * sections)
 
 
-def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) -> None:
-    plain, _ = project.one(tmp_path / "plain", *GUIDED)
-    measured, said = project.one(tmp_path / "measured", *GUIDED, "--magcache_calibration")
+def test_what_calibration_prints_can_be_given(project: TinyProject, tmp_path: Path) -> None:
+    plain, _ = generate(project, tmp_path / "plain", *GUIDED)
+    measured, said = generate(project, tmp_path / "measured", *GUIDED, "--magcache_calibration")
     assert all(same_parts(measured, plain))
     line = next(line for line in said.splitlines() if "--magcache_mag_ratios" in line)
     option, first, *others = line.split()
@@ -115,13 +103,13 @@ def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) 
     assert len(others) == STEPS - 1
     assert all(re.fullmatch(r"\d+\.\d{5}", ratio) for ratio in others)
     assert len({*others}) > 1
-    _, said = project.one(tmp_path / "mag", *GUIDED, option, first, *others, "--magcache_threshold", 9)
+    _, said = generate(project, tmp_path / "mag", *GUIDED, option, first, *others, "--magcache_threshold", 9)
     assert skipped_in(said)[0] > 0
 
-    measured, said = project.one(tmp_path / "tea measured", *GUIDED, "--teacache_calibration")
+    measured, said = generate(project, tmp_path / "tea measured", *GUIDED, "--teacache_calibration")
     assert all(same_parts(measured, plain))
     line = next(line for line in said.splitlines() if "--teacache_coefficients" in line)
-    _, said = project.one(tmp_path / "tea", *GUIDED, *line.split(), "--teacache_threshold", 9)
+    _, said = generate(project, tmp_path / "tea", *GUIDED, *line.split(), "--teacache_threshold", 9)
     assert skipped_in(said)[0] > 0
 
 
@@ -130,9 +118,9 @@ def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     family.prepare(tmp_path)
     write_clips(tmp_path / "source", count=1)
     start = ("--video_path", "source/clip 0.mp4", "--strength", "0.75")
-    project = Project(family, tmp_path)
-    plain, _ = project.one(tmp_path / "plain", *start)
-    found, said = project.one(tmp_path / "mag", *start, *BOLD)
+    project = TinyProject(family, tmp_path)
+    plain, _ = generate(project, tmp_path / "plain", *start)
+    found, said = generate(project, tmp_path / "mag", *start, *BOLD)
     assert skipped_in(said) == (3, 6)  # c s s s c c, of the six steps that are made
     assert not any(same_parts(found, plain))
     more = (*start, "--save_path", "out", "--magcache_calibration")

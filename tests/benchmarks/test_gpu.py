@@ -282,9 +282,3 @@ def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(
         assert "| Wan | 8x8 | bf16 | 10.00 |" in new
         assert new.partition(BEGIN)[0] == old.partition(BEGIN)[0]
         assert new.partition(END)[2] == old.partition(END)[2]
-
-
-# The result file
-
-
-# How long

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny.dit_files import draw_state
+from tests.tiny.dit_files import draw_state, write_tensors
 from tests.tiny.stable_diffusion import KINDS, ldm_unet, unet_state
 
 _UNLIKE_UNET = {"out_channels", "up_block_types"}
@@ -84,7 +83,7 @@ def write_control_net(path: Path, kind: str, layout: str = "released", seed: int
         config = {"_class_name": "ControlNetModel", **control_net_config(kind, **sizes)}
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return _save(path / "diffusion_pytorch_model.safetensors", state).parent
+        return write_tensors(path / "diffusion_pytorch_model.safetensors", state).parent
     if layout == "difference":
         unet = unet_state(kind)
         state = {
@@ -97,7 +96,7 @@ def write_control_net(path: Path, kind: str, layout: str = "released", seed: int
         state = {f"control_model.{name}": tensor for name, tensor in state.items()}
     if layout == "difference":
         state["difference"] = torch.tensor(1.0)
-    return _save(path, state)
+    return write_tensors(path, state)
 
 
 # ControlNet-LLLite
@@ -143,13 +142,4 @@ def lllite_state(
 
 def write_lllite(path: Path, **settings: Any) -> Path:
     """Write an LLLite; settings: of `lllite_state`."""
-    return _save(path, lllite_state(**settings))
-
-
-def _save(path: Path, state: Mapping[str, Tensor]) -> Path:
-    stored = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    if path.suffix == ".pth":
-        torch.save(stored, path)
-    else:
-        save_file(stored, path)
-    return path
+    return write_tensors(path, lllite_state(**settings))

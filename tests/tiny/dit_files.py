@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,16 @@ def draw_state(
         shapes = make().state_dict()
     generator = torch.Generator().manual_seed(seed)
     return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> Path:
+    """Write one file: safetensors, or by its name a torch file, which may hold more than tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+    else:
+        torch.save(dict(tensors), path)
+    return path
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:

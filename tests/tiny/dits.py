@@ -95,6 +95,11 @@ def _maker(
     return make
 
 
+def _drawing(seed: int = 7) -> Callable[..., Tensor]:
+    """Return what draws a tensor of a shape."""
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+
+
 def _mask(batch: int, text: int) -> Tensor:
     """Of a batch, texts differ in length."""
     return (torch.arange(text) < (text - torch.arange(batch))[:, None]).long()
@@ -104,35 +109,37 @@ def _wan(kind: str) -> TinyDit:
     config = wan_dit.CONFIGS[kind]
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (*grid, text) = torch.Generator().manual_seed(7), size
+        draw, (*grid, text) = _drawing(), size
         given: dict[str, Any] = {
-            "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
+            "noisy": draw(batch, config.in_dim, *grid),
             "timesteps": torch.linspace(900.0, 100.0, batch),
-            "text": [
-                torch.randn(text - sample, config.text_dim, generator=generator) for sample in range(batch)
-            ],
+            "text": [draw(text - sample, config.text_dim) for sample in range(batch)],
         }
         if config.has_image:
-            given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
+            given["image_embeds"] = draw(batch, 257, config.image_dim)
         return given
 
     make = _maker(WanModel, config, partial(wan_dit.tiny_state, kind), "num_layers")
     return TinyDit(f"wan {kind}", WanModel.spec, make, "lora_wan", inputs)
 
 
+def _hunyuan_inputs(config: Any, draw: Callable[..., Tensor], size: Size, batch: int) -> dict[str, Any]:
+    *grid, text = size
+    return {
+        "noisy": draw(batch, config.in_dim, *grid),
+        "timesteps": torch.linspace(900.0, 100.0, batch),
+        "llama": draw(batch, text, config.text_dim),
+        "llama_mask": _mask(batch, text),
+        "clip_l": draw(batch, config.pooled_dim),
+        "guidance": torch.linspace(1000.0, 6000.0, batch),
+    }
+
+
 def _hunyuan(kind: str) -> TinyDit:
     config = hunyuan_dit.CONFIGS[kind]
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (*grid, text) = torch.Generator().manual_seed(7), size
-        return {
-            "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
-            "timesteps": torch.linspace(900.0, 100.0, batch),
-            "llama": torch.randn(batch, text, config.text_dim, generator=generator),
-            "llama_mask": _mask(batch, text),
-            "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
-            "guidance": torch.linspace(1000.0, 6000.0, batch),
-        }
+        return _hunyuan_inputs(config, _drawing(), size, batch)
 
     make = _maker(HunyuanVideoModel, config, partial(hunyuan_dit.tiny_state, kind), *TWO_LISTS)
     return TinyDit(f"hunyuan {kind}", HunyuanVideoModel.spec, make, "lora_hunyuan", inputs)
@@ -143,22 +150,13 @@ def _framepack() -> TinyDit:
     config, history = framepack_dit.CONFIG, {"": 2, "_2x": 3, "_4x": 6}
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (frames, *area, text) = torch.Generator().manual_seed(7), size
-        given = {
-            "noisy": torch.randn(batch, config.in_dim, frames, *area, generator=generator),
-            "timesteps": torch.linspace(900.0, 100.0, batch),
-            "llama": torch.randn(batch, text, config.text_dim, generator=generator),
-            "llama_mask": _mask(batch, text),
-            "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
-            "guidance": torch.linspace(1000.0, 6000.0, batch),
-            "image_embeddings": torch.randn(batch, 7, config.image_dim, generator=generator),
-            "latent_indices": torch.arange(1, 1 + frames).expand(batch, -1),
-        }
+        draw, (frames, *area, _) = _drawing(), size
+        given = _hunyuan_inputs(config, draw, size, batch)
+        given["image_embeddings"] = draw(batch, 7, config.image_dim)
+        given["latent_indices"] = torch.arange(1, 1 + frames).expand(batch, -1)
         start = 1 + frames
         for kind, count in history.items():
-            given[f"clean_latents{kind}"] = torch.randn(
-                batch, config.in_dim, count, *area, generator=generator
-            )
+            given[f"clean_latents{kind}"] = draw(batch, config.in_dim, count, *area)
             given[f"clean_latent{kind}_indices"] = torch.arange(start, start + count).expand(batch, -1)
             start += count
         return given
@@ -171,15 +169,15 @@ def _flux(kind: str) -> TinyDit:
     config = flux.CONFIGS[kind]
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        draw, (_, *area, text) = _drawing(), size
         given = {
-            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "noisy": draw(batch, config.channels, 1, *area),
             "timesteps": torch.linspace(900.0, 100.0, batch),
-            "t5": torch.randn(batch, text, config.text_dim, generator=generator),
+            "t5": draw(batch, text, config.text_dim),
             "t5_mask": _mask(batch, text),
         }
         if config.pooled_dim:
-            given["pooled"] = torch.randn(batch, config.pooled_dim, generator=generator)
+            given["pooled"] = draw(batch, config.pooled_dim)
             given["guidance"] = torch.linspace(1.0, 6.0, batch)
         return given
 
@@ -191,33 +189,33 @@ def _flux_2() -> TinyDit:
     config = flux_2.CONFIGS["dev"]
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        draw, (_, *area, text) = _drawing(), size
         return {
-            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "noisy": draw(batch, config.channels, 1, *area),
             "timesteps": torch.linspace(900.0, 100.0, batch),
-            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "text": draw(batch, text, config.text_dim),
             "guidance": torch.linspace(1.0, 6.0, batch),
-            "references": [torch.randn(batch, config.channels, 1, 2, 3, generator=generator)],
+            "references": [draw(batch, config.channels, 1, 2, 3)],
         }
 
     make = _maker(Flux2Model, config, partial(flux_2.tiny_state, "dev"), *TWO_LISTS)
     return TinyDit("flux_2", Flux2Model.spec, make, "lora_flux_2", inputs)
 
 
-def _lumina() -> TinyDit:
-    config = lumina.CONFIG
+def _single_stream(name: str, model: Any, tiny: Any, lora: str) -> TinyDit:
+    """Lumina or Z-Image. tiny: the module of its files."""
+    config = tiny.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        draw, (_, *area, text) = _drawing(), size
         return {
-            "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
+            "noisy": draw(batch, config.in_dim, *area),
             "times": torch.linspace(0.1, 0.9, batch),
-            "caption": torch.randn(batch, text, config.text_dim, generator=generator),
+            "caption": draw(batch, text, config.text_dim),
             "caption_mask": _mask(batch, text),
         }
 
-    make = _maker(LuminaModel, config, lumina.tiny_state, "num_layers")
-    return TinyDit("lumina", LuminaModel.spec, make, "lora_lumina", inputs)
+    return TinyDit(name, model.spec, _maker(model, config, tiny.tiny_state, "num_layers"), lora, inputs)
 
 
 def _hunyuan_image() -> TinyDit:
@@ -225,14 +223,14 @@ def _hunyuan_image() -> TinyDit:
     config = hunyuan_image.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        draw, (_, *area, text) = _drawing(), size
         glyphs = 2 * torch.arange(batch)[:, None]
         return {
-            "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
+            "noisy": draw(batch, config.in_dim, *area),
             "timesteps": torch.linspace(900.0, 100.0, batch).trunc(),
-            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "text": draw(batch, text, config.text_dim),
             "text_mask": _mask(batch, text),
-            "glyphs": torch.randn(batch, 4, config.glyph_dim, generator=generator),
+            "glyphs": draw(batch, 4, config.glyph_dim),
             "glyph_mask": (torch.arange(4) < glyphs).long(),
         }
 
@@ -245,39 +243,21 @@ def _qwen_image(edits: bool = False) -> TinyDit:
     config = qwen_image.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        draw, (_, *area, text) = _drawing(), size
         return {
-            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "noisy": draw(batch, config.channels, 1, *area),
             "timesteps": torch.linspace(900.0, 100.0, batch),
-            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "text": draw(batch, text, config.text_dim),
             "text_mask": _mask(batch, text),
-            **(references(batch) if edits else {}),
         }
 
-    def references(batch: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(8)
-        found = torch.randn(batch, config.channels, 1, 4, 6, generator=generator)
-        return {"references": [found], "clean_references": True}
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        reference = _drawing(8)(batch, config.channels, 1, 4, 6)
+        return {**inputs(size, batch), "references": [reference], "clean_references": True}
 
     make = _maker(QwenImageModel, config, qwen_image.tiny_state, "num_layers")
     name = "qwen_image edit" if edits else "qwen_image"
-    return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", inputs)
-
-
-def _z_image() -> TinyDit:
-    config = z_image.CONFIG
-
-    def inputs(size: Size, batch: int) -> dict[str, Any]:
-        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
-        return {
-            "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
-            "times": torch.linspace(0.1, 0.9, batch),
-            "caption": torch.randn(batch, text, config.text_dim, generator=generator),
-            "caption_mask": _mask(batch, text),
-        }
-
-    make = _maker(ZImageModel, config, z_image.tiny_state, "num_layers")
-    return TinyDit("z_image", ZImageModel.spec, make, "lora_zimage", inputs)
+    return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", with_reference if edits else inputs)
 
 
 class FlatLtx(LtxModel):
@@ -292,10 +272,12 @@ def _ltx(version: str) -> TinyDit:
     return TinyDit(f"ltx_2 {version}", FlatLtx.spec, make, "lora_ltx2", partial(dit_inputs, version))
 
 
+LUMINA = _single_stream("lumina", LuminaModel, lumina, "lora_lumina")
+Z_IMAGE = _single_stream("z_image", ZImageModel, z_image, "lora_zimage")
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(_lumina(), _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), _z_image(), _ltx("2.0"), _ltx("2.3")),
+    *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
+    *(_qwen_image(edits=True), Z_IMAGE, _ltx("2.0"), _ltx("2.3")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

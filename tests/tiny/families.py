@@ -4,6 +4,7 @@ user would type.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ WriteClips = Callable[[Path], None]
 OUTPUT = [
     *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
 ]
+DATASET = ["--dataset_config", "dataset.toml"]
 VAE, TEXTS = ["--vae", "model/vae.safetensors"], ["--text_encoder", "model/text_encoder"]
+PRECISE = ["--vae_dtype", "float32"]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
+
+
+def _network(name: str) -> Command:
+    return f"--network_module networks.{name} --network_dim 4 --learning_rate {RATE}".split()
 
 
 @dataclass(frozen=True)
@@ -68,33 +75,15 @@ def _wan(
         write_image(folder / "start.png", 32, 32)
         write_image(folder / "end.png", 32, 32)
 
-    models = [
-        *("--task", task, "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors"),
-        *("--t5", "model/t5.safetensors"),
-    ]
-    clip = ["--clip", "model/clip.safetensors"] if with_clip else []
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", RATE]
+    texts = ["--t5", "model/t5.safetensors"]
+    models = ["--task", task, "--dit", "model/dit.safetensors", *VAE, *texts, *with_clip[:2]]
     return TinyFamily(
         name=f"wan {task}",
         prepare=prepare,
-        cache_latents=[
-            "wan_cache_latents.py",
-            *("--dataset_config", "dataset.toml", "--vae", "model/vae.safetensors"),
-            *("--vae_dtype", "float32"),
-            *with_clip,
-        ],
-        cache_texts=[
-            "wan_cache_text_encoder_outputs.py",
-            *("--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors"),
-        ],
-        train=[
-            "wan_train_network.py",
-            *models,
-            *clip,
-            *("--dataset_config", "dataset.toml", "--sdpa"),
-            *network,
-        ],
-        generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
+        cache_latents=["wan_cache_latents.py", *DATASET, *VAE, *PRECISE, *with_clip],
+        cache_texts=["wan_cache_text_encoder_outputs.py", *DATASET, *texts],
+        train=["wan_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_wan")],
+        generate=["wan_generate_video.py", *models, *media, *LENGTH],
         another_run=["--task", "t2v-14B"] if task == "t2v-1.3B" else [],
         changed_habit=["--rope_func", "comfy"],
         train_whole="wan_train.py",
@@ -109,16 +98,13 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         write_dataset(folder)
         write_image(folder / "start.png", 32, 32)
 
-    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
-    texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
-    models = ["--dit", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", RATE]
+    models = ["--dit", "model/dit.safetensors", *VAE, *PRECISE, *TWO_TEXTS]
     return TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=["cache_latents.py", "--dataset_config", "dataset.toml", *vae, *caching],
-        cache_texts=["cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
-        train=["hv_train_network.py", *models, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        cache_latents=["cache_latents.py", *DATASET, *VAE, *PRECISE, *caching],
+        cache_texts=["cache_text_encoder_outputs.py", *DATASET, *TWO_TEXTS],
+        train=["hv_train_network.py", *models, *DATASET, "--sdpa", *_network("lora")],
         generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
@@ -128,7 +114,7 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
 
 
 def _framepack(
-    name: str, *, switches: Command, media: Command, line: str, is_picture: bool = False
+    name: str, *, switches: Command, media: Command, line: str = "", is_picture: bool = False
 ) -> TinyFamily:
     """Sections are one latent frame long: clips of 5 and 9 frames have one and two."""
 
@@ -142,35 +128,20 @@ def _framepack(
             clips(folder / "clips")
             write_dataset(folder, frames="5, 9", batch_size=2, more="fp_latent_window_size = 1")
 
-    window = ["--latent_window_size", "1"]
-    vae, image_encoder = ["--vae", "model/vae.safetensors"], ["--image_encoder", "model/siglip.safetensors"]
-    texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
-    models = ["--dit", "model/dit.safetensors", *vae, *texts, *image_encoder, *window]
-    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4", "--learning_rate", RATE]
+    image_encoder = ["--image_encoder", "model/siglip.safetensors"]
+    models = ["--dit", "model/dit.safetensors", *VAE, *TWO_TEXTS, *image_encoder]
+    models += ["--latent_window_size", "1"]
     shared = [] if is_picture else switches  # a picture is asked for by its own options
+    habits = {"": ["--f1"], "--f1": ["--one_frame"]}
     return TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=[
-            "fpack_cache_latents.py",
-            *("--dataset_config", "dataset.toml"),
-            *vae,
-            *image_encoder,
-            *switches,
-        ],
-        cache_texts=["fpack_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
-        train=[
-            "fpack_train_network.py",
-            *models,
-            *switches,
-            *("--dataset_config", "dataset.toml", "--sdpa"),
-            *network,
-        ],
+        cache_latents=["fpack_cache_latents.py", *DATASET, *VAE, *image_encoder, *switches],
+        cache_texts=["fpack_cache_text_encoder_outputs.py", *DATASET, *TWO_TEXTS],
+        train=["fpack_train_network.py", *models, *switches, *DATASET, "--sdpa", *_network("lora_framepack")],
         generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
         another_run=[],
-        changed_habit={"": ["--f1"], "--f1": ["--one_frame"]}.get(
-            " ".join(switches), ["--guidance_scale", "5"]
-        ),
+        changed_habit=habits.get(" ".join(switches), ["--guidance_scale", "5"]),
         train_whole="fpack_train.py",
         sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
     )
@@ -188,18 +159,16 @@ def _ltx_2(name: str, mode: str) -> TinyFamily:
         write_image(folder / "start.png", 32, 32)
 
     release = ["--ltx2_checkpoint", LTX_2, "--ltx2_mode", mode]
-    vae = ["--vae_dtype", "float32"]
     texts = ["--gemma_root", "model/gemma", "--text_encoder_dtype", "float32"]
-    network = ["--network_module", "networks.lora_ltx2", "--network_dim", "4", "--learning_rate", RATE]
-    dataset = ["--dataset_config", "dataset.toml"]
+    models = [*release, *PRECISE, *texts]
     return TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=["ltx2_cache_latents.py", *dataset, *release, *vae],
-        cache_texts=["ltx2_cache_text_encoder_outputs.py", *dataset, *release, *texts],
-        train=["ltx2_train_network.py", *release, *vae, *texts, *dataset, "--sdpa", *network],
-        generate=["ltx2_generate_video.py", *release, *vae, *texts, *START, "--negative_prompt", "dull"]
-        + ["--video_length", "9", "--flow_shift", "5"],
+        cache_latents=["ltx2_cache_latents.py", *DATASET, *release, *PRECISE],
+        cache_texts=["ltx2_cache_text_encoder_outputs.py", *DATASET, *release, *texts],
+        train=["ltx2_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_ltx2")],
+        generate=["ltx2_generate_video.py", *models, *START]
+        + ["--negative_prompt", "dull", "--video_length", "9", "--flow_shift", "5"],
         another_run=["--lora_target_preset", "full"],
         changed_habit=["--audio_loss_weight", "2"],
         train_whole="",
@@ -231,16 +200,14 @@ def _pictures(
         write_plain_pictures(folder, side=32 if name == "hunyuan_image" else 48)
         write(folder)
 
-    dataset = ["--dataset_config", "dataset.toml"]
-    vae, texts = [*vae, "--vae_dtype", "float32"], [*texts, "--text_encoder_dtype", "float32"]
+    vae, texts = [*vae, *PRECISE], [*texts, "--text_encoder_dtype", "float32"]
     models = ["model/dit.safetensors", *vae, *texts, *release]
-    network = ["--network_module", f"networks.{lora}", "--network_dim", "4", "--learning_rate", RATE]
     usual = TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=[f"{scripts}_cache_latents.py", *dataset, *vae, *release],
-        cache_texts=[f"{scripts}_cache_text_encoder_outputs.py", *dataset, *texts, *release],
-        train=[f"{scripts}_train_network.py", dit, *models, *dataset, *training, *network],
+        cache_latents=[f"{scripts}_cache_latents.py", *DATASET, *vae, *release],
+        cache_texts=[f"{scripts}_cache_text_encoder_outputs.py", *DATASET, *texts, *release],
+        train=[f"{scripts}_train_network.py", dit, *models, *DATASET, *training, *_network(lora)],
         generate=[f"{scripts}_generate_image.py", dit, *models, *making, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
@@ -365,6 +332,7 @@ def _hunyuan_image() -> TinyFamily:
     )
 
 
+TWO_TEXTS = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 LTX_2 = "model/ltx 2.3.safetensors"
 CLIP = ["--clip", "model/clip.safetensors"]
@@ -375,41 +343,31 @@ START, END, FOLLOW = (
     ["--end_image_path", "end.png"],
     ["--control_path", "control/clip 0.mp4"],
 )
+FROM, TO, ALONG = "--i start.png", "--ei end.png", "--cn control/clip 0.mp4"  # in a line of prompts
+ONE_FRAME = ["--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path", *CONTROLS]
 
 FAMILIES = (
     _wan("t2v-1.3B", "t2v", with_clip=[], media=[]),
-    _wan("i2v-14B", "i2v", with_clip=CLIP, media=START, line="--i start.png"),
+    _wan("i2v-14B", "i2v", with_clip=CLIP, media=START, line=FROM),
+    _wan("flf2v-14B", "flf2v", with_clip=[*CLIP, "--flf2v"], media=[*START, *END], line=f"{FROM} {TO}"),
+    _wan("t2v-1.3B-FC", "fun-control", with_clip=[], media=FOLLOW, line=ALONG, more=CONTROL),
     _wan(
-        "flf2v-14B",
-        "flf2v",
-        with_clip=[*CLIP, "--flf2v"],
-        media=[*START, *END],
-        line="--i start.png --ei end.png",
-    ),
-    _wan(
-        "t2v-1.3B-FC", "fun-control", with_clip=[], media=FOLLOW, line="--cn control/clip 0.mp4", more=CONTROL
-    ),
-    _wan(
-        "i2v-14B-FC",
-        "fun-control-v1.1",
+        *("i2v-14B-FC", "fun-control-v1.1"),
         with_clip=CLIP,
         media=[*START, *FOLLOW],
-        line="--i start.png --cn control/clip 0.mp4",
+        line=f"{FROM} {ALONG}",
         more=CONTROL,
     ),
-    _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line="--i start.png"),
+    _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line=FROM),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
-    _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line="--i start.png"),
-    _framepack("framepack", switches=[], media=["--video_sections", "2"], line=""),
-    _framepack("framepack f1", switches=["--f1"], media=["--video_sections", "2"], line=""),
+    _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line=FROM),
+    _framepack("framepack", switches=[], media=["--video_sections", "2"]),
+    _framepack("framepack f1", switches=["--f1"], media=["--video_sections", "2"]),
     _framepack(
         "framepack one frame",
         switches=["--one_frame"],
-        media=[
-            *("--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path"),
-            *CONTROLS,
-        ],
-        line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
+        media=ONE_FRAME,
+        line=f"--of {ONE_FRAME[1]} --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
         is_picture=True,
     ),
     _flux("flux", "dev"),
@@ -424,6 +382,7 @@ FAMILIES = (
     _ltx_2("ltx_2", "v"),
     _ltx_2("ltx_2 with sound", "av"),
 )
+TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext", "flux_2"}  # of blocks
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
 
@@ -443,25 +402,25 @@ def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
 
 
 def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips) -> None:
-    """Write the project of a family of ONE_OF_EACH, with blocks enough to swap and to skip."""
+    """Write the project of a family with blocks enough to swap and to skip."""
     family.prepare(folder, clips)
-    if family.name == "hunyuan_video":
-        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
-    elif family.name in {"flux", "kontext"}:
-        write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
-    elif family.name == "flux_2":
-        write_tiny_flux_2(folder / "model", double_blocks=3, single_blocks=6)
-    elif family.name == "framepack":
-        write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
-    elif family.name == "hunyuan_image":
-        write_tiny_hunyuan_image(folder / "model", double_blocks=3, single_blocks=6)
-    elif family.name.startswith("qwen_image"):
-        write_tiny_qwen_image(folder / "model", edits="edit" in family.name, num_layers=4)
-    elif family.name == "z_image":
-        write_tiny_z_image(folder / "model", num_layers=4)
-    elif family.name == "lumina":
-        write_tiny_lumina(folder / "model", num_layers=4)
-    elif family.name.startswith("ltx_2"):
-        write_release(folder / "model", num_layers=4)
+    writers: dict[str, Callable[..., object]] = {
+        "hunyuan_video": write_tiny_hunyuan,
+        "framepack": write_tiny_framepack,
+        "hunyuan_image": write_tiny_hunyuan_image,
+        "flux": write_tiny_flux,
+        "kontext": write_tiny_flux,
+        "flux_2": write_tiny_flux_2,
+        "lumina": write_tiny_lumina,
+        "z_image": write_tiny_z_image,
+        "qwen_image": write_tiny_qwen_image,
+        "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
+        "ltx_2": write_release,
+        "ltx_2 with sound": write_release,
+    }
+    if family.name in TWO_LISTS:
+        writers[family.name](folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name in writers:
+        writers[family.name](folder / "model", num_layers=4)
     else:
         write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")

@@ -20,13 +20,7 @@ from tests.tiny.wan_encoders import random_tensors
 
 TEXT_LAYERS = {"klein": 28, "dev": 31}  # one more than is read
 CONFIG = Flux2Config(
-    dim=64,
-    ffn_dim=192,
-    num_heads=2,
-    double_blocks=2,
-    single_blocks=3,
-    channels=128,
-    text_dim=3 * DIM,
+    dim=64, ffn_dim=192, num_heads=2, double_blocks=2, single_blocks=3, channels=128, text_dim=3 * DIM
 )
 CONFIGS = {"klein": CONFIG, "dev": replace(CONFIG, has_guidance=True)}
 VERSIONS = {"klein": "klein-base-4b", "dev": "dev"}  # --model_version

@@ -1,7 +1,7 @@
 """Tiny random HunyuanVideo and SkyReels V1 transformers, as files of every dialect a user may have."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,14 +189,16 @@ def comfy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def diffusers_state(
+    state: Mapping[str, Tensor], parts_of: Callable[[str], list[str]] | None = None
+) -> dict[str, Tensor]:
     """The same weights in diffusers' layout: fused layers apart, the halves of the last modulation changed
-    about.
+    about. parts_of: names there, if they are not those of HunyuanVideo.
     """
     found: dict[str, Tensor] = {}
     dim = len(state["img_in.proj.weight"])
     for name, tensor in state.items():
-        parts = diffusers_parts(name)
+        parts = (parts_of or diffusers_parts)(name)
         heights = [dim] * (len(parts) - 1)  # query, key and value are as high as the model is wide
         for part, rows in zip(parts, tensor.split([*heights, len(tensor) - sum(heights)]), strict=True):
             found[part] = (

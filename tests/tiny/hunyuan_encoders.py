@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from encoders.clip_layers import ClipText
 from encoders.language_models import LanguageConfig, build_language_model
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from modules.checkpoints.filling import on_meta_device
+from tests.tiny.dit_files import write_tensors
 from tests.tiny.wan_encoders import CORPUS, random_tensors
 
 LLM_DIM = 128  # width of the language model's states
@@ -258,12 +258,7 @@ def write_clip_tokenizer(folder: Path) -> None:
 
 # Files
 
-
-def save(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """One safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    return path
+save = write_tensors
 
 
 def save_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 2) -> None:

@@ -16,6 +16,7 @@ from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.vae import HunyuanImageVaeConfig, HunyuanImageVaeDecoder, HunyuanImageVaeEncoder
 from modules.checkpoints.filling import on_meta_device
 from tests.golden_cases import read_case
+from tests.tiny import hunyuan_dit
 from tests.tiny.dit_files import write_dialect
 from tests.tiny.hunyuan_encoders import prefixed, save
 from tests.tiny.wan_encoders import random_tensors, t5_hf_tensors
@@ -75,101 +76,19 @@ def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) 
     return {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
 
 
-_COMFY = (
-    (r"(time_in|t_embedder)\.mlp\.0", r"\1.in_layer"),
-    (r"(time_in|t_embedder)\.mlp\.2", r"\1.out_layer"),
-    (r"c_embedder\.linear_1", "c_embedder.in_layer"),
-    (r"c_embedder\.linear_2", "c_embedder.out_layer"),
-    (r"(img|txt|self)_attn_(qkv|proj)", r"\1_attn.\2"),
-    (r"(img|txt)_attn_q_norm\.weight", r"\1_attn.norm.query_norm.scale"),
-    (r"(img|txt)_attn_k_norm\.weight", r"\1_attn.norm.key_norm.scale"),
-    (r"(single_blocks\.\d+)\.q_norm\.weight", r"\1.norm.query_norm.scale"),
-    (r"(single_blocks\.\d+)\.k_norm\.weight", r"\1.norm.key_norm.scale"),
-    (r"mlp\.fc1", "mlp.0"),
-    (r"mlp\.fc2", "mlp.2"),
-    (r"(img_mod|txt_mod|modulation)\.linear", r"\1.lin"),
-)
-
-
-def comfy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under ComfyUI's names."""
-    found = {}
-    for name, tensor in state.items():
-        for ours, theirs in _COMFY:
-            name = re.sub(ours, theirs, name)
-        found[name] = tensor
-    return found
-
-
-_DIFFUSERS = (
-    (r"time_in\.mlp\.0", "time_guidance_embed.timestep_embedder.linear_1"),
-    (r"time_in\.mlp\.2", "time_guidance_embed.timestep_embedder.linear_2"),
-    (r"byt5_in\.layernorm", "context_embedder_2.norm"),
-    (r"byt5_in\.fc", "context_embedder_2.linear_"),
-    (r"img_in\.", "x_embedder."),
-    (r"txt_in\.input_embedder", "context_embedder.proj_in"),
-    (r"txt_in\.t_embedder\.mlp\.0", "context_embedder.time_text_embed.timestep_embedder.linear_1"),
-    (r"txt_in\.t_embedder\.mlp\.2", "context_embedder.time_text_embed.timestep_embedder.linear_2"),
-    (r"txt_in\.c_embedder", "context_embedder.time_text_embed.text_embedder"),
-    (r"txt_in\.individual_token_refiner\.blocks", "context_embedder.token_refiner.refiner_blocks"),
-    (r"(refiner_blocks\.\d+)\.self_attn_proj", r"\1.attn.to_out.0"),
-    (r"(refiner_blocks\.\d+)\.mlp\.fc1", r"\1.ff.net.0.proj"),
-    (r"(refiner_blocks\.\d+)\.mlp\.fc2", r"\1.ff.net.2"),
-    (r"(refiner_blocks\.\d+)\.adaLN_modulation\.1", r"\1.norm_out.linear"),
-    (r"double_blocks\.", "transformer_blocks."),
-    (r"single_blocks\.", "single_transformer_blocks."),
-    (r"img_mod\.", "norm1."),
-    (r"txt_mod\.", "norm1_context."),
-    (r"img_attn_proj", "attn.to_out.0"),
-    (r"txt_attn_proj", "attn.to_add_out"),
-    (r"img_attn_([qk])_norm", r"attn.norm_\1"),
-    (r"txt_attn_([qk])_norm", r"attn.norm_added_\1"),
-    (r"img_mlp\.fc1", "ff.net.0.proj"),
-    (r"img_mlp\.fc2", "ff.net.2"),
-    (r"txt_mlp\.fc1", "ff_context.net.0.proj"),
-    (r"txt_mlp\.fc2", "ff_context.net.2"),
-    (r"(single_transformer_blocks\.\d+)\.([qk])_norm", r"\1.attn.norm_\2"),
-    (r"(single_transformer_blocks\.\d+)\.modulation\.", r"\1.norm."),
-    (r"(single_transformer_blocks\.\d+)\.linear2", r"\1.proj_out"),
-    (r"final_layer\.linear", "proj_out"),
-    (r"final_layer\.adaLN_modulation\.1", "norm_out.linear"),
-)
-_PARTS = (
-    (r"(.+refiner_blocks\.\d+)\.self_attn_qkv\.", r"\1.attn.to_{}."),
-    (r"(.+\.\d+)\.img_attn_qkv\.", r"\1.attn.to_{}."),
-    (r"(.+\.\d+)\.txt_attn_qkv\.", r"\1.attn.add_{}_proj."),
-    (r"(.+\.\d+)\.linear1\.", r"\1.attn.to_{}."),
-)
-
-
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights in diffusers' layout: queries, keys and values apart, the last halves swapped."""
-    found: dict[str, Tensor] = {}
-    for ours, tensor in state.items():
-        name = ours
-        for pattern, theirs in _DIFFUSERS:
-            name = re.sub(pattern, theirs, name)
-        if ours.startswith("final_layer.adaLN"):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        stacked = next((part for part in _PARTS if re.match(part[0], name)), None)
-        if stacked is None:
-            found[name] = tensor
-            continue
-        dim = state["img_in.proj.bias"].numel()
-        start = re.sub(*stacked, name)
-        for index, letter in enumerate("qkv"):
-            found[start.format(letter)] = tensor[index * dim : (index + 1) * dim].clone()
-        if len(tensor) > 3 * dim:
-            found[start.replace("attn.to_{}", "proj_mlp")] = tensor[3 * dim :].clone()
-    return found
+    return hunyuan_dit.diffusers_state(state, diffusers_parts)
 
 
 def diffusers_parts(name: str) -> list[str]:
-    """What a published weight of a linear layer is there: one, or those that are stacked."""
-    heights = {"qkv": 3, "linear1": 7}
-    rows = next((height for ending, height in heights.items() if ending in name), 1)
-    found = diffusers_state({name: torch.zeros(rows, 1), "img_in.proj.bias": torch.zeros(1)})
-    return [part for part in found if not part.startswith("x_embedder")]
+    """The names there of a published tensor; several where it is fused there."""
+    if name.startswith("byt5_in."):
+        name = name.replace("byt5_in.layernorm", "context_embedder_2.norm")
+        return [name.replace("byt5_in.fc", "context_embedder_2.linear_")]
+    return [
+        re.sub("^time_text_embed", "time_guidance_embed", part) for part in hunyuan_dit.diffusers_parts(name)
+    ]
 
 
 def write_dit(
@@ -178,11 +97,9 @@ def write_dit(
     """Write a transformer as one of DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    return (
-        save(path, comfy_state(state))
-        if dialect == "comfy"
-        else write_dialect(path, state, dialect, diffusers_state)
-    )
+    if dialect == "comfy":
+        return save(path, hunyuan_dit.comfy_state(state))
+    return write_dialect(path, state, dialect, diffusers_state)
 
 
 def vae_state(seed: int = 5, config: HunyuanImageVaeConfig = VAE) -> dict[str, Tensor]:

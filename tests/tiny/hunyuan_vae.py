@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hunyuan_model.vae import HunyuanVae
 from hunyuan_model.vae_blocks import HunyuanVaeConfig
+from tests.tiny.dit_files import write_tensors
 from tests.tiny.wan_encoders import random_tensors
 
 
@@ -52,10 +52,4 @@ def vae_comfy_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_vae(path: Path, width: int = 8, dtype: torch.dtype = torch.float32) -> Path:
     """A tiny VAE with the official names, pickled where the name of the file ends so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype) for name, tensor in vae_tensors(width).items()}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path)
-    else:
-        torch.save(tensors, path)
-    return path
+    return write_tensors(path, {name: tensor.to(dtype) for name, tensor in vae_tensors(width).items()})

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.checkpoints.writing import save_tensors
 from post.faces.retinaface import SIZES, RetinaFace, RetinaFaceConfig
 from post.faces.retinaface_bodies import MobileNetConfig, ResNetConfig
+from tests.tiny.dit_files import write_tensors
 
 MOBILE = RetinaFaceConfig(MobileNetConfig(((4, 4, 6, 6, 8, 8), (8,) * 6, (8, 8))), 8)
 RESNET = RetinaFaceConfig(ResNetConfig(4, (1, 2, 1, 1), (2, 2, 4, 4), (8, 8, 12, 12)), 16)
@@ -65,13 +65,7 @@ def red_retinaface(face: float = 16.0) -> dict[str, Tensor]:
 
 def write_red_detector(path: Path, face: float = 16.0) -> Path:
     """A file of `red_retinaface`, .pth or .safetensors."""
-    return write_weights(path, red_retinaface(face))
+    return write_tensors(path, red_retinaface(face))
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> Path:
-    """A model file, .pth or .safetensors."""
-    if path.suffix == ".safetensors":
-        save_tensors(path, weights)
-    else:
-        torch.save(weights, path)
-    return path
+write_weights = write_tensors

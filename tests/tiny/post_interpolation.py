@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.writing import save_tensors
 from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.motion import GimmConfig, GimmVfi, Interpolation, MotionConfig
 from post.interpolation.raft import Raft, RaftConfig
 from post.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig
 from post.interpolation.twins import StageConfig
+from tests.tiny.dit_files import write_tensors
 
 RAFT = RaftConfig(
     stages=(8, 8, 8),
@@ -84,8 +84,8 @@ def write_gimm_r(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     network, raft = draw(GimmVfi(GIMM_R), 0), draw(Raft(RAFT, ITERATIONS), 1)
     assert isinstance(network, GimmVfi)
-    save_tensors(folder / "gimmvfi_r_arb_lpips_fp32.safetensors", published(network))
-    save_tensors(folder / "raft-things_fp32.safetensors", raft.state_dict())
+    write_tensors(folder / "gimmvfi_r_arb_lpips_fp32.safetensors", published(network))
+    write_tensors(folder / "raft-things_fp32.safetensors", raft.state_dict())
     (folder / "gimmvfi_r_arb.yaml").write_text(f"arch:\n  raft_iter: {ITERATIONS}\n", encoding="utf-8")
     return folder
 
@@ -95,7 +95,7 @@ def write_gimm_f(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     network = draw(GimmVfi(GIMM_F), 0)
     assert isinstance(network, GimmVfi)
-    save_tensors(folder / "gimmvfi_f_arb_lpips_fp32.safetensors", published(network))
+    write_tensors(folder / "gimmvfi_f_arb_lpips_fp32.safetensors", published(network))
     return folder
 
 
@@ -137,9 +137,4 @@ def flowformer_tensors() -> dict[str, Tensor]:
 
 def write_flowformer(path: Path, prefix: str = "") -> Path:
     """A file of the layout of flowformer_sintel, .safetensors or .pth."""
-    tensors = {prefix + name: tensor for name, tensor in flowformer_tensors().items()}
-    if path.suffix == ".safetensors":
-        save_tensors(path, tensors)
-    else:
-        torch.save(tensors, path)
-    return path
+    return write_tensors(path, {prefix + name: tensor for name, tensor in flowformer_tensors().items()})

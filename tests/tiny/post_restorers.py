@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.writing import save_tensors
 from post.faces.codeformer import CONV, NORM, RES, RESIZE, CodeFormer, CodeFormerBlock, CodeFormerConfig
 from post.faces.gfpgan import Gfpgan, GfpganConfig
 from post.faces.restorers import ParseNet, ParseNetConfig
 from tests.golden_cases import make_weights
+from tests.tiny.dit_files import write_tensors
 
 SIZE = 32  # of faces
 GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, steered=(6, 5, 4))
@@ -80,8 +80,7 @@ def parsenet_weights(part: int | None = None, config: ParseNetConfig = PARSENET)
 
 def write_model(path: Path, weights: dict[str, Tensor], wrapper: str | None = None) -> Path:
     """A .pth file, its tensors below a key such as params_ema, or a safetensors file."""
-    if path.suffix == ".safetensors":
-        save_tensors(path, weights)
-    else:
-        torch.save(weights if wrapper is None else {wrapper: weights}, path)
+    if wrapper is None:
+        return write_tensors(path, weights)
+    torch.save({wrapper: weights}, path)
     return path

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints.writing import save_tensors
 from post.upscaling.rrdb import CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
+from tests.tiny.dit_files import write_tensors
 
 SWINIR = SwinirConfig(
     dim=12,
@@ -89,13 +89,7 @@ def in_middle_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def write(path: Path, weights: dict[str, Any]) -> Path:
-    """Write .pth or .safetensors."""
-    if path.suffix == ".safetensors":
-        save_tensors(path, weights)
-    else:
-        torch.save(weights, path)
-    return path
+write = write_tensors
 
 
 def write_swinir(path: Path, **changes: Any) -> Path:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
-from tests.tiny.dit_files import draw
+from tests.tiny.dit_files import draw, write_tensors
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer
 
 TEXT_DIM = 64
@@ -126,17 +125,17 @@ VAE = {
 
 def write_sd1(folder: Path, channels: int = 4, name: str = "sd1.safetensors", **sizes: Any) -> Path:
     """SD 1.x as a single file. channels: 9 for inpainting. sizes: other values of the U-Net's config."""
-    return _write_single(folder / name, "sd1", {"in_channels": channels, **sizes})
+    return write_tensors(folder / name, single_file_state("sd1", in_channels=channels, **sizes))
 
 
 def write_sd2(folder: Path, name: str = "sd2.safetensors", **sizes: Any) -> Path:
     """SD 2.x as a single file. Nothing in such a file tells whether it predicts v."""
-    return _write_single(folder / name, "sd2", sizes)
+    return write_tensors(folder / name, single_file_state("sd2", **sizes))
 
 
 def write_sdxl(folder: Path, name: str = "sdxl.safetensors", **sizes: Any) -> Path:
     """SDXL as a single file."""
-    return _write_single(folder / name, "sdxl", sizes)
+    return write_tensors(folder / name, single_file_state("sdxl", **sizes))
 
 
 WRITERS: dict[str, Callable[..., Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
@@ -145,11 +144,11 @@ WRITERS: dict[str, Callable[..., Path]] = {"sd1": write_sd1, "sd2": write_sd2, "
 def write_folder(kind: str, folder: Path, velocity: bool = False, **sizes: Any) -> Path:
     """The same weights as a diffusers folder, which diffusers' own pipelines open."""
     tiny = KINDS[kind]
-    _save(folder / "unet" / "diffusion_pytorch_model.safetensors", unet_state(kind, **sizes))
+    write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet_state(kind, **sizes))
     _write_json(
         folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **tiny.unet, **sizes}
     )
-    _save(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_state())
+    write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_state())
     _write_json(
         folder / "vae" / "config.json",
         {"_class_name": "AutoencoderKL", **VAE, "scaling_factor": tiny.latent_scale},
@@ -164,7 +163,7 @@ def write_folder(kind: str, folder: Path, velocity: bool = False, **sizes: Any) 
         ending = "" if number == 0 else f"_{number + 1}"
         is_projected = kind == "sdxl" and number == 1
         architecture = "CLIPTextModelWithProjection" if is_projected else "CLIPTextModel"
-        _save(
+        write_tensors(
             folder / f"text_encoder{ending}" / "model.safetensors",
             text_state(kind, number, projected=is_projected),
         )
@@ -328,10 +327,6 @@ def _draw_all(network: torch.nn.Module, seed: int) -> dict[str, Tensor]:
 # The same weights under the released single files' names
 
 
-def _write_single(path: Path, kind: str, sizes: Mapping[str, Any]) -> Path:
-    return _save(path, single_file_state(kind, **sizes))
-
-
 def single_file_state(kind: str, **sizes: Any) -> dict[str, Tensor]:
     """All of a checkpoint under the released names, with what such files carry beside the networks."""
     unet = ldm_unet(unet_state(kind, **sizes))
@@ -471,12 +466,6 @@ def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(theirs, released)
         stored[name] = tensor
     return stored
-
-
-def _save(path: Path, state: Mapping[str, Tensor]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    return path
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
