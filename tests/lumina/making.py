@@ -6,23 +6,15 @@ import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
-from lumina.files import load_dit
 from lumina.model import LuminaModel
-from tests.golden_cases import load_model
+from tests.tiny.dit_files import frozen
 from tests.tiny.lumina import CONFIG, diffusers_state, tiny_state
 
 TEXT_ROWS = 12
 
 
-def golden_model() -> LuminaModel:
-    """The model of the golden cases."""
-    return load_model("lumina_dit", load_dit)
-
-
 def tiny_model() -> LuminaModel:
-    model = LuminaModel(CONFIG)
-    model.load_state_dict(tiny_state())
-    return model.eval().requires_grad_(False)
+    return frozen(LuminaModel(CONFIG), tiny_state())
 
 
 def tiny_inputs(lengths: tuple[int, ...] = (5, 11)) -> dict[str, Any]:
@@ -52,5 +44,4 @@ def in_diffusers(state: dict[str, Tensor], layers: int = CONFIG.num_layers) -> L
         cap_feat_dim=CONFIG.text_dim,
         axes_dim_rope=(CONFIG.head_width // 3,) * 3,
     )
-    theirs.load_state_dict(diffusers_state(state))
-    return theirs.eval().requires_grad_(False)
+    return frozen(theirs, diffusers_state(state))

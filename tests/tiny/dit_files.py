@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SHARDS = 3
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -29,6 +31,12 @@ def draw_state(
         shapes = make().state_dict()
     generator = torch.Generator().manual_seed(seed)
     return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+
+
+def frozen(network: Network, state: Mapping[str, Tensor]) -> Network:
+    """The network with these weights, which do not learn."""
+    network.load_state_dict(dict(state))
+    return network.eval().requires_grad_(False)
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:
