@@ -206,12 +206,12 @@ def test_the_guides_defaults_are_put_into_our_words() -> None:
 
 def test_the_guides_sizes_dtypes_and_loras_are_put_into_our_words() -> None:
     """Sizes are rounded up to whole tokens; dtypes of 8 bits are ways to keep weights."""
-    words = words_of(*["--width", "1000", "--height", "17", "--lora_weights", "a;b.safetensors;0.5", "c"])
+    words = words_of("--width", "1000", "--height", "17", "--lora_weights", "a;b.safetensors;0.5", "c")
     assert words[words.index("--image_size") :][:3] == ["--image_size", "32", "1008"]
     assert words[words.index("--lora_weight") :][:3] == ["--lora_weight", "a;b.safetensors", "c"]
     assert words[words.index("--lora_multiplier") :][:3] == ["--lora_multiplier", "0.5", "1"]
 
-    words = words_of(*["--flux_dtype", "fp8_e4m3fn", "--t5xxl_dtype", "fp8", "--clip_l_dtype", "float16"])
+    words = words_of("--flux_dtype", "fp8_e4m3fn", "--t5xxl_dtype", "fp8", "--clip_l_dtype", "float16")
     assert {"--dit_dtype=bfloat16", "--text_encoder_dtype=float16", "--fp8", "--fp8_t5"} <= set(words)
     assert "--fp8" in words_of("--dtype", "float8_e4m3fn")
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from modules.speed_options import SDPA, AttentionChoice
 from tests.golden_cases import make_weights, read_case
+from tests.tiny.dit_files import frozen
 from tests.tiny.hunyuan_image import CONFIG, GLYPH_DIM, TEXT_DIM, diffusers_state, tiny_state
 
 
@@ -34,25 +34,20 @@ def golden_model() -> HunyuanImageModel:
             glyph_hidden=(sizes["byt5_hidden"],) * 2,
         )
     )
-    model.load_state_dict(make_weights(case["weights_model_key"], case["weights"], case["salt"]))
-    return model.eval().requires_grad_(False)
+    return frozen(model, make_weights(case["weights_model_key"], case["weights"], case["salt"]))
 
 
-def tiny_model(attention: AttentionChoice = SDPA) -> HunyuanImageModel:
+def tiny_model() -> HunyuanImageModel:
     """The tiny transformer of `tests.tiny.hunyuan_image`."""
-    model = HunyuanImageModel(CONFIG, attention)
-    model.load_state_dict(tiny_state())
-    return model.eval().requires_grad_(False)
+    return frozen(HunyuanImageModel(CONFIG), tiny_state())
 
 
-def tiny_inputs(
-    lengths: tuple[int, ...] = (5, 9), glyphs: tuple[int, ...] = (4, 0), size: tuple[int, int] = (4, 6)
-) -> dict[str, Tensor]:
+def tiny_inputs(lengths: tuple[int, ...], glyphs: tuple[int, ...]) -> dict[str, Tensor]:
     """Arguments of the tiny transformer; padding holds large numbers, which must not matter."""
     torch.manual_seed(1)
     batch = len(lengths)
     inputs = {
-        "noisy": torch.randn(batch, CONFIG.in_dim, *size),
+        "noisy": torch.randn(batch, CONFIG.in_dim, 4, 6),
         "timesteps": torch.linspace(100, 900, batch).trunc(),
         "text": torch.randn(batch, 9, TEXT_DIM),
         "text_mask": _mask(lengths, 9),
