@@ -1,35 +1,10 @@
-"""Tiny Lumina-Image-2.0 transformers, here and in diffusers, and what their forward takes."""
+"""The tiny Lumina-Image-2.0 in diffusers."""
 
-from typing import Any
-
-import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
-from lumina.model import LuminaModel
 from tests.tiny.dit_files import frozen
-from tests.tiny.lumina import CONFIG, diffusers_state, tiny_state
-
-TEXT_ROWS = 12
-
-
-def tiny_model() -> LuminaModel:
-    return frozen(LuminaModel(CONFIG), tiny_state())
-
-
-def tiny_inputs(lengths: tuple[int, ...] = (5, 11)) -> dict[str, Any]:
-    """lengths: real tokens of each sample's caption; what stands in the padding is large, so that a look at
-    it shows.
-    """
-    generator, batch = torch.Generator().manual_seed(7), len(lengths)
-    mask = (torch.arange(TEXT_ROWS) < torch.tensor(lengths)[:, None]).long()
-    text = torch.randn(batch, TEXT_ROWS, CONFIG.text_dim, generator=generator)
-    return {
-        "noisy": torch.randn(batch, CONFIG.in_dim, 4, 6, generator=generator),
-        "times": torch.linspace(0.1, 0.9, batch),
-        "caption": torch.where(mask[:, :, None] == 1, text, 30 * text),
-        "caption_mask": mask,
-    }
+from tests.tiny.lumina import CONFIG, diffusers_state
 
 
 def in_diffusers(state: dict[str, Tensor], layers: int = CONFIG.num_layers) -> Lumina2Transformer2DModel:
