@@ -32,9 +32,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("case", "recorded", "model", "steps", "masks", "scale"),
     [
+        ("flux_sampling", "latent_dev", "flux_dit_guidance", "steps", False, 1.0),
         ("flux_sampling", "latent_dev_mask", "flux_dit_guidance", "steps", True, 1.0),
         ("flux_sampling", "latent_dev_cfg", "flux_dit_guidance", "steps", False, 4.0),
         ("flux_sampling", "latent_schnell", "flux_dit_noguidance", "steps_schnell", False, 1.0),
+        ("chroma_sampling", "latent", "chroma_dit", "steps", True, 1.0),
         ("chroma_sampling", "latent_cfg", "chroma_dit", "steps", True, 4.0),
     ],
 )
