@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
+from hunyuan_model.blocks import BlockNetwork, EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import BlockNetwork
 from modules.speed_options import SDPA, AttentionChoice
 
 

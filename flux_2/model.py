@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model.blocks import (
+    BlockNetwork,
     DoubleStreamBlock,
     EmbeddedText,
     Heads,
@@ -29,7 +30,6 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import BlockNetwork
 from modules.speed_options import SDPA, AttentionChoice
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hunyuan_image.configs import DIT, HunyuanImageConfig
 from hunyuan_model.blocks import (
+    BlockNetwork,
     EmbeddedText,
     HunyuanTokens,
     MMDoubleStreamBlock,
@@ -28,7 +29,6 @@ from modules.attention.attend import lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import BlockNetwork
 from modules.speed_options import SDPA, AttentionChoice
 
 GLYPH_EPS = 1e-5  # of the norm before the glyph layers

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
+    BlockNetwork,
     EmbeddedText,
     HunyuanTokens,
     MMDoubleStreamBlock,
@@ -28,7 +29,6 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import BlockNetwork
 from modules.speed_options import SDPA, AttentionChoice
 
 

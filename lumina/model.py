@@ -20,7 +20,7 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
-from modules.run_blocks import BlockNetwork
+from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -32,11 +32,10 @@ class TokenLayout(NamedTuple):
     longest: int  # rows of the captions, with those that only longer ones have
 
 
-class LuminaModel(BlockNetwork):
+class LuminaModel(nn.Module):
     """Predict where noisy latents of pictures are to go, from a caption's states."""
 
     spec = DIT
-    named_dtype = "layers.0.attention_norm1.weight"
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
@@ -67,17 +66,31 @@ class LuminaModel(BlockNetwork):
         """The last layer."""
         return self.final_layer
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("layers.0.attention_norm1.weight").dtype  # others may be in 8 bits
+
+    def forward(
+        self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Direction from noise to picture, B in_dim H W in float32: latents - noise.
+
+        noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
+        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
+        call; their second text has the names caption and caption_mask. Raises ValueError where sizes do not
+        go together.
+        """
+        hidden = Hidden(*self.embed(noisy, times, caption, caption_mask, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
     def embed(
         self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
     ) -> tuple[Tensor, LuminaTokens]:
         """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
         A second caption comes behind the first one.
-
-        noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
-        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
-        call; their second text has the names caption and caption_mask. Raises ValueError where sizes do not
-        go together.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -113,7 +126,7 @@ class LuminaModel(BlockNetwork):
         return torch.cat([image, text, second_text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Turn tokens B L+T C into the direction, latents - noise, B in_dim H W in float32."""
+        """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
         (rows, columns), patch = tokens.grid, self.config.patch_size
         patches = self.last(x[:, : tokens.image], tokens).float()
         return rearrange(

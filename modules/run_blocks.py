@@ -1,8 +1,8 @@
 """The one loop over a transformer's blocks, and the place where code from outside stands around it.
 
-Every DiT is embed -> blocks -> unembed, most of them by `BlockNetwork`. Its `forward` calls `run_blocks` for
-the blocks, which calls the DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A
-runner usually wraps the earlier one, so several stack up:
+Every DiT is embed -> blocks -> unembed. Its `forward` calls `run_blocks` for the blocks, which calls the
+DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A runner usually wraps the
+earlier one, so several stack up:
 
     inner = runner_of(dit)
 
@@ -17,13 +17,12 @@ runner usually wraps the earlier one, so several stack up:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from modules.contract.family import DitSpec
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.contract.steps import Tweaks
 
 _RUNNER = "_runner"  # under which a network carries its own
 
@@ -42,31 +41,6 @@ class Hidden:
 
 
 Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
-
-
-class BlockNetwork(nn.Module):
-    """A transformer whose pass is embed -> blocks -> unembed, which is all that `forward` does."""
-
-    named_dtype: ClassVar[str]  # a parameter of the blocks' dtype; others may be in 8 bits
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
-        return self.get_parameter(self.named_dtype).dtype
-
-    def forward(self, *given: Any, tweaks: Tweaks = NO_TWEAKS, **named: Any) -> Any:
-        """Return what `unembed` makes. The arguments are those of `embed`."""
-        hidden = Hidden(*self.embed(*given, **named, tweaks=tweaks))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
-    def embed(self, *given: Any, **named: Any) -> tuple[Tensor, Any]:
-        """Return the tokens, B L C, and the other inputs of the blocks."""
-        raise NotImplementedError
-
-    def unembed(self, x: Tensor, tokens: Any) -> Any:
-        """Return the result of a pass."""
-        raise NotImplementedError
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:

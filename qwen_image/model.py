@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
     NOWHERE,
+    BlockNetwork,
     DoubleStreamBlock,
     EmbeddedText,
     Heads,
@@ -32,7 +33,6 @@ from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import BlockNetwork
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
