@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import BlockNetwork, EmbeddedText, HunyuanTokens, join_tokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
+from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -89,10 +90,8 @@ class FluxFinalLayer(HunyuanFinalLayer):
         return super().rows(vector)
 
 
-class FluxModel(BlockNetwork):
+class FluxModel(nn.Module):
     """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
-
-    named_dtype = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -123,6 +122,35 @@ class FluxModel(BlockNetwork):
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("img_in.bias").dtype  # the weights of blocks may be in 8 bits
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        t5: Tensor,
+        t5_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Velocity B Z 1 H W in float32.
+
+        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
+        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
+        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
+        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
+        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
+        size. Raises ValueError where sizes do not go together.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks, references))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
     def embed(
         self,
         noisy: Tensor,
@@ -137,13 +165,6 @@ class FluxModel(BlockNetwork):
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         References come behind the picture, a second text behind the first one.
-
-        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
-        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
-        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
-        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
-        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
-        size. Raises ValueError where sizes do not go together.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)

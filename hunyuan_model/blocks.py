@@ -10,7 +10,7 @@ checkpoints.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as functional
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
-from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -29,24 +27,6 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # a place behind all tokens
-
-
-class BlockNetwork(nn.Module):
-    """A transformer whose pass is embed -> blocks -> unembed; `forward` takes what its `embed` does."""
-
-    named_dtype: ClassVar[str]  # a parameter of the blocks' dtype; others may be in 8 bits
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
-        return self.get_parameter(self.named_dtype).dtype
-
-    def forward(self, *given: Any, tweaks: Tweaks = NO_TWEAKS, **named: Any) -> Any:
-        """Return what the network's `unembed` makes."""
-        network: Any = self
-        hidden = Hidden(*network.embed(*given, **named, tweaks=tweaks))
-        run_blocks(self, hidden, tweaks)
-        return network.unembed(hidden.x, hidden.tokens)
 
 
 @dataclass(frozen=True)
