@@ -220,7 +220,7 @@ class HunyuanVideo(OneTransformer):
             timesteps.to(guidance.dtype).float(),
             *name_texts(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation

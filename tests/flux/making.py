@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from flux.model import FluxModel, pack, unpack
+from tests.tiny.dit_files import frozen
 from tests.tiny.flux import CONFIGS, diffusers_state, tiny_state
 
 TEXT_ROWS = 9
 
 
 def tiny_model(kind: str) -> FluxModel:
-    model = FluxModel(CONFIGS[kind])
-    model.load_state_dict(tiny_state(kind))
-    return model.eval().requires_grad_(False)
+    return frozen(FluxModel(CONFIGS[kind]), tiny_state(kind))
 
 
 def in_diffusers(kind: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -51,8 +50,7 @@ def in_diffusers(kind: str, state: Mapping[str, Tensor] | None = None) -> nn.Mod
             pooled_projection_dim=state["vector_in.in_layer.weight"].shape[1],
             guidance_embeds=config.has_guidance,
         )
-    model.load_state_dict(diffusers_state(state))
-    return model.eval().requires_grad_(False)
+    return frozen(model, diffusers_state(state))
 
 
 def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 3)) -> dict[str, Any]:

@@ -29,11 +29,6 @@ from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
 CPU = torch.device("cpu")
 
 
-def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
-    """The family with the weights of a recorded case in a file."""
-    return Flux(FluxFiles(write_model(case, folder), masks_text=masks_text))
-
-
 @pytest.mark.parametrize(
     ("case", "recorded", "model", "steps", "masks", "scale"),
     [
@@ -49,12 +44,10 @@ def test_a_whole_run_equals_the_recorded_one(
     tmp_path: Path, case: str, recorded: str, model: str, steps: str, masks: bool, scale: float
 ) -> None:
     description, tensors = read_case(case)
-    family = golden_family(tmp_path, model, masks)
-    width, height = description["width_height"]
-    request = Request(
-        "p", description["seed"], width, height, 1, description[steps], scale, description["guidance"]
-    )
-    prepared = family.prepare(request)
+    family = Flux(FluxFiles(write_model(model, tmp_path), masks_text=masks))
+    size = (*description["width_height"], 1)
+    asked = (description["seed"], *size, description[steps], scale, description["guidance"])
+    prepared = family.prepare(Request("p", *asked))
 
     def text(ending: str) -> dict[str, Tensor | list[Tensor]]:
         names = {"t5_out": "t5", "t5_attn_mask": "t5_mask", "l_pooled": "pooled"}
@@ -67,15 +60,9 @@ def test_a_whole_run_equals_the_recorded_one(
         starts.append(done.step.noisy)  # type: ignore[attr-defined]
         return False
 
+    encoded = {0: EncodedPrompts(text(""), text("_negative"))}
     latents = make_latents(
-        family,
-        lambda timestep: dit,
-        prepared,
-        {0: EncodedPrompts(text(""), text("_negative"))},
-        {0: {}},
-        CPU,
-        watchers=[watch],
-        split=scale == 1,
+        family, lambda _: dit, prepared, encoded, {0: {}}, CPU, watchers=[watch], split=scale == 1
     )
 
     torch.testing.assert_close(pack(starts[0]), tensors["noise"], atol=DRAWN, rtol=0)
@@ -182,35 +169,24 @@ def test_training_feeds_the_texts_and_the_guidance(tmp_path: Path, kind: str, gu
     torch.testing.assert_close(velocity, tiny_model(kind)(**expected), rtol=1e-5, atol=1e-5)
 
 
-def test_caches_without_a_text_or_of_another_encoder_are_refused(tmp_path: Path) -> None:
-    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state())))
+def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     latents = torch.zeros(1, 16, 1, 4, 4)
-    texts = {"t5_out": torch.zeros(1, 9, 48), "t5_attn_mask": torch.ones(1, 9)}
-
-    with pytest.raises(CacheError, match="l_pooled"):
-        family.batch_conditions(latents, Batch(texts, ("a",), ("a",)))
-    with pytest.raises(CacheError, match="l_pooled in its cache is 7 numbers wide"):
-        family.batch_conditions(latents, Batch({**texts, "l_pooled": torch.zeros(1, 7)}, ("a",), ("a",)))
-
-
-def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
-    latents = torch.zeros(1, 16, 1, 4, 4)
-    texts = {
-        "t5_attn_mask": torch.ones(1, 257),
-        "l_pooled": torch.zeros(1, 24),
-        "t5_out": torch.zeros(1, 257, 48),
-    }
+    states, mask = torch.zeros(1, 257, 48), torch.ones(1, 257)
+    texts = {"t5_attn_mask": mask, "l_pooled": torch.zeros(1, 24), "t5_out": states}
     made = MadeBy(Path("a.npz"), "t5", {"t5_mask": "not used"})
     batch = Batch(texts, ("a",), ("a",), (made,))
     dev = Flux(FluxFiles(write_dit(tmp_path / "dev", tiny_state())))
     schnell = Flux(FluxFiles(write_dit(tmp_path / "schnell", tiny_state("schnell"))))
 
     dev.batch_conditions(latents, batch)
+    with pytest.raises(CacheError, match="l_pooled"):
+        dev.batch_conditions(latents, replace(batch, tensors={"t5_out": states, "t5_attn_mask": mask}))
     with pytest.raises(CacheError, match="mask of padding was not used .* for --apply_t5_attn_mask"):
         replace(dev, files=replace(dev.files, masks_text=True)).batch_conditions(latents, batch)
     for name, wrong, says in (
         ("t5_attn_mask", torch.ones(1, 9), "of another length than t5_out"),
         ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
+        ("l_pooled", torch.zeros(1, 7), "l_pooled in its cache is 7 numbers wide"),
     ):
         with pytest.raises(CacheError, match=says):
             dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))
@@ -218,53 +194,28 @@ def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
         schnell.batch_conditions(latents, batch)
 
 
-def words_of(*argv: str) -> dict[str, str | None]:
-    """Option -> its value; None for a switch."""
-    words = generation_words(read_minimal("", ["--ckpt_path", "flux1-dev.safetensors", *argv]))
-    return {option: value or None for option, _, value in (word.partition("=") for word in words)}
+def words_of(*argv: str) -> list[str]:
+    return generation_words(read_minimal("", ["--ckpt_path", "flux1-dev.safetensors", *argv]))
 
 
 def test_the_guides_defaults_are_put_into_our_words() -> None:
     words = words_of()
 
-    assert words["--prompt"] == "A photo of a cat"
-    assert words["--guidance_scale"] == "1.0"
-    assert words["--embedded_cfg_scale"] == "3.5"
-    assert words["--dit_dtype"] == words["--text_encoder_dtype"] == words["--vae_dtype"] == "bfloat16"
-    assert "--seed" not in words
-    assert "--infer_steps" not in words  # those of the model
+    assert {"--prompt=A photo of a cat", "--guidance_scale=1.0", "--embedded_cfg_scale=3.5"} <= set(words)
+    assert {f"--{part}_dtype=bfloat16" for part in ("dit", "text_encoder", "vae")} <= set(words)
+    assert not [word for word in words if word.startswith(("--seed", "--infer_steps"))]  # those of the model
 
 
-def test_sizes_are_rounded_up_to_whole_tokens() -> None:
-    words = generation_words(read_minimal("", ["--ckpt_path", "x", "--width", "1000", "--height", "17"]))
+def test_the_guides_sizes_dtypes_and_loras_are_put_into_our_words() -> None:
+    """Sizes are rounded up to whole tokens; dtypes of 8 bits are ways to keep weights."""
+    words = words_of("--width", "1000", "--height", "17", "--lora_weights", "a;b.safetensors;0.5", "c")
+    assert words[words.index("--image_size") :][:3] == ["--image_size", "32", "1008"]
+    assert words[words.index("--lora_weight") :][:3] == ["--lora_weight", "a;b.safetensors", "c"]
+    assert words[words.index("--lora_multiplier") :][:3] == ["--lora_multiplier", "0.5", "1"]
 
-    size = words.index("--image_size")
-    assert words[size + 1 : size + 3] == ["32", "1008"]
-
-
-def test_dtypes_of_8_bits_are_ways_to_keep_weights() -> None:
     words = words_of("--flux_dtype", "fp8_e4m3fn", "--t5xxl_dtype", "fp8", "--clip_l_dtype", "float16")
-
-    assert words["--dit_dtype"] == "bfloat16"
-    assert words["--text_encoder_dtype"] == "float16"
-    assert {"--fp8", "--fp8_t5"} <= words.keys()
+    assert {"--dit_dtype=bfloat16", "--text_encoder_dtype=float16", "--fp8", "--fp8_t5"} <= set(words)
     assert "--fp8" in words_of("--dtype", "float8_e4m3fn")
-
-
-def test_loras_have_their_strengths() -> None:
-    words = generation_words(
-        read_minimal("", ["--ckpt_path", "x", "--lora_weights", "a;b.safetensors;0.5", "c"])
-    )
-
-    start = words.index("--lora_weight")
-    assert words[start : start + 6] == [
-        "--lora_weight",
-        "a;b.safetensors",
-        "c",
-        "--lora_multiplier",
-        "0.5",
-        "1",
-    ]
 
 
 @pytest.mark.parametrize(

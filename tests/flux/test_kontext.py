@@ -26,8 +26,7 @@ from tests.tiny.project import write_image
 NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in another order
 
 
-@pytest.mark.parametrize("sizes", [[(4, 10)], [(6, 8), (2, 4)]], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("sizes", "masked"), [([(4, 10)], False), ([(6, 8), (2, 4)], True)], ids=str)
 def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, int]], masked: bool) -> None:
     inputs, there = tiny_inputs("dev"), in_diffusers("dev")
     inputs = inputs if masked else inputs | {"t5_mask": None}
@@ -43,12 +42,12 @@ def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, 
 
 
 def test_a_skipped_block_passes_references_through() -> None:
-    inputs, reference = tiny_inputs("dev"), torch.ones(2, 16, 1, 4, 4)
-    model, skipping = tiny_model("dev"), Tweaks(skip_blocks=frozenset(range(5)))
+    inputs = tiny_inputs("dev") | {"tweaks": Tweaks(skip_blocks=frozenset(range(5)))}
+    model = tiny_model("dev")
 
-    velocity = model(**inputs, references=[reference], tweaks=skipping)
+    velocity = model(**inputs, references=[torch.ones(2, 16, 1, 4, 4)])
 
-    assert torch.equal(velocity, model(**inputs, tweaks=skipping))  # no block, so nothing is seen
+    assert torch.equal(velocity, model(**inputs))  # no block, so nothing is seen
 
 
 def family_of(folder: Path, kind: str = "dev") -> Kontext:
@@ -71,11 +70,9 @@ def test_a_reference_gets_the_trained_size_that_diffusers_takes(tmp_path: Path) 
 
 def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path) -> None:
     family, start = family_of(tmp_path), Request("p", 1, 48, 48)
-    for name, side in (("small", 32), ("large", 96)):
-        write_image(tmp_path / f"{name}.png", side, side)
-    of_small, of_large = (
-        replace(start, control_images=(tmp_path / f"{name}.png",)) for name in ("small", "large")
-    )
+    for side in (32, 96):
+        write_image(tmp_path / f"{side}.png", side, side)
+    of_small, of_large = (replace(start, control_images=(tmp_path / f"{side}.png",)) for side in (32, 96))
     smaller = replace(of_large, width=32)
 
     def planned(*requests: Request) -> list[Request]:

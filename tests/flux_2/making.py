@@ -7,14 +7,13 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor
 
 from flux_2.model import Flux2Model
+from tests.tiny.dit_files import frozen
 from tests.tiny.flux_2 import CONFIG, CONFIGS, VAE, diffusers_state, tiny_state, vae_diffusers
 
 
 def tiny_model(kind: str = "klein") -> Flux2Model:
     """Our network with the weights of `tiny_state`."""
-    model = Flux2Model(CONFIGS[kind])
-    model.load_state_dict(tiny_state(kind))
-    return model.eval().requires_grad_(False)
+    return frozen(Flux2Model(CONFIGS[kind]), tiny_state(kind))
 
 
 def in_diffusers(state: Mapping[str, Tensor]) -> Flux2Transformer2DModel:
@@ -29,15 +28,12 @@ def in_diffusers(state: Mapping[str, Tensor]) -> Flux2Transformer2DModel:
         axes_dims_rope=(width // 4,) * 4,
         guidance_embeds="guidance_in.in_layer.weight" in state,
     )
-    model.load_state_dict(diffusers_state(state))
-    return model.eval().requires_grad_(False)
+    return frozen(model, diffusers_state(state))
 
 
 def autoencoder_in_diffusers(state: Mapping[str, Tensor]) -> AutoencoderKLFlux2:
     """diffusers' autoencoder with these weights, under released names."""
-    vae = AutoencoderKLFlux2(block_out_channels=VAE.widths)
-    vae.load_state_dict(vae_diffusers(state))
-    return vae.eval().requires_grad_(False)
+    return frozen(AutoencoderKLFlux2(block_out_channels=VAE.widths), vae_diffusers(state))
 
 
 def tiny_inputs(kind: str = "klein", batch: int = 2, rows: int = 3, columns: int = 5) -> dict[str, Tensor]:

@@ -166,27 +166,34 @@ OTHERS = [name for name in BACKENDS if name != "sdpa"]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_packages_and_their_gradients(cuda: torch.device, name: str, size: Size, dtype: torch.dtype) -> None:
-    learns = require(name, cuda)
-    inputs = draw(size, dtype)
-    found = attend_on(inputs, AttentionChoice(name), cuda, learns=learns)
-    if learns:
-        assert_near(found, exact_with_gradients(inputs), dtype)
-    else:
-        assert relative_error(found[0], exact_with_gradients(inputs)[0]) <= EIGHT_BITS
+    attend_by_package(AttentionChoice(name), draw(size, dtype), cuda)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("split", [False, True])
 def test_packages_on_samples_of_different_lengths(cuda: torch.device, name: str, split: bool) -> None:
-    learns = require(name, cuda)
-    counts, inputs = (201, 77, 1), draw((3, 201, 201, 2, 128), torch.bfloat16)
-    expected = exact_with_gradients(inputs, counts)
-    found = attend_on(inputs, AttentionChoice(name, split), cuda, counts, learns=learns)
+    inputs = draw((3, 201, 201, 2, 128), torch.bfloat16)
+    found = attend_by_package(AttentionChoice(name, split), inputs, cuda, (201, 77, 1))
+    assert not found[1, 77:].any()
+
+
+def attend_by_package(
+    choice: AttentionChoice,
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    counts: Sequence[int] | None = None,
+) -> Tensor:
+    """Return what a package makes, which is near the definition, and so are its gradients if it has some."""
+    learns = require(choice.mode, device)
+    found, expected = (
+        attend_on(inputs, choice, device, counts, learns=learns),
+        exact_with_gradients(inputs, counts),
+    )
     if learns:
-        assert_near(found, expected, torch.bfloat16)
+        assert_near(found, expected, inputs[0].dtype)
     else:
         assert relative_error(found[0], expected[0]) <= EIGHT_BITS
-    assert not found[0][1, 77:].any()
+    return found[0]
 
 
 def require(name: str, device: torch.device) -> bool:
@@ -212,14 +219,18 @@ def test_the_first_kernel_of_the_order_is_taken(
     cuda: torch.device, dtype: torch.dtype, width: int, length: int
 ) -> None:
     """Also in the backward pass. With a mask it is not the one of cuDNN."""
-    order = kernels(torch.cuda.get_device_capability(), dtype, width, False, torch.backends.cudnn.version())
-    first = order[0].name.removesuffix("_ATTENTION").lower()
     inputs = draw((1, length, length, 2, width), dtype)
-    names = operators_in(lambda: attend_on(inputs, SDPA, cuda))
-    assert [name for name in names if f"{first}_attention" in name and "backward" not in name]
-    assert [name for name in names if f"{first}_attention_backward" in name]
+    assert_first_kernel(operators_in(lambda: attend_on(inputs, SDPA, cuda)), dtype, width)
     names = operators_in(lambda: attend_on(inputs, SDPA, cuda, repeats=torch.ones(length)))
     assert not [name for name in names if "cudnn_attention" in name]
+
+
+def assert_first_kernel(names: set[str], dtype: torch.dtype, width: int) -> None:
+    """Among these operators are both passes of the fastest kernel."""
+    order = kernels(torch.cuda.get_device_capability(), dtype, width, False, torch.backends.cudnn.version())
+    first = order[0].name.removesuffix("_ATTENTION").lower()
+    assert any(f"{first}_attention" in name and "backward" not in name for name in names), names
+    assert any(f"{first}_attention_backward" in name for name in names), names
 
 
 def operators_in(call: Callable[[], object]) -> set[str]:
@@ -233,13 +244,10 @@ def test_compiled_attention_takes_the_kernel_that_uncompiled_attention_takes(cud
     inputs = draw((1, 1000, 1000, 2, 128), torch.bfloat16)
     query, key, value = (each.to(cuda).requires_grad_() for each in inputs[:3])
     gradient = inputs[3].to(cuda)
-    capability, cudnn = torch.cuda.get_device_capability(), torch.backends.cudnn.version()
-    first = kernels(capability, torch.bfloat16, 128, False, cudnn)[0].name.removesuffix("_ATTENTION").lower()
     compiled = torch.compile(attend, fullgraph=True)
     compiled(query, key, value).backward(gradient)
     names = operators_in(lambda: compiled(query, key, value).backward(gradient))
-    assert any(f"{first}_attention" in name and "backward" not in name for name in names), names
-    assert any(f"{first}_attention_backward" in name for name in names), names
+    assert_first_kernel(names, torch.bfloat16, 128)
 
 
 def test_deterministic_attention_gives_equal_bits(cuda: torch.device, deterministic: None) -> None:

@@ -1,4 +1,4 @@
-"""HunyuanImage networks for the tests: recorded ones, tiny ones, and the same in diffusers."""
+"""HunyuanImage networks for the tests: recorded ones, and the tiny one in diffusers."""
 
 from functools import cache
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from modules.speed_options import SDPA, AttentionChoice
 from tests.golden_cases import make_weights, read_case
-from tests.tiny.hunyuan_image import CONFIG, GLYPH_DIM, TEXT_DIM, diffusers_state, tiny_state
+from tests.tiny.dit_files import frozen
+from tests.tiny.hunyuan_image import CONFIG, diffusers_state, tiny_state
 
 
 @cache
@@ -34,38 +34,7 @@ def golden_model() -> HunyuanImageModel:
             glyph_hidden=(sizes["byt5_hidden"],) * 2,
         )
     )
-    model.load_state_dict(make_weights(case["weights_model_key"], case["weights"], case["salt"]))
-    return model.eval().requires_grad_(False)
-
-
-def tiny_model(attention: AttentionChoice = SDPA) -> HunyuanImageModel:
-    """The tiny transformer of `tests.tiny.hunyuan_image`."""
-    model = HunyuanImageModel(CONFIG, attention)
-    model.load_state_dict(tiny_state())
-    return model.eval().requires_grad_(False)
-
-
-def tiny_inputs(
-    lengths: tuple[int, ...] = (5, 9), glyphs: tuple[int, ...] = (4, 0), size: tuple[int, int] = (4, 6)
-) -> dict[str, Tensor]:
-    """Arguments of the tiny transformer; padding holds large numbers, which must not matter."""
-    torch.manual_seed(1)
-    batch = len(lengths)
-    inputs = {
-        "noisy": torch.randn(batch, CONFIG.in_dim, *size),
-        "timesteps": torch.linspace(100, 900, batch).trunc(),
-        "text": torch.randn(batch, 9, TEXT_DIM),
-        "text_mask": _mask(lengths, 9),
-        "glyphs": torch.randn(batch, 6, GLYPH_DIM),
-        "glyph_mask": _mask(glyphs, 6),
-    }
-    for states, mask in (("text", "text_mask"), ("glyphs", "glyph_mask")):
-        inputs[states][inputs[mask] == 0] = 7.0
-    return inputs
-
-
-def _mask(lengths: tuple[int, ...], longest: int) -> Tensor:
-    return (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return frozen(model, make_weights(case["weights_model_key"], case["weights"], case["salt"]))
 
 
 @cache

@@ -22,9 +22,8 @@ from hunyuan_image.options import HunyuanImageTrainingOptions, ProjectedGuidance
 from hunyuan_image_train_network import DEFAULTS as TRAINING
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import Batch, MediaTable
-from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.steps import EncodedPrompts, Section
+from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.families import FAMILIES
 from modules.flow.schedule import make_schedule
@@ -32,10 +31,12 @@ from modules.flow.solvers import solver_for
 from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
-from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.hunyuan_image.making import golden_model, in_diffusers, run_there
+from tests.tiny.dits import dit_called
 from tests.tiny.hunyuan_dit import tiny_state as video_state
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.hunyuan_image import (
+    CONFIG,
     GLYPH_DIM,
     TEXT_DIM,
     tiny_state,
@@ -65,9 +66,8 @@ def text(ending: str, glyphs: bool = False) -> dict[str, Tensor | list[Tensor]]:
     return found if glyphs else found | {"byt5_mask": torch.zeros_like(TENSORS["byt5_mask"][0])}
 
 
-@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("run", DESCRIPTION["runs"], ids=lambda run: run["name"])
-def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any], split: bool) -> None:
+def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any]) -> None:
     start = run["apg_start_step"]
     projection = ProjectedGuidanceOptions(
         apg_start_step_ocr=start if run["ocr"] else 0,
@@ -83,9 +83,7 @@ def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any], split: 
     solver = solver_for(prepared.solver, prepared.steps, DESCRIPTION["flow_shift"])
     guidance = make_guidance(prepared, replace(PLAIN_GUIDANCE, guidance_rescale=run["guidance_rescale"]))
 
-    latents = denoise(
-        family, lambda _: golden_model(), section, LoopStart(section.noise), solver, guidance, split=split
-    )
+    latents = denoise(family, lambda _: golden_model(), section, LoopStart(section.noise), solver, guidance)
 
     torch.testing.assert_close(latents[:, :, 0], TENSORS[run["name"]], **DESCRIPTION["tolerance"]["latent*"])
 
@@ -101,20 +99,6 @@ def test_the_noise_levels_are_those_recorded() -> None:
         assert times.tolist() == case["timesteps_given_to_model"]
 
 
-def test_noise_is_drawn_on_the_cpu_in_bfloat16_and_texts_pass_unchanged() -> None:
-    prepared = prepare(width=96, height=64)
-    sections = FAMILY.sections(prepared, {0: EncodedPrompts(text(""))}, {}, SeededNoise(7, CPU, True))
-
-    section: Section = next(sections)
-
-    expected = torch.randn(1, 64, 1, 2, 3, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(section.noise, expected.float())
-    assert FAMILY.defaults.noise_on_cpu
-    states = section.positive["vlm_embed"]
-    assert isinstance(states, list)
-    assert torch.equal(states[0], TENSORS["text"][0])
-
-
 def test_what_the_release_does_is_the_default() -> None:
     plain, letters = prepare(), prepare("a sign with “hello”")
 
@@ -127,6 +111,7 @@ def test_what_the_release_does_is_the_default() -> None:
     assert (rule.scale, rule.momentum, rule.norm_limit, rule.eta, rule.rescale) == (10, -0.5, 10, 0, 0)
     assert prepare("it's the dog's").rules == plain.rules
     assert plain.negative_prompt == ""
+    assert FAMILY.defaults.noise_on_cpu
 
 
 def test_samples_of_a_training_are_smaller_and_any_size_is_cut_to_whole_latents() -> None:
@@ -146,30 +131,6 @@ def test_training_feeds_whole_timesteps_up_to_1000() -> None:
     assert NOISE.tokens is not None
     assert NOISE.tokens((1, 64, 1, 32, 48)) == 16 * 24  # although a patch is one latent pixel
     assert LATENT.to_model(torch.ones(1)).item() == pytest.approx(0.75289)
-
-
-def test_predict_cuts_timesteps_and_pads_texts_of_different_lengths() -> None:
-    torch.manual_seed(0)
-    noisy = torch.randn(2, 64, 1, 2, 3)
-    cond: dict[str, Tensor | list[Tensor]] = {
-        "vlm_embed": [torch.randn(3, TEXT_DIM), torch.randn(7, TEXT_DIM)],
-        "vlm_mask": [torch.ones(3, dtype=torch.int64), torch.ones(7, dtype=torch.int64)],
-        "byt5_embed": torch.randn(2, 8, GLYPH_DIM),
-        "byt5_mask": torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0], [0] * 8]),
-    }
-    dit = tiny_model()
-
-    velocity = FAMILY.predict(dit, noisy, torch.tensor([500.9, 20.1]), cond)
-    whole = FAMILY.predict(dit, noisy, torch.tensor([500.0, 20.0]), cond)
-
-    assert velocity.shape == noisy.shape
-    assert torch.equal(velocity, whole)
-    for index in range(2):
-        alone = {name: value[index : index + 1] for name, value in cond.items()}
-        one = FAMILY.predict(
-            dit, noisy[index : index + 1], torch.tensor([500.0, 20.0])[index : index + 1], alone
-        )
-        torch.testing.assert_close(one[0], whole[index], atol=1e-5, rtol=1e-5)
 
 
 def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
@@ -220,12 +181,8 @@ def test_training_has_the_released_defaults_and_other_names_of_attention() -> No
 
     translate_training(args)
 
-    assert (args.timestep_sampling, args.discrete_flow_shift, args.model_prediction_type) == (
-        "sigma",
-        5,
-        "raw",
-    )
-    assert args.flash_attn
+    assert (args.timestep_sampling, args.discrete_flow_shift) == ("sigma", 5)
+    assert (args.model_prediction_type, args.flash_attn) == ("raw", True)
     options = read_options(HunyuanImageTrainingOptions, args)
     assert (options.dit, options.vae.file.vae) == (Path("dit"), Path("vae"))
     latents, _ = FAMILIES["hunyuan_image"].caching_commands(options, Path("data.toml"), ())
@@ -266,45 +223,16 @@ def test_forward_equals_the_recorded_output() -> None:
     torch.testing.assert_close(velocity, tensors["out"], **case["tolerance"]["out"])
 
 
-def test_refined_text_order_and_rotary_angles_equal_the_recorded_ones() -> None:
-    case, tensors = read_case("hunyuan_image_dit")
-    model, counts = golden_model(), tensors["text_mask"].sum(1).tolist()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forward_equals_diffusers_with_the_same_weights(batch: int) -> None:
+    """The first picture has nothing to write."""
+    tiny = dit_called("hunyuan_image")
+    inputs = tiny.inputs((1, 4, 6, 9), batch)
 
-    text = model.txt_in(tensors["text"], tensors["t"].float(), counts, torch.float32)
-    inputs = (tensors[name] for name in ("text", "text_mask", "byt5", "byt5_mask"))
-    x, tokens = model.embed(tensors["x"], tensors["t"].float(), *inputs)
-
-    glyphs = tensors["byt5_mask"].sum(1).tolist()
-    for sample, count in enumerate(counts):
-        torch.testing.assert_close(
-            text[sample, :count], tensors["refined_text"][sample, :count], rtol=0, atol=2e-4
-        )
-        start = tokens.video + glyphs[sample]
-        assert torch.equal(x[sample, start : start + count], text[sample, :count])
-    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
-    for index, name in enumerate(("rope_cos", "rope_sin")):
-        torch.testing.assert_close(turns[..., index], tensors[name], rtol=0, atol=1e-6)
-    assert tokens.lengths is not None
-    real = tensors["joined_mask"].sum(1)
-    assert [count - tokens.video for count in tokens.lengths.counts] == real.tolist()
-    assert x.shape[1] - tokens.video == real.max()  # cut to the longest
-
-
-@pytest.mark.parametrize(
-    ("lengths", "glyphs"), [((5, 9), (4, 0)), ((7,), (6,)), ((9, 9), (2, 2)), ((1, 3), (0, 0))]
-)
-def test_forward_equals_diffusers_with_the_same_weights(
-    lengths: tuple[int, ...], glyphs: tuple[int, ...]
-) -> None:
-    inputs = tiny_inputs(lengths, glyphs)
-
-    velocity = tiny_model()(**inputs)
+    velocity = tiny.make((CONFIG.double_blocks, CONFIG.single_blocks))(**inputs)
 
     expected = run_there(in_diffusers(), inputs)
     assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
-
-
-PLACE = Placement(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

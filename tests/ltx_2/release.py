@@ -1,18 +1,16 @@
 """A whole tiny LTX-2 on disk, as it is released: one file of all parts, and Gemma's folder."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ltx_2.configs import LtxConfig, StreamConfig
 from ltx_2.model import LtxModel
 from tests.ltx_2 import tiny_dit, tiny_media, tiny_text
-from tests.tiny.dit_files import draw
+from tests.tiny.dit_files import draw_state
 
 # widths follow from the connectors of `tiny_text`; channels from the autoencoders of `tiny_media`
 SIZES = {
@@ -53,29 +51,16 @@ def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRel
         "vocoder": tiny_media.vocoder(version),
         "connectors": tiny_text.text_connectors(version),
     }
-    with torch.device("meta"):
-        shapes = LtxModel(config).state_dict()
-    numbers = torch.Generator().manual_seed(3)
-    state = {name: draw(name, tuple(one.shape), numbers) for name, one in shapes.items()}
+    state = draw_state(lambda: LtxModel(config), seed=3)
     tensors: dict[str, Tensor] = {f"model.diffusion_model.{name}": one for name, one in state.items()}
     tensors |= tiny_media.video_vae_official(parts["vae"].state_dict())
     tensors |= tiny_media.sound_vae_official(parts["audio_vae"].state_dict())
     tensors |= tiny_media.vocoder_official(parts["vocoder"].state_dict())
     tensors |= tiny_text.text_official_names(parts["connectors"].state_dict())
-    told = dict(parts["connectors"].config)
-    transformer = {
-        "num_attention_heads": config.num_heads,
-        "av_ca_timestep_scale_multiplier": 1000,
-        "connector_num_attention_heads": told["video_connector_num_attention_heads"],
-        "connector_positional_embedding_max_pos": [told["connector_rope_base_seq_len"]],
-        "rope_type": "split",
-    }
+    heads = {"num_attention_heads": config.num_heads, "av_ca_timestep_scale_multiplier": 1000}
     path = folder / "ltx 2.3.safetensors"
-    save_file(
-        {name: one.contiguous() for name, one in tensors.items()},
-        path,
-        {"config": json.dumps({"transformer": transformer})},
-    )
+    record = tiny_text.official_record(parts["connectors"], **heads)
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path, record)
     return TinyRelease(
         path, gemma, {"version": version, "state": state, "text_encoder": gemma_network, **parts}
     )

@@ -21,15 +21,21 @@ from tests.manifests import tensor_list, write_hollow
 from tests.tiny import qwen_image
 
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
-# without a record of heads; the tiny model of 2.0 has another number than the released ones
-OF_2_3 = ["safetensors", "sharded", "prefixed"]
-LAYOUTS = [("2.3", one) for one in OF_2_3] + [
-    (version, one) for version in DIT_CONFIGS for one in ("official", "diffusers", "diffusers_sharded")
-]
 
 
-@pytest.mark.parametrize(("version", "layout"), LAYOUTS)
-@pytest.mark.parametrize("with_sound", [True, False])
+@pytest.mark.parametrize(
+    ("version", "layout", "with_sound"),
+    [
+        ("2.3", "safetensors", True),
+        ("2.3", "sharded", False),
+        ("2.3", "prefixed", True),
+        ("2.3", "official", False),
+        ("2.3", "diffusers_sharded", True),
+        # the tiny model has another number of heads than the released ones: files need a record of it
+        ("2.0", "official", True),
+        ("2.0", "diffusers", False),
+    ],
+)
 def test_every_layout_gives_the_same_weights_and_dimensions(
     tmp_path: Path, version: str, layout: str, with_sound: bool
 ) -> None:
@@ -66,7 +72,6 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
         {"rope_type": "other"},
         {"num_attention_heads": 5},
         {"num_attention_heads": math.inf},
-        {"timestep_scale_multiplier": 0},
         {"timestep_scale_multiplier": math.nan},
         {"positional_embedding_max_pos": [0, 2048, 2048]},
         {"positional_embedding_theta": -1},
@@ -78,9 +83,8 @@ def test_settings_without_sense_are_one_message(tmp_path: Path, settings: dict[s
         FORMAT.load(write_dit(tmp_path, "2.0", "official", **settings), CPU)
 
 
-@pytest.mark.parametrize("layout", ["fp8", "fp8_scaled", "fp8_weight_scale"])
-def test_files_in_8_bits_load(tmp_path: Path, layout: str) -> None:
-    dit = FORMAT.load(write_dit(tmp_path, layout=layout), CPU)
+def test_files_in_8_bits_load(tmp_path: Path) -> None:
+    dit = FORMAT.load(write_dit(tmp_path, layout="fp8_weight_scale"), CPU)
 
     assert dit.compute_dtype == torch.bfloat16
     for name, tensor in dit_state().items():
@@ -103,8 +107,10 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     assert not any("gate_logits" in name for name in in_8_bits)
 
 
-@pytest.mark.parametrize("layout", ["dit", "dit-diffusers"])
-@pytest.mark.parametrize(("with_sound", "weights"), [(True, 18988838144), (False, 13124316288)])
+@pytest.mark.parametrize(
+    ("layout", "with_sound", "weights"),
+    [("dit", True, 18988838144), ("dit", False, 13124316288), ("dit-diffusers", True, 18988838144)],
+)
 def test_released_files_load_without_leftovers(
     tmp_path: Path, layout: str, with_sound: bool, weights: int
 ) -> None:
@@ -163,10 +169,8 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str, words: str) 
 
 
 def test_other_families_are_told_apart(tmp_path: Path) -> None:
-    first, second = (
-        write_dit(tmp_path, layout="official"),
-        qwen_image.write_dit(tmp_path, qwen_image.tiny_state()),
-    )
+    first = write_dit(tmp_path, layout="official")
+    second = qwen_image.write_dit(tmp_path, qwen_image.tiny_state())
 
     with pytest.raises(CheckpointError, match="is not an LTX-2 transformer; it looks like a Qwen-Image"):
         FORMAT.load(second, CPU)

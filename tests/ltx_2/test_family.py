@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 import ltx2_generate_video
 from modules.contract.data import SOUND
-from modules.errors import OptionError
 from modules.media.pixels import video_pixels
 from modules.media.reading import read_image
 from modules.media.samples import read_track
@@ -29,7 +28,10 @@ HEIGHT, WIDTH, FRAMES, STEPS = 64, 96, 9, 3
 MU = 2.05  # of 4096 tokens, which the released pipelines take at any size
 
 
-@pytest.fixture(scope="module", params=["2.3", "2.0"])
+each_version = pytest.mark.parametrize("release", ["2.3", "2.0"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
     return write_release(tmp_path_factory.mktemp("größe"), request.param)
 
@@ -91,14 +93,15 @@ def scale_words(picture: Scales, sound: Scales) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "fps", "picture", "sound"),
+    ("release", "mode", "fps", "picture", "sound"),
     [
-        ("av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
-        ("av", 12, GUIDED, OF_SOUND),
-        ("av", 24, PLAIN, PLAIN),
-        ("v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
+        ("2.3", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
+        ("2.3", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
+        ("2.0", "av", 12, GUIDED, OF_SOUND),
+        ("2.0", "av", 24, PLAIN, PLAIN),
     ],
-    ids=["as released", "guided", "plain", "video alone"],
+    indirect=["release"],
+    ids=["as released", "video alone", "guided", "plain"],
 )
 def test_videos_and_their_sound_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, mode: str, fps: int, picture: Scales, sound: Scales
@@ -149,7 +152,11 @@ def assert_as_there(
     assert (torch.from_numpy(track) - wave[:, :count]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("mode", "crf"), [("av", None), ("av", 0), ("v", 18)])
+@pytest.mark.parametrize(
+    ("release", "mode", "crf"),
+    [("2.3", "av", None), ("2.0", "av", 0), ("2.3", "v", 18)],
+    indirect=["release"],
+)
 def test_a_video_from_an_image_equals_that_of_diffusers(
     release: TinyRelease, tmp_path: Path, mode: str, crf: int | None
 ) -> None:
@@ -180,6 +187,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     assert_as_there(pipe, made, tmp_path / "shown", 24, picture, OF_SOUND, **asked)
 
 
+@each_version
 def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -> None:
     """The video stays as it is, and its sound depends on it."""
     found = []
@@ -198,8 +206,3 @@ def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -
         normed = pipe._normalize_latents(expected, pipe.vae.latents_mean, pipe.vae.latents_std)
         assert_equal(made["latent"], normed[0], "latents")
     assert not torch.equal(found[0][1][SOUND], found[1][1][SOUND])
-
-
-def test_a_given_video_needs_sound(release: TinyRelease, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no sound is made"):
-        generate(release, tmp_path, "--ltx2_mode", "v", "--drive_video", tmp_path)

@@ -1,14 +1,10 @@
-"""Every option of the known tuner's scripts for LTX-2 is read, noted, or refused by name."""
+"""LTX-2's own options: what follows from them, names of the known tuner's scripts, and refusals."""
 
-import argparse
-import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dataset.options import CachingOptions, DebugOptions
 from generation.options import GenerationOptions, generation_parser
 from generation.script_options import ScriptDefaults
 from ltx_2.options import (
@@ -27,60 +23,22 @@ from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
-from training.noise_options import SAMPLERS
-from training.options import training_parser
 
-SCRIPTS: dict[str, tuple[type[Options], ...]] = {
-    "ltx2_cache_latents": (CachingOptions, Ltx2LatentCachingOptions, DebugOptions),
-    "ltx2_cache_text_encoder_outputs": (CachingOptions, Ltx2TextCachingOptions),
-    "ltx2_train_network": (Ltx2TrainingOptions,),
-    "ltx2_generate_video": (Ltx2GenerationOptions,),
+OWN: dict[str, type[Options]] = {
+    "ltx2_cache_latents": Ltx2LatentCachingOptions,
+    "ltx2_cache_text_encoder_outputs": Ltx2TextCachingOptions,
+    "ltx2_train_network": Ltx2TrainingOptions,
+    "ltx2_generate_video": Ltx2GenerationOptions,
 }
-DEFAULTS = ScriptDefaults(fps=int(FPS), size=(512, 768))
-
-
-def parser_of(script: str) -> argparse.ArgumentParser:
-    """A parser as the factory of the script makes it."""
-    parser: argparse.ArgumentParser = Parser(prog=script)
-    if script == "ltx2_train_network":
-        samplers = (*SAMPLERS, "shifted_logit_normal")  # which the script offers besides
-        parser = training_parser(None, settings={"timestep_sampling": {"choices": samplers}})
-    if script == "ltx2_generate_video":
-        parser = generation_parser(None, DEFAULTS)
-    add_options(parser, *SCRIPTS[script])
-    return parser
 
 
 def read_own(script: str, *words: str) -> Any:
     """The family's own record for a command."""
     parser = Parser()
-    (record,) = (one for one in SCRIPTS[script] if one.__name__.startswith("Ltx2"))
-    add_options(parser, record)
+    add_options(parser, OWN[script])
     args = parser.parse_args(words)
     refuse_unsupported(parser, args)
-    return read_options(record, args)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_each_option_of_the_table_is_refused_or_noted_if_it_is_used(
-    script: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    parser = parser_of(script)
-    defaults = {action.dest: action.default for action in parser._actions}
-    refuse_unsupported(parser, argparse.Namespace(**defaults))
-    assert not caplog.text
-    caplog.set_level(logging.INFO)
-    dests = Counter(action.dest for action in parser._actions)
-    refusals = [one for one in parser._actions if hasattr(one, "refusal") and dests[one.dest] == 1]
-    for action in refusals:
-        used = argparse.Namespace(**{**defaults, action.dest: "something"})
-        if action.refusal.reason:
-            with pytest.raises(OptionError, match=r"is not supported yet: .{30}"):
-                refuse_unsupported(parser, used)
-        else:
-            refuse_unsupported(parser, used)
-            assert f"{action.option_strings[0]} is not needed: " in caplog.text
-    assert len(refusals) > 20
+    return read_options(OWN[script], args)
 
 
 def test_streams_follow_from_the_mode() -> None:
@@ -88,12 +46,8 @@ def test_streams_follow_from_the_mode() -> None:
         for flag in ("--ltx2_mode", "--ltx_mode"):
             assert read_own("ltx2_cache_latents", flag, typed).model.streams == streams
     assert read_own("ltx2_generate_video").model.streams == ("video",)
-
-
-@pytest.mark.parametrize("preset", ["audio", "audio_v2a"])
-def test_presets_of_sound_go_with_sound(preset: str) -> None:
-    own = read_own("ltx2_train_network", "--ltx2_mode", "av", "--lora_target_preset", preset)
-    assert own.lora_target_preset == preset
+    words = ("--ltx2_mode", "av", "--lora_target_preset", "audio")  # refused without sound
+    assert read_own("ltx2_train_network", *words).lora_target_preset == "audio"
 
 
 def test_gemma_is_one_file_or_a_folder(tmp_path: Path) -> None:
@@ -133,6 +87,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_train_network", ("--no_save_original_lora",), "convert_lora.py"),
         ("ltx2_train_network", ("--no-ltx2_remote_stage_metadata_cache",), "--shard_base"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
+        ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
         ("ltx2_generate_video", ("--reference_videos", "a.mp4", "b.mp4"), "IC-LoRA"),
     ],
 )
@@ -159,7 +114,8 @@ def test_values_that_are_refused_have_a_reason(
 
 def generated(*words: str) -> Any:
     """The shared record of a command that generates, with what LTX-2 calls otherwise."""
-    parser = parser_of("ltx2_generate_video")
+    parser = generation_parser(None, ScriptDefaults(fps=int(FPS), size=(512, 768)))
+    add_options(parser, Ltx2GenerationOptions)
     args = parser.parse_args(["--save_path", "out", "--prompt", "a", *words])
     shared, own = read_options(GenerationOptions, args), read_options(Ltx2GenerationOptions, args)
     return settle_generation(shared, own)[0]
@@ -178,17 +134,8 @@ def test_known_names_of_shared_options_are_ours() -> None:
 
 
 def test_commands_that_follow_from_a_training_are_read_again() -> None:
-    words = (
-        "--ltx2_mode",
-        "av",
-        "--dit",
-        "dit.safetensors",
-        "--gemma_load_in_8bit",
-        "--stg_blocks",
-        "3",
-        "5",
-    )
-    own = read_own("ltx2_train_network", *words, "--audio_cfg_scale", "6")
+    words = "--ltx2_mode av --dit dit.safetensors --gemma_load_in_8bit --stg_blocks 3 5 --audio_cfg_scale 6"
+    own = read_own("ltx2_train_network", *words.split())
     latents, texts = map(option_words, caching_options(own))
 
     assert read_own("ltx2_cache_latents", *latents).model == own.model

@@ -82,8 +82,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
-@pytest.mark.parametrize("dialect", ["official", "diffusers"])
-@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize(("version", "dialect"), [("2.0", "diffusers"), ("2.3", "official")])
 def test_texts_are_those_of_diffusers(version: str, dialect: str, gemma: Any, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, gemma, version, dialect)
 
@@ -142,11 +141,9 @@ def test_weights_of_parts_multiply_the_rows_of_their_tokens(gemma: Any, tmp_path
     text = "  a rabbit"
     with torch.no_grad():
         found: Any = encoder.encode([Prompt(text, ((text.index("rabbit"), len(text), 1.5),))])[0]
-    tokens = encoder.token_counter()("a rabbit").tokens
-    own = slice(2, tokens)  # behind <bos> and "a"
+    factors = torch.ones(ROWS, 1)
+    factors[2 : encoder.token_counter()("a rabbit").tokens] = 1.5  # behind <bos> and "a"
     for key in (VIDEO, AUDIO):
-        factors = torch.ones(ROWS, 1)
-        factors[own] = 1.5
         assert torch.equal(found[key], plain[key] * factors)
 
 
@@ -235,9 +232,7 @@ def test_names_of_the_known_caches_are_ours() -> None:
     ("told", "message"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8}}, "rotary frequencies of type"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "a"}}, "config.json"),
         ({"sliding_window": 0}, "numbers"),
-        ({"sliding_window_pattern": None}, "config.json"),
         ({"layer_types": ["full_attention"]}, "of 7 layers"),
         ({"layer_types": ["other"] * 7}, "layer_types"),
         ({"rope_parameters": {"full_attention": 3}}, "config.json"),

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.test_model import in_diffusers
@@ -240,53 +239,11 @@ def test_video_alone_has_no_weights_of_sound(alone: Project) -> None:
     assert ours.keys() == {name for name in both if "audio" not in name} < both.keys()
 
 
-def test_a_resumed_training_is_the_same_to_the_byte(alone: Project) -> None:
-    alone.train(*run("again", 4), "--resume", "out/lora-step00000002-state")
-
-    ours, whole = saved(alone, "again"), saved(alone, "lora")
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
-
-
-@pytest.mark.parametrize(
-    ("words", "is_equal"), [(["--blocks_to_swap", 1], True), (["--fp8_base", "--fp8_scaled"], False)]
-)
-def test_swapped_blocks_learn_the_same_and_fp8_nearly(
-    alone: Project, words: list[object], is_equal: bool
-) -> None:
-    alone.train(*run("other", 4), *words)
+def test_swapped_blocks_learn_the_same(alone: Project) -> None:
+    alone.train(*run("other", 4), "--blocks_to_swap", 1)
 
     ours, whole = saved(alone, "other"), saved(alone, "lora")
-    assert all(torch.equal(ours[name], whole[name]) for name in whole) is is_equal
-    assert all(one.isfinite().all() for one in ours.values())
-
-
-def test_a_plan_loads_nothing(alone: Project) -> None:
-    words = [*alone.words, "--network_module", "networks.lora_ltx2", "--network_dim", RANK, "--plan"]
-
-    said = run_script("ltx2_train_network.py", *words, *run("planned", 4), folder=alone.folder).stdout
-
-    assert "GiB" in said
-    assert not (alone.folder / "out" / "planned.safetensors").exists()
-
-
-def test_a_generated_video_lasts_as_long_as_its_sound(alone: Project, tmp_path: Path) -> None:
-    words = ["--gemma_root", alone.release.gemma, "--prompt", "a cat", "--video_size", 64, 64]
-    words += ["--video_length", 25, "--infer_steps", 2, "--lora_weight", "out/lora.safetensors"]
-    succeed_here(
-        "ltx2_generate_video.py", *alone.words[:-2], *words, "--save_path", tmp_path, folder=alone.folder
-    )
-
-    (sample,) = (alone.folder / "out" / "sample").glob("lora*.mp4")
-    (made,) = tmp_path.glob("*.mp4")
-    for path, seconds in ((made, 25 / 24), (sample, 9 / 24)):
-        with av.open(str(path)) as container:
-            video, heard = container.streams.video[0], container.streams.audio[0]
-            lasts = [float(one.duration * one.time_base) for one in (video, heard)]
-            packets = [(one.stream.type, one.dts) for one in container.demux() if one.dts is not None]
-        assert lasts == pytest.approx([seconds, seconds], abs=1 / 24)
-        for kind in ("video", "audio"):
-            times = [time for of, time in packets if of == kind]
-            assert times == sorted(set(times))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
 def test_samples_are_silent_if_asked(alone: Project) -> None:

@@ -120,6 +120,18 @@ def text_official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def official_record(connectors: Any, **more: Any) -> dict[str, str]:
+    """The metadata of an official file with these connectors. more: settings besides."""
+    told = connectors.config
+    transformer = {
+        "connector_num_attention_heads": told["video_connector_num_attention_heads"],
+        "connector_positional_embedding_max_pos": [told["connector_rope_base_seq_len"]],
+        "rope_type": told["rope_type"],
+        **more,
+    }
+    return {"config": json.dumps({"transformer": transformer})}
+
+
 def text_write_connectors(path: Path, model: Any, dialect: str = "official") -> Path:
     """Write the official file, with parts of other networks, or a release's folder."""
     tensors, told = model.state_dict(), dict(model.config)
@@ -131,12 +143,6 @@ def text_write_connectors(path: Path, model: Any, dialect: str = "official") -> 
         (folder / "config.json").write_text(json.dumps(told, default=str), encoding="utf-8")
         return path
     others = {name: torch.ones(2) for name in ("vae.bias", "vocoder.bias", "model.diffusion_model.bias")}
-    transformer = {
-        "connector_num_attention_heads": told["video_connector_num_attention_heads"],
-        "connector_positional_embedding_max_pos": [told["connector_rope_base_seq_len"]],
-        "rope_type": told["rope_type"],
-    }
-    metadata = {"config": json.dumps({"transformer": transformer})}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({**text_official_names(tensors), **others}, path, metadata)
+    save_file({**text_official_names(tensors), **others}, path, official_record(model))
     return path

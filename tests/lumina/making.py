@@ -1,43 +1,10 @@
-"""Tiny Lumina-Image-2.0 transformers, here and in diffusers, and what their forward takes."""
+"""The tiny Lumina-Image-2.0 in diffusers."""
 
-from typing import Any
-
-import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
-from lumina.files import load_dit
-from lumina.model import LuminaModel
-from tests.golden_cases import load_model
-from tests.tiny.lumina import CONFIG, diffusers_state, tiny_state
-
-TEXT_ROWS = 12
-
-
-def golden_model() -> LuminaModel:
-    """The model of the golden cases."""
-    return load_model("lumina_dit", load_dit)
-
-
-def tiny_model() -> LuminaModel:
-    model = LuminaModel(CONFIG)
-    model.load_state_dict(tiny_state())
-    return model.eval().requires_grad_(False)
-
-
-def tiny_inputs(lengths: tuple[int, ...] = (5, 11)) -> dict[str, Any]:
-    """lengths: real tokens of each sample's caption; what stands in the padding is large, so that a look at
-    it shows.
-    """
-    generator, batch = torch.Generator().manual_seed(7), len(lengths)
-    mask = (torch.arange(TEXT_ROWS) < torch.tensor(lengths)[:, None]).long()
-    text = torch.randn(batch, TEXT_ROWS, CONFIG.text_dim, generator=generator)
-    return {
-        "noisy": torch.randn(batch, CONFIG.in_dim, 4, 6, generator=generator),
-        "times": torch.linspace(0.1, 0.9, batch),
-        "caption": torch.where(mask[:, :, None] == 1, text, 30 * text),
-        "caption_mask": mask,
-    }
+from tests.tiny.dit_files import frozen
+from tests.tiny.lumina import CONFIG, diffusers_state
 
 
 def in_diffusers(state: dict[str, Tensor], layers: int = CONFIG.num_layers) -> Lumina2Transformer2DModel:
@@ -52,5 +19,4 @@ def in_diffusers(state: dict[str, Tensor], layers: int = CONFIG.num_layers) -> L
         cap_feat_dim=CONFIG.text_dim,
         axes_dim_rope=(CONFIG.head_width // 3,) * 3,
     )
-    theirs.load_state_dict(diffusers_state(state))
-    return theirs.eval().requires_grad_(False)
+    return frozen(theirs, diffusers_state(state))

@@ -19,10 +19,9 @@ from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles, load_dit
 from lumina.official_options import generation_words, read_minimal
 from lumina.options import LuminaTrainingOptions, translate_training
-from lumina.text_encoder import GemmaTextEncoder, load_gemma, read_gemma
+from lumina.text_encoder import GemmaTextEncoder, load_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
-from modules.checkpoints.model_files import read_once
 from modules.contract.family import can_learn
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request
@@ -31,10 +30,11 @@ from modules.errors import CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
 from modules.run_blocks import spec_of
-from tests.golden_cases import FOLDER, make_weights, read_case
-from tests.lumina.making import golden_model, in_diffusers, tiny_inputs, tiny_model
+from tests.golden_cases import FOLDER, load_model, make_weights, read_case
+from tests.lumina.making import in_diffusers
 from tests.manifests import TensorList, tensor_list, write_hollow
-from tests.tiny.lumina import ALL_IN_ONE, gemma_state, tiny_state, write_dit, write_gemma
+from tests.tiny.dits import dit_called
+from tests.tiny.lumina import ALL_IN_ONE, CONFIG, gemma_state, tiny_state, write_dit, write_gemma
 from tests.tiny.pieces import train_pieces
 from training.image_options import image_training_parser
 
@@ -68,7 +68,7 @@ def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any]) -> None
             found: Tensor = model(noisy, times, **given)
             return found
 
-    model, counted = golden_model(), Counted()
+    model, counted = load_model("lumina_dit", load_dit), Counted()
     prompts = {0: EncodedPrompts(text(""), text("_negative"))}
     latents = make_latents(FLOAT32, lambda _: counted, prepared, prompts, {}, CPU)
 
@@ -90,18 +90,13 @@ def test_what_the_release_does_is_the_default() -> None:
     prepared = prepare()
     rules = prepared.rules
     assert (prepared.width, prepared.height, prepared.frames, prepared.steps) == (1024, 1024, 1, 36)
-    assert (prepared.guidance_scale, prepared.flow_shift, rules.below_share, rules.norm_limit) == (
-        (3.5,),
-        6,
-        0.25,
-        1,
-    )
+    assert (prepared.guidance_scale, prepared.flow_shift) == ((3.5,), 6)
+    assert (rules.below_share, rules.norm_limit) == (0.25, 1)
     assert prepare(solver="euler").solver == prepared.solver == "euler-trained"
     assert prepare(solver="unipc").solver == "unipc"
     assert prepare(width=100, height=47).width == 96  # cut to whole patches
-    assert prepare(extra={"cfg_trunc_ratio": "1", "renorm_cfg": "0"}).rules == replace(
-        rules, below_share=None, norm_limit=None
-    )
+    unlimited = replace(rules, below_share=None, norm_limit=None)
+    assert prepare(extra={"cfg_trunc_ratio": "1", "renorm_cfg": "0"}).rules == unlimited
     assert FLOAT32.prepare(Request("a cat", 0)).seed == 0
 
 
@@ -114,16 +109,16 @@ def test_only_the_prompt_is_read_behind_the_system_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"),
+    ("name", "text", "words"),
     [
-        ({"cfg_trunc_ratio": "2"}, "--ctr.*from 0 to 1"),
-        ({"renorm_cfg": "-1"}, "--rcfg"),
-        ({"renorm_cfg": "x"}, "x"),
+        ("cfg_trunc_ratio", "2", "--ctr.*from 0 to 1"),
+        ("renorm_cfg", "-1", "--rcfg"),
+        ("renorm_cfg", "x", "x"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(extra: dict[str, str], words: str) -> None:
+def test_numbers_that_cannot_be_are_refused(name: str, text: str, words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        prepare(extra=extra)
+        prepare(extra={name: text})
 
 
 def test_training_has_luminas_names_of_shared_options() -> None:
@@ -142,25 +137,9 @@ def test_training_has_luminas_names_of_shared_options() -> None:
 
 def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
-    minimal = read_minimal(
-        None,
-        [
-            "--pretrained_model_name_or_path",
-            "d",
-            "--gemma2_path",
-            "g",
-            "--ae_path",
-            "a",
-            "--prompt=-x",
-            "--seed",
-            "0",
-        ]
-        + [
-            *("--image_width", "1000", "--image_height", "777", "--lora_weights", f"{lora};0.5", "other"),
-            "--offload",
-        ]
-        + ["--use_sage_attn", "--system_prompt", "Draw."],
-    )
+    given = "--pretrained_model_name_or_path d --gemma2_path g --ae_path a --prompt=-x --seed 0 --offload"
+    given += " --image_width 1000 --image_height 777 --use_sage_attn --system_prompt Draw."
+    minimal = read_minimal(None, [*given.split(), "--lora_weights", f"{lora};0.5", "other"])
 
     words = generation_words(minimal)
 
@@ -174,10 +153,6 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
 
 def test_prompt_lines_have_the_options_of_lumina_s_guidance() -> None:
     assert {SCRIPT.line_options[letter].key for letter in ("ctr", "rcfg")} == set(SCRIPT.extras)
-
-
-PLACE, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
-LAYOUTS = ("safetensors", "sharded", "prefixed", "diffusers", "diffusers_sharded")
 
 
 def all_in_one() -> TensorList:
@@ -198,7 +173,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, alo
     tensors = tensor_list("lumina2-dit")
     path = write_hollow(tmp_path / "dit.safetensors", tensors if alone else all_in_one())
 
-    dit = load_dit(path, META)
+    dit = load_dit(path, Placement(torch.device("meta")))
 
     unused = math.prod(tensors["norm_final.weight"][1])
     assert sum(weight.numel() for weight in dit.parameters()) == 2609771456 - unused
@@ -214,30 +189,15 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, alo
         assert read_autoencoder_header(path).latent_channels == 16
 
 
-@pytest.mark.parametrize("which", ["gemma", "cut"])
-def test_other_files_are_refused_with_what_to_give(tmp_path: Path, which: str) -> None:
-    state = gemma_state() if which == "gemma" else tiny_state()
-    state.pop("t_embedder.mlp.0.weight", None)
-    save_file(state, tmp_path / "file.safetensors")
-    kind = "is not a Lumina-Image-2.0 transformer; it looks like a Gemma language model"
-    words = "incomplete Lumina-Image-2.0" if which == "cut" else kind
-
-    with pytest.raises(CheckpointError, match=words):
-        load_dit(tmp_path / "file.safetensors", PLACE)
-
-
-def test_a_file_that_is_no_gemma_2_is_refused(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state())
-    with pytest.raises(CheckpointError, match="is not a Gemma 2 language model"):
-        read_once(path, _width)
-    other = gemma_state() | {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
-    save_file(other, tmp_path / "gemma3.safetensors")
-    with pytest.raises(CheckpointError, match="is not a Gemma 2 language model"):
-        read_once(tmp_path / "gemma3.safetensors", _width)
-
-
-def _width(checkpoint: object) -> int:
-    return read_gemma(checkpoint).config.dim  # type: ignore[arg-type]
+def test_files_of_another_network_are_refused(tmp_path: Path) -> None:
+    gemma = write_gemma(tmp_path) / "model.safetensors"
+    with pytest.raises(CheckpointError, match="is not a Lumina-Image-2.0 transformer; it looks like a Gemma"):
+        load_dit(gemma, Placement(CPU))
+    gemma_3 = gemma_state() | {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
+    save_file(gemma_3, tmp_path / "gemma3.safetensors")
+    for path in (write_dit(tmp_path, tiny_state()), tmp_path / "gemma3.safetensors"):
+        with pytest.raises(CheckpointError, match="is not a Gemma 2 language model"):
+            load_gemma(path, CPU, torch.float32)
 
 
 NEAR = 3e-6  # of the largest value: the same formulas in float32, summed in another order
@@ -246,18 +206,20 @@ NEAR = 3e-6  # of the largest value: the same formulas in float32, summed in ano
 def test_forward_equals_the_recorded_output() -> None:
     description, tensors = read_case("lumina_dit")
 
-    direction = golden_model()(tensors["x"], tensors["t"], tensors["cap_feats"], tensors["cap_mask"])
+    inputs = (tensors[name] for name in ("x", "t", "cap_feats", "cap_mask"))
+    direction = load_model("lumina_dit", load_dit)(*inputs)
 
     torch.testing.assert_close(direction, tensors["out"], **description["tolerance"]["out"])
     expected = tensors["out_qk_eps_1e-5"]
     assert (direction - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-@pytest.mark.parametrize("lengths", [(5, 11), (7,), (12, 12), (1, 3, 9)])
-def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...]) -> None:
-    inputs = tiny_inputs(lengths)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forward_equals_diffusers_with_the_same_weights(batch: int) -> None:
+    tiny = dit_called("lumina")
+    inputs = tiny.inputs((1, 4, 6, 12), batch)
 
-    direction = tiny_model()(**inputs)
+    direction = tiny.make(CONFIG.num_layers)(**inputs)
 
     expected = in_diffusers(tiny_state())(*inputs.values()).sample
     assert (direction - expected).abs().max() <= NEAR * expected.abs().max()

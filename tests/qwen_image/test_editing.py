@@ -27,7 +27,10 @@ from qwen_image.options import (
     VERSIONS,
     QwenImageGenerationOptions,
     QwenImageReferenceOptions,
+    QwenImageTrainingOptions,
     QwenImageVersionOptions,
+    caching_options,
+    generation_options,
 )
 from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -56,11 +59,10 @@ def prepare(family: QwenImage, *paths: Path, **asked: Any) -> Prepared:
     return family.prepare(Request("a hat", 1, control_images=paths, **asked))
 
 
-@pytest.mark.parametrize("size", [(131, 75), (1000, 1000), (333, 2000), (4000, 37)])
-@pytest.mark.parametrize("area", [MEGAPIXEL, SHOWN_AREA])
-def test_official_sizes_are_those_of_the_release(size: tuple[int, int], area: int) -> None:
-    expected = tuple(max(int(side), 32) for side in calculate_dimensions(area, size[0] / size[1]))
-    assert official_size(size, area) == expected
+def test_official_sizes_are_those_of_the_release() -> None:
+    for size in ((131, 75), (1000, 1000), (333, 2000), (4000, 37)):
+        expected = calculate_dimensions(MEGAPIXEL, size[0] / size[1])
+        assert official_size(size, MEGAPIXEL) == tuple(max(int(side), 32) for side in expected)
 
 
 def test_a_picture_is_stretched_or_cut_or_fitted(tmp_path: Path) -> None:
@@ -79,7 +81,8 @@ def test_a_picture_is_stretched_or_cut_or_fitted(tmp_path: Path) -> None:
 
 def test_every_text_of_a_request_sees_the_pictures(files: TinyQwenImage, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 64, 48)
-    paths = (tmp_path / "a.png", tmp_path / "a.png")
+    write_image(tmp_path / "b.png", 48, 96)
+    paths = (tmp_path / "a.png", tmp_path / "b.png")
 
     prepared = prepare(family_of(files), *paths, away_prompt="red")
     fitted = prepare(family_of(files, resize_control_to_image_size=True), *paths, width=96, height=64)
@@ -89,16 +92,7 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyQwenImage, tmp_pat
     assert [one.pictures for one in found if one is not None] == [paths] * 4
     assert fitted.prompts[0].positive.picture_size == (96, 64)
     assert texts.positive.picture_size is None
-
-
-def test_a_size_that_is_not_said_is_a_megapixel_in_the_shape_of_the_last_picture(
-    files: TinyQwenImage, tmp_path: Path
-) -> None:
-    write_image(tmp_path / "a.png", 64, 48)
-    write_image(tmp_path / "b.png", 48, 96)
-
-    prepared = prepare(family_of(files), tmp_path / "a.png", tmp_path / "b.png")
-
+    # a size that is not said: a megapixel in the shape of the last picture
     assert (prepared.width, prepared.height) == official_size((48, 96), MEGAPIXEL)
 
 
@@ -115,24 +109,16 @@ def test_templates_are_those_of_the_releases() -> None:
 @pytest.mark.parametrize(
     ("names", "version", "message"),
     [
-        (["none.png"], "edit", r"--control_image_path .*none.png: no such file"),
-        (["text.png"], "edit", r"--ci.*text.png is no image.*Give an image file"),
         (["dot.png"], "edit-2511", r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
-        (["huge.png"], "edit", r"huge.png has more than the 134 million pixels that are read"),
         (["good.png"] * 2, "edit", r"2 reference pictures, Qwen-Image-Edit takes 1 at most"),
-        (
-            ["good.png"],
-            "original",
-            r"--control_image_path: Qwen-Image makes pictures from texts alone.",
-        ),
+        (["good.png"], "original", r"--control_image_path: Qwen-Image makes pictures from texts alone."),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(
     files: TinyQwenImage, tmp_path: Path, names: list[str], version: str, message: str
 ) -> None:
-    (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
-    for name, size in {"dot": (1, 1), "good": (32, 32), "huge": (20000, 10000)}.items():
-        Image.new("1", size).save(tmp_path / f"{name}.png")
+    write_image(tmp_path / "dot.png", 1, 1)
+    write_image(tmp_path / "good.png", 32, 32)
 
     with pytest.raises(OptionError, match=message):
         prepare(family_of(files, version), *(tmp_path / name for name in names), width=32, height=32)
@@ -227,21 +213,12 @@ def test_changed_parts_are_written_and_results_named_after_their_picture(
     files: TinyQwenImage, tmp_path: Path
 ) -> None:
     write_image(tmp_path / "my cat.png", 48, 32)
-    words = [
-        *files.models,
-        "--edit",
-        "--control_image_path",
-        str(tmp_path / "my cat.png"),
-        "--prompt",
-        "a hat",
-    ]
-    words += ["--image_size", "32", "48", "--infer_steps", "3", "--guidance_scale", "1", "--seed", "3"]
-    rcm = ["--rcm_threshold", "0.9", "--rcm_relative_threshold", "--rcm_debug_save"]
+    edit = "--prompt hat --image_size 32 48 --infer_steps 3 --guidance_scale 1 --seed 3 --device cpu --edit"
+    words = [*files.models, *edit.split(), "--control_image_path", str(tmp_path / "my cat.png")]
+    rcm = "--rcm_threshold 0.9 --rcm_relative_threshold --rcm_debug_save --append_original_name"
 
-    qwen_image_generate_image.main(
-        [*words, *rcm, "--append_original_name", "--save_path", str(tmp_path / "out"), "--device", "cpu"]
-    )
-    qwen_image_generate_image.main([*words, "--save_path", str(tmp_path / "plain"), "--device", "cpu"])
+    qwen_image_generate_image.main([*words, *rcm.split(), "--save_path", str(tmp_path / "out")])
+    qwen_image_generate_image.main([*words, "--save_path", str(tmp_path / "plain")])
 
     made = sorted(path.name.partition("_3_")[2] for path in (tmp_path / "out").iterdir())
     assert made == ["my cat.png", *(f"my cat_rcm_00{step}.png" for step in range(3))]
@@ -300,13 +277,13 @@ def test_the_plan_counts_references_and_the_vision_tower(
     files: TinyQwenImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_image(tmp_path / "a.png", 160, 160)
-    words = [*files.models, "--prompt", "a hat", "--image_size", "64", "64", "--plan", "8"]
-    words += ["--save_path", str(tmp_path / "out")]
+    words = "--prompt hat --image_size 64 64 --plan 8 --save_path out"
+    plan = [*files.models, *words.split()]
     path = str(tmp_path / "a.png")
 
-    qwen_image_generate_image.main(words)
+    qwen_image_generate_image.main(plan)
     plain = capsys.readouterr().out
-    qwen_image_generate_image.main([*words, "--edit_plus", "--control_image_path", path, path])
+    qwen_image_generate_image.main([*plan, "--edit_plus", "--control_image_path", path, path])
     edited = capsys.readouterr().out
 
     assert "text encoder vl" in plain
@@ -345,10 +322,8 @@ def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) 
         prepare(family_of(blind), tmp_path / "a.png", width=32, height=32)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["original", "edit-2511"])
 def test_commands_of_a_training_name_its_release(version: str) -> None:
-    from qwen_image.options import QwenImageTrainingOptions, caching_options, generation_options
-
     options = QwenImageTrainingOptions.usual(version=QwenImageVersionOptions(model_version=version))
     latents, texts = caching_options(options)
     expected = None if version == "original" else version

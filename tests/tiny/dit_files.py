@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SHARDS = 3
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -40,6 +41,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> Path:
     else:
         torch.save(dict(tensors), path)
     return path
+
+
+def frozen(network: Network, state: Mapping[str, Tensor]) -> Network:
+    """The network with these weights, which do not learn."""
+    network.load_state_dict(dict(state))
+    return network.eval().requires_grad_(False)
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:

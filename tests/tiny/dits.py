@@ -280,4 +280,11 @@ DITS = (
     *(_qwen_image(edits=True), Z_IMAGE, _ltx("2.0"), _ltx("2.3")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
+
+
+def dit_called(name: str) -> TinyDit:
+    """One of DITS."""
+    return next(each for each in DITS if each.name == name)
+
+
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

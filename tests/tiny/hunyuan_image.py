@@ -154,18 +154,6 @@ def qwen_state(seed: int = 3) -> dict[str, Tensor]:
     return prefixed(random_tensors(network, seed), "model.", **head)
 
 
-def qwen_layouts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The language model as the published files name it."""
-    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    head, vision = {"lm_head.weight": bare.pop("lm_head.weight")}, torch.ones(2)
-    patches = "visual.patch_embed.proj.weight"
-    return {
-        "comfy": {**state, patches: vision, "tokenizer": torch.arange(9, dtype=torch.uint8)},
-        "transformers": {**prefixed(bare, "model.language_model."), **head, f"model.{patches}": vision},
-        "bare": bare,
-    }
-
-
 def qwen_config() -> dict[str, object]:
     """The config.json of a Qwen2.5-VL."""
     return {

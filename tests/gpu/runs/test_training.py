@@ -39,18 +39,15 @@ def assert_same(ours: Trained, theirs: Trained) -> None:
     assert any(tensor.any() for name, tensor in ours.tensors.items() if "lora_up" in name)
 
 
+@pytest.mark.parametrize(
+    ("precision", "bar"), [((), 1e-4), (BF16, 1e-2), ((*BF16, *FP8), 1e-2)], ids=["float32", "bf16", "fp8"]
+)
 @pytest.mark.parametrize("name", [*DEEP, *OTHERS])
-def test_losses_in_float32_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
-    project = project_of(name)
-    ours, theirs = (project.train(where, f"fp32 {where.type}") for where in (device, CPU))
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", [*DEEP, *OTHERS])
-def test_losses_in_bf16_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
-    project = project_of(name)
-    ours, theirs = (project.train(where, f"bf16 {where.type}", *BF16) for where in (device, CPU))
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-2)
+def test_losses_are_those_of_the_cpu(
+    name: str, project_of: Find, device: torch.device, precision: tuple[str, ...], bar: float
+) -> None:
+    ours, theirs = (project_of(name).train(where, where.type, *precision) for where in (device, CPU))
+    assert ours.losses == pytest.approx(theirs.losses, rel=bar)
 
 
 @pytest.mark.usefixtures("repeatable")
@@ -149,7 +146,7 @@ def wan(project_of: Callable[[str], Project]) -> Project:
 
 
 @pytest.mark.parametrize(("package", "name", "more"), PLAIN, ids=IDS[: len(PLAIN)])
-def test_losses_are_those_of_the_cpu(
+def test_losses_of_every_optimizer_are_those_of_the_cpu(
     wan: Project, device: torch.device, package: str, name: str, more: tuple[str, ...]
 ) -> None:
     pytest.importorskip(package)
