@@ -128,21 +128,22 @@ def test_a_run_says_if_there_is_nothing_to_share(project: Shared) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--sheet", "seed=1,2"), "--sheet and --cfg_parallel"),
-        (("--post", "upscaler model=x"), "--post and --cfg_parallel"),
-        (("--magcache_calibration",), "calibrated by one process"),
+        (("--sheet", "seed=1,2", *PASSES), "--sheet and --cfg_parallel"),
+        (("--sheet", "seed=1,2", "--context_parallel", "2"), "--sheet and --context_parallel 2"),
+        (("--post", "upscaler model=x", "--shard_base"), "--post and --shard_base"),
+        (("--magcache_calibration", *PASSES), "calibrated by one process"),
         (
-            ("--shard_base", *TEACACHE),
+            (*PARTS, *TEACACHE),
             "--cfg_parallel and --shard_base cannot be used together with a step cache",
         ),
         (("--shard_base", "--lazy_loading", *BOTH), "--lazy_loading and --shard_base"),
-        (("--context_parallel", "3"), "--context_parallel 3: 2 processes"),
+        ((*PASSES, "--context_parallel", "3"), "--context_parallel 3: 2 processes"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(
     project: Shared, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], named: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    command = (*project.family.generate, *SIZE, "--prompt", "x", "--save_path", "refused", *PASSES)
+    command = (*project.family.generate, *SIZE, "--prompt", "x", "--save_path", "refused")
 
     assert_one_message(*run_here(*command, *words, folder=project.folder), named)

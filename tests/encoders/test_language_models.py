@@ -288,7 +288,7 @@ def test_a_width_that_is_no_multiple_of_the_heads_is_one_message(tmp_path: Path)
         load_language_model(save(tmp_path / "model.safetensors", tensors), LLAMA, CPU, torch.float32)
 
 
-SECTIONS = ([8, 0, 0], [4, 4], "abc", [1e400, 1, 1])
+SECTIONS = ([8, 0, 0], [4, 4], [3, 3, 3], "abc", [1e400, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,8 @@ def test_a_bar_appears_after_a_second_and_is_removed(
     assert "Decoding:  50%|" in shown
     assert "2/4" in shown
     assert capsys.readouterr().err.endswith("\r")
-    with Bar(3, "Decoding", is_terminal=lambda: True) as bar:  # a short loop
-        bar.update(3)
+    for is_terminal in (True, False):  # a short loop
+        with Bar(3, "Decoding", is_terminal=lambda is_one=is_terminal: is_one) as bar:  # type: ignore[misc]
+            bar.update(3)
     assert not capsys.readouterr().err
     assert not caplog.messages

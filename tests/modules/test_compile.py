@@ -73,6 +73,22 @@ def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_learning_blocks_share_theirs_when_sizes_and_dropout_change(tiny: TinyDit) -> None:
+    dit, network = tiny.with_lora(blocks=3, neuron_dropout=0.1)
+    compile_and_train(tiny, dit.train())
+    forms = len(tiny.spec.block_lists) + 1  # the first block is given tokens that need no gradient
+
+    counts = []
+    for step, size in enumerate(SIZES):
+        network.set_dropout_seed(step)
+        gradients(dit, network, tiny.inputs(size, 1))
+        counts.append(compilations())
+
+    assert counts == [forms, 2 * forms, 2 * forms, 2 * forms]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("float32_linear", [False, True])
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_linear: bool) -> None:
@@ -118,7 +134,8 @@ def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -
             checkpoint_blocks(dit, tiny.spec, True, offload_to_host(CPU))
         results.append(gradients(dit.train(), network, tiny.inputs(SIZES[1], 2), autocast))
 
-    assert compilations() <= len(tiny.spec.block_lists) + 1  # the first block's tokens need no gradient
+    # one more where the first block's tokens need no gradient
+    assert compilations() - len(tiny.spec.block_lists) in {0, 1}
     (velocity, expected), (compiled_velocity, found) = results
     assert_near(compiled_velocity, velocity, BF16 if autocast else ROUNDING)
     assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)

@@ -31,12 +31,14 @@ GOOD = 91501
         ((9, 0), torch.bfloat16, 128, False, GOOD, True),
         ((9, 0), torch.float16, 64, False, 92200, True),
         ((10, 0), torch.bfloat16, 128, False, GOOD, True),
+        ((10, 3), torch.bfloat16, 128, False, GOOD, True),
         ((10, 7), torch.bfloat16, 128, False, 92400, False),  # no plans for it in this version
         ((12, 0), torch.bfloat16, 128, False, GOOD, False),
         ((8, 0), torch.bfloat16, 128, False, GOOD, False),
         ((8, 9), torch.bfloat16, 128, False, GOOD, False),
         ((9, 0), torch.float32, 128, False, GOOD, False),
         ((9, 0), torch.bfloat16, 100, False, GOOD, False),
+        ((9, 0), torch.bfloat16, 256, False, GOOD, False),
         ((9, 0), torch.bfloat16, 512, False, GOOD, False),  # the VAE's
         ((9, 0), torch.bfloat16, 128, True, GOOD, False),
         ((9, 0), torch.bfloat16, 128, False, 91500, False),

@@ -191,6 +191,7 @@ def test_leading_axes_stay_and_autocast_chooses_the_dtype() -> None:
         (48, 60, 16, None, E4M3, False),
         (48, 64, 15, None, E4M3, False),
         (48, 128, 16, torch.ones(48, 2, 1), E4M3, False),
+        (48, 64, 16, torch.ones(48, 1, 1), E4M3, False),
         (48, 64, 16, None, torch.float8_e5m2, False),
     ],
 )

@@ -58,7 +58,7 @@ def test_resizing_equals_the_recorded_pixels(name: str) -> None:
 HOSTILE = "</script><b>'\"\\ \x1b[31m; key=value\\n# 漢字 🐈‍⬛ \u202e"
 
 
-@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
 def test_tags_of_any_text_are_read_back_as_written(tmp_path: Path, suffix: str) -> None:
     tags = {"bt_prompt": "ein Käfer, 漢字 --f 9", "bt_seeds": "7", "bt_negative_prompt": HOSTILE}
     tags["bt_long"] = "wörd " * 20_000

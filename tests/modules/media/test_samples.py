@@ -100,14 +100,17 @@ def test_of_two_tracks_the_one_with_more_channels_is_read(tmp_path: Path) -> Non
     path = write_media(tmp_path / "two.mp4", Track((0.3,), layout="mono"), Track((0.7,)))
 
     found, facts = read_track(path, Fraction(0), RATE, RATE, 1), track_facts(path)
-    silent = write_media(tmp_path / "silent.mp4")
-
-    assert read_track(silent, Fraction(0), RATE, RATE, 1) is track_facts(silent) is None
 
     assert found is not None
     assert facts is not None
     assert len(clicks_in(found[0])) == 1
     assert facts.tracks == 2
+
+
+def test_a_file_without_a_track_has_none(tmp_path: Path) -> None:
+    silent = write_media(tmp_path / "silent.mp4")
+
+    assert read_track(silent, Fraction(0), RATE, RATE, 1) is track_facts(silent) is None
 
 
 def test_damaged_sound_and_files_that_are_no_sound_are_named(tmp_path: Path) -> None:
