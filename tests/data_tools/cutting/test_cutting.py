@@ -261,6 +261,7 @@ def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
     [
         (["--output", "out", "--scene_threshold", "2"], "--detector own takes numbers above 0 and up to 1"),
         (["--output", "out", "--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
+        (["--output", "out", "--min_frames", "5", "--max_frames", "4"], "--max_frames 4 is less than"),
         (["--output", "out", "--jsonl", "clips.toml"], "ends in .jsonl"),
         (["--output", "out", "--input", "empty"], "is a folder without videos"),
         (["--output", "in"], "is --input too"),
