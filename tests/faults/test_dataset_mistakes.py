@@ -52,6 +52,12 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
     "batch as a text": ("= 1", '= "4"', ('batch_size = "4" (text)', "a whole number, 1 or more")),
+    "batch as a switch": ("= 1", "= true", ("batch_size = true (true or false)",)),
+    "repeats to fill a memory": (
+        *("batch_size = 1", "num_repeats = 1000000000"),
+        ("1000000000", "at most 100000"),
+    ),
+    "no frames": ("[5]", "[0]", ("target_frames = [0]",)),
     "spans to fill a memory": ("[5]", "[5]\nframe_sample = 1000000000", ("1000000000", "at most 10000")),
     "no spans": ("[5]", "[]", ("target_frames = [] (a list)",)),
     "unknown mode": ("[5]", '[5]\nframe_extraction = "heads"', ('Did you mean "head"?',)),

@@ -153,7 +153,7 @@ def flux_parts(state: Mapping[str, Tensor]) -> Places:
 MODELS = {
     "wan": Model(wan_dit.tiny_state("i2v")),
     "hunyuan_video": Model(hunyuan_dit.tiny_state(), hunyuan_dit.comfy_state, is_hunyuan=True),
-    "hunyuan_image": Model(hunyuan_image.tiny_state(), hunyuan_image.comfy_state, is_hunyuan=True),
+    "hunyuan_image": Model(hunyuan_image.tiny_state(), hunyuan_dit.comfy_state, is_hunyuan=True),
     "flux": Model(flux.tiny_state(), parts=flux_parts),
     "chroma": Model(flux.tiny_state("chroma"), parts=flux_parts),
     "lumina": Model(lumina.tiny_state()),

@@ -20,8 +20,8 @@ from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import ToyFamily, options
-from tests.modules.media.test_streams import clicks_in, sound_of
-from tests.modules.media.test_streams import write_film as write_clicks
+from tests.modules.media.test_streams import RATE, sound_of
+from tests.sound_media import Track, clicks_in, write_media
 from tools.split_video import main
 
 NTSC = Fraction(24000, 1001)
@@ -94,13 +94,15 @@ def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
 
 
 def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path) -> None:
-    source = write_clicks(tmp_path / "clicks.mp4", "aac")
+    track = Track((0.7, 2.2, 3.1), seconds=4.0)
+    source = write_media(tmp_path / "clicks.mp4", track, frames=100)
     words = ("--keep_static", "--keep_black", "--max_seconds", 2)
 
     first, second = run(source, tmp_path / "out", *words)
 
-    assert clicks_in(sound_of(first)) == pytest.approx([0.7], abs=0.002)
-    assert clicks_in(sound_of(second)) == pytest.approx([0.2, 1.1], abs=0.002)
+    for clip, clicks in ((first, [0.7]), (second, [0.2, 1.1])):
+        found = [place / RATE for place in clicks_in(sound_of(clip))]
+        assert found == pytest.approx(clicks, abs=0.002)
     for clip in run(source, tmp_path / "silent", *words, "--no_audio"):
         with av.open(str(clip)) as container:
             assert not container.streams.audio
@@ -259,6 +261,7 @@ def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
     [
         (["--output", "out", "--scene_threshold", "2"], "--detector own takes numbers above 0 and up to 1"),
         (["--output", "out", "--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
+        (["--output", "out", "--min_frames", "5", "--max_frames", "4"], "--max_frames 4 is less than"),
         (["--output", "out", "--jsonl", "clips.toml"], "ends in .jsonl"),
         (["--output", "out", "--input", "empty"], "is a folder without videos"),
         (["--output", "in"], "is --input too"),

@@ -97,6 +97,12 @@ def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
     assert not is_latent_cache(latents, "framepack")
     assert not is_text_cache(latents, "wan")
     assert not is_latent_cache(text, "wan")
+    # nor is a LoRA, whatever it says of itself
+    lora = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(4, 8)}
+    for metadata in ({}, {"architecture": "wan"}):
+        write_tensors(tmp_path / "c", lora, metadata)
+        assert not is_latent_cache(read_header(tmp_path / "c"), "wan")
+        assert not is_text_cache(read_header(tmp_path / "c"), "wan")
 
 
 def test_a_checksum_sees_name_shape_and_every_bit() -> None:
