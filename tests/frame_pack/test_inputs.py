@@ -225,6 +225,21 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("0:sits;;;1-2:walks;;;-1:sleeps", ""),
+        ("0:sits;;;4-5:walks", "--prompt: 'walks' for section 4 is ignored: no section takes it, of the 4"),
+    ],
+)
+def test_only_texts_that_no_section_takes_are_warned_of(
+    picture: Path, prompt: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settle(picture, {"video_sections": "4"}, prompt=prompt)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
 def training_family(folder: Path, *more: str) -> FramePack:
     parser = argparse.ArgumentParser()
     add_options(parser, FramePackTrainingOptions)
