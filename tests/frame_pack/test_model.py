@@ -149,8 +149,9 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     family: FramePack,
 ) -> None:
     left_out = ("latents_clean_2x", "latents_clean_4x", "clean_latent_4x_indices")
+    half = torch.ones(2, 16, 2, *AREA, dtype=torch.float16)
 
-    seen = predicted(family, batch(*left_out))
+    seen = predicted(family, batch(*left_out, latents_clean=half))
 
     assert seen.history.keys() == {
         "clean_latents",
@@ -160,6 +161,8 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     }
     assert seen.history["clean_latents_2x"].shape == (2, 16, 2, *AREA)
     assert not seen.history["clean_latents_2x"].any()
+    # of the dtype of the noisy ones, whatever caches keep
+    assert {seen.history[name].dtype for name in ("clean_latents", "clean_latents_2x")} == {torch.float32}
 
 
 @pytest.mark.parametrize(
