@@ -97,9 +97,8 @@ def rising(count: int) -> torch.Tensor:
     return (torch.arange(count).float() / 64 * VAE_LATENT.scale).view(1, 1, -1, 1, 1).repeat(1, 16, 1, 2, 2)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("window", [9, 4])
-def test_sections_decode_to_as_many_frames_as_all_at_once(count: int, window: int) -> None:
+@pytest.mark.parametrize(("window", "count"), [(9, 1), (9, 2), (4, 5)])
+def test_sections_decode_to_as_many_frames_as_all_at_once(window: int, count: int) -> None:
     latents = rising(window * count + 1)
 
     blended, parts = decoded_frames(latents, window=window)
@@ -108,6 +107,12 @@ def test_sections_decode_to_as_many_frames_as_all_at_once(count: int, window: in
     assert len(blended) == len(bulk) == 4 * window * count + 1
     assert whole == [window * count + 1]
     assert parts == ([window + 1] if count == 1 else [2 * window + 1, *[2 * window] * (count - 2), window])
+
+
+def test_latents_that_are_no_whole_sections_are_decoded_at_once() -> None:
+    """Such as those of another program, given with --latent_path."""
+    frames, parts = decoded_frames(rising(2 * 9 + 4))
+    assert (len(frames), parts) == (4 * (2 * 9 + 3) + 1, [2 * 9 + 4])
 
 
 def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:

@@ -225,6 +225,34 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
 
 
+FOUR = {"video_sections": "4"}
+TWO_MASKS = {"one_frame": "default", "control_image_mask_path": "IMAGE\nIMAGE"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "prompt", "controls", "said"),
+    [
+        (FOUR, "0:sits;;;1-2:walks;;;-1:sleeps", 0, ""),
+        (FOUR, "0:sits;;;4-5:walks", 0, "--prompt: 'walks' for section 4 is ignored: no section"),
+        (FOUR, "sits", 1, "--control_image_path is ignored because it is for --one_frame_inference"),
+        (TWO_MASKS, "sits", 2, ""),
+        (TWO_MASKS, "sits", 1, "of 2 masks the last 1 are ignored"),
+    ],
+)
+def test_only_what_is_ignored_is_warned_of(
+    picture: Path,
+    extra: dict[str, str],
+    prompt: str,
+    controls: int,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = {name: text.replace("IMAGE", str(picture)) for name, text in extra.items()}
+    settle(picture, given, prompt=prompt, control_images=(picture,) * controls)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
 def training_family(folder: Path, *more: str) -> FramePack:
     parser = argparse.ArgumentParser()
     add_options(parser, FramePackTrainingOptions)

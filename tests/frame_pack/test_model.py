@@ -1,14 +1,17 @@
 """The FramePack transformer against recorded vectors, against diffusers, and against itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from frame_pack import batches
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.model import FramePackModel
+from frame_pack.one_frame import OneFrame
 from hunyuan_model.blocks import HunyuanTokens
 from modules.contract.data import Batch
 from modules.errors import CacheError
@@ -146,8 +149,9 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     family: FramePack,
 ) -> None:
     left_out = ("latents_clean_2x", "latents_clean_4x", "clean_latent_4x_indices")
+    half = torch.ones(2, 16, 2, *AREA, dtype=torch.float16)
 
-    seen = predicted(family, batch(*left_out))
+    seen = predicted(family, batch(*left_out, latents_clean=half))
 
     assert seen.history.keys() == {
         "clean_latents",
@@ -157,6 +161,8 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     }
     assert seen.history["clean_latents_2x"].shape == (2, 16, 2, *AREA)
     assert not seen.history["clean_latents_2x"].any()
+    # of the dtype of the noisy ones, whatever caches keep
+    assert {seen.history[name].dtype for name in ("clean_latents", "clean_latents_2x")} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -174,3 +180,46 @@ def test_caches_of_another_encoder_are_named(family: FramePack, name: str, comma
         match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
     ):
         predicted(family, batch(**{name: torch.zeros(*shape[:-1], 96)}))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "others", "message"),
+    [
+        (
+            ("clean_latent_2x_indices",),
+            {},
+            "the cache has latents_clean_2x without clean_latent_2x_indices. Cache again with fpack_cache",
+        ),
+        ((), {"latent_indices": torch.ones(2, WINDOW)}, r"latent_indices of shape 2 \(torch.float32\) and"),
+        ((), {"clean_latent_4x_indices": torch.ones(2, 15, dtype=torch.int64)}, "of shape 15 .* do not fit"),
+        ((), {"latents_clean": torch.ones(2, 16, 2, 4, 4)}, "latents_clean of 16x2x4x4 do not fit latents"),
+    ],
+)
+def test_caches_whose_frames_and_places_differ_are_refused(
+    family: FramePack, left_out: tuple[str, ...], others: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(CacheError, match=rf"clip 0_00000-017-0001: .*{message}"):
+        predicted(family, batch(*left_out, **others))
+
+
+@pytest.mark.parametrize(
+    ("settings", "neighbour", "said"),
+    [
+        ({}, 3, ""),
+        ({}, 0, "are for FramePack-F1 (fpack_cache_latents.py --f1), but --f1 is not given"),
+        ({"is_f1": True}, 0, ""),
+        ({"is_f1": True}, 3, "--f1 is given, but the sections in the caches are not for FramePack-F1"),
+        ({"one_frame": OneFrame()}, 3, "--one_frame is given, but the caches hold sections of clips"),
+    ],
+)
+def test_samples_of_another_kind_than_the_caches_are_warned_of(
+    family: FramePack, settings: dict[str, Any], neighbour: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """neighbour: the place of the frame next in time; that of the target is 1."""
+    batches._note_other_order.cache_clear()
+    batches._note_clips.cache_clear()
+
+    predicted(replace(family, **settings), batch(clean_latent_indices=torch.full((2, 2), neighbour)))
+
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)

@@ -128,6 +128,7 @@ def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
         (r"C:\a.png;;;-1:D:\b.png", {0: r"C:\a.png", -1: r"D:\b.png"}),
         ("--1:a;;;1:b", {0: "--1:a", 1: "b"}),
         ("0:a;;; ;;;", {0: "a"}),
+        (";;;", {0: ""}),
         ("-1-1:a;;;0:b", {-1: "a", 0: "b", 1: "a"}),
     ],
 )

@@ -210,7 +210,9 @@ def test_clips_configuration_counts_too(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("not json", "cannot be read as the configuration"),
+        ("[1]", "cannot be read as the configuration"),
         ({"hidden_size": 128, "num_attention_heads": 7}, "says 7 heads"),
+        ({"hidden_size": 128, "num_attention_heads": 0}, "says 0 heads"),
         ({"hidden_size": 128, "num_attention_heads": "many"}, "says many heads"),
         (
             {"hidden_size": 128, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},

@@ -147,6 +147,13 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
     changed = dict(LlavaTextEncoder(path).identity)
     assert {key for key in before if before[key] != changed[key]} == {"llm_config"}
 
+    path = tmp_path / "text_encoder_2"
+    before = dict(HunyuanClip(path).identity)
+    merges = path / "merges.txt"
+    merges.write_text(merges.read_text(encoding="utf-8").rsplit("\n", 2)[0] + "\n", encoding="utf-8")
+    changed = dict(HunyuanClip(path).identity)
+    assert {key for key in before if before[key] != changed[key]} == {"clipL_tokenizer"}
+
 
 def test_a_tokenizer_that_cuts_the_template_elsewhere_is_warned_of(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
