@@ -391,16 +391,6 @@ def family_called(name: str) -> TinyFamily:
     return next(each for each in FAMILIES if each.name == name)
 
 
-def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
-    """Write a family's project; the `generate` of what is returned names whole paths, to be run anywhere."""
-    family.prepare(folder)
-    words = [
-        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
-        for word in family.generate
-    ]
-    return replace(family, generate=words)
-
-
 def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips) -> None:
     """Write the project of a family with blocks enough to swap and to skip."""
     family.prepare(folder, clips)
