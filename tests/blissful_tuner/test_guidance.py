@@ -131,6 +131,12 @@ def test_steps_may_be_left_out_before_a_range_that_has_them() -> None:
     assert parse_cfg_schedule("!1-2,1-4", 10, 3) == {3: 3, 4: 3}
 
 
+def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
+    request = prepare(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1"), usual_negative="")
+    with pytest.raises(OptionError, match="--cfg_schedule '1' and --cfg_skip_mode late"):
+        check_guidance(request, replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5))
+
+
 @pytest.mark.parametrize("options", [{"cfgzerostar_scaling": True}, {"cfgzerostar_init_steps": 1}])
 def test_zero_star_is_refused_where_no_step_has_guidance(options: dict[str, Any]) -> None:
     def check(scale: float, schedule: str) -> None:

@@ -231,6 +231,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("<think>Okay, the user wants a cat, and then no end of the", ""),
         ("A cat.<thinking>Was that", "A cat."),
         ("It is a cat, no start of the thought.</think> A cat.", "A cat."),
+        ("“A cat.”", "A cat."),
         ('"A" and "B"', 'A" and "B'),
         ("", ""),
         ("x" * 9000, "x" * 4000),

@@ -131,10 +131,17 @@ def test_layers_behind_the_wanted_one_run_only_for_the_pooled_state() -> None:
     assert runs == [0, 1, 0, 1, 2]
 
 
-def write_tower(folder: Path, activation: str = "gelu") -> tuple[Path, CLIPVisionModelWithProjection]:
+def write_tower(
+    folder: Path, activation: str = "gelu", projection: int = 32
+) -> tuple[Path, CLIPVisionModelWithProjection]:
     """A tiny tower as a folder, and transformers' model of it."""
     torch.manual_seed(6)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "projection_dim": 32, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "projection_dim": projection,
+        "num_attention_heads": 4,
+    }
     pixels = {"image_size": 28, "patch_size": 14}
     config = CLIPVisionConfig(**sizes, **pixels, num_hidden_layers=2, hidden_act=activation)
     model = CLIPVisionModelWithProjection(config).eval()

@@ -37,6 +37,7 @@ from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=1.0, in_sections=True, infer_steps=2)
 REQUEST = Request("cat", 3, 48, 32, None, 2, 1.0, None, 3.0, "unipc", 16.0)
 TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]})}
+ORDERS = pytest.mark.parametrize("backwards", [True, False], ids=["in front", "behind"])
 
 
 def options(folder: Path) -> GenerationOptions:
@@ -95,7 +96,7 @@ def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> No
     assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)
 
 
-@pytest.mark.parametrize("backwards", [True, False], ids=["in front", "behind"])
+@ORDERS
 def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
     tmp_path: Path, backwards: bool
 ) -> None:
@@ -258,13 +259,16 @@ def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> 
 # Memory
 
 
+@ORDERS
 def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(
-    tmp_path: Path,
+    tmp_path: Path, backwards: bool
 ) -> None:
     def most(sections: int) -> int:
         found: list[int] = []
         with held_memory() as held:
-            family = ToyFamily(sections_made=sections, on_chunk=lambda: found.append(held()))
+            family = ToyFamily(
+                sections_made=sections, makes_last_first=backwards, on_chunk=lambda: found.append(held())
+            )
             generate(family, options(tmp_path / str(sections)))
         return max(found)
 

@@ -93,6 +93,7 @@ def test_without_the_switches_all_marks_are_text(scripts: dict[str, Script], tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prompt", "a", "--prompt_wildcards", "x"], "--prompt_wildcards x: no such folder"),
         (["--prompt", "a __no__"], r"--prompt: __no__ needs the file .*no.txt"),
         (["--prompt", "a", "--negative_prompt", "__../x__"], "--negative_prompt: .* does not name a file"),
         (["--prompt", "a __two__"], r"two.txt, line 2: __no__ needs the file"),

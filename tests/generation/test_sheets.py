@@ -30,7 +30,6 @@ from tools import compare
 BY_NAME = {family.name: family for family in FAMILIES}
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--output_type", "both"]
 # family -> two axes, whose cells all differ
-# family -> two axes, whose cells all differ
 AXES = {
     "wan i2v-14B": ("flow_shift=3,5", "sample_solver=unipc,dpm++"),
     "framepack one frame": ("seed=1,2", "embedded_cfg_scale=3,10"),
@@ -171,6 +170,7 @@ def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--sheet"], ["--sheet takes one or two axes, 0 are given"]),
         (["--sheet", "seed=1", "s=1", "g=1"], ["--sheet takes one or two axes, 3 are given"]),
         (["--sheet", "seed"], ["--sheet seed: no values are given"]),
         (["--sheet", "sead=1,2"], ["--sheet sead: it is no option of a prompt line", "seed"]),

@@ -268,6 +268,17 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
 
 
 @torch.no_grad()
+def test_a_change_of_a_bias_alone_is_added() -> None:
+    module, x, change = nn.Conv2d(6, 8, 3), random(2, 6, 5, 7, seed="x", scale=1), random(8, seed="bias")
+    place, plain = ChangedPlace("x.weight", module), module(x)
+    layer = AddedLayer(place, [AddedPart(place, {"diff_b": change}, 2.0)])
+    layer.attach()
+    layer.switch_on(CPU, torch.float32)
+
+    torch.testing.assert_close(module(x), plain + 2 * change[:, None, None])
+
+
+@torch.no_grad()
 def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
     norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
     plain = norm(x)

@@ -63,6 +63,14 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
     assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
 
 
+def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -> None:
+    model = quick(folder, tiny.write_sd1(tmp_path, channels=9))
+
+    assert model.is_inpainting
+    assert not quick(folder, "sd1.safetensors").is_inpainting
+    assert model.unet.conv_in.weight.shape[1] == 9
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
