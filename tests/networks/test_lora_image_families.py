@@ -16,6 +16,7 @@ import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 from flux.files import load_dit
+from lumina.files import load_dit as load_lumina
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from networks.apply import LoraPatch
@@ -26,6 +27,7 @@ from networks.metadata import save_network
 from tests.golden_cases import load_model, make_weights, read_case
 from tests.manifests import tensor_list
 from tests.networks.making import assert_recorded
+from tests.tiny.dits import dit_called
 from tests.tiny.loras import make_lora
 from tests.tiny.lumina import tiny_state
 
@@ -93,7 +95,7 @@ def _hunyuan_image(_: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callabl
 
 
 def _lumina(_: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    model = lumina.golden_model()
+    model = load_model("lumina_dit", load_lumina)
     return model, lambda noisy: model(noisy, 1 - given["s"], given["cap_feats"], given["cap_mask"])
 
 
@@ -136,20 +138,26 @@ def models(
 ) -> tuple[nn.Module, nn.Module, Both]:
     """Our tiny transformer, diffusers' with the same weights, and both their predictions."""
     if family == "hunyuan_image":
-        inputs = hunyuan_image.tiny_inputs()
+        tiny = dit_called(family)
+        inputs = tiny.inputs((1, 4, 6, 9), 2)
         there = hunyuan_image.in_diffusers.__wrapped__()
 
         def both(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
             return ours(**inputs), hunyuan_image.run_there(theirs, inputs)
 
-        return hunyuan_image.tiny_model(), there, both
+        return (
+            tiny.make((hunyuan_image.CONFIG.double_blocks, hunyuan_image.CONFIG.single_blocks)),
+            there,
+            both,
+        )
     if family == "lumina":
-        given = lumina.tiny_inputs()
+        tiny = dit_called(family)
+        given = tiny.inputs((1, 4, 6, 12), 2)
 
         def both(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
             return ours(**given), theirs(*given.values()).sample
 
-        return lumina.tiny_model(), lumina.in_diffusers(tiny_state()), both
+        return tiny.make(lumina.CONFIG.num_layers), lumina.in_diffusers(tiny_state()), both
     if family == "flux_2":
         of_flux_2 = flux_2.tiny_inputs()
 

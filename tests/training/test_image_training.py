@@ -175,11 +175,12 @@ DEFAULTS = ImageTrainerDefaults(
     "sigma", 3.0, "raw", guidance_scale=3.5, refused={"vae": "the autoencoder is given to --ae"}
 )
 NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
-SAMPLES = f"--sample_prompts {__file__}"
+SAMPLES = "--sample_prompts PROMPTS"
 
 
 def read(*argv: str) -> TrainingOptions:
-    return read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *argv])[0]
+    words = [word.replace("PROMPTS", __file__) for word in argv]
+    return read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *words])[0]
 
 
 @pytest.mark.parametrize(
