@@ -1,5 +1,6 @@
 """Make the pages of the queue and of a comparison, and answer their buttons."""
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +20,8 @@ from modules.command import as_typed
 from modules.console import in_words
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
+
+NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
@@ -118,7 +121,7 @@ def queue_routes(queue: JobQueue) -> list[Route]:
                 # all are read before the first is added
                 for words in [split_words(line) for line in lines if line and not line.startswith("#")]:
                     queue.add(words, Path.cwd())
-            elif what in changes and number.isdecimal():
+            elif what in changes and NUMBER.fullmatch(number):
                 changes[what](int(number))
             else:
                 return PlainTextResponse("There is no such request.", 404)

@@ -32,12 +32,12 @@ WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
 LAST = 8 << 10  # bytes of its end that tell the step and its seconds
 SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
-LOSS = re.compile(rb'"step": (\d+), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
+LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": ([\d.]+(?:e[-+]?\d+)?)')
 # of a page that an older version wrote: kind, standing, model, step, total
 STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
-    r'<progress value="(\d+)" max="(\d+)">'
+    r'<progress value="(\d{1,15})" max="(\d{1,15})">'
 )
 
 

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from browser.answers import NO_WRITING, Form, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
@@ -178,7 +178,7 @@ def make_app(
     def show_file(request: Request) -> Response:
         run = find(request)
         path = None if run is None else file_of(runs, run, request.path_params["name"])
-        return answer_gone() if path is None else FileResponse(path)
+        return answer_gone() if path is None else answer_file(path)
 
     def ask(request: Request, form: Form) -> Response:
         with runs.lock:

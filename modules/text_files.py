@@ -51,7 +51,8 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
 
 
 def _too_large(path: Path, limit_bytes: int) -> OSError:
-    text = f"it is larger than {limit_bytes >> 20} MiB, the most that is read"
+    most = f"{limit_bytes >> 20} MiB" if limit_bytes >> 20 else f"{limit_bytes:,} bytes"
+    text = f"it is larger than {most}, the most that is read"
     return OSError(errno.EFBIG, text, str(path))
 
 

@@ -127,6 +127,8 @@ def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
         (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
         (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
         assert "It will be refused: &#39;bash&#39;" in served.ask("/queue").text
+        for what in ("up", "stop", "retry", "remove"):
+            assert ask(served, what, id="1" * 5000) == 404
         assert ask(served, "work") == 303
         wait_for(lambda: "exit code 2" in served.ask("/queue").text)
         assert ask(served, "pause") == 303

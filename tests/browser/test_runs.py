@@ -21,6 +21,8 @@ from tests.browser.serving import write_run
 from tests.training.toy import Killed, killed_at, train_toy, write_caches
 from training.reports.history import describe_process
 
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has this device")
+
 
 def look(*folders: Path) -> dict[str, Any]:
     return {run.name: run for run in Runs(folders).look()}
@@ -180,6 +182,8 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) ->
         ("--export x.html . .", "give its folder"),
         ("--export x.html --port 80", "exclude each other"),
         ("--token short.txt", "at least 16"),
+        ("--token long.txt", "larger than 1,024 bytes"),
+        pytest.param("--token /dev/zero", "it is a device", marks=ON_LINUX),
     ],
 )
 def test_wrong_options_are_refused(
@@ -187,5 +191,6 @@ def test_wrong_options_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("secret\n", encoding="utf-8")
+    (tmp_path / "long.txt").write_text("x" * 2000, encoding="utf-8")
     with pytest.raises(OptionError, match=said):
         parse_options("", words.split(), BrowserOptions)[0].read_token()
