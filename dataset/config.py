@@ -64,7 +64,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
             problems.append(
                 f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
             )
-        first = users.setdefault(os.path.normcase(folder.resolve()), table)
+        first = users.setdefault(os.path.normcase(os.path.realpath(folder)), table)
         if first is not table and not first.cache_format == table.cache_format == "npz":
             other = table.place.removeprefix("[[datasets]] ")
             problems.append(

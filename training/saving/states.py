@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import gather_object
@@ -136,7 +136,16 @@ def read_state(folder: Path) -> SavedState | ForeignState:
             for name in sums.keys() | found:
                 if found.get(name) != sums.get(name):
                     raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
-        return SavedState(folder, Progress(**content.pop("progress")), **content)
+        state = SavedState(folder, Progress(**content.pop("progress")), **content)
+        for record in (state, state.progress):
+            for name, hint in get_type_hints(type(record)).items():
+                kinds = [
+                    get_origin(one) or one
+                    for one in (get_args(hint) if type(None) in get_args(hint) else [hint])
+                ]
+                if not isinstance(getattr(record, name), (*kinds, int) if float in kinds else tuple(kinds)):
+                    raise TypeError(f"{name} is of the kind {type(getattr(record, name)).__name__}")
+        return state
 
 
 @contextlib.contextmanager
@@ -190,7 +199,7 @@ def state_pattern(name: str) -> re.Pattern[str]:
 def recover_states(output_dir: Path, name: str) -> None:
     """Restore the states of a run that was killed between the two renames that replace one."""
     pattern = state_pattern(name)
-    for entry in list(output_dir.iterdir()):
+    for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
             recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
@@ -200,11 +209,9 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
     Repairs folders that a killed run left half done.
     """
-    if not output_dir.is_dir():
-        return None
     recover_states(output_dir, name)
     pattern, found = state_pattern(name), []
-    for folder in output_dir.iterdir():
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
             try:
                 with one_error(folder):
