@@ -23,7 +23,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError, UserError
 from modules.families import WITH_SCRIPTS
 from modules.media.reading import read_tags
-from modules.text_files import read_text
+from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
 from training.reports.page import link
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -63,7 +63,7 @@ class ComparableRun:
     @property
     def is_link(self) -> bool:
         """Return whether that folder is elsewhere: then it is neither read nor written."""
-        return self.folder.resolve() != self.folder
+        return real_path(self.folder) != self.folder
 
     @property
     def working_folder(self) -> Path:

@@ -28,7 +28,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.text_files import read_text
+from modules.text_files import read_text, real_path
 from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ class JobQueue:
 
     def _new_job(self, book: _Book, line: str, folder: Path) -> Job:
         book.last += 1
-        return self._job(book.last, line, str(folder.resolve()))
+        return self._job(book.last, line, str(real_path(folder)))
 
     def _job(self, id: int, line: str, folder: str, **told: Any) -> Job:
         return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **told)

@@ -22,6 +22,7 @@ from modules.atomic_write import write_text
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.installation import PREFIX, ROOT, find_script, program_words
+from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
@@ -84,7 +85,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     if word == "-m":  # what commands of the installed package have
         word, count = " ".join(words[:2]), 2
     script = find_script(word.removeprefix("-m reelsmith.").replace(".", "/") if count == 2 else word)
-    if script is None and word.endswith(".py") and (path := (folder / word).resolve()).is_relative_to(ROOT):
+    if script is None and word.endswith(".py") and (path := real_path(folder / word)).is_relative_to(ROOT):
         script = path.relative_to(ROOT)
     if word == "reelsmith" or script == Path("reelsmith.py"):
         word = " ".join((word, *words[1:3]))

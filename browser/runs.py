@@ -19,6 +19,7 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import identify_machine
 from modules.console import in_words
+from modules.text_files import real_path
 from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, history_name, parse_row
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -232,7 +233,7 @@ class Runs:
 
     def __init__(self, folders: Collection[Path]) -> None:
         """folders: or histories themselves."""
-        self.roots = [folder.resolve() for folder in folders]
+        self.roots = [real_path(folder) for folder in folders]
         # time, folders in it, histories, .toml files
         self._folders: dict[Path, tuple[int, list[Path], list[Path], list[Path]]] = {}
         self._glances: dict[str, tuple[tuple[int, int, int], Glance]] = {}

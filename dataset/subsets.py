@@ -18,6 +18,7 @@ from dataset.key_reading import BAD, read_keys, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
+from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
             name = _sides(table.resolution)
-            key = (os.path.normcase(folder.resolve()), name)
+            key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
             name += f"_{used[key]}" if used[key] > 1 else ""
             table = dataclasses.replace(table, cache_directory=folder / name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.text_files import real_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
@@ -55,7 +56,7 @@ def command_words(words: Sequence[str]) -> list[str]:
             # the folder of this checkout as the running script's path was typed; "." if none was running
             typed = Path(sys.argv[0])
             try:
-                inside = typed.resolve().relative_to(ROOT)
+                inside = real_path(typed).relative_to(ROOT)
             except ValueError:
                 inside = Path(typed.name)
             folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent

@@ -28,6 +28,11 @@ _KINDS = (
 )
 
 
+def real_path(path: Path) -> Path:
+    """Return where links lead. `Path.resolve` raises for links that lead in a circle: they stay here."""
+    return Path(os.path.realpath(path))
+
+
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
     ever.
