@@ -5,6 +5,7 @@ Standard library only, so that `--help` answers at once.
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import shlex
@@ -131,6 +132,12 @@ def command_line(
             if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        remedy = "Allow more of them (ulimit -n 4096) and run again."
+        print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

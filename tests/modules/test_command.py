@@ -199,6 +199,18 @@ def test_without_streams_a_program_runs_and_its_files_hold_no_messages(closed: s
     assert (done.returncode, file.read_text(encoding="utf-8")) == (0, "result")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the shell")
+def test_a_limit_of_open_files_is_one_message() -> None:
+    opens = "import os; from modules.command import command_line\n"
+    opens += "command_line(lambda: [os.open('/dev/null', 0) for _ in range(20)], needs_packages=False)"
+    words = ["sh", "-c", 'ulimit -n 12; exec "$0" -c "$1"', sys.executable, opens]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "OSError: too many files are open at once. Allow more of them (ulimit -n 4096) and run again.\n"
+    )
+
+
 @pytest.mark.parametrize("value", ["x", "", "9" * 5000, "٣", "1.5"])
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_what_a_launcher_sets_is_a_number(
