@@ -7,6 +7,7 @@ folder to run it in and the file for its exit code, and leads the group that the
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import shlex
@@ -34,6 +35,8 @@ LAUNCHER = {
     **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
     **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
 }
+MOST_SAID = 2000  # characters of what a script says
+logger = logging.getLogger(__name__)
 _known = functools.cache(find_commands)
 
 
@@ -77,6 +80,52 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
         launcher, rest = ["-m", "accelerate.commands.launch", *rest[2:place]], rest[place:]
     command, count = _find_command(rest, folder)
     return command, [sys.executable, *launcher, *program_words(command.path.relative_to(ROOT)), *rest[count:]]
+
+
+# Runs a script until it has read its options, which is when torch would load.
+READ_OPTIONS = """
+import builtins, os, runpy, sys
+load = builtins.__import__
+def load_until_torch(name, *how):
+    if name.partition(".")[0] == "torch":
+        raise SystemExit(0)
+    return load(name, *how)
+builtins.__import__ = load_until_torch
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load it next
+CHECK_SECONDS = 20
+
+
+def check_options(words: Sequence[str], folder: Path) -> None:
+    """Raise OptionError, with the script's own message, if a command of ours refuses its options."""
+    command, (python, *program) = find_program(words, folder)
+    if command.words[0] not in WITH_TORCH or "-h" in words or "--help" in words:
+        return
+    if program[:2] == ["-m", "accelerate.commands.launch"]:
+        start = program_words(command.path.relative_to(ROOT))
+        program = program[program.index(start[-1]) + 1 - len(start) :]
+    try:
+        done = subprocess.run(
+            [python, "-c", READ_OPTIONS, *program],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=CHECK_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.debug("%s", words, exc_info=error)  # it may run for all that is known
+        return
+    if done.returncode:
+        raise OptionError(done.stderr.strip()[-MOST_SAID:].partition("\n\n")[0])
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:

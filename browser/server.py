@@ -25,7 +25,12 @@ from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list
 logger = logging.getLogger(__name__)
 
 COOKIE = "reelsmith"
-KINDS = ("sample", "save", "stop")  # of requests to a run, see training/training_run.py
+# of requests to a run, see training/training_run.py, and what is answered
+KINDS = {
+    "sample": "Asked: samples are made when this step is done.",
+    "save": "Asked: it saves when this step is done.",
+    "stop": "Asked: it saves and ends when this step is done.",
+}
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
@@ -187,9 +192,9 @@ def make_app(
         if run is None or kind not in KINDS:
             return answer_gone()
         if run.state != RUNNING or run.start is None or not run.start.listens:
-            return PlainTextResponse("Only a running training with --sample_now can be asked.", 409)
+            return PlainTextResponse("Only a running training can be asked.", 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
-        return Response(status_code=204)
+        return PlainTextResponse(KINDS[kind])
 
     def show_static(request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
@@ -213,7 +218,7 @@ def make_app(
         Route("/run/{id}/ask", answer_form(ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", show_about),
         Route("/run/{id}/{name:path}", guard(show_file)),
-        *queue_routes(queue),
+        *queue_routes(runs, queue),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]

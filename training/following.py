@@ -302,7 +302,7 @@ def make_reporter(
             following.total_steps,
             [(option.name, option.text) for option in given if option.is_changed],
             [(option.name, option.text) for option in given if not option.is_changed],
-            plan.options.samples.sample_now,
+            True,
             describe_process(),
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),

@@ -101,9 +101,9 @@ def load_model(
     in_lockstep = plan.steps.in_lockstep and preserves
     rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
-    is_watched = options.samples.sample_now and accelerator.is_main_process
     keeps_average = accelerator.is_main_process or plan.splits_model
-    triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, sampler is not None)
+    watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
+    triggers = TriggerFiles(watched, sampler is not None)
     if sampler is not None and plan.texts.learning:
         sampler = replace(sampler, renew=plan.texts.renew)
     run = TrainingRun(
