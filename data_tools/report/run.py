@@ -19,6 +19,7 @@ from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_references
+from dataset.sources.clock import find_other_lengths
 from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
@@ -91,6 +92,7 @@ def _measure_table(
     if not found.sources:
         return found
     check_captions(found)
+    found.remarks += find_other_lengths(found.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:

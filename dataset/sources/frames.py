@@ -199,6 +199,11 @@ def files_by_stem(
     return there
 
 
+def is_still(path: Path) -> bool:
+    """Return whether a mask is one picture for all frames."""
+    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
+
+
 def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 
