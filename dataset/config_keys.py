@@ -138,7 +138,7 @@ FROM_ZERO = _whole(0, MOST_REPEATS, "a whole number, 0 or more")
 SIDE = _whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
 PLACE = _whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
-COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 45]")
+COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
 SHARE = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
 WEIGHT = _number(
     lambda value: 0 < value <= MOST_WEIGHT, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5"

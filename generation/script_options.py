@@ -31,7 +31,7 @@ class RequestOptions(Options, title="what to make"):
     video_size: tuple[int, ...] = option(
         "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
     )
-    video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
+    video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
     fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(

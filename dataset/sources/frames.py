@@ -41,7 +41,7 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for all families). Spans are sorted by
+    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for most families). Spans are sorted by
     target, then by start, without duplicates.
     """
     if table.frame_extraction == "full":

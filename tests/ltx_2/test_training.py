@@ -261,3 +261,17 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
     finally:
         path.with_suffix(".away").rename(path)
     assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
+
+
+def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> None:
+    text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
+    other = text.replace("target_frames = [9]", "target_frames = [1, 14]").replace("/cache\"", "/cache 2\"")
+    assert "[1, 14]" in other and "cache 2" in other
+    (alone.folder / "other.toml").write_text(other, encoding="utf-8")
+    words = [*alone.release.words, "--dataset_config", "other.toml"]
+
+    said = succeed_here("ltx2_cache_latents.py", *words, folder=alone.folder)
+
+    assert "target_frames [1, 14] become [1, 9], because clips of this model have 8n + 1 frames" in said
+    found = {path.name.split("_")[1] for path in (alone.folder / "cache 2").iterdir()}
+    assert found == {"00000-001", "00000-009"}
