@@ -292,7 +292,7 @@ class _Planning:
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
-            if recipe.has_rates and FPS not in header.keys:
+            if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
                 raise CacheError(f"{path}: it does not say how many frames make a second")
             references = self.source.control if self.table.references is not None else ()
             if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
