@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import MODES, SPELLINGS
+from dataset.config_keys import MODES, NO_KEYS, SOUND_ALONE, SPELLINGS
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets
@@ -158,10 +158,11 @@ def _read_table(
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
     if not given:
+        refused = [unknown(key, value, ()) for key, value in entry.items() if key in NO_KEYS]
         hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
-        problems.append(
-            f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
-        )
+        hint = f" {SOUND_ALONE.capitalize()}" if "audio_directory" in entry else hint
+        needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
+        problems += [f"{where}: {line}" for line in refused or [needs]]
         return None
     source_key = given[0]
     kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"

@@ -119,6 +119,7 @@ class OutputOptions(Options, title="output"):
     pictures: bool = option(default=False, facts=NO_PIXELS)
     # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
     naming: str = option(default="", facts=NO_PIXELS)
+    name_start: str = option(default="", facts=NO_PIXELS)  # before the time
 
     def __post_init__(self) -> None:
         if self.save_last_frame and not self.decodes:
@@ -247,6 +248,7 @@ class ScriptDefaults:
     riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
+    spellings: Mapping[str, str] = field(default_factory=dict)  # shared option -> another flag for it
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -286,7 +288,7 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
+        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else self.spellings
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
