@@ -115,8 +115,8 @@ def decode_source(
         clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
         def decoded() -> Iterator[Frame]:
-            for frame, *moment in kept_frames(here.path, table, fps, table.alpha_mask):
-                clock.append((moment[0], moment[1]))
+            for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
+                clock.append((number, second))
                 yield frame
 
         frames_in = decoded()

@@ -254,8 +254,8 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, len(images), None)
     if is_animation(path):
         durations = animation_durations(path)
-        seconds = sum(durations)
-        return VideoInfo(*image_size(path), len(durations), len(durations) / seconds, seconds)
+        shown = sum(durations)
+        return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
         _, width, height = first_picture(path, container, stream)
         # a header may claim any number of frames; each takes a byte at least
