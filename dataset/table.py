@@ -162,7 +162,7 @@ class DatasetTable:
     alpha_mask: bool = key(YES_NO, False)  # transparent parts are not learned
     validation: bool = key(YES_NO, False)  # not trained on
     prior_loss_weight: float = key(WEIGHT, 1.0)  # factor on the loss of its items in training
-    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending, each 4n + 1
+    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending; see `with_lengths`
     frame_extraction: str = key(MODE, "head", kinds=VIDEO)
     frame_stride: int = key(COUNT, 1, kinds=VIDEO)
     frame_sample: int = key(SAMPLES, 1, kinds=VIDEO)

@@ -84,9 +84,9 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                     fps = frame_rate_in(one.metadata) or usual
                 said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
                 metadata = None if output.no_metadata else said
-                with own_stem(
-                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
-                ) as stem:
+                seed = seed_in(one.metadata)
+                name = output_stem(datetime.now(), seed, path, start=output.name_start)
+                with own_stem(output.save_path, name) as stem:
                     chunks, track = decode(run.family, encoders, one.latents), tracks.get(str(path))
                     results.append(save_pixels(output, stem, chunks, fps, metadata, run.post, track))
                     if len(paths) > 1:

@@ -31,7 +31,7 @@ class RequestOptions(Options, title="what to make"):
     video_size: tuple[int, ...] = option(
         "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
     )
-    video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
+    video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
     fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
@@ -119,6 +119,7 @@ class OutputOptions(Options, title="output"):
     pictures: bool = option(default=False, facts=NO_PIXELS)
     # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
     naming: str = option(default="", facts=NO_PIXELS)
+    name_start: str = option(default="", facts=NO_PIXELS)  # before the time
 
     def __post_init__(self) -> None:
         if self.save_last_frame and not self.decodes:
@@ -247,6 +248,7 @@ class ScriptDefaults:
     riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
+    spellings: Mapping[str, str] = field(default_factory=dict)  # shared option -> another flag for it
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -286,7 +288,7 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
+        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else self.spellings
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)

@@ -14,7 +14,7 @@ from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, load_dataset_config, with_references
+from dataset.config import DatasetConfig, for_family, load_dataset_config
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of
@@ -201,12 +201,13 @@ def _join_processes(
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
     path, given = options.loop.dataset_config, options.subset
+    of_family = family.references, family.latent.frame_step
     if given is not None and given.replaces_toml:
         if path is None:
-            return with_references(folders_config(given), family.references)
+            return for_family(folders_config(given), *of_family)
         logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
     path = require(path, "--dataset_config", "the clips to train on")
-    return with_references(load_dataset_config(path, given), family.references)
+    return for_family(load_dataset_config(path, given), *of_family)
 
 
 def _find_items(

@@ -1,6 +1,7 @@
 """Media and captions on disk.
 
 captions: caption files, and a table's additions to their text
+clock: which frames of controls and masks go with a clip
 cogvideox: clips in CogVideoX form, moments computed before
 columns: read Parquet, CSV, TSV and JSONL row by row
 decoding: turn a source into items to encode

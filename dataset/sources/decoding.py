@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
+from dataset.sources.clock import frames_beside, kept_frames
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
     Span,
     bucket_of,
     frames_wanted,
-    keep_pattern,
+    is_still,
     read_moving,
     read_still,
     resample_indices,
@@ -42,12 +43,9 @@ from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
     fit_frame,
-    frames_at_rate,
     image_size,
-    image_suffixes,
     read_image,
     resize_cover,
-    video_frames,
     video_info,
 )
 
@@ -114,23 +112,31 @@ def decode_source(
             raise MediaError(f"{source.path}: {why}")
         if table.kind == "image":
             return dataclasses.replace(_decode_image(here, step, numbers), source=source)
-        decoded = _kept_frames(here.path, table, fps, table.alpha_mask)
-        first = next(decoded)
+        clock: list[tuple[int, float]] = []  # number and second of each kept frame
+
+        def decoded() -> Iterator[Frame]:
+            for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
+                clock.append((number, second))
+                yield frame
+
+        frames_in = decoded()
+        first = next(frames_in)
         size = (first.shape[1], first.shape[0])
         bucket = bucket_of(table, size, step, here.path)
-        frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
+        frames, mask = _gather(itertools.chain([first], frames_in), bucket, frames_wanted(table))
         path, count = here.mask, len(frames)
-        if path is not None:  # one image for all frames, or a clip at the same rate
+        if path is not None:  # one image for all frames, or a clip
             place = functools.partial(resize_cover, bucket=bucket)
-            if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
+            if is_still(path):
                 mask = read_still(path, place, size, count)
             else:
-                mask = read_moving(path, _kept_frames(path, table, fps), place, size, count)
+                beside = frames_beside(path, here.path, table, fps, clock)
+                mask = read_moving(path, beside, place, size, count)
         found, reason = spans_or_reason(table, count, frame_step)
         control = []
         for path in here.control if found else ():
             # a longer control clip is cut, a shorter one repeats its last frame
-            clip, _ = _gather(itertools.islice(_kept_frames(path, table, fps), count), bucket, count)
+            clip, _ = _gather(frames_beside(path, here.path, table, fps, clock), bucket, count)
             missing = count - len(clip)
             control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
     return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
@@ -190,7 +196,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
             info = video_info(here.path)
             size = (info.width, info.height)
             if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
-                kept = sum(1 for _ in _kept_frames(here.path, table, fps))
+                kept = sum(1 for _ in kept_frames(here.path, table, fps))
             else:
                 kept = len(resample_indices(info.frames, table.stated_fps, fps))
             found, reason = spans_or_reason(table, kept, frame_step)
@@ -207,7 +213,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
         if source.table.kind == "image":
             yield read_image(here.path)
         else:
-            yield from _kept_frames(here.path, source.table, fps)
+            yield from (frame for frame, _, _ in kept_frames(here.path, source.table, fps))
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
@@ -226,19 +232,6 @@ def check_resolution(table: DatasetTable, step: int) -> None:
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
-
-
-def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
-    """Yield the frames kept at `fps`, at their own size, no more than the table needs.
-
-    With source_fps = "auto", and of GIF and WebP, those shown at that rate. These are played at the
-    source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
-    times: all of them are frames. alpha: with their transparency, if they have any.
-    """
-    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
-    frames = frames_at_rate(path, table.stated_fps or fps, alpha) if is_timed else video_frames(path, alpha)
-    kept = (frame for frame, keep in zip(frames, keep_pattern(table.stated_fps, fps), strict=False) if keep)
-    return itertools.islice(kept, frames_wanted(table))
 
 
 def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> tuple[Clip, Mask | None]:

@@ -41,7 +41,7 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for all families). Spans are sorted by
+    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for most families). Spans are sorted by
     target, then by start, without duplicates.
     """
     if table.frame_extraction == "full":
@@ -197,6 +197,11 @@ def files_by_stem(
         if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
             there.setdefault(path.name if is_folder else path.stem, []).append(path)
     return there
+
+
+def is_still(path: Path) -> bool:
+    """Return whether a mask is one picture for all frames."""
+    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
 def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:

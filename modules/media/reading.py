@@ -8,9 +8,11 @@ failure is a MediaError with the file and the reason.
 import contextlib
 import functools
 import importlib
+import itertools
 import logging
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,12 +62,13 @@ ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size of the upright frames; count and rate if the header has them."""
+    """Size of the upright frames; count, rate and duration if the header has them."""
 
     width: int
     height: int
     frames: int | None
     fps: float | None
+    seconds: float | None = None
 
 
 @functools.cache
@@ -206,30 +209,42 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             yield turn_upright(pixels, frame.rotation), start, start + shown
 
 
-def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
-    """Yield the frames shown by a video file at `rate` frames a second, by their times.
+def slots(rate: float) -> Iterator[float]:
+    """Yield, without end, the second at which the picture of each frame of a clip at `rate` is looked up."""
+    return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 
-    Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
-    `video_frames`, and if one is shown longer than MAX_SHOWN_SECONDS.
+
+def frames_at(
+    path: Path, seconds: Iterable[float], alpha: bool = False
+) -> Iterator[tuple[Frame, int, float]]:
+    """Yield the frame that a video file shows at each of these seconds, its number, and the second.
+
+    seconds: ascending, from its first frame on. One is yielded at least; else it ends where the file does.
+    Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
-    count, begin, start, end = 0, 0.0, 0.0, 0.0
+    wanted = iter(seconds)
+    place, number, begin, start, end = next(wanted), -1, 0.0, 0.0, 0.0
     shown: Frame | None = None
+    is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
         begin = frame_start if shown is None else begin
-        while shown is not None and (count + PLACE_IN_FRAME) / rate < frame_start - begin:
+        while shown is not None and place < frame_start - begin:
             _check_shown(path, frame_start - start)
-            yield shown
-            count += 1
-        shown, start, end = frame, frame_start, frame_end
+            yield shown, number, place
+            place, is_first = next(wanted, math.inf), False
+        if place == math.inf:
+            return
+        shown, number, start, end = frame, number + 1, frame_start, frame_end
     assert shown is not None  # else `timed_frames` raises
     _check_shown(path, end - start)
-    while not count or (count + PLACE_IN_FRAME) / rate < end - begin:
-        yield shown
-        count += 1
+    while is_first or place < end - begin:
+        yield shown, number, place
+        place, is_first = next(wanted, math.inf), False
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Return size, number of frames and rate; decodes one frame. A folder has the size of its first image.
+    """Return size, number of frames, rate and duration; decodes one frame. A folder has the size of its first
+    image.
 
     Raises MediaError as `video_frames` does.
     """
@@ -239,12 +254,20 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, len(images), None)
     if is_animation(path):
         durations = animation_durations(path)
-        return VideoInfo(*image_size(path), len(durations), len(durations) / sum(durations))
+        shown = sum(durations)
+        return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
         _, width, height = first_picture(path, container, stream)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
-        return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
+        fps = float(stream.average_rate) if stream.average_rate else None
+        seconds = container.duration / 1_000_000 if container.duration else None
+        return VideoInfo(width, height, frames, fps, frames / fps if frames and fps else seconds)
+
+
+def count_frames(path: Path, threads: int = 0) -> int:
+    """Return the number of frames by the header; if that has none, all are decoded. Raises MediaError."""
+    return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 
 def folder_images(folder: Path) -> list[Path]:
@@ -324,7 +347,7 @@ def pick_frames(
     exact: choose anew wherever the header is wrong, else only if it makes chosen frames missing. Raises
     MediaError if the clip cannot be read.
     """
-    number = video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
+    number = count_frames(path, threads)
     for _ in range(TRIES):
         chosen, found, frames = choose(number), 0, []
         for found, frame in enumerate(video_frames(path, threads=threads), 1):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.config import load_dataset_config
+from dataset.config import load_dataset_config, with_lengths
 from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import resample_indices, spans
 from dataset.sources.listing import find_sources
@@ -41,7 +41,7 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
         f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}",
         encoding="utf-8",
     )
-    (table,) = load_dataset_config(config).datasets
+    (table,) = with_lengths(load_dataset_config(config), 4).datasets
     (source,) = find_sources(table, captions=False)
 
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
