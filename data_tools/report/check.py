@@ -48,6 +48,7 @@ from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
 from dataset.options import GUESS, CachingOptions, CheckPageOptions
 from dataset.sources.captions import SHOWN, guess_captions, read_caption
+from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_sources
@@ -157,6 +158,7 @@ def check_caching(
             except DatasetError as error:
                 found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
+            found.remarks += find_colours(found.sources, latent.masks_latents)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
             plans = of_texts.plan_all(captions)
