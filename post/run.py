@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words

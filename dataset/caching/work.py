@@ -46,7 +46,7 @@ from dataset.options import CachingOptions
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution
 from dataset.sources.frames import find_wrong_rates, shrink_mask
-from dataset.sources.listing import find_all_sources, warn_captions
+from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
@@ -110,6 +110,7 @@ class MediaWork:
         if problems:
             raise DatasetError("\n".join(problems))
         warn_captions(sources)
+        warn_unused(config, sources)
         family.check_given_files()
         self.pieces: Sequence[MediaSource] = use_moments(family, sources)
         require_form(config, family.cache_tag, stores.given)

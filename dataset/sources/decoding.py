@@ -103,10 +103,10 @@ def decode_source(
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
-    LatentSpec; keeps_alpha too (`masks_latents`). numbers: draws how a picture differs this time, as its table's `augmentation` says; without
-    them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
-    resolution is not a multiple of `step`.
+    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha: of the
+    family's LatentSpec (`masks_latents`). numbers: draws how a picture differs this time, as its table's
+    `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
+    small, DatasetError if the resolution is not a multiple of `step`.
     """
     table = source.table
     with fetch(source) as here:

@@ -196,7 +196,7 @@ def _exponent(info: dict[Any, Any]) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA and cHRM; None if the places are no triangle. Source: ICC.1, 8.3 and 10."""
+    """Return the ICC profile of gAMA and cHRM; None if the places are no triangle. Source: ICC.1, 8.3."""
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():
         return None

@@ -242,8 +242,9 @@ def _plays(path: Path) -> bool:
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
-    alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's choice. Raises MediaError if the file is missing, empty, without a video stream, not
-    decodable, or truncated (an interrupted download).
+    alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's
+    choice. Raises MediaError if the file is missing, empty, without a video stream, not decodable, or
+    truncated (an interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
