@@ -145,6 +145,8 @@ class DatasetTable:
     cache_directory: Path = key(PATH)  # None only while the file is read
     dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX)
     path_column: str | None = key(COLUMN, only_with=("table_file",))  # None: the usual names
+    # beside control_path and control_path_1, ...
+    control_column: str | None = key(COLUMN, only_with=("table_file", "jsonl_file"))
     # None: the usual names
     caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX))
     video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX)

@@ -65,6 +65,7 @@ LATENT = LatentSpec(
     preview_factors=PREVIEW_FACTORS,
     preview_bias=PREVIEW_BIAS,
     in_sections=True,
+    masks_latents=True,
 )
 TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama": "llama_vec",

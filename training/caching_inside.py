@@ -375,7 +375,7 @@ class LiveMedia:
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
-        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes)
+        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes, spec.masks_latents)
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")

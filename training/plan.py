@@ -9,12 +9,19 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dataset.batches.items import CachingCommands, TrainingItem, find_items, require_items
+from dataset.batches.items import (
+    CachingCommands,
+    TrainingItem,
+    find_items,
+    learn_no_references,
+    require_items,
+)
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
+from dataset.sources.references import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of
@@ -106,6 +113,8 @@ def make_plan(
         texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
         check_teacher(family, options, texts)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
+    if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
+        logger.warning("%s", NO_REFERENCE)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in tables):
         logger.warning(

@@ -27,6 +27,7 @@ from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.cogvideox import GivenClip, measure_source
+from dataset.sources.colours import shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
@@ -86,7 +87,11 @@ class Recipe:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         if CLOCK in options and CLOCK not in then and kept_one_clock(source, self.fps):
             then[CLOCK] = True
-        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
+        return (
+            difference(record.encoder, self.encoder)
+            or options_difference(then, options, self.latent)
+            or (None if record.as_shown else shown_otherwise(source, self.latent.masks_latents))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +186,8 @@ class _Planning:
                 return None
             if has_beside(source) and not any(CLOCK in text for text in found[0]):
                 return None  # headers tell
+            if not any(text and '"as_shown": true' in text for text in found[0]):
+                return None  # of an earlier version: it depends on the pictures
             shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
 

@@ -62,19 +62,24 @@ def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:
 
 
 def frames_beside(
-    path: Path, clip: Path, table: DatasetTable, fps: float, kept: Sequence[tuple[int, float]]
+    path: Path,
+    clip: Path,
+    table: DatasetTable,
+    fps: float,
+    kept: Sequence[tuple[int, float]],
+    alpha: bool = False,
 ) -> Iterator[Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip; if it ends before, fewer, but
     one at least.
 
-    kept: number and second of each, as of `kept_frames`. Raises MediaError as `video_frames` does.
+    kept: number and second of each, as of `kept_frames`. alpha: as there. Raises MediaError as `video_frames` does.
     """
     numbers = [number for number, _ in kept]
     if not _Pair(path, clip, table, fps).is_numbered:
         if not path.is_dir():
-            return (frame for frame, _, _ in frames_at(path, [second for _, second in kept]))
+            return (frame for frame, _, _ in frames_at(path, [second for _, second in kept], alpha))
         numbers = [int(second * (table.stated_fps or fps)) for _, second in kept]
-    return _numbered(video_frames(path), numbers)
+    return _numbered(video_frames(path, alpha), numbers)
 
 
 def _numbered(frames: Iterator[Frame], numbers: Sequence[int]) -> Iterator[Frame]:

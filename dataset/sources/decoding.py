@@ -96,14 +96,15 @@ def decode_source(
     step: int = 16,
     frame_step: int = 4,
     numbers: random.Random | None = None,
+    keeps_alpha: bool = False,
 ) -> DecodedSource:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
-    LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation` says; without
-    them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
-    resolution is not a multiple of `step`.
+    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha: of the
+    family's LatentSpec (`masks_latents`). numbers: draws how a picture differs this time, as its table's
+    `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
+    small, DatasetError if the resolution is not a multiple of `step`.
     """
     table = source.table
     with fetch(source) as here:
@@ -111,7 +112,7 @@ def decode_source(
             why = "its latents are given (load_tensors), so that no frames are read"
             raise MediaError(f"{source.path}: {why}")
         if table.kind == "image":
-            return dataclasses.replace(_decode_image(here, step, numbers), source=source)
+            return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
         clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
         def decoded() -> Iterator[Frame]:
@@ -130,7 +131,7 @@ def decode_source(
             if is_still(path):
                 mask = read_still(path, place, size, count)
             else:
-                beside = frames_beside(path, here.path, table, fps, clock)
+                beside = frames_beside(path, here.path, table, fps, clock, alpha=True)
                 mask = read_moving(path, beside, place, size, count)
         found, reason = spans_or_reason(table, count, frame_step)
         control = []
@@ -142,9 +143,11 @@ def decode_source(
     return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
 
 
-def _decode_image(source: MediaSource, step: int, numbers: random.Random | None) -> DecodedSource:
+def _decode_image(
+    source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool
+) -> DecodedSource:
     table = source.table
-    image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
+    image, alpha = _colours_and_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
@@ -171,7 +174,7 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
             control.append(read_reference(path, source, place, is_mirrored))
             continue
         # alpha apart from the colours: Pillow would darken these by it, and generation does not
-        colours, own_alpha = _colours_and_alpha(read_image(path, alpha=True))
+        colours, own_alpha = _colours_and_alpha(read_image(path, keeps_alpha))
         parts = [place(colours)] + ([] if own_alpha is None else [place(own_alpha)[..., None]])
         control.append(np.concatenate(parts, axis=2)[None])
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)

@@ -30,7 +30,7 @@ from modules.media.buckets import (
 )
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_video
-from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image
+from modules.media.reading import VIDEO_SUFFIXES, Frame, MaskLook, image_suffixes, read_mask
 
 Span = tuple[int, int]
 
@@ -209,13 +209,20 @@ def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
 
     place: resizes and crops it like its picture.
     """
-    mask = _grey(path, read_image(path), place, size)
+    mask = _grey(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
 def read_moving(path: Path, frames: Iterator[Frame], place: Place, size: Size, num_frames: int) -> Mask:
-    """Turn the frames of a mask clip into masks; a longer one is cut, a shorter one repeats its last."""
-    masks = [_grey(path, frame, place, size) for frame in itertools.islice(frames, num_frames)]
+    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer one is cut, a shorter one repeats its
+    last.
+    """
+    look, masks, opacities = MaskLook(), list[Frame](), list[Frame]()
+    for frame in itertools.islice(frames, num_frames):
+        on_white, opacity = look.add(frame)
+        masks.append(_grey(path, on_white, place, size))
+        opacities.append(place(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
+    masks = opacities if look.is_drawn else masks
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
 

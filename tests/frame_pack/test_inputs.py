@@ -111,7 +111,7 @@ def test_each_file_is_encoded_once_and_sections_share_it(tmp_path: Path) -> None
 def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     start = grey(tmp_path / "start.png", 50)
     half = numpy.full((HEIGHT, WIDTH, 4), 200, dtype=numpy.uint8)
-    half[:, :, 3] = 0
+    half[:, :, 3] = 102
     half[:, : WIDTH // 2, 3] = 255
     write_png(tmp_path / "half.png", half)
 
@@ -121,7 +121,11 @@ def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     assert isinstance(controls, Tensor)
     left, right = controls[..., :2], controls[..., -2:]  # the two columns between are touched by the filter
     torch.testing.assert_close(left, torch.full_like(left, expected(200)), atol=2e-2, rtol=0)
-    torch.testing.assert_close(right, torch.zeros_like(right), atol=2e-2, rtol=0)
+    torch.testing.assert_close(right, torch.full_like(right, 0.4 * expected(200)), atol=2e-2, rtol=0)
+    # a video has no masks: the picture is laid on white
+    (video,) = video_inputs(encoders(), request(tmp_path / "half.png")).values()
+    on_white = video["start_latents"][..., -2:]
+    torch.testing.assert_close(on_white, torch.full_like(right, expected(233)), atol=2e-2, rtol=0)
 
 
 USUAL = FramePack(FramePackFiles()).defaults
