@@ -183,8 +183,8 @@ def describe_missing(error: ImportError) -> str:
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too.
 
-    example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it cannot be
-    imported.
+    example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
+    cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")

@@ -289,8 +289,39 @@ def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -
         toy.toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "rank", "alpha", "said"),
+    [
+        ("", "--network_dim 4 --network_alpha 1", "4", "8", "8 for rank 4, of the file"),
+        ("", "--dim_from_weights", "4", "8", "8 for rank 4, of the file"),
+        (
+            "--network_args exclude_patterns=['.*down']",
+            "--network_dim 4 --network_alpha 2",
+            "4",
+            "Dynamic",
+            "2, 8 for rank 4, of the file",
+        ),
+    ],
+)
+def test_a_network_that_goes_on_from_a_file_has_the_sizes_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, then: str, rank: str, alpha: str, said: str
+) -> None:
+    toy.write_caches(tmp_path)
+    begin = ["--network_dim", 4, "--network_alpha", 8, "--max_train_steps", 1]
+    toy.train_toy(tmp_path, *begin, *first.split())
+    caplog.set_level("INFO")
+    words = ["--output_name", "y", "--save_state", *then.split()]
+    start = ["--network_weights", tmp_path / "output/x.safetensors"]
+
+    for more in ([*start, "--max_train_steps", 1], [*start, "--resume", "latest", "--max_train_steps", 2]):
+        toy.train_toy(tmp_path, *words, *more)
+        made = toy.metadata_of(tmp_path / "output/y.safetensors")
+        assert (made["ss_network_dim"], made["ss_network_alpha"]) == (rank, alpha)
+    assert caplog.text.count("rank 4 of the file") == caplog.text.count(said) == 2
+
+
 class Averaging(torch.optim.SGD):
-    """Trains as SGD and saves the mean of the weights of all steps; before the first, eval() cannot be used."""
+    """Trains as SGD, saves the mean of the weights of all steps; before the first, eval() cannot be used."""
 
     def step(self, closure: Any = None) -> None:
         super().step(closure)
