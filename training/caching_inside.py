@@ -277,8 +277,8 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         names = ", ".join(encoder.name for encoder in learning)
         if learning and any(_switches(family, options).get(encoder.lora_prefix) for encoder in learning):
             logger.warning(
-                "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which learn: "
-                "captions are encoded at each step.",
+                "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
+                "learn: captions are encoded at each step.",
                 names,
             )
             return LiveTexts(encoders, learning, prefixes)
