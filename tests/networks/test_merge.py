@@ -113,9 +113,7 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
     assert found == [(0.5, "a", None), (1.0, None, None)]
 
 
-def test_patterns_for_files_fit_with_dots_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [f"lora_unet_blocks_{n}_self_attn_q" for n in (1, 11)]
     save_file({f"{name}.diff": torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
     options = LoraOptions.usual(lora_weight=(tmp_path / "x.safetensors",))
