@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dataset.config_keys import MODES, NO_KEYS, SOUND_ALONE, SPELLINGS
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
-from dataset.subsets import read_subsets
+from dataset.subsets import read_subsets, typed_options
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
 from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
@@ -43,6 +43,8 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     if any(key.startswith("subset") for entry in entries for key in entry):  # the image guides' form
         tables = read_subsets(path, content, given, problems)
     else:
+        if unused := sorted(set(typed_options(given).values())):
+            logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
         general = without_nulls(content.get("general"), "[general]", problems)
         entries = _entries(content, problems)
         elsewhere = "is allowed only in a [[datasets]] table; move it there"

@@ -45,6 +45,7 @@ from modules.contract.data import (
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -85,6 +86,18 @@ class Flux(ModelOfPictures):
     lora_module: str = field(default="networks.lora_flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
+    few_steps: ClassVar = FewSteps(
+        "Train on FLUX.1 dev (for Chroma on Chroma1-HD), whose LoRAs work there too, or give "
+        "--training_adapter with a LoRA that undoes the distillation, for schnell that of "
+        "ostris/FLUX.1-schnell-training-adapter",
+        words="flash",
+    )
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that the transformer was distilled to few steps, as schnell."""
+        if self.files.kind == SCHNELL:
+            return f"{self.files.dit_path} is FLUX.1 schnell"
+        return super().why_few_steps()
 
     @property
     def latent(self) -> LatentSpec:

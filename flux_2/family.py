@@ -40,6 +40,7 @@ from modules.contract.data import (
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -76,6 +77,19 @@ class Flux2(ModelOfPictures):
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
     called: str = field(default=NAME, init=False)
+    few_steps: ClassVar = FewSteps(
+        "Train on klein-base (--model_version klein-base-4b or klein-base-9b, with its file), whose LoRAs "
+        "work on klein too, or give --training_adapter with a LoRA that undoes the distillation",
+        words="klein",
+        unless="base",
+    )
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that the transformer is klein: its release, or the name of its file."""
+        version = self.files.version
+        if version.is_distilled and version.defaults.embedded_guidance is None:
+            return f"--model_version says {version.release.repositories[0]}"
+        return super().why_few_steps()
 
     @property
     def name(self) -> str:

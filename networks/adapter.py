@@ -253,7 +253,7 @@ def import_network_module(name: str) -> ModuleType:
         "--network_module",
         name,
         "networks.lora_wan",
-        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {ours}.",
+        f"{did_you_mean(name, OWN_MODULES)} Or use one of {ours}.",
     )
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(

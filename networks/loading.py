@@ -1,7 +1,7 @@
 """Read LoRA files of any dialect; their strength and patterns, and warnings of parts that a model lacks."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
@@ -23,10 +23,11 @@ from networks.metadata import (
     split_names,
     text_alphas,
 )
-from networks.module_names import is_optional, read_family
+from networks.module_names import is_optional, read_family, relatives
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
+from networks.patterns import describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
@@ -273,10 +274,37 @@ def lora_uses(
                 "the same order"
             )
         both.append([*given, *[None] * (len(files) - len(given))])
-    return [
-        LoraUse(read_lora(path, by_expert=True, with_texts=with_texts), multiplier, include, exclude)
-        for path, multiplier, include, exclude in zip(files, loras.multipliers(), *both, strict=True)
-    ]
+    uses = []
+    for path, multiplier, *found in zip(files, loras.multipliers(), *both, strict=True):
+        lora = read_lora(path, by_expert=True, with_texts=with_texts)
+        if any(found):
+            names = _names_for_patterns(lora)
+            found = [fit_pattern(pattern, names, str(path)) for pattern in found]
+        uses.append(LoraUse(lora, multiplier, *found))
+    return uses
+
+
+def _names_for_patterns(lora: LoraFile) -> set[str]:
+    """Return the names of a file's tensors, also under the names that another layout has for modules."""
+    names = set()
+    files = (lora, *lora.parts.values())
+    for tensor in (name for one in files for name in (*one.tensors, *one.text_tensors)):
+        module, _, factor = tensor.partition(".")
+        others = (OURS + one.name for one in relatives(module.removeprefix(OURS)))
+        names |= {f"{name}.{factor}" for name in (module, *others)}
+    return names
+
+
+def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
+    """Return a pattern that is searched in names in either spelling; warn if it fits none of them."""
+    if pattern is None or any(re.search(pattern, name) for name in names):
+        return pattern
+    loose = in_any_spelling(pattern)
+    if not any(re.search(loose, name) for name in names):
+        logger.warning(
+            "%s: the pattern %s.", where, describe_unfit(pattern, (n.partition(".")[0] for n in names))
+        )
+    return loose
 
 
 def warn_of_absent(

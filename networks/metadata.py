@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -305,8 +305,8 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
-        _of_numbers("rank", ranks),
-        _of_numbers("alpha", Counter(alphas)),
+        of_numbers("rank", ranks),
+        of_numbers("alpha", Counter(alphas)),
         f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
@@ -314,7 +314,8 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     return ", ".join(word for word in words if word)
 
 
-def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:
+def of_numbers(word: str, numbers: Collection[float]) -> str:
+    """Return numbers behind a word, the smallest and the largest of many; empty if there are none."""
     if not numbers:
         return ""
     if len(numbers) > LISTED:

@@ -20,7 +20,14 @@ from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks
-from networks.lora_settings import LoraRules, LoraSettings, find_by_pattern, log_overlaps, read_settings
+from networks.lora_settings import (
+    LoraRules,
+    LoraSettings,
+    find_by_pattern,
+    fit_patterns,
+    log_overlaps,
+    read_settings,
+)
 from networks.module_names import replace_dots
 from networks.names.stable_diffusion import published_path
 from networks.parts import for_model
@@ -43,25 +50,31 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         spec = spec_of(unet)
         anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude if not spec.lora_choice)
         settings = replace(settings, exclude=(*settings.exclude, *anywhere))
-        lists = (*spec.block_lists, *spec.lora_lists)
-        candidates = _modules_below(unet, tuple(f"{name}." for name in lists))
-        if choice := [*map(re.compile, spec.lora_choice)]:
-            candidates = (one for one in candidates if any(pattern.match(one[0]) for pattern in choice))
     else:
         there = dict(unet.named_children())
         depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
         check_blocks(settings, depths)
-        targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
-        outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
-        starts = [targets, *((path,) for path, rank in outside if rank)]
-        candidates = (one for start in starts for one in _modules_below(unet, start))
-    found = _choose(candidates, settings, OURS)
+    found = _choose(_candidates(unet, settings), settings, OURS)
     if not found:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
             "numbers of blocks), or add some with include_patterns"
         )
     return found
+
+
+def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the modules of a DiT, by path, among which patterns and ranks choose."""
+    rules = settings.rules
+    if rules is None:
+        spec = spec_of(unet)
+        found = _modules_below(unet, tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists)))
+        choice = [re.compile(pattern) for pattern in spec.lora_choice]
+        return (one for one in found if not choice or any(pattern.match(one[0]) for pattern in choice))
+    targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
+    outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
+    starts = [targets, *((path,) for path, rank in outside if rank)]
+    return (one for start in starts for one in _modules_below(unet, start))
 
 
 def _choose(
@@ -267,6 +280,14 @@ def build_network(
     by their `lora_prefix`. Raises OptionError for wrong settings, or if no module is left.
     """
     settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
+    in_texts = {
+        f"{prefix}_": list(_in_encoder(encoder))
+        for prefix, encoder in encoders.items()
+        if prefix not in settings.encoders_off
+    }
+    modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
+    modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
+    settings = fit_patterns(settings, modules)
     layers: dict[str, nn.Module] = {}
     if OWN_MODULES[name].kind != "LoRA":
         assert dit is not None  # they have no part for text encoders
@@ -277,15 +298,18 @@ def build_network(
                 layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
         return OwnNetwork(layers, settings)
     targets = {} if dit is None else choose_modules(dit, settings)
-    for prefix, encoder in encoders.items():
-        if prefix not in settings.encoders_off:
-            # in its blocks, by published paths; ranks by type and numbers of blocks are for the DiT alone
-            lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-            modules = ((published_path(path), module) for path, module in _modules_below(encoder, lists))
-            targets |= _choose(modules, replace(settings, rules=None, splits=False), f"{prefix}_")
+    for start, inside in in_texts.items():
+        # ranks by type and numbers of blocks are for the DiT alone
+        targets |= _choose(iter(inside), replace(settings, rules=None, splits=False), start)
     for path, (module, its_rank, its_alpha, heights) in targets.items():
         layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
     return OwnNetwork(layers, settings)
+
+
+def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the modules in the blocks of a text encoder, by published paths."""
+    lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+    return ((published_path(path), module) for path, module in _modules_below(encoder, lists))
 
 
 def build_from_tensors(
@@ -313,12 +337,13 @@ def build_from_tensors(
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
     networks = {OURS: dit, **{f"{prefix}_": encoder for prefix, encoder in encoders.items()}}
-    known = {
-        start + replace_dots(path if start == OURS else published_path(path)): module
+    modules = {
+        (start, path if start == OURS else published_path(path)): module
         for start, network in networks.items()
         for path, module in network.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
+    known = {start + replace_dots(path): module for (start, path), module in modules.items()}
     fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []
@@ -339,6 +364,7 @@ def build_from_tensors(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
         )
+    settings = fit_patterns(settings, [pair for pair in modules if pair[0] + replace_dots(pair[1]) in layers])
     if missed:
         logger.warning(
             f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "

@@ -220,8 +220,11 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     rate, parts = options.optimizer.learning_rate, options.parts
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None:
-        of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-        rates = (rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
+        of_texts = None
+        if texts.learning:
+            found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
+            of_texts = [found[each.lora_prefix] for each in texts.learning]
+        rates = (rate, parts.unet_lr, of_texts)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
 
 

@@ -33,7 +33,7 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
-from training.experts import check_computing, note_experts
+from training.experts import check_computing, note_experts, warn_of_few_steps
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
@@ -126,6 +126,7 @@ def make_plan(
     options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
+        warn_of_few_steps(family, options)
     network = options.network
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()

@@ -57,11 +57,12 @@ def make_saver(run: TrainingRun, uploads: Uploads) -> Saver | NoSaver:
         return NoSaver()
     family = plan.family
     run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
+    sizes = {part: continued_sizes(run, part) for part in trainable.writes}
     dtype = file_dtype(options, run.dits.networks[0])
 
     def metadata_now(part: str) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        own = run_values | expert_metadata(family, options, part)
+        own = run_values | sizes[part] | expert_metadata(family, options, part)
         licence = family.release.licence
         return file_metadata(own, options, family.metadata, progress.step, epoch, datetime.now(), licence)
 
@@ -208,6 +209,27 @@ def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
         return {}
     names = run.trainable.names
     return {names[parameter]: weight for parameter, weight in run.trainable.split.items()}
+
+
+def continued_sizes(run: TrainingRun, part: str) -> dict[str, str]:
+    """Return rank and alpha of a network that goes on from a file or a state, if they are not the options'.
+
+    part: whose file it is, see `Trainable.writes`.
+    """
+    network = run.options.network
+    starts = network is not None and (
+        network.network_weights or run.options.by_expert.network_weights_high_noise
+    )
+    if network is None or not (starts or run.plan.saved):
+        return {}
+    ranks, alphas = run.trainable.sizes(part)
+    rank = network.network_dim or DEFAULT_RANK
+    if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
+        return {}
+    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {
+        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in found.items() if values
+    }
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:

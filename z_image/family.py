@@ -22,6 +22,7 @@ from modules.contract.data import (
     name_text_and_mask,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
@@ -92,6 +93,11 @@ class ZImage(ModelOfPictures):
         "implementation": "https://github.com/Tongyi-MAI/Z-Image",
         "model_type": "z_image",
     }
+    few_steps: ClassVar = FewSteps(
+        "Train on the base (z_image_bf16.safetensors), whose LoRAs work on Turbo too, or give "
+        "--training_adapter with the file of ostris/zimage_turbo_training_adapter",
+        words="zit",
+    )
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
     lora_module: str = field(default="networks.lora_zimage", init=False)

@@ -142,8 +142,8 @@ class SafetensorsFile:
             shape, (begin, end), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
             if kind in OTHER_DTYPES:
                 raise CheckpointError(
-                    f"{self.path}: {name} is of type {kind}, which is not supported. Give the bf16, fp16 or "
-                    "fp8 file of the model.",
+                    f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
+                    "Give the bf16, fp16 or fp8 file of the model.",
                     self.path,
                 )
             if kind not in SAFETENSORS_DTYPES:

@@ -29,6 +29,7 @@ from modules.contract.data import (
     Sound,
     SoundSpec,
 )
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import BlockPlace, Placement
 from modules.contract.requests import Prepared, Prompt, Request
 from modules.contract.rules import (
@@ -271,6 +272,20 @@ class Encodes(Protocol):
 
 class Caches(Described, Encodes, Protocol):
     """Functions that caching needs of a family."""
+
+
+class KnowsFewSteps(Protocol):
+    """A family that tells whether a transformer was distilled to few steps."""
+
+    @property
+    def few_steps(self) -> FewSteps: ...
+
+    def why_few_steps(self) -> str | None: ...  # what says so of a file of this run; None: nothing does
+
+
+def knows_few_steps(family: object) -> TypeGuard[KnowsFewSteps]:
+    """Return whether a family is a `KnowsFewSteps`."""
+    return hasattr(family, "why_few_steps")
 
 
 class HearsSound(Protocol):

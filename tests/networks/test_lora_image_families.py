@@ -300,6 +300,49 @@ def network(family: str, which: str, arguments: list[str]) -> OwnNetwork:
     return make_lora(MODULES[family], 4, 1.0, texts=texts, dit=dit(family, 2), **pairs)
 
 
+@pytest.mark.parametrize(
+    ("argument", "dots", "underscores"),
+    [
+        ("network_reg_dims", r"single_blocks\.1\.linear1", "single_blocks_1_linear1"),
+        ("network_reg_dims", r"double_blocks\.[01]\.img_attn", "double_blocks_[01]_img_attn"),
+        ("network_reg_lrs", r"layers\.0\.mlp\.fc1", "layers_0_mlp_fc1"),  # of the text encoder too
+        ("exclude_patterns", r".*single_blocks\.1\.linear1", "lora_unet_single_blocks_1_linear1$"),
+        ("exclude_patterns", r".*img_attn\.qkv", "blocks_._img_attn_qkv"),
+    ],
+)
+def test_patterns_choose_the_same_modules_with_dots_and_with_underscores(
+    argument: str, dots: str, underscores: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"['{one}']" if argument == "exclude_patterns" else f"{one}=2" for one in (dots, underscores)]
+    plain = network("flux", "CLIP-L", [])
+    with_dots, without = [network("flux", "CLIP-L", [f"{argument}={word}"]) for word in words]
+
+    assert sizes_of(with_dots) == sizes_of(without)
+    assert sizes_of(without) != sizes_of(plain)
+    assert "fits no name" not in caplog.text
+
+
+def sizes_of(made: OwnNetwork) -> list[tuple[str, int, float]]:
+    """Names, ranks and learning rates of all modules."""
+    groups, _ = made.parameter_groups(1.0)
+    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
+    pairs = zip(made.names, made.layers, strict=True)
+    return [(name, layer.rank, rates[id(layer.lora_down.weight)]) for name, layer in pairs]
+
+
+def test_a_pattern_that_fits_nothing_is_told_with_the_nearest_names(caplog: pytest.LogCaptureFixture) -> None:
+    made = network("flux", "", ["network_reg_dims=img_atn=8", r"exclude_patterns=['.*_blocks\.9\.']"])
+
+    assert {layer.rank for layer in made.layers} == {4}
+    said = [text for text in caplog.messages if "fits no name" in text]
+    assert [text.split(":")[0] for text in said] == [
+        "--network_args exclude_patterns",
+        "--network_args network_reg_dims",
+    ]
+    assert "Near it are blocks_N, " in said[0]
+    assert "img_attn" in said[1]
+
+
 RECORDED = read_case("image_lora_modules")[0]["families"]
 
 

@@ -157,7 +157,10 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
         ({"shape": [2]}, "data_offsets"),
         ([], "header cannot be read"),
-        ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "a is of type F4, which is not supported"),
+        (
+            {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]},
+            "is quantised: a is of type F4, which is not supported",
+        ),
     ],
 )
 def test_a_safetensors_header_that_contradicts_itself_is_refused(
