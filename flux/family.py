@@ -77,6 +77,7 @@ class Flux(ModelOfPictures):
     trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
     # generation: without a negative prompt it is empty; training samples: then no guidance
     negative_is_empty: bool = True
+    noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="flux", init=False)
@@ -226,11 +227,11 @@ class Flux(ModelOfPictures):
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32: tokens, drawn in the transformer's dtype."""
+        """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
-        dtype = self.files.compute_dtype() or torch.float32
-        return unpack(noise.draw((1, rows * columns, 4 * channels), dtype).float(), rows, columns)
+        drawn = noise.draw((1, rows * columns, 4 * channels), self._noise_dtype)
+        return unpack(drawn.float(), rows, columns)
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:

@@ -28,7 +28,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.family import DitSpec, Family, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -73,6 +73,7 @@ class HunyuanImage(ModelOfPictures):
         "base_model_version": "hunyuan-image-2.1",
     }
     cache_tag: str = field(default="hi", init=False)
+    noise_dtype: ClassVar = torch.bfloat16  # as released
     lora_module: str = field(default="networks.lora_hunyuan_image", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -124,10 +125,6 @@ class HunyuanImage(ModelOfPictures):
             rescale=options.guidance_rescale_apg,
         )
         return replace(prepared, rules=GuidanceRules(projection=projection))
-
-    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn in bfloat16, as released."""
-        return noise.draw(LATENT.shape(1, prepared.height, prepared.width), torch.bfloat16).float()
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
@@ -21,7 +22,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.family import DitSpec, Family, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
@@ -94,6 +95,7 @@ class ZImage(ModelOfPictures):
     }
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
+    noise_dtype: ClassVar = torch.float32  # as released
     lora_module: str = field(default="networks.lora_zimage", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -174,10 +176,6 @@ class ZImage(ModelOfPictures):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
-
-    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn as such, as released."""
-        return noise.draw(LATENT.shape(1, prepared.height, prepared.width))
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:

@@ -116,6 +116,7 @@ class Kontext(Flux):
 
     files: KontextFiles
     trained_guidance: float = 1.0
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as the known tuner
     # to the nearest of TRAINED_SIZES; else a reference keeps its own size
     resizes_references: bool = True
     defaults: SamplingDefaults = GENERATION
