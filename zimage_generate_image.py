@@ -12,6 +12,7 @@ DEFAULTS = ScriptDefaults(
     guidance_scale=0.0,
     guidance_from_zero=True,
     infer_steps=25,
+    by_model=frozenset({"guidance_scale", "infer_steps"}),
     flow_shift=3.0,
     sample_solver="vanilla",
     media=frozenset(),

@@ -32,7 +32,7 @@ class RequestOptions(Options, title="what to make"):
         "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
     )
     video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
-    fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
+    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
         "a number or any text; default: a random seed for each video", type=str, often=True
@@ -235,6 +235,8 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
+    # options whose default is the model's own if it is known: what stands here is for other models
+    by_model: frozenset[str] = frozenset()
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra

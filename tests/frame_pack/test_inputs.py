@@ -144,7 +144,7 @@ def settle(
 ) -> Prepared:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
     request = Request(**values, extra={"image_path": str(picture), **(extra or {})})
-    return prepare_request(request, USUAL, LATENT, window, f1, "", takes_shape)
+    return prepare_request(request, USUAL, LATENT, window, f1, takes_shape)
 
 
 def own(prepared: Prepared) -> FramePackRequest:
