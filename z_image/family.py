@@ -115,20 +115,16 @@ class ZImage(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation: of the release that the transformer's file or repository is named after."""
+        """Defaults of a generation: of the release that the name of the file or the repository says."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
         names = [dit.name.removesuffix(".safetensors"), *repository]
-        return next(
-            (
-                usual
-                for pattern, usual in RELEASED.items()
-                if any(re.search(pattern, name, re.IGNORECASE) for name in names)
-            ),
-            DEFAULTS,
-        )
+        for pattern, usual in RELEASED.items():
+            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
+                return usual
+        return DEFAULTS
 
     # encoding
 
