@@ -331,7 +331,7 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
                 f"{args.sample_solver} is given too: give one of them"
             )
         args.sample_solver = solver
-    for name in args.by_model - given_among(parser, argv, {*args.by_model}):
+    for name in args.by_model.keys() - given_among(parser, argv, {*args.by_model}):
         setattr(args, name, None)
     if args.optimized:
         given = given_among(parser, argv, {*args.preset, "fp8"})
