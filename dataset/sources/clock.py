@@ -72,7 +72,8 @@ def frames_beside(
     """Yield a frame of a control clip or mask for each kept frame of its clip; if it ends before, fewer, but
     one at least.
 
-    kept: number and second of each, as of `kept_frames`. alpha: as there. Raises MediaError as `video_frames` does.
+    kept: number and second of each, as of `kept_frames`. alpha: as there. Raises MediaError as
+    `video_frames` does.
     """
     numbers = [number for number, _ in kept]
     if not _Pair(path, clip, table, fps).is_numbered:

@@ -232,8 +232,9 @@ def test_what_cannot_be_done_is_refused_by_name(argv: list[str], said: str) -> N
         words_of(*argv)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "fp8_e4m3fn"])
 def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
 ) -> None:
     models = write_tiny_flux(tmp_path / "models")
     lines = iter(
@@ -244,7 +245,8 @@ def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
     words = [word for option, path in files.items() for word in (option, str(path))]
 
     flux_minimal_inference.main(
-        [*words, "--dtype", "float32", "--output_dir", str(tmp_path / "out"), "--interactive"]
+        [*words, "--dtype", dtype, "--ae_dtype", "float32"]
+        + ["--output_dir", str(tmp_path / "out"), "--interactive"]
     )
 
     made = sorted((tmp_path / "out").glob("*.png"))
