@@ -11,6 +11,7 @@ from PIL import Image
 
 from modules.errors import MediaError
 from modules.media.decoding import animation_durations, is_animation
+from modules.media.encoding import X264
 from modules.media.reading import (
     frames_at,
     image_size,
@@ -100,7 +101,7 @@ def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool
     space = av.video.reformatter.Colorspace[matrix]
     levels = av.video.reformatter.ColorRange["JPEG" if full_range else "MPEG"]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=16, options={"crf": "5"})
+        stream = container.add_stream("libx264", rate=16, options={"crf": "5", **X264})
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         stream.codec_context.color_range = levels.value
         stream.codec_context.colorspace = space.value
