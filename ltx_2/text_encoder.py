@@ -202,6 +202,12 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         network.connectors = connectors
         return network
 
+    @property
+    def text_side(self) -> nn.Module:
+        """Return the loaded connectors."""
+        connectors: nn.Module = self.network.connectors
+        return connectors
+
     def waiting_bytes(self, room: int) -> int:
         """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""
         return super().waiting_bytes(max(room - self.check(), 0))

@@ -75,6 +75,24 @@ def is_optional(name: str, family: FamilyNames) -> bool:
     return _Table((path, path) for path in family.optional).find(name) is not None
 
 
+@cache
+def on_text_side(name: str) -> str:
+    """Return what an underscored name belongs to if that is loaded with the text encoder; "" for all else."""
+    return next(
+        (
+            family.text_side_words
+            for family in FAMILIES
+            if name.startswith(tuple(replace_dots(start) for start in family.text_side))
+        ),
+        "",
+    )
+
+
+def is_unprefixed(path: str) -> bool:
+    """Tell whether files write a path without the prefix of the transformer."""
+    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
+
+
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
     found = _tables(family).foreign.find(name)

@@ -170,6 +170,18 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
     return hasattr(encoder, "lora_prefix")
 
 
+class EncoderWithSide(TextEncoder, Protocol):
+    """A text encoder with layers of the model's own file behind it, which LoRAs name as the transformer's."""
+
+    @property
+    def text_side(self) -> nn.Module: ...  # these layers, once loaded
+
+
+def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
+    """Return whether a text encoder is an `EncoderWithSide`; like `can_learn` it opens no file."""
+    return hasattr(type(encoder), "text_side")
+
+
 class LayeredEncoder(TextEncoder, Protocol):
     """A text encoder some of whose layers stay in host memory if a CUDA device has no room for all."""
 
