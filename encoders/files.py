@@ -180,6 +180,7 @@ class OneTransformer(Protocol):
         """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
+        network.spec = self.dit  # type: ignore[assignment]  # a release's may differ from the network's
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:

@@ -34,28 +34,24 @@ Target = tuple[LoraModule, int, float, tuple[int, ...]]
 
 
 def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT that rules, spec and patterns choose, by our names.
+    """Return the modules of a DiT that its spec, rules and patterns choose, by our names.
 
     Raises OptionError if no module is left, or for blocks that the DiT does not have.
     """
-    rules = settings.rules
-    if rules is None:
-        spec = spec_of(unet)
-        anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude if not spec.lora_choice)
-        settings = replace(settings, exclude=(*settings.exclude, *anywhere))
-        lists = (*spec.block_lists, *spec.lora_lists)
-        candidates = _modules_below(unet, tuple(f"{name}." for name in lists))
-        if choice := [*map(re.compile, spec.lora_choice)]:
-            candidates = (one for one in candidates if any(pattern.match(one[0]) for pattern in choice))
-    else:
+    spec, rules = spec_of(unet), settings.rules
+    starts = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
+    if rules is not None:
         there = dict(unet.named_children())
         depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
         check_blocks(settings, depths)
-        targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
+        if settings.train_blocks is not None:
+            starts = [rules.choices[settings.train_blocks]]
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
-        starts = [targets, *((path,) for path, rank in outside if rank)]
-        candidates = (one for start in starts for one in _modules_below(unet, start))
-    found = _choose(candidates, settings, OURS)
+        starts += [(path,) for path, rank in outside if rank]
+    candidates = (one for start in starts for one in _modules_below(unet, start))
+    if choice := [*map(re.compile, spec.lora_choice)]:
+        candidates = (one for one in candidates if any(pattern.match(one[0]) for pattern in choice))
+    found = _choose(candidates, settings, OURS, () if choice else spec.lora_exclude)
     if not found:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
@@ -65,8 +61,12 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
 
 def _choose(
-    candidates: Iterator[tuple[str, LoraModule]], settings: LoraSettings, start: str
+    candidates: Iterator[tuple[str, LoraModule]],
+    settings: LoraSettings,
+    start: str,
+    unasked: tuple[str, ...] = (),
 ) -> dict[str, Target]:
+    """unasked: parts of paths that are left out unless a pattern or a rank of their kind asks for them."""
     found: dict[str, Target] = {}
     fitting = []
     for path, module in candidates:
@@ -78,7 +78,8 @@ def _choose(
             if places
             else _size(path, module, settings)
         )
-        is_excluded = any(one.match(path) for one in settings.exclude)
+        is_unasked = any(part in path for part in unasked) and _rank_of_kind(path, settings) is None
+        is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
         takes = not is_excluded or any(one.match(path) for one in settings.include)
         chosen = size is not None and size[0] > 0 and takes
         if settings.verbose:
@@ -127,19 +128,24 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, f
         found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if found is not None and numbers is not None and int(found[1]) not in numbers:
             return None
+    rank = _rank_of_kind(path, settings)
+    return settings.rank if rank is None else rank, settings.alpha
+
+
+def _rank_of_kind(path: str, settings: LoraSettings) -> int | None:
+    """Return the rank that an argument for this kind of module gives; None if there is none."""
     ranks = (
         settings.type_ranks[argument]
-        for argument, kinds in rules.types
+        for argument, kinds in (() if settings.rules is None else settings.rules.types)
         if argument in settings.type_ranks and any(all(word in path for word in words) for words in kinds)
     )
-    return next(ranks, settings.rank), settings.alpha
+    return next(ranks, None)
 
 
 _IN_BLOCKS = ("double_blocks.", "single_blocks.")
 _REFINERS = ("context_refiner.", "noise_refiner.")
-# FLUX.1 and Chroma, also the modulation of blocks
+# FLUX.1 and Chroma
 FLUX_RULES = LoraRules(
-    targets=_IN_BLOCKS,
     types=(
         *(
             (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
@@ -156,11 +162,8 @@ FLUX_RULES = LoraRules(
     fused={"attn.qkv": 3, "linear1": 4},
     encoders={"train_t5xxl": "lora_te3"},
 )
-# HunyuanImage-2.1, whose blocks' modulation it takes too
-HUNYUAN_IMAGE_RULES = LoraRules(targets=_IN_BLOCKS, fused={"attn_qkv": 3, "linear1": 4})
-# Lumina-Image-2.0: blocks, refiners and the last layer
+HUNYUAN_IMAGE_RULES = LoraRules(fused={"attn_qkv": 3, "linear1": 4})
 LUMINA_RULES = LoraRules(
-    targets=(*_REFINERS, "layers.", "final_layer."),
     types=(
         ("attn_dim", (("attention",),)),
         ("mlp_dim", (("mlp",), ("feed_forward",))),
@@ -184,7 +187,7 @@ LUMINA_RULES = LoraRules(
 class OwnModule:
     """One of our network modules: a LoRA, or a network of another kind."""
 
-    rules: LoraRules | None = None  # of a family; None: the network's `DitSpec` alone decides
+    rules: LoraRules | None = None  # a family's arguments that choose among what its `DitSpec` names
     kind: str = "LoRA"
     first: tuple[str, ...] = LORA[:1]  # each module of a file has one of these factors
 
@@ -260,11 +263,14 @@ def build_network(
     arguments: Mapping[str, Any],
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
+    begun: Mapping[str, Tensor] | None = None,
 ) -> OwnNetwork:
     """Build one of our networks on the modules that the settings choose.
 
     name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
-    by their `lora_prefix`. Raises OptionError for wrong settings, or if no module is left.
+    by their `lora_prefix`. begun: tensors under our names that the network begins with; modules of them that
+    are no default and that `arguments` do not leave out join, with their own rank and alpha. Raises
+    OptionError for wrong settings, or if no module is left.
     """
     settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
     layers: dict[str, nn.Module] = {}
@@ -275,7 +281,7 @@ def build_network(
             if isinstance(module, nn.Linear):
                 shapes = make_shapes(module.out_features, module.in_features, its_rank)
                 layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
-        return OwnNetwork(layers, settings)
+        return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, {}), settings)
     targets = {} if dit is None else choose_modules(dit, settings)
     for prefix, encoder in encoders.items():
         if prefix not in settings.encoders_off:
@@ -285,7 +291,71 @@ def build_network(
             targets |= _choose(modules, replace(settings, rules=None, splits=False), f"{prefix}_")
     for path, (module, its_rank, its_alpha, heights) in targets.items():
         layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
-    return OwnNetwork(layers, settings)
+    able = {prefix: one for prefix, one in encoders.items() if prefix not in settings.encoders_off}
+    return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, able), settings)
+
+
+def _with_begun(
+    layers: dict[str, nn.Module],
+    name: str,
+    settings: LoraSettings,
+    begun: Mapping[str, Tensor],
+    dit: nn.Module | None,
+    encoders: Mapping[str, nn.Module],
+) -> dict[str, nn.Module]:
+    """Return the layers and those of `begun` that join, as `build_network` says, in the model's order."""
+    if not begun:
+        return layers
+    known = _layers_by_name(dit, encoders)
+    joining: dict[str, nn.Module] = {}
+    fitted = for_model(begun, {path: len(module.weight) for path, (_, module) in known.items()}.get)
+    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+        is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
+        if path in layers or path not in known or not is_of_kind:
+            continue
+        inside, module = known[path]
+        if not _is_left_out(inside, path, module, settings):
+            joining[path] = _layer_of(name, module, path, factors, settings)
+    if not joining:
+        return layers
+    logger.info(
+        f"{len(joining)} modules that are no default join the network, because what it begins with has "
+        f"them: {list_some([*joining], 3)}"
+    )
+    together = {**layers, **joining}
+    return {path: together[path] for path in known if path in together}
+
+
+def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSettings) -> bool:
+    """Tell whether arguments leave a module out. inside: its path in its network; name: ours."""
+    if not name.startswith(OURS):
+        settings = replace(settings, rules=None)
+    rules, blocks = settings.rules, settings.train_blocks
+    if rules is not None and blocks is not None and not inside.startswith(rules.choices[blocks]):
+        return True
+    is_excluded = any(one.match(inside) for one in settings.exclude)
+    if is_excluded and not any(one.match(inside) for one in settings.include):
+        return True
+    places = find_by_pattern(settings.reg_ranks, name)
+    if places:
+        return not settings.reg_ranks[places[-1]][1]
+    size = _size(inside, module, replace(settings, conv_rank=settings.conv_rank or 1))
+    return size is None or not size[0]
+
+
+def _layers_by_name(
+    dit: nn.Module | None, encoders: Mapping[str, nn.Module]
+) -> dict[str, tuple[str, LoraModule]]:
+    """Return all modules that can have a LoRA, by our names: their paths and they."""
+    networks = {} if dit is None else {OURS: dit}
+    networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
+    return {
+        start + replace_dots(inside): (inside, module)
+        for start, network in networks.items()
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for inside in [path if start == OURS else published_path(path)]
+    }
 
 
 def build_from_tensors(
@@ -312,13 +382,7 @@ def build_from_tensors(
         )
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
-    networks = {OURS: dit, **{f"{prefix}_": encoder for prefix, encoder in encoders.items()}}
-    known = {
-        start + replace_dots(path if start == OURS else published_path(path)): module
-        for start, network in networks.items()
-        for path, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
+    known = {path: module for path, (_, module) in _layers_by_name(dit, encoders).items()}
     fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []
@@ -330,10 +394,8 @@ def build_from_tensors(
             )
         if path not in known or (own.kind != "LoRA" and not isinstance(known[path], nn.Linear)):
             missed.append(path)
-        elif own.kind == "LoRA":
-            layers[path] = _layer_of_file(known[path], path, factors, settings)
         else:
-            layers[path] = _factored_of_file(known[path], path, factors)
+            layers[path] = _layer_of(name, known[path], path, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
@@ -345,6 +407,15 @@ def build_from_tensors(
             f"{list_some(missed)}"
         )
     return OwnNetwork(layers, settings)
+
+
+def _layer_of(
+    name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
+) -> LoraLayer | FactoredLayer:
+    """Return a layer of a network module with the rank and alpha of factors."""
+    if OWN_MODULES[name].kind == "LoRA":
+        return _layer_of_file(module, path, factors, settings)
+    return _factored_of_file(module, path, factors)
 
 
 def _factored_of_file(module: LoraModule, name: str, factors: Factors) -> FactoredLayer:

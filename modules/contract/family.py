@@ -95,7 +95,7 @@ class DitSpec:
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
     lora_choice: tuple[str, ...] = ()
-    lora_lists: tuple[str, ...] = ()  # further lists of blocks that a LoRA may be put on
+    lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
