@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
+from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
@@ -229,3 +230,28 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     if path is None or family.is_as_in_diffusers:
         return path
     return _tables(family).to_foreign.find(name) or path
+
+
+@cache
+def _places(family: str) -> _Table:
+    """Return the places of modules, "list.number of the block.place in it", by underscored names.
+
+    Those of a transformer begin with `lora_unet_`.
+    """
+    of_dit = ((f"lora_unet_{start}", endings) for start, endings in NUMBERED.get(family, ()))
+    return _Table(
+        (start + ending, f"{index}.{'{n}' if '{n}' in start else 0}.{place}")
+        for index, (start, endings) in enumerate((*TEXTS_NUMBERED, *of_dit))
+        for place, ending in enumerate(endings.split())
+    )
+
+
+def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
+    """Return names of modules with our prefixes in the order of known trainers; None if it is not known."""
+    table, places = _places("" if family is None else family.name), dict[str, tuple[int, ...]]()
+    for name in names:
+        found = table.find(name)
+        if found is None:
+            return None
+        places[name] = tuple(map(int, found.split(".")))
+    return sorted(places, key=lambda name: places[name])
