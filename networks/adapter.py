@@ -23,7 +23,8 @@ from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_blocks, read_own
+from networks.own_kinds import OWN_MODULES, read_own
+from networks.own_modules import build_from_tensors, build_network, check_blocks
 
 logger = getLogger(__name__)
 
