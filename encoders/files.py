@@ -16,7 +16,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dt
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
-from modules.contract.family import TextEncoder
+from modules.contract.family import DitSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
@@ -117,6 +117,9 @@ class OneTransformer(Protocol):
 
         @property
         def files(self) -> TransformerFiles: ...
+
+        @property
+        def dit(self) -> DitSpec: ...
 
     @property
     def metadata(self) -> Mapping[str, str]:

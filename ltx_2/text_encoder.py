@@ -205,8 +205,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     @property
     def text_side(self) -> nn.Module:
         """Return the loaded connectors."""
-        connectors: nn.Module = self.network.connectors
-        return connectors
+        return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
         """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""

@@ -128,8 +128,8 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, f
         found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if found is not None and numbers is not None and int(found[1]) not in numbers:
             return None
-    rank = _rank_of_kind(path, settings)
-    return settings.rank if rank is None else rank, settings.alpha
+    of_kind = _rank_of_kind(path, settings)
+    return settings.rank if of_kind is None else of_kind, settings.alpha
 
 
 def _rank_of_kind(path: str, settings: LoraSettings) -> int | None:
