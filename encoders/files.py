@@ -16,7 +16,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dt
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
-from modules.contract.family import TextEncoder
+from modules.contract.family import DitSpec, TextEncoder
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
@@ -120,6 +120,9 @@ class OneTransformer(Protocol):
         @property
         def files(self) -> TransformerFiles: ...
 
+        @property
+        def dit(self) -> DitSpec: ...
+
     @property
     def metadata(self) -> Mapping[str, str]:
         """Names of this model in saved files."""
@@ -191,6 +194,7 @@ class OneTransformer(Protocol):
         """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
+        network.spec = self.dit  # type: ignore[assignment]  # a release's may differ from the network's
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:

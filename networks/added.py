@@ -30,7 +30,15 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS
-from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family, warn_of_rest
+from networks.loading import (
+    LoraFile,
+    LoraUse,
+    list_some,
+    text_side_of,
+    warn_of_absent,
+    warn_of_other_family,
+    warn_of_rest,
+)
 from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS
@@ -355,6 +363,8 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
     if not found:
         made = lora.family()
         kinds = "" if made is None or made is family else f" It is for {made.name}."
+        if words := text_side_of(missed):
+            kinds = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
         raise CheckpointError(
             f"{option} {lora.path} does not fit this model, which has no {list_some(missed, 2)}.{kinds}\n"
             "  Give a LoRA that was trained for this model.",

@@ -28,8 +28,8 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraUse, list_some, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, choose_family, relatives
+from networks.loading import LoraUse, list_some, text_side_of, warn_of_absent, warn_of_other_family
+from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
 
@@ -256,7 +256,8 @@ class LoraPatch:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
                 missed = [key for key in keys if key not in self._seen]
-                warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
+                what = f"weights are not in {self._model}"
+                warn_of_absent(path, missed, len(keys), what, family, any(map(on_text_side, self._modules)))
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
@@ -270,6 +271,12 @@ class LoraPatch:
                     f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
                     f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                     self._path,
+                )
+            if words := text_side_of(keys):
+                raise CheckpointError(
+                    f"{lora.path} changes {words} alone, which are not in {self._model}.\n"
+                    "  Merge it into the model's file with merge_lora.py.",
+                    self._path or lora.path,
                 )
             if self._is_text:
                 keys = [key.removeprefix(OURS) for key in keys]

@@ -26,8 +26,9 @@ from networks.names.layouts import FIRST_ENCODER, FamilyNames
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
+OF_LTX_FORK = "lora_unet_model_"
 _UNDERSCORED = {
-    "lora_unet_model_": "musubi-tuner for LTX-2",
+    OF_LTX_FORK: "musubi-tuner for LTX-2",
     "lora_unet__": "VideoX-Fun",
     OURS: "ours",
     "lycoris_": "LyCORIS",

@@ -23,7 +23,7 @@ from networks.metadata import (
     split_names,
     text_alphas,
 )
-from networks.module_names import is_optional, read_family, relatives
+from networks.module_names import is_optional, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
@@ -308,18 +308,29 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
 
 
 def warn_of_absent(
-    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
+    path: Path,
+    absent: Sequence[str],
+    whole: int,
+    what: str,
+    model: FamilyNames | None,
+    holds_side: bool = False,
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
 
     absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Parts that only some
-    models of the family have get their own warning: the others still work without them.
+    models of the family have get their own warning: the others still work without them. So do parts that
+    belong to the text encoder's side of the model. holds_side: whether that is in this model.
     """
-    optional = [
-        name
-        for name in absent
-        if model is not None and is_optional(name.removeprefix(OURS).partition(".")[0], model)
-    ]
+    beside = {name: words for name in absent if not holds_side and (words := on_text_side(_module_of(name)))}
+    if beside:
+        words = next(iter(beside.values()))
+        logger.warning(
+            f"{path}: {len(beside)} of {whole} {what}: they change {words}, which read the texts before the "
+            f"transformer, and are not used here. To have them, merge it into the model's file with "
+            f"merge_lora.py, and cache texts with the merged file: {list_some([*beside], 2)}"
+        )
+        absent = [name for name in absent if name not in beside]
+    optional = [name for name in absent if model is not None and is_optional(_module_of(name), model)]
     if optional and model is not None:
         logger.warning(
             f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
@@ -327,6 +338,38 @@ def warn_of_absent(
         )
     if len(absent) > len(optional):
         warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(OURS).partition(".")[0]
+
+
+def text_side_of(names: Iterable[str]) -> str:
+    """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
+    words = {on_text_side(_module_of(name)) for name in names}
+    return words.pop() if len(words) == 1 else ""
+
+
+def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
+    """Return the parts of LoRAs for the transformer, or those for what is loaded with the text encoder.
+
+    Left out are those without any, and parts of which patterns leave nothing while they leave something of
+    the other side.
+    """
+    parts = []
+    for use in uses:
+        sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
+        for name, factors in use.lora.modules().items():
+            sides[bool(on_text_side(_module_of(name)))][name] = factors
+        kept = {
+            side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
+        }
+        if kept[is_text] or (sides[is_text] and not is_text and not kept[True]):
+            tensors = {
+                f"{name}.{part}": one for name, of in sides[is_text].items() for part, one in of.items()
+            }
+            parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
+    return parts
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:

@@ -30,15 +30,14 @@ BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Modules that a family's LoRA takes, and the arguments that choose among them.
+    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
 
-    Paths are those of modules in the network; `targets` and the values of `choices` are their beginnings.
+    Paths are those of modules in the network; the values of `choices` are their beginnings.
     """
 
-    targets: tuple[str, ...]  # "double_blocks."
     # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
     types: tuple[tuple[str, tuple[Words, ...]], ...] = ()
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> targets
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
     indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
     outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
     outside_paths: tuple[str, ...] = ()
@@ -120,7 +119,7 @@ class LoraSettings:
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
-    rules: LoraRules | None = None  # of the family's module; None: the network's spec says what takes part
+    rules: LoraRules | None = None  # of the family's module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
     train_blocks: str | None = None
     block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # by argument

@@ -37,7 +37,7 @@ from modules.installation import import_own
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
-from networks.own_modules import OWN_MODULES
+from networks.own_kinds import OWN_MODULES
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.options import TrainingOptions
 

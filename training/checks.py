@@ -21,7 +21,8 @@ from networks.added import refuse_dora
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
-from networks.own_modules import OWN_MODULES, smallest_lora_bytes
+from networks.own_kinds import OWN_MODULES
+from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
 from training.experts import (
     TRAINING_ADAPTER,

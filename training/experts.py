@@ -24,7 +24,7 @@ from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES
+from networks.own_kinds import OWN_MODULES
 from training.data.timesteps import check_reaches, levels_reached
 from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions

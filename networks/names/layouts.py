@@ -81,6 +81,11 @@ class FamilyNames:
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
     further: tuple[str, ...] = ()  # our paths that no other layout has
+    # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
+    text_side: tuple[str, ...] = ()
+    text_side_words: str = ""
+    # beginnings of paths, of any layout, that files write without the prefix of the transformer
+    unprefixed: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> tuple[str, ...]:

@@ -16,6 +16,9 @@ import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 from flux.files import load_dit
+from flux.spec import CHROMA_DIT, FLUX_DIT
+from hunyuan_image.configs import DIT as HUNYUAN_IMAGE_DIT
+from lumina.configs import DIT as LUMINA_DIT
 from lumina.files import load_dit as load_lumina
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
@@ -240,20 +243,20 @@ def test_a_file_of_diffusers_changes_a_model_as_the_network_did(tmp_path: Path, 
 
 
 PUBLISHED = {
-    "flux": "flux1-dev-dit",
-    "chroma": "chroma1-dit",
-    "hunyuan_image": "hunyuanimage2.1-dit",
-    "lumina": "lumina2-dit",
+    "flux": ("flux1-dev-dit", FLUX_DIT),
+    "chroma": ("chroma1-dit", CHROMA_DIT),
+    "hunyuan_image": ("hunyuanimage2.1-dit", HUNYUAN_IMAGE_DIT),
+    "lumina": ("lumina2-dit", LUMINA_DIT),
 }
 CLIP = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 T5 = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
 GEMMA = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
 
-def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ()) -> nn.Module:
+def skeleton(shapes: Mapping[str, tuple[int, ...]], spec: DitSpec = FLUX_DIT) -> nn.Module:
     """A network with Linear layers of these names, on the meta device."""
     root = nn.Module()
-    root.spec = DitSpec(block_lists=lists)  # type: ignore[assignment]
+    root.spec = spec  # type: ignore[assignment]
     with torch.device("meta"):
         for path, (rows, columns) in shapes.items():
             *parents, leaf = path.split(".")
@@ -267,9 +270,10 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ())
 
 
 def dit(family: str, depth: int | None = None) -> nn.Module:
+    manifest, spec = PUBLISHED[family]
     shapes = {
         name.removesuffix(".weight"): shape[:2]
-        for name, (_, shape) in tensor_list(PUBLISHED[family]).items()
+        for name, (_, shape) in tensor_list(manifest).items()
         if name.endswith(".weight") and len(shape) == 2
     }
     number = r"(?:blocks|layers)\.(\d+)\."
@@ -278,12 +282,12 @@ def dit(family: str, depth: int | None = None) -> nn.Module:
         for path, shape in shapes.items()
         if depth is None or (found := re.search(number, path)) is None or int(found[1]) < depth
     }
-    return skeleton(kept)
+    return skeleton(kept, spec)
 
 
 def encoder(start: str, endings: tuple[str, ...], depth: int) -> nn.Module:
     paths = [f"{start}.{n}.{ending}" for n in range(depth) for ending in endings]
-    return skeleton(dict.fromkeys(paths, (8, 8)), (start,))
+    return skeleton(dict.fromkeys(paths, (8, 8)), DitSpec((start,)))
 
 
 def encoders(which: str) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lumina.configs import DIT as LUMINA_DIT
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
@@ -266,7 +267,7 @@ def test_split_files_of_sd_scripts_have_the_strength_that_they_were_trained_with
 
 
 def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
-    dit = skeleton({"layers.0.attention.qkv": (10, 6)})
+    dit = skeleton({"layers.0.attention.qkv": (10, 6)}, LUMINA_DIT)
 
     made = make_lora("lora_lumina", 2, 1.0, dit, split_qkv="True")
 

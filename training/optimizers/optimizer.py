@@ -334,7 +334,7 @@ def restore_optimizer(
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load a `state_dict` of another program, except for the learning rates.
+    """Load a `state_dict` of another program with the numbers of this run, except for the learning rates.
 
     Raises CheckpointError if it does not fit.
     """

@@ -26,6 +26,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
 from modules.text_files import parse_json, read_text, require_regular_file
+from networks.key_formats import OF_LTX_FORK, OURS
 from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class ForeignState:
     folder: Path
     network: dict[str, Tensor]
     optimizer: dict[str, Any]  # empty if there is none
+    is_ordered: bool = False  # the network's tensors are in that program's own order
 
     def release(self) -> None:
         """Free the tensors."""
@@ -286,7 +288,8 @@ def _read_foreign(folder: Path) -> ForeignState:
     Its schedule and random states need a step count that it does not hold.
     """
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
-    if weights.exists():
+    is_ordered = not weights.exists()  # safetensors sorts by names
+    if not is_ordered:
         try:
             network = load_file(weights)
         except (SafetensorError, OSError) as error:
@@ -301,7 +304,14 @@ def _read_foreign(folder: Path) -> ForeignState:
             "...-state folder.",
             path=folder,
         )
-    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else {})
+    # numbers that describe the network, as the fork's `lokr_factor`, are no part of a layer
+    network = {
+        name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
+        for name, tensor in network.items()
+        if "." in name
+    }
+    state = load_pickled(optimizer) if optimizer.exists() else {}
+    return ForeignState(folder, network, state, is_ordered)
 
 
 def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
