@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import NO_REFERENCE, DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.fetching import HTTP, download, find_remote
@@ -37,7 +37,7 @@ from dataset.sources.media_source import (
     readable_stem,
     unique_stems,
 )
-from dataset.sources.references import NO_REFERENCE, lack_references, limit_references
+from dataset.sources.references import lack_references, limit_references
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
 from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
