@@ -80,7 +80,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 continue
             with failures.note_errors(str(path)):
                 fps, usual = options.request.fps, run.family.defaults.fps
-                if fps == usual:  # --fps is not given
+                if fps in (None, usual):  # --fps is not given
                     fps = frame_rate_in(one.metadata) or usual
                 said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
                 metadata = None if output.no_metadata else said

@@ -32,7 +32,7 @@ class RequestOptions(Options, title="what to make"):
         "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
     )
     video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
-    fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
+    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
         "a number or any text; default: a random seed for each video", type=str, often=True
@@ -198,10 +198,6 @@ OPTIMIZED = (
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
-FROM_ZERO = (
-    "weight of the prompt, counted from 0, which turns guidance off: positive + weight * (positive - "
-    "negative), so that 4 is what models that count from 1 call 5; {default}"
-)
 PICTURE_FPS = 1  # what stands where a video has its rate
 # --optimized, of every family
 FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
@@ -216,7 +212,6 @@ class ScriptDefaults:
 
     fps: int
     guidance_scale: float | None = None
-    guidance_from_zero: bool = False  # guidance scales count from 0, which turns guidance off
     video_length: int | None = None
     infer_steps: int | None = None
     flow_shift: float | None = None
@@ -235,6 +230,8 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
+    # options whose default is the model's own, if it has one, and that stands here else -> their help
+    by_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
@@ -302,9 +299,9 @@ class ScriptDefaults:
                 + ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items()),
             },
             "optimized": {"help": OPTIMIZED.format(usual)},
-            "guidance_scale": {"help": FROM_ZERO} if self.guidance_from_zero else {},
             "riflex_index": {"help": long},
             "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
+            **{name: {"help": about} for name, about in self.by_model.items()},
         }
         return {
             "without": {*source["without"], *(name for name, is_absent in absent.items() if is_absent)},

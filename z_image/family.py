@@ -1,5 +1,6 @@
 """Z-Image, described for the shared loops."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -59,7 +60,15 @@ Z_IMAGE_USE = LanguageUse(
 
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
+# of a transformer whose name says no release: those of the known tuner
 DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
+# pattern of a name -> defaults of that release; tensors do not tell them apart. Source: the model cards
+RELEASED = {
+    r"turbo": replace(DEFAULTS, steps=8),
+    r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$": replace(
+        DEFAULTS, steps=28, guidance_scale=4.0
+    ),
+}
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
@@ -95,15 +104,27 @@ class ZImage(ModelOfPictures):
     }
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
-    noise_dtype: ClassVar = torch.float32  # as released
+    noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
     lora_module: str = field(default="networks.lora_zimage", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
-    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=Z_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
     called: str = field(default=NAME, init=False)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation: of the release that the name of the file or the repository says."""
+        dit = self.files.dit
+        if dit is None:
+            return DEFAULTS
+        repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
+        names = [dit.name.removesuffix(".safetensors"), *repository]
+        for pattern, usual in RELEASED.items():
+            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
+                return usual
+        return DEFAULTS
 
     # encoding
 
