@@ -63,7 +63,6 @@ POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
-SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Flux(ModelOfPictures):
 
     files: FluxFiles
     trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
-    # generation: without a negative prompt it is empty; training samples: then no guidance
+    # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
@@ -109,13 +108,10 @@ class Flux(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation, or of training samples."""
+        """Defaults of a generation."""
         kind = self.files.kind
-        guided = kind == CHROMA and self.negative_is_empty
-        side = 1024 if self.negative_is_empty else SAMPLE_SIDE
-        steps = STEPS[kind] if self.negative_is_empty else min(STEPS[kind], SAMPLE_STEPS)
-        scale = CHROMA_SCALE if guided else 1.0
-        return picture_defaults(steps, scale, side, embedded_guidance=EMBEDDED_GUIDANCE[kind])
+        scale = CHROMA_SCALE if kind == CHROMA else 1.0
+        return picture_defaults(STEPS[kind], scale, 1024, embedded_guidance=EMBEDDED_GUIDANCE[kind])
 
     @property
     def release(self) -> ModelRelease:
@@ -252,9 +248,7 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     """Describe the family for flux_train_network.py."""
-    return Flux(
-        _files(options), trained_guidance=options.embedded_guidance, negative_is_empty=False, options=options
-    )
+    return Flux(_files(options), trained_guidance=options.embedded_guidance, options=options)
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:

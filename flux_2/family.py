@@ -52,7 +52,6 @@ LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encod
 MOST_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
 ALONE, AMONG_SEVERAL = 2024**2, 1024**2
-SAMPLE_STEPS = 20  # at most, of training samples
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Flux2(ModelOfPictures):
     files: Flux2Files
     trained_guidance: float = 1.0  # what training feeds the guidance input of dev
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
-    is_training: bool = False
     options: Any = NO_OPTIONS  # of a training
 
     # all releases have the same autoencoder
@@ -94,11 +92,8 @@ class Flux2(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation, or of training samples."""
-        usual = self.files.version.defaults
-        if not self.is_training:
-            return usual
-        return replace(usual, steps=min(usual.steps, SAMPLE_STEPS), width=256, height=256)
+        """Defaults of a generation."""
+        return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
@@ -250,7 +245,6 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
         files_of(options),
         trained_guidance=options.embedded_guidance,
         resizes_references=not options.no_resize_control,
-        is_training=True,
         options=options,
     )
 

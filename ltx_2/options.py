@@ -282,7 +282,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     )
     height: int = option("height of samples, if their line says none", default=512, least=1, facts=FREE)
     width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
-    sample_num_frames: int = option("frames of samples, likewise", default=45, least=1, facts=FREE)
+    sample_num_frames: int = option(
+        "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
+    )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
     silent: bool = _silent()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)

@@ -213,7 +213,7 @@ def describe_samples(choice: Choice) -> str:
     captions = [one.caption or "" for one in choice.media]
     texts = [add_trigger(text, choice.options.trigger_word or "") for text in (captions[0], captions[-1])]
     width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
-    line = f"--w {width} --h {height} --f {choice.frames} --s 20 {choice.model.data.get('line', '')}"
+    line = f"--w {width} --h {height} --f {choice.frames} {choice.model.data.get('line', '')}"
     if choice.model.data.get("from_image"):
         image = choice.folder / "output" / "start.png"
         image.parent.mkdir(exist_ok=True)

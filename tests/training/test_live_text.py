@@ -166,7 +166,7 @@ def test_captions_that_vary_are_encoded_as_they_are_drawn(tmp_path: Path) -> Non
 def test_samples_show_the_text_encoder_that_learns(tmp_path: Path) -> None:
     """Their texts are encoded anew each time; the other encoder's once."""
     write_pictures(tmp_path)
-    prompts = write_prompts(tmp_path, "a sample --w 32 --h 32 --s 2\n")
+    prompts = write_prompts(tmp_path, "a sample --w 32 --h 32 --f 1 --s 2\n")
     family = TextFamily()
 
     train_image_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 3, family=family)

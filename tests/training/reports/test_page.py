@@ -25,7 +25,7 @@ from training.reports.page import ClipStore, Standing, choose_columns, write_tra
 from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
-PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
+PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 1 --s 2\n"
 
 
 @pytest.fixture
