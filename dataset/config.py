@@ -77,12 +77,6 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     return DatasetConfig(path, tables)
 
 
-NO_REFERENCE = (
-    "no image has a reference: this trains text to image. To train edits, give control_directory, or "
-    "control_path in the lines of a list or table"
-)
-
-
 def for_family(config: DatasetConfig, rules: ReferenceRules | None, frame_step: int) -> DatasetConfig:
     """Return a configuration as a family takes it: `with_lengths` and `with_references`."""
     return with_references(with_lengths(config, frame_step), rules)

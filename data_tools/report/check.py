@@ -46,7 +46,7 @@ from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
-from dataset.config import NO_REFERENCE, DatasetConfig
+from dataset.config import DatasetConfig
 from dataset.options import GUESS, CachingOptions, CheckPageOptions
 from dataset.sources.captions import SHOWN, guess_captions, read_caption
 from dataset.sources.clock import find_other_lengths
@@ -54,7 +54,7 @@ from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_sources
-from dataset.sources.media_source import Fault
+from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
-from dataset.config import NO_REFERENCE, DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.fetching import HTTP, download, find_remote
@@ -26,6 +26,7 @@ from dataset.sources.folders import (
 from dataset.sources.frames import mask_suffixes
 from dataset.sources.media_source import (
     LISTED,
+    NO_REFERENCE,
     Fault,
     MediaSource,
     TarMember,
