@@ -16,6 +16,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
+from networks.alphas import PEFT_SETTINGS
 from networks.baking import OTHER_KINDS, Baking, bake
 from networks.deltas import (
     DORA,
@@ -23,9 +24,9 @@ from networks.deltas import (
     add_missing_alphas,
     group_by_module,
 )
-from networks.key_formats import OURS, dialect_in_words, name_by_ratios
+from networks.key_formats import NETWORKS, OURS, dialect_in_words, name_by_ratios
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
-from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
+from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.module_names import FAMILIES, alias, choose_family, joined_path, read_family, to_alias
 from networks.names.image import HUNYUAN_IMAGE, Z_IMAGE
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from networks.deltas import DORA, PARTS, Factors, weight_delta
 from networks.module_names import FAMILIES, alias, choose_family, replace_dots
-from networks.names.layouts import FIRST_ENCODER, FamilyNames
+from networks.names.layouts import FIRST_ENCODER, IN_DIFFUSERS, FamilyNames
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -93,6 +93,10 @@ _OTHER_KINDS = {
     "VeRA": (".vera_lambda_b", ".vera_lambda_d"),
 }
 
+# where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
+NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+_FURTHER = tuple(start for start in NETWORKS if start != IN_DIFFUSERS)
+
 
 @dataclass(frozen=True)
 class NativeTensors:
@@ -161,6 +165,21 @@ def _name_of_text(key: str, first: str) -> str | None:
         other = "lora_te2" if path.startswith(_IN_CLIP) else "lora_te3"  # OpenCLIP's or T5
         path = f"{first if start in _FIRST_ENCODERS else other}_{replace_dots(path)}"
     return f"{path}.{_ENDINGS[ending]}"
+
+
+def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
+    """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
+
+    A file has them if names begin with those of further networks in a pipeline of diffusers.
+    """
+    names = list(names)
+    found: dict[str | None, list[str]] = {}
+    if not any(name.startswith(_FURTHER) for name in names):
+        return {None: names}
+    for name in names:
+        start = next((start for start in NETWORKS if name.startswith(start)), IN_DIFFUSERS)
+        found.setdefault(NETWORKS[start], []).append(name)
+    return found
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:

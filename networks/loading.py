@@ -10,19 +10,18 @@ from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
+from networks.alphas import peft_alphas, peft_config, text_alphas
 from networks.deltas import find_fault, group_by_module
-from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
-from networks.metadata import (
+from networks.key_formats import (
     NETWORKS,
-    expert_of,
-    in_words,
-    is_damaged,
-    metadata_of,
-    peft_alphas,
-    peft_config,
+    OURS,
+    dialect_in_words,
+    family_of,
+    other_kind,
     split_names,
-    text_alphas,
+    to_native,
 )
+from networks.metadata import expert_of, in_words, is_damaged, metadata_of
 from networks.module_names import is_optional, read_family
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions

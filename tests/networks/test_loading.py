@@ -11,10 +11,11 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from modules.errors import CheckpointError
+from networks.alphas import peft_alphas
 from networks.convert import convert_file
 from networks.deltas import strength
 from networks.loading import read_lora
-from networks.metadata import peft_alphas, save_network
+from networks.metadata import save_network
 from tests.networks.making import tiny_dit, wan_network
 
 
