@@ -28,7 +28,8 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraUse, list_some, warn_of_absent, warn_of_other_family
+from networks.leftovers import sort_modules
+from networks.loading import LoraUse, list_some, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
@@ -264,6 +265,8 @@ class LoraPatch:
             keys, lora = self._keys(use), use.lora
             if not keys or self._seen.intersection(keys):
                 continue
+            if not self._is_text:
+                refuse_unknown(lora)
             family = choose_family(self._modules, LIKELY_MODEL)
             if self._path is not None and family is None and not self._is_text:
                 raise CheckpointError(
@@ -276,6 +279,10 @@ class LoraPatch:
             made, kinds = lora.family(), ""
             if made is not None and family is not None and made is not family:
                 kinds = f" It is for {made.name}, the model is {family.name}."
+            elif made is None and not self._is_text:
+                kinds = "".join(
+                    f" Of them {len(one.names)}{one.words}." for one in sort_modules(keys, "", family)
+                )
             raise CheckpointError(
                 f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
                 f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",

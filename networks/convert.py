@@ -16,7 +16,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
-from networks.alphas import PEFT_SETTINGS
+from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake
 from networks.deltas import (
     DORA,
@@ -273,7 +273,7 @@ def converted(
         texts, left_out = texts_to_diffusers(lora.text_tensors)
     _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
-    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
+    metadata = without_alphas(lora.metadata)
     if family is FRAMEPACK and read_family(lora.metadata) is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     return {**tensors, **texts}, metadata

@@ -3,6 +3,7 @@ line.
 """
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +15,22 @@ from torch import Tensor, nn
 
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.writing import save_tensors
+from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
+from modules.errors import CheckpointError
 from modules.text_files import parse_json
+from networks.alphas import find_alphas, find_text_alphas
 from networks.deltas import DORA, group_by_module, rank_of
-from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, split_names, to_native
+from networks.key_formats import (
+    OURS,
+    NativeTensors,
+    dialect_in_words,
+    family_of,
+    other_kind,
+    split_names,
+    start_of,
+    to_native,
+)
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 
@@ -78,7 +91,7 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 
-def layout_hash(tensors: Mapping[str, Tensor]) -> str:
+def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
     """Return a short hash of names, dtypes and shapes."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
@@ -131,7 +144,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
         return f"a network of the kind {unsupported[0]}, which is not supported"
     parts = []
     for expert, names in split_names(checkpoint.tensors).items():
-        one = _describe_part(checkpoint, names)
+        one = _describe_part(checkpoint, names, expert)
         if one is None:
             return None
         parts.append(one if expert is None else f"{one}, for the {in_words(expert)}")
@@ -149,7 +162,7 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return model_hashes({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.metadata)
 
 
-def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
+def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
     hollow = {
         name: torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype, device="meta")
         for name in names
@@ -170,6 +183,9 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
         info = checkpoint.tensors[name]
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
+    alphas |= _beside_tensors(checkpoint, native, part)
+    # infinite ones are of whole matrices, which are not scaled
+    numbers = _of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
@@ -178,12 +194,26 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
         _of_numbers("rank", ranks),
-        _of_numbers("alpha", Counter(alphas)),
+        numbers,
         f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
     return ", ".join(word for word in words if word)
+
+
+def _beside_tensors(checkpoint: Checkpoint, native: NativeTensors, part: str | None) -> set[float]:
+    """Return the alphas that stand in the header or beside the file; none if they cannot be used."""
+    is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    modules, place = group_by_module(native.tensors), (start_of(part), is_own)
+    try:
+        found = find_alphas(
+            checkpoint.path, checkpoint.metadata, modules, native.paths, *place, native.stacked
+        )
+        of_texts = find_text_alphas(checkpoint.path, checkpoint.metadata, native.texts, is_own)
+    except (CheckpointError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return set()
+    return {float(alpha) for alpha in (*found.tensors.values(), *of_texts.tensors.values())}
 
 
 def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:

@@ -54,6 +54,7 @@ WAN = FamilyNames(
     further=("patch_embedding", "ref_conv"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
+    more_experts=(("transformer_1", HIGH_NOISE),),  # ai-toolkit
     optional=_IMAGE_ATTENTION,
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(
@@ -221,6 +222,12 @@ LTX_2 = FamilyNames(
         *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
     ),
     versions=("ltx2", "ltx-2", "ltx_2"),
+    beside=(
+        ("text_embedding_projection", "the text projection"),
+        *((f"connectors_{stream}text_proj_in", "the text projection") for stream in ("", "video_", "audio_")),
+        *((f"{stream}_embeddings_connector", "the text connectors") for stream in ("video", "audio")),
+        ("connectors", "the text connectors"),
+    ),
     parameters=(
         *(
             (f"transformer_blocks.{{n}}.{prefix}{one}",) * 2

@@ -1,0 +1,95 @@
+"""Tensors of a LoRA file that a reader or a model has no use for, sorted by what they are."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from networks.key_formats import OURS, bare_path
+from networks.module_names import FAMILIES, has_module, is_name, is_optional, replace_dots
+from networks.names.layouts import FamilyNames
+
+# if nothing better is known
+NOT_KNOWN = (
+    "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
+    "give a LoRA for this model."
+)
+_OF_WORDS = ("emb_params", "bundle_emb", "string_to_param")  # embeddings of words, in several programs' files
+_LEAVES = (".weight", ".bias")
+
+
+@dataclass
+class Leftovers:
+    """Tensors of one kind."""
+
+    words: str  # what they are, for messages: "... tensors {words}"
+    loss: str  # what it means that many are left out, for a louder message; "" if the rest is whole
+    names: list[str] = field(default_factory=list)
+
+
+def sort_tensors(keys: Iterable[str], family: FamilyNames | None) -> list[Leftovers]:
+    """Sort tensors of a file that are no part of a LoRA. family: the LoRA's."""
+    found: dict[str, Leftovers] = {}
+    for key in keys:
+        words, loss = _kind_of_tensor(key, family)
+        found.setdefault(words, Leftovers(words, loss)).names.append(key)
+    return list(found.values())
+
+
+def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
+    leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
+    path = bare_path(key.removesuffix(leaf).removesuffix(".base_layer"))
+    name = replace_dots(path)
+    if beside := _beside(name, family):
+        return f"are whole weights of {beside}, no changes of them, and are ignored", ""
+    if path.startswith(_OF_WORDS):
+        return "are embeddings of words and are ignored", ""
+    if is_name(name):
+        kind = "biases" if leaf == ".bias" else "norms" if "norm" in name else "weights"
+        return f"are whole {kind} of the model, no changes of them, and are ignored", (
+            f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
+            "alone with its program."
+        )
+    start, dot, _ = path.partition(".")
+    if not dot or not leaf:
+        return "are no part of a LoRA and are ignored", NOT_KNOWN
+    return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
+
+
+def sort_modules(names: Iterable[str], what: str, model: FamilyNames | None) -> list[Leftovers]:
+    """Sort parts of a LoRA that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
+
+    what: as in "4 of 24 {what}". model: its family.
+    """
+    found: dict[str, Leftovers] = {}
+    for name in names:
+        words, loss = _kind_of_module(*name.removeprefix(OURS).partition(".")[::2], model)
+        found.setdefault(words, Leftovers(what + words, loss)).names.append(name)
+    return list(found.values())
+
+
+def _kind_of_module(module: str, leaf: str, model: FamilyNames | None) -> tuple[str, str]:
+    if model is not None and is_optional(module, model):
+        return f": they are for {model.optional_words}; the rest is used without them", ""
+    if beside := _beside(module, model):
+        return f": they change {beside}, another network; merge_lora.py adds them to a file that has it", ""
+    if model is not None and has_module(module, model):
+        if leaf == "bias":
+            return ": they are biases, which these layers do not have here", "its biases are left out."
+        return f": other models of {model.name} have them", (
+            f"it is for another model of {model.name}, with other layers. Give a LoRA for this one."
+        )
+    others = [one.name for one in FAMILIES if has_module(module, one)]
+    if others:
+        return (
+            f": they are of {' or '.join(others)}",
+            f"it is for {' or '.join(others)}. Give a LoRA for this model.",
+        )
+    return (
+        ": no known model has layers of these names",
+        "the rest of it is of a network that is not known here.",
+    )
+
+
+def _beside(name: str, family: FamilyNames | None) -> str:
+    """Return in words of which other network of the family's pipeline a module is; "" if of none."""
+    facts = () if family is None else family.beside
+    return next((words for start, words in facts if name.startswith(start)), "")
