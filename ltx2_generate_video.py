@@ -14,6 +14,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path"}),
     size=(512, 768),
     has_sound=True,
+    spellings={"save_path": "--output_dir"},
 )
 main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle_generation)
 

@@ -6,6 +6,7 @@ from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
     fps=16,
+    by_model={"fps": "frames per second of the video file; default: the task's, 24 for ti2v-5B, else 16"},
     output_types=("video", "images", "latent", "both", "latent_images"),
     has_experts=True,
     optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},

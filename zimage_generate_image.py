@@ -10,8 +10,14 @@ from lumina.options import EXTRAS
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
     guidance_scale=0.0,
-    guidance_from_zero=True,
     infer_steps=25,
+    by_model={
+        "guidance_scale": "weight of the prompt, counted from 0, which turns guidance off: positive + weight "
+        "* (positive - negative), so that 4 is what models that count from 1 call 5; default: 4 for a file "
+        "that is named as the base, else 0",
+        "infer_steps": "number of denoising steps; default: 28 for a file that is named as the base, 8 for "
+        "Turbo, else 25",
+    },
     flow_shift=3.0,
     sample_solver="vanilla",
     media=frozenset(),

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
 Form = dict[str, list[str]]
 GONE = "It is not there (any more)."
 NO_WRITING = "The server was started with --read_only."
+# what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
+SHOWN = {".png": "image/png", ".mp4": "video/mp4"}
 
 
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -23,6 +26,15 @@ def answer_json(value: Any, status: int = 200) -> Response:
     """Return JSON. value: what `json.dumps` takes."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
+
+
+def answer_file(path: Path) -> Response:
+    """Return a file of a run: samples to be shown, all else to be saved, which no browser opens as a page."""
+    kind = SHOWN.get(path.suffix)
+    if kind is not None:
+        return FileResponse(path, media_type=kind)
+    policy = {"content-security-policy": "sandbox; default-src 'none'"}
+    return FileResponse(path, headers=policy, media_type="application/octet-stream", filename=path.name)
 
 
 def answer_gone() -> Response:

@@ -23,7 +23,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError, UserError
 from modules.families import WITH_SCRIPTS
 from modules.media.reading import read_tags
-from modules.text_files import read_text
+from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
 from training.reports.page import link
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -63,17 +63,12 @@ class ComparableRun:
     @property
     def is_link(self) -> bool:
         """Return whether that folder is elsewhere: then it is neither read nor written."""
-        return self.folder.resolve() != self.folder
+        return real_path(self.folder) != self.folder
 
     @property
     def working_folder(self) -> Path:
         """Return the folder that relative paths of the options are meant in, as far as it can be told."""
-        typed = Path(*self.options.get("--save_path", ())).parent  # --output_dir
-        parents = self.run.history.parent
-        count = len(typed.parts)
-        if typed.is_absolute() or parents.parts[len(parents.parts) - count :] != typed.parts:
-            return Path.cwd()
-        return Path(*parents.parts[: len(parents.parts) - count])
+        return working_folder(self.run, self.options)
 
     @property
     def problem(self) -> str:
@@ -173,6 +168,16 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
         if family is not None:
             return ComparableRun(run, story, family, group_options(words[1:]))
     return None
+
+
+def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
+    """Return the folder that a command of a run was typed in, as far as its options tell where it writes."""
+    typed = Path(*options.get("--output_dir", ()) or [Path(*options.get("--save_path", ())).parent])
+    parents = run.history.parent.parts
+    count = len(parents) - len(typed.parts)
+    if typed.is_absolute() or parents[count:] != typed.parts:
+        return Path.cwd()
+    return Path(*parents[:count])
 
 
 def group_options(words: Sequence[str]) -> dict[str, list[str]]:

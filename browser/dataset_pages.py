@@ -24,7 +24,7 @@ from modules.command import as_typed
 from modules.errors import MediaError, OutputError
 from modules.media.reading import first_frame
 from modules.pages.page import reduce_frame, render_page
-from modules.text_files import parse_json
+from modules.text_files import parse_json, real_path
 
 LARGEST_SIDE = 448  # pixels of a picture in the page
 MOST_PICTURES = 1000  # kept in memory, some 20 KB each
@@ -195,7 +195,7 @@ class DatasetPages:
             return None
         path = Path(file["caption_file"])
         inside = path if path.exists() or path.is_symlink() else path.parent
-        return path.resolve() if self.runs.is_below(inside) else None
+        return real_path(path) if self.runs.is_below(inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, asked: Mapping[str, Any]) -> tuple[int, Any]:
         """Save or undo a caption; return status and answer. asked: what, have, and text to save."""

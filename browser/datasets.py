@@ -19,7 +19,7 @@ from browser.runs import CONFIG, Runs
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_words
-from modules.text_files import parse_json, parse_toml, read_text
+from modules.text_files import parse_json, parse_toml, read_text, real_path
 
 SETTLED_SECONDS = 2.0  # that files must be unchanged before they are measured anew: caching writes many
 MOST_ERROR = 4000  # characters
@@ -128,8 +128,8 @@ class Datasets:
             path: FoundDataset(path, folder, named, models[path]) for (path, folder), named in of_runs.items()
         }
         for path in self.runs.configs():
-            if path.resolve() not in found and self._is_dataset(path):
-                found[path.resolve()] = FoundDataset(path.resolve(), Path.cwd())
+            if real_path(path) not in found and self._is_dataset(path):
+                found[real_path(path)] = FoundDataset(real_path(path), Path.cwd())
         with self.lock:
             self._found = {one.id: one for one in found.values()}
         return sorted(found.values(), key=lambda one: str(one.path))
@@ -272,5 +272,5 @@ def _locate(given: str, folder: Path) -> tuple[Path, Path]:
     for base in (Path.cwd(), *folder.parents):
         with contextlib.suppress(OSError, ValueError):
             if (base / given).is_file():
-                return base, (base / given).resolve()
+                return base, real_path(base / given)
     return Path.cwd(), Path.cwd() / given

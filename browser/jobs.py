@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from browser.launch import (
+    check_options,
     find_program,
     interrupt_processes,
     kill_processes,
@@ -28,7 +29,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.text_files import read_text
+from modules.text_files import read_text, real_path
 from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,14 @@ class _Book:
                 return job
         raise OptionError(f"there is no job {number} that is {' or '.join(states)} (any more)")
 
+    def wait_again(self, job: Job, line: str) -> None:
+        """Let a job that does not run wait with this line."""
+        if job.place < 0:
+            self.entries.append("")  # which is at -1
+        self.entries[job.place] = f"{line}\n"
+        job.line, job.process, job.stops = line, None, 0
+        job.code_path.unlink(missing_ok=True)
+
     def next(self) -> Job | None:
         """Return the first job that waits; None if there is none, or if one runs."""
         waiting = [job for job in self.jobs if job.state == WAITING]
@@ -178,9 +187,7 @@ class JobQueue:
         Raises OptionError if it is no command of ours, OutputError if it cannot be written.
         """
         find_program(words, folder)
-        line = shlex.join(words)
-        if line.splitlines() != [line]:
-            raise OptionError(f"{line!r}: a job is one line")
+        line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
             book.jobs.append(job)
@@ -228,11 +235,14 @@ class JobQueue:
             is_training = command.words[0] in ("train", "finetune")
             if is_training and not any(word.partition("=")[0] == "--resume" for word in words):
                 line = shlex.join([*words, "--resume", "latest"])
-            if job.place < 0:
-                book.entries.append("")  # which is at -1
-            book.entries[job.place] = f"{line}\n"
-            job.line, job.process, job.stops = line, None, 0
-            job.code_path.unlink(missing_ok=True)
+            book.wait_again(job, line)
+
+    def edit(self, number: int, words: Sequence[str]) -> None:
+        """Give a job that does not run another line; it waits then. Raises as `add`."""
+        with self._change() as book:
+            job = book.find(number, WAITING, *ENDED)
+            check_options(words, Path(job.folder))
+            book.wait_again(job, as_line(words))
 
     def begin_work(self) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does."""
@@ -346,10 +356,18 @@ class JobQueue:
 
     def _new_job(self, book: _Book, line: str, folder: Path) -> Job:
         book.last += 1
-        return self._job(book.last, line, str(folder.resolve()))
+        return self._job(book.last, line, str(real_path(folder)))
 
     def _job(self, id: int, line: str, folder: str, **told: Any) -> Job:
         return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **told)
+
+
+def as_line(words: Sequence[str]) -> str:
+    """Return the line of a job. Raises OptionError if it would be several."""
+    line = shlex.join(words)
+    if line.splitlines() != [line]:
+        raise OptionError(f"{line!r}: a job is one line")
+    return line
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:

@@ -7,6 +7,7 @@ folder to run it in and the file for its exit code, and leads the group that the
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from modules.atomic_write import write_text
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.installation import PREFIX, ROOT, find_script, program_words
+from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
@@ -33,6 +35,8 @@ LAUNCHER = {
     **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
     **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
 }
+MOST_SAID = 2000  # characters of what a script says
+logger = logging.getLogger(__name__)
 _known = functools.cache(find_commands)
 
 
@@ -78,13 +82,59 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     return command, [sys.executable, *launcher, *program_words(command.path.relative_to(ROOT)), *rest[count:]]
 
 
+# Runs a script until it has read its options, which is when torch would load.
+READ_OPTIONS = """
+import builtins, os, runpy, sys
+load = builtins.__import__
+def load_until_torch(name, *how):
+    if name.partition(".")[0] == "torch":
+        raise SystemExit(0)
+    return load(name, *how)
+builtins.__import__ = load_until_torch
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load it next
+CHECK_SECONDS = 20
+
+
+def check_options(words: Sequence[str], folder: Path) -> None:
+    """Raise OptionError, with the script's own message, if a command of ours refuses its options."""
+    command, (python, *program) = find_program(words, folder)
+    if command.words[0] not in WITH_TORCH or "-h" in words or "--help" in words:
+        return
+    if program[:2] == ["-m", "accelerate.commands.launch"]:
+        start = program_words(command.path.relative_to(ROOT))
+        program = program[program.index(start[-1]) + 1 - len(start) :]
+    try:
+        done = subprocess.run(
+            [python, "-c", READ_OPTIONS, *program],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=CHECK_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.debug("%s", words, exc_info=error)  # it may run for all that is known
+        return
+    if done.returncode:
+        raise OptionError(done.stderr.strip()[-MOST_SAID:].partition("\n\n")[0])
+
+
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command that a line begins with, and how many of its words name it."""
     word, known, count = "".join(words[:1]), _known(ROOT), 1
     if word == "-m":  # what commands of the installed package have
         word, count = " ".join(words[:2]), 2
     script = find_script(word.removeprefix("-m reelsmith.").replace(".", "/") if count == 2 else word)
-    if script is None and word.endswith(".py") and (path := (folder / word).resolve()).is_relative_to(ROOT):
+    if script is None and word.endswith(".py") and (path := real_path(folder / word)).is_relative_to(ROOT):
         script = path.relative_to(ROOT)
     if word == "reelsmith" or script == Path("reelsmith.py"):
         word = " ".join((word, *words[1:3]))

@@ -1,13 +1,15 @@
 """Options of tools/run_browser.py. Standard library only."""
 
 import ipaddress
+import re
 from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.text_files import read_text
 
 LOCAL = "localhost"
-SHORTEST = 16  # characters of a token
+SHORTEST, LONGEST = 16, 1024  # characters of a token
 
 
 class BrowserOptions(Options, title="browser"):
@@ -70,10 +72,12 @@ class BrowserOptions(Options, title="browser"):
         if self.token is None:
             return None
         try:
-            word = self.token.read_text(encoding="ascii").strip()
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--token {self.token} cannot be read: {error}") from None
-        if len(word) < SHORTEST or not word.replace("-", "").replace("_", "").isalnum():
+            word = read_text(self.token, LONGEST).strip()
+        except UnicodeDecodeError:
+            word = ""
+        except OSError as error:
+            raise OptionError(f"--token {self.token} cannot be read: {error.strerror or error}") from None
+        if len(word) < SHORTEST or not re.fullmatch(r"[\w-]+", word, re.ASCII):
             raise OptionError(
                 f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _"
             )

@@ -1,5 +1,6 @@
 """Make the pages of the queue and of a comparison, and answer their buttons."""
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -9,9 +10,17 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from browser.answers import Form, answer_form, answer_page
-from browser.compare import Comparison, asked_cells, fill_cells, plan_jobs, read_comparison
+from browser.compare import (
+    Comparison,
+    asked_cells,
+    fill_cells,
+    group_options,
+    plan_jobs,
+    read_comparison,
+    working_folder,
+)
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, JobQueue
-from browser.launch import split_words
+from browser.launch import check_options, split_words
 from browser.runs import RUNNING, Runs
 from browser.views import HERE, POLICY, FileNotes
 from modules.atomic_write import write_text
@@ -19,6 +28,8 @@ from modules.command import as_typed
 from modules.console import in_words
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
+
+NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
@@ -75,7 +86,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
     return [Route("/compare", show), Route("/compare", answer_form(make), methods=["POST"])]
 
 
-def queue_routes(queue: JobQueue) -> list[Route]:
+def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
     """Return the routes of the queue."""
     changes = {
         "up": lambda number: queue.move(number, -1),
@@ -114,11 +125,22 @@ def queue_routes(queue: JobQueue) -> list[Route]:
             if what in ("work", "pause"):
                 (queue.begin_work if what == "work" else queue.end_work)()
             elif what == "add":
+                # all are read and checked before the first is added
                 lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
-                # all are read before the first is added
-                for words in [split_words(line) for line in lines if line and not line.startswith("#")]:
-                    queue.add(words, Path.cwd())
-            elif what in changes and number.isdecimal():
+                found = [split_words(line) for line in lines if line and not line.startswith("#")]
+                with runs.lock:
+                    run = runs.find("".join(form.get("run", ())))
+                jobs = [
+                    (words, working_folder(run, group_options(words)) if run else Path.cwd())
+                    for words in found
+                ]
+                for job in jobs:
+                    check_options(*job)
+                for job in jobs:
+                    queue.add(*job)
+            elif what == "edit" and NUMBER.fullmatch(number):
+                queue.edit(int(number), split_words(text))
+            elif what in changes and NUMBER.fullmatch(number):
                 changes[what](int(number))
             else:
                 return PlainTextResponse("There is no such request.", 404)

@@ -19,6 +19,7 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import identify_machine
 from modules.console import in_words
+from modules.text_files import real_path
 from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, history_name, parse_row
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -32,12 +33,13 @@ WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
 LAST = 8 << 10  # bytes of its end that tell the step and its seconds
 SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
-LOSS = re.compile(rb'"step": (\d+), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
+LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
+AVERAGE = re.compile(rb'"average": (-?[\d.]+(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": ([\d.]+(?:e[-+]?\d+)?)')
 # of a page that an older version wrote: kind, standing, model, step, total
 STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
-    r'<progress value="(\d+)" max="(\d+)">'
+    r'<progress value="(\d{1,15})" max="(\d{1,15})">'
 )
 
 
@@ -68,6 +70,7 @@ class Glance:
     memory: dict[str, str]
     model: str = ""
     total_steps: int = 0
+    average: float | None = None  # of losses, as the run's own bar shows it; None: an older version's
 
     @property
     def id(self) -> str:
@@ -90,9 +93,18 @@ class Glance:
         return tell_left(self.total_steps - self.step, self.step_seconds) if self.state == RUNNING else ""
 
     @property
+    def network(self) -> str:
+        """Return the name of the model's file; empty if it is not told."""
+        return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
+
+    @property
     def loss(self) -> float:
-        """Return the mean of the newest losses; infinite if there is none."""
-        return statistics.fmean(self.losses[-5:]) if self.losses else math.inf
+        """Return the average of the newest losses; infinite if there is none."""
+        return (
+            statistics.fmean(self.losses[-5:])
+            if self.average is None and self.losses
+            else self.average or math.inf
+        )
 
     @property
     def used(self) -> str:
@@ -187,6 +199,7 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             dict(story.memory),
             story.start.model if story.start else told[0] if told else "",
             story.start.total_steps if story.start else told[2] if told else step,
+            float(averages[-1]) if (averages := AVERAGE.findall(tail)) else None,
         )
 
 
@@ -232,7 +245,7 @@ class Runs:
 
     def __init__(self, folders: Collection[Path]) -> None:
         """folders: or histories themselves."""
-        self.roots = [folder.resolve() for folder in folders]
+        self.roots = [real_path(folder) for folder in folders]
         # time, folders in it, histories, .toml files
         self._folders: dict[Path, tuple[int, list[Path], list[Path], list[Path]]] = {}
         self._glances: dict[str, tuple[tuple[int, int, int], Glance]] = {}

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from browser.answers import NO_WRITING, Form, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
@@ -25,7 +25,12 @@ from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list
 logger = logging.getLogger(__name__)
 
 COOKIE = "reelsmith"
-KINDS = ("sample", "save", "stop")  # of requests to a run, see training/training_run.py
+# of requests to a run, see training/training_run.py, and what is answered
+KINDS = {
+    "sample": "Asked: samples are made when this step is done.",
+    "save": "Asked: it saves when this step is done.",
+    "stop": "Asked: it saves and ends when this step is done.",
+}
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
@@ -178,7 +183,7 @@ def make_app(
     def show_file(request: Request) -> Response:
         run = find(request)
         path = None if run is None else file_of(runs, run, request.path_params["name"])
-        return answer_gone() if path is None else FileResponse(path)
+        return answer_gone() if path is None else answer_file(path)
 
     def ask(request: Request, form: Form) -> Response:
         with runs.lock:
@@ -187,9 +192,9 @@ def make_app(
         if run is None or kind not in KINDS:
             return answer_gone()
         if run.state != RUNNING or run.start is None or not run.start.listens:
-            return PlainTextResponse("Only a running training with --sample_now can be asked.", 409)
+            return PlainTextResponse("Only a running training can be asked.", 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
-        return Response(status_code=204)
+        return PlainTextResponse(KINDS[kind])
 
     def show_static(request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
@@ -213,7 +218,7 @@ def make_app(
         Route("/run/{id}/ask", answer_form(ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", show_about),
         Route("/run/{id}/{name:path}", guard(show_file)),
-        *queue_routes(queue),
+        *queue_routes(runs, queue),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]

@@ -4,8 +4,10 @@ import hashlib
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from markupsafe import Markup
 from browser.runs import RUNNING, STATES, Glance, Runs, tell_left, tell_state
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
-from modules.pages.page import render_page
+from modules.pages.page import render_page, share_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import Points, Start, Story
 from training.reports.page import (
@@ -31,6 +33,7 @@ from training.reports.sample_files import FOLDER as SAMPLES
 
 HERE = Path(__file__).resolve().parent
 MOST_RUNS = 200  # of a list, until all are asked for
+MOST_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
 MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
 MOST_POINTS = 1500  # of a curve; zooming shows more
 MOST_MESSAGES = 500
@@ -74,17 +77,29 @@ def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> 
     """Return the page of all runs. found: what `Runs.look` gave."""
     chosen = select_runs(found, asked)
     values = {
-        "runs": chosen if asked.get("all") else chosen[:MOST_RUNS],
+        "runs": label_runs(chosen if asked.get("all") else chosen[:MOST_RUNS]),
+        "is_table": asked.get("view") == "table"
+        or (len(chosen) > MOST_CARDS and asked.get("view") != "cards"),
+        "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
         "count": len(found),
         "running": sum(run.state == RUNNING for run in found),
         "families": sorted({run.model for run in found if run.model}),
-        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort", "all")},
+        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort", "view", "all")},
         "states": STATES,
         "sorts": list(SORTS),
         "roots": runs.roots,
     }
     return render_page(HERE / "runs.html", "Runs", values, POLICY)
+
+
+def label_runs(found: Sequence[Glance]) -> list[tuple[Glance, str]]:
+    """Return runs with what to call them: of several of one name, each with its folder."""
+    names = Counter(run.name for run in found)
+    return [
+        (run, run.name if names[run.name] == 1 else f"{run.name} in {run.history.parent.name}")
+        for run in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -126,8 +141,11 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     values["live"] = {
         "id": run.id,
         "left": now.left,
+        "name": run.name,
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
-        "others": [(one.id, one.name) for one in runs.look() if one.id != run.id],
+        "can_sample": bool(dict(now.shown.start.changed).get("sample_prompts")),
+        "can_queue": can_write,
+        "others": [(one.id, label) for one, label in label_runs(runs.look()) if one.id != run.id],
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
@@ -235,3 +253,4 @@ def export_run(runs: Runs, path: Path) -> None:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
     write_training_page(path, run.history, story, clips, LiveStanding.of(run, story).shown)
+    share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import MODES, SPELLINGS
+from dataset.config_keys import MODES, NO_KEYS, SOUND_ALONE, SPELLINGS
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
-from dataset.subsets import read_subsets
+from dataset.subsets import read_subsets, typed_options
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
 from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
@@ -23,7 +23,6 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 
 logger = logging.getLogger(__name__)
 
-FRAME_STEP = 4  # target_frames are 4n + 1 for every family
 TOP_LEVEL = ("general", "datasets")
 
 
@@ -44,6 +43,8 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     if any(key.startswith("subset") for entry in entries for key in entry):  # the image guides' form
         tables = read_subsets(path, content, given, problems)
     else:
+        if unused := sorted(set(typed_options(given).values())):
+            logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
         general = without_nulls(content.get("general"), "[general]", problems)
         entries = _entries(content, problems)
         elsewhere = "is allowed only in a [[datasets]] table; move it there"
@@ -64,7 +65,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
             problems.append(
                 f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
             )
-        first = users.setdefault(os.path.normcase(folder.resolve()), table)
+        first = users.setdefault(os.path.normcase(os.path.realpath(folder)), table)
         if first is not table and not first.cache_format == table.cache_format == "npz":
             other = table.place.removeprefix("[[datasets]] ")
             problems.append(
@@ -74,6 +75,32 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     if problems:
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
     return DatasetConfig(path, tables)
+
+
+def for_family(config: DatasetConfig, rules: ReferenceRules | None, frame_step: int) -> DatasetConfig:
+    """Return a configuration as a family takes it: `with_lengths` and `with_references`."""
+    return with_references(with_lengths(config, frame_step), rules)
+
+
+def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
+    """Return a configuration whose target_frames are frame_step * n + 1, rounded down; a warning says so.
+
+    frame_step: of the family's LatentSpec.
+    """
+    tables = []
+    for table in config.datasets:
+        targets = table.target_frames
+        rounded = tuple(sorted({(target - 1) // frame_step * frame_step + 1 for target in targets}))
+        if not set(targets) <= set(rounded):
+            logger.warning(
+                "%s: target_frames %s become %s, because clips of this model have %dn + 1 frames",
+                table.name,
+                list(targets),
+                list(rounded),
+                frame_step,
+            )
+        tables.append(replace(table, target_frames=rounded))
+    return replace(config, datasets=tuple(tables))
 
 
 def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> DatasetConfig:
@@ -133,10 +160,11 @@ def _read_table(
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
     if not given:
+        refused = [unknown(key, value, ()) for key, value in entry.items() if key in NO_KEYS]
         hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
-        problems.append(
-            f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
-        )
+        hint = f" {SOUND_ALONE.capitalize()}" if "audio_directory" in entry else hint
+        needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
+        problems += [f"{where}: {line}" for line in refused or [needs]]
         return None
     source_key = given[0]
     kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
@@ -189,16 +217,7 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
         )
     fields["cache_directory"] = fields["cache_directory"] or folder
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
-    targets = fields["target_frames"]
-    rounded = tuple(sorted({(target - 1) // FRAME_STEP * FRAME_STEP + 1 for target in targets}))
-    if not set(targets) <= set(rounded):
-        logger.warning(
-            "%s: target_frames %s become %s, because clips have 4n + 1 frames",
-            where,
-            list(targets),
-            list(rounded),
-        )
-    fields["target_frames"] = rounded
+    fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
         logger.warning('%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', where)
         fields["frame_extraction"] = "head"

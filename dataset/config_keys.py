@@ -138,7 +138,7 @@ FROM_ZERO = _whole(0, MOST_REPEATS, "a whole number, 0 or more")
 SIDE = _whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
 PLACE = _whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
-COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 45]")
+COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
 SHARE = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
 WEIGHT = _number(
     lambda value: 0 < value <= MOST_WEIGHT, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5"
@@ -208,11 +208,40 @@ def of_kind(form: Form) -> Any:
     return dataclasses.field(default=None, metadata={"source": form})
 
 
-# keys of control images as other tuners spell them for one model
+# keys as other tuners spell them, mostly for one model
 SPELLINGS: Mapping[str, str] = {
+    "loss_mask_directory": "mask_directory",
+    "loss_mask_use_alpha": "alpha_mask",
     "flux_kontext_no_resize_control": "no_resize_control",
     "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
+}
+
+
+# keys of musubi-tuner's fork for LTX-2 that have no counterpart, and why
+SOUND_ALONE = "sound alone is not built. In a table of clips, audio_directory or audio_path names their sound"
+_REFERENCES = (
+    "clips, pictures and sounds as references (IC-LoRA) are not built. control_directory holds what "
+    "Fun-Control follows, or the pictures that a model edits"
+)
+NO_KEYS: Mapping[str, str] = {
+    "target_fps": 'clips are learned at the rate of their model: source_fps = "auto" takes the frames that '
+    "are shown at it; without source_fps all frames are used, and LTX-2 is told the rate of each clip. --fps "
+    "is the rate of what is generated",
+    **dict.fromkeys(("audio_jsonl_file", "audio_bucket_strategy", "audio_bucket_interval"), SOUND_ALONE),
+    **dict.fromkeys(
+        (
+            *("reference_directory", "reference_cache_directory", "reference_audio_directory"),
+            "reference_audio_cache_directory",
+        ),
+        _REFERENCES,
+    ),
+    "separate_audio_buckets": "clips without sound leave the sound of others in their batch alone",
+    "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
+    **dict.fromkeys(
+        ("default_loss_mask_path", "loss_mask_invert"),
+        "masks are files in mask_directory, white is learned; an item without one is learned whole",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.config_keys import MODES, SubsetKey, TableKey, Unfit
+from dataset.config_keys import MODES, NO_KEYS, SubsetKey, TableKey, Unfit
 from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
@@ -124,7 +124,9 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the line that reports an unknown key, with the nearest known one."""
+    """Return the line that reports an unknown key, with the nearest known one, or why it is not supported."""
+    if name in NO_KEYS:
+        return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
     return f"unknown key {name} = {show(value)}.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}"
 

@@ -18,6 +18,7 @@ from dataset.key_reading import BAD, read_keys, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
+from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ def read_subsets(
             "[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution"
         )
         entries = [entries]
-    usual |= _read_level(general, "[general]", problems, DATASET)
     tables: list[DatasetTable] = []
+    unused = dict(typed_options(given))  # those that no subset takes from the command line
+    from_options = {name: usual[name] for name in unused}
+    usual |= _read_level(general, "[general]", problems, DATASET)
     for number, entry in enumerate(entries):
         place = f"[[datasets]] {number + 1}"
         dataset = without_nulls(entry, place, problems)
@@ -60,6 +63,7 @@ def read_subsets(
             values = shared | _read_level(inner, where, problems, SUBSET)
             if any(value is BAD for value in values.values()):
                 continue
+            unused = {name: option for name, option in unused.items() if values[name] != from_options[name]}
             is_masked = given is not None and given.masked_loss
             found = _contradictions(values, is_masked)
             problems += [f"{where}: {line}" for line in found]
@@ -67,7 +71,18 @@ def read_subsets(
                 fields = _table_fields(values, where, is_masked)
                 numbers: dict[str, Any] = {"group": number, "subset": order}
                 tables.append(DatasetTable(path, len(tables), "image", **numbers, **fields))
+    for option in unused.values() if tables else ():
+        logger.warning("%s is ignored because %s gives another value everywhere", option, path)
     return _with_cache_directories(tables)
+
+
+def typed_options(given: SubsetOptions | None) -> dict[str, str]:
+    """Return the options that have another value than their default, by the keys that they stand for."""
+    usual, values = _given_values(SubsetOptions.usual()), _given_values(given)
+    keys = {name: key.option or name for name, key in SUBSET_KEYS.items()}
+    return {
+        name: f"--{keys[name]}" for name, value in values.items() if name in keys and value != usual.get(name)
+    }
 
 
 def _given_values(given: SubsetOptions | None) -> dict[str, Any]:
@@ -183,7 +198,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
             name = _sides(table.resolution)
-            key = (os.path.normcase(folder.resolve()), name)
+            key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
             name += f"_{used[key]}" if used[key] > 1 else ""
             table = dataclasses.replace(table, cache_directory=folder / name)

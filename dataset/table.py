@@ -145,6 +145,8 @@ class DatasetTable:
     cache_directory: Path = key(PATH)  # None only while the file is read
     dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX)
     path_column: str | None = key(COLUMN, only_with=("table_file",))  # None: the usual names
+    # beside control_path and control_path_1, ...
+    control_column: str | None = key(COLUMN, only_with=("table_file", "jsonl_file"))
     # None: the usual names
     caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX))
     video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX)
@@ -162,7 +164,7 @@ class DatasetTable:
     alpha_mask: bool = key(YES_NO, False)  # transparent parts are not learned
     validation: bool = key(YES_NO, False)  # not trained on
     prior_loss_weight: float = key(WEIGHT, 1.0)  # factor on the loss of its items in training
-    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending, each 4n + 1
+    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending; see `with_lengths`
     frame_extraction: str = key(MODE, "head", kinds=VIDEO)
     frame_stride: int = key(COUNT, 1, kinds=VIDEO)
     frame_sample: int = key(SAMPLES, 1, kinds=VIDEO)

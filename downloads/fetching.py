@@ -27,7 +27,7 @@ from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_htt
 from modules.errors import CheckpointError, DownloadError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_TOKENIZER_BYTES
-from modules.text_files import parse_json, read_content, read_text
+from modules.text_files import parse_json, read_content, read_text, real_path
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def run_download(options: DownloadOptions) -> None:
 def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Path] | None:
     """Return where a file is and where it goes to, or None if it is there and complete."""
     target = options.to / file.name
-    if not target.parent.resolve().is_relative_to(options.to.resolve()):
+    if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
             f"{target.parent} is a link to another place than {options.to}. Download to a folder of its own "
             "with --to, and move the files."

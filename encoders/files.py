@@ -14,9 +14,10 @@ from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
-from modules.contract.family import TextEncoder
+from modules.contract.family import DitSpec, TextEncoder
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
@@ -112,11 +113,15 @@ class OneTransformer(Protocol):
     """The part of a family that follows from the files of its one transformer; families derive from it."""
 
     named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same
+    few_steps: ClassVar[FewSteps] = FewSteps()  # its releases of few steps
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
         def files(self) -> TransformerFiles: ...
+
+        @property
+        def dit(self) -> DitSpec: ...
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -141,6 +146,15 @@ class OneTransformer(Protocol):
     def fuller(self) -> tuple[str, ...]:
         """What a teacher is told besides: the caption that was dropped, and the reference pictures."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that a transformer was distilled to few steps; None if nothing does."""
+        for path in self.dit_files:
+            with open_checkpoint(path) as checkpoint:
+                name = self.few_steps.found_in(path, checkpoint.metadata)
+            if name is not None:
+                return f"{path}: its name is {name}"
+        return None
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""
@@ -180,6 +194,7 @@ class OneTransformer(Protocol):
         """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
+        network.spec = self.dit  # type: ignore[assignment]  # a release's may differ from the network's
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:

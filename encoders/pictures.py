@@ -137,6 +137,7 @@ class ModelOfPictures(OneTransformer, Protocol):
     moments: MomentsRules = NO_MOMENTS
     # models whose latents it can start from, by name; empty: its own alone
     same_latents: ClassVar[frozenset[str]] = frozenset()
+    noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
@@ -242,9 +243,13 @@ class ModelOfPictures(OneTransformer, Protocol):
         return latents * self.latent.scale
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn in the transformer's dtype, as released."""
+        """Return the noise of a picture, 1 C 1 h w float32."""
         shape = self.latent.shape(1, prepared.height, prepared.width)
-        return noise.draw(shape, self.files.compute_dtype() or torch.float32).float()
+        return noise.draw(shape, self._noise_dtype).float()
+
+    @property
+    def _noise_dtype(self) -> torch.dtype:
+        return self.noise_dtype or self.files.compute_dtype() or torch.float32
 
     def sections(
         self,

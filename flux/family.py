@@ -45,6 +45,7 @@ from modules.contract.data import (
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -63,7 +64,6 @@ POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
-SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Flux(ModelOfPictures):
 
     files: FluxFiles
     trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
-    # generation: without a negative prompt it is empty; training samples: then no guidance
+    # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
+    noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="flux", init=False)
@@ -85,6 +86,18 @@ class Flux(ModelOfPictures):
     lora_module: str = field(default="networks.lora_flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
+    few_steps: ClassVar = FewSteps(
+        "Train on FLUX.1 dev (for Chroma on Chroma1-HD), whose LoRAs work there too, or give "
+        "--training_adapter with a LoRA that undoes the distillation, for schnell that of "
+        "ostris/FLUX.1-schnell-training-adapter",
+        words="flash",
+    )
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that the transformer was distilled to few steps, as schnell."""
+        if self.files.kind == SCHNELL:
+            return f"{self.files.dit_path} is FLUX.1 schnell"
+        return super().why_few_steps()
 
     @property
     def latent(self) -> LatentSpec:
@@ -108,13 +121,10 @@ class Flux(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation, or of training samples."""
+        """Defaults of a generation."""
         kind = self.files.kind
-        guided = kind == CHROMA and self.negative_is_empty
-        side = 1024 if self.negative_is_empty else SAMPLE_SIDE
-        steps = STEPS[kind] if self.negative_is_empty else min(STEPS[kind], SAMPLE_STEPS)
-        scale = CHROMA_SCALE if guided else 1.0
-        return picture_defaults(steps, scale, side, embedded_guidance=EMBEDDED_GUIDANCE[kind])
+        scale = CHROMA_SCALE if kind == CHROMA else 1.0
+        return picture_defaults(STEPS[kind], scale, 1024, embedded_guidance=EMBEDDED_GUIDANCE[kind])
 
     @property
     def release(self) -> ModelRelease:
@@ -226,11 +236,11 @@ class Flux(ModelOfPictures):
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32: tokens, drawn in the transformer's dtype."""
+        """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
-        dtype = self.files.compute_dtype() or torch.float32
-        return unpack(noise.draw((1, rows * columns, 4 * channels), dtype).float(), rows, columns)
+        drawn = noise.draw((1, rows * columns, 4 * channels), self._noise_dtype)
+        return unpack(drawn.float(), rows, columns)
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
@@ -251,9 +261,7 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     """Describe the family for flux_train_network.py."""
-    return Flux(
-        _files(options), trained_guidance=options.embedded_guidance, negative_is_empty=False, options=options
-    )
+    return Flux(_files(options), trained_guidance=options.embedded_guidance, options=options)
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:

@@ -40,6 +40,7 @@ from modules.contract.data import (
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -52,7 +53,6 @@ LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encod
 MOST_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
 ALONE, AMONG_SEVERAL = 2024**2, 1024**2
-SAMPLE_STEPS = 20  # at most, of training samples
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Flux2(ModelOfPictures):
     files: Flux2Files
     trained_guidance: float = 1.0  # what training feeds the guidance input of dev
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
-    is_training: bool = False
     options: Any = NO_OPTIONS  # of a training
 
     # all releases have the same autoencoder
@@ -76,6 +75,19 @@ class Flux2(ModelOfPictures):
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
     called: str = field(default=NAME, init=False)
+    few_steps: ClassVar = FewSteps(
+        "Train on klein-base (--model_version klein-base-4b or klein-base-9b, with its file), whose LoRAs "
+        "work on klein too, or give --training_adapter with a LoRA that undoes the distillation",
+        words="klein",
+        unless="base",
+    )
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that the transformer is klein: its release, or the name of its file."""
+        version = self.files.version
+        if version.is_distilled and version.defaults.embedded_guidance is None:
+            return f"--model_version says {version.release.repositories[0]}"
+        return super().why_few_steps()
 
     @property
     def name(self) -> str:
@@ -94,11 +106,8 @@ class Flux2(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation, or of training samples."""
-        usual = self.files.version.defaults
-        if not self.is_training:
-            return usual
-        return replace(usual, steps=min(usual.steps, SAMPLE_STEPS), width=256, height=256)
+        """Defaults of a generation."""
+        return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
@@ -250,7 +259,6 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
         files_of(options),
         trained_guidance=options.embedded_guidance,
         resizes_references=not options.no_resize_control,
-        is_training=True,
         options=options,
     )
 

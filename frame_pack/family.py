@@ -20,6 +20,7 @@ from frame_pack.model import position_scale
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
+    USUAL_SECONDS,
     WINDOW,
     FramePackGenerationOptions,
     FramePackLatentCachingOptions,
@@ -27,7 +28,7 @@ from frame_pack.options import (
     FramePackTrainingOptions,
 )
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
-from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
+from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
@@ -65,6 +66,7 @@ LATENT = LatentSpec(
     preview_factors=PREVIEW_FACTORS,
     preview_bias=PREVIEW_BIAS,
     in_sections=True,
+    masks_latents=True,
 )
 TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama": "llama_vec",
@@ -72,7 +74,6 @@ TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "clip_l": "clip_l_pooler",
 }
 EMBEDDED_GUIDANCE = 10.0  # where nothing is said
-USUAL_SECTIONS = 4  # 5 seconds
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 
 
@@ -94,8 +95,6 @@ class FramePack(OneTransformer):
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
     rope_factor: float = 1.0  # by this
     trained_guidance: float = 1.0  # embedded guidance that training feeds
-    # generation: without a negative prompt it is empty; training samples: then no guidance
-    negative_is_empty: bool = True
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="framepack", init=False)
@@ -123,7 +122,7 @@ class FramePack(OneTransformer):
             solver="unipc-bh1",
             width=256,
             height=256,
-            frames=video_frames(USUAL_SECTIONS, self.window),
+            frames=video_frames(count_sections(USUAL_SECONDS, self.window), self.window),
             noise_on_cpu=True,
         )
 
@@ -266,10 +265,7 @@ class FramePack(OneTransformer):
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
-        usual_negative = "" if self.negative_is_empty else None
-        prepared = prepare_request(
-            request, self.defaults, LATENT, self.window, self.is_f1, usual_negative, self.takes_shape
-        )
+        prepared = prepare_request(request, self.defaults, LATENT, self.window, self.is_f1, self.takes_shape)
         if not self.is_f1:  # which takes none, as is said once for all videos
             tell_unused_paddings(self.paddings, prepared.own)
         return prepared
@@ -355,7 +351,6 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
         bulk_decode=options.bulk_decode,
         one_frame=OneFrame() if options.one_frame else None,
         trained_guidance=options.embedded_guidance,
-        negative_is_empty=False,
         options=options,
     )
 

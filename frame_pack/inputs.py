@@ -66,10 +66,10 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     own: FramePackRequest = prepared.own
     (image,), controls, masks = own.images, own.controls, own.masks
     conditions: dict[str, Tensor | list[Tensor]] = {
-        "image_embeddings": _embeddings(encoders, image, prepared)
+        "image_embeddings": _embeddings(encoders, image, prepared, on_white=False)
     }
     if controls:
-        latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys(controls)}
+        latents = {path: _latents(encoders, path, prepared, False) for path in dict.fromkeys(controls)}
         masked = []
         for index, path in enumerate(controls):
             latent = latents[path]
@@ -81,10 +81,10 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
-    """Read an image as grey values, h w in 0..1. size: width and height of the latents. Raises MediaError."""
-    from modules.media.reading import read_image
+    """Read an image as a mask, h w in 0..1. size: width and height of the latents. Raises MediaError."""
+    from modules.media.reading import read_mask
 
-    grey = numpy.array(Image.fromarray(read_image(path)).convert("L"))
+    grey = numpy.array(Image.fromarray(read_mask(path)).convert("L"))
     return latent_mask(torch.from_numpy(grey), size[1], size[0])
 
 
@@ -96,13 +96,14 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
     return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None
 
 
-def _embeddings(encoders: MediaEncoders, path: Path, prepared: Prepared) -> Tensor:
-    pixels = image_pixels(path, prepared.width, prepared.height)
+# one frame: what is transparent counts as a mask, as in training, so its colours stay as they are
+def _embeddings(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
+    pixels = image_pixels(path, prepared.width, prepared.height, on_white=on_white)
     return encoders.image_encoder.encode(rearrange(pixels, "b c 1 h w -> b c h w")).cpu()
 
 
-def _latents(encoders: MediaEncoders, path: Path, prepared: Prepared) -> Tensor:
-    pixels = image_pixels(path, prepared.width, prepared.height)
+def _latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
+    pixels = image_pixels(path, prepared.width, prepared.height, on_white=on_white)
     return (encoders.vae.encode(pixels, [posterior_generator(prepared.seed)]) * VAE_LATENT.scale).cpu()
 
 

@@ -69,6 +69,7 @@ REQUEST_OPTIONS = {
     "control_image_mask_path": "control_image_mask_path",
 }
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
+USUAL_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
 LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
 ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
@@ -139,7 +140,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
         often=True,
     )
     video_seconds: float = option(
-        "length of the video, rounded to whole sections; default 5", default=5.0, often=True
+        "length of the video, rounded to whole sections; default 5", default=USUAL_SECONDS, often=True
     )
     video_sections: int | None = option("number of sections, in place of --video_seconds")
     one_frame_inference: str | None = option(

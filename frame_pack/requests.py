@@ -59,14 +59,12 @@ def prepare_request(
     latent: LatentSpec,
     window: int,
     is_f1: bool,
-    usual_negative: str | None,
     takes_shape: bool = False,
 ) -> Prepared:
     """Settle size, frames and numbers, and check the images. Unusable settings are left out with a warning.
 
-    window: latent frames of a section. usual_negative: as for `modules.contract.requests.settle`.
-    takes_shape: a single picture is shaped as its first control image, else as its start image.
-    Raises OptionError for impossible ones.
+    window: latent frames of a section. takes_shape: a single picture is shaped as its first control image,
+    else as its start image. Raises OptionError for impossible ones.
     """
     text = request.extra.get("one_frame")
     one_frame, is_picture = None if text is None else parse_one_frame(text), text is not None
@@ -98,7 +96,7 @@ def prepare_request(
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
-    prepared = settle(request, usual, (width, height, frames), flow_shift, usual_negative)
+    prepared = settle(request, usual, (width, height, frames), flow_shift, "")
     others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
     second: tuple[str | None, ...] = (None,) * len(texts)

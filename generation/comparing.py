@@ -51,7 +51,8 @@ from modules.media.reading import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on
 from networks.apply import OriginalWeights
-from networks.loading import LoraUse
+from networks.loading import LoraUse, on_side
+from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     check_compilation(options.speed.compilation.choice, device)
-    variants = make_variants(family.experts, expert_loras(family.experts, options), asked.lora_multiplier)
+    variants = make_variants(
+        family.experts, expert_loras(family.experts, options, with_texts=True), asked.lora_multiplier
+    )
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
@@ -234,9 +237,18 @@ def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
     jobs = {job.label: job for _, cells in columns for job, _ in cells}
     wanted = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts = dict(zip(jobs, run.session.texts(wanted), strict=True))
+    changed = {}
+    for variant, _ in columns:
+        loras = TextLoras(variant.uses[0])
+        if not loras.is_empty:
+            found = run.session.texts_with(loras, wanted)
+            changed[variant.label] = dict(zip(jobs, found, strict=True))
     inputs = encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     ready = [
-        (variant, [(cell, texts[job.label], inputs[job.label]) for job, cell in cells])
+        (
+            variant,
+            [(cell, changed.get(variant.label, texts)[job.label], inputs[job.label]) for job, cell in cells],
+        )
         for variant, cells in columns
     ]
     whole = [one for _, of_variant in ready for one in of_variant]
@@ -261,12 +273,13 @@ def networks_with(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
             with session.dit([job.prepared for job, _, _ in ready]) as dit_at:
                 yield ready, dit_at
         return
-    originals = OriginalWeights([use for variant, _ in columns for uses in variant.uses for use in uses])
+    of_dit = [on_side(variant.uses[0], False) for variant, _ in columns]
+    originals = OriginalWeights([use for uses in of_dit for use in uses])
     loader = dit_loader(family, (), session.device, options, [originals])
     session.load_with(loader, loader.aside)
     with session.dit([job.prepared for _, ready in columns for job, _, _ in ready]) as dit_at:
-        for variant, ready in columns:
-            originals.switch(dit_at(FIRST_TIMESTEP), variant.uses[0])
+        for (_, ready), uses in zip(columns, of_dit, strict=True):
+            originals.switch(dit_at(FIRST_TIMESTEP), uses)
             yield ready, dit_at
 
 

@@ -21,7 +21,7 @@ from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from networks.apply import LoraPatch, OriginalWeights
-from networks.loading import LoraUse, lora_uses
+from networks.loading import LoraUse, lora_uses, on_side
 from networks.names.layouts import FOR_BOTH
 from networks.options import LoraOptions
 
@@ -58,7 +58,9 @@ class DitLoader:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
+        patch = (
+            self.originals[expert] if self.originals else (LoraPatch(on_side(uses, False)) if uses else None)
+        )
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)
         placement = Placement(

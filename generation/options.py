@@ -307,6 +307,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         numbers_single=defaults.numbers_single,
         pictures=defaults.pictures,
         solver_names=defaults.solver_names,
+        by_model=defaults.by_model,
         preset=defaults.optimized,
         usual_sources=defaults.source.usual,
         riflex_frequencies=defaults.riflex_frequencies or 0,
@@ -330,6 +331,8 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
                 f"{args.sample_solver} is given too: give one of them"
             )
         args.sample_solver = solver
+    for name in args.by_model.keys() - given_among(parser, argv, {*args.by_model}):
+        setattr(args, name, None)
     if args.optimized:
         given = given_among(parser, argv, {*args.preset, "fp8"})
         # --fp8 is the other way to keep weights in fp8, which --fp8_scaled would replace

@@ -64,13 +64,15 @@ class FrameTools(Protocol):
         """
 
 
-def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: str = "") -> str:
+def output_stem(
+    when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
+) -> str:
     """Name an output without suffix, the same for all families: time, seed, and the latent file it was
     decoded from.
 
-    prompt: its first words are added.
+    prompt: its first words are added. start: stands before the time.
     """
-    parts = [f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
+    parts = [start, f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
     return "_".join(part for part in (*parts, words_of(prompt) if prompt else "") if part)
 
 
@@ -82,7 +84,7 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
         told = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100].encode("utf-8")[:150]
         said = told.decode("utf-8", errors="ignore").strip(" .")
         return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{said}"
-    return output_stem(when, seed, prompt=prompt if output.prompt_in_name else "")
+    return output_stem(when, seed, None, prompt if output.prompt_in_name else "", output.name_start)
 
 
 def words_of(prompt: str) -> str:

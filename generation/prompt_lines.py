@@ -59,6 +59,14 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     return abs(digest - _walk(text)) % 2**bits
 
 
+def read_seed(text: str) -> int:
+    """Return the seed that a text stands for; which one is logged if it is no number. Raises ValueError."""
+    seed = text_to_seed(text)
+    if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
+        logger.info("Seed of the text %r: %d", text, seed)
+    return seed
+
+
 def _walk(text: str) -> int:
     """Hash the characters in order: add, subtract, divide or multiply their codes by position."""
     total: float = 0
@@ -126,7 +134,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", read_whole),
     "h": LineOption("video_size_height", read_whole),
     "f": LineOption("video_length", read_whole),
-    "d": LineOption("seed", text_to_seed),
+    "d": LineOption("seed", read_seed),
     "s": LineOption("infer_steps", read_whole),
     "g": LineOption("guidance_scale", read_number),
     "l": LineOption("guidance_scale", read_number),

@@ -16,7 +16,7 @@ from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
-from generation.prompt_lines import SEED_BITS, SOLVERS, text_to_seed
+from generation.prompt_lines import SEED_BITS, SOLVERS, read_seed
 from generation.script_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
@@ -41,17 +41,14 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed that --seed says, a number or any text; which one a text stands for is logged.
+    """Return the seed that --seed says: `read_seed`.
 
     Raises OptionError for a number of more digits than any seed has.
     """
     try:
-        seed = text_to_seed(text)
+        return read_seed(text)
     except ValueError as error:
         raise OptionError(f"--seed {error}") from None
-    if str(seed) != text.strip():
-        logger.info("Seed of the text %r: %d", text, seed)
-    return seed
 
 
 # options that are texts, in the order in which `prompts` draws in them

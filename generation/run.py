@@ -80,13 +80,13 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 continue
             with failures.note_errors(str(path)):
                 fps, usual = options.request.fps, run.family.defaults.fps
-                if fps == usual:  # --fps is not given
+                if fps in (None, usual):  # --fps is not given
                     fps = frame_rate_in(one.metadata) or usual
                 said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
                 metadata = None if output.no_metadata else said
-                with own_stem(
-                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
-                ) as stem:
+                seed = seed_in(one.metadata)
+                name = output_stem(datetime.now(), seed, path, start=output.name_start)
+                with own_stem(output.save_path, name) as stem:
                     chunks, track = decode(run.family, encoders, one.latents), tracks.get(str(path))
                     results.append(save_pixels(output, stem, chunks, fps, metadata, run.post, track))
                     if len(paths) > 1:
@@ -240,7 +240,6 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    session.text_loras = TextLoras(uses[0])
     post: FrameTools | None = None
     if options.post.tools:  # by name, as PostOptions explains
         post = import_own("post.stages").PostTools(options.post.tools, device)
@@ -296,7 +295,8 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     if numbers == tuple(options.lora.multipliers()):
         return run
     options = replace(options, lora=replace(options.lora, lora_multiplier=numbers))
-    loader = dit_loader(run.family, expert_loras(run.family.experts, options), run.session.device, options)
+    uses = expert_loras(run.family.experts, options, with_texts=True)
+    loader = dit_loader(run.family, uses, run.session.device, options)
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 
@@ -313,7 +313,17 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
     aside = loader.aside if blocks is None else None
     if blocks is not None:
         rules = replace(rules, together=True)
-    return Session(family, loader.device, loader, keep, load_aside=aside, rules=rules, blocks=blocks)
+    texts = TextLoras(loader.uses[0] if loader.uses else ())
+    return Session(
+        family,
+        loader.device,
+        loader,
+        keep,
+        load_aside=aside,
+        text_loras=texts,
+        rules=rules,
+        blocks=blocks,
+    )
 
 
 def make_prompt(run: GenerationRun) -> None:

@@ -13,7 +13,7 @@ from generation.prompt_lines import (
     parse_words,
     read_path,
     read_prompt_file,
-    text_to_seed,
+    read_seed,
 )
 from modules.errors import OptionError
 from modules.text_files import parse_json, parse_toml
@@ -32,22 +32,22 @@ def _sample_seed(text: str) -> int:
     """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
     if not text.strip():
         raise ValueError("give a number or a text")
-    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
+    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else read_seed(text)
 
 
 def _leading_number(text: str) -> float:
-    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text))
+    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text))
 
 
 def _leading(pattern: str, text: str) -> str:
-    found = re.match(pattern, text)
+    found = re.match(pattern, text, re.IGNORECASE)
     if found is None:
         raise ValueError(f"{text!r} does not begin with a number")
+    if found[0] != text:
+        logger.warning(
+            "%r in a sample prompt is read as %s: what follows the number is ignored", text, found[0]
+        )
     return found[0]
-
-
-def _steps(text: str) -> int:
-    return min(max(_leading_whole(text), 1), 1000)
 
 
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
@@ -56,7 +56,7 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "h": LineOption("height", _leading_whole),
     "f": LineOption("frame_count", _leading_whole),
     "d": LineOption("seed", _sample_seed),
-    "s": LineOption("sample_steps", _steps),
+    "s": LineOption("sample_steps", _leading_whole),
     "g": LineOption("guidance_scale", _leading_number),
     "l": LineOption("cfg_scale", _leading_number),
     "fs": LineOption("discrete_flow_shift", _leading_number),
@@ -169,5 +169,5 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
-        values[key] = _steps(str(value)) if key == "sample_steps" else value
+        values[key] = value
     return values

@@ -31,8 +31,8 @@ class RequestOptions(Options, title="what to make"):
     video_size: tuple[int, ...] = option(
         "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
     )
-    video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
-    fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
+    video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
+    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
         "a number or any text; default: a random seed for each video", type=str, often=True
@@ -119,6 +119,7 @@ class OutputOptions(Options, title="output"):
     pictures: bool = option(default=False, facts=NO_PIXELS)
     # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
     naming: str = option(default="", facts=NO_PIXELS)
+    name_start: str = option(default="", facts=NO_PIXELS)  # before the time
 
     def __post_init__(self) -> None:
         if self.save_last_frame and not self.decodes:
@@ -198,10 +199,6 @@ OPTIMIZED = (
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
-FROM_ZERO = (
-    "weight of the prompt, counted from 0, which turns guidance off: positive + weight * (positive - "
-    "negative), so that 4 is what models that count from 1 call 5; {default}"
-)
 PICTURE_FPS = 1  # what stands where a video has its rate
 # --optimized, of every family
 FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
@@ -216,7 +213,6 @@ class ScriptDefaults:
 
     fps: int
     guidance_scale: float | None = None
-    guidance_from_zero: bool = False  # guidance scales count from 0, which turns guidance off
     video_length: int | None = None
     infer_steps: int | None = None
     flow_shift: float | None = None
@@ -235,6 +231,8 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
+    # options whose default is the model's own, if it has one, and that stands here else -> their help
+    by_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
@@ -247,6 +245,7 @@ class ScriptDefaults:
     riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
+    spellings: Mapping[str, str] = field(default_factory=dict)  # shared option -> another flag for it
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -286,7 +285,7 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
+        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else self.spellings
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
@@ -302,9 +301,9 @@ class ScriptDefaults:
                 + ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items()),
             },
             "optimized": {"help": OPTIMIZED.format(usual)},
-            "guidance_scale": {"help": FROM_ZERO} if self.guidance_from_zero else {},
             "riflex_index": {"help": long},
             "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
+            **{name: {"help": about} for name, about in self.by_model.items()},
         }
         return {
             "without": {*source["without"], *(name for name, is_absent in absent.items() if is_absent)},

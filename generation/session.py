@@ -120,6 +120,18 @@ class Session:
             for by_section in wanted
         ]
 
+    def texts_with(
+        self, loras: TextLoras, wanted: Sequence[Mapping[int, Prompts]]
+    ) -> list[Mapping[int, EncodedPrompts]]:
+        """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
+        assert not self.keep, "kept encoders have the LoRAs of before in their weights"
+        before = self._known, self.text_loras
+        self._known, self.text_loras = {}, loras
+        try:
+            return self.texts(wanted)
+        finally:
+            self._known, self.text_loras = before
+
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
         """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and

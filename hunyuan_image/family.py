@@ -28,7 +28,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.family import DitSpec, Family, NoiseSpec
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -51,7 +51,6 @@ TEXT_INPUTS = {
 }
 FLOW_SHIFT = 5.0  # where nothing is said
 GENERATION = picture_defaults(50, 3.5, 2048, FLOW_SHIFT, noise_on_cpu=True)
-SAMPLES = replace(GENERATION, steps=20, width=512, height=512)
 # of adaptive projected guidance, as released
 APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
@@ -62,7 +61,6 @@ class HunyuanImage(ModelOfPictures):
 
     files: HunyuanImageFiles
     projection: ProjectedGuidanceOptions = AS_RELEASED
-    defaults: SamplingDefaults = GENERATION
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="hunyuan_image", init=False)
@@ -73,6 +71,7 @@ class HunyuanImage(ModelOfPictures):
         "base_model_version": "hunyuan-image-2.1",
     }
     cache_tag: str = field(default="hi", init=False)
+    noise_dtype: ClassVar = torch.bfloat16  # as released
     lora_module: str = field(default="networks.lora_hunyuan_image", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -80,6 +79,7 @@ class HunyuanImage(ModelOfPictures):
     release: ModelRelease = field(default=HUNYUAN_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     called: str = field(default=NAME, init=False)
+    defaults: SamplingDefaults = field(default=GENERATION, init=False)
 
     # the network
 
@@ -125,10 +125,6 @@ class HunyuanImage(ModelOfPictures):
         )
         return replace(prepared, rules=GuidanceRules(projection=projection))
 
-    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn in bfloat16, as released."""
-        return noise.draw(LATENT.shape(1, prepared.height, prepared.width), torch.bfloat16).float()
-
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents / LATENT.scale)
@@ -150,7 +146,7 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
         options.dit, options.dit_dtype
     )
     files = files.add_rows(options.vae).add_text(options.text)
-    return HunyuanImage(files, defaults=SAMPLES, options=options)
+    return HunyuanImage(files, options=options)
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:

@@ -79,8 +79,6 @@ class HunyuanVideo(OneTransformer):
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
-    # generation: without a negative prompt it is empty; training samples: then no guidance
-    negative_is_empty: bool = True
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="hunyuan_video", init=False)
@@ -263,7 +261,7 @@ class HunyuanVideo(OneTransformer):
         size = width, height, whole_frames(frames, LATENT)
         check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
+        return settle(request, usual, size, flow_shift, "")
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether an image must be encoded before denoising."""
@@ -351,7 +349,6 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
         # 16 is the option's default and checks nothing
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
-        negative_is_empty=False,
         options=options,
     )
 

@@ -87,7 +87,13 @@ class LtxConfig:
 EPS = 1e-6  # in the norms of tokens, queries and keys
 MEL_STRIDE, MEL_RATE = 4, 100.0  # frames of the mel spectrogram: of a latent, and in a second
 
-LATENT = LatentSpec(channels=128, stride=(8, 32, 32), pixel_step=32, frame_step=8)
+LATENT = LatentSpec(
+    channels=128,
+    stride=(8, 32, 32),
+    pixel_step=32,
+    frame_step=8,
+    unsaid_fps=25.0,  # default of target_fps in the tables of musubi-tuner's fork, docs/ltx_2.md
+)
 
 
 def count_tokens(shape: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from modules.contract.data import (
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.requests import (
     NO_MEDIA,
@@ -96,6 +97,10 @@ class Ltx2(OneTransformer):
     options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="ltx2_v1", init=False)
+    few_steps: ClassVar = FewSteps(
+        "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
+        "--training_adapter with a LoRA that undoes the distillation"
+    )
     cache_tag: str = field(default="ltx2", init=False)
     lora_module: str = field(default="networks.lora_ltx2", init=False)
 

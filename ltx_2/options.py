@@ -1,10 +1,11 @@
 """LTX-2's own options for caching, training and generation. Standard library only."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ltx_2.refused_options import GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
+from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -20,6 +21,7 @@ from modules.options import (
     override_options,
     unsupported,
 )
+from modules.output_files import check_output_name
 from modules.speed_options import VaeOptions, dit_dtype_option
 
 T = TypeVar("T")
@@ -48,6 +50,7 @@ class Ltx2ModelOptions(Options):
     ltx2_checkpoint: Path = option(
         "the released file, with transformer, autoencoders, vocoder and connectors; or the folder of a "
         "release in diffusers' layout",
+        flags=("--transformer-path",),
         default=CHECKPOINT,
         facts={**FREE, **OF_DECODING},
         often=True,
@@ -76,7 +79,8 @@ class Ltx2TextOptions(Options):
         "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or beside the file"
     )
     ltx2_text_encoder_checkpoint: Path | None = option(
-        "file with text projections and connectors, if they are not in --ltx2_checkpoint"
+        "file with text projections and connectors, if they are not in --ltx2_checkpoint",
+        flags=("--text-encoder-path",),
     )
     text_encoder_dtype: str | None = option(
         "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 beside a float32 "
@@ -113,10 +117,18 @@ class Ltx2VaeOptions(Options):
     """Autoencoders that are not those of --ltx2_checkpoint, and how they run."""
 
     file: VaeOptions = option(
-        facts=OF_DECODING, settings={"vae": {"help": "video VAE; default: that in --ltx2_checkpoint"}}
+        facts=OF_DECODING,
+        settings={
+            "vae": {
+                "help": "video VAE; default: that in --ltx2_checkpoint",
+                "flags": ("--ltx2_video_vae", "--video-vae-path"),
+            }
+        },
     )
     audio_vae: Path | None = option(
-        "file of the sound's VAE and vocoder; default: those in --ltx2_checkpoint", facts=OF_DECODING
+        "file of the sound's VAE and vocoder; default: those in --ltx2_checkpoint",
+        flags=("--ltx2_audio_vae", "--audio-vae-path"),
+        facts=OF_DECODING,
     )
 
 
@@ -158,6 +170,15 @@ def _silent() -> Any:
     return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=OF_REQUEST)
 
 
+def _given_first() -> Any:
+    return unsupported(ALWAYS_GIVEN, action=argparse.BooleanOptionalAction, default=True)
+
+
+def _precision(dtype: str, **facts: Any) -> Any:
+    text = f"bf16, fp16: the same as {dtype} bfloat16, float16; no: {dtype} says it"
+    return option(text, choices=("no", "fp16", "bf16"), **facts)
+
+
 def _version() -> Any:
     return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
 
@@ -176,11 +197,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
     model: Ltx2ModelOptions
     text: Ltx2TextOptions
     ltx_version = _version()
-    mixed_precision: str = option(
-        "bf16, fp16: the same as --text_encoder_dtype bfloat16, float16; no: --text_encoder_dtype says it",
-        default="no",
-        choices=("no", "fp16", "bf16"),
-    )
+    mixed_precision: str = _precision("--text_encoder_dtype", default="no")
 
     @property
     def text_dtype(self) -> str | None:
@@ -282,9 +299,12 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     )
     height: int = option("height of samples, if their line says none", default=512, least=1, facts=FREE)
     width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
-    sample_num_frames: int = option("frames of samples, likewise", default=45, least=1, facts=FREE)
+    sample_num_frames: int = option(
+        "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
+    )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
     silent: bool = _silent()
+    sample_i2v_token_timestep_mask = _given_first()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
     disable_timestep_distribution_tensorboard = not_needed(
         _TIMES, action="store_false", dest="log_timestep_distribution_tensorboard"
@@ -320,6 +340,9 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     sample_steps: int | None = option("the same as --infer_steps", facts=NO_PIXELS)
     cfg_scale: float | None = option("the same as --guidance_scale", facts=NO_PIXELS)
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
+    discrete_flow_shift: float | None = option("the same as --flow_shift", facts=NO_PIXELS)
+    mixed_precision: str | None = _precision("--dit_dtype", facts=NO_PIXELS)
+    output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
     image_crf: int = option(
         "show the first image as a video of this H.264 quality has it, as the frames were that the model "
         "learned from; 0: as it is",
@@ -334,8 +357,11 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         facts=OF_REQUEST,
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
+    sample_i2v_token_timestep_mask = _given_first()
 
     def __post_init__(self) -> None:
+        if self.output_name is not None:
+            check_output_name("--output_name", self.output_name)
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
@@ -345,7 +371,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 # options of the known script -> ours
 _SAME = {
     **{"frame_count": "video_length", "sample_steps": "infer_steps", "cfg_scale": "guidance_scale"},
-    **{"reference_image": "image_path", "frame_rate": "fps"},
+    **{"reference_image": "image_path", "frame_rate": "fps", "discrete_flow_shift": "flow_shift"},
 }
 
 
@@ -363,7 +389,10 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         found |= {} if value is None else {ours: value}
     if own.height is not None:
         found["video_size"] = (own.height, own.width)
-    return override_options(shared, found), own
+    if own.output_name is not None:
+        found["name_start"] = own.output_name
+    dtype = _one_of("dit_dtype", own.dit_dtype, DTYPES.get(own.mixed_precision or ""))
+    return override_options(shared, found), override_options(own, {"dit_dtype": dtype})
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:

@@ -1,7 +1,8 @@
 """Options of the known tuner's scripts that ours refuse, or have no need of. Standard library only.
 
 An option is written as NAME (a switch), NAME:TYPE or NAME=DEFAULT. NAME* and NAME+ take several words, NAME?
-has --no-NAME too, and NAME:switch is None if it is not given. A,B are two spellings of A.
+has --no-NAME too, which asks for nothing that is not built, and NAME:switch is None if it is not given. A,B
+are two spellings of A.
 """
 
 import argparse
@@ -16,6 +17,7 @@ R = TypeVar("R", bound=type[Options])
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path, "str": str}
 
 # why an option is refused: "--flag is not supported yet: ..."
+ALWAYS_GIVEN = "a first frame that is given has time 0, as it has in training"
 ATTENTION = "attention is that of the released model, in both directions between picture and sound"
 AVERAGE = "--ema_decay 0.9999 turns the average of the weights on, and --ema_update_every thins it out"
 BALANCE = "the two losses are added by --video_loss_weight and --audio_loss_weight, in each batch"
@@ -25,15 +27,12 @@ BITS = (
 )
 CONNECTORS = "texts are cached behind the connectors, which are not trained"
 DATA = "the dataset configuration says how clips, sound and captions are read"
+DURATION = "a network that chooses the duration is of LTX-2.5, which is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
 GIVEN = "of given tokens, only the first frame is trained: --ltx2_first_frame_conditioning_p"
 MODULES = (
     "all modules learn with the same rank, rate and dropout: --network_dim, --network_args, "
     "--learning_rate. --lora_target_preset says which ones they are"
-)
-OUTPUT = (
-    "--save_path is the folder of results, --dit_dtype the dtype, --flow_shift the shift, and files are "
-    "called by time and seed"
 )
 PRESET = (
     "the defaults are those of the release. Steps, scales, --sample_solver and --negative_prompt say "
@@ -67,6 +66,7 @@ WEIGHTS = (
 # what happens without an option that is not needed
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
+ONE_STAGE_SO = "all steps run at full size, so that there is no second stage."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 SOUND_SO = (
     "sound keeps its speed, clips without it leave that of others in their batch alone, and a video file "
@@ -80,8 +80,8 @@ Table = Mapping[str, str]
 
 # of training and generation
 _STAGES = """
-    sample_two_stage spatial_upsampler_path:str temporal_upsampler_path:str distilled_lora_path:str
-    sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
+    sample_two_stage spatial_upsampler_path,spatial-upsampler-path:str temporal_upsampler_path:str
+    distilled_lora_path:str sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
     sample_stage2_distilled_lora_multiplier:float
 """
 _TILES = """
@@ -195,7 +195,7 @@ TRAINING: Table = {
     PRESET: """
         av_bimodal_cfg?=False av_bimodal_scale:float sample_sampling_preset,sampling_preset=defaults
         sample_use_default_negative_prompt? sample_sigma_schedule=auto sample_sampler=auto
-        sample_disable_flash_attn sample_i2v_token_timestep_mask?=True
+        sample_disable_flash_attn
     """,
     REFERENCES: """
         ic_lora_strategy=auto ic_lora_ref_probability=1.0 av_multi_ref?=False
@@ -282,26 +282,27 @@ GENERATION: Table = {
         av_cross_attention_mode=both
     """,
     BITS: "gemma_load_in_4bit gemma_bnb_4bit_quant_type=nf4 gemma_bnb_4bit_disable_double_quant",
-    OUTPUT: "mixed_precision=bf16 output_dir=output output_name=ltx2_gen discrete_flow_shift=5.0",
     PRESET: """
         sampling_preset,sample_sampling_preset=defaults
         use_default_negative_prompt,sample_use_default_negative_prompt? sample_sigma_schedule=auto
-        sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_i2v_token_timestep_mask?=True
-        sample_disable_flash_attn
+        sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
     REFERENCES: """
-        reference_downscale=1 reference_frames=1 sample_include_reference reference_video:str
-        reference_videos+:str ic_lora_strategy=auto reference_audio:str inpaint_mask:str inpaint_source:str
-        inpaint_invert? inpaint_threshold:float extend_prefix:str extend_prefix_frames:int
-        outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
+        reference_downscale=1 reference_frames=1 sample_include_reference
+        reference_video,reference-video:str reference_strength=1.0 video-conditioning*:str
+        conditioning-attention-mask*:str reference_videos+:str ic_lora_strategy=auto reference_audio:str
+        inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
+        extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str
     """,
+    DURATION: "ltx2_duration_head,duration-head-path:str",
     SOUND: "sample_audio_only",
     SPEED: """
         flash_attn flash3 cudnn_attn xformers sage_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0
     """,
-    STAGES: _STAGES,
+    STAGES: f"{_STAGES} distilled-lora*:str",
+    ONE_STAGE_SO: "skip-stage-2",
     TILES: _TILES,
     WEIGHTS: """
         fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
@@ -340,6 +341,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
         return names, {
             "action": argparse.BooleanOptionalAction,
             "default": text == "True" if is_given else None,
+            "values": (False,),
         }
     if kind == "switch" or not (is_given or kind):
         return names, {"action": "store_true", "default": None if kind else False}

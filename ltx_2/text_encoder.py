@@ -202,6 +202,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         network.connectors = connectors
         return network
 
+    @property
+    def text_side(self) -> nn.Module:
+        """Return the loaded connectors."""
+        return self.network.get_submodule("connectors")
+
     def waiting_bytes(self, room: int) -> int:
         """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""
         return super().waiting_bytes(max(room - self.check(), 0))

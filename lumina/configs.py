@@ -63,6 +63,7 @@ LATENT = LatentSpec(
 NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_picture_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
+    lora_lists=("noise_refiner", "context_refiner", "final_layer"),  # as the known trainer
     fp8_exclude=("norm", "adaLN_modulation"),
     input_layers=("x_embedder", "cap_embedder"),
     token_wise=("feed",),

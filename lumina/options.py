@@ -141,7 +141,14 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
         **_text_options(options.text),
+        **say_extras(sample),
     }
+
+
+def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a generation that say what a sample has in `Request.extra`."""
+    given = sample.get("extra") or {}
+    return {f"--{option}": given.get(name) for option, name in EXTRAS.items()}
 
 
 def _text_options(text: LuminaTextOptions) -> dict[str, Any]:

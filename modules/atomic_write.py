@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from modules.errors import OutputError
+from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
@@ -231,7 +232,7 @@ def make_storable(text: str) -> str:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the volume of a folder, which need not exist yet."""
-    resolved = folder.resolve()
+    resolved = real_path(folder)
     return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
 
 

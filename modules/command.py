@@ -5,6 +5,7 @@ Standard library only, so that `--help` answers at once.
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines
-from modules.errors import CheckpointError, UserError
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.installation import check_requirements, command_words
 
 PATIENCE = 2.0  # seconds within which a launcher ends the others
@@ -24,13 +25,23 @@ INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
 MOST_OF_WORD = 240  # characters of a typed word in a message
+# numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
+RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
+MOST_DIGITS = 10  # of such a number
 
 
 def start_logging(level: int = logging.INFO) -> None:
     """Send log lines to standard error, in UTF-8 if the stream can; coloured on a terminal.
 
-    Calling it again changes nothing.
+    Calling it again changes nothing. Streams that are closed get a place that keeps nothing: their numbers
+    would go to the next files that are opened, and those would then hold messages.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by a service or a shell; so in pythonw.exe
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     unicode = "utf" in (sys.stderr.encoding or "").lower()  # what the terminal itself can show
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -101,6 +112,13 @@ def command_line(
     """
     start_logging()
     try:
+        for name in LAUNCHED:
+            value = os.environ.get(name, "0")
+            if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
+                raise OptionError(
+                    f"the environment has {name}={one_line(value)}, which is no number. Unset it, or start "
+                    "several processes with accelerate launch or torchrun, which set it"
+                )
         if needs_packages and not {"-h", "--help"} & set(sys.argv[1:]):
             check_requirements()
         main()
@@ -114,6 +132,12 @@ def command_line(
             if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        remedy = "Allow more of them (ulimit -n 4096) and run again."
+        print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.text_files import real_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
@@ -23,6 +24,37 @@ SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have sc
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+# module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
+# anyone to take, so it is not printed as a command
+DISTRIBUTIONS = {
+    "adabelief_pytorch": "adabelief-pytorch",
+    "adam_mini": "adam-mini",
+    "adv_optm": "adv-optm",
+    "aim": "aim",
+    "apollo_torch": "apollo-torch",
+    "bitsandbytes": "bitsandbytes",
+    "came_pytorch": "came-pytorch",
+    "comet_ml": "comet_ml",
+    "dadaptation": "dadaptation",
+    "galore_torch": "galore-torch",
+    "heavyball": "heavyball",
+    "lion_pytorch": "lion-pytorch",
+    "lycoris": "lycoris-lora",
+    "mlflow": "mlflow",
+    "optimi": "torch-optimi",
+    "prodigyopt": "prodigyopt",
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "q_galore_torch": "q-galore-torch",
+    "schedulefree": "schedulefree",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "timm": "timm",
+    "torch_optimizer": "torch-optimizer",
+    "torchao": "torchao",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 
 
 def import_own(name: str) -> ModuleType:
@@ -55,7 +87,7 @@ def command_words(words: Sequence[str]) -> list[str]:
             # the folder of this checkout as the running script's path was typed; "." if none was running
             typed = Path(sys.argv[0])
             try:
-                inside = typed.resolve().relative_to(ROOT)
+                inside = real_path(typed).relative_to(ROOT)
             except ValueError:
                 inside = Path(typed.name)
             folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
@@ -134,11 +166,26 @@ def _remedy(missing: Sequence[str]) -> str:
     )
 
 
+def describe_missing(error: ImportError) -> str:
+    """Return what an import lacks and, if it is a package, how to install it."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return str(error)
+    package, _, inner = error.name.removeprefix(PREFIX).partition(".")
+    if inner:
+        return f"{package} has no module {inner}. Correct the name, or install the version that has it"
+    if package in DISTRIBUTIONS:
+        return f"the package {package} is not installed. Run: pip install {DISTRIBUTIONS[package]}"
+    return (
+        f"the package {package} is not installed. Correct the name, or install the package that has the "
+        f"module {package}; it may have another name"
+    )
+
+
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too.
 
-    example: a valid name. remedy: words for the error if it is not found. Raises OptionError if it cannot be
-    imported.
+    example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
+    cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
@@ -148,7 +195,8 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
     try:
         return importlib.import_module(own_name(name))
     except ImportError as error:
-        raise OptionError(f"{option} {name} cannot be imported: {error}.{remedy}") from error
+        why = describe_missing(error)
+        raise OptionError(f"{option} {name} cannot be imported: {why}.{remedy}") from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error
 

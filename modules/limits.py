@@ -13,6 +13,7 @@ MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
 # checkpoints and what stands beside them
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
+MAX_TENSOR_NAME = 1_000  # characters; of numbers in it Python reads some 4,000 digits, and no more
 MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 MAX_WRAPPERS = 64  # dictionaries around the tensors of one file; far more than any has
 MAX_TOKENIZER_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34

@@ -10,6 +10,7 @@ from typing import Literal
 
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, OutputError
+from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def check_place(option: str, path: Path) -> None:
 def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
     """Raise OptionError if the file to write is one of those that are read, under whatever name."""
     for path in inputs:
-        is_same = output.resolve() == path.resolve()
+        is_same = real_path(output) == real_path(path)
         if is_same or (output.exists() and path.exists() and output.samefile(path)):
             raise OptionError(
                 f"{option} {output} is one of the files to read, {path}, which would be lost. Give a new "

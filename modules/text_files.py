@@ -28,6 +28,11 @@ _KINDS = (
 )
 
 
+def real_path(path: Path) -> Path:
+    """Return where links lead. `Path.resolve` raises for links that lead in a circle: they stay here."""
+    return Path(os.path.realpath(path))
+
+
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
     ever.
@@ -51,7 +56,8 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
 
 
 def _too_large(path: Path, limit_bytes: int) -> OSError:
-    text = f"it is larger than {limit_bytes >> 20} MiB, the most that is read"
+    most = f"{limit_bytes >> 20} MiB" if limit_bytes >> 20 else f"{limit_bytes:,} bytes"
+    text = f"it is larger than {most}, the most that is read"
     return OSError(errno.EFBIG, text, str(path))
 
 

@@ -27,6 +27,7 @@ metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
 names/: module names of each family in every layout
 options: options to train and to use LoRAs
+own_kinds: our network modules by name, their kinds and settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints

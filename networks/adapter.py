@@ -23,7 +23,8 @@ from networks.loading import read_lora
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_blocks, read_own
+from networks.own_kinds import OWN_MODULES, read_own
+from networks.own_modules import build_from_tensors, build_network, check_blocks
 
 logger = getLogger(__name__)
 
@@ -174,13 +175,16 @@ def make_network(
     seed: int,
     encoders: Mapping[str, nn.Module] | None = None,
     in_dit: bool = True,
+    resumed: Mapping[str, Tensor] | None = None,
 ) -> TrainableNetwork:
     """Build the network that the options ask for, load `--network_weights`, and put it into the models.
 
     seed: for the initial values, which are the same on every machine. encoders: the loaded networks of text
     encoders that learn, by `LearningEncoder.lora_prefix`, in the order of their learning rates. in_dit:
-    whether the DiT gets a network too. Parameters are on the CPU; move `.module` to the device. Raises
-    OptionError or CheckpointError if the module, its settings or the file cannot be used.
+    whether the DiT gets a network too. resumed: tensors of the state that will be loaded into it. Modules
+    that only the file or the state has join, see `build_network`. Parameters are on the CPU; move `.module`
+    to the device. Raises OptionError or CheckpointError if the module, its settings or the file cannot be
+    used.
     """
     encoders = encoders or {}
     name = options.network_module or default_module
@@ -194,7 +198,10 @@ def make_network(
             tensors = _tensors_of(options, encoders)
             network = build_from_tensors(name, tensors, *_settings(options)[2:], dit, encoders)
         else:
-            network = build_network(name, *_settings(options), dit if in_dit else None, encoders)
+            begun = dict(resumed or {})
+            if not begun and options.network_weights is not None:
+                begun = _tensors_of(options, encoders)
+            network = build_network(name, *_settings(options), dit if in_dit else None, encoders, begun)
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
     elif options.scale_weight_norms is not None and not hasattr(
@@ -253,7 +260,7 @@ def import_network_module(name: str) -> ModuleType:
         "--network_module",
         name,
         "networks.lora_wan",
-        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {ours}.",
+        f"{did_you_mean(name, OWN_MODULES)} Or use one of {ours}.",
     )
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(

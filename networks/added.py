@@ -35,6 +35,7 @@ from networks.loading import (
     LoraUse,
     list_some,
     refuse_unknown,
+    text_side_of,
     warn_of_absent,
     warn_of_other_family,
     warn_of_rest,
@@ -365,6 +366,8 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
         refuse_unknown(lora, option)
         made = lora.family()
         kinds = "" if made is None or made is family else f" It is for {made.name}."
+        if words := text_side_of(missed):
+            kinds = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
         raise CheckpointError(
             f"{option} {lora.path} does not fit this model, which has no {list_some(missed, 2)}.{kinds}\n"
             "  Give a LoRA that was trained for this model.",

@@ -28,9 +28,15 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
-from networks.leftovers import sort_modules
-from networks.loading import LoraUse, list_some, refuse_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, choose_family, relatives
+from networks.loading import (
+    LoraUse,
+    list_some,
+    refuse_unknown,
+    text_side_of,
+    warn_of_absent,
+    warn_of_other_family,
+)
+from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
 
@@ -257,7 +263,8 @@ class LoraPatch:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
                 missed = [key for key in keys if key not in self._seen]
-                warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
+                what = f"weights are not in {self._model}"
+                warn_of_absent(path, missed, len(keys), what, family, any(map(on_text_side, self._modules)))
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
@@ -274,15 +281,17 @@ class LoraPatch:
                     f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                     self._path,
                 )
+            if words := text_side_of(keys):
+                raise CheckpointError(
+                    f"{lora.path} changes {words} alone, which are not in {self._model}.\n"
+                    "  Merge it into the model's file with merge_lora.py.",
+                    self._path or lora.path,
+                )
             if self._is_text:
                 keys = [key.removeprefix(OURS) for key in keys]
             made, kinds = lora.family(), ""
             if made is not None and family is not None and made is not family:
                 kinds = f" It is for {made.name}, the model is {family.name}."
-            elif made is None and not self._is_text:
-                kinds = "".join(
-                    f" Of them {len(one.names)}{one.words}." for one in sort_modules(keys, "", family)
-                )
             raise CheckpointError(
                 f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
                 f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",

@@ -7,7 +7,7 @@ arXiv 2309.14859; DoRA, Liu et al. 2024, arXiv 2402.09353.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -114,6 +114,14 @@ def rank_of(factors: Factors) -> int | None:
         if part in factors and factors[part].ndim:
             return int(factors[part].shape[0])
     return None
+
+
+def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
+    """Return all ranks and all alphas of the modules that have a rank, sorted, each once."""
+    modules = [factors for tensors in files for factors in group_by_module(tensors).values()]
+    ranked = [(rank, factors) for factors in modules if (rank := rank_of(factors))]
+    alphas = {float(factors.get("alpha", 0)) or float(rank) for rank, factors in ranked}
+    return sorted({rank for rank, _ in ranked}), sorted(alphas)
 
 
 def strength(factors: Factors) -> float:

@@ -36,6 +36,7 @@ from networks.rewriting import rewrite
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
+OF_LTX_FORK = "lora_unet_model_"
 # where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
 # the same, and how else files that hold several call them
@@ -59,7 +60,7 @@ _BOTH_FURTHER = {form: EXPERT_STARTS[one] for one in _FURTHER for form in (one, 
 _ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
 _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
 # names that begin so are named after whose these are, although the rest is taken off singly
-_SPECIAL = {"lora_unet_model_": "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
+_SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # written between the parts of a path by what is put round a module: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]")
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
@@ -329,14 +330,8 @@ def _bare(path: str) -> tuple[str, str]:
 
 
 def _unknown_start(keys: Iterable[str]) -> str:
-    """Return what names begin with before the path of a known module; else what all of them begin with.
-
-    Empty if they are of a network beside a transformer.
-    """
+    """Return what names begin with before the path of a known module; else what all of them begin with."""
     paths = [next(key.removesuffix(one) for one in _BY_LENGTH if key.endswith(one)) for key in keys]
-    besides = tuple(start for family in FAMILIES for start, _ in family.beside)
-    if any(replace_dots(bare_path(path)).startswith(besides) for path in paths):
-        return ""
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):

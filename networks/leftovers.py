@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from networks.key_formats import OURS, bare_path
-from networks.module_names import FAMILIES, has_module, is_name, is_optional, replace_dots
+from networks.module_names import (
+    FAMILIES,
+    alias,
+    has_module,
+    is_name,
+    is_optional,
+    on_text_side,
+    replace_dots,
+)
 from networks.names.layouts import FamilyNames
 
 # if nothing better is known
@@ -38,7 +46,7 @@ def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(key.removesuffix(leaf).removesuffix(".base_layer"))
     name = replace_dots(path)
-    if beside := _beside(name, family):
+    if beside := on_text_side(name if family is None else alias(name, family)):
         return f"are whole weights of {beside}, no changes of them, and are ignored", ""
     if path.startswith(_OF_WORDS):
         return "are embeddings of words and are ignored", ""
@@ -54,23 +62,28 @@ def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
     return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
 
 
-def sort_modules(names: Iterable[str], what: str, model: FamilyNames | None) -> list[Leftovers]:
+def sort_modules(
+    names: Iterable[str], what: str, model: FamilyNames | None, holds_side: bool = False
+) -> list[Leftovers]:
     """Sort parts of a LoRA that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
 
-    what: as in "4 of 24 {what}". model: its family.
+    what: as in "4 of 24 {what}". model: its family. holds_side: whether it has the text encoder's side.
     """
     found: dict[str, Leftovers] = {}
     for name in names:
-        words, loss = _kind_of_module(*name.removeprefix(OURS).partition(".")[::2], model)
+        words, loss = _kind_of_module(*name.removeprefix(OURS).partition(".")[::2], model, holds_side)
         found.setdefault(words, Leftovers(what + words, loss)).names.append(name)
     return list(found.values())
 
 
-def _kind_of_module(module: str, leaf: str, model: FamilyNames | None) -> tuple[str, str]:
+def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_side: bool) -> tuple[str, str]:
     if model is not None and is_optional(module, model):
         return f": they are for {model.optional_words}; the rest is used without them", ""
-    if beside := _beside(module, model):
-        return f": they change {beside}, another network; merge_lora.py adds them to a file that has it", ""
+    if not holds_side and (words := on_text_side(module)):
+        return (
+            f": they change {words}, which read the texts before the transformer, and are not used here. To "
+            "have them, merge it into the model's file with merge_lora.py, and cache texts with the merged file"
+        ), ""
     if model is not None and has_module(module, model):
         if leaf == "bias":
             return ": they are biases, which these layers do not have here", "its biases are left out."
@@ -87,9 +100,3 @@ def _kind_of_module(module: str, leaf: str, model: FamilyNames | None) -> tuple[
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
-
-
-def _beside(name: str, family: FamilyNames | None) -> str:
-    """Return in words of which other network of the family's pipeline a module is; "" if of none."""
-    facts = () if family is None else family.beside
-    return next((words for start, words in facts if name.startswith(start)), "")

@@ -1,7 +1,7 @@
 """Read LoRA files of any dialect; their strength and patterns, and warnings of parts that a model lacks."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
@@ -13,6 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.alphas import find_alphas, find_text_alphas
 from networks.deltas import drop_unused_alphas, find_fault, group_by_module
 from networks.key_formats import (
+    OURS,
     dialect_in_words,
     family_of,
     other_kind,
@@ -22,10 +23,11 @@ from networks.key_formats import (
 )
 from networks.leftovers import sort_modules, sort_tensors
 from networks.metadata import LAYOUT_KEY, expert_of, in_words, is_damaged, layout_hash, metadata_of
-from networks.module_names import read_family
+from networks.module_names import on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
+from networks.patterns import describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
@@ -306,21 +308,86 @@ def lora_uses(
                 "the same order"
             )
         both.append([*given, *[None] * (len(files) - len(given))])
-    return [
-        LoraUse(read_lora(path, by_expert=True, with_texts=with_texts), multiplier, include, exclude)
-        for path, multiplier, include, exclude in zip(files, loras.multipliers(), *both, strict=True)
-    ]
+    uses = []
+    for path, multiplier, *found in zip(files, loras.multipliers(), *both, strict=True):
+        lora = read_lora(path, by_expert=True, with_texts=with_texts)
+        if any(found):
+            names = _names_for_patterns(lora)
+            found = [fit_pattern(pattern, names, str(path)) for pattern in found]
+        uses.append(LoraUse(lora, multiplier, *found))
+    return uses
+
+
+def _names_for_patterns(lora: LoraFile) -> set[str]:
+    """Return the names of a file's tensors, also under the names that another layout has for modules."""
+    names = set()
+    files = (lora, *lora.parts.values())
+    for tensor in (name for one in files for name in (*one.tensors, *one.text_tensors)):
+        module, _, factor = tensor.partition(".")
+        others = (OURS + one.name for one in relatives(module.removeprefix(OURS)))
+        names |= {f"{name}.{factor}" for name in (module, *others)}
+    return names
+
+
+def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
+    """Return a pattern that is searched in names in either spelling; warn if it fits none of them."""
+    if pattern is None or any(re.search(pattern, name) for name in names):
+        return pattern
+    loose = in_any_spelling(pattern)
+    if not any(re.search(loose, name) for name in names):
+        logger.warning(
+            "%s: the pattern %s.", where, describe_unfit(pattern, (n.partition(".")[0] for n in names))
+        )
+    return loose
 
 
 def warn_of_absent(
-    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
+    path: Path,
+    absent: Sequence[str],
+    whole: int,
+    what: str,
+    model: FamilyNames | None,
+    holds_side: bool = False,
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, each kind of them as `warn_of_rest`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`.
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. holds_side: whether the
+    text encoder's side is in this model.
     """
-    for rest in sort_modules(absent, what, model):
+    for rest in sort_modules(absent, what, model, holds_side):
         warn_of_rest(path, rest.names, whole, rest.words, rest.loss)
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(OURS).partition(".")[0]
+
+
+def text_side_of(names: Iterable[str]) -> str:
+    """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
+    words = {on_text_side(_module_of(name)) for name in names}
+    return words.pop() if len(words) == 1 else ""
+
+
+def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
+    """Return the parts of LoRAs for the transformer, or those for what is loaded with the text encoder.
+
+    Left out are those without any, and parts of which patterns leave nothing while they leave something of
+    the other side.
+    """
+    parts = []
+    for use in uses:
+        sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
+        for name, factors in use.lora.modules().items():
+            sides[bool(on_text_side(_module_of(name)))][name] = factors
+        kept = {
+            side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
+        }
+        if kept[is_text] or (sides[is_text] and not is_text and not kept[True]):
+            tensors = {
+                f"{name}.{part}": one for name, of in sides[is_text].items() for part, one in of.items()
+            }
+            parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
+    return parts
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:

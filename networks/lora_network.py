@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
-from networks.loading import list_some, read_lora, refuse_unknown, warn_of_other_family
+from networks.loading import (
+    list_some,
+    read_lora,
+    refuse_unknown,
+    text_side_of,
+    warn_of_absent,
+    warn_of_other_family,
+)
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.module_names import choose_family, read_family
+from networks.module_names import choose_family, on_text_side, read_family
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -94,9 +101,11 @@ class OwnNetwork(nn.Module):
             )
         if not fitting:
             refuse_unknown(lora, "--network_weights")
+            words = text_side_of(stored)
+            why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
             raise CheckpointError(
-                f"--network_weights {path} does not fit this network: there is no {next(iter(stored))}. Give "
-                "a file for this model, or another --network_module.",
+                f"--network_weights {path} does not fit this network: {why}. Give a file for this model, or "
+                "another --network_module.",
                 path,
             )
         # some tools store alpha as a list with one element
@@ -106,7 +115,10 @@ class OwnNetwork(nn.Module):
             for part, tensor in factors.items()
         }
         self.load_state_dict(tensors, strict=False)
-        problems = [f"{name} is not in this network" for name in stored if name not in own]
+        beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
+        warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
+        lost = [name for name in stored if name not in own and name not in beside]
+        problems = [f"{name} is not in this network" for name in lost]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
         if problems:
             logger.warning(

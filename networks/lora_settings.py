@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
 from typing import Any
@@ -15,28 +15,29 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
 from networks.lora_products import fused_heights
+from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
+Pattern = re.Pattern[str] | NamePattern
 # searched in names of modules; the last that fits counts
-ByPattern = tuple[tuple[re.Pattern[str], float], ...]
+ByPattern = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Modules that a family's LoRA takes, and the arguments that choose among them.
+    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
 
-    Paths are those of modules in the network; `targets` and the values of `choices` are their beginnings.
+    Paths are those of modules in the network; the values of `choices` are their beginnings.
     """
 
-    targets: tuple[str, ...]  # "double_blocks."
     # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
     types: tuple[tuple[str, tuple[Words, ...]], ...] = ()
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> targets
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
     indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
     outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
     outside_paths: tuple[str, ...] = ()
@@ -109,8 +110,8 @@ class LoraSettings:
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts = Dropouts()
     # matched at the start of module paths: what is excluded may be included again
-    include: tuple[re.Pattern[str], ...] = ()
-    exclude: tuple[re.Pattern[str], ...] = ()
+    include: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
     decomposes: bool = False  # DoRA
@@ -118,7 +119,7 @@ class LoraSettings:
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
-    rules: LoraRules | None = None  # of the family's module; None: the network's spec says what takes part
+    rules: LoraRules | None = None  # of the family's module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
     train_blocks: str | None = None
     block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # by argument
@@ -184,6 +185,44 @@ def read_settings(
         outside_ranks=given.get(own.outside, ()),
         splits=given.get("split_qkv", False),
         encoders_off=frozenset(prefix for name, prefix in own.encoders.items() if not given.get(name)),
+    )
+
+
+def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
+    """Return settings whose patterns fit names in either spelling; warn of those that fit none.
+
+    modules: of all networks that may get a LoRA: (start of the name in files, path with dots). Patterns that
+    fit some of them as they are read keep their meaning; the others are searched in all spellings.
+    """
+    names = [start + path.replace(".", "_") for start, path in modules]
+
+    def fit(argument: str, pattern: Pattern, fits_some: bool) -> Pattern:
+        if fits_some or not modules:
+            return pattern
+        loose = re.compile(in_any_spelling(pattern.pattern))
+        found = {
+            spelled
+            for (_, path), name in zip(modules, names, strict=True)
+            if pattern.search(path) or loose.search(name)
+            for spelled in (path, name)
+        }
+        if found:
+            return NamePattern(pattern.pattern, frozenset(found))
+        logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
+        return pattern
+
+    def by_path(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+        return tuple(fit(argument, one, any(one.match(path) for _, path in modules)) for one in patterns)
+
+    def by_name(argument: str, pairs: ByPattern) -> ByPattern:
+        return tuple((fit(argument, one, any(map(one.search, names))), number) for one, number in pairs)
+
+    return replace(
+        settings,
+        include=by_path("include_patterns", settings.include),
+        exclude=by_path("exclude_patterns", settings.exclude),
+        reg_ranks=by_name("network_reg_dims", settings.reg_ranks),
+        reg_rates=by_name("network_reg_lrs", settings.reg_rates),
     )
 
 

@@ -22,6 +22,7 @@ from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
+from modules.text_files import real_path
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
 from networks.key_formats import NETWORKS, OURS, family_of, name_by_ratios
@@ -206,7 +207,7 @@ def merge_into_file(
             return patch.add_to(name, wide).to(written[name].dtype)
 
         needed = as_size(sum(info.size_bytes for info in written.values()))
-        free = as_size(free_bytes(output.resolve().parent))
+        free = as_size(free_bytes(real_path(output).parent))
         rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
         show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -185,7 +185,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
             alphas.add(float(checkpoint.read(name)))
     alphas |= _beside_tensors(checkpoint, native, part)
     # infinite ones are of whole matrices, which are not scaled
-    numbers = _of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
+    numbers = of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
@@ -193,7 +193,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
-        _of_numbers("rank", ranks),
+        of_numbers("rank", ranks),
         numbers,
         f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
@@ -216,7 +216,8 @@ def _beside_tensors(checkpoint: Checkpoint, native: NativeTensors, part: str | N
     return {float(alpha) for alpha in (*found.tensors.values(), *of_texts.tensors.values())}
 
 
-def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:
+def of_numbers(word: str, numbers: Collection[float]) -> str:
+    """Return numbers behind a word, the smallest and the largest of many; empty if there are none."""
     if not numbers:
         return ""
     if len(numbers) > LISTED:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
+from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
@@ -73,6 +74,24 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 def is_optional(name: str, family: FamilyNames) -> bool:
     """Tell whether an underscored name is of a module that only some models of the family have."""
     return _Table((path, path) for path in family.optional).find(name) is not None
+
+
+@cache
+def on_text_side(name: str) -> str:
+    """Return what an underscored name belongs to if that is loaded with the text encoder; "" for all else."""
+    return next(
+        (
+            family.text_side_words
+            for family in FAMILIES
+            if name.startswith(tuple(replace_dots(start) for start in family.text_side))
+        ),
+        "",
+    )
+
+
+def is_unprefixed(path: str) -> bool:
+    """Tell whether files write a path without the prefix of the transformer."""
+    return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
 
 
 def alias(name: str, family: FamilyNames) -> str:
@@ -250,3 +269,28 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     if path is None or family.is_as_in_diffusers:
         return path
     return _tables(family).to_foreign.find(name) or path
+
+
+@cache
+def _places(family: str) -> _Table:
+    """Return the places of modules, "list.number of the block.place in it", by underscored names.
+
+    Those of a transformer begin with `lora_unet_`.
+    """
+    of_dit = ((f"lora_unet_{start}", endings) for start, endings in NUMBERED.get(family, ()))
+    return _Table(
+        (start + ending, f"{index}.{'{n}' if '{n}' in start else 0}.{place}")
+        for index, (start, endings) in enumerate((*TEXTS_NUMBERED, *of_dit))
+        for place, ending in enumerate(endings.split())
+    )
+
+
+def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
+    """Return names of modules with our prefixes in the order of known trainers; None if it is not known."""
+    table, places = _places("" if family is None else family.name), dict[str, tuple[int, ...]]()
+    for name in names:
+        found = table.find(name)
+        if found is None:
+            return None
+        places[name] = tuple(map(int, found.split(".")))
+    return sorted(places, key=lambda name: places[name])

@@ -1,9 +1,8 @@
-"""Our network modules: build what `--network_module networks.lora_wan` and the like name."""
+"""Networks of our modules: build what `--network_module networks.lora_wan` and the like name."""
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,21 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of
-from networks.factored import FactoredLayer, MakeShapes, loha_shapes, lokr_shapes
+from networks.factored import FactoredLayer
 from networks.key_formats import OURS
 from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks
-from networks.lora_settings import LoraRules, LoraSettings, find_by_pattern, log_overlaps, read_settings
+from networks.lora_settings import (
+    LoraSettings,
+    find_by_pattern,
+    fit_patterns,
+    log_overlaps,
+)
 from networks.module_names import replace_dots
 from networks.names.stable_diffusion import published_path
+from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -34,28 +39,17 @@ Target = tuple[LoraModule, int, float, tuple[int, ...]]
 
 
 def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT that rules, spec and patterns choose, by our names.
+    """Return the modules of a DiT that its spec, rules and patterns choose, by our names.
 
     Raises OptionError if no module is left, or for blocks that the DiT does not have.
     """
-    rules = settings.rules
-    if rules is None:
-        spec = spec_of(unet)
-        anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude if not spec.lora_choice)
-        settings = replace(settings, exclude=(*settings.exclude, *anywhere))
-        lists = (*spec.block_lists, *spec.lora_lists)
-        candidates = _modules_below(unet, tuple(f"{name}." for name in lists))
-        if choice := [*map(re.compile, spec.lora_choice)]:
-            candidates = (one for one in candidates if any(pattern.match(one[0]) for pattern in choice))
-    else:
+    spec, rules = spec_of(unet), settings.rules
+    if rules is not None:
         there = dict(unet.named_children())
         depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
         check_blocks(settings, depths)
-        targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
-        outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
-        starts = [targets, *((path,) for path, rank in outside if rank)]
-        candidates = (one for start in starts for one in _modules_below(unet, start))
-    found = _choose(candidates, settings, OURS)
+    unasked = () if spec.lora_choice else spec.lora_exclude
+    found = _choose(_candidates(unet, settings), settings, OURS, unasked)
     if not found:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
@@ -64,9 +58,27 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     return found
 
 
+def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the modules of a DiT, by path, among which patterns and ranks choose."""
+    spec, rules = spec_of(unet), settings.rules
+    starts = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
+    if rules is not None:
+        if settings.train_blocks is not None:
+            starts = [rules.choices[settings.train_blocks]]
+        outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
+        starts += [(path,) for path, rank in outside if rank]
+    choice = [re.compile(pattern) for pattern in spec.lora_choice]
+    found = (one for start in starts for one in _modules_below(unet, start))
+    return (one for one in found if not choice or any(pattern.match(one[0]) for pattern in choice))
+
+
 def _choose(
-    candidates: Iterator[tuple[str, LoraModule]], settings: LoraSettings, start: str
+    candidates: Iterator[tuple[str, LoraModule]],
+    settings: LoraSettings,
+    start: str,
+    unasked: tuple[str, ...] = (),
 ) -> dict[str, Target]:
+    """unasked: parts of paths that are left out unless a pattern or a rank of their kind asks for them."""
     found: dict[str, Target] = {}
     fitting = []
     for path, module in candidates:
@@ -78,7 +90,8 @@ def _choose(
             if places
             else _size(path, module, settings)
         )
-        is_excluded = any(one.match(path) for one in settings.exclude)
+        is_unasked = any(part in path for part in unasked) and _rank_of_kind(path, settings) is None
+        is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
         takes = not is_excluded or any(one.match(path) for one in settings.include)
         chosen = size is not None and size[0] > 0 and takes
         if settings.verbose:
@@ -127,129 +140,18 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, f
         found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if found is not None and numbers is not None and int(found[1]) not in numbers:
             return None
+    of_kind = _rank_of_kind(path, settings)
+    return settings.rank if of_kind is None else of_kind, settings.alpha
+
+
+def _rank_of_kind(path: str, settings: LoraSettings) -> int | None:
+    """Return the rank that an argument for this kind of module gives; None if there is none."""
     ranks = (
         settings.type_ranks[argument]
-        for argument, kinds in rules.types
+        for argument, kinds in (() if settings.rules is None else settings.rules.types)
         if argument in settings.type_ranks and any(all(word in path for word in words) for words in kinds)
     )
-    return next(ranks, settings.rank), settings.alpha
-
-
-_IN_BLOCKS = ("double_blocks.", "single_blocks.")
-_REFINERS = ("context_refiner.", "noise_refiner.")
-# FLUX.1 and Chroma, also the modulation of blocks
-FLUX_RULES = LoraRules(
-    targets=_IN_BLOCKS,
-    types=(
-        *(
-            (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
-            for kind in ("attn", "mlp", "mod")
-            for stream in ("img", "txt")
-        ),
-        ("single_dim", (("single_blocks", "linear"),)),
-        ("single_mod_dim", (("single_blocks", "modulation"),)),
-    ),
-    choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
-    indices={"train_double_block_indices": "double_blocks", "train_single_block_indices": "single_blocks"},
-    outside="in_dims",
-    outside_paths=("img_in", "time_in", "vector_in", "guidance_in", "txt_in"),
-    fused={"attn.qkv": 3, "linear1": 4},
-    encoders={"train_t5xxl": "lora_te3"},
-)
-# HunyuanImage-2.1, whose blocks' modulation it takes too
-HUNYUAN_IMAGE_RULES = LoraRules(targets=_IN_BLOCKS, fused={"attn_qkv": 3, "linear1": 4})
-# Lumina-Image-2.0: blocks, refiners and the last layer
-LUMINA_RULES = LoraRules(
-    targets=(*_REFINERS, "layers.", "final_layer."),
-    types=(
-        ("attn_dim", (("attention",),)),
-        ("mlp_dim", (("mlp",), ("feed_forward",))),
-        ("mod_dim", (("modulation",),)),
-        ("refiner_dim", (("refiner",),)),
-    ),
-    choices={
-        "all": (*_REFINERS, "layers.", "final_layer."),
-        "transformer": ("layers.",),
-        "refiners": _REFINERS,
-        "noise_refiner": _REFINERS[1:],
-        "context_refiner": _REFINERS[:1],
-    },
-    outside="embedder_dims",
-    outside_paths=("x_embedder", "t_embedder", "cap_embedder"),
-    fused={"attention.qkv": 3},
-)
-
-
-@dataclass(frozen=True)
-class OwnModule:
-    """One of our network modules: a LoRA, or a network of another kind."""
-
-    rules: LoraRules | None = None  # of a family; None: the network's `DitSpec` alone decides
-    kind: str = "LoRA"
-    first: tuple[str, ...] = LORA[:1]  # each module of a file has one of these factors
-
-
-OWN_MODULES = {
-    "networks.lora": OwnModule(),
-    "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
-    "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
-    # plain LoRAs under the names that other LoRA tuners have
-    **dict.fromkeys(
-        (
-            *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-            *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
-            "networks.lora_ltx2",
-        ),
-        OwnModule(),
-    ),
-    "networks.lora_flux": OwnModule(FLUX_RULES),
-    "networks.lora_hunyuan_image": OwnModule(HUNYUAN_IMAGE_RULES),
-    "networks.lora_lumina": OwnModule(LUMINA_RULES),
-}
-_SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-# settings that go beside what a file says with --dim_from_weights
-_BESIDE_FILE = {
-    *("rank_dropout", "module_dropout", "verbose", "split_qkv", "network_reg_lrs", "ggpo_sigma", "ggpo_beta"),
-    *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
-}
-
-
-def read_own(
-    name: str, rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
-) -> tuple[LoraSettings, MakeShapes]:
-    """Read the settings of one of our modules, and how a LoHa or LoKr makes its factors.
-
-    Of a LoKr, `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be);
-    `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
-    matrix's side or more keeps that matrix whole.
-    Raises OptionError for a setting that is unknown or out of range, or that only LoRAs have.
-    """
-    own, rest = OWN_MODULES[name], dict(arguments)
-    make_shapes: MakeShapes = loha_shapes
-    if own.kind == "LoKr":
-        factor, decompose_both = rest.pop("factor", -1), str(rest.pop("decompose_both", False))
-        try:
-            size = int(factor)
-        except ValueError:
-            size = 0
-        if size < 1 and size != -1:
-            raise OptionError(
-                f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
-            )
-        if decompose_both not in _SWITCH:
-            raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-        decomposes = _SWITCH[decompose_both]
-        make_shapes = functools.partial(lokr_shapes, factor=size, decompose_both=decomposes)
-    settings = read_settings(rank, alpha, dropout, rest, own.rules)
-    ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
-    others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
-    if own.kind != "LoRA" and (any(others) or any(ratio is not None for ratio in ratios)):
-        raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
-            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
-            "networks.lora"
-        )
-    return settings, make_shapes
+    return next(ranks, None)
 
 
 def build_network(
@@ -260,13 +162,24 @@ def build_network(
     arguments: Mapping[str, Any],
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
+    begun: Mapping[str, Tensor] | None = None,
 ) -> OwnNetwork:
     """Build one of our networks on the modules that the settings choose.
 
     name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
-    by their `lora_prefix`. Raises OptionError for wrong settings, or if no module is left.
+    by their `lora_prefix`. begun: tensors under our names that the network begins with; modules of them that
+    are no default and that `arguments` do not leave out join, with their own rank and alpha. Raises
+    OptionError for wrong settings, or if no module is left.
     """
     settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
+    in_texts = {
+        f"{prefix}_": list(_in_encoder(encoder))
+        for prefix, encoder in encoders.items()
+        if prefix not in settings.encoders_off
+    }
+    modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
+    modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
+    settings = fit_patterns(settings, modules)
     layers: dict[str, nn.Module] = {}
     if OWN_MODULES[name].kind != "LoRA":
         assert dit is not None  # they have no part for text encoders
@@ -275,17 +188,84 @@ def build_network(
             if isinstance(module, nn.Linear):
                 shapes = make_shapes(module.out_features, module.in_features, its_rank)
                 layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
-        return OwnNetwork(layers, settings)
+        return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, {}), settings)
     targets = {} if dit is None else choose_modules(dit, settings)
-    for prefix, encoder in encoders.items():
-        if prefix not in settings.encoders_off:
-            # in its blocks, by published paths; ranks by type and numbers of blocks are for the DiT alone
-            lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-            modules = ((published_path(path), module) for path, module in _modules_below(encoder, lists))
-            targets |= _choose(modules, replace(settings, rules=None, splits=False), f"{prefix}_")
+    for start, inside in in_texts.items():
+        # ranks by type and numbers of blocks are for the DiT alone
+        targets |= _choose(iter(inside), replace(settings, rules=None, splits=False), start)
     for path, (module, its_rank, its_alpha, heights) in targets.items():
         layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
-    return OwnNetwork(layers, settings)
+    able = {prefix: one for prefix, one in encoders.items() if prefix not in settings.encoders_off}
+    return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, able), settings)
+
+
+def _with_begun(
+    layers: dict[str, nn.Module],
+    name: str,
+    settings: LoraSettings,
+    begun: Mapping[str, Tensor],
+    dit: nn.Module | None,
+    encoders: Mapping[str, nn.Module],
+) -> dict[str, nn.Module]:
+    """Return the layers and those of `begun` that join, as `build_network` says, in the model's order."""
+    if not begun:
+        return layers
+    known = _layers_by_name(dit, encoders)
+    joining: dict[str, nn.Module] = {}
+    fitted = for_model(begun, {path: len(module.weight) for path, (_, module) in known.items()}.get)
+    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+        is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
+        if path in layers or path not in known or not is_of_kind:
+            continue
+        inside, module = known[path]
+        if not _is_left_out(inside, path, module, settings):
+            joining[path] = _layer_of(name, module, path, factors, settings)
+    if not joining:
+        return layers
+    logger.info(
+        f"{len(joining)} modules that are no default join the network, because what it begins with has "
+        f"them: {list_some([*joining], 3)}"
+    )
+    together = {**layers, **joining}
+    return {path: together[path] for path in known if path in together}
+
+
+def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSettings) -> bool:
+    """Tell whether arguments leave a module out. inside: its path in its network; name: ours."""
+    if not name.startswith(OURS):
+        settings = replace(settings, rules=None)
+    rules, blocks = settings.rules, settings.train_blocks
+    if rules is not None and blocks is not None and not inside.startswith(rules.choices[blocks]):
+        return True
+    is_excluded = any(one.match(inside) for one in settings.exclude)
+    if is_excluded and not any(one.match(inside) for one in settings.include):
+        return True
+    places = find_by_pattern(settings.reg_ranks, name)
+    if places:
+        return not settings.reg_ranks[places[-1]][1]
+    size = _size(inside, module, replace(settings, conv_rank=settings.conv_rank or 1))
+    return size is None or not size[0]
+
+
+def _layers_by_name(
+    dit: nn.Module | None, encoders: Mapping[str, nn.Module]
+) -> dict[str, tuple[str, LoraModule]]:
+    """Return all modules that can have a LoRA, by our names: their paths and they."""
+    networks = {} if dit is None else {OURS: dit}
+    networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
+    return {
+        start + replace_dots(inside): (inside, module)
+        for start, network in networks.items()
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for inside in [path if start == OURS else published_path(path)]
+    }
+
+
+def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the modules in the blocks of a text encoder, by published paths."""
+    lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+    return ((published_path(path), module) for path, module in _modules_below(encoder, lists))
 
 
 def build_from_tensors(
@@ -303,22 +283,17 @@ def build_from_tensors(
     """
     own = OWN_MODULES[name]
     given = {key for key, value in arguments.items() if value is not None}
-    from_file = given - {*_BESIDE_FILE, *({} if own.rules is None else own.rules.encoders)}
+    from_file = given - {*BESIDE_FILE, *({} if own.rules is None else own.rules.encoders)}
     read_own(name, None, None, None, {key: value for key, value in arguments.items() if key in from_file})
     for key in sorted(from_file):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
-    others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
+    others = {key: value for key, value in arguments.items() if key in BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
-    networks = {OURS: dit, **{f"{prefix}_": encoder for prefix, encoder in encoders.items()}}
-    known = {
-        start + replace_dots(path if start == OURS else published_path(path)): module
-        for start, network in networks.items()
-        for path, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
+    named = _layers_by_name(dit, encoders)
+    known = {path: module for path, (_, module) in named.items()}
     fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []
@@ -330,21 +305,30 @@ def build_from_tensors(
             )
         if path not in known or (own.kind != "LoRA" and not isinstance(known[path], nn.Linear)):
             missed.append(path)
-        elif own.kind == "LoRA":
-            layers[path] = _layer_of_file(known[path], path, factors, settings)
         else:
-            layers[path] = _factored_of_file(known[path], path, factors)
+            layers[path] = _layer_of(name, known[path], path, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
         )
+    inside = [(path, named[path][0]) for path in layers if path in named]
+    settings = fit_patterns(settings, [(path.removesuffix(replace_dots(one)), one) for path, one in inside])
     if missed:
         logger.warning(
             f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "
             f"{list_some(missed)}"
         )
     return OwnNetwork(layers, settings)
+
+
+def _layer_of(
+    name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
+) -> LoraLayer | FactoredLayer:
+    """Return a layer of a network module with the rank and alpha of factors."""
+    if OWN_MODULES[name].kind == "LoRA":
+        return _layer_of_file(module, path, factors, settings)
+    return _factored_of_file(module, path, factors)
 
 
 def _factored_of_file(module: LoraModule, name: str, factors: Factors) -> FactoredLayer:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.contract.family import TextEncoder, can_learn
+from modules.contract.family import TextEncoder, can_learn, has_text_side
 from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
-from networks.loading import LoraUse, list_some
+from networks.loading import LoraUse, list_some, on_side, text_side_of
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.stable_diffusion import open_clip_names, published_path
 
@@ -44,11 +44,17 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
 
 
 class TextLoras:
-    """Adds LoRAs to text encoders after they are loaded, once each."""
+    """Adds LoRAs to text encoders after they are loaded, once each, and to what is loaded with them."""
 
     def __init__(self, uses: Sequence[LoraUse]) -> None:
         self._uses = [use for use in uses if use.lora.text_tensors]
+        self._beside = on_side(uses, True)
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether texts are what they are without LoRAs."""
+        return not self._uses and not self._beside
 
     def tell_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of parts for text encoders that the model does not have, or that cannot take them."""
@@ -60,27 +66,36 @@ class TextLoras:
             if names:
                 logger.warning(
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
-                    f"not have, and are ignored: {list_some(names, 2)}"
+                    f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
+        for use in () if any(map(has_text_side, encoders)) else self._beside:
+            names = [*use.lora.tensors]
+            logger.warning(
+                f"{use.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this model does "
+                f"not have, and are ignored: {list_some(names, 2)}"
+            )
 
-    @torch.no_grad()
     def add_to(self, encoder: TextEncoder) -> None:
         """Add the encoder's LoRAs to its weights; do nothing if it is done, or without LoRAs for it.
 
         Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
         """
-        if not self._uses or not can_learn(encoder) or encoder.network in self._done:
-            return
-        uses = uses_for(self._uses, encoder.lora_prefix)
-        if not uses:
+        if self._uses and can_learn(encoder):
+            self._add(uses_for(self._uses, encoder.lora_prefix), encoder.network, encoder.name)
+        if self._beside and has_text_side(encoder):
+            self._add(self._beside, encoder.text_side, encoder.name)
+
+    @torch.no_grad()
+    def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
+        if not uses or network in self._done:
             return
         patch = LoraPatch(uses)
-        for path, module in encoder.network.named_modules():
+        for path, module in network.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{published_path(path)}.{leaf}"
+                name = f"{published_path(path)}.{leaf}".lstrip(".")
                 if patch.touches(name) and parameter.dtype.itemsize == 1:
                     raise CheckpointError(
-                        f"{uses[0].lora.path} changes the text encoder {encoder.name}, whose weights "
+                        f"{uses[0].lora.path} changes the text encoder {label}, whose weights "
                         "are kept in 8 bits.\n  Leave out the option that keeps it in fp8, or give a LoRA "
                         "for the DiT alone.",
                         uses[0].lora.path,
@@ -88,7 +103,7 @@ class TextLoras:
                 if patch.touches(name):
                     set_weight(parameter, patch(name, gather_weight(parameter.data)))
         patch.check()
-        self._done.add(encoder.network)
+        self._done.add(network)
 
 
 UNET = "model.diffusion_model."

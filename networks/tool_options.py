@@ -7,6 +7,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
+from modules.text_files import real_path
 from networks.options import LoraOptions, multipliers_for, require_files
 
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
@@ -104,7 +105,7 @@ class ConvertOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
+        if self.output_high_noise is not None and real_path(self.output) == real_path(self.output_high_noise):
             raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
         is_joined = self.input_high_noise is not None and self.output_high_noise is None
         if is_joined and self.target != "diffusers":
@@ -252,7 +253,7 @@ class FluxMergeOptions(Options):
             raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
         if self.save_to is not None and self.targets and self.flux_model is None:
             raise OptionError("--save_to is given without --flux_model: give the model to merge into")
-        outputs = [path.resolve() for name in FLUX_OUTPUTS.values() if (path := getattr(self, name))]
+        outputs = [real_path(path) for name in FLUX_OUTPUTS.values() if (path := getattr(self, name))]
         if len(set(outputs)) < len(outputs):
             names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
             raise OptionError(f"{names} are the same file: give others")

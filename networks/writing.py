@@ -24,6 +24,7 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import (
     alias,
     diffusers_path,
+    is_unprefixed,
     joined_path,
     module_path,
     parts_of,
@@ -113,7 +114,8 @@ def _write(
             continue
         for path, form in forms.items():
             assert not isinstance(form, str)
-            written.update({f"{start}{path}.{part}": tensor for part, tensor in form.items()})
+            begin = "" if is_unprefixed(path) else start
+            written.update({f"{begin}{path}.{part}": tensor for part, tensor in form.items()})
     return written, left_out
 
 

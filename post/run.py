@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
@@ -18,7 +16,7 @@ from modules.devices import Failures, choose_device
 from modules.errors import MediaError, OutputError
 from modules.media.encoding import Picture, in_eight_bits, settle_codec
 from modules.media.options import FormatOptions
-from modules.media.reading import TOOL_TAG, read_image, read_tags, without_pictures
+from modules.media.reading import TOOL_TAG, media_colours, read_image, read_tags, without_pictures
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_png, write_shown
 from modules.output_files import Answer, ask_at_console
@@ -121,10 +119,9 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
 
     hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
     """
-    pixels = read_image(job.source, alpha=True)
-    if pixels.shape[2] == 4:
-        logger.warning("%s: its transparency is dropped", job.source)
-        pixels = np.ascontiguousarray(pixels[..., :3])
+    pixels = read_image(job.source)
+    if media_colours(job.source).is_transparent:
+        logger.warning("%s is transparent: it is laid on white", job.source)
     height, width = pixels.shape[:2]
     clips = results(stages, Clip(job.source, width, height, None, 1, is_deep=False))
     made = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))

@@ -22,6 +22,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.streams import source_info
 from modules.media.writing import write_png
+from modules.text_files import real_path
 from project.options import RUN_FILE, NewOptions, choose_model, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -59,7 +60,7 @@ class Choice:
 
     @property
     def folder(self) -> Path:
-        return self.options.folder.resolve()
+        return real_path(self.options.folder)
 
 
 def write_project(options: NewOptions) -> None:
@@ -177,7 +178,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
         if name not in files or not text:
             raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")
         files[name] = Path(text).expanduser()
-    return {name: path.resolve().as_posix() for name, path in files.items()}
+    return {name: real_path(path).as_posix() for name, path in files.items()}
 
 
 def describe_dataset(choice: Choice) -> str:
@@ -196,8 +197,8 @@ def describe_dataset(choice: Choice) -> str:
         if from_image and (not is_clip or frames == 1):
             continue
         kind = "video" if is_clip else "image"
-        cache = choice.folder / "cache" / f"{kind}s" / place.resolve().relative_to(choice.folder)
-        keys = {f"{kind}_directory": place.resolve().as_posix(), "cache_directory": cache.as_posix()}
+        cache = choice.folder / "cache" / f"{kind}s" / real_path(place).relative_to(choice.folder)
+        keys = {f"{kind}_directory": real_path(place).as_posix(), "cache_directory": cache.as_posix()}
         lines += ["", *_table("[[datasets]]", {**keys, **(cut if is_clip else {})})]
     if "[[datasets]]" not in lines:
         least = (1 + data.get("frame_step", 4)) / data["fps"]
@@ -213,7 +214,7 @@ def describe_samples(choice: Choice) -> str:
     captions = [one.caption or "" for one in choice.media]
     texts = [add_trigger(text, choice.options.trigger_word or "") for text in (captions[0], captions[-1])]
     width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
-    line = f"--w {width} --h {height} --f {choice.frames} --s 20 {choice.model.data.get('line', '')}"
+    line = f"--w {width} --h {height} --f {choice.frames} {choice.model.data.get('line', '')}"
     if choice.model.data.get("from_image"):
         image = choice.folder / "output" / "start.png"
         image.parent.mkdir(exist_ok=True)
@@ -234,7 +235,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
         [paths.get(word, word) for word in shlex.split(model.commands[step])] for step in ("latents", "texts")
     )
     fp8 = ["--fp8_encoders"] if model not in find_models() else []
-    names = ["--family", model.family, "--task", model.task, *fp8, "--to", choice.options.models.resolve()]
+    names = ["--family", model.family, "--task", model.task, *fp8, "--to", real_path(choice.options.models)]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     train = ["python", script, "--config_file", (folder / RUN_FILE).as_posix()]
     return [["python", "tools/download.py", *map(str, names)], [*texts, "--check"], latents, texts, train]

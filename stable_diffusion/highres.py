@@ -71,7 +71,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
     Raises OptionError if it cannot be used.
     """
-    hint = f" Install it, or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
+    hint = f" Or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, name, OURS, hint)
     if not callable(getattr(module, "create_upscaler", None)):
         raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modules.console import count_of
 from modules.errors import OptionError
-from modules.media.opening import open_image
+from modules.media.reading import read_image
 from networks.added import AddedPart
 from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
 
@@ -36,8 +36,7 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
     channel or a colour, and those whose region is empty, act everywhere.
     Raises MediaError if the image cannot be read.
     """
-    with open_image(path) as image:
-        pixels = image.convert("RGB")
+    pixels = Image.fromarray(read_image(path))
     # colours must not blend into other codes
     method = Image.Resampling.BILINEAR if color_codes is None else Image.Resampling.NEAREST
     if pixels.size != (width, height):

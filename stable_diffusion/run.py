@@ -25,6 +25,7 @@ from modules.control_codes import replace_control_codes
 from modules.devices import Failures, choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
 from modules.media.writing import write_png
+from modules.text_files import real_path
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
@@ -145,7 +146,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 def show_picture(program: str, path: Path) -> None:
     """Open a picture. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
-        [program, str(path.resolve())],
+        [program, str(real_path(path))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

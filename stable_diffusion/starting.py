@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from modules.media.reading import read_image
+from modules.media.reading import read_image, read_mask
 from stable_diffusion.contract import AskedPicture, Model, PictureSettings, SecondStart
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
@@ -203,7 +203,7 @@ def begin(
     if not is_painted:
         return Beginning(latents.unsqueeze(2), sampler)
 
-    given = [read_picture(picture.mask) for picture in pictures if picture.mask is not None]
+    given = [Image.fromarray(read_mask(picture.mask)) for picture in pictures if picture.mask is not None]
     masks = torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in given])
     small = masks[:, :, ::STRIDE, ::STRIDE].to(device)  # B 1 h w: the upper left pixel of each square
     # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it

@@ -241,7 +241,7 @@ class PictureVectors:
         if new and self._tower is not None:
             tower = self._tower.to(device)
             for path in new:
-                image = Image.fromarray(first_frame(path)[..., :3])
+                image = Image.fromarray(first_frame(path))
                 self._vectors[path] = tower.encode([image])[0] * self._strength
             if device.type != "cpu":
                 tower.to("cpu")

@@ -167,6 +167,48 @@ def test_files_in_8_bits_compute_in_bfloat16_with_their_scales_applied(
         torch.testing.assert_close(found.float(), tensor, rtol=0.07, atol=0.01, msg=key)
 
 
+def packed(state: State, form: str, marks: bool) -> State:
+    """The weights of layers as files in 4 and 8 bits have them."""
+    found = dict(state)
+    for name, weight in state.items():
+        if not name.endswith(".weight") or weight.ndim != 2 or weight.shape[1] % 16:
+            continue
+        (rows, columns), layer = weight.shape, name.removesuffix(".weight")
+        scales = torch.ones(rows, columns // 16)
+        if form == "nvfp4":
+            found[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            found[f"{layer}.weight_scale"] = scales.to(torch.float8_e4m3fn)
+            found[f"{layer}.weight_scale_2"] = torch.tensor(1.0)
+        elif form == "mxfp8":
+            found[name] = weight.to(torch.float8_e4m3fn)
+            found[f"{layer}.weight_scale"] = scales.to(torch.uint8)
+        elif form == "int8":
+            found[name] = weight.to(torch.int8)
+            found[f"{layer}.weight_scale"] = torch.ones(rows, 1)
+        else:
+            del found[name]
+            found[f"{layer}.qweight"] = torch.zeros(columns // 8, rows, dtype=torch.int32)
+        if marks:
+            found[f"{layer}.comfy_quant"] = torch.tensor([*f'{{"format": "{form}"}}'.encode()]).byte()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "marks"),
+    [("nvfp4", True), ("nvfp4", False), ("mxfp8", True), ("mxfp8", False), ("int8", False), ("GPTQ", False)],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_quantised_files_are_called_so_before_any_size_is_judged(
+    tmp_path: Path, name: str, form: str, marks: bool
+) -> None:
+    kind = KINDS[name]
+    state = packed(load_file(kind.write(tmp_path, kind.state())), form, marks)
+    save_file(state, tmp_path / "packed.safetensors")
+
+    with pytest.raises(CheckpointError, match=rf"is quantised in a way that is not supported \({form}"):
+        read_once(tmp_path / "packed.safetensors", kind.checkpoints.read_dit_header)
+
+
 @dataclass(frozen=True)
 class Layers:
     """Of a transformer, by name."""

@@ -35,10 +35,14 @@ OUR_DEFAULTS = {
         ("ltx2_train_network.py", f"--{name}")
         for name in ("loss_type", "network_module", "output_dir", "ema_decay", "rescale_scale")
     ),
-    ("ltx2_generate_video.py", "--lora_multiplier"),
+    *(
+        ("ltx2_generate_video.py", f"--{name}")
+        for name in ("lora_multiplier", "output_dir", "output_name", "discrete_flow_shift")
+    ),
 }
 # what one record reads for pictures and videos; the other spelling is an option of LTX-2
 OTHER_DESTS = {"--image_size": "video_size", "--from_file": "from_file"}
+SPELLINGS = {("ltx2_generate_video.py", "--output_dir"): "save_path"}
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -73,8 +77,10 @@ def test_every_known_option_is_there_and_in_the_help(manifest: Path, monkeypatch
         for flag in option["flags"]:
             assert flag in actions, f"{flag} is missing"
             assert flag in text, f"{flag} is not in the help"
-            known = (description["script"], flag) not in OUR_DEFAULTS
-            _compare(flag, option if known else {**option, "default": actions[flag].default}, actions[flag])
+            place = description["script"], flag
+            more = {"default": actions[flag].default} if place in OUR_DEFAULTS else {}
+            more |= {"dest": SPELLINGS[place]} if place in SPELLINGS else {}
+            _compare(flag, option | more, actions[flag])
 
 
 def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None:

@@ -20,7 +20,7 @@ from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from modules.private_torch import lerp_each
 from training.learning_options import AverageOptions
-from training.optimizers.optimizer import is_schedule_free
+from training.optimizers.optimizer import find_averaging
 from training.saving.states import SavedState
 from training.trainable import Trainable
 
@@ -132,7 +132,7 @@ def make_average(
     """
     if options.ema_decay is None:
         return WeightAverage(options)
-    if is_schedule_free(optimizer):
+    if find_averaging(optimizer) is not None:
         raise OptionError(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
             "Leave it out"

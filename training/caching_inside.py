@@ -37,7 +37,7 @@ from modules.installation import import_own
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
-from networks.own_modules import OWN_MODULES
+from networks.own_kinds import OWN_MODULES
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.options import TrainingOptions
 
@@ -274,15 +274,23 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
             return LiveTexts(learning, learning, prefixes)
+        names = ", ".join(encoder.name for encoder in learning)
+        if learning and any(_switches(family, options).get(encoder.lora_prefix) for encoder in learning):
+            logger.warning(
+                "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
+                "learn: captions are encoded at each step.",
+                names,
+            )
+            return LiveTexts(encoders, learning, prefixes)
         if learning:
             # they do not learn because all texts are cached, as the guides' commands have it
-            names = ", ".join(encoder.name for encoder in learning)
             if options.parts is None or not options.parts.trains_dit:
                 raise OptionError(
                     f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it "
                     "out"
                 )
-            logger.info(
+            told = logger.info if options.parts.text_encoder_lr is None else logger.warning
+            told(
                 "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
                 "transformer is trained, as with %s. To train both leave out the caches.",
                 names,
@@ -324,16 +332,25 @@ def _learning(
         raise OptionError(
             f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA module"
         )
-    arguments = options.network.arguments()
-    switches: Mapping[str, str] = {} if own is None or own.rules is None else own.rules.encoders
-    off = {prefix for name, prefix in switches.items() if arguments.get(name, "").lower() != "true"}
-    learning = [encoder for encoder in able if encoder.lora_prefix not in off]
+    switches = _switches(family, options)
+    learning = [encoder for encoder in able if switches.get(encoder.lora_prefix, True)]
     if not learning and not options.parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
             "out"
         )
     return learning
+
+
+def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
+    """Return whether encoders that learn only if asked are to learn, by their prefixes."""
+    network = options.network
+    own = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
+    if network is None or own is None or own.rules is None:
+        return {}
+    arguments = network.arguments()
+    pairs = own.rules.encoders.items()
+    return {prefix: arguments.get(name, "").lower() == "true" for name, prefix in pairs}
 
 
 class LiveMedia:
@@ -375,7 +392,7 @@ class LiveMedia:
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
-        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes)
+        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes, spec.masks_latents)
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")

@@ -21,7 +21,8 @@ from networks.added import refuse_dora
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
-from networks.own_modules import OWN_MODULES, smallest_lora_bytes
+from networks.own_kinds import OWN_MODULES
+from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
 from training.experts import (
     TRAINING_ADAPTER,
@@ -177,6 +178,11 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     without_tracker = not logs.trackers, "nothing is logged without --logging_dir or --log_with"
     without_wandb = not uses_wandb, "wandb is not used without --log_with wandb"
     not_uploaded = "nothing is uploaded without --huggingface_repo_id"
+    kept_alpha = network is not None and network.network_weights is not None
+    parts = options.parts
+    trains = (parts is None or parts.trains_dit), (parts is not None and parts.trains_texts)
+    rates = (None, None) if parts is None else (parts.unet_lr, parts.text_encoder_lr)
+    replaced = all(rate is not None for rate, learns in zip(rates, trains, strict=True) if learns)
     no_guidance = not takes_guidance and not own_defaults  # image families' defaults have one, and a shift
     # names of options -> whether they do nothing, and why
     rules: list[tuple[str, bool, str]] = [
@@ -213,6 +219,12 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
             network is not None and network.dim_from_weights,
             "--dim_from_weights takes ranks from the file",
         ),
+        ("network_alpha", kept_alpha, "the alphas in the file of --network_weights count"),
+        ("learning_rate", replaced, "--unet_lr and --text_encoder_lr replace it"),
+        ("unet_lr", not trains[0], "the transformer does not learn"),
+        ("text_encoder_lr", not trains[1], "the text encoders do not learn"),
+        ("mode_scale", (sampler, weighting) != ("sigma", "mode"), "only --weighting_scheme mode uses it"),
+        ("training_comment", options.metadata.no_metadata, "--no_metadata leaves it out"),
         ("lr_scheduler lr_warmup_steps", class_is_given, "--lr_scheduler_type replaces it"),
         (
             "lr_warmup_steps",

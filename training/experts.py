@@ -12,7 +12,7 @@ from torch import nn
 from modules import dressing
 from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec, Family
+from modules.contract.family import DitSpec, Family, knows_few_steps
 from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.devices import dtype_name
@@ -24,7 +24,7 @@ from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES
+from networks.own_kinds import OWN_MODULES
 from training.data.timesteps import check_reaches, levels_reached
 from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions
@@ -171,6 +171,23 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
             "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
             "high noise).",
             *(boundary, below, counted, above, counted),
+        )
+
+
+def warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
+    """Warn of a transformer that was distilled to few steps and is trained as it is.
+
+    --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them.
+    """
+    network = options.network
+    if network is not None and (network.frozen.training_adapter or network.base_weights):
+        return
+    why = family.why_few_steps() if knows_few_steps(family) else None
+    if why is not None and knows_few_steps(family):
+        logger.warning(
+            "The transformer was distilled to few steps (%s). Trained as it is, it loses them: with what is "
+            "trained it needs more steps, and guidance, for the same quality. %s.",
+            *(why, family.few_steps.instead),
         )
 
 

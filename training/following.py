@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from generation.prompt_lines import SOLVERS
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
@@ -52,6 +53,7 @@ OF_SAMPLES = {
     "--guidance_scale": "guidance_scale",
     "--guidance_scale_high_noise": "guidance_scale_high_noise",
     "--flow_shift": "flow_shift",
+    "--sample_solver": "solver",
     "--seed": "seed",
     "--negative_prompt": "negative_prompt",
 }
@@ -261,7 +263,7 @@ def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: "Sample
     values: dict[str, Any] = {}
     if sampler is not None and sampler.samples:  # the first one, by the names of `Request`
         sample = sampler.samples[0]
-        made, settled = sample.prepared, ("width", "height", "frames", "steps", "embedded_guidance")
+        made, settled = sample.prepared, ("frames", "steps", "embedded_guidance")
         values = vars(made.asked) | {name: getattr(made, name) for name in settled}
         values["guidance_scale"] = made.guidance_scale[0]
         for expert, scale in zip(plan.sampled.experts, made.guidance_scale, strict=True):
@@ -269,6 +271,7 @@ def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: "Sample
                 values[f"guidance_scale_{HIGH_NOISE}"] = scale
         values["seed"] = made.seed if sample.is_seeded else None
         values["flow_shift"] = made.flow_shift if plan.family.defaults.flow_shift is not None else None
+        values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
     return NextSteps(
         given_options(plan.options, plan.family.options, scripts),
         scripts,
@@ -302,7 +305,7 @@ def make_reporter(
             following.total_steps,
             [(option.name, option.text) for option in given if option.is_changed],
             [(option.name, option.text) for option in given if not option.is_changed],
-            plan.options.samples.sample_now,
+            True,
             describe_process(),
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),

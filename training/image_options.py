@@ -140,6 +140,12 @@ def _translate(args: argparse.Namespace) -> None:
         setattr(args, name, getattr(args, name) or getattr(args, other))
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
+        usual = SubsetOptions.usual().caption_extension
+        if args.caption_extension not in (usual, args.caption_extention):
+            raise OptionError(
+                f"--caption_extention {args.caption_extention} is --caption_extension, which is "
+                f"{args.caption_extension}: give one of them"
+            )
         args.caption_extension = args.caption_extention
     if args.sample_every_n_epochs is not None and args.sample_every_n_steps is not None:
         logger.info("--sample_every_n_steps is ignored because --sample_every_n_epochs comes first.")

@@ -1,11 +1,12 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
@@ -51,6 +52,7 @@ from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock
+from training.saving.states import SavedState
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
 from training.training_run import TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule
@@ -101,9 +103,9 @@ def load_model(
     in_lockstep = plan.steps.in_lockstep and preserves
     rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
     adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
-    is_watched = options.samples.sample_now and accelerator.is_main_process
     keeps_average = accelerator.is_main_process or plan.splits_model
-    triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, sampler is not None)
+    watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
+    triggers = TriggerFiles(watched, sampler is not None)
     if sampler is not None and plan.texts.learning:
         sampler = replace(sampler, renew=plan.texts.renew)
     run = TrainingRun(
@@ -213,16 +215,35 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     given = network_for(options, expert) or options.network
     texts = plan.texts
     in_dit = options.parts is None or options.parts.trains_dit
-    network = make_network(given, plan.family.lora_module, dit, plan.progress.seed, texts.networks, in_dit)
+    network = make_network(
+        given,
+        plan.family.lora_module,
+        dit,
+        plan.progress.seed,
+        texts.networks,
+        in_dit,
+        _saved_network(plan, expert),
+    )
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
     rate, parts = options.optimizer.learning_rate, options.parts
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None:
-        of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-        rates = (rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
+        of_texts = None
+        if texts.learning:
+            found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
+            of_texts = [found[each.lora_prefix] for each in texts.learning]
+        rates = (rate, parts.unet_lr, of_texts)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
+
+
+def _saved_network(plan: TrainingPlan, expert: Expert) -> Mapping[str, Tensor]:
+    """Return the tensors of an expert's network in the state that will be restored; empty without one."""
+    if not isinstance(plan.saved, SavedState):
+        return {} if plan.saved is None else plan.saved.network
+    part = f"{expert.name}_network" if plan.options.by_expert.lora_per_expert else "network"
+    return plan.saved.parts.get(part, {})
 
 
 def _make_stepping(

@@ -1,6 +1,7 @@
 """Compose the options that training has in every family; read them from command line and --config_file."""
 
 import argparse
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -40,6 +41,8 @@ from training.run_options import (
     ValidationOptions,
 )
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Options)
 
@@ -237,7 +240,7 @@ def read_arguments(
     The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
     for an option that is not supported yet; ends the program for a wrong command line, as argparse does.
     """
-    typed = parser.parse_args(argv)
+    typed = parser.parse_args(argv, argparse.Namespace(max_train_steps=None))
     # the file that --output_config writes is not there yet
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
     prefilled = {
@@ -247,6 +250,12 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
+    has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
+    if has_steps and args.max_train_epochs is not None:
+        logger.warning(
+            f"--max_train_steps {args.max_train_steps} is ignored because --max_train_epochs "
+            f"{args.max_train_epochs} replaces it."
+        )
     if hasattr(args, "trainable_modules"):  # the DiT itself learns: `read_options` is to make no network
         del args.network_module
     return args

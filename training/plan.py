@@ -9,12 +9,19 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dataset.batches.items import CachingCommands, TrainingItem, find_items, require_items
+from dataset.batches.items import (
+    CachingCommands,
+    TrainingItem,
+    find_items,
+    learn_no_references,
+    require_items,
+)
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, load_dataset_config, with_references
+from dataset.config import DatasetConfig, for_family, load_dataset_config
+from dataset.sources.references import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of
@@ -26,7 +33,7 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
-from training.experts import check_computing, note_experts
+from training.experts import check_computing, note_experts, warn_of_few_steps
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
@@ -106,6 +113,8 @@ def make_plan(
         texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
         check_teacher(family, options, texts)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
+    if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
+        logger.warning("%s", NO_REFERENCE)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in tables):
         logger.warning(
@@ -117,6 +126,7 @@ def make_plan(
     options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
+        warn_of_few_steps(family, options)
     network = options.network
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
@@ -201,12 +211,13 @@ def _join_processes(
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
     path, given = options.loop.dataset_config, options.subset
+    of_family = family.references, family.latent.frame_step
     if given is not None and given.replaces_toml:
         if path is None:
-            return with_references(folders_config(given), family.references)
+            return for_family(folders_config(given), *of_family)
         logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
     path = require(path, "--dataset_config", "the clips to train on")
-    return with_references(load_dataset_config(path, given), family.references)
+    return for_family(load_dataset_config(path, given), *of_family)
 
 
 def _find_items(

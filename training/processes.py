@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.nn import Parameter
 
+from modules.command import RANK
 from modules.devices import allow_fp16_accumulation, set_cuda_precision
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -36,6 +37,14 @@ def make_accelerator(
     support this precision or a tracker is not installed.
     """
     refuse_other_splits()  # before accelerate looks for the packages that split a model
+    alone = {name: value for name in ("WORLD_SIZE", "LOCAL_RANK") if (value := os.environ.get(name))}
+    if alone.get("WORLD_SIZE", "1") == "1" and alone.get("LOCAL_RANK", "-1") == "-1":
+        alone = {}  # one process
+    if alone and not any(name in os.environ for name in RANK):
+        raise OptionError(
+            f"the environment has {' and '.join(map('='.join, alone.items()))}, but no RANK. Unset what is "
+            "there, or start several processes with accelerate launch or torchrun, which set all of them"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import_own("modules.lost_processes").meet_anew()
     folder = None

@@ -176,8 +176,8 @@ class SampleOptions(Options, title="samples while training"):
     sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
     sample_at_first: bool = option("sample before the first step too")
     sample_now: bool = option(
-        "look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
-        "the next step, OUTPUT_NAME.save for a save; it is removed when that is done"
+        "make samples at the end of a step whenever a file OUTPUT_NAME.sample appears in --output_dir, if no "
+        "other option makes any; the names sample, save and stop ask any run of the folder then"
     )
     sample_lora: tuple[Path, ...] | None = option(
         "LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "

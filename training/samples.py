@@ -21,7 +21,7 @@ from generation.denoise import make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, decode_tracks, encode_inputs, wanted_texts
-from modules.contract.data import Conditions
+from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
@@ -38,14 +38,6 @@ from training.loss import Autocast, DitOf
 logger = logging.getLogger(__name__)
 
 BIT_RATE = 8_000_000  # of the known tuners' samples
-# of the keys of a prompt file
-DEFAULTS: dict[str, float] = {
-    "width": 256,
-    "height": 256,
-    "frame_count": 1,
-    "sample_steps": 20,
-    "discrete_flow_shift": 14.5,
-}
 
 
 @dataclass(frozen=True)
@@ -230,9 +222,7 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
     def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
         number, entry = numbered
         try:
-            request = sample_request(entry, family)
-            check_values(request)
-            return family.prepare(request)
+            return family.prepare(sample_request(entry, family))
         except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
             prompt = shorten(str(entry.get("prompt", "")), 100)
             raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
@@ -248,47 +238,37 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Turn one entry of a prompt file into a request.
+    """Turn one entry of a prompt file into a request. What it does not say is as in a generation.
 
-    Sizes are rounded down to sizes of the family.
+    Sizes are rounded down to sizes of the family. Raises OptionError for numbers that no model takes.
     """
-    latent = family.latent
-    own, usual = family.defaults, DEFAULTS
-    if latent.is_of_pictures:
-        usual = {"width": own.width, "height": own.height, "frame_count": 1, "sample_steps": own.steps}
-    values = {**usual, **{key: value for key, value in entry.items() if value is not None}}
+    usual, values = family.defaults, {key: value for key, value in entry.items() if value is not None}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
 
+    def number(key: str) -> float | None:
+        return None if key not in values else float(values[key])
+
     controls = values.get("control_image_path") or []
-    extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
-    extra |= {name: str(values[name]) for name in ("cfg_trunc_ratio", "renorm_cfg") if name in entry}
-    has_shift = family.defaults.flow_shift is not None
-    scale = None if values.get("cfg_scale") is None else float(values["cfg_scale"])
-    asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
-    width, height = (max(side // latent.pixel_step, 1) * latent.pixel_step for side in asked[:2])
-    frames = max(asked[2] - 1, 0) // latent.frame_step * latent.frame_step + 1
-    if asked != (width, height, frames):
-        made = f"{width} x {height} pixels and {frames} frames"
-        logger.warning(
-            "the sample %r is made with %s: the model cannot make the requested size",
-            values.get("prompt", ""),
-            made,
-        )
-    return Request(
+    extra = {
+        name: str(values[name]) for name in ("one_frame", "cfg_trunc_ratio", "renorm_cfg") if name in values
+    }
+    scale = number("cfg_scale")
+    named = [expert.name for expert in family.experts if expert.name]
+    sides = ("width", usual.width), ("height", usual.height), ("frame_count", usual.frames)
+    width, height, frames = (int(values.get(key, other)) for key, other in sides)
+    request = Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
         width=width,
         height=height,
         frames=frames,
-        steps=min(max(int(values["sample_steps"]), 1), 1000),
+        steps=values.get("sample_steps"),
         guidance_scale=scale,
-        expert_guidance={} if scale is None else {expert.name: scale for expert in family.experts},
-        embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
-        flow_shift=float(values["discrete_flow_shift"])
-        if has_shift and "discrete_flow_shift" in values
-        else None,
+        expert_guidance={} if scale is None else dict.fromkeys(named, scale),
+        embedded_guidance=number("guidance_scale"),
+        flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
         solver=_solver_of(values),
         negative_prompt=values.get("negative_prompt"),
         image_path=path("image_path"),
@@ -300,6 +280,24 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         ),
         extra=extra,
     )
+    check_values(request)
+    width, height, frames = _whole_size(request.prompt, (width, height, frames), family.latent)
+    return replace(request, width=width, height=height, frames=frames)
+
+
+def _whole_size(prompt: str, asked: tuple[int, int, int], latent: LatentSpec) -> tuple[int, int, int]:
+    """Return the next lower width, height and frames that the model makes; warn if they differ."""
+    side, step = latent.pixel_step, latent.frame_step
+    width, height = (max(one // side, 1) * side for one in asked[:2])
+    made = width, height, 1 if latent.is_of_pictures else (asked[2] - 1) // step * step + 1
+    if made != asked:
+        logger.warning(
+            "the sample %r: %d x %d pixels and %d frames (--w, --h, --f) are changed to %d x %d and %d: "
+            "sides are multiples of %d, %s",
+            *(prompt, *asked, *made, side),
+            "and a picture has one frame" if latent.is_of_pictures else f"frames {step}n + 1",
+        )
+    return made
 
 
 def _solver_of(values: Mapping[str, Any]) -> str | None:

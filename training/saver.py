@@ -26,6 +26,7 @@ from networks.lora_settings import DEFAULT_RANK
 from training.averages import PART as AVERAGE
 from training.experts import expert_metadata
 from training.noise_options import L2
+from training.optimizers.foreign import renumber
 from training.optimizers.lr_schedule import count_steps
 from training.optimizers.optimizer import (
     finished_weights,
@@ -39,7 +40,7 @@ from training.plan import TrainingPlan
 from training.resuming import describe_adapter, listed_settings, own_values
 from training.saving.files import NoSaver, Saver
 from training.saving.hub import Uploads, write_card
-from training.saving.states import SavedState, load_module, one_error, write_state
+from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,12 @@ def make_saver(run: TrainingRun, uploads: Uploads) -> Saver | NoSaver:
         return NoSaver()
     family = plan.family
     run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
+    sizes = {part: continued_sizes(run, part) for part in trainable.writes}
     dtype = file_dtype(options, run.dits.networks[0])
 
     def metadata_now(part: str) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        own = run_values | expert_metadata(family, options, part)
+        own = run_values | sizes[part] | expert_metadata(family, options, part)
         licence = family.release.licence
         return file_metadata(own, options, family.metadata, progress.step, epoch, datetime.now(), licence)
 
@@ -164,17 +166,33 @@ def restore(run: TrainingRun) -> None:
                 "it without --shard_base and save a state, which can be split"
             )
         else:
-            module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
-            load_module(module, saved.network)
-            run.average.begin()
-            if saved.optimizer:
-                restore_foreign_optimizer(run.optimizer, saved.optimizer, run.device)
-            logger.warning(
-                "%s was made by another program and does not record its progress: weights and optimizer are "
-                "restored, while steps, epochs and the learning-rate schedule start from 0.",
-                saved.folder,
-            )
+            _restore_foreign(run, saved)
     saved.release()
+
+
+def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+    """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
+    module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
+    load_module(module, saved.network)
+    run.average.begin()
+    family = run.plan.family
+    found = renumber(
+        saved.optimizer,
+        [group["params"] for group in run.optimizer.param_groups],
+        run.trainable.names,
+        family.metadata.get("base_model_version", family.name),
+        list(saved.network) if saved.is_ordered else (),
+    )
+    restored = "weights and optimizer are restored"
+    if isinstance(found, str):
+        restored = f"the weights alone are restored, not the state of the optimizer: {found}"
+    else:
+        restore_foreign_optimizer(run.optimizer, found, run.device)
+    logger.warning(
+        "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
+        "learning-rate schedule start from 0.",
+        *(saved.folder, restored),
+    )
 
 
 def _restore_own(run: TrainingRun, saved: SavedState) -> None:
@@ -208,6 +226,27 @@ def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
         return {}
     names = run.trainable.names
     return {names[parameter]: weight for parameter, weight in run.trainable.split.items()}
+
+
+def continued_sizes(run: TrainingRun, part: str) -> dict[str, str]:
+    """Return rank and alpha of a network that goes on from a file or a state, if they are not the options'.
+
+    part: whose file it is, see `Trainable.writes`.
+    """
+    network = run.options.network
+    starts = network is not None and (
+        network.network_weights or run.options.by_expert.network_weights_high_noise
+    )
+    if network is None or not (starts or run.plan.saved):
+        return {}
+    ranks, alphas = run.trainable.sizes(part)
+    rank = network.network_dim or DEFAULT_RANK
+    if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
+        return {}
+    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {
+        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in found.items() if values
+    }
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:

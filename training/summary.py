@@ -13,6 +13,7 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
+from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
 from training.learning_options import FIND_RATE
@@ -22,6 +23,7 @@ from training.reports.history import Story
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.run_options import SampleOptions
+from training.saver import continued_sizes
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
@@ -75,8 +77,12 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     plan, options, steps, parameters = run.plan, run.options, run.steps, run.trainable.weights
     network, whole, saving, samples = options.network, options.whole_dit, options.saving, options.samples
     if network is not None:
-        rank = f"rank {network.network_dim or DEFAULT_RANK}"
-        learner = f"{plan.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
+        continued = any(continued_sizes(run, part) for part in run.trainable.writes)
+        sizes = run.trainable.sizes() if continued else None
+        rank = (
+            f"rank {network.network_dim or DEFAULT_RANK}" if sizes is None else of_numbers("rank", sizes[0])
+        )
+        learner = f"{plan.network_module}, {rank}{'' if sizes is None else ' of the file'}"
     else:
         parts = whole.name_parts if whole is not None else ()
         learner = f"of the model: {' '.join(parts)}" if parts else "the whole model"
@@ -97,7 +103,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     rows: list[Row] = [
         ("model", ", ".join(model)),
         ("learns", f"{learner}, {count_of(sum(one.numel() for one in parameters), 'weight')}"),
-        ("alpha", None if network is None else judge_alpha(network)),
+        ("alpha", None if network is None else judge_alpha(network, sizes)),
         ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
         ("steps", f"{length}{begun}"),
         ("learning rate", judge_rate(options)),
@@ -192,10 +198,19 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
     return min((each for each in steps if each <= plan.total_steps), default=None)
 
 
-def judge_alpha(network: NetworkOptions) -> str | None:
-    """Return alpha with its effect, and the usual value if it is low; None if a rank says nothing."""
+def judge_alpha(
+    network: NetworkOptions, sizes: tuple[Sequence[int], Sequence[float]] | None = None
+) -> str | None:
+    """Return alpha with its effect, and the usual value if it is low; None if a rank says nothing.
+
+    sizes: ranks and alphas of a network that goes on from a file, which count instead.
+    """
+    if sizes is not None:
+        ranks, alphas = sizes
+        text = of_numbers("alpha", alphas).removeprefix("alpha ")
+        return f"{text} for {of_numbers('rank', ranks)}, of the file" if alphas else None
     is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)
-    if not is_ranked or network.dim_from_weights:
+    if not is_ranked:
         return None
     rank = network.network_dim or DEFAULT_RANK
     alpha = network.network_alpha or rank

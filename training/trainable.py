@@ -16,6 +16,7 @@ from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
+from networks.deltas import sizes_of
 from networks.metadata import save_network
 
 AsBase = Callable[[], AbstractContextManager[object]]
@@ -78,6 +79,12 @@ class Trainable:
     @property
     def all_networks(self) -> tuple[TrainableNetwork, ...]:
         return (*self.networks, *self.tied)
+
+    def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
+        """Return all ranks and alphas of the networks, or of that of one file. part: a key of `writes`."""
+        pairs = zip(self.writes, self.networks, strict=True)
+        chosen = [network.module for name, network in pairs if part in (None, name)]
+        return sizes_of([module.state_dict() for module in chosen])
 
     def start_epoch(self) -> None:
         for network in self.all_networks:

@@ -85,13 +85,14 @@ class StopRequest:
         )
 
 
-def trigger_paths(names: Names) -> dict[Path, str]:
+def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
     """Return the files of a run with the request of each.
 
-    `my_lora.sample` asks the run of that name, `sample` any run of the folder; a folder of that name is none.
+    `my_lora.sample` asks the run of that name, with also_plain `sample` any run of the folder; a folder of
+    that name is none.
     """
-    kinds = (SAMPLE, SAVE, STOP)
-    return {names.folder / file: kind for kind in kinds for file in (f"{names.name}.{kind}", kind)}
+    starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
+    return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
 
 
 @dataclass

@@ -84,8 +84,6 @@ class Wan(OneTransformer):
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     image_noise: float = 0.0
-    # generation: the video takes the image's aspect; training samples: the image is cropped
-    sizes_follow_image: bool = True
     options: Any = NO_OPTIONS  # of a training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
     first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
@@ -258,7 +256,7 @@ class Wan(OneTransformer):
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
         given = self.task, request, self.defaults, self.latent, self.experts
-        return prepare_request(*given, follows_image=self.sizes_follow_image)
+        return prepare_request(*given)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video must be encoded before denoising."""
@@ -270,7 +268,7 @@ class Wan(OneTransformer):
 
         On the CPU, with a batch dimension.
         """
-        conditions = encode_inputs(encoders, prepared, self.task, stretched=self.sizes_follow_image)
+        conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
 
@@ -346,7 +344,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
+    """Describe the family for wan_train_network.py."""
     files = files_of(options)
     if options.first_frame_probability is None:  # what was trained with is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
@@ -356,7 +354,6 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
         boundary=boundary_of(options, files),
-        sizes_follow_image=False,
         first_frame_probability=options.first_frame_probability or 0.0,
         options=options,
     )

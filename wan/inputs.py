@@ -147,11 +147,11 @@ def take_inputs(task: WanTask, request: Request) -> Request:
 
 
 def encode_inputs(
-    encoders: MediaEncoders, prepared: Prepared, task: WanTask, stretched: bool
+    encoders: MediaEncoders, prepared: Prepared, task: WanTask
 ) -> dict[str, Tensor | list[Tensor]]:
     """Encode a request's images and control video as CLIP features and condition channels, on the CPU.
 
-    stretched: images are stretched to the size, which has their aspect; else cropped.
+    Images are stretched to the size, which has the aspect of the first one.
     """
     request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
     vae = encoders.vae
@@ -160,7 +160,7 @@ def encode_inputs(
     end = request.end_image_path
 
     def pixels(path: Path) -> Tensor:
-        return image_pixels(path, width, height, keep_aspect=not stretched)
+        return image_pixels(path, width, height, keep_aspect=False)
 
     first = request.first_image
     if task.takes_image and first is not None:
@@ -214,12 +214,11 @@ def prepare_request(
     usual: SamplingDefaults,
     latent: LatentSpec,
     experts: Sequence[Expert],
-    follows_image: bool,
 ) -> Prepared:
     """Fill open fields of the request, settle the size, and check both.
 
-    request: with the media that the task takes, see `wan.inputs.take_inputs`. follows_image: the video takes
-    the aspect of the image that it starts from. Raises OptionError if a size cannot be made.
+    request: with the media that the task takes, see `wan.inputs.take_inputs`. The video takes the aspect of
+    the image that it starts from. Raises OptionError if a size cannot be made.
     """
     width, height, frames = size_of(request, usual)
     if task.frames == 1 and frames != 1:
@@ -227,9 +226,9 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-    if follows_image and task.takes_image and request.first_image is not None:
+    if task.takes_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
-    elif follows_image and task.keeps_image and request.image_path is not None:
+    elif task.keeps_image and request.image_path is not None:
         width, height = nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
     size = width, height, whole_frames(frames, latent)
     if task.keeps_image and request.image_path is not None and size[2] == 1:

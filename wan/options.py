@@ -20,7 +20,9 @@ from modules.options import (
 from modules.speed_options import VaeOptions, dit_dtype_option
 from wan.configs import TASKS
 
+_NO_VACE = "VACE is not built yet; --task t2v-14B-FC and --control_path follow a control video"
 NOT_BUILT = {
+    **dict.fromkeys(("vace-1.3B", "vace-14B", "vace-A14B"), _NO_VACE),
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
@@ -84,6 +86,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
     one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
+    vace = unsupported(_NO_VACE)
 
 
 class WanTextCachingOptions(Options, title="Wan"):
@@ -151,6 +154,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         facts=IDENTITY,
     )
     one_frame = unsupported(_NO_ONE_FRAME, "one-frame mode")
+    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
+    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,6 +198,12 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
     riflex_index: int = option()  # read here only to be checked early
+    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
+    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
+    vace_scale = unsupported(_NO_VACE, type=float, default=1.0, metavar="VALUE")
+    src_video = unsupported(_NO_VACE, type=str, metavar="VALUE")
+    src_mask = unsupported(_NO_VACE, type=str, metavar="VALUE")
+    src_ref_images = unsupported(_NO_VACE, type=str, nargs="+", metavar="VALUE")
     one_frame_inference = unsupported(_NO_CONTROLS, "one-frame mode", type=str)
     control_image_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
     control_image_mask_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")

@@ -1,8 +1,10 @@
 """Z-Image, described for the shared loops."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
@@ -21,7 +23,8 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.family import DitSpec, Family, NoiseSpec
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
@@ -58,7 +61,15 @@ Z_IMAGE_USE = LanguageUse(
 
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
+# of a transformer whose name says no release: those of the known tuner
 DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
+# pattern of a name -> defaults of that release; tensors do not tell them apart. Source: the model cards
+RELEASED = {
+    r"turbo": replace(DEFAULTS, steps=8),
+    r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$": replace(
+        DEFAULTS, steps=28, guidance_scale=4.0
+    ),
+}
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
@@ -92,16 +103,34 @@ class ZImage(ModelOfPictures):
         "implementation": "https://github.com/Tongyi-MAI/Z-Image",
         "model_type": "z_image",
     }
+    few_steps: ClassVar = FewSteps(
+        "Train on the base (z_image_bf16.safetensors), whose LoRAs work on Turbo too, or give "
+        "--training_adapter with the file of ostris/zimage_turbo_training_adapter",
+        words="zit",
+    )
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
+    noise_dtype: ClassVar = torch.float32  # as released
     lora_module: str = field(default="networks.lora_zimage", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
-    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=Z_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=Z_IMAGE_USE.keys, init=False)
     called: str = field(default=NAME, init=False)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation: of the release that the name of the file or the repository says."""
+        dit = self.files.dit
+        if dit is None:
+            return DEFAULTS
+        repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
+        names = [dit.name.removesuffix(".safetensors"), *repository]
+        for pattern, usual in RELEASED.items():
+            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
+                return usual
+        return DEFAULTS
 
     # encoding
 
@@ -174,10 +203,6 @@ class ZImage(ModelOfPictures):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
-
-    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn as such, as released."""
-        return noise.draw(LATENT.shape(1, prepared.height, prepared.width))
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:

@@ -13,17 +13,27 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
   target.firstChild?.removeAttribute("src"); // ends its loading
   target.firstChild?.remove();
   if (!isIntersecting) return;
-  const media = show(target.dataset.src, ""), grid = target.closest(".grid");
+  const media = show(target.dataset.src, "", target), grid = target.closest(".grid");
   const shape = () => grid?.style.setProperty("--shape", `${media.videoWidth ?? media.naturalWidth} / ${media.videoHeight ?? media.naturalHeight}`);
-  media.addEventListener(media.play ? "loadedmetadata" : "load", shape, { once: true });
-  target.append(media);
+  media.addEventListener(media.play ? "loadedmetadata" : "load", () => media.isConnected && shape(), { once: true });
 }), { rootMargin: "200px" });
 
-function show(address, text) {
+// Puts a sample into its box, or says that this browser cannot show it.
+function show(address, text, box) {
   const media = document.createElement(address.endsWith(".mp4") ? "video" : "img");
   Object.assign(media, { src: address, muted: true, loop: true, playsInline: true, alt: text });
   media.setAttribute(text ? "aria-label" : "aria-hidden", text || "true"); // its box has a label
+  const fail = () => {
+    if (!media.isConnected || !media.hasAttribute("src")) return; // it has left the view
+    const said = document.createElement("span");
+    said.className = "none";
+    said.textContent = `This browser cannot show ${decodeURIComponent(address.split("/").pop())}: it is gone, damaged, or coded otherwise.`;
+    media.replaceWith(said);
+  };
+  media.addEventListener("error", fail);
+  media.addEventListener("loadeddata", () => media.videoWidth || fail()); // of an unknown picture the sound alone plays
   seen.add(media);
+  box.replaceChildren(media);
   return media;
 }
 
@@ -39,12 +49,21 @@ function keepStep() {
   for (const clip of seen) {
     if (!clip.isConnected) seen.delete(clip);
     if (!clip.duration) continue;
+    if (clip.mozHasAudio || clip.webkitAudioDecodedByteCount || clip.audioTracks?.length) all(".hearing").forEach((label) => { label.hidden = false; });
+    clip.muted = clip !== heard || !all(".sound").some((box) => box.checked);
     if (!playing) { clip.pause(); continue; }
     const place = now % clip.duration;
     if (Math.abs(clip.currentTime - place) > 0.2 && clip.duration - Math.abs(clip.currentTime - place) > 0.2) clip.currentTime = place;
     if (clip.paused) clip.play().catch(() => {});
   }
 }
+
+// the one clip that may be heard: under the pointer, or with the focus
+let heard = null;
+for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, ({ target }) => {
+  const clip = target.closest?.("td, .pair > div")?.querySelector("video");
+  if (clip && clip !== heard) { heard = clip; keepStep(); }
+});
 
 function setPlaying(value) {
   playing = value;
@@ -80,8 +99,8 @@ function fill(select, samples, chosen) {
 
 function showPair() {
   for (const side of ["left", "right"]) {
-    const address = $(side).value, box = document.querySelector(side === "left" ? ".pair .a" : ".pair .b");
-    box.replaceChildren(show(address, $(side).selectedOptions[0].text));
+    const box = document.querySelector(side === "left" ? ".pair .a" : ".pair .b");
+    heard = show($(side).value, $(side).selectedOptions[0].text, box);
   }
   $("open").href = $("right").value;
   moveLine();
@@ -119,13 +138,30 @@ document.addEventListener("click", async (event) => {
     $("beside").showModal();
     showPair();
   }
-  if (copy) {
-    await navigator.clipboard?.writeText(copy.previousElementSibling.textContent);
-    copy.textContent = navigator.clipboard ? "Copied" : "Select the text above";
-  }
+  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? "Copied" : "Select the text above";
   if (event.target.id === "play") setPlaying(!playing);
   if (event.target.id === "close") $("beside").close();
 });
+
+async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text); // over https and on this machine only
+    return true;
+  } catch {
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const isDone = document.execCommand("copy");
+    area.remove();
+    return isDone;
+  }
+}
+
+document.addEventListener("click", (event) => {
+  const said = event.target.closest("[data-confirm]")?.dataset.confirm;
+  if (said && !confirm(said)) { event.preventDefault(); event.stopImmediatePropagation(); }
+}, true);
 
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
@@ -141,8 +177,20 @@ document.addEventListener("input", (event) => {
 });
 $("beside")?.addEventListener("close", () => all(".pair > div").forEach((box) => box.replaceChildren()));
 
+// ---- boxes whose end is the newest stay there until someone moves them
+function showNewest() {
+  all(".newest").filter((box) => !box.isMoved).forEach((box) => box.scrollTo(box.scrollWidth, box.scrollHeight));
+}
+
+document.addEventListener("scroll", ({ target: box }) => {
+  if (!box.matches?.(".newest")) return;
+  const rest = [box.scrollWidth - box.clientWidth - box.scrollLeft, box.scrollHeight - box.clientHeight - box.scrollTop];
+  box.isMoved = Math.max(...rest) > 40; // pixels
+}, true);
+
 // ---- curves
 const place = $("plots");
+const DASHES = [[], [6, 4], [2, 3], [10, 4, 2, 4]]; // of runs; a colour is of a curve
 const INKS = ["--ink-1", "--ink-2", "--ink-3", "--ink-4", "--ink-5", "--ink-6"];
 const others = new Map(); // id -> name of runs beside this one
 const told = new Map(); // id of a run -> its last news
@@ -160,10 +208,13 @@ function smooth(values, weight) {
 
 function lines(title) {
   const found = [], style = getComputedStyle(document.documentElement), weight = +$("smooth").value;
-  [...told.values()].forEach((news, run) => {
-    for (const chart of news.charts.filter((one) => one.title === title)) for (const curve of chart.curves) {
-      const ink = style.getPropertyValue(INKS[(found.filter((one) => one.label).length) % INKS.length]).trim();
-      const label = told.size > 1 ? `${news.name}: ${curve.name}` : curve.name, dash = run ? [6, 4] : [];
+  const charts = [...told].map(([id, news]) => [id, news, news.charts.filter((one) => one.title === title)]);
+  const names = [...new Set(charts.flatMap(([, , own]) => own.flatMap((chart) => chart.curves.map((curve) => curve.name))))];
+  charts.forEach(([id, news, own]) => {
+    for (const curve of own.flatMap((chart) => chart.curves)) {
+      const ink = style.getPropertyValue(INKS[names.indexOf(curve.name) % INKS.length]).trim();
+      const label = told.size > 1 ? `${news.name}: ${curve.name}` : curve.name;
+      const dash = DASHES[[place.dataset.run, ...others.keys()].indexOf(id) % DASHES.length];
       if (curve.smoothing && weight) {
         found.push({ x: curve.x, y: curve.y, ink: ink + "55", width: 1 });
         found.push({ x: curve.x, y: smooth(curve.y, weight), ink, label, dash, width: 2 });
@@ -183,9 +234,9 @@ function makePlot(title, label, curves) {
     title, width: box.clientWidth, height: 260, cursor: { drag: { x: true, y: false } },
     scales: { x: { time: false }, y: { distr: $("log").checked && title !== "Seconds per step" ? 3 : 1 } },
     axes: [axis, { ...axis, size: 64, values: (_, values) => values.map((value) => value === null ? "" : +value.toPrecision(4)) }],
-    series: [{ label: "step" }, ...curves.map((curve) => ({
-      label: curve.label ?? "each", stroke: curve.ink, width: curve.width, dash: curve.dash, spanGaps: true,
-      points: { show: !!curve.dots, size: 5 }, value: (_, value) => value === null || value === undefined ? "" : value.toPrecision(4),
+    series: [{ label: "step", value: (_, value) => tellValue(value) }, ...curves.map((curve) => ({
+      label: curve.label ?? "each step", stroke: curve.ink, width: curve.width, dash: curve.dash, spanGaps: true,
+      points: { show: !!curve.dots, size: 5 }, value: (_, value) => tellValue(value),
     }))],
     hooks: { setSelect: [(plot) => plot.select.width > 4 && setZoom(plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x"))] },
   };
@@ -193,10 +244,17 @@ function makePlot(title, label, curves) {
   plot.over.addEventListener("dblclick", () => setZoom());
   plot.root.setAttribute("role", "img");
   plot.root.setAttribute("aria-label", `${title} over steps`);
+  widths.observe(box);
   return { title, plot, box, shape: shapeOf(curves) };
 }
 
-const shapeOf = (curves) => JSON.stringify([$("log").checked, curves.map((curve) => [curve.label, curve.ink, curve.width])]);
+const tellValue = (value) => value === null || value === undefined ? "" : `: ${+value.toPrecision(4)}`;
+// a figure's width follows the window, a scroll bar, and charts that come beside it
+const widths = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+  const one = plots.find((plot) => plot.box === target);
+  if (one && target.clientWidth && one.plot.width !== target.clientWidth) one.plot.setSize({ width: target.clientWidth, height: 260 });
+}));
+const shapeOf = (curves) => JSON.stringify([$("log").checked, curves.map((curve) => [curve.label, curve.ink, curve.width, curve.dash])]);
 
 function draw() {
   if (!place || !told.size) return;
@@ -225,7 +283,6 @@ function drawAnew() {
   ask();
 }
 
-addEventListener("resize", () => plots.forEach((one) => one.plot.setSize({ width: one.box.clientWidth, height: 260 })));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { plots.forEach((one) => { one.shape = ""; }); draw(); });
 
 // ---- what is new
@@ -266,10 +323,15 @@ async function goOn(wait) {
   }, wait);
 }
 
-document.addEventListener("htmx:after:swap", () => { watch(); setPlaying(playing); });
-document.addEventListener("htmx:after:request", ({ target, detail }) => { if (target.matches(".add") && detail.ctx.response.raw.ok) target.reset(); });
+document.addEventListener("htmx:after:swap", () => { watch(); showNewest(); keepStep(); });
+document.addEventListener("htmx:after:request", ({ target, detail }) => {
+  if (!detail.ctx.response.raw.ok) return;
+  if (target.matches(".add")) target.reset();
+  if (target.matches(".enqueue")) target.querySelector("button:not(.copy)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+});
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
 watch();
+showNewest();
 setPlaying(playing);
 setInterval(keepStep, 250);
 goOn(place ? 0 : 5000);

@@ -27,7 +27,7 @@ from dataset.sources.rows import RowReader
 from modules.atomic_write import append_text, atomic_path, write_text
 from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
-from modules.text_files import bad_character, parse_json, read_lines
+from modules.text_files import bad_character, parse_json, read_lines, real_path
 
 EXTENSION = ".txt"  # of tables that name none
 MADE = ".captions_made.jsonl"
@@ -126,7 +126,7 @@ class CaptionList:
                 if not self._has_backup and (is_foreign or not has_older):
                     keep_backup(self.path)
                     self._has_backup = True
-                path = self.path.resolve()  # a link stays one
+                path = real_path(self.path)  # a link stays one
                 with atomic_path(path, self._stamp[1]) as temporary:
                     temporary.write_bytes("".join(lines).encode("utf-8"))
                     shutil.copymode(path, temporary)

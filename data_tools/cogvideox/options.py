@@ -4,6 +4,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.text_files import real_path
 
 SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # of the form; pixels
 FRAMES = 49  # of the form, for preparing
@@ -139,7 +140,7 @@ class PrepareOptions(Options, title="output and threads"):
     workers: WorkerOptions
 
     def __post_init__(self) -> None:
-        if self.output_dir.resolve() == self.source.data_root.resolve():
+        if real_path(self.output_dir) == real_path(self.source.data_root):
             raise OptionError(
                 f"--output_dir {self.output_dir} is --data_root: its lists would be written over. Give "
                 "another folder."

@@ -5,6 +5,7 @@ from pathlib import Path
 from modules.errors import OptionError
 from modules.media.options import CodecOptions
 from modules.options import Options, option
+from modules.text_files import real_path
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -130,7 +131,7 @@ class CuttingOptions(Options, title="input and output"):
     form: ClipFormat
 
     def __post_init__(self) -> None:
-        if self.input.is_dir() and self.input.resolve() == self.output.resolve():
+        if self.input.is_dir() and real_path(self.input) == real_path(self.output):
             raise OptionError(
                 f"--output {self.output} is --input too. Give another folder, such as one in it"
             )

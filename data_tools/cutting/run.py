@@ -36,7 +36,7 @@ from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import VideoSection, write_shown
-from modules.text_files import bad_character
+from modules.text_files import bad_character, real_path
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def cut_footage(options: CuttingOptions) -> None:
     started = time.monotonic()
     load_detector(options.scenes)  # which says what is missing before anything is read
     sources = find_videos(options.input, options.output)
-    output, list_path = options.output.resolve(), options.list_path.resolve()
+    output, list_path = real_path(options.output), real_path(options.list_path)
     if bad_character(str(output)):
         raise OptionError(f"--output {ascii(str(output))}: the list of clips cannot hold this name")
     records = {} if options.dry_run else read_records(output)
@@ -132,8 +132,8 @@ def find_videos(given: Path, output: Path) -> dict[Path, str]:
     there. Raises MediaError without any video.
     """
     if not given.is_dir():
-        return {given.resolve(): readable_stem(given.stem)}
-    root, own = given.resolve(), output.resolve()
+        return {real_path(given): readable_stem(given.stem)}
+    root, own = real_path(given), real_path(output)
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         here = Path(folder)

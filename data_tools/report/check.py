@@ -32,6 +32,7 @@ from dataset.batches.items import (
     TrainingItem,
     find_items,
     group_items,
+    learn_no_references,
 )
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch, stores_for
@@ -48,11 +49,13 @@ from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
 from dataset.options import GUESS, CachingOptions, CheckPageOptions
 from dataset.sources.captions import SHOWN, guess_captions, read_caption
+from dataset.sources.clock import find_other_lengths
+from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
-from dataset.sources.references import reference_buckets
+from dataset.sources.references import NO_REFERENCE, lack_references, reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
@@ -67,6 +70,7 @@ from modules.text_files import bad_character, read_content
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
 NO_ITEM = "tables have no item to train on"
+EDITS_NOTHING = "model that takes reference pictures gets none"
 BACKUP = ".bak"  # behind the name of a caption that is rewritten
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
@@ -157,6 +161,8 @@ def check_caching(
             except DatasetError as error:
                 found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
+            found.remarks += find_other_lengths(found.sources, recipe.fps)
+            found.remarks += find_colours(found.sources, latent.masks_latents)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
             plans = of_texts.plan_all(captions)
@@ -172,6 +178,8 @@ def check_caching(
         items = f", {found.num_items} items" if media else ""
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"
         tables.append(found)
+    if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
+        tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     balance(tables)
     batches = f"{count_batches(tables)} batches an epoch, as many steps without accumulation"
     tail = (f"Training on all of it: {batches}",) if media else ()
@@ -211,6 +219,8 @@ def check_training(
         is_held_back = ", for validation" if table.validation else ""
         found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
+    if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
+        tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained = [item for item in cached.items if not item.table.validation]
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
     steps = f"{-(-order.num_batches // batches)} steps" + (f" of {batches} batches" if batches > 1 else "")

@@ -1,5 +1,6 @@
 """Collect what is found in each table: totals, faults, remarks; captions and files without a use."""
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -13,6 +14,7 @@ from dataset.sources.captions import describe_cut
 from dataset.sources.folders import folder_id, is_file, unsearched_folders
 from dataset.sources.listing import find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, is_of_shards, list_faults
+from dataset.sources.unread import find_unread
 from modules.console import count_of
 from modules.contract.family import TextEncoder
 from modules.contract.rules import CountTokens, TokenCount
@@ -181,6 +183,8 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     except DatasetError as error:
         found.unusable(error)
         return found
+    with contextlib.suppress(DatasetError):  # the listing says so
+        found.remarks += find_unread(table)
     counts = count_references(found.sources) if table.references is not None else []
     if counts:
         words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)

@@ -134,7 +134,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     found = _look_over(source, fps, latent, sample.add)
     if "problem" not in found and (source.control or source.mask_from is not None):
         try:
-            decode_source(source, fps, latent.pixel_step, latent.frame_step)
+            decode_source(source, fps, latent.pixel_step, latent.frame_step, keeps_alpha=latent.masks_latents)
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
             found |= {"problem": str(error), "lengths": (), "none": None}
     if "problem" not in found and sample.frames:

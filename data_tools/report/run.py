@@ -18,7 +18,8 @@ from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
-from dataset.config import DatasetConfig, DatasetTable, with_references
+from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
+from dataset.sources.clock import find_other_lengths
 from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
@@ -52,6 +53,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     steps = options.pixel_step, options.frame_step
     latent = LatentSpec(*LATENTS.get(steps, USUAL), *steps)
     decodes = not options.no_decode
+    config = with_lengths(config, options.frame_step)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     tars = [tar for table in config.datasets for tar in table.tars or () if is_address(tar)]
@@ -91,6 +93,7 @@ def _measure_table(
     if not found.sources:
         return found
     check_captions(found)
+    found.remarks += find_other_lengths(found.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:

@@ -47,7 +47,9 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
     def decode(source: MediaSource) -> DecodedSource:
         # a picture that is another each time is shown as it may be trained once
-        return decode_source(source, fps, latent.pixel_step, latent.frame_step, _numbers(source))
+        return decode_source(
+            source, fps, latent.pixel_step, latent.frame_step, _numbers(source), latent.masks_latents
+        )
 
     def show_items(media: DecodedSource, most: int | None) -> Iterator[str]:
         """Show the items of a source, at most so many; yield the answer to each."""

@@ -38,6 +38,8 @@ from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.buckets import Size
 
+LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
+
 
 @dataclass(frozen=True)
 class ItemKind:
@@ -302,6 +304,21 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
         else item
         for item in items
     ]
+
+
+def learn_no_references(
+    items: Sequence[TrainingItem], stores: Stores, live: Mapping[int, LiveTable] = MappingProxyType({})
+) -> bool:
+    """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
+    images = [item for item in items if item.table.references is not None and item.table.kind == "image"]
+    for item in images[:: len(images) // LOOKED_AT + 1]:
+        if not item.kind.has_latents:
+            found: Sequence[object] = live[item.table.index].sources[item.source_stem].control
+        else:
+            found = item.references or _reference_sizes(stores.of(item.table), item.file_name)
+        if found:
+            return False
+    return bool(images)
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ from modules.contract.data import (
 )
 from modules.errors import CacheError
 
+logger = logging.getLogger(__name__)
+
 
 def check_channels(
     items: Iterable[TrainingItem],
@@ -56,9 +59,11 @@ def check_channels(
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes. stores: of the run. Items that are encoded while training have no caches.
+    in their sizes. Warns of those that do not say their frame rate. stores: of the run. Items that are
+    encoded while training have no caches.
     """
     stores = stores or Stores()
+    unsaid: list[Path] = []  # of other programs
     for *_, item in group_items(items).values():
         if not item.kind.has_latents:
             continue
@@ -71,6 +76,16 @@ def check_channels(
                 f"  Make them again with: {commands.latents}\n"
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
+        if latent.unsaid_fps is not None and FPS not in header.keys:
+            unsaid.append(item.latent_path)
+    if unsaid:
+        logger.warning(
+            "%s, and maybe others, was made by another program and does not say how many frames make a "
+            "second: %g are taken. If it was cached at another rate (target_fps), cache it here: %s",
+            unsaid[0],
+            latent.unsaid_fps,
+            commands.latents,
+        )
 
 
 def other_space(channels: int, latent: LatentSpec) -> str:
@@ -174,6 +189,8 @@ class _Reader:
                 sound = self._read_entry(item, item.sound_path, SOUND_MADE, SOUND, self._sound_faults)
                 part.tensors[SOUND] = sound.tensors[SOUND]
                 part.made_by += sound.made_by
+            if self.latent.unsaid_fps is not None and FPS not in part.tensors:
+                part.tensors[FPS] = torch.tensor(self.latent.unsaid_fps)
         self.checks.add(item.table.index, item.key)
         sides = {key.removesuffix(FLIPPED): one for key, one in part.tensors.items() if key.endswith(FLIPPED)}
         part.tensors = {key: one for key, one in part.tensors.items() if not key.endswith(FLIPPED)}

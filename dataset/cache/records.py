@@ -69,6 +69,8 @@ class LatentRecord:
     clip: ClipFacts | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
+    # pixels as a viewer shows them; False of versions that left out transparency and colour profiles
+    as_shown: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class TextRecord:
     # what the table adds to captions, and how many there are if several; only what is not the default
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
+    as_shown: bool = False  # and saw as a viewer shows them: transparent ones on white
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
@@ -93,7 +96,7 @@ def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
     """Return the metadata entries for the records of a text cache, by encoder name."""
     texts = {name: dataclasses.asdict(record) for name, record in records.items()}
     for text in texts.values():
-        for key in ("settings", "references"):
+        for key in ("settings", "references", "as_shown"):
             if not text[key]:
                 del text[key]
     return _guard({"texts": texts})
@@ -119,6 +122,7 @@ def latent_record(header: Header) -> LatentRecord | None:
             clip=clip,
             parts=int(data["parts"]),
             crc32=dict(data.get("crc32", {})),
+            as_shown=bool(data.get("as_shown", False)),
         )
 
     return _read_record(header, "latents", parse)
@@ -154,6 +158,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
                 crc32=dict(one.get("crc32", {})),
                 settings=dict(one.get("settings", {})),
                 references=tuple(FileIdentity(**file) for file in one.get("references", ())),
+                as_shown=bool(one.get("as_shown", False)),
             )
             for name, one in data.items()
         }

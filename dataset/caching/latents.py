@@ -90,7 +90,9 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
     with fetch(source) as here:
         check_memory(here)
         rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
-        media = decode_source(here, recipe.fps, latent.pixel_step, latent.frame_step)
+        media = decode_source(
+            here, recipe.fps, latent.pixel_step, latent.frame_step, keeps_alpha=latent.masks_latents
+        )
     media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket

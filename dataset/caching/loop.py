@@ -23,6 +23,7 @@ from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
+from modules.command import COUNT, LOCAL_RANK, RANK
 from modules.console import Row, in_words
 from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out
@@ -32,10 +33,6 @@ from modules.planning.device_memory import peak_in_words
 
 T = TypeVar("T")
 
-# torchrun and accelerate, then Intel MPI, Open MPI, MVAPICH
-RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
 
 

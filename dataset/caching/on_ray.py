@@ -24,6 +24,7 @@ from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT
+from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
@@ -187,5 +188,5 @@ def _join_cluster(ray: Any, options: RayOptions) -> None:
             needed = options.num_actors * options.cpus_per_actor
             settings["num_cpus"] = max(os.cpu_count() or 1, needed)
         if options.temp_dir is not None:
-            settings["_temp_dir"] = str(options.temp_dir.resolve())
+            settings["_temp_dir"] = str(real_path(options.temp_dir))
     ray.init(**settings)

@@ -25,7 +25,9 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
+from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.cogvideox import GivenClip, measure_source
+from dataset.sources.colours import shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
@@ -35,7 +37,9 @@ from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
-FLIP = "flip"  # in the options of a record: mirrored latents are there too
+# in the options of a record:
+FLIP = "flip"  # mirrored latents are there too
+CLOCK = "one_clock"  # the frames of control clips and masks were chosen by the clip's clock
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Recipe:
             options[FLIP] = True
         if self.has_rates:
             options["frame_rate"] = True
+        if has_beside(source):
+            options[CLOCK] = True
         return options | table.section_keys
 
     def difference(
@@ -79,7 +85,13 @@ class Recipe:
         then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
-        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
+        if CLOCK in options and CLOCK not in then and kept_one_clock(source, self.fps):
+            then[CLOCK] = True
+        return (
+            difference(record.encoder, self.encoder)
+            or options_difference(then, options, self.latent)
+            or (None if record.as_shown else shown_otherwise(source, self.latent.masks_latents))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +184,10 @@ class _Planning:
                 return None
             if found is None or self._find_change(found[1]) is not None:
                 return None
+            if has_beside(source) and not any(CLOCK in text for text in found[0]):
+                return None  # headers tell
+            if not any(text and '"as_shown": true' in text for text in found[0]):
+                return None  # of an earlier version: it depends on the pictures
             shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
 
@@ -283,7 +299,7 @@ class _Planning:
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
-            if recipe.has_rates and FPS not in header.keys:
+            if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
                 raise CacheError(f"{path}: it does not say how many frames make a second")
             references = self.source.control if self.table.references is not None else ()
             if sum(key.startswith(CONTROL) for key in header.keys) < len(references):

@@ -21,6 +21,7 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
+from dataset.sources.colours import references_otherwise
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.contract.family import TextEncoder
@@ -138,7 +139,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
                 return f"{path} changed since"
         except OSError as error:  # encoding it says what is wrong
             return str(error)
-    return None
+    return None if record.as_shown else references_otherwise(now)
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,9 @@ class TextWork:
         is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
         source = identify(file.caption_path) if file.caption_path is not None and is_file else None
         references = tuple(itertools.starmap(identify, file.references))
-        record = TextRecord(identity, file.caption or "", source, {}, file.settings, references)
+        record = TextRecord(
+            identity, file.caption or "", source, {}, file.settings, references, bool(references)
+        )
         writer.submit(partial(self._write, file, named, encoder.name, record, is_last))
 
     def _write(

@@ -43,9 +43,11 @@ from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, join_rep
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
+from dataset.sources.clock import find_other_lengths
+from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution
 from dataset.sources.frames import find_wrong_rates, shrink_mask
-from dataset.sources.listing import find_all_sources, warn_captions
+from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
@@ -109,6 +111,7 @@ class MediaWork:
         if problems:
             raise DatasetError("\n".join(problems))
         warn_captions(sources)
+        warn_unused(config, sources)
         family.check_given_files()
         self.pieces: Sequence[MediaSource] = use_moments(family, sources)
         require_form(config, family.cache_tag, stores.given)
@@ -139,9 +142,12 @@ class MediaWork:
         workers, shows = workers_of(self._options), who is not None
         plans, failures = plan_all(pieces, self._existing, self._recipe, workers, shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        wrong = find_wrong_rates([plan.source for plan in to_do])
-        if wrong:  # told and done: the option decides, as a file's header may be wrong
-            logger.warning("%s", escape_control_codes("\n".join(list_faults(wrong, LISTED))))
+        some = [plan.source for plan in to_do]
+        # told and done: of rates the option decides, as a file's header may be wrong
+        told = [*find_wrong_rates(some), *find_other_lengths(some, self._recipe.fps)]
+        told += find_colours(some, self._family.latent.masks_latents)
+        if told:
+            logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))
         if who is not None:
             rows: list[Row] = [
                 ("data", str(self._config.path)),

@@ -24,7 +24,14 @@ from dataset.sources.columns import (
     table_lines,
 )
 from dataset.sources.frames import Span
-from dataset.sources.media_source import EMBEDS, MOMENTS, Fault, GivenTensors, MediaSource
+from dataset.sources.media_source import (
+    EMBEDS,
+    MOMENTS,
+    Fault,
+    GivenTensors,
+    MediaSource,
+    number_repeats,
+)
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.checkpoints.containers import load_pickled
@@ -182,7 +189,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
             faults += [] if table.load_tensors else missing_clips(table.name, [row])
             continue
         sources.append(MediaSource(row.video, row.video.stem, caption, None, (), table, tensors=tensors))
-    return sources
+    return sources if table.load_tensors else number_repeats(sources)
 
 
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:

@@ -18,6 +18,7 @@ from dataset.sources.parquet import (
     SUFFIXES,
     VALUE_BYTES,
     Unpacking,
+    cell_column,
     largest_value,
     open_parquet,
     parquet_parts,
@@ -241,6 +242,16 @@ def _parquet_columns(
         if types.is_nested(kind):
             nested[name] = kind
     return columns, nested, lists
+
+
+def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return those columns whose values can be read cheaply, and those that hold whole files."""
+    if table_format(path) != PARQUET:
+        return [*names], []
+    part = parquet_parts(path)[0]
+    held = [name for name in names if cell_column(part, name) is not None]
+    nested = _parquet_columns(part, names)[1]
+    return [name for name in names if name not in nested and name not in held], held
 
 
 def _values(array: Any, limit: Unpacking) -> list[Any]:

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
+from dataset.sources.clock import frames_beside, kept_frames
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
     Span,
     bucket_of,
     frames_wanted,
-    keep_pattern,
+    is_still,
     read_moving,
     read_still,
     resample_indices,
@@ -42,12 +43,9 @@ from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
     fit_frame,
-    frames_at_rate,
     image_size,
-    image_suffixes,
     read_image,
     resize_cover,
-    video_frames,
     video_info,
 )
 
@@ -98,14 +96,15 @@ def decode_source(
     step: int = 16,
     frame_step: int = 4,
     numbers: random.Random | None = None,
+    keeps_alpha: bool = False,
 ) -> DecodedSource:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
-    LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation` says; without
-    them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
-    resolution is not a multiple of `step`.
+    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha: of the
+    family's LatentSpec (`masks_latents`). numbers: draws how a picture differs this time, as its table's
+    `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
+    small, DatasetError if the resolution is not a multiple of `step`.
     """
     table = source.table
     with fetch(source) as here:
@@ -113,32 +112,42 @@ def decode_source(
             why = "its latents are given (load_tensors), so that no frames are read"
             raise MediaError(f"{source.path}: {why}")
         if table.kind == "image":
-            return dataclasses.replace(_decode_image(here, step, numbers), source=source)
-        decoded = _kept_frames(here.path, table, fps, table.alpha_mask)
-        first = next(decoded)
+            return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
+        clock: list[tuple[int, float]] = []  # number and second of each kept frame
+
+        def decoded() -> Iterator[Frame]:
+            for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
+                clock.append((number, second))
+                yield frame
+
+        frames_in = decoded()
+        first = next(frames_in)
         size = (first.shape[1], first.shape[0])
         bucket = bucket_of(table, size, step, here.path)
-        frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
+        frames, mask = _gather(itertools.chain([first], frames_in), bucket, frames_wanted(table))
         path, count = here.mask, len(frames)
-        if path is not None:  # one image for all frames, or a clip at the same rate
+        if path is not None:  # one image for all frames, or a clip
             place = functools.partial(resize_cover, bucket=bucket)
-            if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
+            if is_still(path):
                 mask = read_still(path, place, size, count)
             else:
-                mask = read_moving(path, _kept_frames(path, table, fps), place, size, count)
+                beside = frames_beside(path, here.path, table, fps, clock, alpha=True)
+                mask = read_moving(path, beside, place, size, count)
         found, reason = spans_or_reason(table, count, frame_step)
         control = []
         for path in here.control if found else ():
             # a longer control clip is cut, a shorter one repeats its last frame
-            clip, _ = _gather(itertools.islice(_kept_frames(path, table, fps), count), bucket, count)
+            clip, _ = _gather(frames_beside(path, here.path, table, fps, clock), bucket, count)
             missing = count - len(clip)
             control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
     return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
 
 
-def _decode_image(source: MediaSource, step: int, numbers: random.Random | None) -> DecodedSource:
+def _decode_image(
+    source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool
+) -> DecodedSource:
     table = source.table
-    image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
+    image, alpha = _colours_and_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
@@ -165,7 +174,7 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
             control.append(read_reference(path, source, place, is_mirrored))
             continue
         # alpha apart from the colours: Pillow would darken these by it, and generation does not
-        colours, own_alpha = _colours_and_alpha(read_image(path, alpha=True))
+        colours, own_alpha = _colours_and_alpha(read_image(path, keeps_alpha))
         parts = [place(colours)] + ([] if own_alpha is None else [place(own_alpha)[..., None]])
         control.append(np.concatenate(parts, axis=2)[None])
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
@@ -190,7 +199,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
             info = video_info(here.path)
             size = (info.width, info.height)
             if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
-                kept = sum(1 for _ in _kept_frames(here.path, table, fps))
+                kept = sum(1 for _ in kept_frames(here.path, table, fps))
             else:
                 kept = len(resample_indices(info.frames, table.stated_fps, fps))
             found, reason = spans_or_reason(table, kept, frame_step)
@@ -207,7 +216,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
         if source.table.kind == "image":
             yield read_image(here.path)
         else:
-            yield from _kept_frames(here.path, source.table, fps)
+            yield from (frame for frame, _, _ in kept_frames(here.path, source.table, fps))
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
@@ -226,19 +235,6 @@ def check_resolution(table: DatasetTable, step: int) -> None:
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
-
-
-def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
-    """Yield the frames kept at `fps`, at their own size, no more than the table needs.
-
-    With source_fps = "auto", and of GIF and WebP, those shown at that rate. These are played at the
-    source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
-    times: all of them are frames. alpha: with their transparency, if they have any.
-    """
-    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
-    frames = frames_at_rate(path, table.stated_fps or fps, alpha) if is_timed else video_frames(path, alpha)
-    kept = (frame for frame, keep in zip(frames, keep_pattern(table.stated_fps, fps), strict=False) if keep)
-    return itertools.islice(kept, frames_wanted(table))
 
 
 def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> tuple[Clip, Mask | None]:

@@ -30,7 +30,7 @@ from modules.media.buckets import (
 )
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_video
-from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image
+from modules.media.reading import VIDEO_SUFFIXES, Frame, MaskLook, image_suffixes, read_mask
 
 Span = tuple[int, int]
 
@@ -41,7 +41,7 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for all families). Spans are sorted by
+    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for most families). Spans are sorted by
     target, then by start, without duplicates.
     """
     if table.frame_extraction == "full":
@@ -199,18 +199,30 @@ def files_by_stem(
     return there
 
 
+def is_still(path: Path) -> bool:
+    """Return whether a mask is one picture for all frames."""
+    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
+
+
 def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 
     place: resizes and crops it like its picture.
     """
-    mask = _grey(path, read_image(path), place, size)
+    mask = _grey(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
 def read_moving(path: Path, frames: Iterator[Frame], place: Place, size: Size, num_frames: int) -> Mask:
-    """Turn the frames of a mask clip into masks; a longer one is cut, a shorter one repeats its last."""
-    masks = [_grey(path, frame, place, size) for frame in itertools.islice(frames, num_frames)]
+    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer one is cut, a shorter one repeats its
+    last.
+    """
+    look, masks, opacities = MaskLook(), list[Frame](), list[Frame]()
+    for frame in itertools.islice(frames, num_frames):
+        on_white, opacity = look.add(frame)
+        masks.append(_grey(path, on_white, place, size))
+        opacities.append(place(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
+    masks = opacities if look.is_drawn else masks
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
 

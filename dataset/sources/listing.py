@@ -37,11 +37,12 @@ from dataset.sources.media_source import (
     readable_stem,
     unique_stems,
 )
-from dataset.sources.references import limit_references
+from dataset.sources.references import NO_REFERENCE, lack_references, limit_references
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
 from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
-from modules.control_codes import shorten
+from dataset.sources.unread import find_unread
+from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
 from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
@@ -84,10 +85,13 @@ def find_sources(
     sources = limit_references(table, sources)
     first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
     same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    twice = f"rows of {table.name} repeat another one and would share a cache file; take them out"
     long = f"names of {table.name} are too long for the names of their caches; rename the files"
     for source in sources:
         other = first.setdefault(os.path.normcase(source.stem), source)
-        if other is not source:
+        if other is not source and other.path == source.path:
+            found.append(Fault(twice, str(source.path), source.stem))
+        elif other is not source:
             found.append(Fault(same, f"{other.path} and {source.path}", source.stem))
         # no character takes more than four bytes
         if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
@@ -133,6 +137,15 @@ def find_all_sources(
     for line in unsearched_folders(config):
         logger.warning("%s", line)
     return sources
+
+
+def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
+    unread = [fault for table in config.datasets for fault in find_unread(table)]
+    if unread:
+        logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
+    if lack_references(config.datasets, sources):
+        logger.warning("%s", NO_REFERENCE)
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:

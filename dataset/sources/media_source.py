@@ -10,7 +10,7 @@ import gc
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,38 @@ def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
     identities: texts that differ if the sources do. So neither the order of a table nor other rows matter to
     a stem that occurs once, and equal sources keep equal stems, which the listing reports.
     """
-    counts = Counter(stem.casefold() for stem in stems)
+    counts = Counter(stem for stem, _ in {*zip(map(str.casefold, stems), identities, strict=True)})
     return [
         stem if counts[stem.casefold()] == 1 else f"{stem}-{short_hash(identity)}"
         for stem, identity in zip(stems, identities, strict=True)
     ]
+
+
+def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
+    """Give a file that stands in several rows, with other captions, control media, masks or sound, a stem for
+    each, in the order of the rows: `t`, `t-2`, `t-3`.
+
+    Equal rows keep equal stems, which the listing reports.
+    """
+    places = Counter((source.path, source.origins[:1]) for source in sources)
+    if not places or max(places.values()) == 1:
+        return list(sources)
+    taken = {source.stem.casefold() for source in sources}
+    seen: dict[object, dict[object, str]] = {}  # by file: stems by what else stands in a row
+    numbered = []
+    for source in sources:
+        file = source.path, source.origins[:1]
+        rest = source.caption, source.more_captions, source.control, source.mask, source.sound
+        stems = seen.setdefault(file, {}) if places[file] > 1 else {}
+        if rest not in stems:
+            stem, number = source.stem, len(stems) + 1
+            while stems and stem.casefold() in taken:
+                stem, number = f"{source.stem}-{number}", number + 1
+            taken.add(stem.casefold())
+            stems[rest] = stem
+        stem = stems[rest]
+        numbered.append(source if stem == source.stem else replace(source, stem=stem))
+    return numbered
 
 
 def local_name(address: str) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,19 @@ from modules.media.reading import Frame, fit_frame, image_size, read_image
 logger = logging.getLogger(__name__)
 
 _bucket_sizes = functools.cache(bucket_sizes)
+
+
+NO_REFERENCE = (
+    "no image has a reference: this trains text to image. To train edits, give control_directory, or "
+    "control_path in the lines of a list or table"
+)
+
+
+def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
+    """Return whether the model of these tables takes reference pictures and no image of them has one."""
+    takes = {table.index for table in tables if table.references is not None and table.kind == "image"}
+    images = [source for source in sources if source.table.index in takes]
+    return bool(images) and not any(source.control for source in images)
 
 
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:

@@ -17,6 +17,7 @@ from dataset.sources.media_source import (
     Origin,
     Remote,
     local_name,
+    number_repeats,
     split_name,
     unique_stems,
 )
@@ -77,13 +78,13 @@ class RowReader:
         captions = complete_captions(found, self.table) if found else None
         numbered: dict[int, str] = {}  # control_path, or control_path_<number>
         for name in values:
-            number = control_number(name)
+            number = 0 if name == self.table.control_column else control_number(name)
             if number is None or (text := self._text(name, values, where)) is None:
                 continue
             if number in numbered:
                 raise DatasetError(
-                    f"{where}: {name} repeats the number of another control_path; control_path is "
-                    "control_path_0"
+                    f"{where}: {name} repeats the number of another control_path; control_path and "
+                    "control_column are control_path_0"
                 )
             numbered[number] = text
         first_ones = sorted(numbered)[: self.table.control_count]
@@ -109,7 +110,7 @@ class RowReader:
             else replace(source, stem=stem)
             for source, stem in zip(sources, stems, strict=True)
         ]
-        return check_controls(self.table, named, faults, f"{self.unit}s of {self.file}")
+        return check_controls(self.table, number_repeats(named), faults, f"{self.unit}s of {self.file}")
 
     @property
     def unit(self) -> str:

@@ -100,22 +100,37 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | Non
     (None: all).
     """
     columns = column_names(path)
+    path_column, caption_column = choose_columns(table, columns)
+    cells = _cells(path, path_column)
+    base = None if cells else _base_of(path, path_column)
+    wanted = names_read(table, path_column, caption_column or "")
+    wanted -= {path_column} if cells else set()
+    wanted |= {name for name in columns if control_number(name) is not None}
+    rows = RowReader(table, path, path_column, caption_column, base=base)
+    return rows, cells, None if table_format(path) == JSONL else wanted
+
+
+def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, str | None]:
+    """Return the columns of a table's media and captions, None without these.
+
+    Raises DatasetError if a column that a key names is missing, or that of the media.
+    """
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
-    cells = _cells(path, path_column or table.kind)
     if path_column is None and table.kind not in columns:
         usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
         raise DatasetError(
             f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
-    caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
-    path_column = path_column or table.kind
-    base = None if cells else _base_of(path, path_column)
-    wanted = {"mask_path", "audio_path", *(name for name in columns if control_number(name) is not None)}
-    wanted |= {"captions"} if table.multi_caption else set()
-    wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
-    rows = RowReader(table, path, path_column, caption_column, base=base)
-    return rows, cells, None if table_format(path) == JSONL else wanted
+    _choose(table, "control_column", (), columns)
+    return path_column or table.kind, _choose(table, "caption_column", CAPTION_COLUMNS, columns)
+
+
+def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
+    """Return the columns that are read, but for those with numbers: `control_number`."""
+    names = {path_column, caption_column, table.control_column or "", "mask_path"}
+    names |= {"captions"} if table.multi_caption else set()
+    return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}
 
 
 def _cells(path: Path, name: str) -> Cells | None:

@@ -22,7 +22,7 @@ from modules.atomic_write import write_text
 from modules.errors import DatasetError, OutputError
 from modules.limits import MAX_CAPTION_BYTES, MAX_TAR_HEADER_BYTES, MAX_TAR_NAME_BYTES
 from modules.paths import short_hash
-from modules.text_files import bad_character, parse_json, require_regular_file
+from modules.text_files import bad_character, parse_json, real_path, require_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     made_for = json.dumps(
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
     )
-    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(tar.resolve()))}.json"
+    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(real_path(tar)))}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
         stated, others, num_others, kept = json.loads(path.read_text("utf-8"))
         if stated == made_for:

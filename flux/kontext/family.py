@@ -71,7 +71,6 @@ KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"
 KONTEXT_NOISE = NoiseSpec(tokens=count_picture_tokens)
 KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
 GENERATION = picture_defaults(25, 1.0, 256, embedded_guidance=USUAL_GUIDANCE)
-SAMPLES = replace(GENERATION, steps=20)  # while training
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ class Kontext(Flux):
 
     files: KontextFiles
     trained_guidance: float = 1.0
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as the known tuner
     # to the nearest of TRAINED_SIZES; else a reference keeps its own size
     resizes_references: bool = True
-    defaults: SamplingDefaults = GENERATION
 
     name: str = field(default="flux_kontext", init=False)
     cache_tag: str = field(default="fk", init=False)
@@ -128,6 +127,7 @@ class Kontext(Flux):
     dit: DitSpec = field(default=KONTEXT_DIT, init=False)
     release: ModelRelease = field(default=KONTEXT_DEV, init=False)
     text_keys: frozenset[str] = field(default=T5.keys | CLIP.keys, init=False)
+    defaults: SamplingDefaults = field(default=GENERATION, init=False)
 
     @property
     def references(self) -> ReferenceRules:
@@ -212,10 +212,8 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
     return Kontext(
         _kontext_files(options),
         trained_guidance=options.embedded_guidance,
-        negative_is_empty=False,
         options=options,
         resizes_references=not options.no_resize_control,
-        defaults=SAMPLES,
     )
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import TensorInfo
+from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.limits import MAX_ELEMENTS, MAX_WRAPPERS
+from modules.limits import MAX_ELEMENTS, MAX_TENSOR_NAME, MAX_WRAPPERS
 from modules.text_files import read_tensor_header, require_regular_file
 
 # the first bytes of what `torch.save` writes, now and in its older format
@@ -137,11 +138,12 @@ class SafetensorsFile:
         "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for halves of characters
         places = []
         for name, entry in header.items():
+            _check_name(name)
             shape, (begin, end), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
             if kind in OTHER_DTYPES:
                 raise CheckpointError(
-                    f"{self.path}: {name} is of type {kind}, which is not supported. Give the bf16, fp16 or "
-                    "fp8 file of the model.",
+                    f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
+                    "Give the bf16, fp16 or fp8 file of the model.",
                     self.path,
                 )
             if kind not in SAFETENSORS_DTYPES:
@@ -198,8 +200,12 @@ class TorchFile:
         size, known = path.stat().st_size, set(SAFETENSORS_DTYPES.values())
         try:
             "".join(self.tensors).encode("utf-8")
+            for name in self.tensors:
+                _check_name(name)
         except UnicodeEncodeError as error:  # it could not be shown, nor written again
             raise _pickle_damage_error(path, f"a tensor's name is no text ({error})") from error
+        except ValueError as error:
+            raise _pickle_damage_error(path, str(error)) from error
         for name, info in self.tensors.items():
             if info.dtype not in known:
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
@@ -214,6 +220,11 @@ class TorchFile:
 
     def close(self) -> None:
         self._tensors = {}
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_TENSOR_NAME:
+        raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
 
 
 TensorFile = SafetensorsFile | TorchFile  # one open file of named tensors

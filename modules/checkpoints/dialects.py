@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
 from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.opening import Checkpoint, refuse_quantised
 from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 from modules.fp8.weights import linear_weights
@@ -158,7 +158,11 @@ class DitShapes:
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files."""
+    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files.
+
+    Raises CheckpointError for a quantised file, whose tensors may have other names.
+    """
+    refuse_quantised(checkpoint)
     kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])

@@ -11,7 +11,7 @@ from torch import nn
 
 from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
@@ -102,6 +102,7 @@ class DitFormat(Generic[Config, Dit]):
         # first, since some have all the tensors of a network of ours
         kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
         if kind is None:
+            refuse_quantised(checkpoint)
             try:
                 return self.read_bare(checkpoint)
             except CheckpointError:

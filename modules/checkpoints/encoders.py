@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.opening import Checkpoint, refuse_quantised
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
@@ -41,6 +41,7 @@ def network_in(
     known = (*beside, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *known))]
     if strange:
+        refuse_quantised(checkpoint)
         raise CheckpointError(
             f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "

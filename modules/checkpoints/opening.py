@@ -21,6 +21,7 @@ from torch import Tensor
 from modules.checkpoints.containers import TensorFile, open_file
 from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
+from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, is_fp8, store_scale
 from modules.paths import explain_missing
@@ -264,21 +265,41 @@ _SCALES = (".scale_weight", ".weight_scale")
 # unused once the weights are plain
 QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
 _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
-# nf4, nvfp4, GPTQ
-_FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")
+# end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
+_FOREIGN = {
+    ".weight_scale_2": "nvfp4",
+    ".weight_s_rel": "asym_w4a8_int8",
+    ".weight_zeros": "awq_w4a16",
+    **dict.fromkeys((".absmax", ".quant_map"), "nf4 or fp4 of bitsandbytes"),
+    ".SCB": "int8 of bitsandbytes",
+    **dict.fromkeys((".wscales", ".smooth_factor"), "SVDQuant of nunchaku"),
+    **dict.fromkeys((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
+    ".weight._data": "quanto",
+    ".W_q": "HQQ",
+    "_weight_qdata": "torchao",
+    ".weight_scale_inv": "fp8 in blocks",
+}
 
 
-def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, naming the form, for quantised weights that are not read: other than scaled fp8.
 
-    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
+    Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
     """
-    kinds = [
-        name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)
-    ]
+    how = _marked_formats(checkpoint) or _find_form(checkpoint.tensors)
+    if how:
+        raise CheckpointError(
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
+            "fp8 file of the model.",
+            checkpoint.path,
+        )
+
+
+def _marked_formats(checkpoint: Checkpoint) -> str:
+    """Return the formats that a file's marks name and that are not read. Raises CheckpointError."""
     try:
         layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        formats = {str(layer["format"]) for layer in layers.values()}
+        formats = {layer if isinstance(layer, str) else str(layer["format"]) for layer in layers.values()}
         for name in checkpoint.tensors:
             if name.endswith(".comfy_quant"):
                 formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
@@ -286,13 +307,30 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         raise CheckpointError(
             f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
         ) from error
-    if kinds or formats - _QUANT_FORMATS:
-        how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
-        raise CheckpointError(
-            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
-            "fp8 file of the model.",
-            checkpoint.path,
-        )
+    return ", ".join(sorted(formats - _QUANT_FORMATS))
+
+
+def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return the form of quantised weights without marks, and a tensor that shows it."""
+    for name in tensors:
+        form = next((form for ending, form in _FOREIGN.items() if name.endswith(ending)), None)
+        if form is not None or ".quant_state." in name:
+            return f"{form or 'nf4 or fp4 of bitsandbytes'}: it has {name}"
+    for name, info in tensors.items():
+        if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
+            is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
+            return f"{'fp8 in blocks' if is_float else 'mxfp8'}: it has {name} {list(info.shape)}"
+        if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+            return f"{dtype_name(info.dtype)}: {name} is of that type"
+    return None
+
+
+def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
+
+    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
+    """
+    refuse_quantised(checkpoint)
     scales = scales_in(checkpoint.tensors)
     beside = set(scales.values())
     sources = {}

@@ -269,7 +269,11 @@ class LatentSpec:
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
     # cache files hold a picture's latents as C H W, without the axis of its one frame
     flat_in_caches: bool = False
+    # latents of pictures are 0 where these are transparent; else they are laid on white
+    masks_latents: bool = False
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
+    # frames a second of clips in caches of other programs, which do not say it; None: they do, or need not
+    unsaid_fps: float | None = None
 
     @property
     def is_of_pictures(self) -> bool:

@@ -29,6 +29,7 @@ from modules.contract.data import (
     Sound,
     SoundSpec,
 )
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import BlockPlace, Placement
 from modules.contract.requests import Prepared, Prompt, Request
 from modules.contract.rules import (
@@ -95,7 +96,7 @@ class DitSpec:
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
     lora_choice: tuple[str, ...] = ()
-    lora_lists: tuple[str, ...] = ()  # further lists of blocks that a LoRA may be put on
+    lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -168,6 +169,18 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
     `isinstance` would read its properties: `identity` opens files, `network` needs a loaded one.
     """
     return hasattr(encoder, "lora_prefix")
+
+
+class EncoderWithSide(TextEncoder, Protocol):
+    """A text encoder with layers of the model's own file behind it, which LoRAs name as the transformer's."""
+
+    @property
+    def text_side(self) -> nn.Module: ...  # these layers, once loaded
+
+
+def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
+    """Return whether a text encoder is an `EncoderWithSide`; like `can_learn` it opens no file."""
+    return hasattr(type(encoder), "text_side")
 
 
 class LayeredEncoder(TextEncoder, Protocol):
@@ -271,6 +284,20 @@ class Encodes(Protocol):
 
 class Caches(Described, Encodes, Protocol):
     """Functions that caching needs of a family."""
+
+
+class KnowsFewSteps(Protocol):
+    """A family that tells whether a transformer was distilled to few steps."""
+
+    @property
+    def few_steps(self) -> FewSteps: ...
+
+    def why_few_steps(self) -> str | None: ...  # what says so of a file of this run; None: nothing does
+
+
+def knows_few_steps(family: object) -> TypeGuard[KnowsFewSteps]:
+    """Return whether a family is a `KnowsFewSteps`."""
+    return hasattr(family, "why_few_steps")
 
 
 class HearsSound(Protocol):

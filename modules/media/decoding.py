@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
+from modules.media.colours import blend_on_white, shown_pixels
 from modules.media.opening import av, open_image, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
@@ -18,9 +19,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
 
 
-def decode_frames(
-    path: Path, container: Any, stream: Any, alpha: bool = False
-) -> Iterator[tuple[Any, float]]:
+def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
     """Yield FFmpeg's frames in playing order, each with the second from which it is shown.
 
     container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
@@ -28,8 +27,8 @@ def decode_frames(
     """
     stream.thread_type = "AUTO"
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
-    codec = stream.codec_context.name if alpha else ""
-    if codec in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1":
+    codec = stream.codec_context.name
+    if hides_alpha(stream):
         try:
             decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
         except ValueError:
@@ -72,7 +71,48 @@ def decode_frames(
         )
 
 
+def hides_alpha(stream: Any) -> bool:
+    """Return whether a stream has transparency that its usual decoder does not read."""
+    return stream.codec_context.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
+
+
 Turned = TypeVar("Turned", bound=NDArray[Any])
+
+
+def has_alpha(frame: Any) -> bool:
+    """Return whether a frame of FFmpeg, or a stream's codec, has a channel of transparency."""
+    return any(part.is_alpha for part in frame.format.components)
+
+
+def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
+    """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
+
+    deep: of 16 bits, else of 8.
+    """
+    kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
+    # in one thread: with several, swscale at times damages rows
+    if not has_alpha(frame):
+        pixels: NDArray[Any] = frame.to_ndarray(format=kind, threads=1)
+        return pixels
+    with_alpha: NDArray[Any] = frame.to_ndarray(format=transparent, threads=1)
+    if alpha:
+        return with_alpha
+    opacity = with_alpha[..., 3:]
+    # the fourth byte of bare pixels in AVI is mostly nothing, often 0
+    is_bare = stream.codec_context.name == "rawvideo" and stream.container.format.name == "avi"
+    pixels = frame.to_ndarray(format=kind, threads=1)
+    if is_bare or opacity.min() == np.iinfo(opacity.dtype).max:
+        return pixels
+    return blend_on_white(np.dstack([pixels, opacity]))
+
+
+# codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
+_HDR = {16: "PQ", 18: "HLG"}
+
+
+def hdr_of(frame: Any) -> str | None:
+    """Return by which function the brightness of a frame, or of a stream's codec, is HDR; None if by none."""
+    return _HDR.get(int(frame.color_trc))
 
 
 def check_size(path: Path, container: Any, stream: Any) -> None:
@@ -192,13 +232,10 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
     with open_image(path) as image:
         for index, seconds in enumerate(durations):
             image.seek(index)
-            yield np.array(image.convert("RGBA")), seconds
-
-
-def blend_on_white(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return H W 3: a frame H W 4 over white."""
-    alpha = frame[..., 3:].astype(np.uint16)
-    return ((frame[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+            pixels = shown_pixels(path, image, alpha=True)
+            if pixels.shape[2] == 3:
+                pixels = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+            yield pixels, seconds
 
 
 def _durations(path: Path, most: int | None = None) -> list[float]:

@@ -58,13 +58,24 @@ class Codec:
     options: Mapping[str, str]
     has_crf: bool  # whether it has the options crf and preset
     suffixes: tuple[str, ...]
+    threads: int = 0  # that work on whole pictures; 0: one for each core, where the bytes are the same
 
 
+# One thread that looks ahead, as several divide pictures and judge each part alone. With AVX-512, x264's
+# macroblock tree also adds up lanes behind the end of a row, which nobody wrote: equal pictures would become
+# different files. Whatever has AVX-512 has AVX2; without the tree files are much larger (docs/decisions.md)
+_AVX512F = 13  # CV_CPU_AVX_512F, which OpenCV has for C++ only
+X264 = {"x264-params": "lookahead-threads=1" + (":asm=avx2" if cv2.checkHardwareSupport(_AVX512F) else "")}
+# A fixed number of threads: with one for each core, what they make depends on the machine
 _CODECS = {
-    "h264": Codec("libx264", "yuv420p", {}, True, (".mp4", ".mkv", ".mov")),
-    "h265": Codec("libx265", "yuv420p", {"x265-params": "log-level=error"}, True, (".mp4", ".mkv", ".mov")),
+    "h264": Codec("libx264", "yuv420p", X264, True, (".mp4", ".mkv", ".mov"), 6),
+    "h265": Codec(
+        *("libx265", "yuv420p", {"x265-params": "log-level=error"}, True),
+        *((".mp4", ".mkv", ".mov"), 3),
+    ),
     "prores": Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
 }
+LONE_COLUMN = 64  # pixels: where libx265 has one column of blocks, its result differs from run to run
 
 # width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
 # process; from 64 x 40 on it did not in many trials
@@ -150,8 +161,9 @@ def add_video_stream(
     context.color_range = colours.ColorRange.MPEG.value
     if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
         context.codec_tag = "hvc1"  # common players open no other
-    if not kind.has_crf:
-        context.thread_type = "FRAME"  # the others have threads of their own; the bytes are the same
+    context.thread_type, context.thread_count = "FRAME", kind.threads
+    if kind.encoder == "libx265" and stream.width <= LONE_COLUMN:
+        stream.options["x265-params"] += ":ctu=32"
     if bit_rate is not None:
         stream.bit_rate = bit_rate
     elif kind.has_crf:
@@ -204,7 +216,8 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     height, width = (side // 2 * 2 for side in frame.shape[:2])
     encoder, decoder = (av.CodecContext.create(*which) for which in (("libx264", "w"), ("h264", "r")))
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", Fraction(1)
-    encoder.thread_count, encoder.options = 1, {"crf": str(crf), "preset": "veryfast"}
+    encoder.thread_count = 1
+    encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])
     picture = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
     packets = [*encoder.encode(picture), *encoder.encode(), None]

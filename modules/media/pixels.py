@@ -76,20 +76,27 @@ def read_pixels(path: Path) -> Tensor:
 
 
 def image_pixels(
-    path: Path, width: int, height: int, keep_aspect: bool = True, shrink: str = "area", crf: int = 0
+    path: Path,
+    width: int,
+    height: int,
+    keep_aspect: bool = True,
+    shrink: str = "area",
+    crf: int = 0,
+    on_white: bool = True,
 ) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
     keep_aspect: scale to cover and crop the centre, as for training; else stretch, as Wan's released code
     does after choosing a size with the image's own aspect ratio. shrink: see `resize_cover`. crf: quality of
-    H.264 that the image goes through at its own size; 0: none.
+    H.264 that the image goes through at its own size; 0: none. on_white: False for the colours below what is
+    transparent.
     """
     import cv2
 
     from modules.media.encoding import recompress
     from modules.media.reading import first_frame, resize_cover
 
-    image = first_frame(path)
+    image = numpy.ascontiguousarray(first_frame(path, alpha=not on_white)[..., :3])
     if crf and min(image.shape[:2]) > 1:
         image = recompress(image, crf)
     if keep_aspect:

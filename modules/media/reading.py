@@ -8,26 +8,32 @@ failure is a MediaError with the file and the reason.
 import contextlib
 import functools
 import importlib
+import itertools
 import logging
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media.buckets import Fit, Size, fit_cover
+from modules.media.colours import Colours, blend_on_white, look_at, shown_pixels, upright
 from modules.media.decoding import (
     animation_durations,
     animation_frames,
-    blend_on_white,
     decode_frames,
     first_picture,
+    frame_pixels,
+    has_alpha,
+    hdr_of,
+    hides_alpha,
     is_animation,
     turn_upright,
 )
@@ -55,17 +61,19 @@ OPENCV_METHODS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 
+ONE_COLOUR = 2  # of 255, by which one colour may differ: programs round what is transparent
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size of the upright frames; count and rate if the header has them."""
+    """Size of the upright frames; count, rate and duration if the header has them."""
 
     width: int
     height: int
     frames: int | None
     fps: float | None
+    seconds: float | None = None
 
 
 @functools.cache
@@ -81,16 +89,76 @@ def image_suffixes() -> frozenset[str]:
 
 
 def read_image(path: Path, alpha: bool = False) -> Frame:
-    """Read an image, upright: H W 3 RGB, or H W 4 if `alpha` is set and the image has transparency.
+    """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
+
+    alpha: H W 4 if the image has transparency, with the colours below it. Raises MediaError if the image
+    cannot be read.
+    """
+    with open_image(path) as file:
+        return shown_pixels(path, upright(file), alpha)
+
+
+def media_colours(path: Path) -> Colours:
+    """Return what an image, a clip or a folder of images says of its colours; a clip by its first frame.
+
+    GIF and WebP that play are never transparent: they are laid on white. Raises MediaError if it cannot be
+    read.
+    """
+    if path.is_dir():
+        found = [media_colours(image) for image in folder_images(path)]
+        fault = next((one.fault for one in found if one.fault), None)
+        return Colours(
+            any(one.is_transparent for one in found), any(one.is_converted for one in found), fault
+        )
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        with open_video(path) as (container, stream):
+            codec, is_transparent = stream.codec_context, False
+            if hides_alpha(stream) or (codec.format is not None and has_alpha(codec)):
+                first, _ = next(decode_frames(path, container, stream))
+                shown, plain = (frame_pixels(first, stream), first.to_ndarray(format="rgb24", threads=1))
+                is_transparent = not np.array_equal(shown, plain)
+            return Colours(is_transparent, False, hdr=hdr_of(codec))
+    with open_image(path) as file:
+        colours = look_at(path, file)
+        return replace(colours, is_transparent=False) if is_animation(path) else colours
+
+
+def read_mask(path: Path) -> Frame:
+    """Read an image as a mask, H W 3: white counts; of one that is drawn by transparency what is opaque.
 
     Raises MediaError if the image cannot be read.
     """
-    with open_image(path) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-        has_alpha = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGBA" if alpha and has_alpha else "RGB"))
+    look, frame = MaskLook(), read_image(path, alpha=True)
+    on_white, opacity = look.add(frame)
+    return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
+
+
+class MaskLook:
+    """Whether a mask is drawn by its transparency: it has some, and all that can be seen has one colour."""
+
+    def __init__(self) -> None:
+        self._lows, self._highs = np.full(3, 255), np.zeros(3, int)
+        self._is_transparent = False
+
+    def add(self, frame: Frame) -> tuple[Frame, Frame]:
+        """Look at a frame of the mask, H W 3 or 4; return it on white, H W 3, and how opaque it is, H W."""
+        if frame.shape[2] == 3:
+            opacity, on_white = np.full(frame.shape[:2], 255, np.uint8), frame
+        else:
+            opacity, on_white = np.ascontiguousarray(frame[..., 3]), blend_on_white(frame)
+            self._is_transparent = self._is_transparent or int(opacity.min()) < 255
+        seen = frame[..., :3][opacity > 127]
+        if len(seen):
+            self._lows, self._highs = (
+                np.minimum(self._lows, seen.min(0)),
+                np.maximum(self._highs, seen.max(0)),
+            )
+        return on_white, opacity
+
+    @property
+    def is_drawn(self) -> bool:
+        """Return what was found in the frames so far."""
+        return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOUR
 
 
 def image_size(path: Path) -> Size:
@@ -151,12 +219,12 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
-def first_frame(path: Path) -> Frame:
+def first_frame(path: Path, alpha: bool = False) -> Frame:
     """Read an image, or the first frame of a video file or of a folder of images: H W 3.
 
-    Raises MediaError if it cannot be read.
+    alpha: as of `read_image`. Raises MediaError if it cannot be read.
     """
-    return next(video_frames(path)) if _plays(path) else read_image(path)
+    return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
 def frame_size(path: Path) -> Size:
@@ -175,11 +243,11 @@ def _plays(path: Path) -> bool:
 
 
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
-    """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
+    """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
-    alpha: H W 4 if they have transparency; without it GIF and WebP are blended on white. threads: that
-    decode; 0: FFmpeg's choice. Raises MediaError if the file is missing, empty, without a video stream, not
-    decodable, or truncated (an interrupted download).
+    alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's
+    choice. Raises MediaError if the file is missing, empty, without a video stream, not decodable, or
+    truncated (an interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
@@ -199,37 +267,48 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
     with open_video(path) as (container, stream):
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         stream.codec_context.thread_count = threads
-        for frame, start in decode_frames(path, container, stream, alpha):
+        for frame, start in decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
-            pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
+            pixels = frame_pixels(frame, stream, alpha=alpha)
             yield turn_upright(pixels, frame.rotation), start, start + shown
 
 
-def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
-    """Yield the frames shown by a video file at `rate` frames a second, by their times.
+def slots(rate: float) -> Iterator[float]:
+    """Yield, without end, the second at which the picture of each frame of a clip at `rate` is looked up."""
+    return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 
-    Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
-    `video_frames`, and if one is shown longer than MAX_SHOWN_SECONDS.
+
+def frames_at(
+    path: Path, seconds: Iterable[float], alpha: bool = False
+) -> Iterator[tuple[Frame, int, float]]:
+    """Yield the frame that a video file shows at each of these seconds, its number, and the second.
+
+    seconds: ascending, from its first frame on. One is yielded at least; else it ends where the file does.
+    Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
-    count, begin, start, end = 0, 0.0, 0.0, 0.0
+    wanted = iter(seconds)
+    place, number, begin, start, end = next(wanted), -1, 0.0, 0.0, 0.0
     shown: Frame | None = None
+    is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
         begin = frame_start if shown is None else begin
-        while shown is not None and (count + PLACE_IN_FRAME) / rate < frame_start - begin:
+        while shown is not None and place < frame_start - begin:
             _check_shown(path, frame_start - start)
-            yield shown
-            count += 1
-        shown, start, end = frame, frame_start, frame_end
+            yield shown, number, place
+            place, is_first = next(wanted, math.inf), False
+        if place == math.inf:
+            return
+        shown, number, start, end = frame, number + 1, frame_start, frame_end
     assert shown is not None  # else `timed_frames` raises
     _check_shown(path, end - start)
-    while not count or (count + PLACE_IN_FRAME) / rate < end - begin:
-        yield shown
-        count += 1
+    while is_first or place < end - begin:
+        yield shown, number, place
+        place, is_first = next(wanted, math.inf), False
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Return size, number of frames and rate; decodes one frame. A folder has the size of its first image.
+    """Return size, number of frames, rate and duration; decodes one frame. A folder has the size of its first
+    image.
 
     Raises MediaError as `video_frames` does.
     """
@@ -239,12 +318,20 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, len(images), None)
     if is_animation(path):
         durations = animation_durations(path)
-        return VideoInfo(*image_size(path), len(durations), len(durations) / sum(durations))
+        shown = sum(durations)
+        return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
         _, width, height = first_picture(path, container, stream)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
-        return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
+        fps = float(stream.average_rate) if stream.average_rate else None
+        seconds = container.duration / 1_000_000 if container.duration else None
+        return VideoInfo(width, height, frames, fps, frames / fps if frames and fps else seconds)
+
+
+def count_frames(path: Path, threads: int = 0) -> int:
+    """Return the number of frames by the header; if that has none, all are decoded. Raises MediaError."""
+    return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 
 def folder_images(folder: Path) -> list[Path]:
@@ -324,7 +411,7 @@ def pick_frames(
     exact: choose anew wherever the header is wrong, else only if it makes chosen frames missing. Raises
     MediaError if the clip cannot be read.
     """
-    number = video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
+    number = count_frames(path, threads)
     for _ in range(TRIES):
         chosen, found, frames = choose(number), 0, []
         for found, frame in enumerate(video_frames(path, threads=threads), 1):

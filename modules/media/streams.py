@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import MediaError
+from modules.media.colours import blend_on_white
 from modules.media.decoding import (
     animation_durations,
     animation_frames,
-    blend_on_white,
     check_size,
     decode_frames,
     first_picture,
+    frame_pixels,
+    hdr_of,
     is_animation,
     stated_end,
     time_origin,
@@ -34,8 +36,6 @@ USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for str
 RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
 START_TOLERANCE = Fraction(1, 1000)  # seconds, to which MP4 cuts the start of a stream
 FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
-# codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
-_HDR = {16: "PQ", 18: "HLG"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
         for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
             base = frame.time_base or stream.time_base
             if number == 0:
-                hdr = _HDR.get(int(frame.color_trc))
+                hdr = hdr_of(frame)
                 if hdr is not None:
                     logger.warning(
                         "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
@@ -140,8 +140,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
-            # in one thread, as when pictures are encoded: with several, swscale at times damages rows
-            pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24", threads=1)
+            pixels = frame_pixels(frame, stream, _is_deep(frame))
             pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             if end is not None and end - start > seconds + 1 / rate:

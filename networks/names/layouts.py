@@ -71,8 +71,6 @@ class FamilyNames:
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
-    # networks beside the transformer that LoRA files change too: (how their modules' names begin, in words)
-    beside: tuple[tuple[str, str], ...] = ()
     # of the published models, by which families with equal names in diffusers' layout are told apart: how
     # many blocks lists of that layout have, and the width of a block
     depths: tuple[tuple[str, int], ...] = ()
@@ -87,6 +85,11 @@ class FamilyNames:
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them
     further: tuple[str, ...] = ()  # our paths that no other layout has
+    # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
+    text_side: tuple[str, ...] = ()
+    text_side_words: str = ""
+    # beginnings of paths, of any layout, that files write without the prefix of the transformer
+    unprefixed: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Module names of the video models, as published or in ComfyUI's layout, and in diffusers' layout."""
 
+import re
+
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from networks.names.layouts import (
     IN_DIFFUSERS,
@@ -205,42 +207,71 @@ _LTX_TIMES = (
     ("av_cross_attn_audio_v2a_gate", "av_ca_v2a_gate_adaln_single"),
 )
 _LTX_TABLES = ("scale_shift_table", "prompt_scale_shift_table")
+_LTX_STREAMS = ("video", "audio")
+# between the text encoder and the transformer. diffusers has them in a part `connectors` of the pipeline,
+# whose own file does without that word
+_LTX_CONNECTORS = tuple(
+    (start + theirs, ours)
+    for start in ("connectors.", "")
+    for theirs, ours in (
+        *(
+            (
+                f"{stream}_connector.transformer_blocks.{{n}}.{one}",
+                f"{stream}_embeddings_connector.transformer_1d_blocks.{{n}}.{two}",
+            )
+            for stream in _LTX_STREAMS
+            for one, two in _LTX_LAYERS
+            if one.startswith(("attn1.", "ff."))
+        ),
+        ("text_proj_in", "text_embedding_projection.aggregate_embed"),
+        *(
+            (f"{stream}_text_proj_in", f"text_embedding_projection.{stream}_aggregate_embed")
+            for stream in _LTX_STREAMS
+        ),
+    )
+)
+_LTX_REGISTERS = tuple(
+    (f"{start}{stream}_connector.learnable_registers", f"{stream}_embeddings_connector.learnable_registers")
+    for start in ("connectors.", "")
+    for stream in _LTX_STREAMS
+)
+# of sound, and between sound and picture
+_LTX_SOUND = re.compile(r"audio|a2v|v2a|av_ca")
+
+_LTX_ALIASES = (  # diffusers layout
+    *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
+    *(
+        (f"{theirs}.{layer}", f"{ours}.{layer}")
+        for theirs, ours in _LTX_TIMES
+        for layer in each("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
+    ),
+    *((f"{prefix}proj_in", f"{prefix}patchify_proj") for prefix in ("", "audio_")),
+    *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),
+    *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
+    *_LTX_CONNECTORS,
+)
+_LTX_PARAMETERS = (
+    *((f"transformer_blocks.{{n}}.{prefix}{one}",) * 2 for prefix in ("", "audio_") for one in _LTX_TABLES),
+    *(
+        (
+            f"transformer_blocks.{{n}}.{one}_a2v_cross_attn_scale_shift_table",
+            f"transformer_blocks.{{n}}.scale_shift_table_a2v_ca_{one}",
+        )
+        for one in _LTX_STREAMS
+    ),
+    *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
+    *_LTX_REGISTERS,
+)
 
 LTX_2 = FamilyNames(
     "ltx_2",
     "ltx-2",
-    # diffusers layout
-    (
-        *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
-        *(
-            (f"{theirs}.{layer}", f"{ours}.{layer}")
-            for theirs, ours in _LTX_TIMES
-            for layer in each("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
-        ),
-        *((f"{prefix}proj_in", f"{prefix}patchify_proj") for prefix in ("", "audio_")),
-        *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),
-        *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
-    ),
+    _LTX_ALIASES,
     versions=("ltx2", "ltx-2", "ltx_2"),
-    beside=(
-        ("text_embedding_projection", "the text projection"),
-        *((f"connectors_{stream}text_proj_in", "the text projection") for stream in ("", "video_", "audio_")),
-        *((f"{stream}_embeddings_connector", "the text connectors") for stream in ("video", "audio")),
-        ("connectors", "the text connectors"),
-    ),
-    parameters=(
-        *(
-            (f"transformer_blocks.{{n}}.{prefix}{one}",) * 2
-            for prefix in ("", "audio_")
-            for one in _LTX_TABLES
-        ),
-        *(
-            (
-                f"transformer_blocks.{{n}}.{one}_a2v_cross_attn_scale_shift_table",
-                f"transformer_blocks.{{n}}.scale_shift_table_a2v_ca_{one}",
-            )
-            for one in ("video", "audio")
-        ),
-        *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
-    ),
+    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
+    optional_words="the sound, which this run is without",
+    parameters=_LTX_PARAMETERS,
+    text_side=(*(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS), "text_embedding_projection."),
+    text_side_words="the text connectors",
+    unprefixed=("connectors.", "text_embedding_projection."),
 )

@@ -127,6 +127,8 @@ def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
         (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
         (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
         assert "It will be refused: &#39;bash&#39;" in served.ask("/queue").text
+        for what in ("up", "stop", "retry", "remove"):
+            assert ask(served, what, id="1" * 5000) == 404
         assert ask(served, "work") == 303
         wait_for(lambda: "exit code 2" in served.ask("/queue").text)
         assert ask(served, "pause") == 303
@@ -243,6 +245,31 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
     with serve_runs(queue.folder.parent) as served:
         assert (served.ask("/queue").status, ask(served, "remove", id=1)) == (500, 500)
     (queue.folder / STATE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("python wan_train_network.py --dataset_confg x.toml", "Did you mean --dataset_config?"),
+        (
+            "accelerate launch --num_processes 1 zimage_cache_latents.py --vae x --dataset_config no.toml",
+            "no.toml",
+        ),
+        ("wan_generate_video.py --save_path x --prompt a --infer_steps x", "--infer_steps"),
+    ],
+)
+def test_options_are_checked_when_a_line_is_added_or_edited(line: str, said: str, queue: JobQueue) -> None:
+    queue.folder.parent.mkdir()
+    with serve_runs(queue.folder.parent) as served:
+        answer = served.ask("/queue/add", "POST", urlencode({"line": line}), Origin=served.url)
+        assert (answer.status, said in answer.text, "Traceback" in answer.text) == (422, True, False)
+        assert queue.jobs() == []
+        queue.add(["convert_lora.py", "--input", "x"], ROOT)
+        answer = served.ask("/queue/edit", "POST", urlencode({"id": 1, "line": line}), Origin=served.url)
+        assert (answer.status, said in answer.text) == (422, True)
+        assert ask(served, "edit", id=1, line="python merge_lora.py --help") == 303
+        assert [job.line for job in queue.jobs()] == ["python merge_lora.py --help"]
+        assert ask(served, "edit", id="1" * 5000, line="python merge_lora.py --help") == 404
 
 
 def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -> None:

@@ -1,5 +1,6 @@
 """The page in a real browser, beside a training that takes a step whenever the test lets it."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from browser.jobs import open_queue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, write_caches, write_prompts
+from training.reports.history import History
 from training.run import train_network
 from training.training_run import EVERY_SECONDS
 
@@ -90,11 +93,12 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         page.evaluate("ask()")
         page.wait_for_selector(f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=30000)
         training.thread.join(EVERY_SECONDS)
+        page.evaluate("window.confirm = () => true")
         page.click("text=Stop after this step")
         training.step_until(lambda: not training.thread.is_alive(), 2)
         page.evaluate("ask()")
         page.wait_for_selector(".status >> text=/stopped after step/", timeout=30000)
-        assert page.locator(".ask").count() == 0
+        assert page.locator("text=Sample now").count() == 0
         assert page.problems == []
 
 
@@ -147,3 +151,69 @@ def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_pat
         page.check("#log")
         assert page.evaluate("plots.map(one => one.plot.scales.y.distr)") == [3, 3, 1]
         assert page.problems == []
+
+
+def test_no_chart_lies_over_another_at_any_width_and_a_curve_keeps_its_colour(tmp_path: Path) -> None:
+    for name in ("x", "a_name_that_is_far_longer_than_any_chart_of_a_page_is_wide_" * 2):
+        write_run(tmp_path, name, 10)
+    figures = """[...document.querySelectorAll('#plots figure')].map((figure) => {
+        const outer = figure.getBoundingClientRect();
+        const canvas = figure.querySelector('canvas').getBoundingClientRect();
+        return [outer.left, outer.right, canvas.left, canvas.right, document.documentElement.clientWidth];
+    })"""
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}", width=1440) as page:
+        wait_until(page, "plots.length > 1")
+        inks = "plots[0].plot.series.slice(1).map(one => one.stroke())"
+        alone = page.evaluate(inks)
+        for width in (1440, 360, 768, 860, 1024, 1920, 2560):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(100)
+            for left, right, canvas_left, canvas_right, room in page.evaluate(figures):
+                assert left - 1 <= canvas_left < canvas_right <= right + 1 <= room + 1
+        page.select_option("#with", index=1)
+        wait_until(page, f"{inks}.length === 2")
+        assert page.evaluate(inks) == alone * 2
+        assert page.evaluate("plots[0].plot.series.slice(1).map(one => one.dash)") == [[], [6, 4]]
+        legends = "[...document.querySelectorAll('.u-legend')].map(one => one.innerText)"
+        assert not any("--" in legend or legend.endswith(":") for legend in page.evaluate(legends))
+        assert page.problems == []
+
+
+def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp_path: Path) -> None:
+    history = write_run(tmp_path / "output", "x", 6, "")
+    line = "python wan_train_network.py --output_dir output --output_name x"
+    with history.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, "commands": [["Go on", line, line, ""]]}) + "\n")
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}") as page:
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.evaluate(
+            "document.addEventListener('copy', () => { window.copied = getSelection().toString() })"
+        )
+        page.click("text=Copy")
+        wait_until(page, "document.querySelector('.copy').textContent === 'Copied'")
+        assert page.evaluate("window.copied") == line
+        page.click("text=Put it into the queue")
+        page.wait_for_selector("text=--dataset_config is missing")  # the script's own words
+        page.evaluate(f"document.querySelector('[name=line]').value = '{line} --help'")
+        page.click("text=Put it into the queue")
+        page.wait_for_selector("text=It is in the queue")
+        jobs = open_queue(served.runs, read_only=True).jobs()
+        assert [(job.line, job.folder) for job in jobs] == [(f"{line} --help", str(tmp_path))]
+
+
+def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:
+    history = History(write_run(tmp_path, "x", 6).parent / "y-history.jsonl", 2)
+    history.add(
+        0, started={"model": "wan", "total_steps": 90, "changed": [], "unchanged": [], "listens": True}
+    )
+    for step in range(1, 60):
+        names = {"0": f"y_{step}.png" if step % 2 else f"y_{step}.mp4"}
+        history.add(step, samples=f"{step:06d}", files=names, prompts={"0": "a cat"})
+        history.add(step, level="info", message=f"message {step}")
+    history.flush()
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('y')}", width=390) as page:
+        assert page.evaluate("document.querySelector('.grid').parentElement.scrollLeft") > 1000
+        rest = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.querySelector('.log'))"
+        assert page.evaluate(rest) < 40
+        page.locator(".grid").scroll_into_view_if_needed()
+        page.wait_for_selector("text=/This browser cannot show y_59.png: it is gone/")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Ru
 from browser.start import run_browser
 from browser.views import select_runs
 from modules.errors import OptionError
+from modules.pages.page import share_page
 from modules.parser import parse_options
-from tests.browser.serving import write_run
+from tests.browser.serving import serve_runs, write_run
+from tests.chromium import open_page
 from tests.training.toy import Killed, killed_at, train_toy, write_caches
 from training.reports.history import describe_process
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has this device")
 
 
 def look(*folders: Path) -> dict[str, Any]:
@@ -158,14 +163,16 @@ def test_a_list_reads_only_what_has_changed(tmp_path: Path) -> None:
     assert after["run1"].step == 7
 
 
-def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) -> None:
+def test_an_exported_page_shows_what_the_run_s_own_page_shows_but_no_folder(tmp_path: Path) -> None:
     write_caches(tmp_path)
     train_toy(tmp_path, "--save_every_n_steps", 4, has_page=True)
     history, target = tmp_path / "output" / "x-history.jsonl", tmp_path / "shared.html"
 
     run_browser(BrowserOptions(folders=(history,), export=target))
 
-    texts = [path.read_text(encoding="utf-8") for path in (target, tmp_path / "output" / "x.html")]
+    share_page(tmp_path / "output" / "x.html", tmp_path / "own.html")
+    texts = [path.read_text(encoding="utf-8") for path in (target, tmp_path / "own.html")]
+    assert str(tmp_path) not in texts[0]
     shared, own = (text.partition("written ")[0] + text.partition("<progress")[2] for text in texts)
     assert shared == own
 
@@ -180,6 +187,8 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows(tmp_path: Path) ->
         ("--export x.html . .", "give its folder"),
         ("--export x.html --port 80", "exclude each other"),
         ("--token short.txt", "at least 16"),
+        ("--token long.txt", "larger than 1,024 bytes"),
+        pytest.param("--token /dev/zero", "it is a device", marks=ON_LINUX),
     ],
 )
 def test_wrong_options_are_refused(
@@ -187,5 +196,38 @@ def test_wrong_options_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("secret\n", encoding="utf-8")
+    (tmp_path / "long.txt").write_text("x" * 2000, encoding="utf-8")
     with pytest.raises(OptionError, match=said):
         parse_options("", words.split(), BrowserOptions)[0].read_token()
+
+
+def test_many_runs_are_a_table_that_keeps_its_filter_and_equal_names_tell_their_folders(
+    tmp_path: Path,
+) -> None:
+    for number in range(70):
+        write_run(tmp_path / f"day{number}", "same" if number < 2 else f"run{number}", 2)
+    with serve_runs(tmp_path) as served:
+        assert served.ask("/").text.count('<tr id="r') == 70
+        cards = served.ask("/?text=same&view=cards").text
+        assert (cards.count('<li id="r'), "same in day0" in cards, "same in day1" in cards) == (2, True, True)
+        assert cards.count("<!--/private-->day") == 2  # folders in which they lie
+        assert f"{datetime.now():%Y-%m-%d}" in cards
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/") as page:
+        page.fill("[name=text]", "run42")
+        page.wait_for_url("**/*text=run42*")
+        page.click("text=run42")
+        page.wait_for_url("**/run/**")
+        page.go_back()
+        page.wait_for_selector("text=1 of 70 runs")
+        assert page.input_value("[name=text]") == "run42"
+
+
+def test_list_page_and_bar_show_one_average(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, has_page=True)
+    rows = [json.loads(line) for line in (tmp_path / "output" / "x-history.jsonl").read_text().splitlines()]
+    average = [row["average"] for row in rows if "average" in row][-1]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert round(average, 6) in [round(sum(losses[-count:]) / count, 6) for count in range(2, 9)]
+    assert look(tmp_path)["x"].loss == pytest.approx(average)
+    assert f"<b>{average:.4g}</b>" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")

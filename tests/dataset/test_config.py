@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset.config import KEYS, MODES, DatasetTable, load_dataset_config
+from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
 from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import Augmentation, CaptionChanges
+from modules.errors import DatasetError
 from tests.commands import ROOT
 
 
@@ -184,3 +185,55 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
 
     words = {SUBSET: "subset", ANYWHERE: "anywhere", DATASET: "dataset"}
     assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("target_fps = 25", 'source_fps = "auto" takes the frames .*--fps'),
+        ("reference_directory = 'r'", r"references \(IC-LoRA\) are not built"),
+        ("audio_bucket_strategy = 'pad'", "sound alone is not built"),
+        ("audio_bucket_interval = 2.0", "sound alone is not built"),
+        ("separate_audio_buckets = true", "leave the sound of others in their batch alone"),
+    ],
+)
+@pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
+def test_keys_of_the_known_fork_are_refused_with_the_reason(
+    tmp_path: Path, key: str, reason: str, place: str
+) -> None:
+    text = "[general]\nresolution = 64\n[[datasets]]\nvideo_directory = 'v'\n".replace(
+        place, f"{place}\n{key}"
+    )
+    with pytest.raises(
+        DatasetError, match=f"{key.split()[0]} = .* is not supported: .*{reason}.*Leave it out$"
+    ):
+        tables(tmp_path, text)
+
+
+@pytest.mark.parametrize("key", ["audio_directory", "audio_jsonl_file"])
+def test_a_table_of_sound_alone_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    with pytest.raises(
+        DatasetError, match="(?i)sound alone is not built. In a table of clips, audio_directory"
+    ):
+        tables(tmp_path, f"[[datasets]]\n{key} = 'a'\ncache_directory = 'c'\n")
+
+
+def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
+    text = "[[datasets]]\nvideo_directory = 'v'\nloss_mask_directory = 'm'\n"
+    text += "[[datasets]]\nimage_directory = 'p'\n"
+    masked, clear = tables(tmp_path, f"{text}loss_mask_use_alpha = true\n")
+    assert (masked.mask_directory, clear.alpha_mask) == (Path("m"), True)
+    with pytest.raises(DatasetError, match="loss_mask_directory and mask_directory are the same key"):
+        tables(tmp_path, text.replace("'m'", "'m'\nmask_directory = 'n'"))
+
+
+@pytest.mark.parametrize(("step", "lengths"), [(1, (1, 14, 45)), (4, (1, 13, 45)), (8, (1, 9, 41))])
+def test_lengths_are_those_of_the_family(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, lengths: tuple[int, ...]
+) -> None:
+    text = "[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [45, 1, 14]\n"
+    config = load_dataset_config(write(tmp_path, text))
+    assert for_family(config, None, step).datasets[0].target_frames == lengths
+    assert (f"become {list(lengths)}, because clips of this model have {step}n + 1" in caplog.text) == (
+        step > 1
+    )

@@ -11,6 +11,7 @@ from tests.tiny.project import write_image
 
 RUN = ["--max_train_steps", "2", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out"]
 # of the references of four pictures of 48 x 48: the last has none
+NONE = "no image has a reference: this trains text to image"
 SIZES = [(48, 48), (80, 33), (80, 40)]
 
 
@@ -48,7 +49,8 @@ def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path
     succeed_here(*family.cache_texts, folder=tmp_path)
 
     dataset.write_text(without, encoding="utf-8")
-    succeed_here(*family.cache_latents, folder=tmp_path)
+    assert NONE in succeed_here(*family.cache_latents, folder=tmp_path)
+    assert NONE in succeed_here(*command, folder=tmp_path)
     dataset.write_text(with_control, encoding="utf-8")
     code, said = run_here(*command, folder=tmp_path)
     assert_one_message(code, said, "made with 0 reference pictures, now its image has 1", again)

@@ -84,6 +84,23 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
     assert list(map(str, folders)) == ["cat/1024x1024", "reg/1024x1024", "cat/768x512", "cat/768x512_2"]
 
 
+def test_options_that_a_dataset_file_replaces_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = ["--train_batch_size", "3", "--resolution", "512", "--keep_tokens", "3", "--flip_aug"]
+    one = '[[datasets]]\nresolution = 64\nbatch_size = 3\n[[datasets.subsets]]\nimage_dir = "FOLDER"\n'
+    load(tmp_path, TWO_SIZES, *typed)
+    assert [text.partition(" is ignored")[0] for text in caplog.messages] == ["--resolution", "--keep_tokens"]
+    caplog.clear()
+    load(tmp_path, one, *typed)
+    assert [text.partition(" is ignored")[0] for text in caplog.messages] == ["--resolution"]
+    caplog.clear()
+    load(tmp_path, '[[datasets]]\nimage_directory = "FOLDER"\nresolution = [64, 64]\n', *typed)
+    assert caplog.messages[0].startswith(
+        "--flip_aug, --keep_tokens, --resolution, --train_batch_size: ignored"
+    )
+
+
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     text = """
     [general]

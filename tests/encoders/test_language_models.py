@@ -248,6 +248,26 @@ def test_a_damaged_vocabulary_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "packed", "form"),
+    [
+        ("weight", {"qweight": torch.ones(2, 2, dtype=torch.int32)}, "GPTQ or AWQ"),
+        ("weight", {"weight": torch.ones(2, 2, dtype=torch.uint8), "weight_scale_2": torch.ones(1)}, "nvfp4"),
+        ("", {"weight.absmax": torch.ones(1)}, "nf4"),
+    ],
+)
+def test_a_quantised_file_is_called_so(
+    part: str, packed: dict[str, Tensor], form: str, tmp_path: Path
+) -> None:
+    tensors = llama_tensors()
+    layer = next(name for name in tensors if name.endswith("q_proj.weight")).removesuffix("weight")
+    tensors.pop(f"{layer}{part}", None)
+    tensors |= {f"{layer}{name}": tensor for name, tensor in packed.items()}
+    save(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=f"is quantised in a way that is not supported.*{form}"):
+        load_language_model(tmp_path / "model.safetensors", LLAMA, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
     ("given", "wanted"),
     [("qwen3", QWEN25_VL), ("qwen25_vl", QWEN3), ("mistral3", QWEN3), ("qwen3", MISTRAL3)],
 )

@@ -81,7 +81,7 @@ NAMES = (
     wrong((CACHE, *TRAININGS, *GENERATIONS), "--vae_dtype fp8", "--vae_dtype fp8", "Use bfloat16"),
     wrong((CACHE, WAN), "--vae_dtype halff", "--vae_dtype halff", "Use one of"),
     wrong(TRAININGS, "--optimizer_type AdamWW", "--optimizer_type AdamWW", "Did you mean adamw?"),
-    wrong(TRAININGS, "--optimizer_type no_such_package.Fast", "pip install no_such_package"),
+    wrong(TRAININGS, "--optimizer_type no_such_package.Fast", "has the module no_such_package"),
     wrong(TRAININGS, "--optimizer_args weigth_decay=0.1", "Did you mean weight_decay?", "betas"),
     wrong(TRAININGS, "--optimizer_args betas=2,3", "betas=(2, 3)"),
     wrong(TRAININGS, "--lr_scheduler polynomial --lr_scheduler_args powerr=2", "powerr"),

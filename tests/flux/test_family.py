@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import flux_minimal_inference
@@ -232,8 +233,9 @@ def test_what_cannot_be_done_is_refused_by_name(argv: list[str], said: str) -> N
         words_of(*argv)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "fp8_e4m3fn"])
 def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
 ) -> None:
     models = write_tiny_flux(tmp_path / "models")
     lines = iter(
@@ -244,7 +246,8 @@ def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
     words = [word for option, path in files.items() for word in (option, str(path))]
 
     flux_minimal_inference.main(
-        [*words, "--dtype", "float32", "--output_dir", str(tmp_path / "out"), "--interactive"]
+        [*words, "--dtype", dtype, "--ae_dtype", "float32"]
+        + ["--output_dir", str(tmp_path / "out"), "--interactive"]
     )
 
     made = sorted((tmp_path / "out").glob("*.png"))
@@ -255,3 +258,33 @@ def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
     assert [text["bt_guidance_scale"] for text in texts] == ["1.0", "2.0"]
     assert "--m 0.5: there are 0 LoRAs" in caplog.text
     assert next(lines) == "a hare"
+
+
+def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, lora = write_tiny_flux(tmp_path / "models"), tmp_path / "lora.safetensors"
+    width = load_file(models.clip_l)["text_model.encoder.layers.0.mlp.fc1.weight"].shape
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(2, width[1])}
+        | {f"{name}.lora_up.weight": torch.ones(width[0], 2), f"{name}.alpha": torch.tensor(2.0)},
+        lora,
+    )
+    files = {"--ckpt_path": models.dit, "--clip_l": models.clip_l, "--t5xxl": models.t5xxl, "--ae": models.ae}
+    words = [word for option, path in files.items() for word in (option, str(path))]
+    size = "a cat --w 32 --h 32 --s 1 --d 4"
+    said = {"0": [size, f"{size} --m 1"], "1": [size]}  # strength of the command -> lines
+    made = []
+    for strength, lines in said.items():
+        typed = iter([*lines, ""])
+        monkeypatch.setattr("generation.run.line_reader", lambda *_, typed=typed: lambda: next(typed))
+        folder = tmp_path / strength
+        given = ["--dtype", "float32", "--output_dir", str(folder), "--lora_weights", f"{lora};{strength}"]
+        flux_minimal_inference.main([*words, *given, "--interactive"])
+        made += [
+            Image.open(path).tobytes()
+            for path in sorted(folder.glob("*.png"), key=lambda one: one.stat().st_mtime_ns)
+        ]
+
+    assert made[1] == made[2] != made[0]

@@ -10,7 +10,10 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from safetensors.torch import load_file
 
+from flux.family import Flux
+from flux.files import FluxFiles
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
+from generation.denoise import SeededNoise
 from generation.expert_memory import largest_of
 from modules.contract.data import Batch
 from modules.contract.requests import Request
@@ -66,6 +69,21 @@ def test_a_reference_gets_the_trained_size_that_diffusers_takes(tmp_path: Path) 
     expected = Image.fromarray(pixels).resize((1328, 800), Image.Resampling.LANCZOS)
     assert torch.equal(stretched[0, 0], torch.from_numpy(numpy.array(expected)))
     assert torch.equal(own[0, 0], torch.from_numpy(pixels[:64, :128].copy()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_seed_gives_the_noise_of_the_known_tuner(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tokens in float32, channels first, then the rows and columns of a patch; in FLUX.1 as its file is."""
+    kontext = Kontext(KontextFiles(write_dit(tmp_path, tiny_state("dev"), dtype=dtype)))
+    flux = Flux(FluxFiles(kontext.files.dit))
+    prepared = kontext.prepare(Request("p", 5, 48, 32))
+
+    found = [one.draw_noise(prepared, SeededNoise(5, torch.device("cpu"))) for one in (kontext, flux)]
+
+    for noise, drawn_in in zip(found, (torch.float32, dtype), strict=True):
+        tokens = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(5), dtype=drawn_in).float()
+        expected = tokens.view(2, 3, 16, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, 16, 1, 4, 6)
+        assert torch.equal(noise, expected)
 
 
 def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path) -> None:

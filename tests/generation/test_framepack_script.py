@@ -69,7 +69,7 @@ def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, tiny: Ti
 
 
 def test_a_video_is_written_whole_and_can_be_decoded_again(tmp_path: Path, tiny: Tiny) -> None:
-    say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", tiny.start, "--keep_pngs")
+    say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", tiny.start)
     tiny.run(tmp_path / "a", *say, output="both")
     (video,), (saved,) = (tmp_path / "a").glob("*.mp4"), (tmp_path / "a").glob("*.safetensors")
     assert len(list(video_frames(video))) == 17  # 4 * 2 * 2 + 1
@@ -77,17 +77,10 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(tmp_path: Path, tiny:
 
     # the window is in the file
     vae = ("--vae", str(tiny.models.vae), "--vae_dtype", "float32")
-    fpack_generate_video.main(
-        ["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b"), "--keep_pngs"]
-    )
+    fpack_generate_video.main(["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b")])
 
     (again,) = (tmp_path / "b").glob(f"*_1_{saved.stem}.mp4")
-    assert len(list(video_frames(again))) == 17
-    # the frames before encoding: x264's macroblock tree reads memory that nothing was written to, unless the
-    # width is a multiple of 128, so that now and then the same frames become another file
-    frames, theirs = (list(video_frames(tmp_path / folder / "frames")) for folder in ("a", "b"))
-    assert len(frames) == 17
-    assert numpy.array_equal(frames, theirs)
+    assert numpy.array_equal(*(list(video_frames(path)) for path in (video, again)))
 
 
 @pytest.mark.parametrize(("output", "left"), [("video", 1), ("images", 1), ("latent_images", 2)])

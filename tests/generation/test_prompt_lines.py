@@ -26,6 +26,8 @@ SEEDS, _ = read_case("string_seeds")
 
 @pytest.mark.parametrize(("line", "expected"), CASE["training_sample_lines"])
 def test_sample_lines_are_read_as_measured(line: str, expected: dict[str, Any]) -> None:
+    if "--s 5000" in line:  # cut to 1000 there; here as many as a generation makes
+        expected = expected | {"sample_steps": 5000}
     assert parse_sample_line(line) == expected
 
 
@@ -142,7 +144,7 @@ def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
     path.write_text(json.dumps(["a --w 32", {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2}]))
     assert read_sample_prompts(path) == [
         {"prompt": "a", "width": 32},
-        {"prompt": "b", "sample_steps": 1000, "cfg_scale": 2.0},
+        {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2.0},
     ]
 
 
@@ -163,12 +165,42 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: 
         read_sample_prompts(path)
 
 
-@pytest.mark.parametrize(("text", "seed"), [("12abc", 12), ("-3", -3), ("hello", 2475399061)])
-def test_a_sample_of_a_training_may_have_a_text_as_seed(tmp_path: Path, text: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "seed", "said"),
+    [
+        ("12abc", 12, "'12abc' in a sample prompt is read as 12"),
+        ("-3", -3, ""),
+        ("hello", 2475399061, "Seed of the text 'hello': 2475399061"),
+        ("nan", 599687776, "Seed of the text 'nan': 599687776"),
+    ],
+)
+def test_a_sample_of_a_training_may_have_a_text_as_seed_which_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, seed: int, said: str
+) -> None:
+    caplog.set_level("INFO")
     assert parse_sample_line(f"a cat --d {text}")["seed"] == seed
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+    if not text.startswith("1"):
+        assert parse_generation_line(f"a cat --d {text}")["seed"] == seed
     path = tmp_path / "samples.json"
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
     assert read_sample_prompts(path)[0]["seed"] == seed
+
+
+def test_what_stands_behind_a_number_of_a_sample_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    found = parse_sample_line("a cat --w 832x480 --l 1.5e1 --fs 3,5 --ctr .5")
+
+    assert found == {
+        "prompt": "a cat",
+        "width": 832,
+        "cfg_scale": 15,
+        "discrete_flow_shift": 3,
+        "cfg_trunc_ratio": 0.5,
+    }
+    assert [record.args[:2] for record in caplog.records] == [("832x480", "832"), ("3,5", "3")]
+    with pytest.raises(OptionError, match="--l: 'nan' does not begin with a number"):
+        parse_sample_line("a cat --l nan")
 
 
 @pytest.mark.parametrize("text", ["", "9" * 200])

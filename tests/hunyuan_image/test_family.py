@@ -16,7 +16,7 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
-from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
+from hunyuan_image.family import HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles, read_dit_header
 from hunyuan_image.options import HunyuanImageTrainingOptions, ProjectedGuidanceOptions, translate_training
 from hunyuan_image_train_network import DEFAULTS as TRAINING
@@ -114,14 +114,10 @@ def test_what_the_release_does_is_the_default() -> None:
     assert FAMILY.defaults.noise_on_cpu
 
 
-def test_samples_of_a_training_are_smaller_and_any_size_is_cut_to_whole_latents() -> None:
-    family = replace(FAMILY, defaults=SAMPLES)
+def test_any_size_is_cut_to_whole_latents() -> None:
+    prepared = FAMILY.prepare(Request("a cat", 0, width=100, height=47, flow_shift=3.0))
 
-    prepared = family.prepare(Request("a cat", 0, width=100, height=47))
-
-    assert (prepared.width, prepared.height, prepared.steps) == (96, 32, 20)
-    assert family.prepare(Request("a cat", 0, flow_shift=3.0)).flow_shift == 3.0
-    assert replace(SAMPLES, steps=50, width=2048, height=2048) == GENERATION
+    assert (prepared.width, prepared.height, prepared.flow_shift) == (96, 32, 3.0)
 
 
 def test_training_feeds_whole_timesteps_up_to_1000() -> None:

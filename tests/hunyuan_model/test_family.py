@@ -92,17 +92,6 @@ def test_an_undistilled_model_has_no_embedded_guidance(family_of: FamilyOf) -> N
     assert family_of("undistilled").prepare(replace(REQUEST, embedded_guidance=6.0)).embedded_guidance is None
 
 
-def test_samples_without_negative_prompt_are_made_without_guidance(
-    family_of: FamilyOf, caplog: pytest.LogCaptureFixture
-) -> None:
-    family = family_of(negative_is_empty=False)
-    request = replace(REQUEST, guidance_scale=6.0)
-
-    assert family.prepare(request).guidance_scale == (1.0,)
-    assert "--n" in caplog.text
-    assert family.prepare(replace(request, negative_prompt="dull")).guidance_scale == (6.0,)
-
-
 def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
     family_of: FamilyOf, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

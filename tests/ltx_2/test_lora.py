@@ -15,11 +15,14 @@ from ltx_2.checkpoints import FORMAT
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
 from modules.contract.loading import Placement
+from modules.errors import CheckpointError
+from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.faults.messages import succeed_here
+from tests.ltx_2.release import write_release
 from tests.ltx_2.test_model import assert_both, in_diffusers
 from tests.ltx_2.tiny_dit import dit_in_diffusers, dit_inputs, dit_state, tiny_dit, write_dit
 from tests.tiny.loras import make_lora
@@ -38,10 +41,10 @@ OF_PRESETS = {
 LINEARS = {"to_q", "to_k", "to_v", "to_out_0"}
 
 
-def make_network(dit: LtxModel, preset: str = "full", **arguments: Any) -> OwnNetwork:
+def make_network(dit: LtxModel, preset: str = "full", rank: int = 4, **arguments: Any) -> OwnNetwork:
     """A LoRA with random factors."""
     dit.spec = replace(DIT, lora_choice=LORA_PRESETS[preset])
-    network = make_lora("lora_ltx2", 4, 2.0, dit, **arguments)
+    network = make_lora("lora_ltx2", rank, 2.0, dit, **arguments)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -140,3 +143,104 @@ def test_a_lora_is_merged_into_the_official_file(saved: tuple[str, Path, tuple[T
     with torch.no_grad():
         dit = FORMAT.load(path.parent / "merged.safetensors", Placement(torch.device("cpu")))
         assert_both(dit(**dit_inputs(version)), expected)
+
+
+# a layer of the transformer, of the connectors and of the projections, of picture and sound
+CHANGED = re.compile(r".*(blocks\.0\.(attn1\.to_q|audio_attn2\.to_k)|ff\.net\.2|aggregate_embed)\.weight")
+TO_DIFFUSERS = (
+    *(
+        ("diffusion_model.video_emb", "connectors.video_emb"),
+        ("diffusion_model.audio_emb", "connectors.audio_emb"),
+    ),
+    *(("_embeddings_connector", "_connector"), ("transformer_1d_blocks", "transformer_blocks")),
+    *(("text_embedding_projection.", "connectors."), ("aggregate_embed", "text_proj_in")),
+    ("diffusion_model.", "transformer."),
+)
+
+
+ONE_PASS = [
+    *("--video_size", "64", "64", "--video_length", "9", "--infer_steps", "1", "--seed", "1"),
+    *("--guidance_scale", "1", "--stg_scale", "0", "--video_modality_scale", "1"),
+    *("--audio_modality_scale", "1", "--dit_dtype", "float32", "--device", "cpu"),
+]
+
+
+def write_for_all_parts(model: Path, folder: Path, dialect: str) -> dict[str, Tensor]:
+    """Write lora.safetensors, which changes the transformer, connectors and projections; return the sums."""
+    generator, tensors, sums = torch.Generator().manual_seed(5), {}, load_file(model)
+    for name in [name for name in sums if CHANGED.fullmatch(name) and sums[name].ndim == 2]:
+        down = torch.randn(2, sums[name].shape[1], generator=generator)
+        up = 0.1 * torch.randn(len(sums[name]), 2, generator=generator)
+        path = name.removeprefix("model.").removesuffix(".weight")
+        for there, here in TO_DIFFUSERS if dialect == "diffusers" else ():
+            path = path.replace(there, here)
+        tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+        sums[name] = sums[name] + up @ down
+    save_file(tensors, folder / "lora.safetensors")
+    return sums
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize("dialect", ["official", "diffusers"])
+def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_file(
+    version: str, dialect: str, tmp_path: Path
+) -> None:
+    release = write_release(tmp_path, version)
+    sums = write_for_all_parts(release.checkpoint, tmp_path, dialect)
+    merged = tmp_path / "merged.safetensors"
+    words = ["--dit", release.checkpoint, "--lora_weight", "lora.safetensors", "--save_merged_model", merged]
+    assert " not in " not in succeed_here("merge_lora.py", *words, folder=tmp_path)
+    for name, tensor in load_file(merged).items():
+        torch.testing.assert_close(tensor, sums[name], msg=name)
+
+    found = {}
+    for label, model, lora in (
+        ("added", release.checkpoint, ["--ltx2_mode", "av", "--lora_weight", "lora.safetensors"]),
+        ("merged", merged, ["--ltx2_mode", "av"]),
+        ("silent", release.checkpoint, ["--lora_weight", "lora.safetensors"]),
+    ):
+        texts = ["--gemma_root", release.gemma, "--text_encoder_dtype", "float32", "--prompt", "a cat"]
+        files = ["--ltx2_checkpoint", model, "--ltx_version", version, *texts, *lora]
+        made = ["--output_type", "latent", "--save_path", label]
+        said = succeed_here("ltx2_generate_video.py", *files, *ONE_PASS, *made, folder=tmp_path)
+        assert "damaged" not in said
+        assert ("they are for the sound" in said) == (label == "silent")
+        (path,) = (tmp_path / label).iterdir()
+        found[label] = load_file(path)
+
+    for name, latents in found["added"].items():
+        torch.testing.assert_close(latents, found["merged"][name])
+    if (version, dialect) == ("2.3", "official"):  # a column of a comparison is made with it, too
+        files = ["--ltx2_checkpoint", release.checkpoint, "--ltx2_mode", "av", *texts]
+        made = ["--output_type", "both", "--save_path", "compared"]
+        lora = ["--family", "ltx_2", "--lora", "lora.safetensors"]
+        succeed_here("tools/compare.py", *lora, *files, *ONE_PASS, *made, folder=tmp_path)
+        (path,) = (tmp_path / "compared").glob("*_lora-x-1_*latent.safetensors")
+        torch.testing.assert_close(load_file(path)["latent"], found["merged"]["latent"])
+        names = load_file(convert(tmp_path / "lora.safetensors", "diffusers"))
+        assert {name.partition(".")[0] for name in names} == {"transformer", "connectors"}
+
+
+@pytest.mark.parametrize("way", ["loaded", "added", "network"])
+def test_what_changes_connectors_is_named_where_there_are_none(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, path = write_release(tmp_path), tmp_path / "lora.safetensors"
+    write_for_all_parts(release.checkpoint, tmp_path, "official")
+
+    def put(path: Path) -> None:
+        patch = LoraPatch([LoraUse(read_lora(path), 1.0)] if way == "loaded" else [])
+        dit = FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
+        patch.check()
+        if way == "network":
+            make_network(dit, rank=2).load_weights(path)
+        elif way == "added":
+            add_loras(dit, [LoraUse(read_lora(path), 1.0)])
+
+    put(path)
+
+    assert "they change the text connectors" in caplog.text
+    assert "damaged" not in caplog.text
+    save_file({name: one for name, one in load_file(path).items() if "connector" in name}, path)
+    with pytest.raises(CheckpointError, match="changes the text connectors alone"):
+        put(path)

@@ -1,12 +1,17 @@
 """LTX-2's own options: what follows from them, names of the known tuner's scripts, and refusals."""
 
+import json
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generation.options import GenerationOptions, generation_parser
+from generation.options import GenerationOptions, generation_parser, read_generation
+from generation.outputs import name_job
 from generation.script_options import ScriptDefaults
+from ltx2_generate_video import DEFAULTS
 from ltx_2.options import (
     CHECKPOINT,
     FPS,
@@ -24,6 +29,7 @@ from modules.option_values import option_words
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 
+DATA = Path(__file__).parent.parent / "data" / "cli"
 OWN: dict[str, type[Options]] = {
     "ltx2_cache_latents": Ltx2LatentCachingOptions,
     "ltx2_cache_text_encoder_outputs": Ltx2TextCachingOptions,
@@ -85,7 +91,16 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ),
         ("ltx2_train_network", ("--ltx2_first_frame_conditioning_p", "2"), "from 0 to 1"),
         ("ltx2_train_network", ("--no_save_original_lora",), "convert_lora.py"),
-        ("ltx2_train_network", ("--no-ltx2_remote_stage_metadata_cache",), "--shard_base"),
+        ("ltx2_train_network", ("--ltx2_remote_stage",), "--shard_base"),
+        (
+            "ltx2_train_network",
+            ("--no-sample_i2v_token_timestep_mask",),
+            "first frame that is given has time 0",
+        ),
+        ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "goes to --lora_weight"),
+        ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "1"), "IC-LoRA"),
+        ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
+        ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
         ("ltx2_generate_video", ("--reference_videos", "a.mp4", "b.mp4"), "IC-LoRA"),
@@ -121,6 +136,10 @@ def generated(*words: str) -> Any:
     return settle_generation(shared, own)[0]
 
 
+def own_of(*words: str) -> Any:
+    return settle_generation(generated(), read_own("ltx2_generate_video", *words))[1]
+
+
 def test_known_names_of_shared_options_are_ours() -> None:
     size = ("--height", "320", "--width", "640", "--sample_num_frames", "17", "--frame_rate", "25")
     words = ("--sample_steps", "9", "--cfg_scale", "2.5", "--reference_image", "a.png")
@@ -131,6 +150,45 @@ def test_known_names_of_shared_options_are_ours() -> None:
     assert (request.video_length, request.fps, request.video_size) == (17, 24, (512, 768))
     with pytest.raises(OptionError, match="--video_length 17 and --frame_count 25 mean the same"):
         generated("--video_length", "17", "--frame_count", "25")
+    shared = generated("--discrete_flow_shift", "3.5", "--output_name", "cat")
+    assert (shared.request.flow_shift, name_job(shared.output, datetime(2026, 1, 2), 7, "a")) == (
+        3.5,
+        "cat_20260102-000000_7",
+    )
+    assert own_of("--mixed_precision", "fp16").dit_dtype == "float16"
+    assert own_of("--mixed_precision", "no").dit_dtype is None
+    with pytest.raises(OptionError, match="mean the same"):
+        own_of("--mixed_precision", "fp16", "--dit_dtype", "bfloat16")
+
+
+def test_the_folder_of_results_has_the_name_of_the_known_script() -> None:
+    options, _ = read_generation(
+        None, DEFAULTS, Ltx2GenerationOptions, ["--output_dir", "a", "--prompt", "b"]
+    )
+    assert options.output.save_path == Path("a")
+
+
+@pytest.mark.parametrize("script", OWN)
+def test_what_is_not_built_can_be_turned_off(script: str) -> None:
+    text = (DATA / f"{script}.json").read_text(encoding="utf-8")
+    flags = [flag for option in json.loads(text)["options"] for flag in option["flags"]]
+    off = [flag for flag in flags if flag.startswith("--no-") and "i2v_token" not in flag]
+    read_own(script, *off)
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (("--transformer-path", "a"), "model.ltx2_checkpoint"),
+        (("--text-encoder-path", "a"), "text.ltx2_text_encoder_checkpoint"),
+        (("--ltx2_video_vae", "a"), "vae.file.vae"),
+        (("--video-vae-path", "a"), "vae.file.vae"),
+        (("--ltx2_audio_vae", "a"), "vae.audio_vae"),
+        (("--audio-vae-path", "a"), "vae.audio_vae"),
+    ],
+)
+def test_spellings_of_the_official_scripts_are_ours(words: tuple[str, ...], path: str) -> None:
+    assert attrgetter(path)(read_own("ltx2_generate_video", *words)) == Path("a")
 
 
 def test_commands_that_follow_from_a_training_are_read_again() -> None:

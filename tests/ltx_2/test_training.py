@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import av
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dataset.cache.files import tensor_name
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.test_model import in_diffusers
@@ -261,3 +263,50 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
     finally:
         path.with_suffix(".away").rename(path)
     assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
+
+
+def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> None:
+    text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
+    other = text.replace("target_frames = [9]", "target_frames = [1, 14]").replace('/cache"', '/cache 2"')
+    assert {"[1, 14]" in other, "cache 2" in other} == {True}
+    (alone.folder / "other.toml").write_text(other, encoding="utf-8")
+    words = [*alone.release.words, "--dataset_config", "other.toml"]
+
+    said = succeed_here("ltx2_cache_latents.py", *words, folder=alone.folder)
+
+    assert "target_frames [1, 14] become [1, 9], because clips of this model have 8n + 1 frames" in said
+    found = {path.name.split("_")[1] for path in (alone.folder / "cache 2").iterdir()}
+    assert found == {"00000-001", "00000-009"}
+
+
+def test_caches_of_other_programs_are_of_25_frames_a_second(alone: Project, tmp_path: Path) -> None:
+    """As the fork leaves them: neither a record nor a rate. 24 frames a second would learn another LoRA."""
+
+    def train(name: str, rate: float | None) -> tuple[str, dict[str, Tensor]]:
+        for path in (alone.folder / "cache").iterdir():
+            with safe_open(path, "pt") as file:
+                metadata = {key: text for key, text in file.metadata().items() if "reelsmith" not in key}
+            tensors = {key: tensor for key, tensor in load_file(path).items() if "reelsmith_fps" not in key}
+            of_latents = any(key.startswith("latents_") for key in tensors)
+            if rate is not None and of_latents:
+                key = tensor_name("reelsmith_fps", torch.tensor(rate))
+                tensors, metadata = (
+                    {**tensors, key: torch.tensor(rate)},
+                    {**metadata, "reelsmith_fps": str(rate)},
+                )
+            save_file(tensors, path, metadata)
+        said = alone.train(*run(name, 2), "--ltx2_mode", "video")
+        return said, saved(alone, name)
+
+    kept = shutil.copytree(alone.folder / "cache", tmp_path / "kept")
+    try:
+        (said, theirs), (told_so, at_25), (_, at_24) = (
+            train(f"rate{number}", rate) for number, rate in enumerate((None, 25.0, 24.0))
+        )
+    finally:
+        shutil.rmtree(alone.folder / "cache")
+        kept.rename(alone.folder / "cache")
+    warning = "does not say how many frames make a second: 25 are taken"
+    assert (said.count(warning), told_so.count(warning)) == (1, 0)
+    assert all(torch.equal(theirs[name], at_25[name]) for name in at_25)
+    assert not all(torch.equal(at_24[name], at_25[name]) for name in at_25)

@@ -11,6 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from modules.media.encoding import X264
 from modules.media.writing import write_video
 
 BRIGHT = 200  # of the secret, which no other file here has
@@ -31,7 +32,8 @@ def write_stream(
 ) -> None:
     """Encode frames in any container and codec that FFmpeg has."""
     with av.open(str(path), "w", format=container) as target:
-        stream = target.add_stream(codec, rate=25, options=options)
+        x264 = X264 if codec == "libx264" else {}
+        stream = target.add_stream(codec, rate=25, options={**x264, **options})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         for frame in frames:
             target.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -136,7 +138,7 @@ def write_source(path: Path, source: Source) -> Path:
     """Write a video with grey pictures, each brighter than the one before."""
     options = dict(source.options) | {"output_ts_offset": source.offset}
     with av.open(str(path), "w", format=source.muxer, options=options) as target:
-        video = target.add_stream("libx264", rate=source.rate, options={"preset": "ultrafast"})
+        video = target.add_stream("libx264", rate=source.rate, options={"preset": "ultrafast", **X264})
         video.height, video.width, video.pix_fmt = *SIZE, "yuv420p"
         unit = 1 / source.rate if source.times is None else Fraction(1, 90_000)
         video.codec_context.time_base = unit

@@ -12,6 +12,7 @@ import pytest
 
 from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
+from modules.command import LAUNCHED, command_line
 from modules.console import as_size, count_of, draw_box, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
@@ -181,6 +182,45 @@ def test_ctrl_c_while_a_program_ends_prints_no_traceback() -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert errors == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed by a shell of another system")
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_without_streams_a_program_runs_and_its_files_hold_no_messages(closed: str, tmp_path: Path) -> None:
+    file = tmp_path / "result"
+    code = (
+        "import sys; from modules.command import command_line\n"
+        "def main():\n"
+        f"  with open({str(file)!r}, 'w') as file:\n"
+        "    print('to be seen', file=sys.stderr); file.write('result')\n"
+        "command_line(main, needs_packages=False)"
+    )
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT)
+    assert (done.returncode, file.read_text(encoding="utf-8")) == (0, "result")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the shell")
+def test_a_limit_of_open_files_is_one_message() -> None:
+    opens = "import os; from modules.command import command_line\n"
+    opens += "command_line(lambda: [os.open('/dev/null', 0) for _ in range(20)], needs_packages=False)"
+    words = ["sh", "-c", 'ulimit -n 12; exec "$0" -c "$1"', sys.executable, opens]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "OSError: too many files are open at once. Allow more of them (ulimit -n 4096) and run again.\n"
+    )
+
+
+@pytest.mark.parametrize("value", ["x", "", "9" * 5000, "٣", "1.5"])
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_a_launcher_sets_is_a_number(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: None, needs_packages=False)
+    assert end.value.code == 2
+    assert f"has {name}=" in capsys.readouterr().err
 
 
 HOSTILE = "[red]a [bold]cat[/] :smile: \x1b[31m猫"

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import stat
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from modules.text_files import (
     parse_toml,
     read_lines,
     read_text,
+    real_path,
     require_regular_file,
 )
+from tests.commands import ROOT
 
 
 def test_a_text_is_read_without_its_mark_and_with_plain_line_ends(tmp_path: Path) -> None:
@@ -320,3 +323,20 @@ def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) ->
     for name in names:
         with pytest.raises(OptionError, match="would be lost. Give a new name"):
             refuse_replacing("--output", folder / name, [original])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_in_a_circle_lead_nowhere_and_raise_nothing(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert real_path(tmp_path / "loop") == Path(os.path.realpath(tmp_path)) / "loop"
+    rooms = [
+        path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "pocket")
+    ]
+    wild = [
+        path.name
+        for path in (path for room in rooms for path in room.rglob("*.py"))
+        if re.search(
+            r"^(?!.*(__file__|sys\.path\[:\])).*\.resolve\(\)", path.read_text(encoding="utf-8"), re.M
+        )
+    ]
+    assert wild == []

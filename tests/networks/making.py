@@ -9,7 +9,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import training.run
 from modules.contract.loading import Placement
+from modules.installation import import_own
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
@@ -17,6 +19,7 @@ from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.golden_cases import make_weights
 from tests.hunyuan_model.making import tiny_inputs, tiny_model
+from tests.tiny.families import OUTPUT, family_called
 from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -188,3 +191,16 @@ def run_here(kind: str, path: Path, multiplier: float = 1.0) -> Tensor:
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def load_transformer(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, nn.Module]:
+    """The family of one of `tests.tiny.families` as its script describes it for training, and its
+    transformer without values.
+    """
+    family, made = family_called(name), list[Any]()
+    family.prepare(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(training.run, "train_network", lambda family, *_: made.append(family))
+    script, *words = family.train
+    import_own(script.removesuffix(".py")).main([*words, *OUTPUT])
+    return made[0], made[0].load_dit(Placement(torch.device("meta")))

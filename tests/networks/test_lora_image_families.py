@@ -16,6 +16,9 @@ import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 from flux.files import load_dit
+from flux.spec import CHROMA_DIT, FLUX_DIT
+from hunyuan_image.configs import DIT as HUNYUAN_IMAGE_DIT
+from lumina.configs import DIT as LUMINA_DIT
 from lumina.files import load_dit as load_lumina
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
@@ -240,20 +243,20 @@ def test_a_file_of_diffusers_changes_a_model_as_the_network_did(tmp_path: Path, 
 
 
 PUBLISHED = {
-    "flux": "flux1-dev-dit",
-    "chroma": "chroma1-dit",
-    "hunyuan_image": "hunyuanimage2.1-dit",
-    "lumina": "lumina2-dit",
+    "flux": ("flux1-dev-dit", FLUX_DIT),
+    "chroma": ("chroma1-dit", CHROMA_DIT),
+    "hunyuan_image": ("hunyuanimage2.1-dit", HUNYUAN_IMAGE_DIT),
+    "lumina": ("lumina2-dit", LUMINA_DIT),
 }
 CLIP = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 T5 = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
 GEMMA = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
 
-def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ()) -> nn.Module:
+def skeleton(shapes: Mapping[str, tuple[int, ...]], spec: DitSpec = FLUX_DIT) -> nn.Module:
     """A network with Linear layers of these names, on the meta device."""
     root = nn.Module()
-    root.spec = DitSpec(block_lists=lists)  # type: ignore[assignment]
+    root.spec = spec  # type: ignore[assignment]
     with torch.device("meta"):
         for path, (rows, columns) in shapes.items():
             *parents, leaf = path.split(".")
@@ -267,9 +270,10 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ())
 
 
 def dit(family: str, depth: int | None = None) -> nn.Module:
+    manifest, spec = PUBLISHED[family]
     shapes = {
         name.removesuffix(".weight"): shape[:2]
-        for name, (_, shape) in tensor_list(PUBLISHED[family]).items()
+        for name, (_, shape) in tensor_list(manifest).items()
         if name.endswith(".weight") and len(shape) == 2
     }
     number = r"(?:blocks|layers)\.(\d+)\."
@@ -278,12 +282,12 @@ def dit(family: str, depth: int | None = None) -> nn.Module:
         for path, shape in shapes.items()
         if depth is None or (found := re.search(number, path)) is None or int(found[1]) < depth
     }
-    return skeleton(kept)
+    return skeleton(kept, spec)
 
 
 def encoder(start: str, endings: tuple[str, ...], depth: int) -> nn.Module:
     paths = [f"{start}.{n}.{ending}" for n in range(depth) for ending in endings]
-    return skeleton(dict.fromkeys(paths, (8, 8)), (start,))
+    return skeleton(dict.fromkeys(paths, (8, 8)), DitSpec((start,)))
 
 
 def encoders(which: str) -> dict[str, nn.Module]:
@@ -298,6 +302,49 @@ def network(family: str, which: str, arguments: list[str]) -> OwnNetwork:
     pairs = dict(argument.split("=", 1) for argument in arguments)
     texts = encoders(which)
     return make_lora(MODULES[family], 4, 1.0, texts=texts, dit=dit(family, 2), **pairs)
+
+
+@pytest.mark.parametrize(
+    ("argument", "dots", "underscores"),
+    [
+        ("network_reg_dims", r"single_blocks\.1\.linear1", "single_blocks_1_linear1"),
+        ("network_reg_dims", r"double_blocks\.[01]\.img_attn", "double_blocks_[01]_img_attn"),
+        ("network_reg_lrs", r"layers\.0\.mlp\.fc1", "layers_0_mlp_fc1"),  # of the text encoder too
+        ("exclude_patterns", r".*single_blocks\.1\.linear1", "lora_unet_single_blocks_1_linear1$"),
+        ("exclude_patterns", r".*img_attn\.qkv", "blocks_._img_attn_qkv"),
+    ],
+)
+def test_patterns_choose_the_same_modules_with_dots_and_with_underscores(
+    argument: str, dots: str, underscores: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"['{one}']" if argument == "exclude_patterns" else f"{one}=2" for one in (dots, underscores)]
+    plain = network("flux", "CLIP-L", [])
+    with_dots, without = [network("flux", "CLIP-L", [f"{argument}={word}"]) for word in words]
+
+    assert sizes_of(with_dots) == sizes_of(without)
+    assert sizes_of(without) != sizes_of(plain)
+    assert "fits no name" not in caplog.text
+
+
+def sizes_of(made: OwnNetwork) -> list[tuple[str, int, float]]:
+    """Names, ranks and learning rates of all modules."""
+    groups, _ = made.parameter_groups(1.0)
+    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
+    pairs = zip(made.names, made.layers, strict=True)
+    return [(name, layer.rank, rates[id(layer.lora_down.weight)]) for name, layer in pairs]
+
+
+def test_a_pattern_that_fits_nothing_is_told_with_the_nearest_names(caplog: pytest.LogCaptureFixture) -> None:
+    made = network("flux", "", ["network_reg_dims=img_atn=8", r"exclude_patterns=['.*_blocks\.9\.']"])
+
+    assert {layer.rank for layer in made.layers} == {4}
+    said = [text for text in caplog.messages if "fits no name" in text]
+    assert [text.split(":")[0] for text in said] == [
+        "--network_args exclude_patterns",
+        "--network_args network_reg_dims",
+    ]
+    assert "Near it are blocks_N, " in said[0]
+    assert "img_attn" in said[1]
 
 
 RECORDED = read_case("image_lora_modules")[0]["families"]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lumina.configs import DIT as LUMINA_DIT
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
@@ -111,6 +112,24 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
 
     found = [(use.multiplier, use.include, use.exclude) for use in uses]
     assert found == [(0.5, "a", None), (1.0, None, None)]
+
+
+def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"lora_unet_blocks_{n}_self_attn_q" for n in (1, 11)]
+    save_file({f"{name}.diff": torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
+    options = LoraOptions.usual(lora_weight=(tmp_path / "x.safetensors",))
+    for pattern, kept in [
+        (r"blocks\.1\.self_attn", [True, False]),
+        ("blocks_1_", [True, False]),
+        ("blocks.1", [True, True]),
+        (r"blocks\.2\.", [False, False]),
+    ]:
+        (use,) = lora_uses(options, LoraPatternOptions.usual(include_patterns=(pattern,)))
+        assert [use.keeps(["diff"], name) for name in names] == kept
+
+    (said,) = caplog.messages
+    assert "blocks" in said
+    assert "fits no name" in said
 
 
 NAME = "blocks.0.self_attn.q.weight"
@@ -248,7 +267,7 @@ def test_split_files_of_sd_scripts_have_the_strength_that_they_were_trained_with
 
 
 def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
-    dit = skeleton({"layers.0.attention.qkv": (10, 6)})
+    dit = skeleton({"layers.0.attention.qkv": (10, 6)}, LUMINA_DIT)
 
     made = make_lora("lora_lumina", 2, 1.0, dit, split_qkv="True")
 

@@ -287,7 +287,7 @@ def test_text_connectors_are_named_where_they_are_not(
     save_file({f"{name}.weight": torch.ones(4, 4) for name in names[:1]}, tmp_path / "dit.safetensors")
     given = ("--lora_weight", "lora", "--dit", "dit", "--save_merged_model", "merged")
     merge_lora.main([one if one[0] == "-" else str(tmp_path / f"{one}.safetensors") for one in given])
-    assert "they change the text projection" in caplog.text
+    assert "they change the text connectors" in caplog.text
     assert "damaged" not in caplog.text
 
 

@@ -157,21 +157,21 @@ def with_lora(project: Project) -> Theirs:
     return theirs
 
 
-def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path) -> None:
-    """One frame, 20 steps, flow shift 14.5, guidance 5 with the release's negative text; sizes rounded down
-    to multiples of 16.
+def test_what_a_line_leaves_out_is_that_of_the_release(tmp_path: Path) -> None:
+    """50 steps, flow shift 5, guidance 5 with the release's negative text; sizes rounded down to multiples
+    of 16, frames to 4n + 1.
     """
     project = write_project(tmp_path / "project", "t2v")
     train(project, "--optimizer_type", "AdamW", "--learning_rate", 0.05, steps=3)
     theirs = with_lora(project)
     negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
-    inputs = Inputs(draw_noise(3, 1, 32, 48), theirs.text("a squirrel"), theirs.text(negative))
+    inputs = Inputs(draw_noise(3, 5, 32, 48), theirs.text("a squirrel"), theirs.text(negative))
 
-    sample = sample_latents(project, "a squirrel --w 50 --h 47 --d 3", tmp_path)
+    sample = sample_latents(project, "a squirrel --w 50 --h 47 --f 7 --d 3", tmp_path)
 
     assert_equal(
         sample,
-        denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
+        denoise(theirs.dit, inputs, Sampling(flow_shift=5.0, scales=(5.0,) * 50)),
         "sample with defaults",
     )
 

@@ -151,9 +151,7 @@ def chain_of(
 
 
 def kept_frames(folder: Path) -> list[NDArray[np.uint8]]:
-    """The frames that --keep_pngs has written beside an input, as the encoder got them: libx264 does not
-    repeat itself to the bit.
-    """
+    """The frames that --keep_pngs has written beside an input, as the encoder got them."""
     return [read_image(path) for path in sorted((folder / "frames").glob("*.png"))]
 
 

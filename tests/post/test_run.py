@@ -90,15 +90,15 @@ def test_a_picture_gives_a_png_with_its_texts_and_what_was_done(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_transparency_of_a_picture_is_dropped_and_said(
+def test_a_transparent_picture_is_laid_on_white_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "a.png")
 
     (made,) = run_stages([Same()], tmp_path / "a.png")
 
-    assert read_image(made, alpha=True).shape == (16, 16, 3)
-    assert f"{tmp_path / 'a.png'}: its transparency is dropped" in caplog.messages
+    assert read_image(made, alpha=True).tolist() == [[[255] * 3] * 16] * 16
+    assert f"{tmp_path / 'a.png'} is transparent: it is laid on white" in caplog.messages
 
 
 def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> None:

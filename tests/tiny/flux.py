@@ -100,10 +100,15 @@ def diffusers_parts(name: str) -> list[str]:
 
 
 def write_dit(
-    folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "flux"
+    folder: Path,
+    state: Mapping[str, Tensor],
+    dialect: str = "safetensors",
+    name: str = "flux",
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a transformer in one of the layouts of `write_dialect`. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.to(dtype) for key, tensor in state.items()}
     return write_dialect(folder / f"{name}.safetensors", state, dialect, diffusers_state)
 
 

@@ -132,7 +132,9 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Calla
     def later() -> None:
         clock[0] += EVERY_SECONDS
 
-    return TriggerFiles(trigger_paths(Names(folder, "x")), can_sample, lambda: clock[0]), later
+    return TriggerFiles(
+        trigger_paths(Names(folder, "x"), also_plain=True), can_sample, lambda: clock[0]
+    ), later
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from tests.training.toy_images import (
     write_pictures,
     write_subset,
 )
+from training.checks import list_unused_options
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
 from training.options import TrainingOptions
@@ -213,6 +214,7 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
         ("--vae ae.safetensors", "--vae is not supported yet: the autoencoder is given to --ae"),
         ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam is --optimizer_type AdamW8bit"),
         ("--fused_backward_pass --gradient_accumulation_steps 2", "--fused_backward_pass with"),
+        ("--caption_extention .a --caption_extension .b", "--caption_extension, which is .b: give one"),
         ("--resolution 512,x", "--resolution 512,x: give 512"),
         ("--face_crop_aug_range 4,2", "--face_crop_aug_range 4,2: give two numbers"),
         ("--output_config", "--output_config writes to the file that --config_file names"),
@@ -222,6 +224,21 @@ def test_what_cannot_be_is_refused_by_name(argv: str, message: str) -> None:
     with pytest.raises(OptionError) as error:
         read(*argv.split())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--learning_rate 1 --unet_lr 1 --text_encoder_lr 1", ["--learning_rate"]),
+        ("--learning_rate 1 --unet_lr 1 --network_train_unet_only", ["--learning_rate"]),
+        ("--learning_rate 1 --text_encoder_lr 1 --network_train_unet_only", ["--text_encoder_lr"]),
+        ("--unet_lr 1 --network_train_text_encoder_only", ["--unet_lr"]),
+        ("--learning_rate 1 --unet_lr 1", []),
+    ],
+)
+def test_rates_that_others_replace_are_named(argv: str, expected: list[str]) -> None:
+    lines = list_unused_options(read(*argv.split()), takes_guidance=True, shifts_table=True)
+    assert [line.partition(" has no effect")[0] for line in lines] == expected
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 ) -> None:
     """As in the guides' commands; but something has to learn."""
     write_pictures(tmp_path)
-    both = ("--cache_text_encoder_outputs", "--network_args", "train_t5xxl=True")
+    both = ("--cache_text_encoder_outputs", "--network_module", "networks.lora")
 
     with caplog.at_level("INFO"):
         options = image_toy_options(tmp_path, *both)
@@ -139,6 +139,36 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="its outputs change"):
         find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
+
+
+def test_an_encoder_that_is_told_to_learn_is_not_cached(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_pictures(tmp_path)
+    both = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", 1e-3, 1e-2)
+
+    plain, asked = [
+        train_image_toy(tmp_path, *both, *more) for more in ((), ("--cache_text_encoder_outputs",))
+    ]
+
+    assert _prefixes(asked) == {"lora_unet", "lora_te1", "lora_te3"}
+    assert same(plain, asked)
+    assert (
+        "--cache_text_encoder_outputs is ignored because it would keep the outputs of clip, t5, which learn"
+        in caplog.text
+    )
+
+
+def test_rates_of_encoders_that_do_not_learn_stop_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_pictures(tmp_path)
+    rates = ("--text_encoder_lr", 1e-3, 1e-2)
+
+    plain, given = [train_image_toy(tmp_path, UNET_ONLY, *more) for more in ((), rates)]
+
+    assert same(plain, given)
+    assert "--text_encoder_lr has no effect" in caplog.text
 
 
 def test_captions_that_vary_exclude_their_caches(tmp_path: Path) -> None:
@@ -166,7 +196,7 @@ def test_captions_that_vary_are_encoded_as_they_are_drawn(tmp_path: Path) -> Non
 def test_samples_show_the_text_encoder_that_learns(tmp_path: Path) -> None:
     """Their texts are encoded anew each time; the other encoder's once."""
     write_pictures(tmp_path)
-    prompts = write_prompts(tmp_path, "a sample --w 32 --h 32 --s 2\n")
+    prompts = write_prompts(tmp_path, "a sample --w 32 --h 32 --f 1 --s 2\n")
     family = TextFamily()
 
     train_image_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 3, family=family)

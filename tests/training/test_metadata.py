@@ -180,6 +180,7 @@ def test_the_licence_is_the_models_where_none_is_given(
     assert metadata(*words, licence=of_model).get("modelspec.license") == said
 
 
+STATES = ["--save_state", "--save_every_n_steps", 1]
 EMA = ["--ema_decay", "0.5"]
 WHOLE = "--optimizer_type Adafactor --optimizer_args relative_step=False --mixed_precision bf16 --full_bf16 "
 WHOLE += "--fused_backward_pass --max_grad_norm 0 --blocks_to_swap 1 --gradient_checkpointing"
@@ -288,12 +289,91 @@ def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -
         toy.toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
 
 
-def test_an_optimizer_that_averages_itself_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("schedulefree")
+@pytest.mark.parametrize(
+    ("first", "then", "rank", "alpha", "said"),
+    [
+        ("", "--network_dim 4 --network_alpha 1", "4", "8", "8 for rank 4, of the file"),
+        ("", "--dim_from_weights", "4", "8", "8 for rank 4, of the file"),
+        (
+            "--network_args exclude_patterns=['.*down']",
+            "--network_dim 4 --network_alpha 2",
+            "4",
+            "Dynamic",
+            "2, 8 for rank 4, of the file",
+        ),
+    ],
+)
+def test_a_network_that_goes_on_from_a_file_has_the_sizes_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, then: str, rank: str, alpha: str, said: str
+) -> None:
     toy.write_caches(tmp_path)
+    begin = ["--network_dim", 4, "--network_alpha", 8, "--max_train_steps", 1]
+    toy.train_toy(tmp_path, *begin, *first.split())
+    caplog.set_level("INFO")
+    words = ["--output_name", "y", "--save_state", *then.split()]
+    start = ["--network_weights", tmp_path / "output/x.safetensors"]
 
-    with pytest.raises(OptionError, match="AdamWScheduleFree saves an average"):
-        toy.train_toy(tmp_path, *EMA, "--optimizer_type", "AdamWScheduleFree")
+    for more in ([*start, "--max_train_steps", 1], [*start, "--resume", "latest", "--max_train_steps", 2]):
+        toy.train_toy(tmp_path, *words, *more)
+        made = toy.metadata_of(tmp_path / "output/y.safetensors")
+        assert (made["ss_network_dim"], made["ss_network_alpha"]) == (rank, alpha)
+    assert caplog.text.count("rank 4 of the file") == caplog.text.count(said) == 2
+
+
+class Averaging(torch.optim.SGD):
+    """Trains as SGD, saves the mean of the weights of all steps; before the first, eval() cannot be used."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["count"] = state.get("count", 0) + 1
+            state.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter, 1 / state["count"])
+
+    def eval(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["own"] = parameter.clone()
+            parameter.copy_(state["mean"])
+
+    def train(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if "own" in self.state[parameter]:
+                parameter.copy_(self.state[parameter].pop("own"))
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Leaves all to an optimizer that averages, and has neither train() nor eval()."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = Averaging(params, lr=lr)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Averaging, Wrapping])
+def test_files_and_samples_of_an_averaging_optimizer_are_the_average_whatever_its_name(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    toy.write_caches(tmp_path)
+    pictures: list[Tensor] = []
+    family = toy.ToyFamily(on_decode=pictures.append)
+    samples = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first"]
+    words = ["--optimizer_type", f"{__name__}.{kind.__name__}", "--max_train_steps", 3]
+    file = toy.train_toy(tmp_path, *words, *samples, "--sample_every_n_steps", 3, *STATES, family=family)
+    states = [toy.state_tensors(tmp_path / f"output/x-step0000000{n}-state")["network"] for n in (1, 2, 3)]
+    start = ["--network_weights", tmp_path / "output/x.safetensors", "--max_train_steps", 1]
+    toy.train_toy(tmp_path, *samples, *start, "--output_dir", tmp_path / "o", family=family)
+
+    for name, tensor in states[0].items():
+        mean = (tensor + states[1][name] + states[2][name]) / 3
+        torch.testing.assert_close(file[name.removeprefix("network.")], mean)
+    assert torch.equal(pictures[1], pictures[2])
+    with pytest.raises(OptionError, match=f"{kind.__name__} saves an average"):
+        toy.train_toy(tmp_path, *EMA, *words)
 
 
 def test_the_average_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
             "--save_last_n_epochs 2 --save_last_n_steps_state 3",
             "--save_last_n_epochs, --save_last_n_steps_state",
         ),
+        ("--mode_scale 1", "--mode_scale"),
+        ("--weighting_scheme mode --mode_scale 1", ""),
+        ("--no_metadata --training_comment a", "--training_comment"),
+        (f"--network_weights {__file__} --network_alpha 8", "--network_alpha"),
         ("--wandb_run_name a --log_config", "--log_config, --wandb_run_name"),
         ("--log_with wandb --wandb_run_name a --log_prefix b", "--log_prefix"),
         (
@@ -139,6 +143,24 @@ def test_the_launchers_precision_holds_unless_one_is_given(tmp_path: Path) -> No
     assert options("--config_file", str(file), environment=launcher).accelerator.mixed_precision == "fp16"
     with pytest.raises(OptionError, match="fp8"):
         options(environment={"ACCELERATE_MIXED_PRECISION": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("typed", "file", "said"),
+    [
+        ("--max_train_epochs 3 --max_train_steps 1600", "", True),  # the default, but typed
+        ("--max_train_steps 5", "max_train_epochs = 3", True),
+        ("--max_train_epochs 3", "max_train_steps = 5", True),
+        ("--max_train_epochs 3", "", False),
+        ("--max_train_steps 5", "max_train_steps = 3", False),
+    ],
+)
+def test_steps_that_epochs_replace_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, typed: str, file: str, said: bool
+) -> None:
+    (tmp_path / "c.toml").write_text(file)
+    options("--config_file", str(tmp_path / "c.toml"), *typed.split())
+    assert ("is ignored because --max_train_epochs 3 replaces it" in caplog.text) == said
 
 
 def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:

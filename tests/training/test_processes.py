@@ -93,6 +93,15 @@ def backends() -> Iterator[None]:
     cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("LOCAL_RANK", "9")])
+def test_a_launchers_variable_without_a_rank_is_refused_by_name(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match=f"has {name}={value}, but no RANK"):
+        make_accelerator(AcceleratorOptions())
+
+
 @pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("is_on", [False, True])
 def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:

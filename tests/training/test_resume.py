@@ -24,6 +24,7 @@ from tests.dataset.making import make_table
 from tests.training import toy
 from training.resuming import epoch_digest
 from training.run import train_network
+from training.saving.states import SavedState, read_state
 
 EVERYTHING = [
     *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3),
@@ -229,37 +230,70 @@ def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_
     assert toy.same(whole, again)
 
 
-def write_foreign(folder: Path, network: Mapping[str, torch.Tensor], optimizer: object = None) -> Path:
-    """A state of a known tuner."""
+def write_foreign(
+    folder: Path, network: Mapping[str, torch.Tensor], optimizer: object = None, is_ordered: bool = False
+) -> Path:
+    """A state of a known tuner. is_ordered: its network is in the file that keeps the order of tensors."""
     theirs = folder / "theirs"
     theirs.mkdir()
-    save_file(dict(network), theirs / "model.safetensors", metadata={"format": "pt"})
+    if is_ordered:
+        torch.save(dict(network), theirs / "pytorch_model.bin")
+    else:
+        save_file(dict(network), theirs / "model.safetensors", metadata={"format": "pt"})
     if optimizer is not None:
         torch.save(optimizer, theirs / "optimizer.bin")
     return theirs
 
 
-def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(
+    is_ordered: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     toy.write_caches(tmp_path)
     toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
     network = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
-    modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
-    layers = [f"{block}_{part}" for block in (0, 1) for part in ("up", "down")]  # as they stand in the model
-    ordered = [name for layer in layers for name in modules if name.endswith(layer)]
-    names = [f"{module}.lora_{part}.weight" for module in ordered for part in ("down", "up")]
+    modules = list(dict.fromkeys(name.partition(".")[0] for name in network))[::-1]  # in an order of its own
+    network = {name: one for module in modules for name, one in network.items() if name.startswith(module)}
+    names = [f"{module}.lora_{part}.weight" for module in modules for part in ("down", "up")]
     parameters = [torch.nn.Parameter(network[name]) for name in names]
-    optimizer = torch.optim.AdamW(parameters, lr=1.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.999999, 0.999999))
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 1e6 * number)
     optimizer.step()
-    resume = ["--resume", write_foreign(tmp_path, network, optimizer.state_dict())]
+    state = optimizer.state_dict()
+    resume = ["--resume", write_foreign(tmp_path, network, state, is_ordered)]
 
-    tensors = toy.train_toy(
-        tmp_path, *resume, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state"
-    )
+    still = ["--max_train_steps", 1, "--learning_rate", "1e-12", "--max_grad_norm", 0, "--save_state"]
+    tensors = toy.train_toy(tmp_path, *resume, *still)
 
     assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
-    assert (tmp_path / "output" / "x-state").exists()
+    saved = read_state(tmp_path / "output" / "x-state")
+    assert isinstance(saved, SavedState)
+    moments = [saved.optimizer["states"][f"network.{name}"]["exp_avg"].mean().item() for name in names]
+    if is_ordered:  # after a step that changes them by a millionth
+        assert moments == pytest.approx(list(map(float, range(8))), abs=0.01)
+        assert "weights and optimizer are restored" in caplog.text
+    else:
+        assert max(moments) < 1
+        assert "the weights alone are restored" in caplog.text
+        assert "in which order that program numbers the layers" in caplog.text
+
+
+def test_a_state_with_more_modules_than_the_default_goes_on_with_them(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--save_state", "--max_train_steps", 1)
+    network = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
+    down, up = torch.full((4, toy.WIDTH), 0.5), torch.full((toy.LATENT.channels, 4), 0.25)
+    head = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    network = {**network, **{f"lora_unet_head.{name}": one for name, one in head.items()}}
+    still = ["--max_train_steps", 1, "--learning_rate", "1e-12", "--save_state"]
+
+    theirs = toy.train_toy(tmp_path, *still, "--resume", write_foreign(tmp_path, network))
+    own = toy.train_toy(tmp_path, *still, "--max_train_steps", 2, "--resume", tmp_path / "output" / "x-state")
+
+    for tensors in (theirs, own):
+        assert tensors.keys() == network.keys()
+        assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
 
 
 def test_a_foreign_state_of_one_network_is_not_resumed_with_two(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 
 from blissful_tuner.taehv import TaehvConfig
+from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS, parse_generation_line
+from generation.request import make_request
+from generation.script_options import RequestOptions
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
@@ -22,7 +25,7 @@ from tests.tiny.wan import write_tiny_wan
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
 from training.samples import prepare_samples, sample_request
 
-PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
+PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2 --f 1\n"
 
 
 def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
@@ -30,7 +33,7 @@ def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
 
     request = sample_request(entry, ToyFamily())
 
-    assert (request.width, request.height, request.frames, request.steps) == (32, 16, 5, 1000)
+    assert (request.width, request.height, request.frames, request.steps) == (32, 16, 5, 2000)
 
 
 def test_every_option_of_a_prompt_arrives() -> None:
@@ -58,7 +61,7 @@ def test_every_option_of_a_prompt_arrives() -> None:
 
 
 SAYS = {"bt_prompt": "a cat", "bt_seeds": "11", "bt_guidance_scale": "3.0", "bt_sampled_from": "x_000002"}
-SAYS |= {"bt_infer_steps": "2", "bt_width": "256", "bt_device": "cpu"}
+SAYS |= {"bt_infer_steps": "2", "bt_width": "32", "bt_device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_pictures_say_what_made_them_as_those_of_a_generation_do(
     tmp_path: Path, switches: list[str], says: dict[str, str]
 ) -> None:
     write_caches(tmp_path, count=2)
-    words = ["--sample_prompts", write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3\n"), *switches]
+    words = ["--sample_prompts", write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3 --f 1\n"), *switches]
 
     train_toy(tmp_path, *words, "--sample_every_n_steps", 2, "--max_train_steps", 2)
 
@@ -104,7 +107,7 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
     assert read_tags(video)["bt_seeds"] == "11"
     assert read_tags(video)["bt_sampled_from"] == "x_000008"
     assert "\nNegative prompt: " in read_tags(picture)["parameters"]
-    assert read_image(picture).shape == (256, 256, 3)
+    assert read_image(picture).shape == (32, 32, 3)
 
 
 def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
@@ -137,6 +140,35 @@ def test_all_prompts_that_cannot_be_made_are_told_at_once(tmp_path: Path) -> Non
         train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "s 1000000000",
+        "s 0",
+        "w 0",
+        "h 20000",
+        "f 0",
+        "l 1e4",
+        "g -1",
+        "g 1e999",
+        "fs 0",
+        "fs -3",
+        f"d {2**70}",
+    ],
+)
+def test_a_number_is_refused_in_the_words_that_a_generation_has(tmp_path: Path, option: str) -> None:
+    write_caches(tmp_path)
+    prompts, line = tmp_path / "p.txt", f"a cat --{option}"
+    prompts.write_text(line, encoding="utf-8")
+    with pytest.raises(OptionError) as of_generation:
+        make_request(RequestOptions.usual(), parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS))
+
+    with pytest.raises(OptionError) as found:
+        train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")
+
+    assert str(found.value) == f"{prompts}, prompt 1 ('a cat'): {of_generation.value}"
+
+
 def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
 
@@ -145,7 +177,7 @@ def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_pat
 
 
 COLOURED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
-PREVIEWED = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --d 12 --s 3\n"
+PREVIEWED = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --f 1 --d 12 --s 3\n"
 
 
 def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> None:

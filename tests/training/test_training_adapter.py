@@ -1,6 +1,7 @@
 """A LoRA that the model has in training steps alone: --training_adapter."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux.family import Flux, FluxFiles
+from flux_2.family import Flux2
+from flux_2.files import Flux2Files
+from modules.contract.few_steps import FewSteps
 from modules.errors import OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import TRAINED_EXPERT
+from tests.tiny import flux as tiny_flux
+from tests.tiny import flux_2 as tiny_flux_2
+from tests.tiny import z_image as tiny_z_image
 from tests.training import toy
 from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
+from z_image.family import ZImage, ZImageFiles
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -198,3 +207,72 @@ def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> N
     option, value = words.split()
     with pytest.raises(OptionError, match=f"{option} is not supported yet: the model itself is trained"):
         toy.toy_options(tmp_path, option, value, whole_dit=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "found"),
+    [
+        ("z_image_turbo_bf16.safetensors", "", True),
+        ("zImageTurbo_v1.safetensors", "", True),
+        ("ltx-2.3-22b-distilled-1.1.safetensors", "", True),
+        ("Qwen-Image-Lightning-8steps-V1.0.safetensors", "", True),
+        ("wan2.1_t2v_14B_lightx2v.safetensors", "", True),
+        ("flux-hyper.safetensors", "", True),
+        ("mine.safetensors", "Z-Image-Turbo", True),
+        ("z_image_de_turbo_v1_bf16.safetensors", "", False),
+        ("flux1-dev-dedistilled.safetensors", "", False),
+        ("hunyuan_video_720_cfgdistill_fp8.safetensors", "", False),
+        ("hyperion-step00000400.safetensors", "", False),
+        ("models/turbo/z_image_bf16.safetensors", "", False),
+        ("Z-Image-Turbo/transformer/diffusion_pytorch_model.safetensors", "", True),
+        ("Z-Image/transformer/diffusion_pytorch_model.safetensors", "", False),
+    ],
+)
+def test_a_distilled_transformer_is_known_by_names(name: str, title: str, found: bool) -> None:
+    path = Path("/somewhere/above/all/of/it") / name
+    assert (FewSteps().found_in(path, {"modelspec.title": title}) is not None) == found
+
+
+def test_families_know_their_releases_of_few_steps(tmp_path: Path) -> None:
+    def of_flux(kind: str) -> str | None:
+        return Flux(
+            FluxFiles(tiny_flux.write_dit(tmp_path / kind, tiny_flux.tiny_state(kind)))
+        ).why_few_steps()
+
+    def of_flux_2(version: str, name: str) -> str | None:
+        path = tiny_flux_2.write_dit(tmp_path, tiny_flux_2.tiny_state("klein"), name=name)
+        return Flux2(Flux2Files(path, model_version=version)).why_few_steps()
+
+    assert [of_flux(kind) is None for kind in ("dev", "schnell", "chroma")] == [True, False, True]
+    assert "FLUX.2-klein-4B" in str(of_flux_2("klein-4b", "x"))
+    assert "flux-2-klein-4b" in str(of_flux_2("klein-base-4b", "flux-2-klein-4b"))
+    assert of_flux_2("klein-base-4b", "flux-2-klein-base-4b") is None
+    path = tiny_z_image.write_dit(tmp_path, tiny_z_image.tiny_state(), name="z_image_turbo")
+    assert "z_image_turbo" in str(ZImage(ZImageFiles(path)).why_few_steps())
+
+
+@dataclass(frozen=True)
+class Turbo(toy.ToyFamily):
+    """Says that its transformer is distilled."""
+
+    few_steps: FewSteps = FewSteps("Give another")
+
+    def why_few_steps(self) -> str:
+        return "it is called turbo"
+
+
+def test_a_distilled_transformer_without_an_adapter_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.write_caches(tmp_path)
+    path = write_file(tmp_path, KINDS["LoRA"])
+    said = []
+    for more in ([], ["--training_adapter", path], ["--base_weights", path]):
+        caplog.clear()
+        toy.train_toy(tmp_path, "--max_train_steps", 1, "--overwrite", *more, family=Turbo())
+        said.append(
+            [text for text in caplog.messages if "distilled to few steps (it is called turbo)" in text]
+        )
+
+    assert [len(texts) for texts in said] == [1, 0, 0]
+    assert said[0][0].endswith("Give another.")

@@ -234,7 +234,7 @@ def write_caches(
     return path
 
 
-def write_prompts(folder: Path, text: str = "a cat --s 2 --d 1\n") -> Path:
+def write_prompts(folder: Path, text: str = "a cat --f 1 --s 2 --d 1\n") -> Path:
     """What samples are made of: by default one picture."""
     path = folder / "prompts.txt"
     path.write_text(text, encoding="utf-8")

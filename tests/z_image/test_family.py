@@ -1,6 +1,7 @@
 """What Z-Image settles for a request: noise levels, guidance that counts from 0, and what it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,34 @@ def test_what_is_not_said_is_as_in_the_known_tuner(family: ZImage) -> None:
 
     assert (prepared.width, prepared.height, prepared.steps) == (1024, 1024, 25)
     assert (prepared.guidance_scale, prepared.negative_prompt, prepared.flow_shift) == ((0.0,), "", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("models/z_image_bf16.safetensors", (28, 4.0)),
+        ("Z-Image/transformer", (28, 4.0)),
+        ("models--Tongyi-MAI--Z-Image-Turbo/snapshots/1a/transformer", (8, 0.0)),
+        ("zimage_TURBO_fp8_e4m3fn.safetensors", (8, 0.0)),
+        ("z_image/my_z_image.safetensors", (25, 0.0)),
+        ("z_image_style.safetensors", (25, 0.0)),
+    ],
+)
+def test_a_name_says_the_release(family: ZImage, path: str, expected: tuple[int, float]) -> None:
+    usual = replace(family, files=replace(family.files, dit=Path(path))).defaults
+
+    assert (usual.steps, usual.guidance_scale) == expected
+
+
+def test_what_is_typed_counts_also_if_it_is_what_stands_in_the_help() -> None:
+    files = ["--dit", "z_image_bf16.safetensors", "--save_path", "out", "--prompt", "a cat"]
+    typed = ["--guidance_scale", "0.0", "--infer_steps", "25"]
+    found = []
+
+    for more in (typed, []):
+        zimage_generate_image.main([*files, *more], lambda family, options: found.append(options.request))
+
+    assert [(one.guidance_scale, one.infer_steps) for one in found] == [(0.0, 25), (None, None)]
 
 
 @pytest.mark.parametrize("steps", [1, 8, 28])

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
 from training.learning_options import ADAFACTOR, LrScheduleOptions
-from training.optimizers.optimizer import check_arguments, import_object, is_schedule_free
+from training.optimizers.optimizer import check_arguments, import_object, needs_no_schedule
 from training.saving.states import plain_state
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 
     Raises OptionError if the options do not fit together.
     """
-    if is_schedule_free(optimizer):
+    if needs_no_schedule(optimizer):
         if (
             options.lr_scheduler != "constant"
             or options.lr_scheduler_type
@@ -74,7 +74,8 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             "Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not "
             f"{name}."
         )
-    curve = make_curve(options, total_steps, float(optimizer.defaults["lr"]))
+    rate = optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"])  # a wrapper may have no defaults
+    curve = make_curve(options, total_steps, float(rate))
     return CurveSchedule(name, optimizer, lambda step: factor_at(name, curve, step))
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
+from modules.installation import describe_missing
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
 
@@ -37,13 +38,6 @@ NAMES = {
     "adamwschedulefree": "schedulefree.AdamWScheduleFree",
     "radamschedulefree": "schedulefree.RAdamScheduleFree",
     "sgdschedulefree": "schedulefree.SGDScheduleFree",
-}
-# import name -> what to install
-PACKAGES = {
-    "bitsandbytes": "bitsandbytes",
-    "lion_pytorch": "lion-pytorch",
-    "prodigyopt": "prodigyopt",
-    "schedulefree": "schedulefree",
 }
 # class -> why the training loop cannot step it
 UNUSABLE = {
@@ -157,23 +151,44 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        missing = (error.name or module).partition(".")[0]
-        remedy = f"the package {missing} is not installed. Run: pip install {PACKAGES.get(missing, missing)}"
-        raise OptionError(f"{option} {name}: {remedy}") from None
+        raise OptionError(f"{option} {name}: {describe_missing(error)}") from None
     except Exception as error:  # the module may run any code of its own
         raise OptionError(f"{option} {name}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
-def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Return whether it needs no schedule and uses different weights for training and for use."""
-    return type(optimizer).__name__.lower().endswith("schedulefree")
+def _with_wrapped(optimizer: Optimizer) -> list[Any]:
+    """Return an optimizer and those that it wraps, the outermost first."""
+    found = [optimizer]
+    for outer in found:
+        inner = vars(outer).values()
+        found += [one for one in inner if isinstance(one, Optimizer) and all(one is not old for old in found)]
+    return found
+
+
+def needs_no_schedule(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer, what it derives from or what it wraps is called schedule-free."""
+    kinds = (kind for one in _with_wrapped(optimizer) for kind in type(one).__mro__)
+    return any("schedulefree" in kind.__name__.lower() for kind in kinds)
+
+
+def find_averaging(optimizer: Optimizer) -> Any:
+    """Return the optimizer, or the one it wraps, that trains other weights than those to save; None if none.
+
+    Such an optimizer has `train()` and `eval()`, which switch between the two, whatever its name.
+    """
+    able = (
+        one
+        for one in _with_wrapped(optimizer)
+        if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None))
+    )
+    return next(able, None)
 
 
 def set_training(optimizer: Optimizer, is_training: bool) -> None:
-    """Switch a schedule-free optimizer between the weights it trains and those to save and sample with."""
-    if is_schedule_free(optimizer):
-        switch = optimizer.train if is_training else optimizer.eval  # type: ignore[attr-defined]
-        switch()
+    """Switch an averaging optimizer between the weights it trains and those to save and sample with."""
+    averaging = find_averaging(optimizer)
+    if averaging is not None:
+        (averaging.train if is_training else averaging.eval)()
 
 
 def _adafactor_arguments(
@@ -224,16 +239,23 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the averaged weights of a schedule-free optimizer; others are unchanged.
+    """Load the averaged weights of an averaging optimizer; others are unchanged.
 
     While training, this optimizer keeps other weights in their place. Its own way back rounds, so the
     training weights are kept aside: saving changes nothing in the run.
     """
-    if not is_schedule_free(optimizer):
+    averaging = find_averaging(optimizer)
+    if averaging is None:
         yield
         return
     kept = [parameter.detach().clone() for parameter in parameters]
-    set_training(optimizer, False)
+    has_stepped = any(averaging.state.values())
+    try:
+        set_training(optimizer, False)
+    except Exception:
+        if has_stepped:
+            raise
+        averaging.state.clear()  # its average begins with its first step: until then the weights are it
     try:
         yield
     finally:
@@ -312,7 +334,7 @@ def restore_optimizer(
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load a `state_dict` of another program, except for the learning rates.
+    """Load a `state_dict` of another program with the numbers of this run, except for the learning rates.
 
     Raises CheckpointError if it does not fit.
     """

@@ -82,6 +82,7 @@ class Story:
 
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # of steps
+    average: float | None = None  # of the last losses, at most an epoch's; None: of an older version
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
@@ -107,6 +108,7 @@ class Story:
         step = row["step"]
         if "loss" in row:
             self.loss[step], self.seconds[step] = _number(row["loss"]), _number(row.get("seconds"))
+            self.average = _number(row.get("average"))
             for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
                 for name, value in (values or {}).items():
                     curves.setdefault(name, {})[step] = _number(value)
@@ -146,8 +148,12 @@ class Story:
         return min(self.validations.items(), key=lambda found: (found[1], found[0]), default=None)
 
     def nearest(self, step: int) -> tuple[int, float] | None:
-        """Return step and loss of the validation nearest to a step, the earlier one of two."""
-        return min(self.validations.items(), key=lambda found: (abs(found[0] - step), found[0]), default=None)
+        """Return step and loss of the validation nearest to a step, the earlier one of two.
+
+        One before the first step is of none but that.
+        """
+        found = [one for one in self.validations.items() if one[0] > 0 or step == 0]
+        return min(found, key=lambda one: (abs(one[0] - step), one[0]), default=None)
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss of those that are still there."""

@@ -33,6 +33,7 @@ from modules.bars import LINE_EVERY
 from modules.console import in_words
 from modules.devices import empty_pinned
 from modules.errors import OptionError, UserError
+from modules.installation import describe_missing
 from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
@@ -309,10 +310,8 @@ def check_trackers(options: LogOptions) -> None:
     for tracker in options.trackers:
         try:
             __import__(tracker)
-        except ImportError:
-            raise OptionError(
-                f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}"
-            ) from None
+        except ImportError as error:
+            raise OptionError(f"--log_with {tracker}: {describe_missing(error)}") from None
     if options.trackers:
         with quiet():  # it is read again when they start
             tracker_arguments(options)

@@ -141,9 +141,7 @@ def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) ->
     columns = choose_columns(rows, best, most_columns)
     prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
     shown = sorted(prompts)[:most_prompts]
-    best_column = (
-        min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
-    )
+    best_column = min(columns, key=lambda row: abs(row.step - best), default=None) if best else None
     titles = []
     for row in columns:
         is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
@@ -259,6 +257,8 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
         count = sum(each.values for each in latest)
         mean = sum(each.mean * each.values for each in latest) / count
         note = f"mean of the last {count_of(count, 'step')}"
+        if story.average is not None:  # as the bar, the box at the end and the list of runs have it
+            mean, note = story.average, "average of the last steps, at most an epoch"
         if left_out := sum(loss is None for loss in story.loss.values()):
             note += f"; {left_out:,} steps without a finite loss"
         tiles.append(("Loss", f"{mean:.4g}", note))

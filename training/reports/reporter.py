@@ -91,7 +91,14 @@ class RunReporter:
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             rates = dict(report.rates)
-            self._note(report.step, loss=report.loss, rates=rates, seconds=report.seconds, **experts)
+            self._note(
+                report.step,
+                loss=report.loss,
+                average=report.average,
+                rates=rates,
+                seconds=report.seconds,
+                **experts,
+            )
             started = self.now()
             if started - self._flushed >= max(FLUSH_SECONDS, self._flush_cost / SHARE):
                 with self._guarded():

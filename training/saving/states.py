@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import gather_object
@@ -26,6 +26,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
 from modules.text_files import parse_json, read_text, require_regular_file
+from networks.key_formats import OF_LTX_FORK, OURS
 from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class ForeignState:
     folder: Path
     network: dict[str, Tensor]
     optimizer: dict[str, Any]  # empty if there is none
+    is_ordered: bool = False  # the network's tensors are in that program's own order
 
     def release(self) -> None:
         """Free the tensors."""
@@ -136,7 +138,16 @@ def read_state(folder: Path) -> SavedState | ForeignState:
             for name in sums.keys() | found:
                 if found.get(name) != sums.get(name):
                     raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
-        return SavedState(folder, Progress(**content.pop("progress")), **content)
+        state = SavedState(folder, Progress(**content.pop("progress")), **content)
+        for record in (state, state.progress):
+            for name, hint in get_type_hints(type(record)).items():
+                kinds = [
+                    get_origin(one) or one
+                    for one in (get_args(hint) if type(None) in get_args(hint) else [hint])
+                ]
+                if not isinstance(getattr(record, name), (*kinds, int) if float in kinds else tuple(kinds)):
+                    raise TypeError(f"{name} is of the kind {type(getattr(record, name)).__name__}")
+        return state
 
 
 @contextlib.contextmanager
@@ -190,7 +201,7 @@ def state_pattern(name: str) -> re.Pattern[str]:
 def recover_states(output_dir: Path, name: str) -> None:
     """Restore the states of a run that was killed between the two renames that replace one."""
     pattern = state_pattern(name)
-    for entry in list(output_dir.iterdir()):
+    for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
             recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
@@ -200,11 +211,9 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
     Repairs folders that a killed run left half done.
     """
-    if not output_dir.is_dir():
-        return None
     recover_states(output_dir, name)
     pattern, found = state_pattern(name), []
-    for folder in output_dir.iterdir():
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
             try:
                 with one_error(folder):
@@ -279,7 +288,8 @@ def _read_foreign(folder: Path) -> ForeignState:
     Its schedule and random states need a step count that it does not hold.
     """
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
-    if weights.exists():
+    is_ordered = not weights.exists()  # safetensors sorts by names
+    if not is_ordered:
         try:
             network = load_file(weights)
         except (SafetensorError, OSError) as error:
@@ -294,7 +304,14 @@ def _read_foreign(folder: Path) -> ForeignState:
             "...-state folder.",
             path=folder,
         )
-    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else {})
+    # numbers that describe the network, as the fork's `lokr_factor`, are no part of a layer
+    network = {
+        name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
+        for name, tensor in network.items()
+        if "." in name
+    }
+    state = load_pickled(optimizer) if optimizer.exists() else {}
+    return ForeignState(folder, network, state, is_ordered)
 
 
 def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from data_tools.report.check import check_caching, check_training
 from data_tools.report.page import write_check_page
 from data_tools.report.views import side_by_side
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import load_dataset_config, with_references
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from tests.data_tools.report.making import report
-from tests.dataset.edit_sets import SIZE, EditFamily, make_set, read_set
+from tests.dataset.edit_sets import RULES, SIZE, EditFamily, make_set, read_set
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import options
 
@@ -87,3 +88,19 @@ def test_references_of_other_sizes_stand_side_by_side(tmp_path: Path) -> None:
     shown = side_by_side(media, media.spans[0])
 
     assert shown.shape == (1, 48, 64 + 16, 3)
+
+
+def test_a_model_that_edits_is_told_that_no_image_has_a_reference(tmp_path: Path) -> None:
+    make_set(tmp_path, {"a": (SIZE,), "b": ()})
+    (tmp_path / "data.toml").write_text(
+        "\n".join(line for line in (tmp_path / "data.toml").read_text().splitlines() if "refs" not in line)
+    )
+    without = with_references(load_dataset_config(tmp_path / "data.toml"), RULES)
+    for config, number in ((without, 1), (read_set(tmp_path), 0)):
+        cache_media(EditFamily(), config, options())
+        cache_texts(EditFamily(), config, options())
+        checked = check_caching(EditFamily(), config, 1, False)
+        for result in (checked, check_training(config, "toy", EditFamily().latent)):
+            text = "\n".join(result.lines)
+            assert text.count("no image has a reference: this trains text to image") == number
+            assert result.exit_code == 0

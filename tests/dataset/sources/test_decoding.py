@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.config import load_dataset_config
+from dataset.config import load_dataset_config, with_lengths
 from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import resample_indices, spans
 from dataset.sources.listing import find_sources
@@ -41,7 +41,7 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
         f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}",
         encoding="utf-8",
     )
-    (table,) = load_dataset_config(config).datasets
+    (table,) = with_lengths(load_dataset_config(config), 4).datasets
     (source,) = find_sources(table, captions=False)
 
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
@@ -109,9 +109,11 @@ def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
         fp_1f_clean_indices=(0, 1),
     )
 
-    decoded = decode_source(find_sources(table)[0], 16.0)
+    decoded = decode_source(find_sources(table)[0], 16.0, keeps_alpha=True)
 
     assert [control.shape for control in decoded.control_crops((0, 1))] == [(1, 48, 64, 4), (1, 48, 64, 3)]
+    white = decode_source(find_sources(table)[0], 16.0).control_crops((0, 1))[0]
+    assert white[0, 0, 0].tolist() == [128, 128, 129]  # 255 - 128 / 255 x (254, 253, 252)
 
 
 @pytest.mark.parametrize(("kind", "control_frames"), [("folder", 3), ("clip.mp4", 9), ("clip.gif", 3)])
@@ -167,7 +169,7 @@ def test_transparency_of_an_image_is_kept_beside_its_colours(tmp_path: Path, sid
     Image.fromarray(picture[..., :3]).save(tmp_path / "opaque.png")
 
     sources = find_sources(make_table(tmp_path, "image_directory", resolution=(32, 32)))
-    clear, opaque = (decode_source(source, 16.0) for source in sources)
+    clear, opaque = (decode_source(source, 16.0, keeps_alpha=True) for source in sources)
 
     assert opaque.alpha is None
     assert clear.alpha is not None

@@ -21,6 +21,8 @@ from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
 from dataset.sources.parquet import cells_of, read_cell
+from dataset.sources.unread import find_unread
+from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 
@@ -265,3 +267,102 @@ def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
         for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(7))):
             with contextlib.suppress(DatasetError, MediaError):
                 read()
+
+
+# --- columns that nothing reads, and files in several rows
+
+
+def list_of(folder: Path, rows: Rows, form: str, **changes: Any) -> DatasetTable:
+    """A table in one of the forms that name pictures in rows."""
+    if form == "list":
+        (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return make_table(folder, "image_jsonl_file", **changes)
+    if form != "csv":
+        return table_of(folder, rows, f"t.{form}", **changes)
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    (folder / "t.csv").write_text("\n".join(lines), encoding="utf-8")
+    return make_table(folder, "image_directory", directory=None, table_file=folder / "t.csv", **changes)
+
+
+@pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        (
+            "edit_image",
+            "refs/a.png",
+            "are read from control_path. Rename it, or say control_column = 'edit_image'",
+        ),
+        ("control_image", "https://x.org/a.png", "are read from control_path"),
+        ("contol_path", "nothing", "did you mean 'control_path'?"),
+        ("contol_path_1", "refs/a.png", "reference pictures and control media are read from control_path"),
+        ("mask", "refs/a.png", "masks are read from mask_path"),
+        ("audio", "a.wav", "the sound of clips is read from audio_path"),
+        ("Caption", "a cat", "did you mean 'caption'?"),
+        ("thumb", "refs/a.png", "'thumb', such as 'refs/a.png'."),
+        ("thumb", "refs/gone.png", None),
+        ("copy", "a.png", None),  # what is read from image_path
+        ("caption_en", "a cat", None),
+        ("source", "a book", None),
+        ("score", 0.5, None),
+        ("control_path_1", "refs/a.png", None),
+    ],
+)
+def test_columns_that_look_meant_are_told(
+    tmp_path: Path, form: str, column: str, value: Any, said: str | None
+) -> None:
+    (tmp_path / "refs").mkdir()
+    make_image(tmp_path / "refs" / "a.png")
+    make_image(tmp_path / "a.png")
+    rows = [{"image_path": "a.png", "caption": "a cat", column: value}]
+
+    found = [fault.text for fault in find_unread(list_of(tmp_path, rows, form))]
+
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> None:
+    content = make_image(tmp_path / "a.png").read_bytes()
+    row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
+    (fault,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
+    assert fault.text.startswith("'edit', which holds files: reference pictures and control media are read")
+
+    rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
+    (fault,) = find_unread(list_of(tmp_path, rows, "list"))
+    assert "'control_images', such as 'b.png'" in fault.text
+
+
+@pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
+def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> None:
+    rows = [{"image_path": "a.png", "caption": "x", "edit": "/c.png", "control_path_1": "/d.png"}]
+    changes = {"control_column": "edit", "references": ReferenceRules(most=2)}
+
+    (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
+
+    assert one.control == (Path("/c.png"), Path("/d.png"))
+    assert find_unread(list_of(tmp_path, rows, form, **changes)) == []
+    if form != "list":
+        with pytest.raises(DatasetError, match="control_column = 'no' is not a column"):
+            find_sources(list_of(tmp_path, rows, form, control_column="no"))
+
+
+@pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
+def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) -> None:
+    def row(name: str, control: str, caption: str) -> dict[str, Any]:
+        return {"image_path": name, "control_path": control, "caption": caption}
+
+    rows = [row("/t.png", "/0.png", "x"), row("/t.png", "/1.png", "x"), row("/t-2.png", "/2.png", "x")]
+    rows += [row("/t.png", "/1.png", "y"), row("/one.png", "/0.png", "z")]
+
+    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(most=2)))
+
+    assert {one.stem: (str(one.control[0]), one.caption) for one in found} == {
+        "t": ("/0.png", "x"),
+        "t-3": ("/1.png", "x"),
+        "t-2": ("/2.png", "x"),
+        "t-4": ("/1.png", "y"),
+        "one": ("/0.png", "z"),
+    }
+    with pytest.raises(DatasetError, match="repeat another one and would share a cache file"):
+        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(most=2)))

@@ -157,7 +157,10 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
         ({"shape": [2]}, "data_offsets"),
         ([], "header cannot be read"),
-        ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "a is of type F4, which is not supported"),
+        (
+            {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]},
+            "is quantised: a is of type F4, which is not supported",
+        ),
     ],
 )
 def test_a_safetensors_header_that_contradicts_itself_is_refused(
@@ -188,6 +191,7 @@ WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         ('{"a":' * 100_000, "header cannot be read"),
         ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
         ("{" + " " * 64, "header cannot be read"),
+        (f'{{"blocks.{"9" * 5000}.weight":{WHOLE}}}', "a name of 5014 characters"),
     ],
 )
 def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, message: str) -> None:
@@ -208,6 +212,11 @@ def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(CheckpointError, match="the whole file"):
         open_checkpoint(path)
+
+
+def test_a_pickled_tensor_with_an_endless_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a name of 5007 characters"):
+        open_checkpoint(write(tmp_path / "a.pth", {f"blocks.{'9' * 5000}": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize("read", [open_checkpoint, load_pickled])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modules.errors import MediaError
-from modules.media.encoding import Picture
+from modules.media.encoding import X264, Picture
 from modules.media.reading import read_tags
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
@@ -31,7 +31,7 @@ def remake(source: Path, suffix: str, codec: str = "h264", **more: Any) -> Path:
 
 def add_black(target: Any, frames: int, aspect: Fraction = Fraction(1)) -> None:
     """Write a stream of black pictures. aspect: of a pixel."""
-    video = target.add_stream("libx264", rate=25)
+    video = target.add_stream("libx264", rate=25, options=X264)
     video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
     video.codec_context.sample_aspect_ratio = aspect
     for _ in range(frames):
@@ -258,7 +258,7 @@ def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
     path, made, ntsc = tmp_path / "camera.mov", tmp_path / f"made{suffix}", Fraction(30000, 1001)
     with av.open(str(path), "w") as target:
         for width in (64, 32):
-            video = target.add_stream("libx264", rate=ntsc)
+            video = target.add_stream("libx264", rate=ntsc, options=X264)
             video.width, video.height, video.pix_fmt = width, 32, "yuv420p"
             video.metadata["timecode"] = code
         for video in target.streams.video:

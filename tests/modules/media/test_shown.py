@@ -1,5 +1,6 @@
 """Videos written at the times of their pictures: rates, colours, depth, memory; whole files or none."""
 
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from modules.errors import MediaError
-from modules.media.encoding import Picture
+from modules.media.encoding import Picture, recompress
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
 
@@ -108,6 +109,45 @@ def test_what_is_stored_lasts_as_long_as_the_pictures(
         assert abs(lasts - starts[-1]) <= Fraction(1, 1000)
         assert [packet.dts for packet in stored] == sorted({packet.dts for packet in stored})
         assert all(packet.dts <= packet.pts for packet in stored)
+
+
+SIZES = [(64, 64), (192, 96), (480, 272), (832, 480)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "width", "height"),
+    [
+        ("h264", *SIZES[0]),
+        *(pytest.param("h264", *size, marks=pytest.mark.slow) for size in SIZES[1:]),
+        *(pytest.param("h265", *size, marks=pytest.mark.slow) for size in (*SIZES, (64, 128))),
+        *(pytest.param("prores", *size, marks=pytest.mark.slow) for size in SIZES[:2]),
+    ],
+)
+def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
+    tmp_path: Path, codec: str, width: int, height: int
+) -> None:
+    random, rate = np.random.default_rng(0), Fraction(16)
+    still = np.kron(random.integers(0, 256, (height // 8, width // 8, 3)), np.ones((8, 8, 1)))
+    moving = [np.roll(still, (index, 2 * index), (0, 1)).astype(np.uint8) for index in range(8)]
+    track = random.uniform(-0.5, 0.5, (2, 12000)).astype(np.float32), 24000
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    files, shown_again = set(), set()
+    try:
+        for attempt in range(40):
+            if cores:
+                os.sched_setaffinity(0, {min(cores)} if attempt % 2 else cores)
+            # memory that is given back holds other values each time
+            used = [np.full(size, attempt, np.uint8) for size in random.integers(1000, 3_000_000, 8)]
+            del used
+            pictures = (Picture(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
+            path = tmp_path / ("a.mkv" if codec == "prores" else "a.mp4")
+            write_shown(path, pictures, rate, codec, crf=19, preset="medium", track=track)
+            files.add(path.read_bytes())
+            shown_again.add(recompress(moving[0], 30).tobytes())
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+    assert (len(files), len(shown_again)) == (1, 1)
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modules.errors import MediaError
-from modules.media.encoding import Picture
+from modules.media.encoding import X264, Picture
 from modules.media.reading import timed_frames
 from modules.media.streams import Clock, shown_frames, source_info
 from modules.media.writing import VideoSection, write_shown
@@ -110,7 +110,7 @@ def test_pictures_are_turned_upright(tmp_path: Path, degrees: int) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:16, :32] = 255  # top left
     with av.open(str(tmp_path / "phone.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=16)
+        stream = container.add_stream("libx264", rate=16, options=X264)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         stream.set_display_rotation(degrees)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

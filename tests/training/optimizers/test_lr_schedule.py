@@ -13,7 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
-from training.optimizers.optimizer import find_optimizer, make_optimizer
+from training.optimizers.optimizer import class_path, find_optimizer, make_optimizer
 
 RATE = 1e-3
 STABLE = "warmup_stable_decay --lr_warmup_steps"
@@ -161,10 +161,13 @@ def test_adafactor_shows_the_rate_it_finds() -> None:
 
 
 def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    class TinyScheduleFree(AdamW):
+    class ScheduleFreeAdamW(AdamW):
         """Named as the real ones are."""
 
-    made = TinyScheduleFree([nn.Parameter(torch.zeros(1))], lr=RATE)
+    class Mine(ScheduleFreeAdamW):
+        """Named by a user."""
+
+    made = Mine([nn.Parameter(torch.zeros(1))], lr=RATE)
     shown = make_lr_schedule(options("--lr_scheduler cosine"), made, 10)
 
     shown.step()
@@ -206,7 +209,8 @@ def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their
     ("name", "arguments", "expected"),
     [
         ("adamw8bit_apex_fused", (), "unknown. Did you mean adamw8bit? Use one of"),
-        ("nowhere.Fast", (), "the package nowhere is not installed"),
+        ("nowhere.Fast", (), "install the package that has the module nowhere; it may have another name"),
+        ("torch.nowhere.Fast", (), "torch has no module nowhere. Correct the name"),
         ("torch.optim.Fast", (), "cannot be imported"),
         ("AdamW", ("speed=3",), "--optimizer_args speed=3"),
         ("AdamW", ("betas=2",), "--optimizer_args betas=2"),
@@ -233,10 +237,16 @@ def test_what_cannot_be_built_is_refused_with_a_reason(
 
 @pytest.mark.parametrize(
     ("name", "install"),
-    [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("AdamWScheduleFree", "schedulefree")],
+    [
+        ("Lion", "lion-pytorch"),
+        ("Prodigy", "prodigyopt"),
+        ("AdamWScheduleFree", "schedulefree"),
+        ("prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free"),
+        ("optimi.StableAdamW", "torch-optimi"),
+    ],
 )
 def test_a_missing_package_is_named_with_the_command_to_install_it(name: str, install: str) -> None:
-    if importlib.util.find_spec(install.replace("-", "_")) is not None:
+    if importlib.util.find_spec(class_path(name).partition(".")[0]) is not None:
         pytest.skip("it is installed here")
 
     with pytest.raises(OptionError, match=f"pip install {install}"):

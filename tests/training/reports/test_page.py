@@ -25,7 +25,7 @@ from training.reports.page import ClipStore, Standing, choose_columns, write_tra
 from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
-PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
+PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 1 --s 2\n"
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
         assert shown.problems == []
 
 
-def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_no_command(
+def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder(
     tmp_path: Path, sampling: list[object]
 ) -> None:
     name = "a_name_that_is_longer_than_a_phone_is_wide_and_never_breaks"
@@ -92,7 +92,8 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_n
     share_page.main([str(page)])
     text = page.with_name(f"{name}-shared.html").read_text(encoding="utf-8")
     assert str(tmp_path) in page.read_text(encoding="utf-8")
-    assert not [private for private in (str(tmp_path), "convert_lora", "./sample/") if private in text]
+    assert not [private for private in (str(tmp_path), "./sample/") if private in text]
+    assert "--dataset_config dataset.toml --max" in text_of(text)
     assert "a cat" in text_of(text)
     assert text.count("<video") == 2
 

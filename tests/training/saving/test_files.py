@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
 from tests.training import toy
 from training.run import prepare_run
-from training.saving.files import MinuteClock, Names, Saver, hold_name
-from training.saving.states import read_state
+from training.saving.files import MinuteClock, Names, Saver, hold_name, set_aside
+from training.saving.states import find_latest, read_state
 
 
 @dataclass
@@ -223,6 +224,11 @@ def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None
 
     assert not asides(folder)
     assert before <= results(folder / "output")
+
+
+def test_a_folder_that_is_removed_meanwhile_holds_no_earlier_results(tmp_path: Path) -> None:
+    assert set_aside(Names(tmp_path / "gone", "x"), (), datetime(2026, 1, 1)) is None
+    assert find_latest(tmp_path / "gone", "x") is None
 
 
 def test_a_file_to_start_from_stays_where_the_command_names_it(folder: Path) -> None:

@@ -51,6 +51,17 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(read.parts["network"][name], tensor)
 
 
+@pytest.mark.parametrize(
+    "name", ["identity", "habits", "optimizer", "schedule", "settings", "scaler", "average"]
+)
+@pytest.mark.parametrize("value", ["a text", 3, ["a", "list"], 1.5])
+def test_a_part_of_another_kind_is_damage(tmp_path: Path, name: str, value: object) -> None:
+    write_state(tmp_path / "x-state", replace(state(), **{name: value}))
+
+    with pytest.raises(CheckpointError, match=f"x-state is damaged: {name} is of the kind"):
+        read_state(tmp_path / "x-state")
+
+
 BF16 = "--full_bf16 --mixed_precision bf16 --max_grad_norm 0"
 LORA = "--network_dim 2 --network_args exclude_patterns=['.*(1|down).*']"
 

@@ -1,0 +1,215 @@
+"""One clock for a clip and what belongs to it: its control clips and the clip of its mask.
+
+The clip alone decides which of its frames are kept. What belongs to it has a frame for each of these: the one
+of the same number, if it has as many frames or the same rate; else the one that it shows at that time.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import DatasetTable
+from dataset.config_keys import AUTO
+from dataset.sources.fetching import fetch
+from dataset.sources.frames import LOOKED_AT, TOLERANCE, frames_wanted, is_still, keep_pattern
+from dataset.sources.media_source import Fault, MediaSource
+from modules.errors import MediaError
+from modules.media.decoding import animation_durations, is_animation
+from modules.media.reading import (
+    PLACE_IN_FRAME,
+    Frame,
+    count_frames,
+    frames_at,
+    slots,
+    timed_frames,
+    video_frames,
+    video_info,
+)
+
+Kept = tuple[Frame, int, float]  # its number in the file; the second at which others show the same moment
+SAME_RATE = 1e-4  # by how much equal rates of two files differ
+UNEVEN = 0.011  # seconds by which durations of frames differ that are not only rounded
+MANY_FRAMES = 1000  # of a clip whose header does not say how many
+
+
+def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Kept]:
+    """Yield the frames of a clip that are kept at `fps`, at their own size, no more than the table needs.
+
+    With source_fps = "auto", and of GIF and WebP, those shown at that rate. These are played at the
+    source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
+    times: all of them are frames. alpha: with their transparency, if they have any.
+    """
+    rate = table.stated_fps or fps
+    frames: Iterable[Kept]
+    if _is_timed(path, table):
+        frames = frames_at(path, slots(rate), alpha)
+    elif path.is_dir():
+        frames = zip(video_frames(path, alpha), itertools.count(), slots(rate), strict=False)
+    else:
+        frames = _all_frames(path, alpha)
+    kept = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
+    return itertools.islice(kept, frames_wanted(table))
+
+
+def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:
+    begin = None
+    for number, (frame, start, end) in enumerate(timed_frames(path, alpha)):
+        begin = start if begin is None else begin
+        yield frame, number, start - begin + PLACE_IN_FRAME * (end - start)
+
+
+def frames_beside(
+    path: Path,
+    clip: Path,
+    table: DatasetTable,
+    fps: float,
+    kept: Sequence[tuple[int, float]],
+    alpha: bool = False,
+) -> Iterator[Frame]:
+    """Yield a frame of a control clip or mask for each kept frame of its clip; if it ends before, fewer, but
+    one at least.
+
+    kept: number and second of each, as of `kept_frames`. alpha: as there. Raises MediaError as
+    `video_frames` does.
+    """
+    numbers = [number for number, _ in kept]
+    if not _Pair(path, clip, table, fps).is_numbered:
+        if not path.is_dir():
+            return (frame for frame, _, _ in frames_at(path, [second for _, second in kept], alpha))
+        numbers = [int(second * (table.stated_fps or fps)) for _, second in kept]
+    return _numbered(video_frames(path, alpha), numbers)
+
+
+def _numbered(frames: Iterator[Frame], numbers: Sequence[int]) -> Iterator[Frame]:
+    """Yield the frames of these numbers, which do not fall; the last frame if it comes before all of them."""
+    done, frame = 0, None
+    for number, frame in enumerate(frames):
+        while done < len(numbers) and numbers[done] == number:
+            yield frame
+            done += 1
+        if done == len(numbers):
+            return
+    if not done and frame is not None:
+        yield frame
+
+
+def _is_timed(path: Path, table: DatasetTable) -> bool:
+    return is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """What the header of a clip says."""
+
+    frames: int | None
+    rate: float  # frames a second; NaN if they are not shown equally long
+    seconds: float  # 0: unknown
+
+    @property
+    def likely(self) -> int:
+        """Return how many frames there are, as far as the duration tells; 0: unknown."""
+        return self.frames or (round(self.seconds * self.rate) if self.rate > 0 else 0)
+
+
+class _Pair:
+    """A clip, and a control clip or mask beside it, by their headers. Raises MediaError."""
+
+    def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
+        self._path, self._clip, self._usual = path, clip, table.stated_fps or fps
+        self._is_timed = [_is_timed(one, table) for one in (path, clip)]
+        # frames of a folder are numbered as those of its clip, whatever rate that one's header says
+        self._in_step = path.is_dir() and table.stated_fps is not None and not self._is_timed[1]
+        self.clip, self.beside = self._measure(clip), self._measure(path)
+
+    def _measure(self, path: Path) -> _Timing:
+        info = video_info(path)
+        rate = info.fps or self._usual
+        seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
+        if is_animation(path):
+            times = animation_durations(path)
+            rate = rate if max(times) - min(times) < UNEVEN else math.nan
+        return _Timing(info.frames, rate, seconds)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Return whether frames of equal numbers belong together."""
+        near = TOLERANCE if self._clip.is_dir() else SAME_RATE  # of a folder a rate is only stated
+        if self._in_step or abs(self.beside.rate / self.clip.rate - 1) < near:
+            return True
+        pair = (self.beside, self._path), (self.clip, self._clip)
+        ours, theirs = (timing.frames or count_frames(path) for timing, path in pair)
+        return ours == theirs
+
+    @property
+    def was_so_before(self) -> bool:
+        """Return whether both were read in step when each had a clock of its own: its times, or the rate that
+        its table says.
+        """
+        beside, clip = (
+            timing.rate if is_timed else self._usual
+            for timing, is_timed in zip((self.beside, self.clip), self._is_timed, strict=True)
+        )
+        now = 1.0 if self.is_numbered else self.beside.rate / self.clip.rate
+        return abs(beside / clip / now - 1) * (self.clip.likely or MANY_FRAMES) < PLACE_IN_FRAME
+
+    @property
+    def differs(self) -> bool:
+        """Return whether neither the numbers of frames nor the durations agree, as far as headers tell."""
+        ours, theirs = self.beside, self.clip
+        if not ours.likely or not theirs.likely or ours.likely in (1, theirs.likely):
+            return False
+        longest = 1.5 * max(one.seconds / one.likely for one in (ours, theirs))  # a frame, rounded
+        return abs(ours.seconds - theirs.seconds) > max(longest, TOLERANCE * theirs.seconds)
+
+
+def _beside(source: MediaSource) -> Iterator[Path]:
+    """Yield the control clips of a clip that is on disk, and its mask if that moves."""
+    if source.table.kind == "video" and source.tensors is None:
+        yield from source.control
+        if source.mask is not None and not is_still(source.mask):
+            yield source.mask
+
+
+def has_beside(source: MediaSource) -> bool:
+    """Return whether frames of other files are chosen by the clock of a clip."""
+    has_any = bool(source.control) or source.mask is not None
+    return source.table.kind == "video" and source.tensors is None and has_any
+
+
+def kept_one_clock(source: MediaSource, fps: float) -> bool:
+    """Return whether a cache made before there was one clock holds what would be made now.
+
+    Headers are read, of files at addresses and in tars too. Raises MediaError.
+    """
+    with fetch(source) as here:
+        return all(_Pair(path, here.path, here.table, fps).was_so_before for path in _beside(here))
+
+
+OTHER_LENGTHS = (
+    "control clips or masks have other numbers of frames than their clips, and last another time; of each is "
+    "taken what it shows at the clip's times, and its last frame behind its end"
+)
+
+
+def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
+    """Return a remark for each control clip or mask whose frames and seconds both differ from its clip's.
+
+    Only headers of files that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
+    elsewhere.
+    """
+    clips = [one for one in sources if has_beside(one) and not one.origins]
+    faults = []
+    for source in clips[:: -(-len(clips) // LOOKED_AT) or 1]:
+        with contextlib.suppress(MediaError, OSError):
+            for path in _beside(source):
+                pair = _Pair(path, source.path, source.table, fps)
+                if pair.differs:
+                    ours, theirs = (
+                        f"{one.likely} frames, {one.seconds:.2f} s" for one in (pair.beside, pair.clip)
+                    )
+                    text = f"{path}: {ours}; its clip {theirs}"
+                    faults.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
+    return faults

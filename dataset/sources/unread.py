@@ -1,0 +1,113 @@
+"""Find columns of lists and tables that nothing reads, though they hold files or are named as if they did."""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataset.config import DatasetTable
+from dataset.sources.columns import column_names, plain_columns, read_columns, read_jsonl
+from dataset.sources.media_source import Fault
+from dataset.sources.rows import control_number
+from dataset.sources.tables import choose_columns, names_read
+from modules.control_codes import shorten
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.media.samples import SOUND_SUFFIXES
+from modules.paths import expand_path, hide_secrets, path_exists
+
+LOOKED_AT = 1000  # rows of a file
+MOST_SHOWN = 80  # characters of a value
+NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
+# what is read from a column, by its name here: what that is, and words in other programs' names of it
+MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "control_path": (
+        "reference pictures and control media are",
+        ("control", "controls", "edit", "reference", "references", "ref", "source", "src", "input", "kontext")
+        + ("conditioning", "condition", "before"),
+    ),
+    "mask_path": ("masks are", ("mask", "masks", "matte", "segmentation")),
+    "audio_path": ("the sound of clips is", ("audio", "sound", "speech", "music")),
+}
+
+
+def find_unread(table: DatasetTable) -> list[Fault]:
+    """Return a remark for each column that is not read, but holds files, or is named almost like one that is.
+
+    Of at most LOOKED_AT rows. Raises DatasetError as listing the table does.
+    """
+    path = table.jsonl_file or table.table_file
+    if path is None or not path.exists():  # the listing says so
+        return []
+    found: dict[str, str] = {}  # text by column
+    media_column, held, rows = _open(table, path)
+    found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held}
+    read = names_read(table, media_column, "")
+    for values in itertools.islice(rows, LOOKED_AT):
+        for name, value in values.items():
+            if name in read or name in found or control_number(name) is not None:
+                continue
+            if (text := _explain(name, value, table, path, values.get(media_column))) is not None:
+                found[name] = text
+    kind = f"columns of {path} are not read"
+    return [Fault(kind, f"{name!r}{text}.") for name, text in found.items()]
+
+
+def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Mapping[str, Any]]]:
+    """Return the column of the media; unread columns that hold whole files; and rows of the others and it."""
+    if table.jsonl_file is not None:
+        lines = read_jsonl(path, None)
+        return f"{table.kind}_path", [], (_without(row.values, {"caption"}) for row in lines)
+    columns = column_names(path)
+    media, caption = choose_columns(table, columns)
+    read = names_read(table, media, caption or "") - {media}
+    unread = [name for name in columns if name not in read and control_number(name) is None]
+    plain, held = plain_columns(path, unread)
+    rows = read_columns(path, plain)
+    return media, [name for name in held if name != media], (_without(row.values, read) for row in rows)
+
+
+def _without(values: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
+    """Return what there is to say of a value; None: nothing. media: the path that the same row reads."""
+    hint = _hint(name, table)
+    texts = [value] if isinstance(value, str) else [*value] if isinstance(value, list) else []
+    texts = [*value.values()] if isinstance(value, dict) else texts
+    for text in texts[:4]:
+        if isinstance(text, str) and text.strip() and text != media and "\n" not in text:
+            shown = f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}"
+            suffix = Path(text.split("?")[0]).suffix.lower()
+            is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | SOUND_SUFFIXES
+            if is_media and (hint is not None or _exists(text, path)):
+                return f"{shown}{hint or ''}"
+    near = _near(name, table)
+    return None if near is None or not texts else f": did you mean {near!r}?"
+
+
+def _exists(text: str, path: Path) -> bool:
+    try:
+        return any(path_exists(expand_path(text, base)) for base in (None, path.parent))
+    except ValueError:  # a name that no file can have
+        return False
+
+
+def _near(name: str, table: DatasetTable) -> str | None:
+    """Return the column that a name is almost that of."""
+    bare = re.sub(r"_?\d+$", "", name.lower())
+    known = [f"{table.kind}_path", "caption", "control_path", "mask_path", "audio_path"]
+    return next(iter(difflib.get_close_matches(bare, known, 1, NEAR)), None)
+
+
+def _hint(name: str, table: DatasetTable) -> str | None:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    near = _near(name, table)
+    for column, (what, meant) in MEANT.items():
+        if near == column or (near is None and words.intersection(meant)):
+            more = f", or say control_column = {name!r} in the table" if column == "control_path" else ""
+            return f": {what} read from {column}. Rename it{more}"
+    return None

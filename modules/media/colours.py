@@ -1,0 +1,226 @@
+"""Turn an opened picture into the colours that a viewer shows: sRGB, and white behind what is transparent.
+
+Browsers are the model: a colour profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; what EXIF
+says of the colour space does not.
+"""
+
+import functools
+import io
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
+
+logger = logging.getLogger(__name__)
+
+_ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
+# which of Pillow's modes hold what a profile of that colour space is for. Browsers let profiles of RGB
+# count for grey pictures too
+_GREY = frozenset({"1", "L", "LA", "La"})
+_LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
+_SCREEN = 2.2  # the exponent that browsers take gAMA to be for
+_NEAR = 0.05  # of 1: exponents that libpng leaves out
+# x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
+_SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+_D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What a picture or a clip says of its colours beside their numbers."""
+
+    is_transparent: bool  # somewhere
+    is_converted: bool  # its numbers are not those of sRGB
+    fault: str | None = None  # why its profile is not used
+    hdr: str | None = None  # of a clip: "PQ" or "HLG"
+
+
+@dataclass(frozen=True)
+class _Profile:
+    data: bytes
+    mode: str  # of the picture: "L", "RGB" or "CMYK"
+    path: Path = field(compare=False)  # of the first picture that has it, for a message
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """Return an opened picture as EXIF says that it is held."""
+    key, raw = file.info.get("transparency"), str(getattr(file, "tile", None) and file.tile[0][3])  # type: ignore[attr-defined]
+    if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
+        spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
+        file.info["transparency"] = key * spread if spread > 1 else key
+        if raw == "RGB;16B":  # of pixels the higher bytes are read
+            file.info["transparency"] = tuple(value >> 8 for value in key)
+    return ImageOps.exif_transpose(file)
+
+
+def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
+    """Return H W 3 RGB on white; with `alpha`, H W 4 of a picture that has transparency, with its colours.
+
+    image: from `upright`. path: for messages.
+    """
+    opacity, colours = _opacity(image), _srgb(path, image)
+    if opacity is None:
+        return colours
+    with_alpha = np.dstack([colours, opacity])
+    return with_alpha if alpha else blend_on_white(with_alpha)
+
+
+def look_at(path: Path, file: Image.Image) -> Colours:
+    """Return what an opened picture says of its colours. Pixels are read only if it may be transparent."""
+    profile = _profile_of(path, file)
+    transform, fault = (None, None) if profile is None else _transform(profile)
+    is_converted = transform is not None or (profile is None and _exponent(file.info) is not None)
+    may_be = file.mode in _ALPHA_MODES or "transparency" in file.info
+    opacity = _opacity(upright(file)) if may_be else None
+    return Colours(opacity is not None and int(opacity.min()) < 255, is_converted, fault)
+
+
+def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
+    """Return H W 3: a frame H W 4 of 8 or 16 bits over white."""
+    most = int(np.iinfo(frame.dtype).max)
+    wide = np.uint16 if most == 255 else np.uint64
+    alpha = frame[..., 3:].astype(wide)
+    blended: NDArray[Any] = ((frame[..., :3] * alpha + most * (most - alpha) + most // 2) // most).astype(
+        frame.dtype
+    )
+    return blended
+
+
+def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
+    """Return how opaque each pixel is, H W; None if nothing can be transparent."""
+    key = image.info.get("transparency")
+    if image.mode.startswith("I;16") and key is not None:
+        return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
+    if image.mode not in _ALPHA_MODES and key is None:
+        return None
+    return np.asarray(image.convert("RGBA"))[..., 3]
+
+
+def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
+    """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
+        info = image.info
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image.info = info
+    profile = _profile_of(path, image)
+    transform = None if profile is None else _transform(profile)[0]
+    if profile is not None and transform is not None:
+        return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
+    colours = _in_mode(image, "RGB")
+    exponent = _exponent(image.info) if profile is None else None
+    if exponent is not None:
+        levels = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(int)
+        colours = colours.point(levels.tolist() * 3)
+    return np.array(colours)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode in {"La", "RGBa"}:  # colours that are multiplied by their alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    elif image.mode == "P" and "transparency" in image.info:  # else Pillow warns
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+# Colour profiles
+
+
+def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
+    """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
+    data = image.info.get("icc_profile")
+    if data:
+        mode = "L" if image.mode in _GREY or image.mode.startswith("I;16") else image.mode
+        mode = mode if mode in {"L", "CMYK"} else "RGB"
+        if mode == "L" and data[16:20] == b"RGB ":
+            mode = "RGB"
+        return _Profile(data, mode, path)
+    places = image.info.get("chromaticity")
+    gamma = _gamma(image.info)
+    if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
+        return None
+    made = _make_profile(gamma, tuple(places))
+    return None if made is None else _Profile(made, "RGB", path)
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
+    """Return what converts a picture of that profile to sRGB; None if it is sRGB, or why it cannot be used.
+
+    That is logged once for each profile.
+    """
+    space, mode = profile.data[16:20].decode("latin-1").strip(), profile.mode
+    if space != {"L": "GRAY"}.get(mode, mode):
+        fault = f"its colour profile is for {space or 'nothing'}, its pixels are {mode}"
+    else:
+        try:
+            opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
+            made = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+            return (None if _changes_nothing(made, mode) else made), None
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+            fault = f"its colour profile cannot be used ({error})"
+    logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, fault)
+    return None, fault
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    if mode == "CMYK":
+        return False
+    steps = np.linspace(0, 255, 18).astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 18, 3)
+    asked = colours if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
+    found = np.asarray(ImageCms.applyTransform(Image.fromarray(asked), transform)).astype(int)
+    return bool(abs(found - (asked if mode == "RGB" else asked[..., None])).max() <= _LEVELS)
+
+
+# What PNGs say in chunks of their own
+
+
+def _gamma(info: dict[Any, Any]) -> float | None:
+    """Return the exponent of a PNG's chunk gAMA; None if there is none that counts."""
+    gamma = info.get("gamma")
+    return None if not gamma or gamma <= 0 or "srgb" in info else float(gamma)
+
+
+def _exponent(info: dict[Any, Any]) -> float | None:
+    """Return the exponent by which browsers change the values of a PNG with gAMA alone; None: by none."""
+    gamma = _gamma(info)
+    if gamma is None or abs(_SCREEN * gamma - 1) <= _NEAR:
+        return None
+    return 1 / (_SCREEN * gamma)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_profile(gamma: float, places: tuple[float, ...]) -> bytes | None:
+    """Return the ICC profile of gAMA and cHRM; None if the places are no triangle. Source: ICC.1, 8.3."""
+    x, y = np.array(places[0::2]), np.array(places[1::2])
+    if (y <= 0).any():
+        return None
+    white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)
+    try:
+        lights = np.linalg.solve(np.array(primaries).T, white)
+        colorants = np.array(primaries).T * lights
+        cones = _BRADFORD @ _D50 / (_BRADFORD @ white)
+        colorants = np.linalg.solve(_BRADFORD, cones[:, None] * (_BRADFORD @ colorants))
+    except np.linalg.LinAlgError:
+        return None
+
+    def fixed(values: Any) -> bytes:  # s15Fixed16Number
+        return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())
+
+    curve = b"para" + bytes(8) + fixed([1 / gamma])
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(_D50)}
+    for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
+        tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + fixed(colorant)
+        tags[letter + b"TRC"] = curve
+    start, table, body = 132 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + (start + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content
+    head = (start + len(body)).to_bytes(4, "big") + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
+    head += b"acsp" + bytes(28) + fixed(_D50)
+    return head.ljust(128, b"\0") + len(tags).to_bytes(4, "big") + table + body

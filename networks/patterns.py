@@ -1,0 +1,62 @@
+"""Regular expressions for names of modules, which are written with dots (`blocks.0.ffn.2`), as the model has
+them, or with underscores (`lora_unet_blocks_0_ffn_2`), as LoRA files have them.
+
+A pattern that fits nothing as its option reads it is tried in the other spelling.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+MOST_NEAR = 3
+MOST_WORDS = 5  # of a part of a name that is shown
+MOST_LETTERS = 200  # of a pattern that is compared with names
+
+
+@dataclass(frozen=True)
+class NamePattern:
+    """Stands for a pattern that fits these names in another spelling than that of its option."""
+
+    pattern: str  # as it was typed
+    names: frozenset[str]  # in all spellings
+
+    def match(self, name: str) -> bool:
+        return name in self.names
+
+    search = match
+
+
+def in_any_spelling(pattern: str) -> str:
+    r"""Return a regular expression whose `\.` and `_` both fit a dot and an underscore."""
+    parts, is_class = [], False
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        is_class = part == "[" or (is_class and part != "]")
+        parts.append("[._]" if part in ("\\.", "_") and not is_class else part)
+    text = "".join(parts)
+    try:
+        re.compile(text)
+    except re.error:  # the name of a group has an underscore
+        return pattern
+    return text
+
+
+def describe_unfit(pattern: str, names: Iterable[str]) -> str:
+    """Return a sentence about a pattern that fits none of these names, with the nearest parts of them.
+
+    names: with underscores.
+    """
+    text = re.sub(r"\d+", "N", re.sub(r"[\W_]+", "_", re.sub(r"\\[a-zA-Z]", "_", pattern))).strip("_")
+    kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
+    parts = dict.fromkeys(part for kind in kinds for part in _parts(kind.split("_")))
+    near = difflib.get_close_matches(text[:MOST_LETTERS], list(parts), MOST_NEAR, cutoff=0.5)
+    found = near or list(kinds)[:MOST_NEAR]
+    return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(found)} (N: a number)"
+
+
+def _parts(words: list[str]) -> Iterator[str]:
+    """Yield the runs of words that begin with a word, not a number."""
+    for start, word in enumerate(words):
+        for end in range(start + 1, min(start + MOST_WORDS, len(words)) + 1):
+            if word != "N":
+                yield "_".join(words[start:end])

@@ -1,0 +1,140 @@
+"""Transparency and colour profiles in datasets: what is learned, remarks, and caches of earlier versions."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.report.check import check_caching
+from dataset.cache.files import read_entry, write_tensors
+from dataset.cache.records import latent_metadata, latent_record, text_metadata, text_records
+from dataset.caching import planning
+from dataset.caching.loop import cache_media
+from dataset.config import DatasetConfig
+from dataset.sources.decoding import decode_source
+from dataset.sources.listing import find_sources
+from tests.dataset.caching.test_loop import make_config
+from tests.dataset.caching.test_reference_texts import cache_seen, values
+from tests.dataset.edit_sets import SIZE, EditFamily, make_set
+from tests.dataset.making import make_image, make_table
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.modules.media.test_colours import XYZ_OF_P3, converted, matrix_profile, srgb_curve
+
+BLUE, CLEAR = (10, 20, 200, 255), (10, 20, 200, 51)
+WHITE = [206, 208, 244]  # a fifth of the colour over white
+
+
+def pictures(folder: Path, **keys: Any) -> DatasetConfig:
+    make_image(folder / "clear.png", colour=CLEAR)
+    make_image(folder / "opaque.png", colour=BLUE)
+    make_image(folder / "plain.png", colour=BLUE[:3])
+    p3 = matrix_profile(XYZ_OF_P3, srgb_curve())
+    Image.new("RGB", (32, 32), (200, 120, 90)).save(folder / "wide.png", icc_profile=p3)
+    return DatasetConfig(
+        folder / "data.toml", (make_table(folder, "image_directory", resolution=(32, 32), **keys),)
+    )
+
+
+def cached(config: DatasetConfig, masks_latents: bool = False) -> dict[str, list[int]]:
+    """Cache; returns a pixel of what was encoded, by the stem of its picture."""
+    family = ToyFamily(latent=dataclasses.replace(LATENT, masks_latents=masks_latents))
+    cache_media(family, config, options())
+    return {
+        key.split("_")[0]: frames[0, 0, 0].tolist()
+        for media in family.media
+        for key, frames in zip(media.keys, media.frames, strict=True)
+    }
+
+
+def age(folder: Path) -> None:
+    """Make caches look like those of versions that did not look at colours."""
+    for path in (folder / "cache").glob("*.safetensors"):
+        entry = read_entry(path)
+        if path.stem.endswith("_te"):
+            texts = text_records(entry.header).items()
+            changed = text_metadata({name: dataclasses.replace(one, as_shown=False) for name, one in texts})
+        else:
+            latents = latent_record(entry.header)
+            assert latents is not None
+            changed = latent_metadata(dataclasses.replace(latents, as_shown=False))
+        write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+
+
+@pytest.mark.parametrize("many", [8192, 2])
+@pytest.mark.parametrize("masks_latents", [False, True])
+def test_what_a_viewer_shows_is_learned_and_old_caches_of_other_colours_are_made_again(
+    tmp_path: Path, masks_latents: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MANY", many)
+    config = pictures(tmp_path)
+    wide = np.rint(converted(np.array([200, 120, 90]), XYZ_OF_P3, None)).tolist()
+
+    found = cached(config, masks_latents)
+
+    np.testing.assert_allclose(found.pop("wide"), wide, atol=1)
+    shown = [*CLEAR[:3]] if masks_latents else WHITE
+    assert found == {"clear": shown, "opaque": [*BLUE[:3]], "plain": [*BLUE[:3]]}
+    assert cached(config, masks_latents) == {}
+    age(tmp_path)
+    assert set(cached(config, masks_latents)) == ({"wide"} if masks_latents else {"wide", "clear"})
+    assert cached(config, masks_latents) == {}
+
+
+def test_alpha_masks_keep_the_colours_below_them(tmp_path: Path) -> None:
+    config = pictures(tmp_path, alpha_mask=True)
+    assert cached(config)["clear"] == [*CLEAR[:3]]
+    age(tmp_path)
+    assert set(cached(config)) == {"wide"}
+
+
+def test_check_and_caching_count_transparent_pictures_and_profiles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = pictures(tmp_path, caption_extension=".txt")
+    for path in tmp_path.glob("*.png"):
+        path.with_suffix(".txt").write_text("a cat", encoding="utf-8")
+
+    lines = check_caching(ToyFamily(), config, 1, False).lines
+    cached(config)
+
+    for text in ("\n".join(lines), caplog.text):
+        assert "1 are transparent and laid on white:\n" in text
+        assert "clear.png" in text
+        assert "1 have a colour profile, or colours other than sRGB" in text
+        assert "opaque.png" not in text
+
+
+def test_references_and_the_texts_that_see_them_are_on_white(tmp_path: Path) -> None:
+    config = make_set(tmp_path, {"a": (SIZE,), "b": (SIZE,)})
+    make_image(tmp_path / "refs" / "a_0.png", SIZE, CLEAR)
+    family = EditFamily()
+    cache_media(family, config, options())
+    cache_seen(tmp_path)
+    controls = {key[0]: media.control[0][0, 0, 0, 0] for media in family.media for key in media.keys}
+    assert controls["a"].tolist() == WHITE
+    assert values(tmp_path)["a_toy_te.safetensors"] == pytest.approx(sum(WHITE) / 3, abs=0.5)
+
+    age(tmp_path)
+    again = EditFamily()
+    cache_media(again, config, options())
+    assert [key[0] for keys in again.seen for key in keys] == ["a"]
+    assert cache_seen(tmp_path)[0].written == 1
+    assert cache_seen(tmp_path)[0].written == 0
+
+
+def test_a_mask_clip_drawn_by_transparency_may_have_empty_frames(tmp_path: Path) -> None:
+    make_config(tmp_path, clips=(5,))
+    (tmp_path / "masks" / "clip_0").mkdir(parents=True)
+    for number in range(5):
+        drawn = np.zeros((32, 32, 4), np.uint8)
+        drawn[:, : 8 * number] = 255
+        Image.fromarray(drawn).save(tmp_path / "masks" / "clip_0" / f"{number:03d}.png")
+    table = make_table(tmp_path, target_frames=(5,), resolution=(32, 32), mask_directory=tmp_path / "masks")
+
+    mask = decode_source(find_sources(table)[0], 16.0).mask
+
+    assert mask is not None
+    assert mask.mean(axis=(1, 2)).tolist() == [0, 255 / 4, 255 / 2, 3 * 255 / 4, 255]

@@ -1,0 +1,134 @@
+"""A sample's line that says nothing is made as the family's generation script makes the same prompt."""
+
+import contextlib
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blissful_tuner.metadata import output_metadata
+from generation.request import prepare_line
+from modules.contract.requests import Prepared
+from modules.families import FAMILIES as ENTRIES
+from networks.options import NetworkOptions
+from tests.tiny.families import FAMILIES, OUTPUT, family_called
+from tests.tiny.flux import write_tiny_flux
+from training.image_options import read_image_training
+from training.options import read_training
+from training.samples import read_requests
+
+MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
+BASE, TURBO = ("model/Z_Image_BF16.safetensors", "model/my_z_image_turbo.safetensors")
+A14B = ["--dit_high_noise", "model/dit.safetensors"]
+SMALL = ["--width", "64", "--height", "96", "--sample_num_frames", "9"]
+# tiny family -> further options of the training, what replaces its words, what its samples have. Source of
+# the numbers: the releases' own pipelines and pages
+Case = tuple[str, list[str], dict[str, str], dict[str, Any]]
+CASES: dict[str, Case] = {one.name: (one.name, [], {}, {}) for one in FAMILIES}
+VIDEO = {
+    "steps": 50,
+    "flow_shift": 5.0,
+    "guidance_scale": (5.0,),
+    "frames": 81,
+    "fps": 16.0,
+    "solver": "unipc",
+}
+CASES |= {
+    "wan t2v-1.3B": ("wan t2v-1.3B", [], {}, {**VIDEO, "width": 256, "height": 256}),
+    "wan t2i": ("wan t2v-1.3B", [], {"t2v-1.3B": "t2i-14B"}, {**VIDEO, "frames": 1}),
+    "wan i2v-14B": ("wan i2v-14B", [], {}, {**VIDEO, "steps": 40}),
+    "wan flf2v-14B": ("wan flf2v-14B", [], {}, {**VIDEO, "flow_shift": 16.0}),
+    "wan t2v-A14B": (
+        *("wan t2v-1.3B", A14B, {"t2v-1.3B": "t2v-A14B"}),
+        {**VIDEO, "steps": 40, "flow_shift": 12.0, "guidance_scale": (3.0, 4.0)},
+    ),
+    "wan ti2v-5B": ("wan ti2v-5B", [], {}, {**VIDEO, "frames": 121, "fps": 24.0}),
+    "hunyuan_video": (
+        *("hunyuan_video", [], {}),
+        {"steps": 50, "flow_shift": 7.0, "guidance_scale": (1.0,), "frames": 129, "embedded_guidance": 6.0},
+    ),
+    "framepack, window of 3": ("framepack", [], {"1": "3"}, {"steps": 25, "frames": 12 * 12 + 1}),
+    "flux": (
+        "flux",
+        [],
+        {},
+        {"steps": 50, "embedded_guidance": 3.5, "guidance_scale": (1.0,), "width": 1024},
+    ),
+    "flux schnell": ("flux", [], {}, {"steps": 4, "embedded_guidance": None, "flow_shift": 1.0}),
+    "chroma": ("chroma", [], {}, {"steps": 50, "guidance_scale": (4.0,)}),
+    "kontext": ("kontext", [], {}, {"steps": 25, "embedded_guidance": 2.5}),
+    "flux_2": ("flux_2", [], {}, {"steps": 50, "guidance_scale": (4.0,), "width": 1024}),
+    "flux_2 klein": ("flux_2", [], {"klein-base-4b": "klein-4b"}, {"steps": 4, "guidance_scale": (1.0,)}),
+    "lumina": ("lumina", [], {}, {"steps": 36, "guidance_scale": (3.5,), "flow_shift": 6.0}),
+    "hunyuan_image": ("hunyuan_image", [], {}, {"steps": 50, "guidance_scale": (3.5,), "height": 2048}),
+    "qwen_image": ("qwen_image", [], {}, {"steps": 25, "guidance_scale": (4.0,), "negative_prompt": " "}),
+    "z_image": ("z_image", [], {}, {"steps": 25, "guidance_scale": (0.0,), "flow_shift": 3.0}),
+    "z_image base": (
+        *("z_image", [], {"model/dit.safetensors": BASE}),
+        {"steps": 28, "guidance_scale": (4.0,)},
+    ),
+    "z_image turbo": (
+        *("z_image", [], {"model/dit.safetensors": TURBO}),
+        {"steps": 8, "guidance_scale": (0.0,)},
+    ),
+    "ltx_2": ("ltx_2", SMALL, {}, {"width": 64, "height": 96, "frames": 9, "steps": 30, "joint": None}),
+    "ltx_2 with sound": ("ltx_2 with sound", SMALL, {}, {"width": 64, "height": 96, "frames": 9}),
+}
+GENERATION = {"ltx_2": ["--video_size", "96", "64", "--video_length", "9"]}  # what a training has options for
+GENERATION["ltx_2 with sound"] = GENERATION["ltx_2"]
+
+
+def bare_line(line: str) -> str:
+    """Return a line of prompts without all but the pictures, clips and places that its model needs."""
+    prompt, *parts = line.split(" --")
+    kept = [part for part in parts if part.split()[0] in {"i", "ei", "cn", "ci", "of"}]
+    return " --".join([prompt, *kept, "d 7"])
+
+
+def training_of(words: list[str]) -> tuple[Any, Any, Any]:
+    """Return the entry, the family and its own options of a training's command line."""
+    script, *argv = words
+    entry = next(one for one in ENTRIES.values() if one.script and script.startswith(f"{one.script}_train"))
+    record = entry.options_record("Training")
+    module = import_module(script.removesuffix(".py"))
+    if hasattr(module, "DEFAULTS"):
+        _, own = read_image_training(None, record, module.DEFAULTS, argv)
+    else:
+        _, own = read_training(None, record, argv, NetworkOptions)
+    return entry, entry.make_family("training", own), own
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
+    tmp_path: Path, case: str
+) -> None:
+    name, more, changed, expected = CASES[case]
+    tiny = family_called(name)
+    tiny.prepare(tmp_path)
+    if case == "flux schnell":
+        write_tiny_flux(tmp_path / "model", "schnell")
+    for file in {*changed.values()} & {BASE, TURBO}:
+        (tmp_path / "model" / "dit.safetensors").rename(tmp_path / file)
+    (tmp_path / "prompts.txt").write_text(bare_line(tiny.sample_line), encoding="utf-8")
+    found: list[Prepared] = []
+
+    with contextlib.chdir(tmp_path):
+        words = [changed.get(word, word) for word in tiny.train]
+        entry, family, own = training_of([*words, *OUTPUT, *more])
+        ((entry_of_line,), (sample,)) = read_requests(family, Path("prompts.txt"))
+        media = {key: value for key, value in vars(sample.asked).items() if key in MEDIA}
+        script, *argv = entry.generation_words(own, media)
+        argv += ["--prompt", "a cat", "--seed", "7", "--save_path", "made", *GENERATION.get(name, [])]
+        import_module(script.removesuffix(".py")).main(
+            argv, lambda family, options: found.append(prepare_line(family, options, {}))
+        )
+
+    (made,) = found
+    assert entry_of_line["seed"] == 7
+    assert replace(sample, asked=made.asked, own_metadata=made.own_metadata) == made
+    here, there = (output_metadata(one, {}, experts=family.experts) for one in (sample, made))
+    assert here == there
+    assert {key: getattr(made, key) for key in expected} == expected
+    assert (made.joint is not None) == (case == "ltx_2 with sound")

@@ -1,0 +1,102 @@
+"""States of other programs' optimizers: tensors by number, which go to the layers that they belong to.
+
+The numbers follow the parameter groups, within them the order in which that program registers its layers, and
+within a layer the order of its factors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from networks.key_formats import OURS
+from networks.module_names import choose_family, number_modules, read_family
+from networks.names.layouts import TRAINED_ON
+from training.optimizers.optimizer import MOMENTS
+
+# of a layer, by the names of its parameters; LoHas differ between programs, which shapes tell apart
+FACTORS = (
+    ("lora_down.weight", "lora_up.weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+)
+Groups = Sequence[Sequence[Parameter]]
+Place = Callable[[Parameter], tuple[int, ...]]  # of a parameter, in the order of that program
+
+
+def renumber(
+    state: Mapping[str, Any],
+    groups: Groups,
+    names: Mapping[Tensor, str],
+    version: str,
+    ordered: Sequence[str] = (),
+) -> dict[str, Any] | str:
+    """Return the `state_dict` of another program's optimizer with the numbers that it has here, or why not.
+
+    groups: the optimizer's parameters. names: of the trained tensors: part, dot, name in its module. version:
+    the model's, as in `ss_base_model_version`. ordered: names of tensors in that program's own order, if its
+    files show it.
+    """
+    if not state:
+        return "it is not in that folder"
+    try:
+        orders = [_by_list(names, ordered)] if ordered else _by_names(groups, names, version)
+        fitting = [found for order in orders if (found := _fit(state, groups, order)) is not None]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    if not orders:
+        return "in which order that program numbers the layers of this network is not known"
+    if not fitting:
+        return (
+            "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
+        )
+    numbers = [{number: id(kept) for number, kept in found["state"].items()} for found in fitting]
+    if any(one != numbers[0] for one in numbers):
+        return "in which order that program numbers the factors of a layer is not known"
+    return fitting[0]
+
+
+def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
+    places = {name: place for place, name in enumerate(ordered)}
+    return lambda one: (places[names[one].partition(".")[2]],)
+
+
+def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
+    """Return the places that parameters may have there, if the model's numbering is known."""
+    split = {one: names[one].split(".", 2) for group in groups for one in group}  # part, module, factor
+    modules = list(dict.fromkeys(module for _, module, _ in split.values()))
+    made = read_family({TRAINED_ON: version})
+    in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
+    numbered = number_modules(modules, choose_family(in_dit, None if made is None else made.name))
+    if numbered is None:
+        return []
+    places = {name: place for place, name in enumerate(numbered)}
+
+    def place_by(factors: Sequence[str]) -> Place:
+        return lambda one: (places[split[one][1]], factors.index(split[one][2]))
+
+    used = {factor for _, _, factor in split.values()}
+    return [place_by(factors) for factors in FACTORS if used <= set(factors)]
+
+
+def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
+    """Return the state with our numbers, if it has groups and shapes as these."""
+    theirs = state["param_groups"]
+    ours = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
+    if [len(group["params"]) for group in theirs] != [len(groups[index]) for index in ours]:
+        return None
+    own = {one: number for number, one in enumerate(one for group in groups for one in group)}
+    kept: dict[int, Any] = {}
+    settings: dict[int, dict[str, Any]] = {}
+    for group, index in zip(theirs, ours, strict=True):
+        settings[index] = {**group, "params": [own[one] for one in groups[index]]}
+        for number, one in zip(group["params"], sorted(groups[index], key=place), strict=True):
+            moments = state["state"].get(number)
+            if moments is None:
+                continue
+            if any(moments[name].shape != one.shape for name in MOMENTS & moments.keys()):
+                return None
+            kept[own[one]] = moments
+    return {"state": kept, "param_groups": [settings[index] for index in range(len(groups))]}
