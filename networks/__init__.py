@@ -2,6 +2,7 @@
 
 adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
+alphas: scales that stand beside the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
@@ -22,7 +23,7 @@ lora_network: the LoRAs of a training, in DiT and encoders
 lora_products: the computation of LoRA layers: products, noise
 lora_settings: dimension, alpha, dropout and arguments of a network
 merging: add LoRAs to model files or to each other
-metadata: experts, checksums, PEFT's settings and description of files
+metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
 names/: module names of each family in every layout
 options: options to train and to use LoRAs

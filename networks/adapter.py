@@ -20,7 +20,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
 from networks.loading import read_lora
-from networks.lora_network import OwnNetwork
+from networks.lora_network import OwnNetwork, rename_texts
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES, read_own
@@ -229,7 +229,7 @@ def _settings(options: NetworkOptions) -> tuple[int | None, float, float | None,
 def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders))
-    return {**lora.tensors, **lora.text_tensors}
+    return {**lora.tensors, **rename_texts(lora.text_tensors, encoders)}
 
 
 def tie_network(network: nn.Module, other: nn.Module) -> None:

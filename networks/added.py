@@ -34,6 +34,7 @@ from networks.loading import (
     LoraFile,
     LoraUse,
     list_some,
+    refuse_unknown,
     text_side_of,
     warn_of_absent,
     warn_of_other_family,
@@ -303,7 +304,8 @@ def add_loras(
             left_out = [name for name in found if not known[name].adds_to_output]
             what = "modules are not changed because blocks are compiled"
             if left_out:
-                warn_of_rest(use.lora.path, left_out, len(found), what)
+                loss = "compiled blocks take no other weights. Leave out --compile."
+                warn_of_rest(use.lora.path, left_out, len(found), what, loss)
             found = {name: factors for name, factors in found.items() if name not in left_out}
         parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))
@@ -361,6 +363,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
     found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
     family = choose_family(name.removeprefix(OURS) for name in known)
     if not found:
+        refuse_unknown(lora, option)
         made = lora.family()
         kinds = "" if made is None or made is family else f" It is for {made.name}."
         if words := text_side_of(missed):

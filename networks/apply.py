@@ -28,7 +28,14 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraUse, list_some, text_side_of, warn_of_absent, warn_of_other_family
+from networks.loading import (
+    LoraUse,
+    list_some,
+    refuse_unknown,
+    text_side_of,
+    warn_of_absent,
+    warn_of_other_family,
+)
 from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
@@ -265,6 +272,8 @@ class LoraPatch:
             keys, lora = self._keys(use), use.lora
             if not keys or self._seen.intersection(keys):
                 continue
+            if not self._is_text:
+                refuse_unknown(lora)
             family = choose_family(self._modules, LIKELY_MODEL)
             if self._path is not None and family is None and not self._is_text:
                 raise CheckpointError(

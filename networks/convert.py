@@ -16,6 +16,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
+from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake
 from networks.deltas import (
     DORA,
@@ -23,9 +24,9 @@ from networks.deltas import (
     add_missing_alphas,
     group_by_module,
 )
-from networks.key_formats import OURS, dialect_in_words, name_by_ratios
+from networks.key_formats import NETWORKS, OURS, dialect_in_words, name_by_ratios
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
-from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
+from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.module_names import FAMILIES, alias, choose_family, joined_path, read_family, to_alias
 from networks.names.image import HUNYUAN_IMAGE, Z_IMAGE
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
@@ -272,7 +273,7 @@ def converted(
         texts, left_out = texts_to_diffusers(lora.text_tensors)
     _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
-    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
+    metadata = without_alphas(lora.metadata)
     if family is FRAMEPACK and read_family(lora.metadata) is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     return {**tensors, **texts}, metadata

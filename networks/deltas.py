@@ -46,13 +46,27 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
+    """Return the tensors in our order; factors with a rank and without alpha get alpha = rank, an integer."""
     completed = {}
     for module, factors in group_by_module(tensors).items():
-        if "alpha" not in factors and LORA[0] in factors:
+        if "alpha" not in factors and rank_of(factors) is not None:
             completed[f"{module}.alpha"] = torch.tensor(rank_of(factors), dtype=torch.int64)
         completed.update({f"{module}.{part}": tensor for part, tensor in factors.items()})
     return completed
+
+
+def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without alphas of whole matrices, which scale nothing, that are no numbers."""
+    unused = [
+        f"{module}.alpha"
+        for module, factors in group_by_module(tensors).items()
+        if len(factors) > 1 and rank_of(factors) is None and not _is_number(factors.get("alpha"))
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in unused}
+
+
+def _is_number(alpha: Tensor | None) -> bool:
+    return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 
 def find_fault(factors: Factors) -> str | None:
@@ -74,7 +88,7 @@ def find_fault(factors: Factors) -> str | None:
             return f"its {part} has the shape {list(tensor.shape)}"
     if DORA in factors and (factors[DORA].ndim < 2 or factors[DORA].numel() not in factors[DORA].shape[:2]):
         return f"its {DORA} has the shape {list(factors[DORA].shape)}"
-    if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
+    if "alpha" in factors and not _is_number(factors["alpha"]):
         return "its alpha is NaN or infinite, or more than one number"
     for part, tensor in factors.items():
         if part != "alpha" and not tensor.is_floating_point():
@@ -113,8 +127,9 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 def strength(factors: Factors) -> float:
     """Return alpha / rank. A missing or zero alpha means alpha = rank; whole matrices are not scaled."""
     rank = rank_of(factors)
-    alpha = float(factors["alpha"]) if "alpha" in factors else 0.0
-    return 1.0 if rank is None or alpha == 0 else alpha / rank
+    if rank is None or "alpha" not in factors:
+        return 1.0
+    return float(factors["alpha"]) / rank or 1.0
 
 
 def has_input_magnitudes(factors: Factors) -> bool:

@@ -13,53 +13,72 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
             down_blocks_0_attentions_0_... (LDM, sd-scripts for SDXL)
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from networks.deltas import DORA, PARTS, Factors, weight_delta
-from networks.module_names import FAMILIES, alias, choose_family, replace_dots
-from networks.names.layouts import FIRST_ENCODER, FamilyNames
+from networks.module_names import FAMILIES, alias, choose_family, is_name, is_path, replace_dots
+from networks.names.layouts import (
+    IN_DIFFUSERS,
+    OF_CLIP,
+    OF_LANGUAGE_MODEL,
+    OF_T5,
+    UNET_IN_DIFFUSERS,
+    FamilyNames,
+)
+from networks.rewriting import rewrite
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
 OF_LTX_FORK = "lora_unet_model_"
-_UNDERSCORED = {
-    OF_LTX_FORK: "musubi-tuner for LTX-2",
-    "lora_unet__": "VideoX-Fun",
+# where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
+NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+# the same, and how else files that hold several call them
+EXPERT_STARTS = NETWORKS | {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
+_FURTHER = tuple(start for start in EXPERT_STARTS if start != IN_DIFFUSERS)
+# what names may begin with -> whose they are, if that shows it. They are taken off, in any order, until none
+# fits; in names without dots they have "_" for "."
+_STARTS = {
     OURS: "ours",
     "lycoris_": "LyCORIS",
     "lora_transformer_": "OneTrainer",
-}
-_DOTTED = {
+    "Hunyuan_video_I2V_lora_": "HunyuanVideo-I2V",
     "base_model.model.": "PEFT",
-    "model.diffusion_model.": "other",
     OTHER: "other",
-    "pipe.dit.": "DiffSynth",
-    "transformer.": "diffusers",
-    "transformer_2.": "diffusers",  # of the low-noise expert
-    "unet.": "diffusers",
+    "pipe.": "DiffSynth",
+    **dict.fromkeys(EXPERT_STARTS, "diffusers"),
+    UNET_IN_DIFFUSERS: "diffusers",
+    **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
 }
+_BOTH_FURTHER = {form: EXPERT_STARTS[one] for one in _FURTHER for form in (one, one.replace(".", "_"))}
+_ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
+_OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
+# names that begin so are named after whose these are, although the rest is taken off singly
+_SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
+# written between the parts of a path by what is put round a module: torch.compile, checkpointing, FSDP
+_WRAPPERS = re.compile(r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]")
+_FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _IN_WORDS = {
     "": "sd-scripts and here",
     "ours": "sd-scripts and here",
     "other": "ComfyUI",
     "without prefix": "files without a prefix",
 }
-_TEXT_ENCODERS = (
-    *("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner."),
-    *("clip_l.", "clip_g.", "t5."),
+# starts of names of text encoders, with a number or name of the encoder
+_TEXT = re.compile(
+    r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
+    r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
-# starts of names in diffusers, ComfyUI and OneTrainer; the second one of diffusers is told by what follows
-_FIRST_ENCODERS = ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.")
-_OTHER_ENCODERS = (
-    *("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.transformer.", "clip_g."),
-    *("text_encoders.t5xxl.transformer.", "t5."),
-)
-_IN_CLIP = "text_model."
+_TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.")
+# of encoders whose files have no start at all
+_BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
+_OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
     ".lora_A.weight": "lora_down.weight",
     ".lora_B.weight": "lora_up.weight",
@@ -69,6 +88,7 @@ _ENDINGS = {
     ".lora_linear_layer.down.weight": "lora_down.weight",
     ".lora_linear_layer.up.weight": "lora_up.weight",
     ".lora_magnitude_vector": DORA,
+    ".magnitude": DORA,  # ai-toolkit
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
     **{f".{part}": part for part in PARTS},
@@ -80,9 +100,6 @@ _WITH_ADAPTER = re.compile(
 # diffusers before PEFT: factors beside the attention, not in its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
-# FramePack's blocks in the other dialect as the known tuner writes it: points for most underscores, also
-# for that of `transformer_blocks`, whose first half is no prefix then
-_TAKEN_APART = f"{OTHER}transformer.blocks."
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
@@ -103,65 +120,136 @@ class NativeTensors:
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder and have no name here
     texts: Mapping[str, Tensor]  # that change text encoders, as `lora_te1_text_model_....lora_down.weight`
-    unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
+    unknown: tuple[str, ...]  # keys that are no part of a LoRA
+    repeated: tuple[str, ...]  # keys that name a part once more
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
+    stacked: Mapping[str, int]  # our module -> how many factors its own were put together from
+    family: FamilyNames | None  # by the names
+    family_name: str | None  # of the family that alone has names of this form
+    unknown_start: str  # what all names begin with, if no known family has modules of these names; else ""
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
     """Name the tensors of any dialect as we do.
 
-    Values are unchanged, also a missing alpha; PEFT's magnitudes become columns.
+    Values are unchanged, also a missing alpha, but for what `rewrite` changes; magnitudes become columns.
     """
+    usual = rewrite(tensors)
+    tensors = usual.tensors
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    modules = {path: replace_dots(path) for path, _, _ in found.values()}
-    family = choose_family(dict.fromkeys(modules.values()), family_hint)
+    modules = {place.path: replace_dots(place.path) for place in found.values()}
+    dialects = sorted({place.dialect for place in found.values()})
+    told = usual.family_name or next(
+        (_FAMILY_OF_DIALECT[one] for one in dialects if one in _FAMILY_OF_DIALECT), None
+    )
+    family = choose_family(dict.fromkeys(modules.values()), family_hint or told)
     names = {
         path: OURS + (module if family is None else alias(module, family)) for path, module in modules.items()
     }
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
-    for key, (path, part, _) in found.items():
-        keys.setdefault(f"{names[path]}.{part}", key)
+    for key, place in found.items():
+        keys.setdefault(f"{names[place.path]}.{place.part}", key)
     native = {name: tensors[key] for name, key in keys.items()}
     for name, key in keys.items():
-        if ".lora_magnitude_vector" in key:
+        if ".lora_magnitude_vector" in key or key.endswith(".magnitude"):
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
-    dialects = sorted({dialect for _, _, dialect in found.values()})
     used = set(keys.values())
-    rest = [key for key in tensors if key not in used]
-    first = FIRST_ENCODER if family is None else family.first_encoder
-    names_of_texts = {key: _name_of_text(key, first) for key in rest if key.startswith(_TEXT_ENCODERS)}
-    texts = {name: tensors[key] for key, name in names_of_texts.items() if name is not None}
-    strange = tuple(key for key, name in names_of_texts.items() if name is None)
-    unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
-    paths = {names[path]: path for path, _, _ in found.values()}
-    return NativeTensors(native, " + ".join(dialects), strange, texts, unknown, paths)
+    of_texts = family or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
+    places = {key: place for key in tensors if key not in found and (place := _text_place(key)) is not None}
+    named = {key: _name_of_text(key, *place, of_texts) for key, place in places.items()}
+    texts = {name: tensors[key] for key, name in named.items() if name is not None}
+    return NativeTensors(
+        tensors=native,
+        dialect=" + ".join(dialects),
+        text_encoder=tuple(key for key, name in named.items() if name is None),
+        texts=texts,
+        unknown=tuple(key for key in tensors if key not in found and key not in places),
+        repeated=tuple(key for key in found if key not in used),
+        paths={names[place.path]: place.path for place in found.values()},
+        stacked={names[found[key].path]: count for key, count in usual.stacked.items() if key in found},
+        family=family,
+        family_name=told or None,
+        unknown_start="" if family is not None or not found else _unknown_start(map(_usual_ending, found)),
+    )
 
 
-def _name_of_text(key: str, first: str) -> str | None:
+def _text_place(key: str) -> tuple[str, int, str] | None:
+    """Return the start of a text encoder's name, which encoder it is, and the rest; None for other names."""
+    for rest, _ in _without_starts(key):
+        if (found := _TEXT.match(rest)) is not None:
+            number = int(found["ours"] or found["short"] or found["pipeline"] or 1)
+            is_second = "clip_g" in (found["comfy"], found["alone"]) or found["ldm"] == "1"
+            return rest[: found.end()], 2 if is_second else number, rest[found.end() :]
+        if rest.startswith(_BARE_TEXTS):
+            return "", 1, rest
+    return None
+
+
+def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNames | None) -> str | None:
     """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
 
-    first: how the family calls its first text encoder.
+    The layers say which encoder it is, whatever number a program gives it. start, number, path: as
+    `_text_place` finds them.
     """
-    key = _WITH_ADAPTER.sub(_without_adapter, key)
-    key = _PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", key)
-    ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+    path = _PROCESSOR.sub(
+        r".\g<layer>_proj.lora_\g<factor>.weight", _WITH_ADAPTER.sub(_without_adapter, path)
+    )
+    ending = next((ending for ending in _BY_LENGTH if path.endswith(ending)), None)
     if ending is None:
         return None
-    path = key.removesuffix(ending)
-    if not path.startswith("lora_te"):
-        starts = (*_OTHER_ENCODERS, *_FIRST_ENCODERS)
-        start = next((start for start in starts if path.startswith(start)), None)
-        if start is None:
-            return None
-        path = path.removeprefix(start)
-        if path.startswith("encoder.layers."):  # CLIP, as transformers 5 and later has it
-            path = _IN_CLIP + path
-        other = "lora_te2" if path.startswith(_IN_CLIP) else "lora_te3"  # OpenCLIP's or T5
-        path = f"{first if start in _FIRST_ENCODERS else other}_{replace_dots(path)}"
-    return f"{path}.{_ENDINGS[ending]}"
+    path = _WRAPPERS.sub("", path.removesuffix(ending)).rstrip("_")
+    rests = [path]
+    while begin := next((one for one in _TEXT_STARTS if path.startswith((one, one.replace(".", "_")))), ""):
+        path = path[len(begin) :]
+        rests.append(path)
+    layers = (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)
+    names = [replace_dots(one) for one in rests]
+    # CLIP, as transformers 5 and later has it
+    names = [OF_CLIP + name if name.startswith("encoder_layers_") else name for name in names]
+    kind, name = next(
+        ((one, name) for name in names for one in layers if name.startswith(one)), ("", names[0])
+    )
+    encoders = _OF_ALL if family is None else family.encoders
+    own = [prefix for prefix, one in encoders if one == kind]
+    label = start.rstrip("_.").replace("lycoris_", "lora_")
+    if not label.startswith("lora_te"):
+        label = encoders[0][0] if number == 1 else f"lora_te{number}"
+    elif family is None and kind == OF_CLIP and label == "lora_te":
+        own = [label]  # Stable Diffusion 1 and 2 call their single one so
+    if not own and label in dict(encoders) and kind:
+        return None  # another encoder than that of this name
+    prefix = own[min(number, len(own)) - 1] if own else label
+    return f"{prefix}_{name}.{_ENDINGS[ending]}"
+
+
+def start_of(expert: str | None) -> str:
+    """Return what a pipeline of diffusers calls an expert's network; that of a single one for None."""
+    return next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+
+
+def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
+    """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
+
+    A file has them if names begin with those of further networks in a pipeline of diffusers.
+    """
+    names = list(names)
+    starts = {
+        name: next(
+            (start for rest, _ in _without_starts(name) for start in _BOTH_FURTHER if rest.startswith(start)),
+            "",
+        )
+        for name in names
+    }
+    if not any(starts.values()):
+        return {None: names}
+    found: dict[str | None, list[str]] = {}
+    for name, start in starts.items():
+        expert = _BOTH_FURTHER[start] if start else NETWORKS[IN_DIFFUSERS]
+        found.setdefault(expert, []).append(name)
+    return found
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
@@ -185,28 +273,72 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     return replace_dots(path), leaf
 
 
-def _split(key: str) -> tuple[str, str, str] | None:
-    """Return the parts of a key; None if it belongs to no LoRA for a DiT.
+class _Place(NamedTuple):
+    """What a tensor of a LoRA for a DiT is."""
 
-    They are the path of the module as the file writes it, without the prefix (`blocks.0.attn1.to_q`), our
-    name of the part (`lora_down.weight`) and the dialect.
-    """
+    path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
+    part: str  # our name of the part: `lora_down.weight`
+    dialect: str
+
+
+def _split(key: str) -> _Place | None:
+    """Return the parts of a key; None if it belongs to no LoRA for a DiT."""
+    key = _usual_ending(key)
+    ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+    if ending is None or _text_place(key) is not None:
+        return None
+    path, dialect = _bare(key.removesuffix(ending))
+    return _Place(path, _ENDINGS[ending], dialect)
+
+
+def _usual_ending(key: str) -> str:
+    """Return a key without what PEFT and diffusers write into the names of its part."""
     key = _WITH_ADAPTER.sub(_without_adapter, key)
     layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
     key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
-    if key.endswith(_MODULATION):
-        key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
-    ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
-    if ending is None or key.startswith(_TEXT_ENCODERS):
-        return None
-    path, part = key.removesuffix(ending), _ENDINGS[ending]
-    for prefix, dialect in _UNDERSCORED.items():
-        if path.startswith(prefix):
-            return path.removeprefix(prefix), part, dialect
-    dialects = [dialect for prefix, dialect in _DOTTED.items() if path.startswith(prefix)]
-    for prefix in (OTHER,) if path.startswith(_TAKEN_APART) else _DOTTED:
-        path = path.removeprefix(prefix)
-    return path, part, dialects[0] if dialects else "without prefix"
+    return f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
+
+
+def _without_starts(path: str) -> list[tuple[str, str]]:
+    """Return a path with none, one, two ... of the known starts taken off, and whose the first is."""
+    special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
+    path = _WRAPPERS.sub("", path)
+    found = [(path, special)]
+    starts = _STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
+    while start := next((one for one in starts if path.startswith(one)), ""):
+        path = path.removeprefix(start).lstrip("_")
+        found.append((path, found[-1][1] or _ALL_STARTS[start]))
+    return found
+
+
+def bare_path(path: str) -> str:
+    """Return a module's path without what a program writes before it."""
+    return _bare(path)[0]
+
+
+def _bare(path: str) -> tuple[str, str]:
+    """Return a module's path without what it begins with, and the dialect.
+
+    Of all that is left when one start after the other is taken off, the longest that a known family has, by
+    its path, else by its underscored name; the shortest if none has one.
+    """
+    found = _without_starts(path.rstrip("_."))
+    known = next((one for one in found if is_path(one[0])), None)
+    known = known or next((one for one in found if is_name(replace_dots(one[0]))), None)
+    rest, dialect = known or found[-1]
+    return rest, dialect or "without prefix"
+
+
+def _unknown_start(keys: Iterable[str]) -> str:
+    """Return what names begin with before the path of a known module; else what all of them begin with."""
+    paths = [next(key.removesuffix(one) for one in _BY_LENGTH if key.endswith(one)) for key in keys]
+    for path in paths:
+        pieces = re.split(r"(?<=[._])", path)
+        for count in range(1, len(pieces)):
+            if is_name(replace_dots("".join(pieces[count:]))):
+                return "".join(pieces[:count])
+    common = os.path.commonprefix(paths)
+    return common[: max(common.rfind("."), common.rfind("_")) + 1] or paths[0].partition(".")[0]
 
 
 def dialect_in_words(dialect: str) -> str:

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import find_fault, group_by_module
-from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
-from networks.metadata import (
-    NETWORKS,
-    expert_of,
-    in_words,
-    is_damaged,
-    metadata_of,
-    peft_alphas,
-    peft_config,
+from networks.alphas import find_alphas, find_text_alphas
+from networks.deltas import drop_unused_alphas, find_fault, group_by_module
+from networks.key_formats import (
+    OURS,
+    dialect_in_words,
+    family_of,
+    other_kind,
     split_names,
-    text_alphas,
+    start_of,
+    to_native,
 )
-from networks.module_names import is_optional, on_text_side, read_family, relatives
-from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
+from networks.leftovers import sort_modules, sort_tensors
+from networks.metadata import LAYOUT_KEY, expert_of, in_words, is_damaged, layout_hash, metadata_of
+from networks.module_names import on_text_side, read_family, relatives
+from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
@@ -53,6 +53,7 @@ class LoraFile:
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
     # what it changes in text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown_start: str = ""  # what its names begin with, if no known model has modules of these names
 
     @property
     def expert(self) -> str | None:
@@ -122,8 +123,9 @@ def read_lora(path: Path, by_expert: bool = False, with_texts: bool = False) -> 
     groups = split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
+    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
     parts = {
-        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert, with_texts)
+        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own)
         for expert, names in groups.items()
     }
     if len(parts) == 1:
@@ -139,12 +141,12 @@ def _read_part(
     metadata: Mapping[str, str],
     expert: str | None,
     with_texts: bool,
+    is_own: bool,
 ) -> LoraFile:
     """Bring tensors of a file under our names.
 
-    expert: their expert; None: names in the file do not say it.
+    expert: their expert; None: names in the file do not say it. is_own: the file was written here.
     """
-    start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
     if expert is not None:
         try:
             metadata = metadata_of(metadata, expert)
@@ -154,6 +156,8 @@ def _read_part(
             ) from error
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
+    if made is None and native.family_name is not None:
+        metadata = {**metadata, TRAINED_ON: native.family_name}
     texts = native.texts if with_texts else {}
     if not native.tensors and not texts:
         raise _no_lora(path, stored)
@@ -162,9 +166,15 @@ def _read_part(
         logger.warning(
             f"{path}: {len(ignored)} tensors change a text encoder and are ignored: {list_some(ignored)}"
         )
-    if native.unknown:
-        warn_of_rest(path, native.unknown, len(stored), "tensors are no part of a LoRA and are ignored")
-    for module, factors in group_by_module({**native.tensors, **texts}).items():
+    if native.repeated:
+        logger.warning(
+            f"{path}: {len(native.repeated)} tensors name a part once more and are ignored: "
+            f"{list_some(native.repeated)}"
+        )
+    for rest in sort_tensors(native.unknown, made or native.family):
+        warn_of_rest(path, rest.names, len(stored), f"tensors {rest.words}", rest.loss)
+    own, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(texts)
+    for module, factors in group_by_module({**own, **texts}).items():
         reason = find_fault(factors)
         if reason is not None:
             raise CheckpointError(
@@ -173,23 +183,37 @@ def _read_part(
                 path,
             )
     try:
-        modules = group_by_module(native.tensors)
-        alphas = peft_alphas(modules, native.paths, peft_config(path, metadata, start))
-        alphas_of_texts = text_alphas(texts, metadata) if texts else {}
+        modules = group_by_module(own)
+        place = start_of(expert), is_own
+        found = find_alphas(path, metadata, modules, native.paths, *place, native.stacked)
+        of_texts = find_text_alphas(path, metadata, texts, is_own)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
-    use += f", for the {in_words(expert)}" if expert is not None else ""
+    for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
+        logger.warning(f"{path}: {warning}")
     count = f"{len(modules)} modules" + (
         f" and {len(group_by_module(texts))} of text encoders" if texts else ""
     )
-    logger.info(f"{path}: {count}, {dialect_in_words(native.dialect)}{use}")
-    tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
-    return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **alphas_of_texts})
+    words = [
+        count,
+        dialect_in_words(native.dialect),
+        *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
+        *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
+        *([f"for the {in_words(expert)}"] if expert is not None else []),
+    ]
+    logger.info(f"{path}: {', '.join(words)}")
+    return LoraFile(
+        path,
+        mend_split_alphas(path, {**own, **found.tensors}, metadata),
+        metadata,
+        native.dialect,
+        text_tensors={**texts, **of_texts.tensors},
+        unknown_start=native.unknown_start,
+    )
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -200,24 +224,34 @@ def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
     )
 
 
+def refuse_unknown(lora: LoraFile, option: str = "") -> None:
+    """Raise CheckpointError if no known model has modules of a LoRA's names.
+
+    For readers that found no place for any of them. option: that names the file.
+    """
+    if lora.unknown_start:
+        raise CheckpointError(
+            f"{option} {lora.path} cannot be used: its names begin with {lora.unknown_start}, which is not "
+            "known, and no known model has modules of these names.\n"
+            "  Give the file as its program wrote it, or take that beginning off its names.".lstrip(),
+            lora.path,
+        )
+
+
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
     """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None:
+def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str, loss: str = "") -> None:
     """Warn of unused names, with a second, louder line if they are more than a few of `whole`.
 
-    what: as in "4 of 24 {what}: a, b, c".
+    what: as in "4 of 24 {what}: a, b, c". loss: what it means that many are; "": nothing.
     """
     logger.warning(f"{path}: {len(rest)} of {whole} {what}: {list_some(rest)}")
-    if len(rest) > A_FEW * whole:
-        logger.warning(
-            f"{path} IS USED ONLY IN PART: it is damaged or for another model, and does not do here what it "
-            "was trained for. "
-            "Copy it again, or give a LoRA for this model."
-        )
+    if loss and len(rest) > A_FEW * whole:
+        logger.warning(f"{path} IS USED ONLY IN PART: {loss}")
 
 
 @dataclass(frozen=True)
@@ -315,29 +349,13 @@ def warn_of_absent(
     model: FamilyNames | None,
     holds_side: bool = False,
 ) -> None:
-    """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
+    """Warn of parts of a LoRA that a model does not have, each kind of them as `warn_of_rest`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Parts that only some
-    models of the family have get their own warning: the others still work without them. So do parts that
-    belong to the text encoder's side of the model. holds_side: whether that is in this model.
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. holds_side: whether the
+    text encoder's side is in this model.
     """
-    beside = {name: words for name in absent if not holds_side and (words := on_text_side(_module_of(name)))}
-    if beside:
-        words = next(iter(beside.values()))
-        logger.warning(
-            f"{path}: {len(beside)} of {whole} {what}: they change {words}, which read the texts before the "
-            f"transformer, and are not used here. To have them, merge it into the model's file with "
-            f"merge_lora.py, and cache texts with the merged file: {list_some([*beside], 2)}"
-        )
-        absent = [name for name in absent if name not in beside]
-    optional = [name for name in absent if model is not None and is_optional(_module_of(name), model)]
-    if optional and model is not None:
-        logger.warning(
-            f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
-            f"used without them: {list_some(optional)}"
-        )
-    if len(absent) > len(optional):
-        warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
+    for rest in sort_modules(absent, what, model, holds_side):
+        warn_of_rest(path, rest.names, whole, rest.words, rest.loss)
 
 
 def _module_of(name: str) -> str:

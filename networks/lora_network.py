@@ -1,6 +1,6 @@
 """The network that a training optimises: LoRAs, LoHas or LoKrs in a DiT, LoRAs in text encoders too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
-from networks.loading import list_some, read_lora, text_side_of, warn_of_absent, warn_of_other_family
+from networks.loading import (
+    list_some,
+    read_lora,
+    refuse_unknown,
+    text_side_of,
+    warn_of_absent,
+    warn_of_other_family,
+)
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -80,9 +87,8 @@ class OwnNetwork(nn.Module):
         names = (name.removeprefix(OURS) for name in own)
         warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
-        stored = group_by_module(
-            add_missing_alphas(for_model({**lora.tensors, **lora.text_tensors}, heights.get))
-        )
+        texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
+        stored = group_by_module(add_missing_alphas(for_model({**lora.tensors, **texts}, heights.get)))
         fitting = {name: factors for name, factors in stored.items() if name in own}
         wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
         if wrong:
@@ -94,6 +100,7 @@ class OwnNetwork(nn.Module):
                 path,
             )
         if not fitting:
+            refuse_unknown(lora, "--network_weights")
             words = text_side_of(stored)
             why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
             raise CheckpointError(
@@ -222,6 +229,19 @@ def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
 def prefix_of(name: str) -> str:
     """Return the prefix of a module's name, by its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
+
+
+def rename_texts(texts: Mapping[str, Tensor], held: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of text encoders under the prefixes that a model has.
+
+    held: these. A model's single or first encoder is `lora_te` in one and `lora_te1` in another.
+    """
+    other = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
+    changed = {old: new for old, new in other.items() if new in held and old not in held}
+    return {
+        f"{changed.get(prefix_of(name), prefix_of(name))}{name.removeprefix(prefix_of(name))}": tensor
+        for name, tensor in texts.items()
+    }
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -25,10 +25,10 @@ from modules.output_files import refuse_replacing
 from modules.text_files import real_path
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
-from networks.key_formats import OURS, family_of, name_by_ratios
+from networks.key_formats import NETWORKS, OURS, family_of, name_by_ratios
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
-from networks.metadata import NETWORKS, add_hashes
+from networks.metadata import add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for

@@ -1,14 +1,13 @@
-"""What LoRA files say of themselves: their expert, checksums that model browsers look up, PEFT's settings; a
-description in a line.
+"""What LoRA files say of themselves: their expert, checksums that model browsers look up; a description in a
+line.
 """
 
 import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,20 +15,27 @@ from torch import Tensor, nn
 
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.writing import save_tensors
+from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
-from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
-from modules.text_files import parse_json, read_text
-from networks.deltas import DORA, Factors, group_by_module, rank_of
-from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
-from networks.module_names import FAMILIES, read_family
-from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, UNET_IN_DIFFUSERS
-from networks.names.stable_diffusion import diffusers_path_of_text
+from modules.errors import CheckpointError
+from modules.text_files import parse_json
+from networks.alphas import find_alphas, find_text_alphas
+from networks.deltas import DORA, group_by_module, rank_of
+from networks.key_formats import (
+    OURS,
+    NativeTensors,
+    dialect_in_words,
+    family_of,
+    other_kind,
+    split_names,
+    start_of,
+    to_native,
+)
+from networks.module_names import read_family
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 
 # what a LoRA file with a part for each expert says of single parts: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
-# where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
-NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
-_FURTHER = tuple(start for start in NETWORKS if start != IN_DIFFUSERS)
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -46,21 +52,6 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 def in_words(expert: str) -> str:
     """`high_noise` -> `high-noise expert`."""
     return f"{expert.replace('_', '-')} expert"
-
-
-def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
-    """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
-
-    A file has them if names begin with those of further networks in a pipeline of diffusers.
-    """
-    names = list(names)
-    found: dict[str | None, list[str]] = {}
-    if not any(name.startswith(_FURTHER) for name in names):
-        return {None: names}
-    for name in names:
-        start = next((start for start in NETWORKS if name.startswith(start)), IN_DIFFUSERS)
-        found.setdefault(NETWORKS[start], []).append(name)
-    return found
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -100,7 +91,7 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 
-def layout_hash(tensors: Mapping[str, Tensor]) -> str:
+def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
     """Return a short hash of names, dtypes and shapes."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
@@ -132,112 +123,6 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-# where diffusers keeps the adapter's settings among a file's metadata
-PEFT_SETTINGS = "lora_adapter_metadata"
-_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-
-
-def peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
-    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
-    without them.
-
-    start: of the names of the network that they are for, in the metadata.
-    """
-    folder = path if path.is_dir() else path.parent
-    config_path = folder / "adapter_config.json"
-    if PEFT_SETTINGS in metadata:
-        entries = parse_json(metadata[PEFT_SETTINGS])
-        others = tuple(one for one in NETWORKS if one != start)
-        return {
-            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
-            for key, value in entries.items()
-            if not key.startswith(others)
-        }
-    if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
-        return dict(parse_json(read_text(config_path)))
-    return {}
-
-
-def text_alphas(texts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `peft_alphas`."""
-    alphas: dict[str, Tensor] = {}
-    if PEFT_SETTINGS not in metadata:
-        return alphas
-    modules = group_by_module(texts)
-    paths = {name: found for name in modules if (found := diffusers_path_of_text(name)) is not None}
-    entries = parse_json(metadata[PEFT_SETTINGS])
-    for start in {each.partition(".")[0] + "." for each in paths.values()}:
-        config = {key.removeprefix(start): value for key, value in entries.items() if key.startswith(start)}
-        own = {name: found.removeprefix(start) for name, found in paths.items() if found.startswith(start)}
-        alphas |= peft_alphas({name: modules[name] for name in own}, own, config)
-    return alphas
-
-
-def peft_alphas(
-    modules: Mapping[str, Factors], paths: Mapping[str, str], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Alphas that stand in PEFT's settings rather than beside the factors.
-
-    modules: factors by name. paths: of these modules, as the file writes them. Raises ValueError if the
-    settings cannot be used.
-    """
-    if not config:
-        return {}
-    # a key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it; of several
-    # that match, PEFT takes the first
-    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    places = {key: place for place, key in enumerate(values)}
-    expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
-    if sum(map(len, expressions)) > MAX_EXPRESSIONS:
-        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
-    fitting = {key: _expression(key) for key in expressions}
-    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
-    alphas = {}
-    for module, factors in modules.items():
-        rank = rank_of(factors)
-        if rank is None or "alpha" in factors:
-            continue
-        path = paths[module]  # `blocks.0.attn1.to_q`
-        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
-        found = [end for end in ends if end in places]
-        found += [key for key, fits in fitting.items() if fits(path)]
-        alpha = values[min(found, key=places.__getitem__)] if found else default
-        if alpha is None:
-            continue
-        if config.get("use_rslora"):
-            alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
-        alphas[f"{module}.alpha"] = torch.tensor(alpha)
-    return alphas
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"an alpha is {number}")
-    return number
-
-
-def _expression(key: str) -> Callable[[str], bool]:
-    """Return the function that tells whether a key of PEFT's `alpha_pattern` matches a module's path.
-
-    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
-    """
-    import regex  # seldom needed
-
-    try:
-        pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
-    except regex.error as error:
-        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
-
-    def fits(path: str) -> bool:
-        try:
-            return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
-        except TimeoutError:
-            raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
-
-    return fits
-
-
 KINDS = {
     "hada_w1_a": "LoHa",
     "lokr_w1": "LoKr",
@@ -259,7 +144,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
         return f"a network of the kind {unsupported[0]}, which is not supported"
     parts = []
     for expert, names in split_names(checkpoint.tensors).items():
-        one = _describe_part(checkpoint, names)
+        one = _describe_part(checkpoint, names, expert)
         if one is None:
             return None
         parts.append(one if expert is None else f"{one}, for the {in_words(expert)}")
@@ -277,7 +162,7 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return model_hashes({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.metadata)
 
 
-def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
+def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
     hollow = {
         name: torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype, device="meta")
         for name in names
@@ -298,6 +183,9 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
         info = checkpoint.tensors[name]
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
+    alphas |= _beside_tensors(checkpoint, native, part)
+    # infinite ones are of whole matrices, which are not scaled
+    numbers = of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
@@ -306,12 +194,26 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
         of_numbers("rank", ranks),
-        of_numbers("alpha", Counter(alphas)),
+        numbers,
         f"{len(modules)} layers: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
     return ", ".join(word for word in words if word)
+
+
+def _beside_tensors(checkpoint: Checkpoint, native: NativeTensors, part: str | None) -> set[float]:
+    """Return the alphas that stand in the header or beside the file; none if they cannot be used."""
+    is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    modules, place = group_by_module(native.tensors), (start_of(part), is_own)
+    try:
+        found = find_alphas(
+            checkpoint.path, checkpoint.metadata, modules, native.paths, *place, native.stacked
+        )
+        of_texts = find_text_alphas(checkpoint.path, checkpoint.metadata, native.texts, is_own)
+    except (CheckpointError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return set()
+    return {float(alpha) for alpha in (*found.tensors.values(), *of_texts.tensors.values())}
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:

@@ -118,6 +118,45 @@ def joined_path(name: str, family: FamilyNames) -> str | None:
     return None if is_stacked else tables.to_foreign.find(name) or tables.own.find(name)
 
 
+def has_module(name: str, family: FamilyNames) -> bool:
+    """Tell whether an underscored name is of a module of the family, in any layout."""
+    tables = _tables(family)
+    return any(one.find(name) is not None for one in (tables.own, tables.foreign, tables.cut))
+
+
+def is_path(path: str) -> bool:
+    """Tell whether a family has a module of this path, `blocks.0.self_attn.q`, in any layout."""
+    return not _all_paths()[0].isdisjoint(_templates(path))
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a family has a module of this underscored name, in any layout."""
+    return not _all_paths()[1].isdisjoint(_templates(name))
+
+
+@cache
+def _all_paths() -> tuple[frozenset[str], frozenset[str]]:
+    """Return the templates of all families' modules in all layouts, as paths and as underscored names."""
+    paths = {path for family in FAMILIES for path in family.modules}
+    for family in FAMILIES:
+        paths |= {path for pair in family.aliases for path in pair}
+        paths |= {path.removesuffix(".weight") for pair in family.parameters for path in pair}
+        paths |= {path for part in (*family.parts, *family.joined) for path in (part.theirs, part.ours)}
+    return frozenset(paths), frozenset(map(replace_dots, paths))
+
+
+def _templates(path: str) -> list[str]:
+    """Return the templates that a path or name may be of: any one of its numbers may be the block's."""
+    return [path, *(f"{path[: n.start()]}{{n}}{path[n.end() :]}" for n in _DIGITS.finditer(path))]
+
+
+def count_parts(path: str) -> set[int]:
+    """Return how many parts a joined layer has in layouts that cut it; anything may stand before its path."""
+    names = [replace_dots(path)]
+    names += [names[0][place + 1 :] for place, letter in enumerate(names[0]) if letter == "_"]
+    return {len(found) for family in FAMILIES for name in names if len(found := parts_of(name, family)) > 1}
+
+
 @dataclass(frozen=True)
 class Relative:
     """A module whose weight has all or some rows of another module's weight, or the reverse."""

@@ -15,7 +15,7 @@ from modules.offload.sharding import gather_weight, set_weight
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
 from networks.loading import LoraUse, list_some, on_side, text_side_of
-from networks.lora_network import prefix_of
+from networks.lora_network import prefix_of, rename_texts
 from networks.names.stable_diffusion import open_clip_names, published_path
 
 logger = getLogger(__name__)
@@ -32,7 +32,7 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
         if prefix:
             tensors = {
                 OURS + name.removeprefix(f"{prefix}_"): tensor
-                for name, tensor in use.lora.text_tensors.items()
+                for name, tensor in rename_texts(use.lora.text_tensors, {prefix}).items()
                 if prefix_of(name) == prefix
             }
             about_dit = ("ss_base", "modelspec")  # metadata that say which DiT it is for
@@ -60,7 +60,9 @@ class TextLoras:
         """Warn of parts for text encoders that the model does not have, or that cannot take them."""
         taken = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
         for use in self._uses:
-            names = [name for name in use.lora.text_tensors if prefix_of(name) not in taken]
+            names = [
+                name for name in rename_texts(use.lora.text_tensors, taken) if prefix_of(name) not in taken
+            ]
             if names:
                 logger.warning(
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
@@ -186,15 +188,13 @@ class WholePatch:
 def for_encoders(uses: Iterable[LoraUse], model: str, held: Collection[str]) -> list[LoraUse]:
     """Return LoRAs with the names that a model's text encoders have; warn of parts for others.
 
-    held: the prefixes of its encoders; a single one `lora_te` may be `lora_te1` too. Raises CheckpointError
-    if nothing of a LoRA is left.
+    held: the prefixes of its encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
+    left.
     """
     found = []
     for use in uses:
-        texts = use.lora.text_tensors
-        if "lora_te" in held:
-            texts = {name.replace("lora_te1_", "lora_te_", 1): one for name, one in texts.items()}
-            use = replace(use, lora=replace(use.lora, text_tensors=texts))
+        texts = rename_texts(use.lora.text_tensors, held)
+        use = replace(use, lora=replace(use.lora, text_tensors=texts))
         others = [name for name in texts if prefix_of(name) not in held]
         path = use.lora.path
         if others and not use.lora.tensors and len(others) == len(texts):

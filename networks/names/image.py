@@ -3,6 +3,7 @@
 from networks.names.layouts import (
     BEFORE_REST,
     IN_DIFFUSERS,
+    OF_LANGUAGE_MODEL,
     REST,
     SWAPPED,
     FamilyNames,
@@ -209,6 +210,7 @@ LUMINA = FamilyNames(
         *renamed_parts("", "", _LUMINA_REST),
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
+    encoders=(("lora_te", OF_LANGUAGE_MODEL),),
     depths=(("layers", 26),),
     width=2304,
 )

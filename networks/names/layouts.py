@@ -22,7 +22,8 @@ FIRST_LAYERS = (
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
-FIRST_ENCODER = "lora_te1"
+# of text encoders: how the names of their layers begin
+OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
 FOR_BOTH = "both"  # another value: one LoRA that was trained in both
 
 
@@ -67,7 +68,9 @@ class FamilyNames:
     # what others write in `ss_base_model_version`, if it is not the name; `ss_network_module` too then
     written_version: str = ""
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
-    first_encoder: str = FIRST_ENCODER  # before names of its modules in LoRA files
+    # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
+    # begin); of several with the same layers the first one counts as the first
+    encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
     # of the published models, by which families with equal names in diffusers' layout are told apart: how
     # many blocks lists of that layout have, and the width of a block
     depths: tuple[tuple[str, int], ...] = ()
@@ -80,6 +83,7 @@ class FamilyNames:
     ratios: tuple[tuple[str, int], ...] = ()
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
+    more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them
     further: tuple[str, ...] = ()  # our paths that no other layout has
     # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
     text_side: tuple[str, ...] = ()

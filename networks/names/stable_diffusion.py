@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from networks.names.layouts import UNET_IN_DIFFUSERS, FamilyNames, each
+from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, each
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
@@ -97,7 +97,7 @@ SD1 = FamilyNames(
     is_as_in_diffusers=True,
     always_underscored="ours",
     takes=("sd2",),  # by names; sizes tell them apart
-    first_encoder="lora_te",
+    encoders=(("lora_te", OF_CLIP),),
     written_version="sd_v1",
     text_width=768,
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
@@ -116,6 +116,7 @@ SDXL = FamilyNames(
     "sdxl",
     "stable-diffusion-xl-v1-base",
     aliases=_SDXL,
+    encoders=(("lora_te1", OF_CLIP), ("lora_te2", OF_CLIP)),
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
     always_underscored="aliases",

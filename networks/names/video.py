@@ -56,6 +56,7 @@ WAN = FamilyNames(
     further=("patch_embedding", "ref_conv"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
+    more_experts=(("transformer_1", HIGH_NOISE),),  # ai-toolkit
     optional=_IMAGE_ATTENTION,
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(

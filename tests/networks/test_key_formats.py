@@ -169,15 +169,48 @@ def test_every_dialect_is_brought_into_ours(key: str, native: str) -> None:
 def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
     keys = (
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-        "text_encoder.x.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.x.lora_A.weight",
         "blocks.0.modulation",
     )
 
     found = to_native({key: torch.ones(2, 2) for key in keys})
 
     assert found.tensors == {}
-    assert list(found.texts) == [keys[0], "lora_te1_x.lora_down.weight"]
+    assert list(found.texts) == [keys[0], "lora_te1_text_model_encoder_layers_0_x.lora_down.weight"]
     assert found.unknown == keys[2:]
+
+
+CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
+
+
+@pytest.mark.parametrize(
+    ("start", "path", "family", "prefix"),
+    [
+        ("lora_te2_", T5, "flux", "lora_te3"),  # OneTrainer
+        ("lora_te_", CLIP, "flux", "lora_te1"),
+        ("text_encoders.t5xxl.transformer.", T5, "flux", "lora_te3"),
+        ("base_model.model.text_encoder_2.", T5, None, "lora_te3"),
+        ("base_model.model.", T5, None, "lora_te3"),
+        ("te1.", CLIP, "sd1", "lora_te"),
+        ("lora_te1_", CLIP, "sd2", "lora_te"),
+        ("text_encoder_2.", CLIP, "sdxl", "lora_te2"),
+        ("text_encoders.clip_g.transformer.", CLIP, "sdxl", "lora_te2"),
+        ("lora_te2_", CLIP, "hunyuan_video", "lora_te1"),  # its first is a language model there
+        ("lora_te1_", "layers.0.mlp.up_proj", "hunyuan_video", None),
+        ("text_encoder.model.", "layers.0.mlp.up_proj", "lumina", "lora_te"),
+    ],
+)
+def test_layers_say_which_text_encoder_it_is(
+    start: str, path: str, family: str | None, prefix: str | None
+) -> None:
+    name = replace_dots(path)
+    key = f"{start}{name if start.startswith('lora') else path}.lora_A.weight"
+    found = to_native({key: torch.ones(2, 2)}, family)
+    if prefix is None:
+        assert found.text_encoder == (key,)
+    else:
+        assert list(found.texts) == [f"{prefix}_{name}.lora_down.weight"]
+    assert not found.tensors
 
 
 def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> None:

@@ -11,10 +11,11 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from modules.errors import CheckpointError
+from networks.alphas import peft_alphas
 from networks.convert import convert_file
 from networks.deltas import strength
 from networks.loading import read_lora
-from networks.metadata import peft_alphas, save_network
+from networks.metadata import save_network
 from tests.networks.making import tiny_dit, wan_network
 
 
@@ -109,7 +110,7 @@ def test_keys_that_cannot_be_used_are_listed_loudly_if_they_are_many(
     saved: Path, number: int, is_loud: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = dict(read_lora(saved).tensors)
-    others = {f"emb_params.{index}": torch.ones(2) for index in range(number)}
+    others = {f"params{index}": torch.ones(2) for index in range(number)}
     save_file(tensors | others | {"lora_te_x.lora_down.weight": torch.ones(2, 2)}, saved)
 
     with caplog.at_level(logging.WARNING):
@@ -117,7 +118,7 @@ def test_keys_that_cannot_be_used_are_listed_loudly_if_they_are_many(
 
     assert "1 tensors change a text encoder and are ignored: lora_te_x.lora_down.weight" in caplog.text
     assert f"{number} of {len(tensors) + number + 1} tensors are no part of a LoRA" in caplog.text
-    assert "emb_params.0" in caplog.text
+    assert "params0" in caplog.text
     assert ("IS USED ONLY IN PART" in caplog.text) == is_loud
 
 

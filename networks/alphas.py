@@ -1,0 +1,273 @@
+"""Alphas of LoRAs that are no tensors: in a file's header, in PEFT's settings there or beside the file."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.errors import CheckpointError
+from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
+from modules.text_files import parse_json, read_text
+from networks.deltas import Factors, group_by_module, rank_of
+from networks.key_formats import EXPERT_STARTS
+from networks.names.layouts import UNET_IN_DIFFUSERS
+from networks.names.stable_diffusion import diffusers_path_of_text
+
+# where diffusers keeps the adapter's settings among a file's metadata
+PEFT_SETTINGS = "lora_adapter_metadata"
+PEFT_FILE = "adapter_config.json"
+_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+# keys of a header, also behind the start of a network's names (`transformer.lora_alpha`), and those of the
+# rank beside them
+_TRAINED = "ss_network_alpha"
+_RANKS = ("r", "rank", "lora_rank", "lora_r", "network_dim", "network_rank")
+_KEYS = {"lora_alpha": _RANKS, "network_alpha": _RANKS, "alpha": _RANKS, _TRAINED: ("ss_network_dim",)}
+_LONGEST = 20  # characters of a value that a message shows
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Settings of one place, as PEFT names them: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
+
+    place: str  # for messages
+    settings: Mapping[str, Any]
+    is_sure: bool = True  # that they are of this file, also without a rank
+
+    @property
+    def rank(self) -> float | None:
+        return _number(self.settings.get("r"))
+
+    def fits(self, ranks: Collection[int]) -> bool:
+        """Whether they can be of a file with these ranks."""
+        if self.rank is None:
+            return self.is_sure
+        return self.rank in ranks or bool(self.settings.get("rank_pattern"))
+
+
+@dataclass(frozen=True)
+class FoundAlphas:
+    """Alphas of the modules of a file that have none beside their factors."""
+
+    tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
+    words: str  # where they are from, or that there are none; "" if every module has its own
+    warnings: tuple[str, ...] = ()  # of values that cannot be used
+
+
+def find_alphas(
+    path: Path,
+    metadata: Mapping[str, str],
+    modules: Mapping[str, Factors],
+    paths: Mapping[str, str],
+    start: str,
+    is_written_here: bool = False,
+    stacked: Mapping[str, int] | None = None,
+) -> FoundAlphas:
+    """Find the alphas of modules without one in the header, in PEFT's settings, or in those beside the file.
+
+    modules: factors by name. paths: of these modules, as the file writes them. start: of the names of their
+    network in a pipeline of diffusers; "" if it has none. is_written_here: files written here have alphas in
+    their tensors or taken into the factors. stacked: module -> how many factors of the trained rank its own
+    were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
+    settings cannot be used.
+    """
+    stacked = stacked or {}
+    ranks = {
+        name: rank // stacked.get(name, 1)
+        for name, factors in modules.items()
+        if "alpha" not in factors and (rank := rank_of(factors)) is not None
+    }
+    if not ranks:
+        return FoundAlphas({}, "")
+    sources, warnings = ([], []) if is_written_here else _sources(path, metadata, paths, start)
+    for source in sources:
+        if not source.fits(set(ranks.values())) and source.is_sure:
+            shown = ", ".join(map(str, sorted(set(ranks.values()))))
+            warnings.append(
+                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
+                "not used"
+            )
+    sources = [source for source in sources if source.fits(set(ranks.values()))]
+    told = [(source.place, alpha) for source in sources if (alpha := source.settings.get("lora_alpha"))]
+    told = [(place, _finite(alpha)) for place, alpha in told]
+    if len({alpha for _, alpha in told}) > 1:
+        both = " and ".join(f"{alpha:g} in {place}" for place, alpha in told)
+        raise CheckpointError(
+            f"{path} has two alphas: {both}.\n"
+            "  Take the wrong one out: the strength of the LoRA depends on it.",
+            path,
+        )
+    config: dict[str, Any] = {"lora_alpha": told[0][1] if told else None, "alpha_pattern": {}}
+    for source in sources:
+        config["alpha_pattern"] = {**(source.settings.get("alpha_pattern") or {}), **config["alpha_pattern"]}
+        config["use_rslora"] = config.get("use_rslora") or source.settings.get("use_rslora")
+    tensors = peft_alphas(modules, paths, config, stacked)
+    without = len(ranks) - len(tensors)
+    words = [f"alpha {told[0][1]:g} of {told[0][0]}"] if told else []
+    words += [f"alphas of {sources[0].place}"] if tensors and not told else []
+    is_bare = not tensors and not any("alpha" in factors for factors in modules.values())
+    some = "in it" if is_bare else f"for {without} modules"
+    words += [f"no alpha {some}: the rank is taken"] if without else []
+    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata for a file whose tensors have the alphas, or factors scaled by them."""
+    is_trained = "ss_network_module" in metadata
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != PEFT_SETTINGS
+        and not (key.rpartition(".")[2] in _KEYS and not (is_trained and key == _TRAINED))
+    }
+
+
+def _sources(
+    path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], start: str
+) -> tuple[list[_Source], list[str]]:
+    """Return the settings that may be of these modules, and warnings of values that are no numbers."""
+    sources, warnings = [], []
+    for key, text in metadata.items():
+        begin, _, name = key.rpartition(".")
+        if name not in _KEYS or not _is_of(begin, start):
+            continue
+        # trainers that write this key store alphas as tensors; names with dots show that a converter took
+        # them into the factors
+        if name == _TRAINED and "ss_network_module" in metadata and any("." in one for one in paths.values()):
+            continue
+        dot = f"{begin}." if begin else ""
+        rank = next((metadata[dot + one] for one in _KEYS[name] if dot + one in metadata), None)
+        if _number(text) is None:
+            warnings.append(f"its metadata have {key} {str(text)[:_LONGEST]!r}, which is no number: not used")
+            continue
+        scaling = metadata.get(f"{dot}use_rslora", "").lower() == "true"
+        own = {"lora_alpha": float(text), "r": rank, "use_rslora": scaling}
+        sources.append(_Source(f"its metadata ({key})", own))
+    if PEFT_SETTINGS in metadata:
+        entries = parse_json(metadata[PEFT_SETTINGS])
+        own = {
+            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
+            for key, value in entries.items()
+            if key.startswith(start) or (start in EXPERT_STARTS and _is_of(key.partition(".")[0], start))
+        }
+        sources.append(_Source(f"its metadata ({PEFT_SETTINGS})", own))
+    folder = path if path.is_dir() else path.parent
+    if (beside := folder / PEFT_FILE).is_file():
+        is_sure = path.is_dir() or path.name.startswith("adapter_model")
+        try:
+            sources.append(_Source(f"{PEFT_FILE} beside it", dict(parse_json(read_text(beside))), is_sure))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            if is_sure:
+                raise
+            warnings.append(f"{beside} cannot be read and is not used: {error}")
+    return sources, warnings
+
+
+def _is_of(begin: str, start: str) -> bool:
+    """Whether a key that begins so is of the network that a pipeline calls `start`."""
+    if not begin or f"{begin}." == start:
+        return True
+    # a transformer has many names: it is that unless it is a text encoder or another expert's
+    if start not in EXPERT_STARTS or begin.startswith(("text_encoder", "lora_te", "te1", "te2", "te3")):
+        return False
+    return EXPERT_STARTS.get(f"{begin}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
+
+
+def find_text_alphas(
+    path: Path, metadata: Mapping[str, str], texts: Mapping[str, Tensor], is_written_here: bool = False
+) -> FoundAlphas:
+    """Find the alphas of LoRAs for text encoders, as `find_alphas`."""
+    modules = group_by_module(texts)
+    groups: dict[str, dict[str, str]] = {}  # start of the encoder's names in diffusers -> modules' paths
+    for name in modules:
+        whole = diffusers_path_of_text(name)
+        begin, _, rest = ("", "", name) if whole is None else whole.partition(".")
+        groups.setdefault(f"{begin}." if begin else "", {})[name] = rest
+    tensors: dict[str, Tensor] = {}
+    words: dict[str, None] = {}
+    warnings: dict[str, None] = {}
+    for start, paths in groups.items():
+        own = {name: modules[name] for name in paths}
+        found = find_alphas(path, metadata, own, paths, start, is_written_here)
+        tensors |= found.tensors
+        words |= dict.fromkeys([found.words] if found.words else [])
+        warnings |= dict.fromkeys(found.warnings)
+    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def peft_alphas(
+    modules: Mapping[str, Factors],
+    paths: Mapping[str, str],
+    config: Mapping[str, Any],
+    stacked: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Alphas that stand in PEFT's settings rather than beside the factors.
+
+    Arguments as for `find_alphas`. Raises ValueError if the settings cannot be used.
+    """
+    # a key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it; of several
+    # that match, PEFT takes the first
+    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    places = {key: place for place, key in enumerate(values)}
+    expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+    if sum(map(len, expressions)) > MAX_EXPRESSIONS:
+        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+    fitting = {key: _expression(key) for key in expressions}
+    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
+    alphas = {}
+    for module, factors in modules.items():
+        rank = rank_of(factors)
+        if rank is None or "alpha" in factors:
+            continue
+        path = paths[module]  # `blocks.0.attn1.to_q`
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        found = [end for end in ends if end in places]
+        found += [key for key, fits in fitting.items() if fits(path)]
+        alpha = values[min(found, key=places.__getitem__)] if found else default
+        if alpha is None:
+            continue
+        count = (stacked or {}).get(module, 1)
+        if config.get("use_rslora"):
+            alpha = alpha * (rank // count) ** 0.5  # PEFT scales by alpha / sqrt(rank) then
+        alphas[f"{module}.alpha"] = torch.tensor(alpha * count)
+    return alphas
+
+
+def _number(value: Any) -> float | None:
+    """Return a value as a finite number; None if it is none."""
+    try:
+        return _finite(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha is {number}")
+    return number
+
+
+def _expression(key: str) -> Callable[[str], bool]:
+    """Return the function that tells whether a key of PEFT's `alpha_pattern` matches a module's path.
+
+    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
+    """
+    import regex  # seldom needed
+
+    try:
+        pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
+    except regex.error as error:
+        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+
+    def fits(path: str) -> bool:
+        try:
+            return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
+        except TimeoutError:
+            raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+
+    return fits

@@ -1,0 +1,118 @@
+"""LoRA files whose factors are arranged in another way than the modules of any model: make them usual ones.
+
+XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora2: text; qkv or proj)
+           single_blocks.0.processor.qkv_lora.down.weight, .proj_lora. (as their processors compute: the first
+           adds to queries, keys and values of linear1, the second to linear2)
+numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
+           the parts of a joined layer; also ..._qkv.0.lora_down.weight
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from networks.deltas import LORA, Factors, strength
+from networks.module_names import count_parts
+
+_XLABS = re.compile(
+    r"(?P<start>(?:.+\.)?)(?P<list>double|single)_blocks\.(?P<n>\d+)\.processor\."
+    r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
+)
+_STREAMS = {"1": "img", "2": "txt"}
+_FACTORS = {"A": LORA[0], "B": LORA[1], "down": LORA[0], "up": LORA[1]}
+# the number behind the factor or behind the module
+_NUMBERED = (
+    re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)\.(?P<number>\d+)\.weight"),
+    re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.lora_(?P<factor>A|B|down|up)\.weight"),
+    re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.(?P<factor>alpha)"),
+)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """Tensors of a file in the usual arrangement, under names of its dialect."""
+
+    tensors: Mapping[str, Tensor]
+    # a down factor that was put together -> from how many
+    stacked: Mapping[str, int] = field(default_factory=dict)
+    family_name: str = ""  # of the family that alone has files of this form
+
+
+def rewrite(tensors: Mapping[str, Tensor]) -> Usual:
+    """Bring XLabs' and numbered factors into the usual arrangement; leave other tensors as they are.
+
+    The change of the weights stays the same: numbered factors become one LoRA whose up factor is
+    block-diagonal, with as many times the rank and alpha.
+    """
+    usual: dict[str, Tensor] = {}
+    family_name = ""
+    for key, tensor in tensors.items():
+        found = _XLABS.fullmatch(key)
+        names = [] if found is None else _in_flux(found)
+        if found is None or not names:
+            usual[key] = tensor
+            continue
+        family_name = "flux"
+        cut = len(names) > 1
+        # copies: files cannot hold tensors that share memory
+        parts = tensor.chunk(3) if cut and found["factor"] == "up" else [tensor] * len(names)
+        usual |= {name: part.clone() if cut else part for name, part in zip(names, parts, strict=True)}
+    return _put_together(usual, family_name)
+
+
+def _in_flux(found: re.Match[str]) -> list[str]:
+    """Return the names of XLabs' tensor, three if queries, keys and values are some rows of a weight."""
+    start, n, end = found["start"], found["n"], f"lora_{found['factor']}.weight"
+    if found["list"] == "double" and found["stream"]:
+        return [f"{start}double_blocks.{n}.{_STREAMS[found['stream']]}_attn.{found['what']}.{end}"]
+    if found["list"] == "double" or found["stream"]:
+        return []
+    if found["what"] == "proj":
+        return [f"{start}single_blocks.{n}.linear2.{end}"]
+    return [f"{start}single_transformer_blocks.{n}.attn.to_{x}.{end}" for x in "qkv"]
+
+
+def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:
+    groups: dict[str, dict[int, dict[str, str]]] = {}  # module -> number -> part -> key
+    for key in tensors:
+        found = next((match for one in _NUMBERED if (match := one.fullmatch(key)) is not None), None)
+        if found is not None:
+            part = _FACTORS.get(found["factor"], found["factor"])
+            groups.setdefault(found["module"], {}).setdefault(int(found["number"]), {})[part] = key
+    usual, stacked = dict(tensors), {}
+    for module, numbers in groups.items():
+        alpha = tensors.get(f"{module}.alpha")
+        shared = {} if alpha is None else {"alpha": alpha}
+        pieces = [
+            {**shared, **{part: tensors[key] for part, key in numbers[n].items()}} for n in sorted(numbers)
+        ]
+        # PEFT's adapters may have numbers for names: layers that no model joins are not put together
+        if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
+            continue
+        if len(numbers) not in count_parts(module):
+            continue
+        if any(not set(LORA) <= set(piece) or piece[LORA[1]].ndim != 2 for piece in pieces):
+            continue
+        for keys in numbers.values():
+            for key in keys.values():
+                del usual[key]
+        usual.pop(f"{module}.alpha", None)
+        usual |= {f"{module}.{part}": one for part, one in _diagonal(pieces).items()}
+        stacked[f"{module}.{LORA[0]}"] = len(pieces)
+    return Usual(usual, stacked, family_name)
+
+
+def _diagonal(pieces: list[Factors]) -> dict[str, Tensor]:
+    """Return one LoRA for the rows of all pieces, one below the other."""
+    scales, ups = [strength(piece) for piece in pieces], [piece[LORA[1]] for piece in pieces]
+    down = torch.cat([piece[LORA[0]] for piece in pieces])
+    if len(set(scales)) > 1:
+        ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
+        scales = [1.0]
+    whole = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
+    if any("alpha" in piece for piece in pieces):
+        whole["alpha"] = torch.tensor(scales[0] * len(down))
+    return whole
