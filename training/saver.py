@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.devices import DTYPES, dtype_of
-from modules.errors import OptionError
+from modules.errors import DatasetError, OptionError
+from modules.installation import import_own
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from networks.loading import TRAINED_FOR
@@ -44,8 +46,9 @@ from training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-RESOLUTION = "1280x720"  # constant in all files of other tuners of video models
-IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
+# of files of the known tuners of video and of image models; `Family.metadata` has that of others
+RESOLUTION = "1280x720"
+IMAGE_RESOLUTION = "1024x1024"
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
@@ -236,8 +239,9 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
     optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
-    vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
-    several uses that its files do not tell apart. A whole DiT has no `ss_network_*`: these mark a LoRA.
+    vae_name; resolution if it is not the usual one; base_model_version where files name the model otherwise
+    than we; trained_for where a model has several uses that its files do not tell apart. A whole DiT has no
+    `ss_network_*`: these mark a LoRA.
     """
     options, family, facts = plan.options, plan.family, plan.family.metadata
     network = options.network
@@ -291,7 +295,8 @@ def file_metadata(
     architecture = given.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
         architecture = f"{architecture}/lora"
-    resolution = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    usual = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    resolution = family_metadata.get("resolution", usual)
     if given.resolution is not None:  # one number is for a square
         width, *height = re.findall(r"\d+", given.resolution)
         resolution = f"{width}x{height[0] if height else width}"
@@ -368,6 +373,32 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
     }
 
 
+def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
+    """Return how often each part of a caption between commas occurs, by the names of the items' folders.
+
+    Captions are counted once, without repeats; those that are not there, as beside copied caches, not at all.
+    """
+    find_sources = import_own("dataset.sources.listing").find_sources  # other trainings read caches alone
+    tables = {item.table.index: item.table for item in items}
+    stems: dict[int, set[str]] = {}
+    for item in items:
+        stems.setdefault(item.table.index, set()).add(item.source_stem)
+    counts: dict[str, Counter[str]] = {}
+    seen: set[Path] = set()  # a folder may be in datasets of several resolutions
+    for index, table in tables.items():
+        try:
+            sources = find_sources(table, faults=[])
+        except DatasetError:
+            continue
+        tags = counts.setdefault(table.source.name, Counter())
+        for source in sources:
+            if source.stem in stems[index] and source.path not in seen:
+                seen.add(source.path)
+                for caption in filter(None, (source.caption, *source.more_captions)):
+                    tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+    return {folder: dict(tags) for folder, tags in counts.items()}
+
+
 def _image_values(plan: TrainingPlan) -> dict[str, Any]:
     """Return the entries that files of image trainers have besides; for others those of added noise."""
     options, model_type = plan.options, plan.family.metadata.get("model_type")
@@ -409,6 +440,7 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
         "num_reg_images": totals[True],
         "dataset_dirs": json.dumps(folders, ensure_ascii=False),
         "bucket_info": json.dumps({"buckets": rows}),
+        "tag_frequency": json.dumps(count_tags(plan.training), ensure_ascii=False),
     }
     if options.subset is not None:
         values |= {
