@@ -34,10 +34,10 @@ from tests.training.toy_images import (
 )
 from training.checks import list_unused_options
 from training.image_options import ImageTrainerDefaults, read_image_training
+from training.metadata import file_metadata
 from training.noise_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
 from training.options import TrainingOptions
 from training.run import prepare_run
-from training.saver import file_metadata
 from z_image.family import ZImage, ZImageFiles
 
 ONLY = "--network_train_unet_only"
