@@ -88,7 +88,7 @@ def _release(name: str, licence: tuple[str, str, str]) -> ModelRelease:
 DEV = Flux2Version(
     cache_tag="f2d",
     name="flux_2_dev",
-    architecture="flux-2-dev",
+    architecture="Flux.2-dev",
     use=MISTRAL_USE,
     release=_release("FLUX.2-dev", _OF_DEV),
     defaults=picture_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
@@ -99,7 +99,7 @@ DEV = Flux2Version(
 KLEIN_4B = Flux2Version(
     cache_tag="f2k4b",
     name="flux_2_klein_4b",
-    architecture="flux-2-klein-4b",
+    architecture="Flux.2-klein-4b",
     use=QWEN3_4B_USE,
     release=_release("FLUX.2-klein-4B", _APACHE),
     defaults=picture_defaults(4, 1.0, 1024),
@@ -111,7 +111,7 @@ KLEIN_9B = replace(
     KLEIN_4B,
     cache_tag="f2k9b",
     name="flux_2_klein_9b",
-    architecture="flux-2-klein-9b",
+    architecture="Flux.2-klein-9b",
     use=QWEN3_8B_USE,
     release=_release("FLUX.2-klein-9B", _OF_9B),
     dim=4096,

@@ -30,6 +30,7 @@ options: options to train and to use LoRAs
 own_kinds: our network modules by name, their kinds and settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
+patterns: regular expressions for names of modules, with dots or underscores
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs

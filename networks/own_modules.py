@@ -172,10 +172,9 @@ def build_network(
     OptionError for wrong settings, or if no module is left.
     """
     settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
+    learning = encoders.keys() - settings.encoders_off
     in_texts = {
-        f"{prefix}_": list(_in_encoder(encoder))
-        for prefix, encoder in encoders.items()
-        if prefix not in settings.encoders_off
+        f"{prefix}_": list(_in_encoder(one)) for prefix, one in encoders.items() if prefix in learning
     }
     modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
     modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
@@ -264,8 +263,8 @@ def _layers_by_name(
 
 def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
     """Yield the modules in the blocks of a text encoder, by published paths."""
-    lists = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-    return ((published_path(path), module) for path, module in _modules_below(encoder, lists))
+    for path, module in _modules_below(encoder, tuple(f"{name}." for name in spec_of(encoder).block_lists)):
+        yield published_path(path), module
 
 
 def build_from_tensors(

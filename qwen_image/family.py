@@ -112,7 +112,8 @@ class QwenImage(ModelOfPictures):
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         names = {
-            "architecture": self.called.lower(),
+            "architecture": self.version.architecture,
+            "resolution": "1328x1328" if self.references is None else "1024x1024",
             "implementation": "https://github.com/QwenLM/Qwen-Image",
             "model_type": "qwen_image",
         }

@@ -120,6 +120,7 @@ class Version:
     name: str  # of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
+    architecture: str  # modelspec.architecture, as the known tuner has it
     release: ModelRelease
     use: LanguageUse
     references: ReferenceRules | None = None
@@ -129,11 +130,14 @@ class Version:
 def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
     rules = ReferenceRules(most, seen_by_text=True)
     called = f"{NAME}-{option.capitalize()}"
-    return Version("qwen_image_edit", "qie", called, EDIT_RELEASES[option], use, rules, clean_references)
+    architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
+    return Version(
+        "qwen_image_edit", "qie", called, architecture, EDIT_RELEASES[option], use, rules, clean_references
+    )
 
 
 VERSIONS = {
-    ORIGINAL: Version("qwen_image", "qi", NAME, QWEN_IMAGE, QWEN_USE),
+    ORIGINAL: Version("qwen_image", "qi", NAME, NAME, QWEN_IMAGE, QWEN_USE),
     EDIT: _edits(EDIT, EDIT_USE, 1),
     EDIT_2509: _edits(EDIT_2509, PLUS_USE, MOST),
     EDIT_2511: _edits(EDIT_2511, PLUS_USE, MOST, clean_references=True),

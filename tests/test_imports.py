@@ -86,6 +86,7 @@ FLOORS = {
         {"checks", "resuming"},
         {"plan"},
         {"planning", "training_run"},
+        {"metadata"},
         {"following", "loop", "previews", "saver"},
         {"learning", "summary"},
         {"run"},

@@ -274,8 +274,8 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
             return LiveTexts(learning, learning, prefixes)
-        names = ", ".join(encoder.name for encoder in learning)
-        if learning and any(_switches(family, options).get(encoder.lora_prefix) for encoder in learning):
+        names, switches = ", ".join(encoder.name for encoder in learning), _switches(family, options)
+        if any(switches.get(encoder.lora_prefix) for encoder in learning):
             logger.warning(
                 "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
                 "learn: captions are encoded at each step.",
@@ -348,9 +348,8 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
     own = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or own is None or own.rules is None:
         return {}
-    arguments = network.arguments()
-    pairs = own.rules.encoders.items()
-    return {prefix: arguments.get(name, "").lower() == "true" for name, prefix in pairs}
+    given = network.arguments()
+    return {prefix: given.get(name, "").lower() == "true" for name, prefix in own.rules.encoders.items()}
 
 
 class LiveMedia:

@@ -76,7 +76,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             commands,
             options.loop.gradient_accumulation_steps,
             int(os.environ.get("WORLD_SIZE", "1")),
-            [f"{name}: {value}" for name, value in family.metadata.items()],
+            [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
             family.text_keys,
             counters,
             sound_of(family),

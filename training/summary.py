@@ -17,13 +17,13 @@ from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
 from training.learning_options import FIND_RATE
+from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import Story
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.run_options import SampleOptions
-from training.saver import continued_sizes
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun

@@ -99,7 +99,8 @@ class ZImage(ModelOfPictures):
 
     name: str = field(default="z_image", init=False)
     named: ClassVar = {
-        "architecture": "z-image",
+        "architecture": "Z-Image",
+        "resolution": "1024x1024",
         "implementation": "https://github.com/Tongyi-MAI/Z-Image",
         "model_type": "z_image",
     }

@@ -138,7 +138,8 @@ class Kontext(Flux):
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         own = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
-        return {**super().metadata, **own}
+        # the architecture as the known tuner of Kontext has it; that of FLUX.1 has another spelling
+        return {**super().metadata, **own, "architecture": "Flux.1-dev"}
 
     # encoding
 

@@ -131,7 +131,7 @@ FLUX_2 = FamilyNames(
         )
         for x, word in (("q", "query"), ("k", "key"))
     ),
-    versions=("flux_2", "flux-2", "flux2"),
+    versions=("flux_2", "flux-2", "flux2", "flux.2"),
     # FLUX.1's are 7, 5, 4 and 4
     ratios=(("_linear1", 9), ("_linear2", 4), ("_mlp_0", 6), ("_mlp_2", 3)),
 )
@@ -218,7 +218,7 @@ LUMINA = FamilyNames(
 # Qwen-Image, whose own layout is that of diffusers
 QWEN_IMAGE = FamilyNames(
     "qwen_image",
-    "qwen-image",
+    "Qwen-Image",
     further=(
         *each(
             "transformer_blocks.{n}.attn.",
@@ -241,7 +241,7 @@ QWEN_IMAGE = FamilyNames(
 # Z-Image, whose own layout is that of diffusers; ComfyUI has queries, keys and values in one
 Z_IMAGE = FamilyNames(
     "z_image",
-    "z-image",
+    "Z-Image",
     (
         *(
             (f"{block}attention.{theirs}", f"{block}attention.{ours}")

@@ -73,7 +73,7 @@ def test_a_difference_of_low_rank_comes_back_and_makes_the_tuned_model(tmp_path:
         metadata = file.metadata()
     expected = {"ss_network_module": "networks.lora_qwen_image", "ss_base_model_version": "qwen_image"}
     assert metadata.items() >= {**expected, "ss_network_dim": "3"}.items()
-    assert metadata["modelspec.architecture"] == "qwen-image/lora"
+    assert metadata["modelspec.architecture"] == "Qwen-Image/lora"
 
 
 @pytest.mark.parametrize("quantile", [0.99, 1.0])

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,16 @@ import torch
 from torch import Tensor
 
 from flux import options as flux
+from flux_2.family import Flux2
+from flux_2.files import Flux2Files
 from hunyuan_image import options as hunyuan_image
 from lumina import options as lumina
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import NoOptions
+from networks.module_names import read_family
+from qwen_image.family import QwenImage
+from qwen_image.files import VERSIONS, QwenImageFiles
 from tests.training.toy import metadata_of, same
 from tests.training.toy_images import (
     TextFamily,
@@ -27,9 +34,11 @@ from tests.training.toy_images import (
 )
 from training.checks import list_unused_options
 from training.image_options import ImageTrainerDefaults, read_image_training
+from training.metadata import file_metadata
 from training.noise_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
 from training.options import TrainingOptions
 from training.run import prepare_run
+from z_image.family import ZImage, ZImageFiles
 
 ONLY = "--network_train_unet_only"
 
@@ -147,6 +156,57 @@ def test_a_run_may_begin_later(tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "output" / "x.safetensors")["ss_steps"] == "6"
     with pytest.raises(OptionError, match="--initial_epoch 3 is step 8, but the run ends at step 6"):
         train_image_toy(tmp_path, ONLY, "--initial_epoch", 3)
+
+
+def test_metadata_count_the_parts_of_captions_by_folder(tmp_path: Path) -> None:
+    write_subset(tmp_path, "num_repeats = 3")
+    (tmp_path / "images" / "p0.txt").write_text("Red , a house,, red")
+    train_image_toy(tmp_path, ONLY)
+    made = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
+    numbers = {f"number {number}": 1 for number in (1, 2, 3)}
+    assert made == {"images": {"red": 5, "a house": 1, "big": 3, **numbers}}
+
+    shutil.rmtree(tmp_path / "images")  # caches were copied alone
+    train_image_toy(tmp_path, ONLY, "--overwrite")
+    assert json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "resolution", "read"),
+    [
+        (QwenImage(QwenImageFiles()), "Qwen-Image", "1328x1328", "qwen_image"),
+        (QwenImage(QwenImageFiles(), VERSIONS["edit"]), "Qwen-Image-Edit", "1024x1024", "qwen_image"),
+        (
+            QwenImage(QwenImageFiles(), VERSIONS["edit-2509"]),
+            "Qwen-Image-Edit-Plus",
+            "1024x1024",
+            "qwen_image",
+        ),
+        (
+            QwenImage(QwenImageFiles(), VERSIONS["edit-2511"]),
+            "Qwen-Image-Edit-2511",
+            "1024x1024",
+            "qwen_image",
+        ),
+        (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
+        (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
+        (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),
+        (Flux2(Flux2Files(model_version="klein-9b")), "Flux.2-klein-9b", "1280x720", "flux_2"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_files_name_the_model_as_the_known_tuner_and_are_read_in_both_spellings(
+    family: Any, architecture: str, resolution: str, read: str
+) -> None:
+    options = image_toy_options(Path("/nowhere"))
+    options = replace(options, parts=None)  # these scripts follow the tuner of video models
+    made = file_metadata({}, options, family.metadata, 1, 1, datetime(2030, 1, 1))
+    assert made["modelspec.architecture"] == f"{architecture}/lora"
+    assert made["modelspec.resolution"] == resolution
+    for spelled in (architecture, architecture.lower(), architecture.lower().replace(".", "-")):
+        found = read_family({"modelspec.architecture": f"{spelled}/lora"})
+        assert found is not None
+        assert found.name == read
 
 
 def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:

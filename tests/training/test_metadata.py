@@ -19,8 +19,8 @@ from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
 from training.averages import make_average
 from training.learning_options import AverageOptions, WholeDitOptions
+from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.saver import file_metadata, run_metadata
 from training.saving.states import SavedState, read_state, write_state
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable

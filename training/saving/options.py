@@ -136,7 +136,7 @@ class MetadataOptions(Options, title="metadata of saved files"):
     license: str | None = option("licence of the model, for example apache-2.0", name="metadata_license")
     tags: str | None = option("words, separated by commas", name="metadata_tags")
     resolution: str | None = option(
-        "resolution, such as 832,480, or 1024 for a square; default: 1280,720", name="metadata_reso"
+        "resolution, such as 832,480, or 1024 for a square; default: of the model", name="metadata_reso"
     )
     architecture: str | None = option(
         "architecture, for models that are not what they look like; default: found", name="metadata_arch"

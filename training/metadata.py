@@ -1,0 +1,266 @@
+"""The metadata of saved files: `ss_*` describes the training, `modelspec.*` the file.
+
+All values are text; missing ones are "None".
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dataset.batches.items import TrainingItem
+from modules.atomic_write import make_storable
+from modules.errors import DatasetError
+from modules.installation import import_own
+from networks.loading import TRAINED_FOR
+from networks.lora_settings import DEFAULT_RANK
+from training.noise_options import L2
+from training.optimizers.lr_schedule import count_steps
+from training.options import TrainingOptions
+from training.plan import TrainingPlan
+from training.resuming import describe_adapter, own_values
+from training.training_run import TrainingRun
+
+# of files of the known tuners of video and of image models; `Family.metadata` has that of others
+RESOLUTION = "1280x720"
+IMAGE_RESOLUTION = "1024x1024"
+
+
+def continued_sizes(run: TrainingRun, part: str) -> dict[str, str]:
+    """Return rank and alpha of a network that goes on from a file or a state, if they are not the options'.
+
+    part: whose file it is, see `Trainable.writes`.
+    """
+    network = run.options.network
+    starts = network is not None and (
+        network.network_weights or run.options.by_expert.network_weights_high_noise
+    )
+    if network is None or not (starts or run.plan.saved):
+        return {}
+    ranks, alphas = run.trainable.sizes(part)
+    rank = network.network_dim or DEFAULT_RANK
+    if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
+        return {}
+    found: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {
+        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in found.items() if values
+    }
+
+
+def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
+    """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
+
+    optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
+    vae_name; resolution if it is not the usual one; base_model_version where files name the model otherwise
+    than we; trained_for where a model has several uses that its files do not tell apart. A whole DiT has no
+    `ss_network_*`: these mark a LoRA.
+    """
+    options, family, facts = plan.options, plan.family, plan.family.metadata
+    network = options.network
+    values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
+    if network is not None:
+        values |= {
+            "ss_network_module": plan.network_module,
+            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
+            "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+            "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
+        }
+    if not options.metadata.no_metadata:
+        own = own_values(family.options, "identity", "habit")
+        values |= {f"ss_{name}": value for name, value in own.items()}
+        values |= _training_values(plan, optimizer, lr_scheduler)
+        if options.loss != L2 or options.is_for_images:
+            values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+        values |= _image_values(plan)
+        if options.frozen.training_adapter is not None:
+            values["ss_training_adapter"] = describe_adapter(options.frozen)
+        if options.frozen.teacher is not None:
+            values |= {
+                "ss_teacher": options.frozen.teacher,
+                "ss_teacher_weight": options.frozen.teacher_weight,
+            }
+        if plan.progress.changes:
+            values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+        further = [name for name in facts if name.startswith("sd_model_name_")]
+        values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        if "trained_for" in facts:
+            values[TRAINED_FOR] = facts["trained_for"]
+    return {key: str(value) for key, value in values.items()}
+
+
+def file_metadata(
+    run: Mapping[str, str],
+    options: TrainingOptions,
+    family_metadata: Mapping[str, str],
+    step: int,
+    epoch: int,
+    now: datetime,
+    licence: str | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
+
+    epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
+    Hashes of a LoRA are added when its tensors are written.
+    Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
+    """
+    given, times = options.metadata, options.timesteps
+    architecture = given.architecture or family_metadata.get("architecture")
+    if architecture and options.network is not None:
+        architecture = f"{architecture}/lora"
+    usual = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    resolution = family_metadata.get("resolution", usual)
+    if given.resolution is not None:  # one number is for a square
+        width, *height = re.findall(r"\d+", given.resolution)
+        resolution = f"{width}x{height[0] if height else width}"
+    spec = {
+        # as the known trainers of each kind write it
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
+        "architecture": architecture,
+        "implementation": family_metadata.get("implementation"),
+        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "resolution": resolution,
+        "date": now.isoformat(timespec="seconds"),
+        "author": given.author,
+        "description": given.description,
+        "license": given.license or licence,
+        "tags": given.tags,
+        "prediction_type": family_metadata.get("prediction_type"),
+        "usage_hint": given.usage_hint,
+        "thumbnail": given.thumbnail,
+        "merged_from": given.merged_from,
+        "trigger_phrase": given.trigger_phrase,
+        "preprocessor": given.preprocessor,
+        "is_negative_embedding": given.is_negative_embedding,
+    }
+    if times.min_timestep is not None or times.max_timestep is not None:
+        spec["timestep_range"] = f"{times.lowest},{times.highest}"
+    values = dict(run)
+    if not given.no_metadata:
+        values |= {
+            "ss_training_finished_at": str(now.timestamp()),
+            "ss_steps": str(step),
+            "ss_epoch": str(epoch),
+        }
+    values |= {f"modelspec.{key}": text for key, text in spec.items() if text is not None}
+    return {key: make_storable(text) for key, text in values.items()}
+
+
+def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
+    options, progress, steps = plan.options, plan.progress, plan.steps
+    loop, times, network = options.loop, options.timesteps, options.network
+    dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    # sic: files of other tuners of video models have this misspelling too
+    twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
+    return dropout | {
+        "ss_session_id": progress.session_id,
+        **twice,
+        "ss_training_started_at": progress.started_at,
+        "ss_output_name": options.saving.output_name,
+        "ss_learning_rate": options.optimizer.learning_rate,
+        "ss_num_train_items": plan.order.num_items,
+        "ss_num_batches_per_epoch": steps.num_batches,
+        "ss_num_epochs": steps.num_epochs,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": loop.gradient_accumulation_steps,
+        "ss_max_train_steps": steps.total_steps,
+        "ss_lr_warmup_steps": count_steps(options.lr_schedule.lr_warmup_steps, steps.total_steps),
+        "ss_lr_scheduler": lr_scheduler,
+        "ss_mixed_precision": options.accelerator.mixed_precision,
+        "ss_seed": progress.seed,
+        "ss_training_comment": options.metadata.training_comment,
+        "ss_optimizer": optimizer,
+        "ss_max_grad_norm": options.optimizer.max_grad_norm,
+        "ss_fp8_base": options.speed.fp8.fp8_base,
+        "ss_full_fp16": False,
+        "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
+        "ss_weighting_scheme": times.weighting_scheme,
+        "ss_logit_mean": times.logit_mean,
+        "ss_logit_std": times.logit_std,
+        "ss_mode_scale": times.mode_scale,
+        "ss_guidance_scale": loop.embedded_guidance,
+        "ss_timestep_sampling": times.timestep_sampling,
+        "ss_sigmoid_scale": times.sigmoid_scale,
+        "ss_discrete_flow_shift": times.flow_shift,
+        "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
+    }
+
+
+def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
+    """Return how often each part of a caption between commas occurs, by the names of the items' folders.
+
+    Captions are counted once, without repeats; those that are not there, as beside copied caches, not at all.
+    """
+    find_sources = import_own("dataset.sources.listing").find_sources  # other trainings read caches alone
+    tables = {item.table.index: item.table for item in items}
+    stems: dict[int, set[str]] = {}
+    for item in items:
+        stems.setdefault(item.table.index, set()).add(item.source_stem)
+    counts: dict[str, Counter[str]] = {}
+    seen: set[Path] = set()  # a folder may be in datasets of several resolutions
+    for index, table in tables.items():
+        try:
+            sources = find_sources(table, faults=[])
+        except DatasetError:
+            continue
+        tags = counts.setdefault(table.source.name, Counter())
+        for source in sources:
+            if source.stem in stems[index] and source.path not in seen:
+                seen.add(source.path)
+                for caption in filter(None, (source.caption, *source.more_captions)):
+                    tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+    return {folder: dict(tags) for folder, tags in counts.items()}
+
+
+def _image_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return the entries that files of image trainers have besides; for others those of added noise."""
+    options, model_type = plan.options, plan.family.metadata.get("model_type")
+    values: dict[str, Any] = {}
+    if options.noise.ip_noise_gamma:
+        values |= asdict(options.noise)
+    if options.parts is None or options.prediction is None:
+        return {f"ss_{name}": value for name, value in values.items()}
+    parts, asked = options.parts, options.validation
+    rates = parts.text_encoder_lr
+    folders: dict[str, dict[str, int]] = {}
+    buckets: Counter[tuple[int, int]] = Counter()
+    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
+    for item in plan.training:
+        table = item.table
+        folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
+        folder["img_count"] += 1
+        buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
+        totals[table.is_reg] += table.num_repeats
+    rows = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(buckets.items()))
+    }
+    values |= {
+        "ip_noise_gamma": options.noise.ip_noise_gamma,
+        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
+        "model_prediction_type": options.prediction.model_prediction_type,
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
+        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
+        "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
+        "validation_split": asked.validation_split,
+        "validation_seed": asked.validation_seed,
+        "max_validation_steps": asked.max_validation_steps,
+        "validate_every_n_epochs": asked.validate_every_n_epochs,
+        "validate_every_n_steps": asked.validate_every_n_steps,
+        "num_validation_images": len(plan.validation),
+        **({} if model_type is None else {"model_type": model_type}),
+        "num_train_images": totals[False],
+        "num_reg_images": totals[True],
+        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
+        "bucket_info": json.dumps({"buckets": rows}),
+        "tag_frequency": json.dumps(count_tags(plan.training), ensure_ascii=False),
+    }
+    if options.subset is not None:
+        values |= {
+            "resize_interpolation": options.subset.resize_interpolation,
+            "prior_loss_weight": options.subset.prior_loss_weight,
+        }
+    return {f"ss_{name}": value for name, value in values.items()}
