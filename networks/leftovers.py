@@ -82,7 +82,7 @@ def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_sid
     if not holds_side and (words := on_text_side(module)):
         return (
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
-            "have them, merge it into the model's file with merge_lora.py, and cache texts with the merged file"
+            "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
     if model is not None and has_module(module, model):
         if leaf == "bias":
