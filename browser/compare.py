@@ -172,7 +172,8 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
 
 def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder that a command of a run was typed in, as far as its options tell where it writes."""
-    typed = Path(*options.get("--output_dir", ()) or [Path(*options.get("--save_path", ())).parent])
+    told = options.get("--output_dir")
+    typed = Path(*told) if told else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
     count = len(parents) - len(typed.parts)
     if typed.is_absolute() or parents[count:] != typed.parts:

@@ -71,7 +71,7 @@ class HunyuanImage(ModelOfPictures):
         "base_model_version": "hunyuan-image-2.1",
     }
     cache_tag: str = field(default="hi", init=False)
-    noise_dtype: ClassVar = torch.bfloat16  # as released
+    noise_dtype: torch.dtype | None = field(default=torch.bfloat16, init=False)  # as released
     lora_module: str = field(default="networks.lora_hunyuan_image", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from generation.prompt_lines import SOLVERS
+from modules.contract.family import Family
+from modules.contract.requests import Prepared
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
@@ -230,16 +232,21 @@ class NextSteps:
             words += [f"--lora_weight{end}", *(str(path) for path, _ in loras)] if loras else []
             if self.sample_loras:
                 words += [f"--lora_multiplier{end}", *(f"{number:g}" for _, number in loras)]
-        words += _option("--prompt", sample.get("prompt") or "what it should show")
-        size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
-        words += ["--video_size", *size] if len(size) == 2 else []
-        for name, key in OF_SAMPLES.items():
-            words += [] if sample.get(key) is None else _option(name, _texts(sample[key])[0])
         return _command(
             "Generate with it",
-            [*words, "--save_path", str(file.parent / "generated")],
+            [*words, *say_sample(sample), "--save_path", str(file.parent / "generated")],
             "The first sample again; change the prompt." if sample else "",
         )
+
+
+def say_sample(sample: Mapping[str, Any]) -> list[str]:
+    """Return the words of shared options that make a sample; see `FamilyScripts.generation`."""
+    words = _option("--prompt", sample.get("prompt") or "what it should show")
+    size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
+    words += ["--video_size", *size] if len(size) == 2 else []
+    for name, key in OF_SAMPLES.items():
+        words += [] if sample.get(key) is None else _option(name, _texts(sample[key])[0])
+    return words
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:
@@ -257,21 +264,29 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
 
 
+def sample_values(made: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+    """Return the values of a sample, by the names of `Request`: see `FamilyScripts.generation`."""
+    values = vars(made.asked) | {
+        name: getattr(made, name) for name in ("frames", "steps", "embedded_guidance")
+    }
+    # the one of streams that have their own is said only if the sample says it: it replaces theirs
+    values["guidance_scale"] = made.asked.guidance_scale if made.rules.streams else made.guidance_scale[0]
+    for expert, scale in zip(family.experts, made.guidance_scale, strict=True):
+        if expert.name == HIGH_NOISE:
+            values[f"guidance_scale_{HIGH_NOISE}"] = scale
+    values["seed"] = made.seed if is_seeded else None
+    values["flow_shift"] = made.flow_shift if family.defaults.flow_shift is not None else None
+    values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
+    return values
+
+
 def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: "Sampler | None") -> NextSteps:
     """Return a maker of the command lines that can follow the run."""
     found = read_family({TRAINED_ON: plan.family.name})
     values: dict[str, Any] = {}
-    if sampler is not None and sampler.samples:  # the first one, by the names of `Request`
-        sample = sampler.samples[0]
-        made, settled = sample.prepared, ("frames", "steps", "embedded_guidance")
-        values = vars(made.asked) | {name: getattr(made, name) for name in settled}
-        values["guidance_scale"] = made.guidance_scale[0]
-        for expert, scale in zip(plan.sampled.experts, made.guidance_scale, strict=True):
-            if expert.name == HIGH_NOISE:
-                values[f"guidance_scale_{HIGH_NOISE}"] = scale
-        values["seed"] = made.seed if sample.is_seeded else None
-        values["flow_shift"] = made.flow_shift if plan.family.defaults.flow_shift is not None else None
-        values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
+    if sampler is not None and sampler.samples:
+        first = sampler.samples[0]
+        values = sample_values(first.prepared, first.is_seeded, plan.sampled)
     return NextSteps(
         given_options(plan.options, plan.family.options, scripts),
         scripts,

@@ -21,7 +21,7 @@ from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
-from dataset.sources.references import NO_REFERENCE
+from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of

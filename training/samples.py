@@ -251,9 +251,8 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         return None if key not in values else float(values[key])
 
     controls = values.get("control_image_path") or []
-    extra = {
-        name: str(values[name]) for name in ("one_frame", "cfg_trunc_ratio", "renorm_cfg") if name in values
-    }
+    extras = ("one_frame", "cfg_trunc_ratio", "renorm_cfg")
+    extra: dict[str, str] = {name: str(values[name]) for name in extras if name in values}
     scale = number("cfg_scale")
     named = [expert.name for expert in family.experts if expert.name]
     sides = ("width", usual.width), ("height", usual.height), ("frame_count", usual.frames)

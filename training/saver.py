@@ -243,7 +243,7 @@ def continued_sizes(run: TrainingRun, part: str) -> dict[str, str]:
     rank = network.network_dim or DEFAULT_RANK
     if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
         return {}
-    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    found: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
         key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in found.items() if values
     }

@@ -110,7 +110,7 @@ class ZImage(ModelOfPictures):
     )
     cache_tag: str = field(default="zi", init=False)
     same_latents: ClassVar = SAME_AUTOENCODER
-    noise_dtype: ClassVar = torch.float32  # as released
+    noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
     lora_module: str = field(default="networks.lora_zimage", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)

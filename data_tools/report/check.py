@@ -54,8 +54,8 @@ from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_sources
-from dataset.sources.media_source import Fault
-from dataset.sources.references import NO_REFERENCE, lack_references, reference_buckets
+from dataset.sources.media_source import NO_REFERENCE, Fault
+from dataset.sources.references import lack_references, reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec

@@ -86,6 +86,6 @@ def _kinds(colours: Colours, keeps_alpha: bool) -> list[tuple[str, str]]:
     if colours.fault is not None:
         found.append(("have a colour profile that is not used", f": {colours.fault}"))
     if colours.hdr is not None:
-        kind = "are HDR clips, whose brightness is not converted: they look pale. Convert them to SDR first"
+        kind = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
         found.append((kind, f": {colours.hdr}"))
     return found

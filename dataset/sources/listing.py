@@ -26,6 +26,7 @@ from dataset.sources.folders import (
 from dataset.sources.frames import mask_suffixes
 from dataset.sources.media_source import (
     LISTED,
+    NO_REFERENCE,
     Fault,
     MediaSource,
     TarMember,
@@ -37,7 +38,7 @@ from dataset.sources.media_source import (
     readable_stem,
     unique_stems,
 )
-from dataset.sources.references import NO_REFERENCE, lack_references, limit_references
+from dataset.sources.references import lack_references, limit_references
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
 from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index

@@ -23,6 +23,11 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # folders beside that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 PIECE = 1 << 20  # bytes
+# what is said of a model that takes reference pictures and gets none
+NO_REFERENCE = (
+    "no image has a reference: this trains text to image. To train edits, give control_directory, or "
+    "control_path in the lines of a list or table"
+)
 
 
 @dataclass(frozen=True, slots=True)

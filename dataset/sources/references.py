@@ -23,12 +23,6 @@ logger = logging.getLogger(__name__)
 _bucket_sizes = functools.cache(bucket_sizes)
 
 
-NO_REFERENCE = (
-    "no image has a reference: this trains text to image. To train edits, give control_directory, or "
-    "control_path in the lines of a list or table"
-)
-
-
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
     """Return whether the model of these tables takes reference pictures and no image of them has one."""
     takes = {table.index for table in tables if table.references is not None and table.kind == "image"}

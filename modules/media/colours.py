@@ -26,6 +26,16 @@ _SCREEN = 2.2  # the exponent that browsers take gAMA to be for
 _NEAR = 0.05  # of 1: exponents that libpng leaves out
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as of gAMA; None: the curve of
+# sRGB, which browsers take those of television for too
+_CICP = "cicp"
+_PLACES = {
+    1: _SRGB_PLACES,
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+}
+_GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
+HDR = {16: "PQ", 18: "HLG"}
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
@@ -37,7 +47,7 @@ class Colours:
     is_transparent: bool  # somewhere
     is_converted: bool  # its numbers are not those of sRGB
     fault: str | None = None  # why its profile is not used
-    hdr: str | None = None  # of a clip: "PQ" or "HLG"
+    hdr: str | None = None  # "PQ" or "HLG"
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,21 @@ class _Profile:
 
 def upright(file: Image.Image) -> Image.Image:
     """Return an opened picture as EXIF says that it is held."""
-    key, raw = file.info.get("transparency"), str(getattr(file, "tile", None) and file.tile[0][3])  # type: ignore[attr-defined]
+    _note_facts(file)
+    return ImageOps.exif_transpose(file)
+
+
+def _note_facts(file: Image.Image) -> None:
+    """Note in `info` what Pillow leaves out, before pixels are read."""
+    tile, key = getattr(file, "tile", None), file.info.get("transparency")
+    raw = str(tile[0][3]) if tile else ""
     if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read
             file.info["transparency"] = tuple(value >> 8 for value in key)
-    return ImageOps.exif_transpose(file)
+    if file.format == "PNG" and (found := _read_cicp(file)) is not None:
+        file.info[_CICP] = found
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
@@ -72,12 +90,13 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 def look_at(path: Path, file: Image.Image) -> Colours:
     """Return what an opened picture says of its colours. Pixels are read only if it may be transparent."""
+    _note_facts(file)
     profile = _profile_of(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _exponent(file.info) is not None)
-    may_be = file.mode in _ALPHA_MODES or "transparency" in file.info
-    opacity = _opacity(upright(file)) if may_be else None
-    return Colours(opacity is not None and int(opacity.min()) < 255, is_converted, fault)
+    opacity, transfer = _opacity(file), file.info.get(_CICP, (0, 0))[1]
+    is_transparent = opacity is not None and int(opacity.min()) < 255
+    return Colours(is_transparent, is_converted, fault, HDR.get(transfer))
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
@@ -132,6 +151,10 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
     """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
+    primaries, transfer = image.info.get(_CICP, (0, 0))
+    if primaries in _PLACES and transfer in _GAMMAS:
+        made = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+        return None if made is None else _Profile(made, "RGB", path)
     data = image.info.get("icc_profile")
     if data:
         mode = "L" if image.mode in _GREY or image.mode.startswith("I;16") else image.mode
@@ -139,7 +162,7 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
         if mode == "L" and data[16:20] == b"RGB ":
             mode = "RGB"
         return _Profile(data, mode, path)
-    places = image.info.get("chromaticity")
+    places = None if transfer else image.info.get("chromaticity")
     gamma = _gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
         return None
@@ -183,7 +206,24 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 def _gamma(info: dict[Any, Any]) -> float | None:
     """Return the exponent of a PNG's chunk gAMA; None if there is none that counts."""
     gamma = info.get("gamma")
-    return None if not gamma or gamma <= 0 or "srgb" in info else float(gamma)
+    return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
+
+
+def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
+    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow leaves out; None without."""
+    stream: Any = getattr(file, "fp", None)
+    if stream is None:  # its pixels are read
+        return None
+    place = stream.tell()
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            content = stream.read(int.from_bytes(head[:4], "big") + 4)
+            if head[4:] == b"cICP" and len(content) == 8:
+                return content[0], content[1]
+    finally:
+        stream.seek(place)
+    return None
 
 
 def _exponent(info: dict[Any, Any]) -> float | None:
@@ -195,8 +235,11 @@ def _exponent(info: dict[Any, Any]) -> float | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _make_profile(gamma: float, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA and cHRM; None if the places are no triangle. Source: ICC.1, 8.3."""
+def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
+    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are no triangle.
+
+    Source: ICC.1, 8.3.
+    """
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():
         return None
@@ -212,7 +255,11 @@ def _make_profile(gamma: float, places: tuple[float, ...]) -> bytes | None:
     def fixed(values: Any) -> bytes:  # s15Fixed16Number
         return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())
 
-    curve = b"para" + bytes(8) + fixed([1 / gamma])
+    curve = b"para" + bytes(8) + fixed([1 / (gamma or 1)])
+    if gamma is None:
+        curve = (
+            b"para" + bytes(5) + b"\3" + bytes(2) + fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
+        )
     tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(_D50)}
     for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
         tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + fixed(colorant)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
-from modules.media.colours import blend_on_white, shown_pixels
+from modules.media.colours import HDR, blend_on_white, shown_pixels
 from modules.media.opening import av, open_image, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
@@ -106,13 +106,9 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
     return blend_on_white(np.dstack([pixels, opacity]))
 
 
-# codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
-_HDR = {16: "PQ", 18: "HLG"}
-
-
 def hdr_of(frame: Any) -> str | None:
     """Return by which function the brightness of a frame, or of a stream's codec, is HDR; None if by none."""
-    return _HDR.get(int(frame.color_trc))
+    return HDR.get(int(frame.color_trc))
 
 
 def check_size(path: Path, container: Any, stream: Any) -> None:

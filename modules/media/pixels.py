@@ -6,6 +6,7 @@ benchmarks.
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from logging import getLogger
 from pathlib import Path
 
 import numpy
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from modules.errors import MediaError
 from modules.media.buckets import Size
+
+logger = getLogger(__name__)
 
 
 def byte_clips(frames: Tensor) -> Tensor:
@@ -116,8 +119,10 @@ def video_pixels(
     them must exist, and the last existing one is repeated for the others.
     Raises MediaError if the video is too short.
     """
-    from modules.media.reading import resize_cover, video_frames
+    from modules.media.reading import media_colours, resize_cover, video_frames
 
+    if (hdr := media_colours(path).hdr) is not None:
+        logger.warning("%s %s is HDR (%s): it is used pale. Convert it to SDR first.", option, path, hdr)
     needed = frames + min(end_frames, 1)
     found = [
         resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)

@@ -15,6 +15,8 @@ from modules.families import FAMILIES as ENTRIES
 from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
+from tests.tiny.project import write_image
+from training.following import sample_values, say_sample
 from training.image_options import read_image_training
 from training.options import read_training
 from training.samples import read_requests
@@ -38,7 +40,8 @@ VIDEO = {
 CASES |= {
     "wan t2v-1.3B": ("wan t2v-1.3B", [], {}, {**VIDEO, "width": 256, "height": 256}),
     "wan t2i": ("wan t2v-1.3B", [], {"t2v-1.3B": "t2i-14B"}, {**VIDEO, "frames": 1}),
-    "wan i2v-14B": ("wan i2v-14B", [], {}, {**VIDEO, "steps": 40}),
+    # the area of 256 x 256 in the shape of 131 x 75
+    "wan i2v-14B": ("wan i2v-14B", [], {}, {**VIDEO, "steps": 40, "width": 336, "height": 192}),
     "wan flf2v-14B": ("wan flf2v-14B", [], {}, {**VIDEO, "flow_shift": 16.0}),
     "wan t2v-A14B": (
         *("wan t2v-1.3B", A14B, {"t2v-1.3B": "t2v-A14B"}),
@@ -111,6 +114,8 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         write_tiny_flux(tmp_path / "model", "schnell")
     for file in {*changed.values()} & {BASE, TURBO}:
         (tmp_path / "model" / "dit.safetensors").rename(tmp_path / file)
+    if (tmp_path / "start.png").exists():
+        write_image(tmp_path / "start.png", 131, 75)
     (tmp_path / "prompts.txt").write_text(bare_line(tiny.sample_line), encoding="utf-8")
     found: list[Prepared] = []
 
@@ -119,16 +124,20 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         entry, family, own = training_of([*words, *OUTPUT, *more])
         ((entry_of_line,), (sample,)) = read_requests(family, Path("prompts.txt"))
         media = {key: value for key, value in vars(sample.asked).items() if key in MEDIA}
-        script, *argv = entry.generation_words(own, media)
-        argv += ["--prompt", "a cat", "--seed", "7", "--save_path", "made", *GENERATION.get(name, [])]
-        import_module(script.removesuffix(".py")).main(
-            argv, lambda family, options: found.append(prepare_line(family, options, {}))
-        )
+        alone = ["--prompt", "a cat", "--seed", "7", *GENERATION.get(name, [])]
+        printed = sample_values(sample, True, family)
+        for values, words in ((media, alone), (printed, say_sample(printed))):
+            script, *argv = entry.generation_words(own, values)
+            import_module(script.removesuffix(".py")).main(
+                [*argv, *words, "--save_path", "made"],
+                lambda family, options: found.append(prepare_line(family, options, {})),
+            )
 
-    (made,) = found
+    made, again = found
     assert entry_of_line["seed"] == 7
     assert replace(sample, asked=made.asked, own_metadata=made.own_metadata) == made
     here, there = (output_metadata(one, {}, experts=family.experts) for one in (sample, made))
     assert here == there
+    assert replace(again, asked=made.asked, own_metadata=made.own_metadata) == made
     assert {key: getattr(made, key) for key in expected} == expected
     assert (made.joint is not None) == (case == "ltx_2 with sound")

@@ -78,6 +78,7 @@ def test_pictures_say_what_made_them_as_those_of_a_generation_do(
     (path,) = (tmp_path / "output" / "sample").iterdir()
     with Image.open(path) as picture:
         assert {name: text for name, text in picture.info.items() if name in SAYS} == says
+        assert not any(name.endswith("_") for name in picture.info)
 
 
 def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from modules.media.pixels import video_pixels
 from modules.media.reading import media_colours, read_image, read_mask, video_frames
 from modules.media.streams import shown_frames
 
@@ -260,12 +261,17 @@ def hundred_thousandths(values: Sequence[float]) -> bytes:
         ({"gAMA": (0.45455,), "cHRM": P3_PLACES}, converted(COLOURS, XYZ_OF_P3, 2.2)),
         ({"sRGB": None, "gAMA": (1.0,), "cHRM": P3_PLACES}, COLOURS),
         ({"gAMA": (0.45455,), "cHRM": (0.3, 0.0) * 4}, COLOURS),
+        ({"cICP": b"\x0c\x0d\0\1", "gAMA": (1.0,)}, converted(COLOURS, XYZ_OF_P3, None)),
+        ({"cICP": b"\x01\x0d\0\1", "cHRM": P3_PLACES, "gAMA": (0.45455,)}, COLOURS),
     ],
 )
 def test_gamma_and_places_of_a_png_count_as_in_browsers(
     tmp_path: Path, chunks: dict[str, Any], right: np.ndarray
 ) -> None:
-    data = {name: b"\0" if one is None else hundred_thousandths(one) for name, one in chunks.items()}
+    data = {
+        name: one or b"\0" if not isinstance(one, tuple) else hundred_thousandths(one)
+        for name, one in chunks.items()
+    }
     path = png(tmp_path / "a.png", 8, 2, COLOURS.tobytes(), **data)
 
     nearly(read_image(path), right, 0 if right is COLOURS else 1.5)
@@ -329,7 +335,9 @@ def test_clips_are_laid_on_white(tmp_path: Path, name: str, codec: str, kind: st
     assert media_colours(path).is_transparent == is_white
 
 
-def test_folders_of_transparent_pictures_are_clips_on_white_and_hdr_is_known(tmp_path: Path) -> None:
+def test_folders_of_transparent_pictures_are_clips_on_white_and_hdr_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "clip").mkdir()
     for number in range(2):
         Image.fromarray(np.dstack([COLOURS, ALPHA])).save(tmp_path / "clip" / f"{number}.png")
@@ -340,6 +348,11 @@ def test_folders_of_transparent_pictures_are_clips_on_white_and_hdr_is_known(tmp
     grey = np.full((64, 64, 3), 128, np.uint8)
     for number, code in ((0, 16), (1, 18), (2, 1)):
         path = encode_clip(tmp_path / f"{number}.mkv", "ffv1", "yuv420p", grey, color_trc=code)
+        assert media_colours(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
+        caplog.clear()
+        video_pixels(path, "--control_path", 64, 64, 1)
+        assert ("is HDR" in caplog.text) == (code != 1)
+        path = png(tmp_path / "a.png", 8, 2, COLOURS.tobytes(), cICP=bytes([9, code, 0, 1]))
         assert media_colours(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
 
 
