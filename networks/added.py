@@ -30,12 +30,12 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS
+from networks.leftovers import text_side_of
 from networks.loading import (
     LoraFile,
     LoraUse,
     list_some,
     refuse_unknown,
-    text_side_of,
     warn_of_absent,
     warn_of_other_family,
     warn_of_rest,

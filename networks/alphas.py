@@ -14,7 +14,7 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, group_by_module, rank_of
-from networks.key_formats import EXPERT_STARTS
+from networks.key_formats import EXPERT_STARTS, NativeTensors, start_of
 from networks.names.layouts import UNET_IN_DIFFUSERS
 from networks.names.stable_diffusion import diffusers_path_of_text
 
@@ -197,6 +197,29 @@ def find_text_alphas(
         words |= dict.fromkeys([found.words] if found.words else [])
         warnings |= dict.fromkeys(found.warnings)
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def read_alphas(
+    path: Path,
+    metadata: Mapping[str, str],
+    native: NativeTensors,
+    expert: str | None,
+    is_written_here: bool,
+) -> tuple[FoundAlphas, FoundAlphas]:
+    """Find the alphas of a file's modules and of those in text encoders, as `find_alphas`.
+
+    expert: whose part of the file it is; None: it has no parts. Raises CheckpointError if they are unusable.
+    """
+    modules, place = group_by_module(native.tensors), (start_of(expert), is_written_here)
+    try:
+        found = find_alphas(path, metadata, modules, native.paths, *place, native.stacked)
+        return found, find_text_alphas(path, metadata, native.texts, is_written_here)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its PEFT settings cannot be read: {error}.\n"
+            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
+            path,
+        ) from error
 
 
 def peft_alphas(

@@ -28,11 +28,11 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor
+from networks.leftovers import text_side_of
 from networks.loading import (
     LoraUse,
     list_some,
     refuse_unknown,
-    text_side_of,
     warn_of_absent,
     warn_of_other_family,
 )

@@ -158,7 +158,7 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
     used = set(keys.values())
     of_texts = family or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
-    places = {key: place for key in tensors if key not in found and (place := _text_place(key)) is not None}
+    places = {key: one for key in tensors if key not in found and (one := _text_place(key)) is not None}
     named = {key: _name_of_text(key, *place, of_texts) for key, place in places.items()}
     texts = {name: tensors[key] for key, name in named.items() if name is not None}
     return NativeTensors(

@@ -82,7 +82,7 @@ def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_sid
     if not holds_side and (words := on_text_side(module)):
         return (
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
-            "have them, merge it into the model with merge_lora.py, and cache texts with the merged file"
+            "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
     if model is not None and has_module(module, model):
         if leaf == "bias":
@@ -100,3 +100,14 @@ def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_sid
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
+
+
+def module_of(name: str) -> str:
+    """`lora_unet_blocks_0_ffn_0.weight` -> `blocks_0_ffn_0`."""
+    return name.removeprefix(OURS).partition(".")[0]
+
+
+def text_side_of(names: Iterable[str]) -> str:
+    """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
+    words = {on_text_side(module_of(name)) for name in names}
+    return words.pop() if len(words) == 1 else ""

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
-from networks.alphas import find_alphas, find_text_alphas
+from networks.alphas import read_alphas
 from networks.deltas import drop_unused_alphas, find_fault, group_by_module
 from networks.key_formats import (
     OURS,
+    NativeTensors,
     dialect_in_words,
     family_of,
     other_kind,
     split_names,
-    start_of,
     to_native,
 )
-from networks.leftovers import sort_modules, sort_tensors
+from networks.leftovers import module_of, sort_modules, sort_tensors
 from networks.metadata import LAYOUT_KEY, expert_of, in_words, is_damaged, layout_hash, metadata_of
 from networks.module_names import on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
@@ -156,25 +156,19 @@ def _read_part(
             ) from error
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
+    if not with_texts:
+        ignored = (*native.text_encoder, *native.texts)
+        native = replace(native, text_encoder=ignored, texts={})
     if made is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    texts = native.texts if with_texts else {}
-    if not native.tensors and not texts:
+    if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
-    ignored = native.text_encoder if with_texts else (*native.text_encoder, *native.texts)
-    if ignored:
-        logger.warning(
-            f"{path}: {len(ignored)} tensors change a text encoder and are ignored: {list_some(ignored)}"
-        )
-    if native.repeated:
-        logger.warning(
-            f"{path}: {len(native.repeated)} tensors name a part once more and are ignored: "
-            f"{list_some(native.repeated)}"
-        )
-    for rest in sort_tensors(native.unknown, made or native.family):
-        warn_of_rest(path, rest.names, len(stored), f"tensors {rest.words}", rest.loss)
-    own, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(texts)
-    for module, factors in group_by_module({**own, **texts}).items():
+    _warn_of_unused(path, native, made or native.family, len(stored))
+    native = replace(
+        native, tensors=drop_unused_alphas(native.tensors), texts=drop_unused_alphas(native.texts)
+    )
+    modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
+    for module, factors in (modules | in_texts).items():
         reason = find_fault(factors)
         if reason is not None:
             raise CheckpointError(
@@ -182,24 +176,11 @@ def _read_part(
                 "LoRA.",
                 path,
             )
-    try:
-        modules = group_by_module(own)
-        place = start_of(expert), is_own
-        found = find_alphas(path, metadata, modules, native.paths, *place, native.stacked)
-        of_texts = find_text_alphas(path, metadata, texts, is_own)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its PEFT settings cannot be read: {error}.\n"
-            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
-            path,
-        ) from error
+    found, of_texts = read_alphas(path, metadata, native, expert, is_own)
     for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
         logger.warning(f"{path}: {warning}")
-    count = f"{len(modules)} modules" + (
-        f" and {len(group_by_module(texts))} of text encoders" if texts else ""
-    )
     words = [
-        count,
+        f"{len(modules)} modules" + (f" and {len(in_texts)} of text encoders" if in_texts else ""),
         dialect_in_words(native.dialect),
         *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
         *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
@@ -208,12 +189,25 @@ def _read_part(
     logger.info(f"{path}: {', '.join(words)}")
     return LoraFile(
         path,
-        mend_split_alphas(path, {**own, **found.tensors}, metadata),
+        mend_split_alphas(path, {**native.tensors, **found.tensors}, metadata),
         metadata,
         native.dialect,
-        text_tensors={**texts, **of_texts.tensors},
+        text_tensors={**native.texts, **of_texts.tensors},
         unknown_start=native.unknown_start,
     )
+
+
+def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
+    """Warn of keys of a file that are not read. whole: number of all."""
+    rest = (
+        (native.text_encoder, "change a text encoder and are ignored"),
+        (native.repeated, "name a part once more and are ignored"),
+    )
+    for keys, what in rest:
+        if keys:
+            logger.warning(f"{path}: {len(keys)} tensors {what}: {list_some(keys)}")
+    for one in sort_tensors(native.unknown, family):
+        warn_of_rest(path, one.names, whole, f"tensors {one.words}", one.loss)
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -358,16 +352,6 @@ def warn_of_absent(
         warn_of_rest(path, rest.names, whole, rest.words, rest.loss)
 
 
-def _module_of(name: str) -> str:
-    return name.removeprefix(OURS).partition(".")[0]
-
-
-def text_side_of(names: Iterable[str]) -> str:
-    """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
-    words = {on_text_side(_module_of(name)) for name in names}
-    return words.pop() if len(words) == 1 else ""
-
-
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """Return the parts of LoRAs for the transformer, or those for what is loaded with the text encoder.
 
@@ -378,7 +362,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     for use in uses:
         sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
         for name, factors in use.lora.modules().items():
-            sides[bool(on_text_side(_module_of(name)))][name] = factors
+            sides[bool(on_text_side(module_of(name)))][name] = factors
         kept = {
             side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
         }

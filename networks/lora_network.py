@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
+from networks.leftovers import text_side_of
 from networks.loading import (
     list_some,
     read_lora,
     refuse_unknown,
-    text_side_of,
     warn_of_absent,
     warn_of_other_family,
 )

@@ -19,7 +19,7 @@ from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.alphas import find_alphas, find_text_alphas
+from networks.alphas import read_alphas
 from networks.deltas import DORA, group_by_module, rank_of
 from networks.key_formats import (
     OURS,
@@ -28,7 +28,6 @@ from networks.key_formats import (
     family_of,
     other_kind,
     split_names,
-    start_of,
     to_native,
 )
 from networks.module_names import read_family
@@ -205,13 +204,9 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 def _beside_tensors(checkpoint: Checkpoint, native: NativeTensors, part: str | None) -> set[float]:
     """Return the alphas that stand in the header or beside the file; none if they cannot be used."""
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
-    modules, place = group_by_module(native.tensors), (start_of(part), is_own)
     try:
-        found = find_alphas(
-            checkpoint.path, checkpoint.metadata, modules, native.paths, *place, native.stacked
-        )
-        of_texts = find_text_alphas(checkpoint.path, checkpoint.metadata, native.texts, is_own)
-    except (CheckpointError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        found, of_texts = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own)
+    except CheckpointError:
         return set()
     return {float(alpha) for alpha in (*found.tensors.values(), *of_texts.tensors.values())}
 

@@ -8,7 +8,7 @@ numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,7 @@ def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:
     return Usual(usual, stacked, family_name)
 
 
-def _diagonal(pieces: list[Factors]) -> dict[str, Tensor]:
+def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     """Return one LoRA for the rows of all pieces, one below the other."""
     scales, ups = [strength(piece) for piece in pieces], [piece[LORA[1]] for piece in pieces]
     down = torch.cat([piece[LORA[0]] for piece in pieces])

@@ -14,7 +14,8 @@ from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
-from networks.loading import LoraUse, list_some, on_side, text_side_of
+from networks.leftovers import text_side_of
+from networks.loading import LoraUse, list_some, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.stable_diffusion import open_clip_names, published_path
 
