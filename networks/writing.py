@@ -24,7 +24,6 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import (
     alias,
     diffusers_path,
-    joined_path,
     module_path,
     parts_of,
     replace_dots,
@@ -36,7 +35,6 @@ from networks.parts import fuse
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
-_STACKED = "it is part of a larger weight there, and only plain LoRAs can be joined"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
 # a LoRA in another dialect, and the modules that have no form there, each with the reason
@@ -71,10 +69,8 @@ def in_dialect(
         (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
     written, left_out = in_dialect(plain, family, "diffusers")
     others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
-    path_of = joined_path if family.joined else module_path
-    why = _STACKED if family.joined else _UNKNOWN
     whole, left_out = _write(
-        others, OTHER, lambda name, factors: _alone(path_of(name, family), factors, why), _in_comfyui
+        others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
     )
     return {**written, **whole}, left_out
 

@@ -38,6 +38,17 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
+Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
+# (width of a block, {list of blocks in our layout: how many it has}) of published models
+Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+# of blocks with two streams in diffusers' layout
+IN_TWO_STREAMS: Sides = (
+    *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
+    *((f".add_{x}_proj", 1, 1) for x in "qkv"),
+    *((".net.0.proj", 4, 1), (".net.2", 1, 4)),
+)
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
@@ -68,16 +79,10 @@ class FamilyNames:
     written_version: str = ""
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
     first_encoder: str = FIRST_ENCODER  # before names of its modules in LoRA files
-    # of the published models, by which families with equal names in diffusers' layout are told apart: how
-    # many blocks lists of that layout have, and the width of a block
-    depths: tuple[tuple[str, int], ...] = ()
-    width: int = 0
-    text_width: int = (
-        0  # of what its cross-attention takes, by which families with equal names are told apart
-    )
-    # (end of an underscored name, how many times as long one side of the weight is as the other), by which
-    # another family with equal names in our layout is told apart
-    ratios: tuple[tuple[str, int], ...] = ()
+    # by which families with equal names are told apart: (end of our path, rows and columns of the weight in
+    # widths of a block; 0: not told), and the published models. Of U-Nets the width is that of the texts.
+    sides: Sides = ()
+    released: Released = ()
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
     further: tuple[str, ...] = ()  # our paths that no other layout has
