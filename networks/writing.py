@@ -47,7 +47,8 @@ def in_dialect(
     """Name ours as ComfyUI ("other") or diffusers do, `diffusion_model.<path>.lora_A/lora_B.weight`.
 
     Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
-    alphas, and ComfyUI alone reads them. A whole difference of a matrix becomes a LoRA of full rank for
+    alphas. ComfyUI alone reads them, but for LoKrs of two families: diffusers takes files with nothing else,
+    under ComfyUI's names. A whole difference of a matrix becomes a LoRA of full rank for
     diffusers, which is exact. Module paths come from the list of the family's real modules.
     start: of the names in diffusers, by the network of the pipeline.
 
@@ -57,6 +58,9 @@ def in_dialect(
     """
     if family is None:
         return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
+    modules = group_by_module(tensors)
+    if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
+        return _write(tensors, OTHER, lambda name, factors: _not_swapped(name, factors, family), _in_comfyui)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form = _in_toolkit if family.parts else _in_diffusers
@@ -64,7 +68,7 @@ def in_dialect(
     plain: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     cuts = family.parts and family.start == IN_DIFFUSERS
-    for name, factors in group_by_module(tensors).items():
+    for name, factors in modules.items():
         is_plain = cuts and factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"}
         (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
     written, left_out = in_dialect(plain, family, "diffusers")
@@ -73,6 +77,17 @@ def in_dialect(
         others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
     )
     return {**written, **whole}, left_out
+
+
+def _is_lokr(factors: Factors) -> bool:
+    """Tell whether diffusers can read them as a LoKr: without a core, magnitudes or biases."""
+    return factors.keys() <= {"alpha", *(f"lokr_w{n}{x}" for n in "12" for x in ("", "_a", "_b"))}
+
+
+def _not_swapped(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
+    if any(part.index == SWAPPED for _, part in parts_of(name, family)):
+        return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
+    return _alone(module_path(name, family), factors)
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:

@@ -136,6 +136,7 @@ FLUX_2 = FamilyNames(
         for x, word in (("q", "query"), ("k", "key"))
     ),
     versions=("flux_2", "flux-2", "flux2"),
+    lokr_in_diffusers=True,
     sides=(
         *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 6, 1), ("_mlp.2", 1, 3)),
         *((".linear1", 9, 1), (".linear2", 1, 4)),
@@ -283,6 +284,7 @@ Z_IMAGE = FamilyNames(
         *each("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
     ),
     converted_for="ComfyUI",
+    lokr_in_diffusers=True,
     is_as_in_diffusers=True,
     versions=("z_image", "z-image", "zimage"),
     sides=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *_LUMINA_SIDES),

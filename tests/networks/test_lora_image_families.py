@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, ZImagePipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
+import tests.z_image.making as z_image
 from flux.files import load_dit
 from lumina.files import load_dit as load_lumina
 from modules.contract.family import DitSpec
@@ -364,3 +366,36 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
     }
     _, learning = network("flux", "CLIP-L", []).parameter_groups(1.0, text_encoder_lr=[0.0])
     assert learning == ["unet"]  # a rate of 0: not trained
+
+
+@pytest.mark.parametrize(("family", "whole"), [("flux_2", False), ("flux_2", True), ("z_image", False)])
+@torch.no_grad()
+def test_a_lokr_acts_in_the_pipelines_that_read_it_as_here(tmp_path: Path, family: str, whole: bool) -> None:
+    made: Any = flux_2 if family == "flux_2" else z_image
+    state, generator = made.tiny_state(), torch.Generator().manual_seed(3)
+    theirs, given, tensors = made.in_diffusers(state), made.tiny_inputs(), dict[str, Tensor]()
+    for name, weight in state.items():
+        if name.endswith(".weight") and weight.ndim == 2 and re.search(r"(blocks|layers)\.\d", name):
+            rows, columns = weight.shape
+            second = {"lokr_w2": (rows // 2, columns // 2)}
+            if not whole:
+                second = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
+            module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            for part, shape in {"lokr_w1": (2, 2), **second}.items():
+                tensors[f"{module}.{part}"] = 0.2 * torch.randn(shape, generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(3.0)
+    save_file(tensors, tmp_path / "lokr.safetensors", named(family) or None)
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lokr.safetensors"))])
+    ours = made.tiny_model()
+    ours.load_state_dict({name: patch(name, weight) for name, weight in ours.state_dict().items()})
+    plain = made.predict_with(theirs, given)
+
+    convert_file(tmp_path / "lokr.safetensors", tmp_path / "there.safetensors", "diffusers")
+    pipeline = (Flux2Pipeline if family == "flux_2" else ZImagePipeline)(
+        FlowMatchEulerDiscreteScheduler(), *[None] * 3, transformer=theirs
+    )
+    pipeline.load_lora_weights(load_file(tmp_path / "there.safetensors"))
+
+    here, there = ours(**given), made.predict_with(theirs, given)
+    assert float((here - plain).abs().max()) > 0.01 * float(plain.abs().max())
+    assert float((here - there).abs().max()) <= 1e-4 * float(there.abs().max())
