@@ -61,7 +61,7 @@ class FamilyNames:
     joined: tuple[WeightPart, ...] = ()
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
-    # the tool that reads LoRAs whole only once they are converted; "": all read them as they are saved
+    # the tools that read LoRAs whole only once they are converted; "": all read them as they are saved
     converted_for: str = ""
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too

@@ -233,6 +233,7 @@ LTX_2 = FamilyNames(
         *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),
         *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
     ),
+    converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     versions=("ltx2", "ltx-2", "ltx_2"),
     parameters=(
         *(
