@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
+from modules.console import count_of
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
@@ -205,7 +206,8 @@ def make_network(
         )
     if options.network_weights is not None:
         found = network.load_weights(options.network_weights)
-        logger.info(f"{options.network_weights}: loaded, {found or 'everything fits'}")
+        fits = f"but for {count_of(len(found), 'module')}, see above" if found else "everything fits"
+        logger.info(f"{options.network_weights}: loaded, {fits}")
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)
     if prepare is not None:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)

@@ -368,33 +368,45 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
     assert learning == ["unet"]  # a rate of 0: not trained
 
 
-@pytest.mark.parametrize(("family", "whole"), [("flux_2", False), ("flux_2", True), ("z_image", False)])
+@pytest.mark.parametrize(
+    ("family", "kind", "target"),
+    [
+        *(("flux_2", kind, "diffusers") for kind in ("LoKr", "whole LoKr", "LoRA")),
+        ("flux_2", "LoRA", "as saved"),
+        *(("z_image", kind, target) for kind in ("LoKr", "LoRA") for target in ("diffusers", "other")),
+    ],
+)
 @torch.no_grad()
-def test_a_lokr_acts_in_the_pipelines_that_read_it_as_here(tmp_path: Path, family: str, whole: bool) -> None:
+def test_pipelines_make_of_a_file_what_is_made_of_it_here(
+    tmp_path: Path, family: str, kind: str, target: str
+) -> None:
+    """The table of docs/generation.md, "What other tools read"."""
     made: Any = flux_2 if family == "flux_2" else z_image
-    state, generator = made.tiny_state(), torch.Generator().manual_seed(3)
-    theirs, given, tensors = made.in_diffusers(state), made.tiny_inputs(), dict[str, Tensor]()
+    state, generator, tensors = made.tiny_state(), torch.Generator().manual_seed(3), dict[str, Tensor]()
     for name, weight in state.items():
         if name.endswith(".weight") and weight.ndim == 2 and re.search(r"(blocks|layers)\.\d", name):
             rows, columns = weight.shape
-            second = {"lokr_w2": (rows // 2, columns // 2)}
-            if not whole:
-                second = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
+            shapes = {"lora_down.weight": (2, columns), "lora_up.weight": (rows, 2)}
+            if kind != "LoRA":
+                low = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
+                whole = {"lokr_w2": (rows // 2, columns // 2)}
+                shapes = {"lokr_w1": (2, 2), **(whole if "whole" in kind else low)}
             module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-            for part, shape in {"lokr_w1": (2, 2), **second}.items():
+            for part, shape in shapes.items():
                 tensors[f"{module}.{part}"] = 0.2 * torch.randn(shape, generator=generator)
             tensors[f"{module}.alpha"] = torch.tensor(3.0)
-    save_file(tensors, tmp_path / "lokr.safetensors", named(family) or None)
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lokr.safetensors"))])
-    ours = made.tiny_model()
+    path = tmp_path / "saved.safetensors"
+    save_file(tensors, path, named(family) or None)
+    patch, ours, theirs = LoraPatch([LoraUse(read_lora(path))]), made.tiny_model(), made.in_diffusers(state)
     ours.load_state_dict({name: patch(name, weight) for name, weight in ours.state_dict().items()})
+    given = made.tiny_inputs()
     plain = made.predict_with(theirs, given)
+    if target != "as saved":
+        convert_file(path, path := tmp_path / "there.safetensors", target)
 
-    convert_file(tmp_path / "lokr.safetensors", tmp_path / "there.safetensors", "diffusers")
-    pipeline = (Flux2Pipeline if family == "flux_2" else ZImagePipeline)(
-        FlowMatchEulerDiscreteScheduler(), *[None] * 3, transformer=theirs
-    )
-    pipeline.load_lora_weights(load_file(tmp_path / "there.safetensors"))
+    pipeline = Flux2Pipeline if family == "flux_2" else ZImagePipeline
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline(scheduler, *[None] * 3, transformer=theirs).load_lora_weights(load_file(path))
 
     here, there = ours(**given), made.predict_with(theirs, given)
     assert float((here - plain).abs().max()) > 0.01 * float(plain.abs().max())

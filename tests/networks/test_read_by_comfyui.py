@@ -265,6 +265,18 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
                 torch.testing.assert_close(back[key], one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_only_some_models_need_a_conversion(tmp_path: Path, name: str) -> None:
+    """The table of docs/generation.md, "What other tools read"."""
+    model = MODELS[name]
+    write_lora(tmp_path / "saved.safetensors", "LoRA", model.state, name, "0.")
+
+    there = model.there(model.state)
+    found = read(load_file(tmp_path / "saved.safetensors"), places_of(there, model.is_hunyuan), there)
+
+    assert (found.unread == set()) == (name not in {"hunyuan_video", "hunyuan_image", "z_image"})
+
+
 @pytest.mark.parametrize(
     ("prefix", "layer", "kind"),
     [
