@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
+from modules.console import count_of
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
@@ -211,8 +212,9 @@ def make_network(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        found = network.load_weights(options.network_weights)
-        logger.info(f"{options.network_weights}: loaded, {found or 'everything fits'}")
+        found: Any = network.load_weights(options.network_weights)
+        fits = f"but for {count_of(len(found), 'module')}, see above" if found else "everything fits"
+        logger.info(f"{options.network_weights}: loaded, {fits}")
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)
     if prepare is not None:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)

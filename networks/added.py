@@ -89,11 +89,18 @@ class ChangedPlace:
 class AddedPart:
     """Addition of one LoRA to one module, `multiplier` times; nothing until it is on a device."""
 
-    def __init__(self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0) -> None:
-        """factors: on the CPU."""
+    def __init__(
+        self,
+        place: ChangedPlace,
+        factors: Factors,
+        multiplier: float = 1.0,
+        by_frozen_norms: bool = False,
+    ) -> None:
+        """factors: on the CPU. by_frozen_norms: as of `decompose`."""
         self.place = place
         self.factors = factors
         self.multiplier = multiplier
+        self._by_frozen_norms = by_frozen_norms
         # what is done with the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
@@ -156,7 +163,9 @@ class AddedPart:
     def _delta(self, device: torch.device) -> Tensor:
         delta = weight_delta(self._whole, device)
         assert delta is not None
-        return decompose(self.place.parameter, delta, self._whole[DORA]) if DORA in self._whole else delta
+        if DORA not in self._whole:
+            return delta
+        return decompose(self.place.parameter, delta, self._whole[DORA], self._by_frozen_norms)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain

@@ -141,7 +141,7 @@ class Change:
         factors = (None if block is None else rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
-            delta = decompose(weight, delta, factors[DORA])
+            delta = decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
 
 

@@ -17,11 +17,21 @@ from modules.console import count_of
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
 from networks.apply import Change
-from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta
+from networks.deltas import (
+    DORA,
+    LORA,
+    Factors,
+    bias_delta,
+    group_by_module,
+    has_input_magnitudes,
+    norms_of,
+    weight_delta,
+)
 from networks.extracting import decompose_change
 from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
+from networks.metadata import DORA_FORM, FROZEN_NORMS
 from networks.module_names import alias
 from networks.names.layouts import SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_whole, pieces_of
@@ -35,11 +45,18 @@ A_LOT = 0.1  # share of the change that may be lost without a word on ranks
 
 @dataclass(frozen=True)
 class Baking:
-    """Say how plain LoRAs are made: their rank, and the model that a DoRA was trained for."""
+    """Say how plain LoRAs are made: their rank, and the model that a DoRA was trained for.
 
-    rank: int
+    Without a rank DoRAs stay, and change only what their magnitudes are divided by.
+    """
+
+    rank: int | None
     device: torch.device
     models: Sequence[Path] = ()  # its transformer, then its text encoders
+
+
+# module as in LoRA files, without prefix where its file does not say the network -> those of its name
+Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
 
 
 @torch.no_grad()
@@ -51,6 +68,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
     not fit.
     """
+    assert baking.rank is not None
     # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
     is_dora = any(name.endswith(DORA) for name in lora.tensors)
     own = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
@@ -85,8 +103,67 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
         "ss_network_alpha": shown,
         "ss_network_args": "{}",
     }
+    metadata.pop(DORA_FORM, None)
     made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
     return made, _in_words(losses, len(modules), baking.rank)
+
+
+@torch.no_grad()
+def with_norms(
+    lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
+) -> LoraFile:
+    """Return a DoRA whose magnitudes by output go by the norms of the model's weights, as ComfyUI divides, or
+    of the changed ones (`are_frozen` = False); with any other LoRA, or without a model, the same.
+
+    m' = m * |W| / |W + dW|, row by row, is exact; the file's metadata are marked. target: for messages.
+    Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
+    """
+    tensors = {**lora.tensors, **lora.text_tensors}
+    is_dora = any(name.endswith(DORA) and len(one) == one.numel() for name, one in tensors.items())
+    if baking is not None and (not is_dora or lora.has_frozen_norms == are_frozen):
+        state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
+        raise OptionError(
+            f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
+        )
+    if not is_dora or lora.has_frozen_norms == are_frozen or (baking is None and target == "default"):
+        return lora
+    if baking is None and lora.has_frozen_norms:
+        raise CheckpointError(
+            f"{lora.path} is a DoRA in ComfyUI's form, which others read otherwise.\n"
+            "  Add --dit with the model's file; after it those of the text encoders that it changes.",
+            lora.path,
+        )
+    if baking is None:
+        logger.warning(
+            f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
+            "different there. Add --dit with the model that it was trained for: then it is exact"
+        )
+        return lora
+    return _with_norms(lora, family, baking, are_frozen)
+
+
+def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
+    own = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    modules = group_by_module({**own, **lora.text_tensors})
+    with _open_weights(baking.models, family) as weights:
+        for name, factors in modules.items():
+            if DORA not in factors or has_input_magnitudes(factors):
+                continue
+            change = weight_delta(factors, baking.device)
+            assert change is not None
+            weight, path = _weight_of(name, len(change), lora, weights)
+            Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+            frozen = weight.to(baking.device, torch.float32)
+            share = (norms_of(frozen) / norms_of(frozen + change.reshape(frozen.shape))).cpu()
+            magnitudes = factors[DORA].float().reshape(share.shape)
+            # float32: what 16 bits lose here was not lost in training
+            modules[name] = {**factors, DORA: magnitudes * share if are_frozen else magnitudes / share}
+    named = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
+    texts = {name: one for name, one in named.items() if not name.startswith(OURS)}
+    metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
+    metadata |= {DORA_FORM: FROZEN_NORMS} if are_frozen else {}
+    own = {name: one for name, one in named.items() if name not in texts}
+    return replace(lora, tensors=own, text_tensors=texts, metadata=metadata)
 
 
 def _as_lora(
@@ -109,10 +186,6 @@ def _as_lora(
     return (made if bias is None else {**made, "diff_b": bias.to(dtype)}), (size, lost)
 
 
-# module as in LoRA files, without prefix where its file does not say the network -> those of its name
-Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
-
-
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
     is_dora = DORA in factors
@@ -121,11 +194,20 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
     assert change is not None
     if not is_dora:
         return change
+    weight, path = _weight_of(name, len(change), lora, weights)
+    one = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    total = torch.zeros(weight.shape, device=device)
+    one.on(device).add_to(total, None, weight.to(device))
+    return total
+
+
+def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
+    """Return the weight that a module of a DoRA changes, and its file. Raises CheckpointError without it."""
     alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
     names = (name, alone, name.removeprefix(f"{prefix_of(name)}_"))
     for checkpoint, source in (each for one in dict.fromkeys(names) for each in weights.get(one, ())):
         # text encoders in files of their own share names
-        if len(weight := source.make([checkpoint.read(one) for one in source.names])) == len(change):
+        if len(weight := source.make([checkpoint.read(one) for one in source.names])) == rows:
             break
     else:
         raise CheckpointError(
@@ -138,10 +220,7 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
             f"{checkpoint.path} stores {source.names[0]} in 8 bits without its scale. Give the bf16 file.",
             checkpoint.path,
         )
-    one = Change(LoraUse(lora), factors).fit(None, weight, name, str(checkpoint.path))
-    total = torch.zeros(weight.shape, device=device)
-    one.on(device).add_to(total, None, weight.to(device))
-    return total
+    return weight, checkpoint.path
 
 
 @contextmanager

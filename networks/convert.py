@@ -1,9 +1,8 @@
 """Rewrite LoRA files in another dialect; put the LoRAs of two experts into one file, and take them apart."""
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
@@ -17,20 +16,18 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks.alphas import without_alphas
-from networks.baking import OTHER_KINDS, Baking, bake
+from networks.baking import OTHER_KINDS, Baking, bake, with_norms
 from networks.deltas import (
     DORA,
-    LORA,
     add_missing_alphas,
     group_by_module,
 )
-from networks.key_formats import NETWORKS, OURS, dialect_in_words, name_by_ratios
+from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
-from networks.module_names import FAMILIES, alias, choose_family, joined_path, read_family, to_alias
-from networks.names.image import HUNYUAN_IMAGE, Z_IMAGE
+from networks.module_names import FAMILIES, alias, have_same_names, is_stacked, read_family, to_alias
+from networks.names.image import FLUX, HUNYUAN_IMAGE, Z_IMAGE
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
-from networks.names.video import FRAMEPACK
 from networks.parts import fuse
 from networks.tool_options import (
     ComfyConvertOptions,
@@ -41,8 +38,15 @@ from networks.tool_options import (
 from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
-# HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
-LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefix"), "hunyuan_video")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Say what to write: our dialect (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
+
+    target: str
+    family: str | None = None  # whose LoRA it is, if the user or a family's own script says it
+    baking: Baking | None = None  # make plain LoRAs of other kinds before, or other magnitudes of DoRAs
 
 
 def convert(options: ConvertOptions) -> None:
@@ -51,14 +55,19 @@ def convert(options: ConvertOptions) -> None:
     Raises as `convert_file`, and OptionError if the files and the options do not go together.
     """
     baking = None
-    if options.bake is not None:
+    if options.bake is not None or options.dit:
         baking = Baking(options.bake, choose_device(options.device), options.dit or ())
+    known = [family.name for family in FAMILIES]
+    if options.family is not None and options.family not in known:
+        raise OptionError(f"--family {options.family}: no such model; there are {', '.join(known)}")
+    target = "other" if options.target == "comfyui" else options.target
+    how = Conversion(target, options.family, baking)
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
-        convert_file(options.input, options.output, options.target, baking=baking)
+        convert_file(options.input, options.output, target, options.family, baking)
         return
-    first = read_lora(options.input, by_expert=True)
+    first = read_lora(options.input, by_expert=True, family=options.family)
     if options.input_high_noise is not None:
-        low, high = first, read_lora(options.input_high_noise, by_expert=True)
+        low, high = first, read_lora(options.input_high_noise, by_expert=True, family=options.family)
     elif first.parts:
         low = high = first
     else:
@@ -72,12 +81,12 @@ def convert(options: ConvertOptions) -> None:
     low, high = low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
     if options.expert is not None:
         one = high if options.expert == HIGH_NOISE else low
-        _convert_one(one, options.output, options.target, baking=baking)
+        _convert_one(one, options.output, how)
     elif options.output_high_noise is not None:
-        _convert_one(low, options.output, options.target, baking=baking)
-        _convert_one(high, options.output_high_noise, options.target, baking=baking)
+        _convert_one(low, options.output, how)
+        _convert_one(high, options.output_high_noise, how)
     else:
-        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, baking)
+        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, how)
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
@@ -85,7 +94,7 @@ def convert_flux(options: FluxConvertOptions) -> None:
     assert options.src_path is not None
     assert options.dst_path is not None
     target = "diffusers" if options.dst == "ai-toolkit" else "default"
-    convert_file(options.src_path, options.dst_path, target, "flux")
+    convert_file(options.src_path, options.dst_path, target, FLUX.name)
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
@@ -123,23 +132,18 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     without --lokr_rank.
     """
     source = options.src_path
-    lora = read_lora(source)
+    lora = read_lora(source, family=Z_IMAGE.name)
+    _family_of(lora, Z_IMAGE.name)
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     modules = group_by_module(tensors)
-    if choose_family((name.removeprefix(OURS) for name in modules), Z_IMAGE.name) is not Z_IMAGE:
-        raise CheckpointError(
-            f"{source} has no module of {Z_IMAGE.name}, only such as {list_some(sorted(modules), 3)}.\n"
-            "  Give a LoRA for Z-Image.",
-            source,
-        )
     if options.reverse:
-        _save(options.dst_path, tensors, lora.metadata, [lora])
+        _save(options.dst_path, tensors, lora.metadata, [lora], Z_IMAGE)
         return
     # LoHas and LoKrs for modules that are joined: plain LoRAs take their places
     stacked = {
         name: factors
         for name, factors in modules.items()
-        if factors.keys() & (OTHER_KINDS - {DORA}) and joined_path(name.removeprefix(OURS), Z_IMAGE) is None
+        if factors.keys() & (OTHER_KINDS - {DORA}) and is_stacked(name.removeprefix(OURS), Z_IMAGE)
     }
     words = ""
     if stacked:
@@ -154,66 +158,56 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         baked, words = bake(replace(lora, tensors=own), Z_IMAGE, baking)
         tensors = {**{name: one for name, one in tensors.items() if name not in own}, **baked.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, tensors, lora.metadata, [lora], words)
+    _save(options.dst_path, tensors, lora.metadata, [lora], Z_IMAGE, words)
 
 
 def convert_file(
-    source: Path,
-    output: Path,
-    target: str,
-    family_name: str | None = None,
-    baking: Baking | None = None,
+    source: Path, output: Path, target: str, family: str | None = None, baking: Baking | None = None
 ) -> None:
-    """Write the LoRA of `source`, of any dialect, in ours (target "default"), in that of ComfyUI ("other") or
-    in that of diffusers ("diffusers").
+    """Write the LoRA of `source`, of any dialect, as a `Conversion` of the last three says.
 
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
     module are put together. A file with a LoRA for each expert stays one in diffusers' dialect, the others
-    have no form for it. baking: make plain LoRAs of other kinds before. Raises CheckpointError where the file
-    is no LoRA or nothing of it can be written, or where it is for another model than `family_name`,
-    OptionError where the result would replace it.
+    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written, or
+    where it is for another model than `family` or for one of several, OptionError where the result would
+    replace it.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
-    lora = read_lora(source, by_expert=True, with_texts=True)
-    made = read_family(lora.metadata)
-    name, says = (name_by_ratios(lora.modules()), "sizes") if made is None else (made.name, "metadata")
-    if family_name is not None and name not in (None, family_name):
-        # layers of the same names have other sizes there: they would be cut in the wrong places
-        raise CheckpointError(
-            f"{source} is a LoRA for {name}, as its {says} say, not for {family_name}.\n"
-            "  Convert it with convert_lora.py, which knows all models.",
-            source,
-        )
+    how = Conversion(target, family, baking)
+    lora = read_lora(source, by_expert=True, with_texts=True, family=family)
     if not lora.parts:
-        _convert_one(lora, output, target, family_name, baking)
-    elif baking is not None and baking.models:
+        _convert_one(lora, output, how)
+    elif how.baking is not None and how.baking.models:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
             "  Take one with --expert high_noise or low_noise."
         )
-    elif target == "diffusers":
-        _convert_parts(lora.parts, output, baking)
+    elif how.target == "diffusers":
+        _convert_parts(lora.parts, output, how)
     else:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form for "
-            "that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or low_noise "
-            "to take one."
+            f"--input {source} holds two LoRAs, one for each expert, and --target {how.target} has no form "
+            "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
+            "low_noise to take one."
         )
 
 
-def _convert_one(
-    lora: LoraFile, output: Path, target: str, family_name: str | None = None, baking: Baking | None = None
-) -> None:
-    lora, words = _baked(lora, baking, family_name)
-    _save(output, *converted(lora, target, family_name=family_name), [lora], words)
+def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
+    family = _family_of(lora, how.family)
+    lora, words = _prepared(lora, family, how)
+    _save(output, *converted(lora, how.target, family), [lora], family, words)
 
 
-def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking | None) -> None:
+def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
-    found = {expert: _baked(lora, baking) for expert, lora in parts.items()}
+    families = {expert: _family_of(lora, how.family) for expert, lora in parts.items()}
+    found = {expert: _prepared(lora, families[expert], how) for expert, lora in parts.items()}
     starts = {expert: start for start, expert in NETWORKS.items()}
-    each = {expert: converted(lora, "diffusers", starts[expert]) for expert, (lora, _) in found.items()}
+    each = {
+        expert: converted(lora, "diffusers", families[expert], starts[expert])
+        for expert, (lora, _) in found.items()
+    }
     tensors = {name: tensor for one, _ in each.values() for name, tensor in one.items()}
     # without the hashes of the files that they are from; `metadata_of` takes what is joined apart again
     own = {
@@ -231,26 +225,32 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking |
     if any(own.values()):
         metadata[PARTS_METADATA] = json.dumps(own, ensure_ascii=False, sort_keys=True)
     words = "\n".join(words for _, words in found.values() if words)
-    _save(output, tensors, metadata, [lora for lora, _ in found.values()], words)
+    _save(
+        output, tensors, metadata, [lora for lora, _ in found.values()], next(iter(families.values())), words
+    )
 
 
-def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
-    """Return a LoRA with plain factors alone if the options ask for it, and in words the loss."""
-    return (lora, "") if baking is None else bake(lora, _family_of(lora, family_name), baking)
+def _prepared(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> tuple[LoraFile, str]:
+    """Return the LoRA with plain factors alone, or with DoRA magnitudes as the target has them; and in words
+    what was lost.
+    """
+    if how.baking is not None and how.baking.rank is not None:
+        return bake(lora, family, how.baking)
+    # files of FramePack are for diffusers
+    in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
+    is_for_comfyui = how.target == "other" and not in_diffusers
+    return with_norms(lora, family, how.baking, is_for_comfyui, how.target), ""
 
 
 def converted(
-    lora: LoraFile, target: str, start: str = IN_DIFFUSERS, family_name: str | None = None
+    lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Return a LoRA's tensors in another dialect, and their metadata; warn of parts without a form in it.
 
-    start: of the names in diffusers' dialect. family_name: whose LoRA it is, if the caller knows; metadata
-    say it better. Raises CheckpointError if no part of it can be written.
+    family: whose it is. start: of the names in diffusers' dialect. Raises CheckpointError if no part of it
+    can be written.
     """
-    family = _family_of(lora, family_name)
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    if family is not None and family.joined and target == "other":
-        native = fuse(native, family=family)
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         names = "aliases"
@@ -274,8 +274,11 @@ def converted(
     _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
-    if family is FRAMEPACK and read_family(lora.metadata) is None:
-        metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
+    if family is not None and read_family(lora.metadata) is None:
+        told = lora.families()
+        if len(told) < 2 or not have_same_names(told):
+            # names alone may not tell it any more
+            metadata[TRAINED_ON] = family.written_version or family.name
     return {**tensors, **texts}, metadata
 
 
@@ -286,34 +289,36 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
 
 
 def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
-    """Return whose names a LoRA's modules have. name: of the family that the caller expects."""
-    made = read_family(lora.metadata)
-    hint = (name_by_ratios(lora.modules()) or name or _likely_family(lora)) if made is None else made.name
-    return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
+    """Return whose names a LoRA's modules have; None if no family has them.
 
-
-def _likely_family(lora: LoraFile) -> str | None:
-    """Return the family that a file without metadata is probably for, if several have its names.
-
-    It is the one whose published models have as many blocks as the file's modules, and as wide ones.
+    name: of the family that the user or a family's own script names. Raises CheckpointError if the file is of
+    another one, or if several are possible and nobody names one.
     """
-    numbers: dict[str, int] = {}
-    widths: set[int] = set()
-    for module, factors in lora.modules().items():
-        if LORA[0] not in factors:
-            continue
-        name = module.removeprefix(OURS)
-        found = re.match(r"((?:single_)?transformer_blocks|layers)_(\d+)_", name)
-        if found is not None:
-            numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
-        if name.endswith(("attn_to_q", "attn_add_q_proj", "attention_qkv", "attention_to_q")):
-            widths.add(factors[LORA[0]].shape[1])
-    fitting = [
-        family
-        for family in FAMILIES
-        if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
-    ]
-    return fitting[0].name if fitting else LIKELY_FAMILY.get(lora.dialect)
+    made, told = read_family(lora.metadata), lora.families()
+    found = told if name is None else lora.families(name)
+    names = " or ".join(family.name for family in told) or "no known model"
+    if name is None:
+        if not found or have_same_names(found):
+            return found[0] if found else None
+        raise CheckpointError(
+            f"{lora.path} can be for {names}: all of them have layers of these names and sizes.\n"
+            f"  Say which one it was trained for, such as --family {found[0].name}.",
+            lora.path,
+        )
+    if [family.name for family in found] != [name]:
+        says = "names"
+    elif made is not None and made.name != name:
+        says = "metadata"
+    elif found[0] not in told and not can_be_for(found[0], lora.modules()):
+        says = "sizes"
+    else:
+        return found[0]
+    # layers of the same names have other sizes there: they would be cut in the wrong places
+    raise CheckpointError(
+        f"{lora.path} is a LoRA for {names}, as its {says} say, not for {name}.\n"
+        "  Convert it with convert_lora.py without --family, which knows all models.",
+        lora.path,
+    )
 
 
 def _save(
@@ -321,11 +326,13 @@ def _save(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     sources: list[LoraFile],
+    family: FamilyNames | None,
     baked: str = "",
 ) -> None:
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),
+        ("model", "not known" if family is None else family.name),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(tensors)} written"),
         ("made plain", baked),

@@ -196,20 +196,26 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
     return f"its first layer takes {delta.shape[1]} channels, the model's {weight.shape[1]}"
 
 
-def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor) -> Tensor:
+def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool = False) -> Tensor:
     """Return DoRA's addition to a weight at multiplier 1, float32.
 
     The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
     Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
-    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...).
+    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
+    norms of the weight alone, as ComfyUI does.
     """
     weight, magnitudes = weight.float(), magnitudes.to(weight.device, torch.float32)
     whole = weight + delta.reshape(weight.shape)
     kept = 1 if len(magnitudes) < magnitudes.numel() else 0
-    others = [axis for axis in range(whole.ndim) if axis != kept]
-    # as LyCORIS has it
-    norms = torch.linalg.vector_norm(whole, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+    norms = norms_of(weight if by_frozen_norms and not kept else whole, kept)
     return whole.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
+
+
+def norms_of(weight: Tensor, kept: int = 0) -> Tensor:
+    """Return a weight's norms by output (kept = 0) or input (1), a bit more than 0, float32, to divide by."""
+    others = [axis for axis in range(weight.ndim) if axis != kept]
+    norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float32)
+    return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:

@@ -13,17 +13,17 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
             down_blocks_0_attentions_0_... (LDM, sd-scripts for SDXL)
 """
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from networks.deltas import DORA, PARTS, Factors, weight_delta
-from networks.module_names import FAMILIES, alias, choose_family, is_name, is_path, replace_dots
+from networks.deltas import DORA, LORA, PARTS, Factors
+from networks.module_names import FAMILIES, alias, is_name, is_path, likely_families, replace_dots, sizes_fit
 from networks.names.layouts import (
     IN_DIFFUSERS,
     OF_CLIP,
@@ -144,10 +144,12 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     told = usual.family_name or next(
         (_FAMILY_OF_DIALECT[one] for one in dialects if one in _FAMILY_OF_DIALECT), None
     )
-    family = choose_family(dict.fromkeys(modules.values()), family_hint or told)
-    names = {
-        path: OURS + (module if family is None else alias(module, family)) for path, module in modules.items()
-    }
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, place in found.items():
+        factors.setdefault(OURS + modules[place.path], {})[place.part] = tensors[key]
+    families = families_of(factors, family_hint or told)
+    family = families[0] if families else None
+    names = {path: OURS + _alias(module, families) for path, module in modules.items()}
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
     for key, place in found.items():
         keys.setdefault(f"{names[place.path]}.{place.part}", key)
@@ -157,8 +159,11 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
     used = set(keys.values())
-    of_texts = family or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
     places = {key: one for key in tensors if key not in found and (one := _text_place(key)) is not None}
+    # of several with equal names that with as many encoders of texts
+    most = max((place[1] for place in places.values()), default=1)
+    of_texts = next((one for one in families if len(one.encoders) >= most), family)
+    of_texts = of_texts or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
     named = {key: _name_of_text(key, *place, of_texts) for key, place in places.items()}
     texts = {name: tensors[key] for key, name in named.items() if name is not None}
     return NativeTensors(
@@ -174,6 +179,12 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
         family_name=told or None,
         unknown_start="" if family is not None or not found else _unknown_start(map(_usual_ending, found)),
     )
+
+
+def _alias(module: str, families: Sequence[FamilyNames]) -> str:
+    """Return our name for one of another layout, if it is the same in all families that it may be for."""
+    found = {alias(module, family) for family in families}
+    return found.pop() if len(found) == 1 else module
 
 
 def _text_place(key: str) -> tuple[str, int, str] | None:
@@ -350,38 +361,53 @@ def _without_adapter(found: re.Match[str]) -> str:
     return f".{found['factor']}{found['leaf']}" if found["factor"] else ".lora_magnitude_vector"
 
 
-def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the family of a LoRA's modules by their names, and by sizes if several have these names."""
-    family = choose_family((name.removeprefix(OURS) for name in modules), name_by_ratios(modules))
-    if family is None or not family.text_width:
-        return family
-    return family_by_text_width(modules) or family
+def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
+    """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
+    own = _by_module(modules)
+    return likely_families(own, lambda name: _size_of(own[name]), hint)
 
 
-def name_by_ratios(modules: Mapping[str, Factors]) -> str | None:
-    """Return the name of the family that alone has weights of such shapes under such names, if any."""
-    for family in FAMILIES:
-        found = [
-            (one, by) for name, one in modules.items() for end, by in family.ratios if name.endswith(end)
-        ]
-        sizes = [(_size_of(one) or (0, 1), by) for one, by in found]
-        if sizes and all(max(size) == by * min(size) for size, by in sizes):
-            return family.name
-    return None
+def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
+    """Tell whether the sizes of a LoRA's modules, under our names, do not contradict the family's."""
+    own = _by_module(modules)
+    return sizes_fit(family, own, lambda name: _size_of(own[name]))
+
+
+def _by_module(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    return {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
 
 
 def _size_of(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of the change of a weight; None if there is none, or factors are damaged."""
-    sizes = {part: one for part, one in factors.items() if part != "alpha"}
+    """Return rows and columns of the change of a weight; None if there is none, or factors are damaged.
+
+    By shapes alone: the first operation on the meta device takes seconds.
+    """
+    shapes = {part: tuple(one.shape) for part, one in factors.items()}
     try:
-        delta = weight_delta(sizes, torch.device("meta"))
-    except (KeyError, RuntimeError, IndexError):  # such files are described too
+        if "diff" in shapes:
+            rows, *columns = shapes["diff"]
+        elif LORA[0] in shapes:
+            (rank, *columns), (rows, inner, *_) = shapes[LORA[0]], shapes[LORA[1]]
+            columns += shapes.get("lora_mid.weight", ())[2:]
+            rows = rows if rank == inner else 0
+        elif "hada_w1_a" in shapes:  # beside a core it is stored r x out
+            rows = shapes["hada_w1_a"]["hada_t1" in shapes]
+            columns = [shapes["hada_w1_b"][1], *shapes.get("hada_t1", ())[2:]]
+        else:
+            first, second = (shapes.get(name) for name in ("lokr_w1", "lokr_w2"))
+            first = first or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+            if second is None:
+                core = shapes.get("lokr_t2", ())
+                second = shapes["lokr_w2_a"][bool(core)], shapes["lokr_w2_b"][1], *core[2:]
+            rows, columns = first[0] * second[0], [*first[1:], *second[1:]]
+    except (KeyError, ValueError, IndexError):  # such files are described too
         return None
-    return None if delta is None or not delta.numel() else (len(delta), delta.numel() // len(delta))
+    return (rows, math.prod(columns)) if rows and columns and math.prod(columns) else None
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
     sizes = [_size_of(one) for name, one in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
     widths = {size[1] for size in sizes if size is not None}
-    return next((one for one in FAMILIES if {one.text_width} == widths), None)
+    unets = [one for one in FAMILIES if one.start == UNET_IN_DIFFUSERS]
+    return next((one for one in unets if {width for width, _ in one.released} == widths), None)

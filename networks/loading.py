@@ -16,14 +16,24 @@ from networks.key_formats import (
     OURS,
     NativeTensors,
     dialect_in_words,
-    family_of,
+    families_of,
     other_kind,
     split_names,
     to_native,
 )
 from networks.leftovers import module_of, sort_modules, sort_tensors
-from networks.metadata import LAYOUT_KEY, expert_of, in_words, is_damaged, layout_hash, metadata_of
-from networks.module_names import on_text_side, read_family, relatives
+from networks.metadata import (
+    DORA_FORM,
+    FROZEN_NORMS,
+    LAYOUT_KEY,
+    expert_of,
+    in_words,
+    is_damaged,
+    is_of_frozen_norms,
+    layout_hash,
+    metadata_of,
+)
+from networks.module_names import have_same_names, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
@@ -60,6 +70,11 @@ class LoraFile:
         """The expert it was trained for, as its metadata or else its name say; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
 
+    @property
+    def has_frozen_norms(self) -> bool:
+        """Whether DoRA magnitudes by output are meant for division by the norms of the frozen weights."""
+        return self.metadata.get(DORA_FORM) == FROZEN_NORMS
+
     def for_expert(self, expert: str | None) -> "LoraFile":
         """Return the part for an expert of a file that has parts, any other file as it is.
 
@@ -79,10 +94,20 @@ class LoraFile:
         """
         return group_by_module(self.for_expert(None).tensors)
 
-    def family(self) -> FamilyNames | None:
-        """Return the family it was trained for, by metadata, else by names and sizes; None if unknown."""
+    def families(self, hint: str | None = None) -> list[FamilyNames]:
+        """Return the families that it may be for: several if its names, sizes, numbers of blocks and metadata
+        leave them open. hint: the one to take then; None: the one of the metadata.
+        """
         one = next(iter(self.parts.values()), self)
-        return read_family(one.metadata) or family_of(one.modules())
+        made = read_family(one.metadata)
+        if hint is None and made is not None:
+            hint = made.name
+        return families_of(one.modules(), hint) or ([] if made is None else [made])
+
+    def family(self) -> FamilyNames | None:
+        """Return the family it was trained for; None if unknown or if several are possible."""
+        found = self.families()
+        return found[0] if found and have_same_names(found) else None
 
 
 def _several(path: Path) -> CheckpointError:
@@ -94,13 +119,15 @@ def _several(path: Path) -> CheckpointError:
     )
 
 
-def read_lora(path: Path, by_expert: bool = False, with_texts: bool = False) -> LoraFile:
+def read_lora(
+    path: Path, by_expert: bool = False, with_texts: bool = False, family: str | None = None
+) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
     with_texts: read its changes of text encoders too. by_expert: allow a file that holds a LoRA for each
-    expert; the result has `parts` then. Raises CheckpointError if it is missing, damaged, not a LoRA,
-    or of an unsupported kind.
+    expert; the result has `parts` then. family: whose it is, if the user says so. Raises CheckpointError if
+    it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = other_kind(checkpoint.tensors)
@@ -125,7 +152,9 @@ def read_lora(path: Path, by_expert: bool = False, with_texts: bool = False) -> 
         raise _several(path)
     is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
     parts = {
-        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own)
+        expert: _read_part(
+            path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own, family
+        )
         for expert, names in groups.items()
     }
     if len(parts) == 1:
@@ -142,10 +171,12 @@ def _read_part(
     expert: str | None,
     with_texts: bool,
     is_own: bool,
+    family: str | None,
 ) -> LoraFile:
     """Bring tensors of a file under our names.
 
-    expert: their expert; None: names in the file do not say it. is_own: the file was written here.
+    expert: their expert; None: names in the file do not say it. is_own: the file was written here. family: as
+    of `read_lora`.
     """
     if expert is not None:
         try:
@@ -155,12 +186,15 @@ def _read_part(
                 f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
             ) from error
     made = read_family(metadata)
-    native = to_native(stored, None if made is None else made.name)
+    native = to_native(stored, family or (None if made is None else made.name))
     if not with_texts:
         ignored = (*native.text_encoder, *native.texts)
         native = replace(native, text_encoder=ignored, texts={})
     if made is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
+    if is_of_frozen_norms(native.tensors, native.dialect, metadata):
+        metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
+        logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
     _warn_of_unused(path, native, made or native.family, len(stored))

@@ -83,6 +83,12 @@ class OwnNetwork(nn.Module):
         own = group_by_module(self.state_dict())
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         # the network has only some of a model's modules: names of the LoRA's family too are taken for that
+        if lora.has_frozen_norms:
+            raise CheckpointError(
+                f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
+                "  Bring it back first: convert_lora.py --target default --dit MODEL.",
+                path,
+            )
         made = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in own)
         warn_of_other_family(lora, choose_family(names, None if made is None else made.name))

@@ -25,11 +25,11 @@ from modules.output_files import refuse_replacing
 from modules.text_files import real_path
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
-from networks.key_formats import NETWORKS, OURS, family_of, name_by_ratios
+from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
-from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
-from networks.module_names import choose_family, read_family
+from networks.module_names import read_family
+from networks.names.image import FLUX
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import (
@@ -120,14 +120,11 @@ def _write_sum(
     tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
     ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
     text = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    names = {name.partition(".")[0] for name in tensors}
-    in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
     made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
-    hint = name_by_ratios(group_by_module(tensors)) or "flux" if made is None else made.name
-    family = choose_family(in_dit, hint) or made
-    if made is None and family is not None and family.text_width:
-        family = family_of(group_by_module(tensors))
+    found = families_of(group_by_module(tensors), None if made is None else made.name)
+    # of several it is the one whose tool this is; sums of text encoders are FLUX's too
+    family = FLUX if FLUX in found else found[0] if found else made
     module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
     own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
     metadata = {

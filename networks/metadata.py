@@ -25,7 +25,7 @@ from networks.key_formats import (
     OURS,
     NativeTensors,
     dialect_in_words,
-    family_of,
+    families_of,
     other_kind,
     split_names,
     to_native,
@@ -122,6 +122,25 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
+# what the magnitudes of a DoRA by output are divided by: with this value the norms of the frozen weights, as
+# ComfyUI does it, otherwise those of the changed ones. A public name: other tools write it too.
+DORA_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
+_MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
+
+
+def is_of_frozen_norms(tensors: Mapping[str, Tensor], dialect: str, metadata: Mapping[str, str]) -> bool:
+    """Tell whether a file is a DoRA for ComfyUI by musubi-tuner's fork for LTX-2, which does not mark them.
+
+    It calls magnitudes so in these files alone. Ours have the same names, but a hash of the layout too.
+    """
+    return (
+        dialect == "other"
+        and any(name.endswith(DORA) for name in tensors)
+        and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
+        and LAYOUT_KEY not in metadata
+    )
+
+
 KINDS = {
     "hada_w1_a": "LoHa",
     "lokr_w1": "LoKr",
@@ -167,15 +186,17 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
         for name in names
     }
     made = read_family(checkpoint.metadata)
-    native = to_native(hollow, None if made is None else made.name)
+    hint = None if made is None else made.name
+    native = to_native(hollow, hint)
     modules = group_by_module({**native.tensors, **native.texts})
     in_texts = len(group_by_module(native.texts))
     kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    family = made or family_of(group_by_module(native.tensors))
+    families = families_of(group_by_module(native.tensors), hint)
+    families = families or ([] if made is None else [made])
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
-    model = f" for {family.name}" if family is not None else ""
+    model = f" for {' or '.join(one.name for one in families)}" if families else ""
     ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)
     alphas = set()
     for name in names:

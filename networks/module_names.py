@@ -2,18 +2,17 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
-from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
+from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
-# of several with equal names the first is chosen, if nothing else tells
 FAMILIES = (
     *(WAN, HUNYUAN_VIDEO, FRAMEPACK, LTX_2, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
     *(SD1, SDXL, SD2),
@@ -27,23 +26,113 @@ def replace_dots(path: str) -> str:
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """Return the family whose lists hold most of these underscored names; None if no list holds any.
+    """Return the family of a model whose modules have these underscored names; None if no list holds any.
 
-    Ties go to the family named `hint`, then to a family with modules of these names, not only aliases.
+    Ties go to the family named `hint`, then to a family with modules of these names, not only aliases, then
+    to the first: SD 1 and 2 alone have the same names. For LoRAs, which have some modules only, see
+    `likely_families`.
     """
-    best: FamilyNames | None = None
-    names, most = list(names), (0, False, 0)
-    for family in FAMILIES:
-        tables = _tables(family)
-        is_own = [tables.own.find(name) is not None for name in names]
-        known = sum(
-            mine or tables.foreign.find(name) is not None or tables.cut.find(name) is not None
-            for mine, name in zip(is_own, names, strict=True)
-        )
-        score = known, family.name == hint, sum(is_own)
-        if known and score > most:
-            best, most = family, score
-    return best
+    names = list(names)
+    found = _knowing(names, hint)
+    own = [sum(_tables(one).own.find(name) is not None for name in names) for one in found]
+    return found[own.index(max(own))] if found else None
+
+
+def _knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
+    """Return the families that know most of the names; of these that named `hint` alone, if it is there."""
+    hinted = next((one for one in FAMILIES if one.name == hint), None)
+    if hinted is not None and names and all(_place(name, hinted) for name in names):
+        return [hinted]  # without the tables of the others
+    counts = [sum(_place(name, family) is not None for name in names) for family in FAMILIES]
+    most = max(counts)
+    found = [family for family, known in zip(FAMILIES, counts, strict=True) if known == most > 0]
+    return [hinted] if hinted is not None and hinted in found else found
+
+
+SizeOf = Callable[[str], tuple[int, int] | None]
+# a list of blocks that is complete tells a model if it is as long as this: shorter ones may be a choice
+_LONG = 16
+
+
+def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = None) -> list[FamilyNames]:
+    """Return the families that a LoRA may be for: one, or several if neither names nor sizes nor the numbers
+    of blocks tell them apart; [] if no family has such names.
+
+    names: of its modules, underscored. size_of: name -> rows and columns of its change; None if unknown.
+    hint: the family that its metadata or the user name.
+    """
+    names = list(names)
+    found = _knowing(names, hint)
+    if len(found) < 2:
+        return found
+    kinds = {_DIGITS.sub("n", name): name for name in reversed(names)}
+    sizes = {name: size for name in kinds.values() if (size := size_of(name)) is not None}
+    levels = {family: _agreement(family, names, sizes) for family in found}
+    best = max(levels.values())
+    chosen = [family for family in found if levels[family] == best]
+    # if the numbers of blocks leave several, the others are possible too
+    return chosen if len(chosen) == 1 else [one for one in found if levels[one] >= min(best, _AS_RELEASED)]
+
+
+def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
+    """Tell whether modules of a LoRA, as for `likely_families`, can have these sizes in the family."""
+    sizes = {name: size for name in names if (size := size_of(name)) is not None}
+    return _agreement(family, [], sizes) != _CONTRADICTS
+
+
+def have_same_names(families: Sequence[FamilyNames]) -> bool:
+    """Tell whether names mean the same in all of these families, as in Stable Diffusion 1 and 2."""
+    return len({(one.aliases, one.parts, one.joined, one.further) for one in families}) == 1
+
+
+_CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
+
+
+def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
+    """Return how well the sizes of some modules, and the numbers of all, agree with a family's models."""
+    rules = list(_rules(family, sizes))
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        path, number, _ = _place(name, family) or ("", "", False)
+        if "{n}" in path and number:
+            numbers.setdefault(path.partition(".")[0], set()).add(int(number))
+    level = _CONTRADICTS
+    for width, lists in family.released or ((0, ()),):
+        depths = dict(lists)
+        if any(max(own) >= depths.get(name, max(own) + 1) for name, own in numbers.items()):
+            continue
+        if width and not _agree(rules, width):
+            continue
+        own = [(numbers[name], depth) for name, depth in lists if name in numbers]
+        is_long = any(depth >= _LONG for _, depth in own)
+        is_complete = is_long and all(len(given) == depth for given, depth in own)
+        level = max(level, _COMPLETE if is_complete else _AS_RELEASED)
+    if level == _CONTRADICTS and rules:
+        size, rows, columns = rules[0]
+        fitting = size[1] / columns if columns else size[0] / rows
+        level = _IN_PROPORTION if _agree(rules, fitting) else _CONTRADICTS
+    return level
+
+
+def _rules(
+    family: FamilyNames, sizes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], float, float]]:
+    """Yield the sizes that the family's record speaks of, with rows and columns in widths; 0: not told."""
+    for name, size in sizes.items():
+        path, _, is_cut = _place(name, family) or ("", "", False)
+        for end, rows, columns in family.sides:
+            if path.endswith(end) and (columns or not is_cut):
+                yield size, 0 if is_cut else rows, columns
+                break
+
+
+def _agree(rules: Iterable[tuple[tuple[int, int], float, float]], width: float) -> bool:
+    """Tell whether all sizes are as the rules say for blocks of this width."""
+    return all(
+        not of or abs(side - of * width) < 1
+        for size, *sides in rules
+        for side, of in zip(size, sides, strict=True)
+    )
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
@@ -65,9 +154,11 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    A parameter that is no module's weight counts as a module: `blocks.0.modulation`.
+    A parameter that is no module's weight counts as a module: `blocks.0.modulation`. A module that another
+    layout stacks has its path there.
     """
-    return _tables(family).own.find(name)
+    tables = _tables(family)
+    return tables.own.find(name) or (tables.renamed.find(name) if family.joined else None)
 
 
 @cache
@@ -106,16 +197,9 @@ def to_alias(name: str, family: FamilyNames) -> str:
     return name if found is None else replace_dots(found)
 
 
-def joined_path(name: str, family: FamilyNames) -> str | None:
-    """Return the path of a module in the layout that stacks some of ours; None if it is stacked there.
-
-    name: underscored, ours, or that layout's for stacked modules.
-    """
-    tables = _tables(family)
-    if tables.own.find(name) is None:
-        return tables.cut.find(name)
-    is_stacked = any(_template(part.theirs).fullmatch(name) for part in family.joined)
-    return None if is_stacked else tables.to_foreign.find(name) or tables.own.find(name)
+def is_stacked(name: str, family: FamilyNames) -> bool:
+    """Tell whether a module of ours is some rows of one of the layout that stacks some of ours."""
+    return any(_template(part.theirs).fullmatch(name) for part in family.joined)
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
@@ -126,12 +210,12 @@ def has_module(name: str, family: FamilyNames) -> bool:
 
 def is_path(path: str) -> bool:
     """Tell whether a family has a module of this path, `blocks.0.self_attn.q`, in any layout."""
-    return not _all_paths()[0].isdisjoint(_templates(path))
+    return not _all_paths()[0].isdisjoint(one for one, _ in _templates(path))
 
 
 def is_name(name: str) -> bool:
     """Tell whether a family has a module of this underscored name, in any layout."""
-    return not _all_paths()[1].isdisjoint(_templates(name))
+    return not _all_paths()[1].isdisjoint(one for one, _ in _templates(name))
 
 
 @cache
@@ -143,11 +227,6 @@ def _all_paths() -> tuple[frozenset[str], frozenset[str]]:
         paths |= {path.removesuffix(".weight") for pair in family.parameters for path in pair}
         paths |= {path for part in (*family.parts, *family.joined) for path in (part.theirs, part.ours)}
     return frozenset(paths), frozenset(map(replace_dots, paths))
-
-
-def _templates(path: str) -> list[str]:
-    """Return the templates that a path or name may be of: any one of its numbers may be the block's."""
-    return [path, *(f"{path[: n.start()]}{{n}}{path[n.end() :]}" for n in _DIGITS.finditer(path))]
 
 
 def count_parts(path: str) -> set[int]:
@@ -223,18 +302,32 @@ class _Table:
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         """pairs: (template, its meaning, with the same number); the first of equal ones counts."""
         self._places: dict[str, tuple[int, str]] = {}
-        for place, (template, target) in enumerate(pairs):
-            self._places.setdefault(replace_dots(template), (place, target))
+        pairs = list(pairs)
+        templates = replace_dots("\n".join(template for template, _ in pairs)).split("\n")
+        for place, (template, (_, target)) in enumerate(zip(templates, pairs, strict=False)):
+            self._places.setdefault(template, (place, target))
 
     def find(self, name: str) -> str | None:
         """Return the meaning of the first template that fits, its number filled in; None if none does."""
-        best = self._places.get(name)
+        found = self.place(name)
+        return None if found is None else found[0].replace("{n}", found[1])
+
+    def place(self, name: str) -> tuple[str, str] | None:
+        """Return the same with the number beside it; "" if there is none."""
+        best: tuple[int, str] | None = None
         number = ""
-        for digits in _DIGITS.finditer(name):
-            found = self._places.get(f"{name[: digits.start()]}{{n}}{name[digits.end() :]}")
+        for template, digits in _templates(name):
+            found = self._places.get(template)
             if found is not None and (best is None or found[0] < best[0]):
-                best, number = found, digits[0]
-        return None if best is None else best[1].replace("{n}", number)
+                best, number = found, digits
+        return None if best is None else (best[1], number)
+
+
+@lru_cache(1 << 14)
+def _templates(name: str) -> tuple[tuple[str, str], ...]:
+    """Return a name, and it with each of its numbers as `{n}`, with that number."""
+    places = _DIGITS.finditer(name)
+    return (name, ""), *((f"{name[: one.start()]}{{n}}{name[one.end() :]}", one[0]) for one in places)
 
 
 class _Tables(NamedTuple):
@@ -243,7 +336,8 @@ class _Tables(NamedTuple):
     own: _Table  # under our names
     foreign: _Table  # under aliases -> ours
     to_foreign: _Table
-    cut: _Table  # parts and joined modules of the other layout, which stand for their own paths
+    renamed: _Table  # parts of another layout that are whole modules -> ours; joined ones -> themselves
+    cut: _Table  # parts that are some rows of a module -> ours
 
 
 @cache
@@ -251,13 +345,25 @@ def _tables(family: FamilyNames) -> _Tables:
     # a parameter of ours may be the weight of a module there
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
-    joined = dict.fromkeys(part.ours for part in family.joined)
+    whole = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
     return _Tables(
         _Table((path, path) for path in (*family.modules, *(ours for _, ours in parameters))),
         _Table(aliases),
         _Table((ours, theirs) for theirs, ours in aliases),
-        _Table((path, path) for path in (*(part.theirs for part in family.parts), *joined)),
+        _Table([*whole, *((part.ours, part.ours) for part in family.joined)]),
+        _Table((one.theirs, one.ours) for one in family.parts if one.index not in (None, SWAPPED)),
     )
+
+
+def _place(name: str, family: FamilyNames) -> tuple[str, str, bool] | None:
+    """Return our template for an underscored name in any layout, its number, and whether the module has only
+    some rows of ours; None if the family has no such name.
+    """
+    own, foreign, _, renamed, cut = _tables(family)
+    found = own.place(name) or foreign.place(name) or renamed.place(name)
+    if found is not None:
+        return *found, False
+    return None if (part := cut.place(name)) is None else (*part, True)
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:

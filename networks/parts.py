@@ -185,8 +185,9 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
             return "only DoRA magnitudes by output, for all of its rows, can be put together"
         if sum(len(factors[DORA]) for _, factors in pieces) != height:
             return f"its parts have DoRA magnitudes for less than its {height} rows"
-    # the up factor has the parts' up factors as blocks, each in its rows
-    parts = [factors for _, factors in pieces]
+    # the up factor has the parts' up factors as blocks, each in its rows; ranks in the order of the rows
+    order = sorted(range(len(slices)), key=lambda one: slices[one].start)
+    slices, parts = [slices[one] for one in order], [pieces[one][1] for one in order]
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]
     if scales.count(scales[0]) < len(scales):

@@ -78,13 +78,17 @@ class ConvertOptions(Options):
         "of a file with a LoRA for each expert, take this one alone", choices=("high_noise", "low_noise")
     )
     target: str = option(
-        "other: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: transformer.) with "
-        "lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's names; "
-        "default: lora_unet_ with lora_down and lora_up; "
+        "other or comfyui: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: "
+        "transformer.) with lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's "
+        "names; default: lora_unet_ with lora_down and lora_up; "
         "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
         "(high noise) and transformer_2. (low noise)",
         required=True,
-        choices=("other", "default", "diffusers"),
+        choices=("other", "comfyui", "default", "diffusers"),
+    )
+    family: str | None = option(
+        "the model that the LoRA is for, such as flux or hunyuan_video; default: as the file's metadata, "
+        "names and sizes say",
     )
     bake: int | None = option(
         "make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
@@ -93,15 +97,16 @@ class ConvertOptions(Options):
         hint="a rank",
     )
     dit: tuple[Path, ...] | None = option(
-        "with --bake, the model that a DoRA was trained for; after it text encoders that it changes",
+        "the model that a DoRA was trained for; after it text encoders that it changes. With --bake, or for "
+        "--target other, which is exact in ComfyUI then, and for the way back",
         nargs="+",
         place="there",
-        needs="bake",
         excludes=("input_high_noise", "output_high_noise"),
         hint="each expert has its own model: --expert takes one LoRA out of a file for both",
     )
     device: str | None = option(
-        "device that --bake computes on; default: CUDA if available, else MPS, else the CPU", needs="bake"
+        "device that --bake and --dit compute on; default: CUDA if available, else MPS, else the CPU",
+        needs=("bake", "dit"),
     )
 
     def __post_init__(self) -> None:

@@ -25,7 +25,6 @@ from networks.module_names import (
     alias,
     diffusers_path,
     is_unprefixed,
-    joined_path,
     module_path,
     parts_of,
     replace_dots,
@@ -37,7 +36,6 @@ from networks.parts import fuse
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
-_STACKED = "it is part of a larger weight there, and only plain LoRAs can be joined"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
 # a LoRA in another dialect, and the modules that have no form there, each with the reason
@@ -50,7 +48,8 @@ def in_dialect(
     """Name ours as ComfyUI ("other") or diffusers do, `diffusion_model.<path>.lora_A/lora_B.weight`.
 
     Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
-    alphas, and ComfyUI alone reads them. A whole difference of a matrix becomes a LoRA of full rank for
+    alphas. ComfyUI alone reads them, but for LoKrs of two families: diffusers takes files with nothing else,
+    under ComfyUI's names. A whole difference of a matrix becomes a LoRA of full rank for
     diffusers, which is exact. Module paths come from the list of the family's real modules.
     start: of the names in diffusers, by the network of the pipeline.
 
@@ -60,6 +59,9 @@ def in_dialect(
     """
     if family is None:
         return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
+    modules = group_by_module(tensors)
+    if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
+        return _write(tensors, OTHER, lambda name, factors: _not_swapped(name, factors, family), _in_comfyui)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form = _in_toolkit if family.parts else _in_diffusers
@@ -67,17 +69,26 @@ def in_dialect(
     plain: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     cuts = family.parts and family.start == IN_DIFFUSERS
-    for name, factors in group_by_module(tensors).items():
+    for name, factors in modules.items():
         is_plain = cuts and factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"}
         (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
     written, left_out = in_dialect(plain, family, "diffusers")
     others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
-    path_of = joined_path if family.joined else module_path
-    why = _STACKED if family.joined else _UNKNOWN
     whole, left_out = _write(
-        others, OTHER, lambda name, factors: _alone(path_of(name, family), factors, why), _in_comfyui
+        others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
     )
     return {**written, **whole}, left_out
+
+
+def _is_lokr(factors: Factors) -> bool:
+    """Tell whether diffusers can read them as a LoKr: without a core, magnitudes or biases."""
+    return factors.keys() <= {"alpha", *(f"lokr_w{n}{x}" for n in "12" for x in ("", "_a", "_b"))}
+
+
+def _not_swapped(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
+    if any(part.index == SWAPPED for _, part in parts_of(name, family)):
+        return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
+    return _alone(module_path(name, family), factors)
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:

@@ -99,10 +99,10 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     loras = []
     for path in options.files:
         lora = read_lora(path, with_texts=True)
-        made = lora.family() if lora.tensors else read_family(lora.metadata)
-        if made is not None and made.name not in {kind.name for kind in KINDS}:
+        found = [family.name for family in lora.families()]
+        if found and not {kind.name for kind in KINDS}.intersection(found):
             raise CheckpointError(
-                f"{OPTION} {path} is a LoRA for {made.name}, not for Stable Diffusion.\n"
+                f"{OPTION} {path} is a LoRA for {' or '.join(found)}, not for Stable Diffusion.\n"
                 "  Give a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
                 path,
             )
@@ -237,7 +237,8 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     for use in uses:
         found = [fitting(part.lora, known, OPTION) for part in uses_for([use], target.prefix)]
         factors = found[0] if found else {}
-        parts.append({name: AddedPart(known[name], one) for name, one in factors.items()})
+        is_frozen = use.lora.has_frozen_norms
+        parts.append({name: AddedPart(known[name], one, 1.0, is_frozen) for name, one in factors.items()})
     for layer in attach_parts(parts, known):
         layer.switch_on(model.device, model.dtype)
     return parts

@@ -1,5 +1,6 @@
 """convert_lora.py and merge_lora.py through their command lines."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import convert_lora
 import merge_lora
 from frame_pack.files import load_dit as load_framepack
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
+from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.metadata import model_hashes, save_network
@@ -29,8 +31,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), dict(file.metadata() or {})
 
 
-def convert(source: Path, output: Path, target: str) -> None:
-    convert_lora.main(["--input", str(source), "--output", str(output), "--target", target])
+def convert(source: Path, output: Path, target: str, *more: str) -> None:
+    convert_lora.main(["--input", str(source), "--output", str(output), "--target", target, *more])
 
 
 @pytest.fixture
@@ -195,3 +197,123 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
     assert patch.unused() == []
     changed = [name for name, tensor in state.items() if not torch.equal(merged[name].to(dtype), tensor)]
     assert len(changed) == len(own.layers) == 2 * 12 + 3 * 5
+
+
+QKV = "diffusion_model.double_blocks.3.img_attn.qkv"  # of FLUX.1, HunyuanVideo or FLUX.2 (klein 4B)
+
+
+def write_qkv(path: Path) -> Path:
+    factors = {"lora_A.weight": torch.ones(1, 3072), "lora_B.weight": torch.ones(9216, 1)}
+    save_file({f"{QKV}.{part}": one for part, one in factors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "start"),
+    [
+        ("flux", "transformer.transformer_blocks.3.attn.to_"),
+        ("hunyuan_video", "diffusion_model.double_blocks.3.img_attn_qkv"),
+        ("flux_2", "diffusion_model.double_blocks.3.img_attn.qkv"),
+    ],
+)
+def test_a_file_of_several_possible_models_is_converted_once_its_model_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, start: str
+) -> None:
+    source, output = write_qkv(tmp_path / "x.safetensors"), tmp_path / "y.safetensors"
+    with pytest.raises(CheckpointError, match="can be for hunyuan_video or flux or flux_2.*\n.*--family"):
+        convert(source, output, "comfyui")
+    assert not output.exists()
+
+    with caplog.at_level("INFO"):
+        convert(source, output, "comfyui", "--family", family)
+
+    assert all(name.startswith(start) for name in read(output)[0])
+    assert re.search(rf"model: +{family}\b", caplog.text)
+    assert read_lora(output).families()[0].name == family  # the file says it from now on
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "says"),
+    [
+        ("wan", {}, "flux or flux_2, as its names say, not for wan"),
+        ("hunyuan_image", {"ss_base_model_version": "flux1"}, "for flux, as its metadata say, not"),
+        ("flux_3", {}, "--family flux_3: no such model; there are wan, hunyuan_video"),
+    ],
+)
+def test_a_model_that_a_file_is_not_for_is_refused(
+    tmp_path: Path, family: str, metadata: dict[str, str], says: str
+) -> None:
+    source = write_qkv(tmp_path / "x.safetensors")
+    save_file(load_file(source), source, metadata)
+
+    with pytest.raises((CheckpointError, OptionError), match=says):
+        convert(source, tmp_path / "y.safetensors", "other", "--family", family)
+
+
+def test_joined_factors_stand_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors, changes = dict[str, Tensor](), dict[str, Tensor]()
+    for letter in "kvq":  # as files sorted otherwise have them
+        down, up = torch.randn(1, 6, generator=generator), torch.randn(6, 1, generator=generator)
+        changes[letter] = up @ down
+        name = f"diffusion_model.layers.0.attention.to_{letter}"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "z_image"})
+
+    convert_z_image_lora_to_comfy.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")])
+
+    whole = load_file(tmp_path / "y.safetensors")
+    (up,) = (one for name, one in whole.items() if name.endswith("lora_up.weight"))
+    (down,) = (one for name, one in whole.items() if name.endswith("lora_down.weight"))
+    assert [row.nonzero().flatten().tolist() for row in up[::6]] == [[0], [1], [2]]
+    torch.testing.assert_close(up @ down, torch.cat([changes[letter] for letter in "qkv"]))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_frozen"),
+    [
+        ({"ss_network_module": "networks.lora_ltx2"}, True),  # musubi-tuner's fork
+        ({"ss_dora_scale_format": "comfy_weight_norm"}, True),
+        ({"ss_network_module": "networks.lora_ltx2", "reelsmith_layout": "x"}, False),
+        ({}, False),
+    ],
+)
+def test_doras_that_others_wrote_for_comfyui_are_read_as_there(
+    tmp_path: Path, metadata: dict[str, str], is_frozen: bool
+) -> None:
+    name = "transformer_blocks.0.attn1.to_q"
+    weight, numbers = torch.arange(48.0).sin().view(8, 6), torch.arange(8.0)[:, None]
+    down, up, scale = torch.full((1, 6), 0.3), numbers / 8, 0.5 + numbers
+    tensors = {"lora_A.weight": down, "lora_B.weight": up, "dora_scale": scale}
+    path = tmp_path / "x.safetensors"
+    save_file({f"diffusion_model.{name}.{part}": one for part, one in tensors.items()}, path, metadata)
+
+    found = LoraPatch([LoraUse(read_lora(path), 0.5)])(f"{name}.weight", weight)
+
+    new = weight + up @ down
+    norms = (weight if is_frozen else new).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found, weight + 0.5 * (new * scale / norms - weight))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "says"),
+    [
+        ("LoRA", ["--dit", "{dit}"], "is no DoRA by output, so that --target other needs no model"),
+        ("DoRA", ["--dit", "{dit}", "--target", "default"], "is a DoRA of this form already"),
+        ("for ComfyUI", ["--target", "diffusers"], "in ComfyUI's form, .*\n.*Add --dit"),
+    ],
+)
+def test_a_model_for_nothing_and_a_missing_one_are_refused(
+    tmp_path: Path, kind: str, more: list[str], says: str
+) -> None:
+    factors = {"lora_A.weight": torch.ones(1, 4), "lora_B.weight": torch.ones(4, 1)}
+    factors |= {} if kind == "LoRA" else {"dora_scale": torch.ones(4, 1)}
+    metadata = {"ss_dora_scale_format": "comfy_weight_norm"} if kind == "for ComfyUI" else {}
+    source, dit = tmp_path / "x.safetensors", tmp_path / "dit.safetensors"
+    save_file(
+        {f"diffusion_model.blocks.0.ffn.0.{part}": one for part, one in factors.items()}, source, metadata
+    )
+    save_file({"blocks.0.ffn.0.weight": torch.ones(4, 4)}, dit)
+
+    with pytest.raises((CheckpointError, OptionError), match=says):
+        convert(source, tmp_path / "y.safetensors", "other", *(word.format(dit=dit) for word in more))

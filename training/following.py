@@ -44,9 +44,11 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 BAKED_RANK = 64  # of a plain LoRA made of a DoRA, whose change is of full rank
 DORA_ELSEWHERE = (
-    "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 14 % differently, musubi-tuner and "
-    "sd-scripts leave its magnitudes out: they need a plain LoRA."
+    "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 24 % differently, unless "
+    "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
+    "out: they need a plain LoRA."
 )
+FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 # options of a generation -> names of a sample's values
@@ -155,6 +157,7 @@ class NextSteps:
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
         title, end, note = f"Convert the LoRA for {self.converted_for}", self.converted_for.lower(), ""
+        end = end if end.isalpha() else "converted"
         words = ["--target", "other" if self.converted_for else "default"]
         if self.is_dora:
             title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
@@ -163,6 +166,9 @@ class NextSteps:
             texts = {option.name: option.text for option in self.given}
             dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
+        elif self.options.network is not None and self.converted_for != "ComfyUI":
+            is_factored = self.options.network.network_module in FACTORED
+            words += ["--bake", str(BAKED_RANK)] if is_factored else []
         files = ["--input", str(file), "--output", str(file.with_name(f"{file.stem}_{end}.safetensors"))]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 

@@ -3,16 +3,18 @@
 from networks.names.layouts import (
     BEFORE_REST,
     IN_DIFFUSERS,
+    IN_TWO_STREAMS,
     OF_LANGUAGE_MODEL,
     REST,
     SWAPPED,
     FamilyNames,
+    Sides,
     WeightPart,
     each,
     renamed_parts,
     stacked_parts,
 )
-from networks.names.video import BLOCK_ALIASES, BLOCK_PARTS
+from networks.names.video import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_PARTS, BLOCK_SIDES
 
 # FLUX.1 and Chroma as Black Forest Labs publish them; ComfyUI and sd-scripts use these names. Chroma has no
 # modulation layers and no embedding of time, pooled text and guidance, but `distilled_guidance_layer`; its
@@ -75,8 +77,11 @@ FLUX = FamilyNames(
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
-    depths=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
-    width=3072,
+    sides=(
+        *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 4, 1), ("_mlp.2", 1, 4)),
+        *(("_mod.lin", 6, 1), (".modulation.lin", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),
+    ),
+    released=((3072, (("double_blocks", 19), ("single_blocks", 38))),),
 )
 
 # FLUX.2 as Black Forest Labs publish it, which ComfyUI has too
@@ -132,8 +137,15 @@ FLUX_2 = FamilyNames(
         for x, word in (("q", "query"), ("k", "key"))
     ),
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
-    # FLUX.1's are 7, 5, 4 and 4
-    ratios=(("_linear1", 9), ("_linear2", 4), ("_mlp_0", 6), ("_mlp_2", 3)),
+    lokr_in_diffusers=True,
+    sides=(
+        *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 6, 1), ("_mlp.2", 1, 3)),
+        *((".linear1", 9, 1), (".linear2", 1, 4)),
+    ),
+    released=tuple(  # dev, klein 9B, klein 4B
+        (width, (("double_blocks", double), ("single_blocks", single)))
+        for width, double, single in ((6144, 8, 48), (4096, 8, 24), (3072, 5, 20))
+    ),
 )
 
 # HunyuanImage-2.1, whose blocks are HunyuanVideo's
@@ -169,8 +181,8 @@ HUNYUAN_IMAGE = FamilyNames(
     underscored=True,
     converted_for="ComfyUI",
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
-    depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
-    width=3584,
+    sides=BLOCK_SIDES,
+    released=((3584, BLOCK_DEPTHS),),
 )
 
 # Lumina-Image-2.0 (NextDiT)
@@ -183,6 +195,7 @@ _LUMINA_BLOCK = (
     *(("ffn_norm1", "ffn_norm1"), ("ffn_norm2", "ffn_norm2")),
 )
 _LUMINA_MODULATED = (("norm1.linear", "adaLN_modulation.1"), ("norm1.norm", "attention_norm1"))
+_LUMINA_SIDES: Sides = ((".w1", 0, 1), (".w2", 1, 0), (".w3", 0, 1))
 _LUMINA_REST = (
     ("x_embedder", "x_embedder"),
     *(
@@ -211,8 +224,8 @@ LUMINA = FamilyNames(
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
     encoders=(("lora_te", OF_LANGUAGE_MODEL),),
-    depths=(("layers", 26),),
-    width=2304,
+    sides=((".qkv", 5 / 3, 1), (".out", 1, 1), *_LUMINA_SIDES),
+    released=((2304, (("layers", 26),)),),
 )
 
 # Qwen-Image, whose own layout is that of diffusers
@@ -234,8 +247,8 @@ QWEN_IMAGE = FamilyNames(
     ),
     is_as_in_diffusers=True,
     versions=("qwen_image", "qwen-image", "qwenimage"),
-    depths=(("transformer_blocks", 60),),
-    width=3072,
+    sides=(*IN_TWO_STREAMS, ("_mod.1", 6, 1)),
+    released=((3072, (("transformer_blocks", 60),)),),
 )
 
 # Z-Image, whose own layout is that of diffusers; ComfyUI has queries, keys and values in one
@@ -273,8 +286,9 @@ Z_IMAGE = FamilyNames(
         *each("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
     ),
     converted_for="ComfyUI",
+    lokr_in_diffusers=True,
     is_as_in_diffusers=True,
     versions=("z_image", "z-image", "zimage"),
-    depths=(("layers", 30),),
-    width=3840,
+    sides=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *_LUMINA_SIDES),
+    released=((3840, (("layers", 30),)),),
 )

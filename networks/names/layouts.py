@@ -39,6 +39,17 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
+Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
+# (width of a block, {list of blocks in our layout: how many it has}) of published models
+Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+# of blocks with two streams in diffusers' layout
+IN_TWO_STREAMS: Sides = (
+    *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
+    *((f".add_{x}_proj", 1, 1) for x in "qkv"),
+    *((".net.0.proj", 4, 1), (".net.2", 1, 4)),
+)
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
@@ -51,11 +62,13 @@ class FamilyNames:
     joined: tuple[WeightPart, ...] = ()
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
-    # the tool that reads LoRAs whole only once they are converted; "": all read them as they are saved
+    # the tools that read LoRAs whole only once they are converted; "": all read them as they are saved
     converted_for: str = ""
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
+    # whether diffusers reads LoKrs under the names that ComfyUI reads
+    lokr_in_diffusers: bool = False
     # whether our paths are those of diffusers; then `aliases` are another layout's
     is_as_in_diffusers: bool = False
     # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""
@@ -71,16 +84,10 @@ class FamilyNames:
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
-    # of the published models, by which families with equal names in diffusers' layout are told apart: how
-    # many blocks lists of that layout have, and the width of a block
-    depths: tuple[tuple[str, int], ...] = ()
-    width: int = 0
-    text_width: int = (
-        0  # of what its cross-attention takes, by which families with equal names are told apart
-    )
-    # (end of an underscored name, how many times as long one side of the weight is as the other), by which
-    # another family with equal names in our layout is told apart
-    ratios: tuple[tuple[str, int], ...] = ()
+    # by which families with equal names are told apart: (end of our path, rows and columns of the weight in
+    # widths of a block; 0: not told), and the published models. Of U-Nets the width is that of the texts.
+    sides: Sides = ()
+    released: Released = ()
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, each
+from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, each
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
@@ -87,6 +87,7 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
 
 
 _SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *ADDED)
+_OF_TEXTS: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
 
 
 SD1 = FamilyNames(
@@ -99,7 +100,8 @@ SD1 = FamilyNames(
     takes=("sd2",),  # by names; sizes tell them apart
     encoders=(("lora_te", OF_CLIP),),
     written_version="sd_v1",
-    text_width=768,
+    sides=_OF_TEXTS,
+    released=((768, ()),),
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
@@ -109,7 +111,7 @@ SD2 = replace(
     architecture="stable-diffusion-v2",
     takes=("sd1",),
     written_version="sd_v2",
-    text_width=1024,
+    released=((1024, ()),),
     versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
 )
 SDXL = FamilyNames(
@@ -121,7 +123,8 @@ SDXL = FamilyNames(
     is_as_in_diffusers=True,
     always_underscored="aliases",
     written_version="sdxl_base_v1-0",
-    text_width=2048,
+    sides=_OF_TEXTS,
+    released=((2048, ()),),
     versions=("sdxl", "stable-diffusion-xl"),
 )
 # the paths of our own classes -> the published ones; a class of transformers has the published ones already

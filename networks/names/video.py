@@ -5,9 +5,11 @@ import re
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from networks.names.layouts import (
     IN_DIFFUSERS,
+    IN_TWO_STREAMS,
     REST,
     SWAPPED,
     FamilyNames,
+    Sides,
     WeightPart,
     each,
     renamed_parts,
@@ -141,6 +143,11 @@ BLOCK_PARTS = (
     *renamed_parts("context_embedder.", "txt_in.", _DIFFUSERS_TEXT),
     WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
 )
+BLOCK_SIDES: Sides = (
+    *(("_attn_qkv", 3, 1), ("_attn_proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)),
+    *(("_mod.linear", 6, 1), (".modulation.linear", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),
+)
+BLOCK_DEPTHS = (("double_blocks", 20), ("single_blocks", 40))
 # tensors of a whole model as ComfyUI repackages it -> the published ones. Source: files of Comfy-Org.
 COMFYUI_TENSORS = (
     (r"(time_in|guidance_in|txt_in\.t_embedder)\.in_layer\.(\w+)", r"\1.mlp.0.\2"),
@@ -164,8 +171,8 @@ HUNYUAN_VIDEO = FamilyNames(
     (*BLOCK_PARTS, *renamed_parts("", "", _DIFFUSERS_REST)),
     further=each("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
     converted_for="ComfyUI",
-    depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
-    width=3072,
+    sides=BLOCK_SIDES,
+    released=((3072, BLOCK_DEPTHS),),
 )
 
 # whose own layout is that of diffusers
@@ -182,6 +189,12 @@ FRAMEPACK = FamilyNames(
     start=IN_DIFFUSERS,
     converted_for="diffusers",
     is_as_in_diffusers=True,
+    sides=(
+        *IN_TWO_STREAMS,
+        *((".norm1.linear", 6, 1), (".norm1_context.linear", 6, 1), (".norm.linear", 3, 1)),
+        *((".proj_mlp", 4, 1), (".proj_out", 1, 5)),
+    ),
+    released=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
 )
 
 # LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms
@@ -267,6 +280,7 @@ LTX_2 = FamilyNames(
     "ltx_2",
     "ltx-2",
     _LTX_ALIASES,
+    converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     versions=("ltx2", "ltx-2", "ltx_2"),
     optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
     optional_words="the sound, which this run is without",

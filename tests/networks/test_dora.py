@@ -125,7 +125,7 @@ def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
     theirs.save_lora_adapter(tmp_path, weight_name="dora.safetensors")
     path = tmp_path / "dora.safetensors"
     if target is not None:
-        convert_file(path, tmp_path / "converted.safetensors", target)
+        convert_file(path, tmp_path / "converted.safetensors", target, "hunyuan_video")
         path = tmp_path / "converted.safetensors"
         assert any("linear1" in name for name in load_file(path))
 

@@ -293,7 +293,7 @@ def test_parts_of_fused_weights_are_put_together_with_their_ranks_alphas_and_bia
     targets = r".*\.(to_q|to_v|add_k_proj|proj_mlp)"
     file = tmp_path / "lora.safetensors"
     path = saved_by_diffusers(theirs, file, targets, 3, lora_bias=True, **patterns)
-    convert_file(path, tmp_path / "fused.safetensors", "default")
+    convert_file(path, tmp_path / "fused.safetensors", "default", "hunyuan_video")
 
     add_lora(dit, tmp_path / "fused.safetensors")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hunyuan_model.checkpoints import load_dit
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
@@ -182,7 +183,7 @@ def test_there_and_back_through_diffusers_is_the_same_lora(tmp_path: Path) -> No
     cut = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
     save_file({name: tensor.clone() for name, tensor in cut.items()}, tmp_path / "cut.safetensors")
 
-    convert_file(tmp_path / "cut.safetensors", tmp_path / "back.safetensors", "default")
+    convert_file(tmp_path / "cut.safetensors", tmp_path / "back.safetensors", "default", "hunyuan_video")
 
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == network.state_dict().keys()
@@ -258,7 +259,7 @@ def test_a_whole_and_a_part_of_other_heights_are_refused(
     ("family", "part", "targets"),
     [
         ("flux_2", "transformer_blocks.0.attn.to_k", ("default", "diffusers")),
-        ("z_image", "layers.0.attention.to_k", ("other", "default", "diffusers")),
+        ("z_image", "layers.0.attention.to_k", ("joined", "default", "diffusers")),
     ],
 )
 def test_parts_that_a_file_never_had_do_not_come_out_of_the_whole(
@@ -270,7 +271,10 @@ def test_parts_that_a_file_never_had_do_not_come_out_of_the_whole(
     save_file(tensors, source, {"ss_base_model_version": family})
 
     for target in targets:
-        convert_file(source, tmp_path / f"{target}.safetensors", target)
+        if target == "joined":
+            convert_z_image_lora_to_comfy.main([str(source), str(tmp_path / "joined.safetensors")])
+        else:
+            convert_file(source, tmp_path / f"{target}.safetensors", target)
         source = tmp_path / f"{target}.safetensors"
 
     whole = load_file(tmp_path / f"{targets[0]}.safetensors")

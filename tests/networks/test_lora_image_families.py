@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, ZImagePipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
+import tests.z_image.making as z_image
 from flux.files import load_dit
 from flux.spec import CHROMA_DIT, FLUX_DIT
 from hunyuan_image.configs import DIT as HUNYUAN_IMAGE_DIT
@@ -411,3 +413,48 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
     }
     _, learning = network("flux", "CLIP-L", []).parameter_groups(1.0, text_encoder_lr=[0.0])
     assert learning == ["unet"]  # a rate of 0: not trained
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "target"),
+    [
+        *(("flux_2", kind, "diffusers") for kind in ("LoKr", "whole LoKr", "LoRA")),
+        ("flux_2", "LoRA", "as saved"),
+        *(("z_image", kind, target) for kind in ("LoKr", "LoRA") for target in ("diffusers", "other")),
+    ],
+)
+@torch.no_grad()
+def test_pipelines_make_of_a_file_what_is_made_of_it_here(
+    tmp_path: Path, family: str, kind: str, target: str
+) -> None:
+    """The table of docs/generation.md, "What other tools read"."""
+    made: Any = flux_2 if family == "flux_2" else z_image
+    state, generator, tensors = made.tiny_state(), torch.Generator().manual_seed(3), dict[str, Tensor]()
+    for name, weight in state.items():
+        if name.endswith(".weight") and weight.ndim == 2 and re.search(r"(blocks|layers)\.\d", name):
+            rows, columns = weight.shape
+            shapes = {"lora_down.weight": (2, columns), "lora_up.weight": (rows, 2)}
+            if kind != "LoRA":
+                low = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
+                whole = {"lokr_w2": (rows // 2, columns // 2)}
+                shapes = {"lokr_w1": (2, 2), **(whole if "whole" in kind else low)}
+            module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            for part, shape in shapes.items():
+                tensors[f"{module}.{part}"] = 0.2 * torch.randn(shape, generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(3.0)
+    path = tmp_path / "saved.safetensors"
+    save_file(tensors, path, named(family) or None)
+    patch, ours, theirs = LoraPatch([LoraUse(read_lora(path))]), made.tiny_model(), made.in_diffusers(state)
+    ours.load_state_dict({name: patch(name, weight) for name, weight in ours.state_dict().items()})
+    given = made.tiny_inputs()
+    plain = made.predict_with(theirs, given)
+    if target != "as saved":
+        convert_file(path, path := tmp_path / "there.safetensors", target)
+
+    pipeline = Flux2Pipeline if family == "flux_2" else ZImagePipeline
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline(scheduler, *[None] * 3, transformer=theirs).load_lora_weights(load_file(path))
+
+    here, there = ours(**given), made.predict_with(theirs, given)
+    assert float((here - plain).abs().max()) > 0.01 * float(plain.abs().max())
+    assert float((here - there).abs().max()) <= 1e-4 * float(there.abs().max())

@@ -17,7 +17,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
 from networks.apply import LIKELY_MODEL
-from networks.key_formats import family_of, module_of_tensor, to_native
+from networks.deltas import group_by_module
+from networks.key_formats import families_of, module_of_tensor, to_native
 from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import FamilyNames, tensor_patterns
@@ -180,15 +181,16 @@ def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[st
     assert choose_family(names, family.name) is family
 
 
-@pytest.mark.parametrize(("width", "name"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (64, "sd1")])
-def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("width", "names"), [(768, ["sd1"]), (1024, ["sd2"]), (2048, ["sdxl"]), (64, ["sd1", "sdxl", "sd2"])]
+)
+def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, names: list[str]) -> None:
     factors = {"lora_down.weight": torch.zeros(2, width), "lora_up.weight": torch.zeros(320, 2)}
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 
-    family = family_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
+    found = families_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
 
-    assert family is not None
-    assert family.name == name
+    assert [family.name for family in found] == names
 
 
 _LAYER = "encoder.layers.3.self_attn.q_proj"
@@ -229,5 +231,89 @@ def test_text_encoders_have_the_names_of_the_family(family: str, theirs: str, ou
 def test_damaged_factors_tell_no_family_by_their_sizes(shapes: dict[str, tuple[int, int]]) -> None:
     factors = {f"lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
 
-    assert family_of({"lora_unet_single_blocks_0_linear2": factors}) is HUNYUAN_VIDEO
-    assert family_of({"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": factors}) is SD1
+    for module, known in (
+        ("single_blocks_0_linear2", {HUNYUAN_VIDEO, FLUX, FLUX_2, HUNYUAN_IMAGE}),
+        ("down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", {SD1, SD2, SDXL}),
+    ):
+        assert set(families_of({f"lora_unet_{module}": factors})) == known
+
+
+RELEASED = {
+    "flux": "flux1-dev-dit flux1-dev-dit-diffusers chroma1-dit",
+    "flux_2": "flux2-dev-dit flux2-klein-4b-dit flux2-klein-4b-dit-diffusers flux2-klein-9b-dit",
+    "hunyuan_video": "hunyuanvideo-t2v-dit hunyuanvideo-t2v-dit-comfy skyreels-v1-i2v",
+    "hunyuan_image": "hunyuanimage2.1-dit",
+    "framepack": "framepack-dit",
+    "lumina": "lumina2-dit",
+    "qwen_image": "qwen-image-dit",
+    "z_image": "z-image-dit z-image-dit-comfy",
+    "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",
+    "ltx_2": "ltx2.3-dit-diffusers",
+}
+SOME = {
+    "all": ".*",
+    "blocks 7 and 20": r".*\.(7|20)\..*",
+    "blocks 17 to 23": r".*\.(17|18|19|20|21|22|23)\..*",
+    "the first five": r".*s\.[0-4]\..*",
+    "attention": r".*att.*",
+    "attention of 3": r".*s\.3\..*att.*",
+    "feed-forward": r".*(mlp|ff|ffn|feed_forward).*",
+}
+MANY = 100
+# models of other families with the same names and sizes in such a file
+ALIKE = {
+    ("flux", "flux1-dev-dit"): {"hunyuan_video", "flux_2"},
+    ("flux", "flux1-dev-dit-diffusers"): {"hunyuan_video", "framepack"},
+    ("flux", "chroma1-dit"): {"hunyuan_video", "flux_2"},
+    ("framepack", "framepack-dit"): {"hunyuan_video", "flux"},
+    ("hunyuan_video", "hunyuanvideo-t2v-dit-comfy"): {"flux", "flux_2"},
+    # of attention alone
+    ("flux_2", "flux2-klein-4b-dit"): {"hunyuan_video", "flux"},
+    ("hunyuan_video", "hunyuanvideo-t2v-dit"): {"flux", "flux_2"},
+    ("hunyuan_video", "skyreels-v1-i2v"): {"flux", "flux_2"},
+    ("qwen_image", "qwen-image-dit"): {"hunyuan_video", "framepack", "flux", "flux_2"},
+}
+
+
+def rank_one(kind: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    def hollow(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    if kind == "LoHa":
+        return {
+            f"hada_w{n}_{x}": hollow(rows, 1) if x == "a" else hollow(1, columns) for n in "12" for x in "ab"
+        }
+    if kind == "LoKr" and not rows % 4 and not columns % 4:
+        return {"lokr_w1": hollow(4, 4), "lokr_w2": hollow(rows // 4, columns // 4)}
+    return {"lora_A.weight": hollow(1, columns), "lora_B.weight": hollow(rows, 1)}
+
+
+@pytest.mark.parametrize("some", SOME)
+@pytest.mark.parametrize(
+    ("family", "manifest"), [(name, one) for name, manifests in RELEASED.items() for one in manifests.split()]
+)
+def test_a_file_without_metadata_is_told_by_names_sizes_and_numbers_of_blocks(
+    family: str, manifest: str, some: str
+) -> None:
+    shapes = {
+        re.sub(r"^model\.(model|diffusion_model)\.", "", name).removesuffix(".weight"): shape
+        for name, (_, shape) in tensor_list(manifest).items()
+        if name.endswith(".weight") and len(shape) == 2 and re.fullmatch(SOME[some], name)
+    }
+    found = []
+    for kind in ("LoRA", "LoHa", "LoKr")[: len(shapes) and (1 if len(shapes) > MANY else 3)]:
+        tensors = {
+            f"diffusion_model.{path}.{part}": one
+            for path, (rows, columns) in shapes.items()
+            for part, one in rank_one(kind, rows, columns).items()
+        }
+        native = to_native(tensors).tensors
+        assert len(native) == len(tensors)
+        found.append({one.name for one in families_of(group_by_module(native))})
+
+    for names in found:
+        assert names == found[0]
+        assert family in names
+        assert names <= {family} | ALIKE.get((family, manifest), set())
+    is_for_sure = (some == "all" and family != "framepack") or (family, manifest) not in ALIKE
+    assert not (is_for_sure and found) or found[0] == {family}

@@ -78,8 +78,8 @@ def text_places(prefix: str, state: Mapping[str, Tensor]) -> Places:
 def read(file: Mapping[str, Tensor], places: Places, state: Mapping[str, Tensor]) -> Read:
     """Return what a file adds to the tensors of a model.
 
-    For DoRA the weight is given its new norms as published, from the norms of the changed weight: what
-    ComfyUI does there is no question of names.
+    DoRA by output goes by the norms of the frozen weight, by input by those of the changed one, each for the
+    rows that the name stands for.
     """
     found, used = Read(), set[str]()
     for name, (target, rows) in places.items():
@@ -91,9 +91,10 @@ def read(file: Mapping[str, Tensor], places: Places, state: Mapping[str, Tensor]
         total = found.changes.setdefault(target, torch.zeros_like(state[target]))
         part = slice(0, len(total)) if rows is None else rows
         if "dora_scale" in own:
-            new = state[target][part] + change
-            kept = 0 if len(own["dora_scale"]) == len(new) else 1
-            change = new / new.norm(dim=1 - kept, keepdim=True) * own["dora_scale"] - state[target][part]
+            old, new = state[target][part], state[target][part] + change
+            is_by_output = len(own["dora_scale"]) == len(new)
+            norms = old.norm(dim=1, keepdim=True) if is_by_output else new.norm(dim=0, keepdim=True)
+            change = new * (own["dora_scale"] / norms) - old
         total[part] += change.reshape(total[part].shape)
     found.unread = file.keys() - used
     return found
@@ -135,7 +136,6 @@ class Model:
     there: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # under those of ComfyUI
     is_hunyuan: bool = False
     parts: Callable[[Mapping[str, Tensor]], Places] = lambda state: {}
-    joins: bool = False  # queries, keys and values: only LoRAs and DoRAs of these can be joined
 
 
 def flux_parts(state: Mapping[str, Tensor]) -> Places:
@@ -150,6 +150,20 @@ def flux_parts(state: Mapping[str, Tensor]) -> Places:
     return found
 
 
+def z_image_parts(state: Mapping[str, Tensor]) -> Places:
+    """Released names, which ComfyUI takes for Z-Image too: q, k and v are rows of one weight."""
+    found = Places()
+    for name, weight in state.items():
+        path = name.removesuffix(".weight")
+        if path.endswith(".qkv"):
+            rows = len(weight) // 3
+            places = {f"to_{x}": slice(n * rows, (n + 1) * rows) for n, x in enumerate("qkv")}
+            found |= {f"diffusion_model.{path[:-3]}{x}": (name, place) for x, place in places.items()}
+        elif path.endswith("attention.out"):
+            found[f"diffusion_model.{path[:-3]}to_out.0"] = name, None
+    return found
+
+
 MODELS = {
     "wan": Model(wan_dit.tiny_state("i2v")),
     "hunyuan_video": Model(hunyuan_dit.tiny_state(), hunyuan_dit.comfy_state, is_hunyuan=True),
@@ -160,7 +174,7 @@ MODELS = {
     "flux_2": Model(flux_2.tiny_state()),
     "ltx_2": Model(dit_state()),
     "qwen_image": Model(qwen_image.tiny_state()),
-    "z_image": Model(z_image.tiny_state(), z_image.comfy_state, joins=True),
+    "z_image": Model(z_image.tiny_state(), z_image.comfy_state, parts=z_image_parts),
 }
 
 
@@ -208,8 +222,9 @@ def write_lora(path: Path, kind: str, state: Mapping[str, Tensor], version: str,
     save_file(tensors, path, {"ss_base_model_version": version})
 
 
-def convert(source: Path, output: Path) -> None:
-    convert_lora.main(["--input", str(source), "--output", str(output), "--target", "other"])
+def convert(source: Path, output: Path, *more: object, target: str = "other") -> None:
+    words = ("--input", source, "--output", output, "--target", target, *more)
+    convert_lora.main([str(word) for word in words])
 
 
 @pytest.mark.parametrize(
@@ -218,6 +233,7 @@ def convert(source: Path, output: Path) -> None:
     [
         *((name, "LoRA") for name in MODELS),
         *((name, kind) for name in ("flux", "z_image") for kind in KINDS[1:]),
+        *((name, "DoRA") for name in ("hunyuan_image", "lumina", "ltx_2")),
     ],
 )
 def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str, kind: str) -> None:
@@ -225,14 +241,12 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
     write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "saved.safetensors"))])
     expected = {key: patch(key, one) - one for key, one in model.state.items()}
-    if model.joins and kind not in {"LoRA", "DoRA"}:
-        lost = [key for key in model.state if key.endswith(("to_q.weight", "to_k.weight", "to_v.weight"))]
-        assert all(expected[key].any() for key in lost if ".0." in key)
-        expected |= {key: torch.zeros_like(expected[key]) for key in lost}
+    frozen = ["--dit", tmp_path / "dit.safetensors"] if kind == "DoRA" else []
+    save_file(dict(model.state), tmp_path / "dit.safetensors")
 
-    convert(tmp_path / "saved.safetensors", tmp_path / "other.safetensors")
+    convert(tmp_path / "saved.safetensors", tmp_path / "other.safetensors", *frozen)
 
-    places = places_of(model.there(model.state), model.is_hunyuan, model.parts(model.state))
+    places = places_of(model.there(model.state), model.is_hunyuan, model.parts(model.there(model.state)))
     found = read(load_file(tmp_path / "other.safetensors"), places, model.there(model.state))
     assert found.unread == set()
     for key, change in model.there(expected).items():
@@ -243,6 +257,24 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
     for key, one in model.state.items():
         torch.testing.assert_close(again(key, one) - one, expected[key], rtol=1e-4, atol=2e-5)
     assert again.unused() == []
+    if kind == "DoRA":
+        convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", *frozen, target="default")
+        saved, back = load_file(tmp_path / "saved.safetensors"), load_file(tmp_path / "back.safetensors")
+        for key, one in saved.items():
+            if key.endswith("dora_scale"):
+                torch.testing.assert_close(back[key], one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_some_models_need_a_conversion(tmp_path: Path, name: str) -> None:
+    """The table of docs/generation.md, "What other tools read"."""
+    model = MODELS[name]
+    write_lora(tmp_path / "saved.safetensors", "LoRA", model.state, name, "0.")
+
+    there = model.there(model.state)
+    found = read(load_file(tmp_path / "saved.safetensors"), places_of(there, model.is_hunyuan), there)
+
+    assert (found.unread == set()) == (name not in {"hunyuan_video", "hunyuan_image", "z_image"})
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_the_alpha_counts_wherever_a_file_has_it(
         assert ("alpha 16" in str(describe_lora(checkpoint))) == (alpha == 16)
     # a conversion writes the strength for good, and nothing that could count twice
     other = path.with_name("other.safetensors")
-    convert_lora.main(["--input", str(path), "--output", str(other), "--target", "other"])
+    convert_lora.main(["--input", str(path), "--output", str(other), "--target", "other", "--family", "flux"])
     check(model, other, {"single_blocks.0.linear2": wanted})
 
 

@@ -13,6 +13,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.families import FAMILIES
 from modules.options import read_options
 from modules.parser import add_options
+from networks.names.video import LTX_2
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.learning_options import WholeDitOptions
@@ -184,6 +185,17 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
     baked = ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
     assert words_of(command)[2:] == [*files, *baked]
     assert "ComfyUI takes it" in command.note
+
+
+@pytest.mark.parametrize(("module", "more"), [("networks.lora_wan", []), ("networks.lokr", ["--bake", "64"])])
+def test_tools_besides_comfyui_get_what_they_read(tmp_path: Path, module: str, more: list[str]) -> None:
+    steps = next_steps(tmp_path, ["--network_module", module])
+
+    *_, command = replace(steps, converted_for=LTX_2.converted_for).commands(None, is_finished=True)
+
+    files = [str(tmp_path / f"x{end}.safetensors") for end in ("", "_converted")]
+    assert words_of(command)[2:] == ["--input", files[0], "--output", files[1], "--target", "other", *more]
+    assert command.title.startswith("Convert the LoRA for diffusers, LTX-2's own pipelines")
 
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
