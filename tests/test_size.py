@@ -29,7 +29,7 @@ BUDGET = {
     "ltx_2": (3840, 17),
     "lumina": (1270, 9),
     "modules": (19750, 105),
-    "networks": (8900, 43),
+    "networks": (9250, 43),
     "package": (380, 6),
     "post": (7560, 38),
     "project": (490, 4),
@@ -37,11 +37,11 @@ BUDGET = {
     "scripts": (1430, 66),
     "stable_diffusion": (7040, 29),
     "tools": (230, 8),
-    "training": (12470, 54),
+    "training": (12480, 54),
     "wan": (3510, 17),
     "z_image": (590, 6),
 }
-TESTS = 89420  # lines
+TESTS = 89730  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (163, 1114), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05
