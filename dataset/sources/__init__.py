@@ -17,4 +17,5 @@ rows: turn rows of lists and tables into sources
 sound: the sound of clips: its file, seconds, faults
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
+unread: columns of lists and tables that nothing reads
 """
