@@ -17,7 +17,7 @@ factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 key_formats: dialects of tensor names: recognise, bring into ours
-leftovers: what a LoRA file holds beside what is used, in words
+leftovers: what a LoRA file holds that is not used
 loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
 lora_network: the LoRAs of a training, in DiT and encoders
@@ -32,7 +32,7 @@ own_kinds: our network modules by name, their kinds and settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
-rewriting: forms of other programs as the usual ones, before names are read
+rewriting: arrangements of other programs into usual ones
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs

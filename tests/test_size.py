@@ -17,7 +17,7 @@ BUDGET = {
     "blissful_tuner": (3560, 21),
     "browser": (2890, 14),
     "data_tools": (6190, 30),
-    "dataset": (13020, 54),
+    "dataset": (13030, 54),
     "downloads": (760, 6),
     "encoders": (3880, 16),
     "flux": (1670, 12),
@@ -43,7 +43,7 @@ BUDGET = {
 }
 TESTS = 89730  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
-WAYS = {"one clip, cache and train": (166, 1140), "one prompt with a LoRA": (100, 656)}
+WAYS = {"one clip, cache and train": (166, 1140), "one prompt with a LoRA": (104, 668)}
 GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 NAMED = re.compile(r"^(\w+/?): (.+)$", re.MULTILINE)  # a file or room, and what it is for
