@@ -83,6 +83,8 @@ _ENDINGS = {
     ".lora_A.weight": "lora_down.weight",
     ".lora_B.weight": "lora_up.weight",
     ".lora_B.bias": "lora_up.bias",
+    **{f".lora_{x}": f"lora_{x}.weight" for x in ("down", "up")},  # parameters, no modules
+    **{f".lora_{x}": f"lora_{part}.weight" for x, part in (("A", "down"), ("B", "up"))},
     ".lora.down.weight": "lora_down.weight",
     ".lora.up.weight": "lora_up.weight",
     ".lora_linear_layer.down.weight": "lora_down.weight",

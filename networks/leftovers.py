@@ -1,5 +1,6 @@
 """Tensors of a LoRA file that a reader or a model has no use for, sorted by what they are."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ NOT_KNOWN = (
     "give a LoRA for this model."
 )
 _OF_WORDS = ("emb_params", "bundle_emb", "string_to_param")  # embeddings of words, in several programs' files
+_IN_PEFT = re.compile(
+    r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$"
+)  # behind a module's path
 _LEAVES = (".weight", ".bias")
 
 
@@ -44,7 +48,7 @@ def sort_tensors(keys: Iterable[str], family: FamilyNames | None) -> list[Leftov
 
 def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
-    path = bare_path(key.removesuffix(leaf).removesuffix(".base_layer"))
+    path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = replace_dots(path)
     if beside := on_text_side(name if family is None else alias(name, family)):
         return f"are whole weights of {beside}, no changes of them, and are ignored", ""

@@ -135,6 +135,8 @@ Q = "blocks_0_self_attn_q"
     ("key", "native"),
     [
         ("lycoris_blocks_0_self_attn_q.hada_w1_a", f"{Q}.hada_w1_a"),
+        ("transformer.blocks.0.attn1.to_q.lora_B", f"{Q}.lora_up.weight"),
+        ("blocks.0._fsdp_wrapped_module.self_attn.q.magnitude", f"{Q}.dora_scale"),
         ("lycoris_blocks_0_norm3.w_norm", "blocks_0_norm3.diff"),
         ("lycoris_blocks_0_norm3.b_norm", "blocks_0_norm3.diff_b"),
         ("lora_unet__blocks_0_cross_attn_k.lora_up.weight", "blocks_0_cross_attn_k.lora_up.weight"),

@@ -186,16 +186,18 @@ def test_xlabs_factors_are_those_of_both_streams_and_of_single_blocks(model: Pat
 
 
 @pytest.mark.parametrize("place", ["{name}.lora_down.{n}.weight", "{name}_{n}.lora_down.weight"])
-def test_numbered_factors_are_the_parts_of_a_joined_layer(model: Path, place: str) -> None:
+@pytest.mark.parametrize("in_header", [False, True])
+def test_numbered_factors_are_the_parts_of_a_joined_layer(model: Path, place: str, in_header: bool) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors, parts = {f"{name}.alpha": torch.tensor(1.0)}, []
+    tensors, parts = ({} if in_header else {f"{name}.alpha": torch.tensor(1.0)}), []
     for n in range(3):
         down, up = drawn(RANK, WIDTH, seed=n), drawn(WIDTH, RANK, seed=n + 5)
         key = place.format(name=name, n=n)
         tensors |= {key: down, key.replace("down", "up"): up}
         parts.append(product(down, up, 1 / RANK))
 
-    check(model, write(model, tensors), {QKV: np.vstack(parts)})
+    header = {"alpha": "1", "rank": str(RANK)} if in_header else None
+    check(model, write(model, tensors, header), {QKV: np.vstack(parts)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
