@@ -29,7 +29,7 @@ BUDGET = {
     "ltx_2": (3840, 17),
     "lumina": (1270, 9),
     "modules": (19750, 105),
-    "networks": (9250, 43),
+    "networks": (9260, 43),
     "package": (380, 6),
     "post": (7560, 38),
     "project": (490, 4),
