@@ -33,7 +33,7 @@ from training.loss import Trains
 from training.options import TrainingOptions
 from training.run import train_network
 
-LATENT = LatentSpec(channels=3, stride=(1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0)
+LATENT = LatentSpec(3, (1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0, masks_latents=True)
 PATCH = 4 * LATENT.channels  # numbers of a token: 2 x 2 latents
 LEVELS = tuple(0.03 * 500 ** (index / 999) for index in range(1000))  # of noise, up to 15
 
