@@ -149,7 +149,7 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     factors: dict[str, dict[str, Tensor]] = {}
     for key, place in found.items():
         factors.setdefault(OURS + modules[place.path], {})[place.part] = tensors[key]
-    families = families_of(factors, family_hint or told)
+    families = families_of(factors, family_hint or told) if factors else []
     family = families[0] if families else None
     names = {path: OURS + _alias(module, families) for path, module in modules.items()}
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
@@ -230,7 +230,7 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
     label = start.rstrip("_.").replace("lycoris_", "lora_")
     if not label.startswith("lora_te"):
         label = encoders[0][0] if number == 1 else f"lora_te{number}"
-    elif family is None and kind == OF_CLIP and label == "lora_te":
+    elif kind == OF_CLIP and label == "lora_te" and (family is None or len(own) > 1):
         own = [label]  # Stable Diffusion 1 and 2 call their single one so
     if not own and label in dict(encoders) and kind:
         return None  # another encoder than that of this name

@@ -240,9 +240,10 @@ def prefix_of(name: str) -> str:
 def rename_texts(texts: Mapping[str, Tensor], held: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of text encoders under the prefixes that a model has.
 
-    held: these. A model's single or first encoder is `lora_te` in one and `lora_te1` in another.
+    held: these. A model's single or first encoder is `lora_te` in one and `lora_te1` in another; of a model
+    with two CLIPs none is `lora_te`, which is another model's.
     """
-    other = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
+    other = {"lora_te1": "lora_te"} if "lora_te2" in held else {"lora_te": "lora_te1", "lora_te1": "lora_te"}
     changed = {old: new for old, new in other.items() if new in held and old not in held}
     return {
         f"{changed.get(prefix_of(name), prefix_of(name))}{name.removeprefix(prefix_of(name))}": tensor

@@ -148,7 +148,7 @@ def test_a_missing_file_or_a_multiplier_that_is_none_is_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("factors", "module", "reason"),
     [
-        (KINDS["LoRA"], "blocks_7_up", "does not fit this model, which has no"),
+        (KINDS["LoRA"], "blocks_7_up", "cannot be used: its names begin with"),
         (KINDS["LoRA"], "blocks_0_down", r"has \[16, 8\], the model \[8, 16\]"),
         (DORA, "blocks_0_up", "is a DoRA"),
     ],
