@@ -240,7 +240,6 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    session.text_loras = TextLoras(uses[0])
     post: FrameTools | None = None
     if options.post.tools:  # by name, as PostOptions explains
         post = import_own("post.stages").PostTools(options.post.tools, device)
@@ -278,7 +277,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; the transformer is read anew if they change.
+    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
 
     text: numbers separated by commas, one for each LoRA; None: as they are. Raises OptionError if it cannot
     be read.
@@ -296,7 +295,9 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     if numbers == tuple(options.lora.multipliers()):
         return run
     options = replace(options, lora=replace(options.lora, lora_multiplier=numbers))
-    loader = dit_loader(run.family, expert_loras(run.family.experts, options), run.session.device, options)
+    uses = expert_loras(run.family.experts, options, with_texts=True)
+    loader = dit_loader(run.family, uses, run.session.device, options)
+    run.session.free()  # callers hold the old run for as long as the console is open
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 
@@ -313,7 +314,9 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
     aside = loader.aside if blocks is None else None
     if blocks is not None:
         rules = replace(rules, together=True)
-    return Session(family, loader.device, loader, keep, load_aside=aside, rules=rules, blocks=blocks)
+    session = Session(family, loader.device, loader, keep, load_aside=aside, rules=rules, blocks=blocks)
+    session.text_loras = TextLoras(loader.uses[0]) if loader.uses else None
+    return session
 
 
 def make_prompt(run: GenerationRun) -> None:
