@@ -30,7 +30,6 @@ _HUNYUAN: Numbering = (
     ("single_blocks.{n}.", "linear1 linear2 modulation.linear"),
 )
 _LTX_ATTENTION = "{x}.to_q {x}.to_k {x}.to_v {x}.to_gate_logits {x}.to_out.0"
-_LTX_FORWARD = "{x}.net.0.proj {x}.net.2"
 _LTX_BLOCK = (
     *("attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff"),
     *("audio_to_video_attn", "video_to_audio_attn"),
