@@ -26,7 +26,7 @@ from tests.tiny.runs import make_project
 # families whose saved LoRAs a tool reads only once they are converted, as their names say in networks/names
 CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
-    "framepack": "diffusers",
+    **{"framepack": "diffusers", "ltx_2": "converted"},
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
