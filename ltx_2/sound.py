@@ -24,6 +24,7 @@ from ltx_2.vae_checkpoints import STATISTICS, UNUSED
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
+from modules.installation import hide_packages
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +272,8 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
 
 def build_sound_vae(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`."""
-    from diffusers import AutoencoderKLLTX2Audio  # takes seconds to import
+    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+        from diffusers import AutoencoderKLLTX2Audio  # takes seconds to import
 
     network: Any = AutoencoderKLLTX2Audio(**settings)
     return network
@@ -284,7 +286,8 @@ def _rate(settings: Settings, prefix: str = "") -> int:
 
 def build_vocoder(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`; the resampler's filter, which no file has, gets its values."""
-    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
+    with hide_packages("bitsandbytes"):
+        from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 
     network: Any
     if "bwe_in_channels" not in settings:

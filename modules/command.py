@@ -20,6 +20,8 @@ from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.installation import check_requirements, command_words
 
+# loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
+NOISY = ("bitsandbytes.backends.cpu.ops",)
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
@@ -51,6 +53,8 @@ def start_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter(wants_colour(sys.stderr), draws_boxes(sys.stderr), unicode))
     logging.basicConfig(level=level, handlers=[handler])
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def draws_boxes(stream: Any) -> bool:

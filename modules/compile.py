@@ -72,7 +72,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
             f"use one of {public}"
         )
     if choice.backend == INDUCTOR:
-        missing = _missing_for_inductor(device)
+        missing = missing_for_inductor(device)
         if missing:
             raise OptionError(
                 f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and "
@@ -80,7 +80,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
             )
 
 
-def _missing_for_inductor(device: torch.device) -> str:
+def missing_for_inductor(device: torch.device) -> str:
     """Return the missing parts of torch's compiler and how to get them; empty if nothing is known to be
     missing."""
     if device.type == "mps":

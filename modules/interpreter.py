@@ -6,8 +6,8 @@ be readable by older ones. Newer ones are refused too, as they are untested.
 
 import sys
 
-if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit(
-        f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11, 3.12 or 3.13.\n"
+        f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11 to 3.14.\n"
         "Make an environment with one of them: docs/install.md says how."
     )

@@ -60,6 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **{"formatter_class": _HelpFormatter, **settings})  # type: ignore[misc]
+        self.color = False  # Python 3.14 would colour help too, and measure columns with its codes
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)

@@ -55,7 +55,7 @@ FLOORS = {
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
-        {"dressing", "planning", "step_cache"},
+        {"doctor", "dressing", "planning", "step_cache"},
     ),
     "dataset": (
         {"config_keys", "options"},
@@ -120,8 +120,8 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
     "tools": (
-        *("caption_dataset", "compare", "convert_cache", "dataset_report", "download", "run_browser"),
-        "split_video",
+        *("caption_dataset", "compare", "convert_cache", "dataset_report", "doctor", "download"),
+        *("run_browser", "split_video"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

@@ -47,7 +47,7 @@ def test_nothing_of_ours_is_imported_before_the_interpreter_is_checked(script: s
     assert "tomllib" not in before
 
 
-@pytest.mark.parametrize("version", [(3, 10, 13), (3, 14, 0)])
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 15, 0)])
 def test_every_script_names_the_pythons_it_runs_with(version: tuple[int, int, int]) -> None:
     others = f"""
 import runpy, sys
@@ -64,7 +64,7 @@ for script in {FRONT_DOORS!r}:
     said = run_python("-c", others, folder=ROOT).stdout.splitlines()
     number = ".".join(map(str, version))
     assert said == [
-        f"{script} Python {number} ({sys.executable}) is not supported: use 3.11, 3.12 or 3.13."
+        f"{script} Python {number} ({sys.executable}) is not supported: use 3.11 to 3.14."
         for script in FRONT_DOORS
     ]
 
@@ -77,7 +77,7 @@ def test_an_older_python_is_refused_in_two_lines(python: str) -> None:
     for script in FRONT_DOORS:
         done = subprocess.run([python, script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1
-        assert "use 3.11, 3.12 or 3.13." in done.stderr
+        assert "use 3.11 to 3.14." in done.stderr
         assert len(done.stderr.splitlines()) == 2
 
 

@@ -19,6 +19,7 @@ from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.families import FAMILIES
+from modules.installation import hide_packages
 from modules.parser import parse_options
 from modules.text_files import parse_json, read_text
 
@@ -252,7 +253,8 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _packages() -> tuple[Any, Any]:
-    import diffusers  # slow
-    import transformers
+    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+        import diffusers  # slow
+        import transformers
 
     return diffusers, transformers

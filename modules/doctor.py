@@ -1,0 +1,121 @@
+"""Look at the environment: what is installed, on which device it computes, what is missing and what for."""
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from modules.errors import InstallationError
+from modules.installation import check_requirements, read_requirements
+
+_GB = 1 << 30
+FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
+INDEX = "https://pytorch.org/get-started/locally"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one thing is here, and whether Reelsmith can run with it."""
+
+    name: str
+    text: str
+    is_fit: bool = True
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Return what this environment has, a line each. folder: where models and caches would be written."""
+    python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
+    return [Finding("Python", python), *_examine_packages(), *_examine_torch(), _examine_disk(folder)]
+
+
+def _examine_packages() -> Iterator[Finding]:
+    try:
+        check_requirements()
+    except InstallationError as error:
+        yield Finding("packages", " ".join(str(error).split()), is_fit=False)
+        return
+    from packaging.requirements import Requirement  # accelerate brings it
+
+    asked = [Requirement(line) for line in read_requirements()]
+    wrong = [
+        f"{each.name} {version(each.name)} is not {each.specifier}"
+        for each in asked
+        if _is_there(each.name) and not each.specifier.contains(version(each.name), prereleases=True)
+    ]
+    remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
+    told = ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
+    yield Finding("packages", told, is_fit=not wrong)
+    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
+    else:
+        lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+        remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
+        yield Finding("bitsandbytes", lacking + remedy)
+
+
+def _examine_torch() -> Iterator[Finding]:
+    """Yield torch, its device, its compiler and the attention packages; nothing without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    try:
+        import torch
+
+        from modules.attention.attend import BACKENDS
+        from modules.compile import missing_for_inductor
+        from modules.devices import choose_device
+    except Exception as error:  # a build for another system raises OSError, a damaged one anything
+        told = f"cannot be loaded ({type(error).__name__}: {error}). Install it anew: {INDEX}"
+        yield Finding("torch", told, is_fit=False)
+        return
+    device = choose_device(None)
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    yield Finding("torch", f"{torch.__version__}, {built}")
+    if device.type == "cuda":
+        for number in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(number)
+            half = "bf16" if facts.major >= 8 else "fp16 (it computes bf16 slowly)"
+            size = f"{facts.total_memory / _GB:.0f} GB, capability {facts.major}.{facts.minor}"
+            yield Finding(f"GPU {number}", f"{facts.name}, {size}: {half}")
+    else:
+        yield _without_cuda(device.type)
+    missing = missing_for_inductor(device)
+    told = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
+    yield Finding("compile", told)
+    packages = {
+        package.name: importlib.util.find_spec(package.module) is not None
+        for package in (backend.package for backend in BACKENDS.values())
+        if package is not None
+    }
+    there = ["torch's own", *(name for name, has in packages.items() if has)]
+    lacking = ", ".join(name for name, has in packages.items() if not has)
+    told = f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
+    yield Finding("attention", ", ".join(there) + told)
+
+
+def _without_cuda(kind: str) -> Finding:
+    if shutil.which("nvidia-smi") is None:
+        told = "no CUDA device: only small models are trained and sampled in useful time"
+        return Finding("GPU", f"{kind}; {told}" if kind != "cpu" else told)
+    told = (
+        "an NVIDIA driver is installed, but this torch finds no CUDA device: see what nvidia-smi prints, and "
+        f"install the build of torch for CUDA ({INDEX})"
+    )
+    return Finding("GPU", told, is_fit=False)
+
+
+def _examine_disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / _GB
+    few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
+    return Finding("disk", f"{free:.0f} GB free in {folder}{few}")
+
+
+def _is_there(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False

@@ -1,0 +1,32 @@
+"""Tell what this environment has for training and generation, and what each missing thing costs.
+
+All options: python tools/doctor.py --help. Exits with 1 if something must be installed first.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.command import command_line
+from modules.parser import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    Parser(description=__doc__).parse_args(argv)
+
+    from modules.doctor import examine  # it imports torch, if there is one
+
+    findings = examine(Path.cwd())
+    width = max(len(each.name) for each in findings)
+    sys.stdout.writelines(f"{each.name:{width}}  {each.text}\n" for each in findings)
+    if not all(each.is_fit for each in findings):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    command_line(main, needs_packages=False)
