@@ -5,6 +5,8 @@
     python run_tests.py --all       slow tests too
     python run_tests.py tests/wan   one folder
 
+What compares with recorded numbers runs once more with the Python that the environment variable
+REELSMITH_SECOND_PYTHON names, or that of .venv-second: an environment with another torch, made by you.
 Tests that failed beside others run once more, alone: what passes then is named and does not fail the run.
 Further arguments go to pytest.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
+from modules.errors import UserError
 from modules.parser import Parser
 
 # the models are tiny: workers share the cores better than threads
@@ -26,6 +29,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OTHER_PROCESSORS = ({"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"})
 NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_image", "encoders", "networks")
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
+SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
 TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
@@ -47,14 +51,12 @@ def main() -> None:
     is_spread = any(argument.startswith("-n") for argument in chosen)
     # neighbours mostly share what their file sets up
     workers = [] if is_spread else ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
-    runs = [(command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]]
+    runs = [(python, command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]]
     if not chosen and not args.fast:
-        runs += [(["pytest", *workers, *RECORDED], setting) for setting in OTHER_PROCESSORS]
-    failed = [
-        " ".join([*map("=".join, setting.items()), *command])
-        for command, setting in runs
-        if _run(python, command, setting)
-    ]
+        recorded = ["pytest", *workers, *RECORDED]
+        runs += [(python, recorded, setting) for setting in OTHER_PROCESSORS]
+        runs += [(second, recorded, {}) for second in _second_python()]
+    failed = [_typed(*run) for run in runs if _run(*run)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
     if args.fast and not chosen and seconds > MOST_SECONDS:
         failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
@@ -63,8 +65,25 @@ def main() -> None:
         raise SystemExit(1)
 
 
+def _second_python() -> list[Path]:
+    """Return the Python of the environment with another torch, if there is one.
+
+    Raises UserError if the variable names none.
+    """
+    named, inside = os.environ.get(SECOND), "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    python = Path(named) if named else ROOT / ".venv-second" / inside
+    if named and not python.is_file():
+        raise UserError(f"{SECOND}={named}: there is no such file. Name the Python of an environment")
+    return [python] if python.is_file() else []
+
+
+def _typed(python: Path, command: list[str], setting: dict[str, str]) -> str:
+    second = [f"{SECOND}={python}"] if [python] == _second_python() else []
+    return " ".join([*second, *map("=".join, setting.items()), *command])
+
+
 def _run(python: Path, command: list[str], setting: dict[str, str]) -> int:
-    print(f"\n== {' '.join([*map('='.join, setting.items()), *command])}", flush=True)
+    print(f"\n== {_typed(python, command, setting)}", flush=True)
     environment = {**os.environ, **THREADS, **setting, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     code = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
     if command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in command:

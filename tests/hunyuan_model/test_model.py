@@ -79,8 +79,9 @@ def test_without_embedded_guidance_a_distilled_model_is_one_that_has_none() -> N
 
     without = distilled(**inputs, tweaks=Tweaks(embedded_guidance=False))
 
-    assert torch.equal(without, plain(**inputs))
-    assert not torch.equal(without, distilled(**inputs))
+    # the weights lie elsewhere in memory, and by their alignment some kernels sum in another order
+    torch.testing.assert_close(without, plain(**inputs))
+    assert (without - distilled(**inputs)).abs().max() > 1e-3
 
 
 def test_the_mask_may_be_of_truth_values() -> None:
