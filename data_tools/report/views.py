@@ -89,6 +89,7 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":
         return str(debug.debug_mode)
+    reason = "this machine has no display"
     try:
         # the headless build cannot open a window, and without a display OpenCV aborts
         if not sys.platform.startswith("linux") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
@@ -96,8 +97,11 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
             logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
             return WINDOW
     except cv2.error:
-        pass
-    logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
+        reason = (
+            "opencv-python-headless has none. For windows: pip uninstall opencv-python-headless, then pip "
+            "install opencv-python"
+        )
+    logger.info("pictures cannot be shown in a window (%s); writing them to %s", reason, folder)
     return "image"
 
 

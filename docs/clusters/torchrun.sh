@@ -10,7 +10,7 @@ exec torchrun --nnodes "$MACHINES" --nproc-per-node "${CARDS:-gpu}" --max-restar
   --rdzv-backend c10d --rdzv-id "${RUN:-my_lora}" --rdzv-endpoint "$HEAD:${PORT:-29400}" \
   wan_train_network.py --task t2v-1.3B --dit models/wan2.1_t2v_1.3B_bf16.safetensors \
   --dataset_config dataset.toml --sdpa --mixed_precision bf16 --gradient_checkpointing \
-  --network_module networks.lora_wan --network_dim 32 --timestep_sampling shift --discrete_flow_shift 3.0 \
+  --network_module networks.lora_wan --network_dim 32 --network_alpha 16 --timestep_sampling shift --discrete_flow_shift 3.0 \
   --optimizer_type adamw --learning_rate 2e-4 --max_train_epochs 16 --seed 42 \
   --output_dir "${OUTPUT:-output}" --output_name my_lora \
   --save_every_n_steps 200 --save_last_n_steps 400 --save_state --resume latest "$@"

@@ -1,8 +1,10 @@
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import cv2
 import numpy as np
 import pytest
 
@@ -121,13 +123,25 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
 DEBUG = DebugOptions(debug_mode="console", console_width=16, console_back=None, console_num_images=None)
 
 
-def test_pictures_show_frames_from_the_first_to_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("display", "reason"), [("", "this machine has no display"), (":nowhere", "pip install opencv-python")]
+)
+def test_pictures_show_frames_from_the_first_to_the_last_and_without_a_window_say_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    display: str,
+    reason: str,
 ) -> None:
-    monkeypatch.delenv("DISPLAY", raising=False)
+    if display and not re.search(r"GUI:\s+NONE", cv2.getBuildInformation()):
+        pytest.skip("this OpenCV opens windows")
+    monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    caplog.set_level("INFO")
     config = make_config(tmp_path, clips=(9,), target_frames=(5,))
     show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="image"), workers=1)
+    assert reason in caplog.text
+    assert str(tmp_path / "debug_views") in caplog.text
     shown = read_image(tmp_path / "debug_views" / "0_clip_0_00000-005.png")
     assert shown.shape == (32, 5 * 32, 3)
     assert frame_numbers(np.split(shown, 5, axis=1)) == [0, 1, 2, 3, 4]
