@@ -1,11 +1,7 @@
-"""Average the saved LoRA files of a run (post-hoc EMA). All options: python lora_post_hoc_ema.py --help"""
+"""The old name of tools/lora_post_hoc_ema.py."""
 
 import modules.interpreter  # noqa: F401
-from modules.families import plain_script
-from networks.tool_options import AveragingOptions
-
-main = plain_script(__doc__, "networks.averaging.average_files", AveragingOptions)
-
+from tools.lora_post_hoc_ema import main
 
 if __name__ == "__main__":
     main.run()

@@ -38,7 +38,7 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # files that commands name (of datasets, prompts, code): blocks that begin with their name
 NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # they have tests of their own, or are running this one; RAY is slow
-RAY = "cache_on_ray.py"
+RAY = "tools/cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
@@ -53,7 +53,7 @@ PICTURE = "--image_size 64 64 --infer_steps 2"
 QUICK_VAE = "--vae_dtype float32"  # a CPU takes long in float16
 SMALLER = {
     "tools/compare.py": GENERATION,
-    "prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
+    "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": f"{GENERATION} {QUICK_VAE}",
     "sample_video.py": "--video-size 32 --video-length 5 --infer-steps 2 --vae-precision fp32",

@@ -120,8 +120,8 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
     "tools": (
-        *("caption_dataset", "compare", "convert_cache", "dataset_report", "doctor", "download"),
-        *("run_browser", "split_video"),
+        *("cache_on_ray", "caption_dataset", "compare", "convert_cache", "dataset_report", "doctor"),
+        *("download", "lora_post_hoc_ema", "prepare_dataset", "run_browser", "share_page", "split_video"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

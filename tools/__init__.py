@@ -1,11 +1,15 @@
 """Commands that belong to no model.
 
+cache_on_ray: caches a dataset on a Ray cluster
 caption_dataset: writes captions with a vision-language model, or edits them
 compare: makes a grid of clips, a column per LoRA
 convert_cache: turns the caches of a dataset into another form
 dataset_report: writes a page about a dataset
 doctor: tells what the environment has, and what each missing thing costs
 download: downloads the released files that a task needs
+lora_post_hoc_ema: averages the saved LoRA files of a run
+prepare_dataset: prepares clips and captions in CogVideoX form
 run_browser: shows all runs of some folders while they train
+share_page: copies a page without what is private
 split_video: cuts footage into clips at its scenes
 """

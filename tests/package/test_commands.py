@@ -1,5 +1,6 @@
 """The words of the command `reelsmith`."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -22,8 +23,18 @@ MEANT = "Did you mean python reelsmith.py train wan?"
 
 def test_every_script_of_the_checkout_is_a_command() -> None:
     found = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
-    assert found == sorted([*SCRIPTS, *TOOLS])
+    in_rooms = {Path(tool).name for tool in TOOLS}
+    assert found == sorted([*(script for script in SCRIPTS if script not in in_rooms), *TOOLS])
     assert all((ROOT / f"{name}.py").is_file() for name in OF_A_CHECKOUT)
+
+
+def test_the_old_names_of_scripts_in_a_room_do_what_these_do() -> None:
+    pairs = [(old, tool) for tool in TOOLS for old in SCRIPTS if Path(tool).name == old]
+    assert len(pairs) >= 4
+    for old, tool in pairs:
+        names = (old, tool.replace("/", "."))
+        first, second = (importlib.import_module(name.removesuffix(".py")) for name in names)
+        assert first.main is second.main
 
 
 def test_each_command_has_its_own_words_and_none_hides_another() -> None:

@@ -1,0 +1,21 @@
+"""Average the saved LoRA files of a run (post-hoc EMA).
+
+All options: python tools/lora_post_hoc_ema.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.families import plain_script
+from networks.tool_options import AveragingOptions
+
+main = plain_script(__doc__, "networks.averaging.average_files", AveragingOptions)
+
+
+if __name__ == "__main__":
+    main.run()
