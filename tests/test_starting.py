@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 import quickstart
+import run_tests
 from modules.environment import TORCH
-from modules.errors import InstallationError
+from modules.errors import InstallationError, UserError
 from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
 from modules.media.writing import write_video
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
@@ -103,6 +104,14 @@ def test_what_the_quickstart_installs_is_in_the_range_of_torch() -> None:
     assert installed.operator == "=="
     assert installed.version in torch.specifier
     assert "2.6.0" not in torch.specifier  # it has no float8_e8m0fnu
+
+
+def test_recorded_tests_run_with_a_second_torch_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(run_tests.SECOND, sys.executable)
+    assert run_tests._second_python() == [Path(sys.executable)]
+    monkeypatch.setenv(run_tests.SECOND, "nowhere")
+    with pytest.raises(UserError, match="nowhere: there is no such file"):
+        run_tests._second_python()
 
 
 def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None:
