@@ -51,7 +51,9 @@ def main() -> None:
     is_spread = any(argument.startswith("-n") for argument in chosen)
     # neighbours mostly share what their file sets up
     workers = [] if is_spread else ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
-    runs = [(python, command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]]
+    runs: list[tuple[Path, list[str], dict[str, str]]] = [
+        (python, command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]
+    ]
     if not chosen and not args.fast:
         recorded = ["pytest", *workers, *RECORDED]
         runs += [(python, recorded, setting) for setting in OTHER_PROCESSORS]
