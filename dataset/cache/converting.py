@@ -21,12 +21,11 @@ from dataset.cache.files import (
     read_header,
     sound_tag,
 )
-from dataset.cache.shard_files import merge_shards, shard_faults
-from dataset.cache.shards import ShardStore
+from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import ConvertCacheOptions
-from dataset.sources.media_source import INDEX, OLD_INDEX
+from dataset.sources.media_source import OLD_INDEXES
 from modules.atomic_write import explain_errors, remove_leftovers
 from modules.bars import track
 from modules.command import as_typed
@@ -179,13 +178,11 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         catalog = Catalog(folder)
         if set(catalog.names()) != set(names):
             raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
-        if catalog.busy:
-            raise CacheError(
-                f"{folder / min(catalog.busy)}: another process writes it. Run this again later."
-            )
+        busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
+        if busy is not None:
+            raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
         with explain_errors(folder):
-            # the indexes first: without the shards they would say that all of them are lost
-            for name in (INDEX, OLD_INDEX, *catalog.shards):
+            for name in (*OLD_INDEXES, *catalog.shards):
                 (folder / name).unlink(missing_ok=True)
     return counts
 

@@ -1,11 +1,12 @@
 """A store that keeps its entries in few large files: SQLite databases, one for each writer.
 
-Each writer fills a shard of its own, so that any number may write into a folder. A kill or a power cut costs
-at most what was written in the last quarter of a second. `tools/convert_cache.py` turns shards into files.
+Each writer fills a shard of its own, so that any number may write into a folder. A kill costs nothing that
+was written. `tools/convert_cache.py` turns shards into files.
 """
 
 import contextlib
 import io
+import logging
 import os
 import sqlite3
 import threading
@@ -17,18 +18,34 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dataset.cache.catalog import Catalog, CatalogRow, address, connect, encode_name, list_shards
+from dataset.cache.catalog import (
+    Catalog,
+    CatalogRow,
+    ShardWriter,
+    adopt_shards,
+    encode_name,
+    explain_sqlite,
+    list_shards,
+    open_shard,
+)
 from dataset.cache.files import Entry, Header, unpack, unpack_header
-from dataset.cache.shard_files import SHARD_BYTES, ShardWriter, explain_sqlite, merge_shards, read_row
+from dataset.sources.media_source import OLD_INDEXES, is_of_shards
+from modules.atomic_write import check_space, remove_leftovers
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
+from modules.file_locks import only_one
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# a writer begins another shard: others read a killed writer's one only if they see that it is dead
+SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
+# or after so long: on other machines, and on a volume without locks, only finished ones are seen
 SHARD_SECONDS = 300.0
-COMMIT_SECONDS = 0.25
 MOST_OPEN = 64  # shards at once
+SMALL = 0.5  # of SHARD_BYTES: smaller ones are merged
+MOST_HOLES = 0.25  # of the bytes of a shard: what more is reclaimed
+LOCK = ".cache-index.lock"  # is there while shards are merged
 
 
 class ShardStore:
@@ -41,13 +58,10 @@ class ShardStore:
         self._shard_bytes = shard_bytes
         self._lock = threading.RLock()
         self._catalog: Catalog | None = None
-        self._added: dict[str, CatalogRow] = {}  # in place of those of the catalog
         self._writer: ShardWriter | None = None
-        self._timer: threading.Timer | None = None
-        self._committed = 0.0  # when
-        self._failure: OutputError | None = None  # of the timer
         self._opened: dict[str, sqlite3.Connection] = {}
         self._process = os.getpid()
+        self._inherited: object = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy in another process opens files of its own
@@ -60,16 +74,12 @@ class ShardStore:
     def names(self) -> Collection[str]:
         """Return the names of all entries, with the latest ones that other writers have finished."""
         with self._lock:
-            found = self._look(is_new=True).names()
-            if self._added:
-                found = [name for name in found if name not in self._added]
-                found += [name for name, row in self._added.items() if row.size is not None]
-            return found
+            return self._look(is_new=True).names()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is an entry of that name, whole, damaged or lost."""
+        """Whether there is an entry of that name, whole or damaged."""
         with self._lock:
-            row = self._row(name)
+            row = self._look().get(name)
             return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
@@ -79,9 +89,9 @@ class ShardStore:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: CatalogRow) -> Header:
-            rows = self._open(row)
+            rows = self._open(row.shard)
             if rows is None:
-                data = read_row(rows, self.folder, row)
+                data = _read_row(rows, self.folder, row)
                 return unpack_header(path, len(data), io.BytesIO(data).read)
             with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
                 return unpack_header(path, len(blob), blob.read)
@@ -90,16 +100,7 @@ class ShardStore:
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of an entry's file. Raises CacheError if it is missing or damaged."""
-
-        def read(row: CatalogRow) -> bytes:
-            data = read_row(self._open(row), self.folder, row)
-            if zlib.crc32(data) != row.crc32:
-                raise CacheError(
-                    f"{self.folder / name}: damaged, its bytes in {row.shard} do not match their checksum"
-                )
-            return data
-
-        return self._with_row(name, read)
+        return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, in place of one of the same name. Raises OutputError."""
@@ -108,30 +109,17 @@ class ShardStore:
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry that is the bytes of a file; None: remove it. Raises OutputError."""
         with self._lock:
-            self._raise_failure()
-            old, writer = self._row(name), self._writer
+            catalog, writer = self._look(), self._writer
             if writer is not None and (
                 writer.size >= self._shard_bytes or writer.began + SHARD_SECONDS < time.monotonic()
             ):
                 self._finish()
+                catalog = self._look()
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
-            writer, row_name = self._writer, encode_name(name)
+            old = catalog.get(name)
             generation = 0 if old is None else old.generation + 1
-            is_only_here = old is not None and generation == 1 and old.shard == writer.path.name
-            try:
-                with explain_sqlite(writer.path):
-                    if data is None and is_only_here:  # no other shard knows it
-                        writer.rows.execute("DELETE FROM entries WHERE name = ?", (row_name,))
-                        place = 0
-                    else:
-                        place = writer.put(row_name, generation, data)
-                    self._commit_in_time(writer)
-            except BaseException:
-                self._give_up()
-                raise
-            size, crc32 = (None, 0) if data is None else (len(data), zlib.crc32(data))
-            self._added[name] = CatalogRow(writer.path.name, place, generation, size, crc32)
+            catalog.put(name, self._writer.put(encode_name(name), generation, data))
 
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
@@ -142,93 +130,49 @@ class ShardStore:
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives; more begins another shard.
 
-        is_last: all writers of a run have finished. Then small shards are merged, removed and damaged entries
-        are reclaimed, and the index is written. Raises OutputError if there is no room for it; nothing is
-        lost then.
+        is_last: all writers of a run have finished. Then small shards are merged, and removed and damaged
+        entries are reclaimed. Raises OutputError if there is no room for it; nothing is lost then.
         """
         with self._lock:
-            self._raise_failure()
             self._finish()
             if is_last:
-                self._forget()
                 merge_shards(self.folder, self._shard_bytes)
-
-    def _commit_in_time(self, writer: ShardWriter) -> None:
-        """Commit at most four times a second: each waits for the disk."""
-        left = self._committed + COMMIT_SECONDS - time.monotonic()
-        if left <= 0:
-            writer.rows.execute("COMMIT")
-            self._committed = time.monotonic()
-        elif self._timer is None:
-            self._timer = threading.Timer(left, self._commit_later)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def _commit_later(self) -> None:
-        with self._lock:
-            self._timer = None
-            if self._writer is None or not self._writer.rows.in_transaction:
-                return
-            try:
-                with explain_sqlite(self._writer.path):
-                    self._writer.rows.execute("COMMIT")
-                self._committed = time.monotonic()
-            except OutputError as error:
-                self._failure = error
-                self._give_up()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    def _give_up(self) -> None:
-        """Finish the shard with what was committed, after an error."""
-        assert self._writer is not None
-        with contextlib.suppress(sqlite3.Error):
-            self._writer.rows.execute("ROLLBACK")
-        with contextlib.suppress(OutputError):
-            self._finish()
-        self._writer = None
-        self._forget()
 
     def _finish(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            before, after = writer.path.name, writer.finish().name
-            for name, row in self._added.items():
-                if row.shard == before:
-                    self._added[name] = row._replace(shard=after)
+            self._forget()
+            writer.finish()
 
     # --- reading ---
 
     def _look(self, is_new: bool = False) -> Catalog:
-        if self._process != os.getpid():  # what a forked process inherits is its parent's
-            self._process, self._opened, self._catalog = os.getpid(), {}, None
-        if self._catalog is None or (is_new and list_shards(self.folder) != self._catalog.shards):
-            self._catalog = Catalog(self.folder)
-            writes = None if self._writer is None else self._writer.path.name
-            self._added = {name: row for name, row in self._added.items() if row.shard == writes}
+        if self._process != os.getpid():  # a forked process must not close what is its parent's
+            self._inherited = self._writer, self._opened, self._catalog
+            self._process, self._writer, self._catalog, self._opened = os.getpid(), None, None, {}
+        own = None if self._writer is None else self._writer.path
+        if is_new and self._catalog is not None:
+            others = [
+                {name: size for name, size in shards.items() if own is None or name != own.name}
+                for shards in (self._catalog.shards, list_shards(self.folder))
+            ]
+            if others[0] != others[1]:
+                self._forget()
+        if self._catalog is None:
+            adopt_shards(self.folder, own)
+            self._catalog = Catalog(self.folder, self._writer)
         return self._catalog
 
     def _forget(self) -> None:
-        self._catalog = None
-        self._added.clear()
-        self._opened.clear()
-
-    def _row(self, name: str) -> CatalogRow | None:
-        catalog = self._look()
-        return self._added.get(name) or catalog.get(name)
+        self._catalog, self._opened = None, {}
 
     def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
         """Read an entry; if that fails look again, since shards may have been merged meanwhile."""
         for is_last in (False, True):
             with self._lock:
-                row = self._row(name)
+                row = self._look().get(name)
             if row is None or row.size is None:
                 error = CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
-            elif row.shard is None:
-                error = CacheError(f"{self.folder / name}: damaged, its shard was cut or removed")
             else:
                 try:
                     return read(row)
@@ -239,21 +183,107 @@ class ShardStore:
             if is_last:
                 raise error
             with self._lock:
-                self._opened.clear()
-                self._look(is_new=True)
+                self._forget()
         raise AssertionError("unreachable")
 
-    def _open(self, row: CatalogRow) -> sqlite3.Connection | None:
+    def _open(self, shard: str) -> sqlite3.Connection | None:
         """Return an open shard; None of a tar. Another thread that still reads from one keeps it open."""
-        assert row.shard is not None
         with self._lock:
-            if row.shard.endswith(".tar"):
+            if shard.endswith(".tar"):
                 return None
-            if self._writer is not None and row.shard == self._writer.path.name:
+            if self._writer is not None and shard == self._writer.path.name:
                 return self._writer.rows
-            found = self._opened.get(row.shard)
-            if found is None:
+            if shard not in self._opened:
                 if len(self._opened) >= MOST_OPEN:
                     self._opened.pop(next(iter(self._opened)))
-                found = self._opened[row.shard] = connect(address(self.folder / row.shard))
-            return found
+                self._opened[shard] = open_shard(self.folder / shard)
+            return self._opened[shard]
+
+
+def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
+    """Return the bytes of an entry. rows: its open shard, None of a tar.
+
+    Raises OSError or sqlite3.Error, CacheError if there are none or not those that were written.
+    """
+    if rows is None:
+        with (folder / row.shard).open("rb") as file:
+            file.seek(row.place)
+            data = file.read(row.size)
+    else:
+        found = rows.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
+        data = found[0] if found is not None and isinstance(found[0], bytes) else b""
+    if zlib.crc32(data) != row.crc32:
+        raise CacheError(f"{folder / row.shard}: damaged, the bytes of an entry do not match their checksum")
+    return data
+
+
+# --- a folder in order
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shard_faults(folder: Path) -> list[str]:
+    """Return what is wrong with a folder: shards that are cut, damaged, of later versions or unfinished."""
+    return Catalog(folder).faults
+
+
+def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
+    """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
+
+    One process at a time does this. Shards that others write are left alone. with_tars: turn those of
+    earlier versions into SQLite files. Raises OutputError if there is no room for it; nothing is lost then.
+    """
+    if not folder.is_dir():
+        return
+    with explain_sqlite(folder), only_one(folder / LOCK):
+        remove_leftovers(folder, is_of_shards)
+        adopt_shards(folder)
+        for name in OLD_INDEXES:
+            (folder / name).unlink(missing_ok=True)
+        catalog = Catalog(folder)
+        sizes = catalog.entry_bytes()
+        small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
+        untidy = catalog.damaged | {
+            name for name, size in catalog.bytes.items() if sizes[name] < size * (1 - MOST_HOLES)
+        }
+        untidy |= {name for name in catalog.shards if with_tars and name.endswith(".tar")}
+        if len(small) > 1 or untidy:
+            _rewrite(catalog, small | untidy, shard_bytes)
+
+
+def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
+    """Write the valid entries of some shards to new ones, then remove them: a kill leaves every entry in one
+    shard or in two.
+    """
+    folder, sizes, opened = catalog.folder, catalog.entry_bytes(), dict[str, sqlite3.Connection]()
+    check_space(folder / "cache", sum(sizes[name] for name in shards))
+    writer: ShardWriter | None = None
+    try:
+        for name, row in catalog.rows_of(shards):
+            if not row.shard.endswith(".tar") and row.shard not in opened:
+                opened[row.shard] = open_shard(folder / row.shard)
+            try:
+                data = None if row.size is None else _read_row(opened.get(row.shard), folder, row)
+            except (CacheError, sqlite3.DatabaseError) as error:
+                path = folder / row.shard
+                if isinstance(error, sqlite3.OperationalError):  # of the volume: what is there may be whole
+                    raise OutputError(f"{path} cannot be read: {error}. Run this again") from error
+                logger.warning("%s: an entry is damaged; cache again to make it anew (%s)", path, error)
+                continue
+            if writer is not None and writer.size >= shard_bytes:
+                writer.finish()
+                writer = None
+            writer = writer or ShardWriter(folder)
+            writer.put(name, row.generation, data)
+        if writer is not None:
+            writer.finish()
+    except BaseException:
+        if writer is not None:
+            writer.rows.close()
+            writer.path.unlink(missing_ok=True)  # unless it is finished
+        raise
+    finally:
+        for one in opened.values():
+            one.close()
+    for shard in shards:
+        with contextlib.suppress(PermissionError):  # Windows: someone reads it
+            (folder / shard).unlink(missing_ok=True)

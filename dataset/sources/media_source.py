@@ -261,9 +261,8 @@ def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
     return lines
 
 
-INDEX = "cache-index.sqlite"
-OLD_INDEX = "cache-index.parquet"  # of shards in tars, as earlier versions made them
-# finished, of earlier versions, and being written: by two words of the machine
+OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # of earlier versions
+# finished, of earlier versions, and being written: by a word for the machine
 SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
 
 
@@ -271,5 +270,5 @@ def is_of_shards(name: str) -> bool:
     """Whether a file name is that of a shard, of what SQLite keeps beside one, or of the index."""
     # the beginning first: folders may have millions of other names
     return name.startswith("cache-") and (
-        name in {INDEX, OLD_INDEX} or SHARD.fullmatch(name.removesuffix("-journal")) is not None
+        name in OLD_INDEXES or SHARD.fullmatch(re.sub("-(journal|wal)$", "", name)) is not None
     )

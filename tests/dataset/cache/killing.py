@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> 
         try:
             work(lambda: os.write(writing, b".") and None)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writing)

@@ -21,7 +21,7 @@ from dataset.cache.files import (
     write_tensors,
 )
 from dataset.cache.shards import ShardStore
-from dataset.sources.media_source import INDEX, is_of_shards
+from dataset.sources.media_source import is_of_shards
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_table
@@ -192,7 +192,7 @@ def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Pa
     )
     assert 'Set cache_format = "shards" in' in said
     (shard,) = list_shards(folder)
-    assert set(contents(folder)) == {*OTHERS, shard, INDEX}
+    assert set(contents(folder)) == {*OTHERS, shard}
     store = ShardStore(folder)
     assert {name: store.read_bytes(name) for name in store.names()} == {name: before[name] for name in CACHES}
     convert_cache.main(["--cache_directory", str(folder), "--to", "files"])

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dataset.cache import catalog, shard_files, shards
+from dataset.cache import catalog
 from dataset.cache.catalog import list_shards
-from dataset.cache.shard_files import merge_shards, shard_faults
-from dataset.cache.shards import ShardStore
+from dataset.cache.old_shards import read_old_shard
+from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
-from dataset.sources.media_source import INDEX
-from modules.errors import CacheError, OutputError
+from modules.errors import OutputError
 from tests.dataset.cache.entries import (
     NAMES,
     ODD,
@@ -48,7 +47,7 @@ def test_an_entry_is_read_as_from_a_file(tmp_path: Path) -> None:
     for is_closed in (False, True):
         if is_closed:
             packed.close(is_last=True)
-            assert len(os.listdir(tmp_path / "shards")) == 2
+            assert len(os.listdir(tmp_path / "shards")) == 1
         for name in names:
             assert packed.read_bytes(name) == (tmp_path / "files" / name).read_bytes()
             header = packed.read(name, is_whole=False).header
@@ -71,7 +70,7 @@ def test_later_entries_hold_and_removed_ones_are_gone(folder: Path) -> None:
         assert NAMES[1] not in second
     assert number_of(first, NAMES[5]) == 5  # the shard that it knew was merged away
     assert set(first.names()) == state.keys()
-    assert len(contents(folder)) == 2
+    assert len(contents(folder)) == 1
     copy = pickle.loads(pickle.dumps(first))
     assert number_of(copy, NAMES[0]) == 7
 
@@ -108,8 +107,6 @@ def test_large_shards_stay_and_holes_are_reclaimed(tmp_path: Path) -> None:
     store.close(is_last=True)
     assert seen(tmp_path) == {"more_7": 13, "small": 1}
     assert sum(map(len, contents(tmp_path).values())) < 200_000
-    (tmp_path / INDEX).unlink()
-    assert seen(tmp_path) == {"more_7": 13, "small": 1}
     assert shard_faults(tmp_path) == []
 
 
@@ -125,16 +122,13 @@ def damages(data: bytes, step: int) -> Iterator[tuple[str, int, bytes]]:
 
 
 @pytest.mark.parametrize("step", [20011, pytest.param(1009, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("has_index", [True, False])
-def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_index: bool, step: int) -> None:
+def test_damage_is_noticed_and_mended(folder: Path, step: int) -> None:
     path, right = shard(folder), contents(folder)
     for how, place, damaged in damages(right[path.name], step):
         path.write_bytes(damaged)
-        if not has_index:
-            (folder / INDEX).unlink(missing_ok=True)
         alive, store = seen(folder), ShardStore(folder)
         assert alive.items() <= WHOLE.items()
-        # of a page of the table itself nothing may be left, of others one entry at most
+        # of a page of the tables nothing may be left, of others all but one entry
         assert how != "flip" or len(alive) >= 5 or place < 3 * catalog.PAGE_BYTES, place
         gone = [name for name in NAMES if name not in alive]
         # training reads what the names promise, and asks for faults first
@@ -154,7 +148,6 @@ def test_a_live_writer_keeps_its_shard_however_long_it_has_written_nothing(tmp_p
     code = "import sys; from tests.dataset.cache.entries import *; end_one(Path(sys.argv[1]))"
     writer = ShardStore(tmp_path)
     fill(writer, NAMES[:3])
-    time.sleep(2 * shards.COMMIT_SECONDS)
     (path,) = tmp_path.glob("cache-*.writing")
     os.utime(path, (time.time() - 7300,) * 2)
 
@@ -164,29 +157,6 @@ def test_a_live_writer_keeps_its_shard_however_long_it_has_written_nothing(tmp_p
 
     assert done.returncode == 0
     assert seen(tmp_path) == WHOLE | {"small": 1}
-
-
-def test_what_a_cut_took_is_remembered_until_it_is_made_again(tmp_path: Path) -> None:
-    names = [f"clip_{number:02d}" for number in range(40)]
-    store = ShardStore(tmp_path)
-    fill(store, names)
-    store.close(is_last=True)
-    path = shard(tmp_path)
-    os.truncate(path, path.stat().st_size // 2)
-    left = seen(tmp_path)
-    assert 10 < len(left) < 30
-    ShardStore(tmp_path).close(is_last=True)  # a run that makes none of these
-    store, lost = ShardStore(tmp_path), [name for name in names if name not in left]
-    assert f"{len(lost)} entries with them, such as {lost[0]}" in shard_faults(tmp_path)[-1]
-    assert set(store.names()) == set(names)
-    with pytest.raises(CacheError, match=r"clip_.*: damaged, its shard was cut or removed"):
-        store.read(lost[0])
-    for name in lost[1:]:
-        write(store, name, names.index(name))
-    store.remove(lost[0])
-    store.close(is_last=True)
-    assert shard_faults(tmp_path) == []
-    assert seen(tmp_path) == {name: number for number, name in enumerate(names) if name != lost[0]}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit for files")
@@ -200,10 +170,10 @@ def test_a_full_disk_is_an_error_and_the_store_stays_whole(folder: Path) -> None
     store.close()
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
     try:
-        store.write_bytes("too much", bytes(200_000))
-        for is_last in (False, True):
-            with pytest.raises(OutputError, match=r"cannot be written"):
-                store.close(is_last)
+        with pytest.raises(OutputError, match=r"cannot be written"):
+            store.write_bytes("too much", bytes(200_000))
+        with pytest.raises(OutputError, match=r"cannot be written"):
+            store.close(is_last=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert before.items() <= contents(folder).items()
@@ -221,8 +191,7 @@ def test_a_volume_without_locks_is_written_and_read(tmp_path: Path, monkeypatch:
             raise sqlite3.OperationalError("locking protocol")
         return really(uri, seconds)
 
-    for module in (shard_files, catalog):
-        monkeypatch.setattr(module, "connect", connect)
+    monkeypatch.setattr(catalog, "connect", connect)
     store = ShardStore(tmp_path)
     fill(store, NAMES)
     assert number_of(store, NAMES[2]) == 2
@@ -267,7 +236,7 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     assert {name for name in before if name.endswith(".tar")} <= contents(tars).keys()
     merge_shards(tars, with_tars=True)
     assert seen(tars) == state
-    assert sorted(contents(tars)) == sorted([shard(tars).name, INDEX])
+    assert sorted(contents(tars)) == [shard(tars).name]
 
 
 def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
@@ -295,4 +264,4 @@ def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
     path = tmp_path / "cache-0123456789abcdef.tar"
     path.write_bytes(header + bytes(1024))
 
-    assert catalog.read_old_shard(path) == ([], False)
+    assert read_old_shard(path) == ([], False)

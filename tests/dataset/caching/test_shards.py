@@ -23,7 +23,6 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
 from dataset.options import SCRIPTS, ShardOptions, read_ray_options
-from dataset.sources.media_source import INDEX
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError, OptionError
@@ -102,7 +101,7 @@ def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, coun
         assert report.written == report.removed == 0
         assert report.kept
     if form == "shards":  # the last runs have put the files in order too
-        assert len(contents(tmp_path / "shared")) == len(contents(tmp_path / "whole")) == 2
+        assert len(contents(tmp_path / "shared")) == len(contents(tmp_path / "whole")) == 1
 
 
 def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) -> None:
@@ -157,9 +156,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- damage
 
 
-@pytest.mark.parametrize(("how", "has_index"), [("cut", True), ("cut", False), ("flipped", True)])
+@pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
-    undisturbed: Path, tmp_path: Path, how: str, has_index: bool
+    undisturbed: Path, tmp_path: Path, how: str
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     config = of_pictures(tmp_path)
@@ -171,8 +170,6 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
     else:
         data[data.index(b"latents_1x") + 20] ^= 1
     path.write_bytes(data)
-    if not has_index:
-        (path.parent / INDEX).unlink()
 
     result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
     assert result.exit_code == 1
@@ -187,7 +184,7 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
     made = sum(cache(config))
     assert made == 1 if how == "flipped" else made <= 24
     assert entries(config) == right
-    assert len(contents(config.datasets[0].cache_directory)) == 2
+    assert len(contents(config.datasets[0].cache_directory)) == 1
     assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
 
 
@@ -215,7 +212,7 @@ def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
         assert media.kept >= sum("_te." not in name for name in there)
         cache_texts(two(), config, options())
         assert entries(config) == expected
-        assert len(contents(config.datasets[0].cache_directory)) == 2
+        assert len(contents(config.datasets[0].cache_directory)) == 1
     assert interrupted
 
 
