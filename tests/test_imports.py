@@ -44,7 +44,7 @@ FLOORS = {
         {"output_files", "paths"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
-        {"compile_options"},
+        {"compile_options", "help_text"},
         {"speed_options"},
         {"command", "console", "environment", "fp8"},
         {"lost_processes"},
@@ -96,7 +96,16 @@ FLOORS = {
 _LIGHT = {
     "modules": (
         *("command", "control_codes", "errors", "families", "installation", "interpreter", "limits"),
-        *("option_values", "options", "output_files", "parser", "paths", "text_encodings", "text_files"),
+        *(
+            "help_text",
+            "option_values",
+            "options",
+            "output_files",
+            "parser",
+            "paths",
+            "text_encodings",
+            "text_files",
+        ),
         *("version", "contract/rules"),
     ),
     "dataset": ("config", "config_keys", "key_reading", "subsets", "table"),

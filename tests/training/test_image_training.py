@@ -270,8 +270,8 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--v2", "--v2 is not supported yet: it is for the text encoders of Stable Diffusion"),
-        ("--vae ae.safetensors", "--vae is not supported yet: the autoencoder is given to --ae"),
+        ("--v2", "--v2 is refused: it is for the text encoders of Stable Diffusion"),
+        ("--vae ae.safetensors", "--vae is refused: the autoencoder is given to --ae"),
         ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam is --optimizer_type AdamW8bit"),
         ("--fused_backward_pass --gradient_accumulation_steps 2", "--fused_backward_pass with"),
         ("--caption_extention .a --caption_extension .b", "--caption_extension, which is .b: give one"),
