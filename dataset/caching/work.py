@@ -222,7 +222,7 @@ class MediaWork:
             lambda plan: plan.source,
             lambda plan: decode(plan, names_of(self._existing, plan.source), self._recipe),
             workers,
-            Bar(len(plans), "Encoding", "source", shows),
+            Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
         )
         with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():

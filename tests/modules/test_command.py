@@ -312,6 +312,19 @@ def test_a_line_about_frames_has_their_rate(total: float | None, line: str) -> N
         assert bar.line() == line
 
 
+def test_steps_are_counted_in_words_and_a_bar_may_show_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Bar(300, "sample 1 of 2", is_terminal=lambda: False) as bar:
+        bar.update(140)
+        assert bar.line().startswith("sample 1 of 2, step 140 of 300, about ")
+    with Bar(12, "Encoding", "source", at_once=True, is_terminal=lambda: True):
+        assert "Encoding:   0%|" in capsys.readouterr().err
+    with Bar(300, "sample 1 of 2", at_once=True, is_terminal=lambda: True):
+        assert "sample 1 of 2, step 0 of 300: |" in capsys.readouterr().err
+
+
 def test_a_bar_appears_after_a_second_and_is_removed(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
