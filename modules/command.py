@@ -8,6 +8,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MOST_DIGITS = 10  # of such a number
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")  # where the classes of their errors are
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -138,13 +140,45 @@ def command_line(
         remedy = "Allow more of them (ulimit -n 4096) and run again."
         print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # which may say what stays
+        print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        trouble = explain_compilation(error)
+        if trouble is not None:
+            let_the_first_tell()
+            print(plain_message(f"{type(error).__name__}: {trouble}"), file=sys.stderr)
+        elif draws_boxes(sys.stderr):
+            from rich.console import Console  # slow, and only for an error of ours on a terminal
+
+            Console(stderr=True).print_exception()
+        else:
+            raise
+        raise SystemExit(1) from None
     finally:
         # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def explain_compilation(error: Exception) -> str | None:
+    """Return what failed and what to do if an error is one of torch's or Triton's compiler; else None."""
+    homes = [cls.__module__ for cls in type(error).__mro__]
+    if not any(home.startswith(COMPILERS) for home in homes):
+        return None
+    said, _, output = str(error).partition("Output:\n")
+    lines = [line.strip() for line in (output or said).splitlines() if line.strip()]
+    told = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
+    places = [getattr(sys.modules.get("torch"), "__file__", None), os.environ.get("TORCHINDUCTOR_CACHE_DIR")]
+    blank = next((place for place in places if place and " " in place), None)
+    remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
+    if blank is not None:
+        remedy = f"{blank} has a blank in its path, which breaks the compiler's command: use a folder without"
+    what = told or (lines[0] if lines else "no reason is given")
+    return (
+        f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
+        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
+    )
 
 
 def let_the_first_tell() -> None:

@@ -200,6 +200,85 @@ def test_without_streams_a_program_runs_and_its_files_hold_no_messages(closed: s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of the shell")
+def _compiler_error(text: str) -> Exception:
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    return kind(text)
+
+
+CPP_ERROR = """CppCompileError: C++ compile error
+
+Command:
+g++ main.cpp -L/tmp/a b/torch/lib
+
+Output:
+/usr/bin/ld: cannot find -ltorch: No such file or directory
+collect2: error: ld returned 1 exit status
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "folder", "said"),
+    [
+        (
+            CPP_ERROR,
+            "/tmp/a b",
+            "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
+            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without. "
+            "Or leave --compile, --dynamo_backend and --optimized out\n",
+        ),
+        (
+            "ptxas fatal   : Value 'sm_120' is not defined\nmore\n",
+            "/tmp",
+            "compiling the blocks failed: ptxas fatal   : Value 'sm_120' is not defined\n"
+            "  Update the compiler (g++ or clang; on a GPU Triton) and its headers. "
+            "Or leave --compile, --dynamo_backend and --optimized out\n",
+        ),
+    ],
+)
+def test_an_error_of_the_compiler_is_two_lines(
+    error: str, folder: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+
+    def fail() -> None:
+        raise _compiler_error(error)
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"InductorError: {said}"
+
+
+def test_other_errors_keep_their_traceback_and_a_terminal_gets_it_in_colour(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+
+    def fail() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError):
+        command_line(fail)
+    monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    assert end.value.code == 1
+    assert "a mistake of ours" in capsys.readouterr().err
+
+
+def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+    for stop, said in ((KeyboardInterrupt(), "Interrupted.\n"), (KeyboardInterrupt("a"), "Interrupted. a\n")):
+
+        def fail(stop: KeyboardInterrupt = stop) -> None:
+            raise stop
+
+        with pytest.raises(SystemExit) as end:
+            command_line(fail)
+        assert (end.value.code, capsys.readouterr().err) == (130, said)
+
+
 def test_a_limit_of_open_files_is_one_message() -> None:
     opens = "import os; from modules.command import command_line\n"
     opens += "command_line(lambda: [os.open('/dev/null', 0) for _ in range(20)], needs_packages=False)"
