@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines
-from modules.errors import CheckpointError, OptionError, UserError
+from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
 from modules.installation import check_requirements, command_words
 
 PATIENCE = 2.0  # seconds within which a launcher ends the others
@@ -32,7 +32,6 @@ COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MOST_DIGITS = 10  # of such a number
-COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")  # where the classes of their errors are
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -163,8 +162,7 @@ def command_line(
 
 def explain_compilation(error: Exception) -> str | None:
     """Return what failed and what to do if an error is one of torch's or Triton's compiler; else None."""
-    homes = [cls.__module__ for cls in type(error).__mro__]
-    if not any(home.startswith(COMPILERS) for home in homes):
+    if not is_of_compiler(error):
         return None
     said, _, output = str(error).partition("Output:\n")
     lines = [line.strip() for line in (output or said).splitlines() if line.strip()]

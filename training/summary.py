@@ -101,11 +101,12 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     has_samples = samples.sample_prompts is not None and samples.is_timed
     written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
     counts = count_saves(saving, steps, plan.progress.step, plan.progress.epoch)
+    items = count_of(plan.order.num_items, "item")
     rows: list[Row] = [
         ("model", ", ".join(model)),
         ("learns", f"{learner}, {count_of(sum(one.numel() for one in parameters), 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
-        ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
+        ("data", f"{items} with repeats{held_back}, {count_of(steps.num_batches, 'batch')}"),
         ("steps", f"{length}{begun}"),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),

@@ -13,7 +13,7 @@ import pytest
 from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 from modules.command import LAUNCHED, command_line
-from modules.console import as_size, count_of, draw_box, in_words, show_box
+from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
 from modules.parser import Parser
@@ -349,6 +349,22 @@ def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: st
     monkeypatch.setenv(variable, value)
     assert not command.wants_colour(screen)
     assert command.draws_boxes(screen) is (variable == "NO_COLOR")
+
+
+@pytest.mark.parametrize(
+    ("words", "of_one"),
+    [
+        ("tables have no item to train on", "1 table has no item to train on"),
+        ("columns of m.csv are not read", "1 column of m.csv is not read"),
+        ("problems with the masks of t", "1 problem with the masks of t"),
+        ("of 20 captions are missing; write them", "1 of 20 captions is missing; write them"),
+        ("have a caption that cannot be used", "1 has a caption that cannot be used"),
+        ("shards or folders are not whole", "1 shard or folder is not whole"),
+        ("entries of x cannot be used", "1 entry of x cannot be used"),
+    ],
+)
+def test_words_behind_a_count_fit_one(words: str, of_one: str) -> None:
+    assert (count_words(1, words), count_words(2, words)) == (of_one, f"2 {words}")
 
 
 def test_numbers_are_said_as_people_say_them() -> None:

@@ -57,7 +57,7 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     cache_texts(ToyFamily(), config, options())
     (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
     result = check_caching(ToyFamily(), config, 1, False, parts=["texts"])
-    assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
+    assert "  caches of t5: 1 are valid, 1 caption needs encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
     assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
 
