@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.control_codes import escape_control_codes, shorten, shorten_lines
+from modules.control_codes import columns_of, escape_control_codes, fold, shorten, shorten_lines
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
 from modules.installation import check_requirements, command_words
 
@@ -125,7 +125,8 @@ def command_line(
         main()
     except UserError as error:
         let_the_first_tell()
-        print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
+        message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
+        print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
@@ -146,7 +147,8 @@ def command_line(
         trouble = explain_compilation(error)
         if trouble is not None:
             let_the_first_tell()
-            print(plain_message(f"{type(error).__name__}: {trouble}"), file=sys.stderr)
+            message = plain_message(f"{type(error).__name__}: {trouble}")
+            print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
             from rich.console import Console  # slow, and only for an error of ours on a terminal
 
@@ -247,5 +249,6 @@ class _LineFormatter(logging.Formatter):
         line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
+        line = fold(line, columns_of(sys.stderr) if self._boxes else None)
         start = self._colours.get(record.levelno) if self._colour else None
         return f"{start}{line}\033[0m" if start else line

@@ -122,7 +122,7 @@ def as_size(size_bytes: float) -> str:
 
 def count_of(number: int, what: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
-    end = "" if number == 1 else "es" if what.endswith(("ch", "sh", "x")) else "s"
+    end = "" if number == 1 else "es" if what.endswith(("tch", "sh", "x")) else "s"
     return f"{number} {what}{end}"
 
 

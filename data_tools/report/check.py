@@ -61,7 +61,7 @@ from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
 from modules.contract.family import Caches, Described, TextEncoder, has_frame_rates, hears_sound
-from modules.control_codes import escape_control_codes
+from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
@@ -102,7 +102,7 @@ def tell_check(
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+    sys.stdout.write(fold(escape_control_codes("\n".join(lines)), columns_of(sys.stdout)) + "\n")
 
 
 def check_caching(

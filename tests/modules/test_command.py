@@ -14,7 +14,7 @@ from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 from modules.command import LAUNCHED, command_line
 from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
-from modules.control_codes import escape_control_codes
+from modules.control_codes import escape_control_codes, fold
 from modules.errors import CheckpointError
 from modules.parser import Parser
 from tests.commands import ROOT
@@ -305,6 +305,25 @@ def test_what_a_launcher_sets_is_a_number(
 HOSTILE = "[red]a [bold]cat[/] :smile: \x1b[31m猫"
 
 
+SENTENCE = "  LTX-2 takes clips of 8n + 1 frames, and the sides of a FramePack clip are multiples of sixteen."
+COMMAND = (
+    "python wan_cache_latents.py --dataset_config data/dataset.toml --vae models/vae.safetensors --check"
+)
+
+
+def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
+    path = f"/data/{'x' * 60}/clip.mp4: no caption beside it"
+    assert fold("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
+        "  LTX-2 takes clips of 8n + 1 frames, and the sides of a",
+        "  FramePack clip are multiples of sixteen.",
+        COMMAND,
+        f"/data/{'x' * 60}/clip.mp4:",
+        "no caption beside it",
+        "short",
+    ]
+    assert fold(SENTENCE, None) == SENTENCE  # no terminal
+
+
 def test_a_box_is_logged_as_aligned_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
@@ -374,6 +393,7 @@ def test_numbers_are_said_as_people_say_them() -> None:
     assert {size: as_size(size) for size in sizes} == sizes
     assert in_words(100 * 3600) == "4 d 4 h"
     assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
+    assert (count_of(2, "batch"), count_of(2, "epoch")) == ("2 batches", "2 epochs")
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:

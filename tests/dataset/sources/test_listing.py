@@ -56,7 +56,7 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
 
     assert [source.caption for source in sources] == ["a cat, 猫", "with a mark", None]
     assert missing_captions(sources) == [f"{tmp_path / 'c.png'}: no c.txt beside it"]
-    with pytest.raises(DatasetError, match="1 of 3 captions are missing"):
+    with pytest.raises(DatasetError, match="1 of 3 captions is missing"):
         require_captions(sources)
     touch(tmp_path, "a.jpg")
     with pytest.raises(DatasetError, match="a.jpg and .*a.png"):
