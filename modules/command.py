@@ -19,7 +19,7 @@ from typing import Any
 
 from modules.control_codes import columns_of, escape_control_codes, fold, shorten, shorten_lines
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
-from modules.installation import check_requirements, command_words
+from modules.installation import check_requirements, command_words, import_own
 
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -150,9 +150,7 @@ def command_line(
             message = plain_message(f"{type(error).__name__}: {trouble}")
             print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
-            from rich.console import Console  # slow, and only for an error of ours on a terminal
-
-            Console(stderr=True).print_exception()
+            import_own("modules.console").show_traceback()
         else:
             raise
         raise SystemExit(1) from None
@@ -179,6 +177,12 @@ def explain_compilation(error: Exception) -> str | None:
         f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
     )
+
+
+def tell_loading() -> None:
+    """Say on a terminal that libraries are loaded, which takes seconds."""
+    if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("Loading torch ...", file=sys.stderr, flush=True)
 
 
 def let_the_first_tell() -> None:

@@ -92,6 +92,13 @@ def draw_box(
     return "\n".join([drawn, *_lines_below(commands)])
 
 
+def show_traceback() -> None:
+    """Draw the traceback of the error that is being handled, to standard error."""
+    from rich.console import Console  # slow, and only for an error of ours on a terminal
+
+    Console(stderr=True).print_exception()
+
+
 def _lines_below(commands: Sequence[tuple[str, str]]) -> list[str]:
     return [line for what, command in commands for line in (f"{what}:", f"  {command}")]
 

@@ -267,6 +267,18 @@ def test_other_errors_keep_their_traceback_and_a_terminal_gets_it_in_colour(
     assert "a mistake of ours" in capsys.readouterr().err
 
 
+def test_a_terminal_is_told_that_torch_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    command.tell_loading()  # it is there
+    assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    command.tell_loading()
+    assert capsys.readouterr().err == "Loading torch ...\n"
+
+
 def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["make.py"])
     for stop, said in ((KeyboardInterrupt(), "Interrupted.\n"), (KeyboardInterrupt("a"), "Interrupted. a\n")):
