@@ -223,7 +223,7 @@ collect2: error: ld returned 1 exit status
             CPP_ERROR,
             "/tmp/a b",
             "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
-            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without. "
+            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without one. "
             "Or leave --compile, --dynamo_backend and --optimized out\n",
         ),
         (
