@@ -171,7 +171,9 @@ def explain_compilation(error: Exception) -> str | None:
     blank = next((place for place in places if place and " " in place), None)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if blank is not None:
-        remedy = f"{blank} has a blank in its path, which breaks the compiler's command: use a folder without one"
+        remedy = (
+            f"{blank} has a blank in its path, which breaks the compiler's command: use a folder without one"
+        )
     what = told or (lines[0] if lines else "no reason is given")
     return (
         f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"

@@ -27,6 +27,7 @@ def _parser() -> Parser:
     parser.add_argument("--codec", choices=["h264", "prores"])
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--strength", type=float)
+    parser.add_argument("--size", type=int, nargs="+", metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--fast", action="store_true")
     return parser
 
@@ -47,6 +48,9 @@ def _parser() -> Parser:
             "--save_path x --codec prorse",
             "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?",
         ),
+        ("--size 832x480", "--size 832x480: give height and width: --size 480 832"),
+        ("--size=832×480", "--size 832×480: give height and width: --size 480 832"),
+        ("--size 480,832", "--size 480,832: give height and width: --size 480 832"),
         ("--save_path x --layers one", "argument --layers: one is not a whole number. Give one, such as 1."),
         (
             "--save_path x --layers \x1b[2J",
@@ -223,8 +227,8 @@ collect2: error: ld returned 1 exit status
             CPP_ERROR,
             "/tmp/a b",
             "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
-            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without one. "
-            "Or leave --compile, --dynamo_backend and --optimized out\n",
+            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without "
+            "one. Or leave --compile, --dynamo_backend and --optimized out\n",
         ),
         (
             "ptxas fatal   : Value 'sm_120' is not defined\nmore\n",
