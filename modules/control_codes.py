@@ -68,8 +68,14 @@ def fold(text: str, columns: int | None) -> str:
             lines.append(line)
             continue
         indent = line[: len(line) - len(line.lstrip())]
-        settings = {"break_long_words": False, "break_on_hyphens": False}
-        lines += wrap(line.strip(), columns, initial_indent=indent, subsequent_indent=indent, **settings)
+        lines += wrap(
+            line.strip(),
+            columns,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 

@@ -10,7 +10,8 @@ from textwrap import wrap
 
 from modules.options import refusal_of
 
-FEW = 30  # options; so many are shown by -h too
+SCREEN = 66  # lines; a help that is no longer is shown by -h too
+FEWEST = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help
 LONGEST_CHOICES = 24  # characters beside an option; more stand in its text
 LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
@@ -65,8 +66,9 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen: much used options, then how many more there are; all if they are few."""
     actions = [action for action in parser._actions if not refusal_of(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
-    if not often or len(actions) <= FEW:
-        return parser.format_help()
+    whole = parser.format_help()
+    if len(often) < FEWEST or whole.count("\n") <= SCREEN:
+        return whole
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_usage(parser), [], [])
     width = max(60, formatter._width)

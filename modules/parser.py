@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
-        super().__init__(*args, add_help=False, **settings)
+        super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)

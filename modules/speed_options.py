@@ -27,7 +27,7 @@ class VaeOptions(Options):
     """File of the VAE, its compute dtype, and the size of tiles."""
 
     vae: Path | None = option("VAE checkpoint", often=True)
-    vae_dtype: str | None = option("dtype of the VAE")
+    vae_dtype: str | None = option("dtype of the VAE", often=True)
     vae_spatial_tile_sample_min_size: int | None = option("edge of a tile in pixels; implies tiling")
     vae_tiling: bool = option(f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
 

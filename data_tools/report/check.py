@@ -226,8 +226,8 @@ def check_training(
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
     steps = count_of(-(-order.num_batches // batches), "step")
     steps += f" of {batches} batches" if batches > 1 else ""
-    items = count_of(order.num_items, "item")
-    tail = [f"An epoch: {items} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
+    repeated = count_of(order.num_items, "item")
+    tail = [f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
     return CheckResult(head, tuple(tables), tuple(tail), counters)
