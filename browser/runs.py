@@ -35,6 +35,7 @@ LAST = 8 << 10  # bytes of its end that tell the step and its seconds
 SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
 LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
 AVERAGE = re.compile(rb'"average": (-?[\d.]+(?:e[-+]?\d+)?)')
+LEFT = re.compile(rb'"left": ([\d.]+(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": ([\d.]+(?:e[-+]?\d+)?)')
 # of a page that an older version wrote: kind, standing, model, step, total
 STATUS = re.compile(
@@ -71,6 +72,7 @@ class Glance:
     model: str = ""
     total_steps: int = 0
     average: float | None = None  # of losses, as the run's own bar shows it; None: an older version's
+    seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
 
     @property
     def id(self) -> str:
@@ -90,6 +92,8 @@ class Glance:
     @property
     def left(self) -> str:
         """Return the time left in words; empty if it is not known."""
+        if self.seconds_left and self.state == RUNNING:
+            return in_words(self.seconds_left)
         return tell_left(self.total_steps - self.step, self.step_seconds) if self.state == RUNNING else ""
 
     @property
@@ -200,6 +204,7 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             story.start.model if story.start else told[0] if told else "",
             story.start.total_steps if story.start else told[2] if told else step,
             float(averages[-1]) if (averages := AVERAGE.findall(tail)) else None,
+            float(left[-1]) if (left := LEFT.findall(tail)) else None,
         )
 
 

@@ -124,6 +124,8 @@ class LiveStanding:
         seconds = [each for each in [*story.seconds.values()][-SEEN:] if each is not None]
         left = tell_left(start.total_steps - step, statistics.median(seconds) if seconds else None)
         words = f"· {left} left" if left and state == RUNNING else ""
+        if state == RUNNING and (story.doing or story.left):
+            words = f"· {story.doing}" if story.doing else f"· {run.left} left"
         return cls(Standing(start, step, text, kind), state, words)
 
 

@@ -144,12 +144,12 @@ class CachingOptions(Options, title="caching"):
 class CachingInRunOptions(Options, title="caches made by this command"):
     """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 
-    cache_latents: bool = option("encode all pictures once, and keep their latents")
+    cache_latents: bool = option("encode all pictures once, and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files beside the pictures")
     vae_batch_size: int = option("pictures to encode at once", default=1, least=1)
     skip_cache_check: bool = option("use cache files that exist without looking into them")
     cache_text_encoder_outputs: bool = option(
-        "encode all captions once, and free the text encoders; not with captions that vary"
+        "encode all captions once, and free the text encoders; not with captions that vary", often=True
     )
     cache_text_encoder_outputs_to_disk: bool = option("the same, in files")
     text_encoder_batch_size: int | None = option(

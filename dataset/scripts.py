@@ -5,7 +5,7 @@ from functools import partial
 
 from dataset.config import for_family, load_dataset_config
 from dataset.options import read_latent_caching, read_text_caching
-from modules.command import as_typed
+from modules.command import as_typed, tell_loading
 from modules.families import FAMILIES, Script
 from modules.option_values import require
 from modules.options import option_values
@@ -32,6 +32,7 @@ def cache_family_latents(
             require(values[name], option, f"{why}; only --debug_mode and --check work without it")
     config = load_dataset_config(options.dataset_config)
 
+    tell_loading()
     from dataset.caching.loop import run_latent_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
@@ -50,6 +51,7 @@ def cache_family_texts(
     options, own = read_text_caching(about, entry.options_record("TextCaching"), argv)
     config = load_dataset_config(options.dataset_config)
 
+    tell_loading()
     from dataset.caching.loop import run_text_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dataset.config_keys import FACES, Unfit
 from modules.errors import OptionError
-from modules.option_values import require
+from modules.option_values import JOINED, require
 from modules.options import Options, option, unsupported
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
@@ -39,7 +39,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     )
     resolution: str | None = option("size in pixels: 512, or WIDTH,HEIGHT", often=True)
     train_batch_size: int = option("pictures of a batch", default=1, least=1)
-    enable_bucket: bool = option("sort pictures into sizes by their shape")
+    enable_bucket: bool = option("sort pictures into sizes by their shape", often=True)
     min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MOST_SIDE)
     max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MOST_SIDE)
     bucket_reso_steps: int = option("sides are multiples of this", default=64, least=1)
@@ -48,7 +48,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         "default: area to shrink, lanczos to enlarge", choices=INTERPOLATIONS
     )
     cache_info: bool = option("remember captions and sizes in the folders")
-    caption_extension: str = option("ending of caption files", default=".caption")
+    caption_extension: str = option("ending of caption files", default=".caption", often=True)
     caption_separator: str = option("what separates the parts of a caption", default=",")
     caption_prefix: str | None = option("text in front of every caption")
     caption_suffix: str | None = option("text behind every caption")
@@ -114,5 +114,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             return None
         sides = [text.strip() for text in self.resolution.split(",")]
         if not all(side.isdecimal() and 0 < int(side) <= MOST_SIDE for side in sides) or len(sides) > 2:
-            raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as 768,1024")
+            joined = JOINED.fullmatch(self.resolution)
+            example = f"{joined[1]},{joined[3]}" if joined is not None else "768,1024"
+            raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as {example}")
         return int(sides[0]), int(sides[-1])

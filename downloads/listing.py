@@ -9,7 +9,7 @@ from pathlib import Path
 
 from downloads.catalogue import Component, ModelSet
 from modules.command import as_typed
-from modules.control_codes import escape_control_codes
+from modules.control_codes import columns_of, escape_control_codes, fold
 
 UNVERIFIED = "as far as known: read the model's page"
 
@@ -35,8 +35,9 @@ def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Write lines to standard output, with control codes escaped."""
-    sys.stdout.write("\n".join(escape_control_codes(line) for line in lines) + "\n")
+    """Write lines to standard output, with control codes escaped, folded to the terminal's width."""
+    text = "\n".join(escape_control_codes(line) for line in lines)
+    sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
 
 
 def describe_set(model_set: ModelSet, folder: Path) -> list[str]:

@@ -319,7 +319,7 @@ def write_grid(
                 job.prepared.asked.prompt,
                 job.prepared.fps,
                 tuple(paths[f"{job.label}, {variant.label}"] for variant in in_row),
-                f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
+                f"{job.label}, seed {job.prepared.seed}, {count_of(job.prepared.num_steps, 'step')}",
                 strength,
                 tuple(_command(run.family.experts, variant) for variant in in_row),
             )

@@ -319,7 +319,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
 def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line, with --scheduler as --sample_solver and the options that --optimized turns on.
 
-    Raises OptionError if an option is not supported yet, or if both name a solver and they differ.
+    Raises OptionError if an option is refused, or if both name a solver and they differ.
     """
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)

@@ -45,9 +45,10 @@ def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
 
 def size_in_words(prepared: Prepared) -> str:
     """Return a description of a request's result, without its prompt."""
+    frames = f"{prepared.frames} frames, " if prepared.frames > 1 else ""
     return (
-        f"{prepared.width} x {prepared.height} (width x height), {count_of(prepared.frames, 'frame')}, "
-        f"{prepared.num_steps} steps, seed {prepared.seed}"
+        f"{prepared.width} x {prepared.height} (width x height), {frames}"
+        f"{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
     )
 
 
@@ -80,7 +81,7 @@ def show_start(
         ("model", name_model(family.metadata)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lines)),
-        ("clip", size_in_words(first) if is_one else None),
+        ("clip" if first.frames > 1 else "picture", size_in_words(first) if is_one else None),
         ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),

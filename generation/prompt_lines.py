@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import JOINED, height_width
 from modules.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -117,11 +118,20 @@ def _rate(text: str) -> int:
 
 
 def _size(text: str) -> dict[str, int]:
-    """Read `480 832` or `480x832`, in the order of --video_size."""
-    found = re.fullmatch(r"([0-9]+)(?: +| *[x*×] *)([0-9]+)", text, re.IGNORECASE)
-    if found is None:
-        raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
-    return {"video_size_height": few_digits(found[1]), "video_size_width": few_digits(found[2])}
+    """Read `480 832`, in the order of --video_size."""
+    found = JOINED.fullmatch(text)
+    if found is None or found[2].strip():
+        advice = "such as 480 832" if found is None else f"as in {' '.join(height_width(found))}"
+        raise ValueError(f"{text!r} is not a height and a width, {advice}")
+    return {"video_size_height": few_digits(found[1]), "video_size_width": few_digits(found[3])}
+
+
+def _side(text: str) -> int:
+    joined = JOINED.fullmatch(text)
+    if joined is not None:
+        height, width = height_width(joined)
+        raise ValueError(f"{text!r} is not a whole number: give --w {width} --h {height}")
+    return read_whole(text)
 
 
 def read_path(text: str) -> str:
@@ -131,8 +141,8 @@ def read_path(text: str) -> str:
 
 # --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("video_size_width", read_whole),
-    "h": LineOption("video_size_height", read_whole),
+    "w": LineOption("video_size_width", _side),
+    "h": LineOption("video_size_height", _side),
     "f": LineOption("video_length", read_whole),
     "d": LineOption("seed", read_seed),
     "s": LineOption("infer_steps", read_whole),

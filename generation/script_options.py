@@ -11,6 +11,7 @@ from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
 from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
 from modules.media.options import FormatOptions
+from modules.option_values import HEIGHT_WIDTH
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, Options, option
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
@@ -29,7 +30,7 @@ class RequestOptions(Options, title="what to make"):
         "what to avoid; default: the text of the model's release, if any", often=True
     )
     video_size: tuple[int, ...] = option(
-        "size in pixels", default=(256, 256), nargs=2, metavar=("HEIGHT", "WIDTH"), often=True
+        "size in pixels", default=(256, 256), nargs=2, metavar=HEIGHT_WIDTH, often=True
     )
     video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
     fps: float | None = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)

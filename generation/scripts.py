@@ -7,6 +7,7 @@ from typing import Any
 
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
+from modules.command import tell_loading
 from modules.families import FAMILIES, Script
 
 
@@ -32,6 +33,7 @@ def generation_script(
         if settle is not None:
             options, own = settle(options, own)
 
+        tell_loading()
         from generation.run import generate  # torch loads here, after every option has been read
         from modules.devices import make_deterministic
 

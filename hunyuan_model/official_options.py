@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import option_words
+from modules.option_values import HEIGHT_WIDTH, option_words
 from modules.options import Options, Refusal, option, unsupported
 from modules.parser import parse_options
 
@@ -52,6 +52,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
         "height and width, or one number for a square; rounded up to multiples of 16",
         default=(720, 1280),
         nargs="+",
+        metavar=HEIGHT_WIDTH,
         least=SIZE_STEP,
         most=16384,
         hint="height and width in pixels",

@@ -16,7 +16,7 @@ from modules.options import Options, Refusal, not_needed, unsupported
 R = TypeVar("R", bound=type[Options])
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path, "str": str}
 
-# why an option is refused: "--flag is not supported yet: ..."
+# why an option is refused: "--flag is refused: ..."
 ALWAYS_GIVEN = "a first frame that is given has time 0, as it has in training"
 ATTENTION = "attention is that of the released model, in both directions between picture and sound"
 AVERAGE = "--ema_decay 0.9999 turns the average of the weights on, and --ema_update_every thins it out"

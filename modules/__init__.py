@@ -20,6 +20,7 @@ families: families by name: places, scripts, kinds of files
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 fp8/: linear layers with weights in 8 bits
+help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
 interpreter: refuse a Python that cannot run Reelsmith
 layers/: small layers and rules that several models share

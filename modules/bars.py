@@ -21,8 +21,10 @@ from modules.control_codes import escape_control_codes
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+STEPS = "step"
 BYTES = "B"
 FRAMES = "frame"
+STEPS_FORMAT = "{desc}, step {n_fmt} of {total_fmt}: |{bar}| [{elapsed}<{remaining}]"
 DELAY = 1.0  # seconds until a bar appears
 LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
 
@@ -33,8 +35,9 @@ class Bar:
 
     total: float | None  # None: not known
     what: str
-    unit: str = "step"
+    unit: str = STEPS
     shown: bool = True
+    at_once: bool = False  # else the bar appears after a second, with what is done by then
     now: Callable[[], float] = time.monotonic
     is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty()
     done: float = field(default=0, init=False)
@@ -49,6 +52,8 @@ class Bar:
         self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
 
     def __enter__(self) -> "Bar":
+        if self.at_once and self.shown and self.is_terminal():
+            self._open_bar()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,19 +72,23 @@ class Bar:
                 logger.info("%s", self.line())
         elif self.now() - self._start >= DELAY:
             # made only now: a log line would show one that is still waiting for its time
-            self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
-            bar = tqdm(
-                total=self.total,
-                desc=self.what,
-                unit=self.unit,
-                unit_scale=self.unit == BYTES,
-                dynamic_ncols=True,
-                leave=False,
-            )
-            self._bar = self._open.enter_context(bar)
-            bar.start_t -= self.now() - self._start
-            bar.update(self.done)
-            bar.refresh()
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+        bar = tqdm(
+            total=self.total,
+            desc=self.what,
+            unit=self.unit,
+            unit_scale=self.unit == BYTES,
+            dynamic_ncols=True,
+            leave=False,
+            bar_format=STEPS_FORMAT if self.unit == STEPS and self.total is not None else None,
+        )
+        self._bar = self._open.enter_context(bar)
+        bar.start_t -= self.now() - self._start
+        bar.update(self.done)
+        bar.refresh()
 
     def line(self) -> str:
         """Return the progress in words, with an estimate of the time left, for frames with their rate."""
@@ -90,7 +99,7 @@ class Bar:
             parts.append(f"{self.done / passed:.3g} frames a second")
         if self.total is not None and self.done:
             parts.append(f"about {in_words(passed * max(0, self.total - self.done) / self.done)} left")
-        return f"{self.what}: {', '.join(parts)}"
+        return f"{self.what}{', step ' if self.unit == STEPS else ': '}{', '.join(parts)}"
 
     def close(self) -> None:
         """Remove the bar."""
@@ -103,7 +112,7 @@ def track(
     what: str,
     total: float,
     size: Callable[[T], float] = lambda _: 1,
-    unit: str = "step",
+    unit: str = STEPS,
     shown: bool = True,
 ) -> Iterator[T]:
     """Yield the items and show how far the loop is. size: what an item adds to `total` once it is used."""

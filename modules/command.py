@@ -8,6 +8,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.control_codes import escape_control_codes, shorten, shorten_lines
-from modules.errors import CheckpointError, OptionError, UserError
-from modules.installation import check_requirements, command_words
+from modules.control_codes import columns_of, escape_control_codes, fold, shorten, shorten_lines
+from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
+from modules.installation import check_requirements, command_words, import_own
 
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
 NOISY = ("bitsandbytes.backends.cpu.ops",)
@@ -128,7 +129,8 @@ def command_line(
         main()
     except UserError as error:
         let_the_first_tell()
-        print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
+        message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
+        print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
@@ -142,13 +144,51 @@ def command_line(
         remedy = "Allow more of them (ulimit -n 4096) and run again."
         print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # which may say what stays
+        print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        trouble = explain_compilation(error)
+        if trouble is not None:
+            let_the_first_tell()
+            message = plain_message(f"{type(error).__name__}: {trouble}")
+            print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
+        elif draws_boxes(sys.stderr):
+            import_own("modules.console").show_traceback()
+        else:
+            raise
+        raise SystemExit(1) from None
     finally:
         # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def explain_compilation(error: Exception) -> str | None:
+    """Return what failed and what to do if an error is one of torch's or Triton's compiler; else None."""
+    if not is_of_compiler(error):
+        return None
+    said, _, output = str(error).partition("Output:\n")
+    lines = [line.strip() for line in (output or said).splitlines() if line.strip()]
+    told = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
+    places = [getattr(sys.modules.get("torch"), "__file__", None), os.environ.get("TORCHINDUCTOR_CACHE_DIR")]
+    blank = next((place for place in places if place and " " in place), None)
+    remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
+    if blank is not None:
+        remedy = (
+            f"{blank} has a blank in its path, which breaks the compiler's command: use a folder without one"
+        )
+    what = told or (lines[0] if lines else "no reason is given")
+    return (
+        f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
+        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
+    )
+
+
+def tell_loading() -> None:
+    """Say on a terminal that libraries are loaded, which takes seconds."""
+    if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("Loading torch ...", file=sys.stderr, flush=True)
 
 
 def let_the_first_tell() -> None:
@@ -219,5 +259,6 @@ class _LineFormatter(logging.Formatter):
         line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
+        line = fold(line, columns_of(sys.stderr) if self._boxes else None)
         start = self._colours.get(record.levelno) if self._colour else None
         return f"{start}{line}\033[0m" if start else line

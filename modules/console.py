@@ -6,6 +6,7 @@ INFO, so other processes than the main one stay silent, and a progress bar moves
 
 import io
 import logging
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -91,6 +92,13 @@ def draw_box(
     return "\n".join([drawn, *_lines_below(commands)])
 
 
+def show_traceback() -> None:
+    """Draw the traceback of the error that is being handled, to standard error."""
+    from rich.console import Console  # slow, and only for an error of ours on a terminal
+
+    Console(stderr=True).print_exception()
+
+
 def _lines_below(commands: Sequence[tuple[str, str]]) -> list[str]:
     return [line for what, command in commands for line in (f"{what}:", f"  {command}")]
 
@@ -120,5 +128,20 @@ def as_size(size_bytes: float) -> str:
 
 
 def count_of(number: int, what: str) -> str:
-    """Return a count with its noun: `1 clip`, `2 clips`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
+    end = "" if number == 1 else "es" if what.endswith(("tch", "sh", "x")) else "s"
+    return f"{number} {what}{end}"
+
+
+_VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "needs"}
+
+
+def count_words(number: int, words: str) -> str:
+    """Return a count with words for several, changed for one: `1 table has no item`, `2 tables have ...`."""
+    if number != 1:
+        return f"{number} {words}"
+    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", words)
+    nouns, rest = (words, "") if verb is None else (words[: verb.start()], words[verb.end() :])
+    nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda found: found[1] + ("y" if found[2] else ""), nouns)
+    nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
+    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}"

@@ -1,6 +1,9 @@
 """Text for a console, and the text in a chat model's answer. Standard library only."""
 
+import os
 import re
+from textwrap import wrap
+from typing import Any
 
 from modules.limits import MAX_ANSWER_CHARACTERS
 
@@ -48,6 +51,40 @@ def shorten(text: str, most: int) -> str:
 def shorten_lines(text: str, most: int) -> str:
     """Return the text with each line shortened to about `most` characters."""
     return "\n".join(shorten(line, most) for line in text.split("\n"))
+
+
+# commands are copied as one line
+_COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|bash|cd|export) ")
+
+
+def fold(text: str, columns: int | None) -> str:
+    """Return the text with lines of a terminal's width, broken at blanks; commands and long words stay whole.
+
+    columns: None if there is no terminal: nothing changes.
+    """
+    lines = []
+    for line in text.split("\n") if columns else [text]:
+        if columns is None or len(line) <= columns or _COMMAND.search(line):
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += wrap(
+            line.strip(),
+            columns,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def columns_of(stream: Any) -> int | None:
+    """Return the width of the terminal that a stream writes to; None if it is none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
+    except (AttributeError, OSError, ValueError):  # closed, or replaced
+        return None
 
 
 def _compute_plainly(found: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.errors import OptionError, UserError
+from modules.errors import OptionError, UserError, is_of_compiler
 from modules.private_torch import release_host_cache
 
 logger = logging.getLogger(__name__)
@@ -290,11 +290,11 @@ class Failures:
     def note_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Record an error of the block and go on, unless the error is `fatal`."""
+        """Record an error of the block and go on, unless the error is `fatal` or of the compiler."""
         try:
             yield
         except Exception as error:
-            if self.strict or isinstance(error, fatal):
+            if self.strict or isinstance(error, fatal) or is_of_compiler(error):
                 raise
             self.reasons[label] = f"{type(error).__name__}: {error}"
             self._codes.add(error.exit_code if isinstance(error, UserError) else UserError.exit_code)

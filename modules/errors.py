@@ -61,3 +61,12 @@ class NothingFoundError(UserError):
     """A video in which nothing was found, although the user relies on it: nothing was written."""
 
     exit_code = 3
+
+
+# where the classes of compilers' errors are; torch need not be loaded to tell them
+_COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
+
+
+def is_of_compiler(error: BaseException) -> bool:
+    """Return whether an error is one of torch's or Triton's compiler, which every further call meets too."""
+    return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
+JOINED = re.compile(r"([0-9]+)( *[x*×] *|[,: ]+)([0-9]+)", re.IGNORECASE)  # 832x480: two numbers in one word
+HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options that take a size
 MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
@@ -47,6 +50,12 @@ def to_path(option: str, text: str) -> Path:
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path
+
+
+def height_width(joined: re.Match[str]) -> tuple[str, str]:
+    """Return height and width of a match of `JOINED`; with an x people write the width first."""
+    is_width_first = joined[2].strip(", :") != ""
+    return (joined[3], joined[1]) if is_width_first else (joined[1], joined[3])
 
 
 def check_path(option: str, path: Path, place: str, hint: str) -> None:

@@ -117,10 +117,15 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
+def refusal_of(action: argparse.Action) -> Refusal | None:
+    """Return why the parser refuses an option, or has no need of it; None for others."""
+    return vars(action).get("refusal")
+
+
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
-    reason: completes "--flag is not supported yet: ...". It is a switch unless `settings` give its values.
+    reason: completes "--flag is refused: ...". It is a switch unless `settings` give its values.
     """
     return Refusal(help, reason, "", values, settings or {"action": "store_true"})
 

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from textwrap import shorten
 from types import UnionType
 from typing import Any, NoReturn
 
 from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
 from modules.errors import OptionError
+from modules.option_values import HEIGHT_WIDTH, JOINED, height_width
 from modules.options import (
     Declared,
     Options,
@@ -27,6 +27,7 @@ from modules.options import (
     option_name,
     read_options,
     record_of,
+    refusal_of,
 )
 from modules.paths import path_exists
 
@@ -39,15 +40,10 @@ _DASHES = re.compile(
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # as argparse says it
-_JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 logger = logging.getLogger(__name__)
 
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
-FEW = 30  # options; so many are shown by -h too
-COLUMN = 34  # where texts begin in the short help
-_LONGEST_DEFAULT = 80
 _BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
-_PLAIN_GROUPS = {"positional arguments", "options"}  # argparse's own
 _Group = argparse._ActionsContainer
 
 
@@ -59,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
-        super().__init__(*args, add_help=False, **{"formatter_class": _HelpFormatter, **settings})  # type: ignore[misc]
+        super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
         self.color = False  # Python 3.14 would colour help too, and measure columns with its codes
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
@@ -74,59 +70,16 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
-        """Return all options: groups with much used ones first, refused and unneeded options at the end."""
-        formatter = self._get_formatter()
-        formatter.add_usage(self._usage(), [], [])
-        formatter.add_text(self.description)
-        groups = sorted(self._action_groups, key=_rank)
-        refusals = [(action, _refusal(action)) for group in groups for action in group._group_actions]
-        refused = [action for action, found in refusals if found is not None and found.reason]
-        needless = [action for action, found in refusals if found is not None and not found.reason]
-        for title, actions in (
-            *((group.title, [one for one in group._group_actions if not _refusal(one)]) for group in groups),
-            ("refused, with the reason", refused),
-            ("accepted, not needed", needless),
-        ):
-            formatter.start_section(title)  # shown if there is something in it
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(self.epilog)
-        return formatter.format_help()
+        """Return all options, by group."""
+        from modules.help_text import full_help  # only -h and --help need it
+
+        return full_help(self)
 
     def format_short_help(self) -> str:
-        """Return one screen: much used options, then how many more each group has; all if they are few."""
-        actions = [action for action in self._actions if not _refusal(action)]
-        often = [action for action in actions if action.required or getattr(action, "often", False)]
-        if not often or len(actions) <= FEW:
-            return self.format_help()
-        formatter = self._get_formatter()
-        width = max(40, formatter._width) - COLUMN
-        formatter.add_usage(self._usage(), [], [])
-        about = f"{self.description or ''}\n".splitlines()[0]
-        lines = [formatter.format_help() + about, ""]
-        for action in often:
-            words = formatter._format_action_invocation(action)
-            text = (action.help or "").replace("%%", "%").partition(";")[0]
-            lines += [f"  {words}"] if len(words) > COLUMN - 4 else []
-            start = " " * COLUMN if len(words) > COLUMN - 4 else f"  {words:{COLUMN - 2}}"
-            lines.append(start + shorten(text, width, placeholder=" ..."))
-        lines += ["", "and with --help:"]
-        for group in sorted(self._action_groups, key=_rank):
-            number = sum(action in actions and action not in often for action in group._group_actions)
-            if number and group.title not in _PLAIN_GROUPS:
-                lines.append(f"  {group.title:{COLUMN - 3}} {number} more option{'s' * (number > 1)}")
-        return "\n".join(lines) + "\n"
+        """Return one screen of the options that people use; all if they are few."""
+        from modules.help_text import short_help  # likewise
 
-    def _usage(self) -> str:
-        """Return the usage: required options, without the forest of all others."""
-        formatter, words = self._get_formatter(), []
-        for action in self._actions:
-            if not action.option_strings:
-                words.append(formatter._format_args(action, action.dest))
-            elif action.required:
-                value = formatter._format_args(action, action.dest.upper())
-                words.append(f"{action.option_strings[-1]} {value}".strip())
-        return " ".join(["%(prog)s", *(word.replace("%", "%%") for word in words), "[options]"])
+        return short_help(self)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
@@ -140,18 +93,24 @@ class Parser(argparse.ArgumentParser):
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
         self._refuse_unknown(words)
-        # two numbers that are typed as one word: 480x832
-        flags = self._option_string_actions
-        pairs = {flag for flag, one in flags.items() if one.nargs == 2 and one.type in NUMBERS}
-        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-        for before, word in pairwise(typed):
-            joined = _JOINED.fullmatch(word)
-            if before in pairs and joined is not None:
-                self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[2]}")
+        self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
         return found
+
+    def _refuse_joined(self, words: Sequence[str]) -> None:
+        """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
+        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+        for before, word in pairwise(typed):
+            action, joined = self._option_string_actions.get(before), JOINED.fullmatch(word)
+            if joined is None or action is None or action.type not in NUMBERS:
+                continue
+            if action.metavar == HEIGHT_WIDTH:
+                sides = " ".join(height_width(joined))
+                self.error(f"{before} {word}: give height and width: {before} {sides}")
+            if action.nargs == 2:
+                self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
@@ -264,28 +223,6 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to an option's help if it is a value and the text does not name it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text, default = action.help or "", action.default
-        if isinstance(default, (list, tuple)):
-            default = " ".join(map(str, default))
-        is_value = default not in (None, "", argparse.SUPPRESS) and not isinstance(default, bool)
-        if not is_value or "default" in text.lower() or _refusal(action):
-            return text
-        shown = str(default).replace("%", "%%")
-        return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
-
-
-def _rank(group: argparse._ArgumentGroup) -> int:
-    """Return the place of a group in the help: most used ones first, in the order of the parser."""
-    actions = group._group_actions
-    if not any(action.required or not action.option_strings for action in actions):
-        return 1 if any(getattr(action, "often", False) for action in actions) else 2
-    return 0
-
-
 def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
 ) -> list[Any]:
@@ -389,16 +326,12 @@ def _add_option(
     return action
 
 
-def _refusal(action: argparse.Action) -> Refusal | None:
-    return vars(action).get("refusal")
-
-
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError if an option that is not supported is used; say which are not needed."""
+    """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal, value = _refusal(action), getattr(args, action.dest, action.default)
+        refusal, value = refusal_of(action), getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue
         if refusal.reason:
-            raise OptionError(f"{action.option_strings[0]} is not supported yet: {refusal.reason}")
+            raise OptionError(f"{action.option_strings[0]} is refused: {refusal.reason}")
         logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)

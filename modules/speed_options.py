@@ -27,7 +27,7 @@ class VaeOptions(Options):
     """File of the VAE, its compute dtype, and the size of tiles."""
 
     vae: Path | None = option("VAE checkpoint", often=True)
-    vae_dtype: str | None = option("dtype of the VAE")
+    vae_dtype: str | None = option("dtype of the VAE", often=True)
     vae_spatial_tile_sample_min_size: int | None = option("edge of a tile in pixels; implies tiling")
     vae_tiling: bool = option(f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
 
@@ -82,7 +82,7 @@ def take_ae(args: argparse.Namespace) -> None:
 
 def dit_dtype_option() -> Any:
     """Return the field of a family's options that `modules.devices.choose_compute_dtype` reads."""
-    return option("dtype that the transformer computes in; default: that of its file", facts=HABIT)
+    return option("dtype that the transformer computes in; default: the file's", facts=HABIT, often=True)
 
 
 def refuse_for_whole(dit_dtype: str | None) -> None:
@@ -128,8 +128,8 @@ _SPLIT = "compute attention one sample at a time"
 class TrainingAttentionOptions(Options, title="attention"):
     """The back end of training."""
 
-    sdpa: bool = option("torch's own kernels, the best one for the device (the default)")
-    flash_attn: bool = option("FlashAttention 2, from the package flash_attn", often=True)
+    sdpa: bool = option("attention by torch itself (the default)", often=True)
+    flash_attn: bool = option("FlashAttention 2, from the package flash_attn")
     sage_attn: bool = option("SageAttention: for generation only, it has no backward pass")
     xformers: bool = option("xFormers' memory-efficient attention")
     flash3: bool = option("FlashAttention 3, for Hopper GPUs")
@@ -315,7 +315,6 @@ class ShardingOptions(Options):
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
-        often=True,
     )
     context_parallel: int = option(
         "of the processes, N share the tokens of each clip: each has a part of the tokens between attention, "
@@ -323,7 +322,6 @@ class ShardingOptions(Options):
         default=1,
         least=1,
         metavar="N",
-        often=True,
         facts=SETTING,
     )
 
@@ -432,7 +430,6 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
         "with several processes (accelerate launch --multi_gpu --num_processes N): they share the passes of "
         "each step, such as the one with the prompt and the one with the negative prompt. Each has the whole "
         "transformer, or with --shard_base a part of it",
-        often=True,
     )
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
+from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.alphas import read_alphas
 from networks.deltas import drop_unused_alphas, find_fault, group_by_module
@@ -214,7 +215,8 @@ def _read_part(
     for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
         logger.warning(f"{path}: {warning}")
     words = [
-        f"{len(modules)} modules" + (f" and {len(in_texts)} of text encoders" if in_texts else ""),
+        f"{count_of(len(modules), 'module')}"
+        + (f" and {len(in_texts)} of text encoders" if in_texts else ""),
         dialect_in_words(native.dialect),
         *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
         *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
@@ -239,7 +241,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     )
     for keys, what in rest:
         if keys:
-            logger.warning(f"{path}: {len(keys)} tensors {what}: {list_some(keys)}")
+            logger.warning(f"{path}: {count_of(len(keys), 'tensor')} {what}: {list_some(keys)}")
     for one in sort_tensors(native.unknown, family):
         warn_of_rest(path, one.names, whole, f"tensors {one.words}", one.loss)
 

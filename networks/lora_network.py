@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.console import count_of
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
@@ -55,8 +56,8 @@ class OwnNetwork(nn.Module):
                 layer.noise_of = strengths, name  # there is none until the first step
             self.state_beside_file = {"ggpo": strengths}
         ranks = sorted({layer.rank for layer in self.layers})
-        kind = self.layers[0].kind
-        logger.info(f"{kind} on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
+        kind, count = self.layers[0].kind, count_of(len(self.layers), "module")
+        logger.info(f"{kind} on {count}, rank {list_some([str(rank) for rank in ranks])}")
 
     def attach(self, in_dit: bool = True) -> None:
         """Put the layers into the models they were built for. in_dit: into the DiT too."""
@@ -128,7 +129,8 @@ class OwnNetwork(nn.Module):
         problems += [f"{name} is not in the file" for name in own if name not in stored]
         if problems:
             logger.warning(
-                f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}"
+                f"{path}: {count_of(len(fitting), 'module')} loaded, "
+                f"{len(problems)} not: {list_some(problems)}"
             )
         return problems
 

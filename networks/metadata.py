@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.writing import save_tensors
+from modules.console import count_of
 from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
@@ -215,7 +216,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
         of_numbers("rank", ranks),
         numbers,
-        f"{len(modules)} layers: {', '.join(layers)}{more}",
+        f"{count_of(len(modules), 'layer')}: {', '.join(layers)}{more}",
         f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]

@@ -65,6 +65,7 @@ class NetworkOptions(Options, title="network"):
     network_module: str | None = option(
         "module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
         "package's, such as lycoris.kohya; default: the family's LoRA",
+        often=True,
         facts=IDENTITY,
     )
     network_dim: int | None = option(

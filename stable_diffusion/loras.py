@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan
+from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
@@ -197,7 +198,9 @@ def load_networks(
         own = [part for target in parts for part in target[index].values()]
         whole = sum(part.is_made_whole for part in own)
         hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
-        logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
+        logger.info(
+            f"{use.lora.path}: added to {count_of(len(own), 'module')}, strength {use.multiplier:g}{hint}"
+        )
 
     def use_multipliers(multipliers: Multipliers) -> None:
         for target in parts:

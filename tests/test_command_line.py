@@ -118,9 +118,46 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
         if not hasattr(action, "refusal") or not action.refusal.reason:
             continue
         used = argparse.Namespace(**{**defaults, action.dest: "something"})
-        with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: (--)?\w+"):
+        with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is refused: (--)?\w+"):
             refuse_unsupported(parser, used)
     refuse_unsupported(parser, argparse.Namespace(**defaults))
+
+
+def test_the_help_says_each_reason_once_with_its_options_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = _parser_of("ltx2_train_network.py", monkeypatch).format_help()
+
+    assert text.count("other formats are not built:\n") == 1
+    assert "not built:\n      --fp8_keep_blocks, --fp8_w8a8, --w8a8_mode" in text
+    assert len(text.splitlines()) < 820
+
+
+COMMANDS = re.compile(r"python (\w+\.py)((?:\\\n|[^\n`])*)")  # with lines that go on
+
+
+def test_the_short_help_is_a_screen_with_what_the_first_pages_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/first_lora.md")]
+    used = {"wan_train_network.py": {"--sample_at_first", "--sample_now", "--validation_split"}}
+    for script, words in COMMANDS.findall("\n".join(pages)):
+        used.setdefault(script, set()).update(re.findall(r"--\w\w+", words))
+    assert "--network_module" in used["wan_train_network.py"]
+    for script in used.keys() & {*SCRIPTS} - {"reelsmith.py"}:
+        parser = _parser_of(script, monkeypatch)
+        text = parser.format_short_help()
+        missing = {flag for flag in used[script] if not re.search(rf"{flag}\b", text)}
+        assert missing <= {"--help", "--guidance_scale"}, script
+        if text != parser.format_help():  # of few options
+            assert len(text.splitlines()) <= 72, script
+            assert max(map(len, text.splitlines()[3:])) <= 80
+            assert " ...\n" not in text
+    text = " ".join(_parser_of("ltx2_train_network.py", monkeypatch).format_short_help().split())
+    for sentence in (
+        "keep the linear layers of the model's blocks in fp8: half the memory of bf16 --fp8_scaled",
+        "--network_dim N rank of the network (default: 4)",
+        "--max_train_steps N optimizer steps in total (default: 1600)",
+    ):
+        assert sentence in text
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])

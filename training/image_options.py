@@ -84,7 +84,7 @@ def read_image_training(
 class ImageModelOptions(Options, title="model"):
     """Files of the model, which fields of the families' records read."""
 
-    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer")
+    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer", often=True)
     vae: Path | None = option("checkpoint of the VAE")
 
 
@@ -180,8 +180,8 @@ EPSILON = "it is for models that predict noise, such as Stable Diffusion; a flow
 OFFSET = "it is for models that predict noise, such as Stable Diffusion; a flow learns brightness without it"
 CLIP = "it is for the text encoders of Stable Diffusion"
 DEEPSPEED = (
-    "DeepSpeed is not used. Use --blocks_to_swap, --gradient_checkpointing and --fp8_base to save memory, "
-    "and accelerate launch for several processes"
+    "DeepSpeed is not used. Processes of accelerate launch share weights with --shard_base and tokens "
+    "with --context_parallel; --blocks_to_swap, --gradient_checkpointing and --fp8_base save memory"
 )
 ROUNDING = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 SAMPLERS = (

@@ -198,6 +198,7 @@ class PartsOptions(Options, title="what is trained"):
 
     network_train_unet_only: bool = option(
         "put the network into the transformer only",
+        often=True,
         excludes="network_train_text_encoder_only",
         hint="else nothing is trained",
         facts=IDENTITY,

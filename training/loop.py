@@ -25,6 +25,7 @@ from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP
 
@@ -220,7 +221,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         by_part={name: total / batches for name, total, batches in parts if batches},
     )
     run.logs.step(report)
-    run.reporter.note_step(report)
+    run.reporter.note_step(report, run.logs.left(report.step))
 
 
 def _settle(run: TrainingRun) -> None:
@@ -263,7 +264,8 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
         _save_to_go_on(run)
     elif saves:
         run.clock.restart()
-        run.saver.save_step(progress.step)
+        with run.logs.pauses.of(SAVING):
+            run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
             run.triggers.finish(kind)
@@ -288,7 +290,8 @@ def _after_epoch(run: TrainingRun) -> None:
     every, is_last = options.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
     saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
     if saves:
-        run.saver.save_epoch(epoch)
+        with run.logs.pauses.of(SAVING):
+            run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
@@ -328,9 +331,11 @@ def _sample(run: TrainingRun) -> None:
             if is_any(run.stop.asked, together, run.device):
                 raise SamplingStopped
 
+        mark, tell = progress.sample_pending, run.reporter.note_doing
+        timed, ready = run.logs.pauses.of(SAMPLES), evaluation(run.modules, run.optimizer, run.parameters)
         try:
-            with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
-                sampler.make(run.sample_dits.at, run.autocast, progress.sample_pending, check)
+            with timed, ready, _as_sampled(run):
+                sampler.make(run.sample_dits.at, run.autocast, mark, check, tell)
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.steps.everyone, run.device):
@@ -353,7 +358,8 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, occasion: str) -> None:
-    with evaluation(run.modules, run.optimizer, run.parameters):
+    ready = evaluation(run.modules, run.optimizer, run.parameters)
+    with run.logs.pauses.of(VALIDATION), ready:
         losses = run.validation.measure(run.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None

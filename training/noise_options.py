@@ -43,7 +43,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         often=True,
     )
     flow_shift: float = option(
-        "time shift of --timestep_sampling shift; for image models also of sigma; no other sampler uses it",
+        "shift of --timestep_sampling shift; for image models also of sigma; no other sampler uses it",
         default=1.0,
         name="discrete_flow_shift",
         above=0,
@@ -182,9 +182,10 @@ class PredictionOptions(Options, title="prediction"):
     """How an output is compared with the velocity. Video models always compare the output."""
 
     model_prediction_type: str = option(
-        "what is compared with the velocity: raw: the output of the model, as it was trained; additive: "
+        "what is compared with the velocity; raw: the output of the model, as it was trained; additive: "
         "the output plus the noisy latents; sigma_scaled: the noisy latents minus sigma times the output",
         default=RAW,
+        often=True,
         choices=PREDICTIONS,
     )
 

@@ -238,7 +238,7 @@ def read_arguments(
     """Parse: command line over --config_file over settings of `accelerate launch` over defaults.
 
     The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
-    for an option that is not supported yet; ends the program for a wrong command line, as argparse does.
+    for an option that is refused; ends the program for a wrong command line, as argparse does.
     """
     typed = parser.parse_args(argv, argparse.Namespace(max_train_steps=None))
     # the file that --output_config writes is not there yet

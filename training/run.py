@@ -23,11 +23,12 @@ from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.reports.history import read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
+from training.reports.pauses import Pauses
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
 from training.saving.hub import make_uploads
 from training.saving.states import SavedState
-from training.summary import show_end, show_start, watch_run
+from training.summary import count_pauses, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -91,6 +92,11 @@ def prepare_run(
             public_config(plan.options, swap) if options.logs.log_config else {},
             TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft",
             extras=watch_run(plan),
+            pauses=Pauses(
+                lambda step: count_pauses(
+                    plan.options, plan.steps, bool(plan.validation), step, progress.epoch
+                )
+            ),
         )
         reporter = make_reporter(plan, following, sampler, memory)
         run = load_model(plan, swap, sampler, memory, logs, reporter)

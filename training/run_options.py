@@ -134,6 +134,7 @@ class ValidationOptions(Options, title="validation"):
         least=0,
         below=1,
         hint="some must be left for training",
+        often=True,
     )
     validate_every_n_steps: int | None = option(
         "how often to compute the validation loss; after each epoch when not given, or about every 50 "
@@ -167,17 +168,19 @@ class SampleOptions(Options, title="samples while training"):
     """When to make samples, and from which prompts."""
 
     sample_prompts: Path | None = option(
-        "file with prompts (txt, toml, json) to make samples from",
+        "file of prompts for samples (txt, toml, json)",
         place="file",
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1)
+    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1, often=True)
     sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
-    sample_at_first: bool = option("sample before the first step too")
+    sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
-        "make samples at the end of a step whenever a file OUTPUT_NAME.sample appears in --output_dir, if no "
-        "other option makes any; the names sample, save and stop ask any run of the folder then"
+        "make samples whenever a file OUTPUT_NAME.sample appears in --output_dir; at the end of the step, "
+        "for runs whose other options make none; the names sample, save and stop ask any run of the folder "
+        "then",
+        often=True,
     )
     sample_lora: tuple[Path, ...] | None = option(
         "LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "

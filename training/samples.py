@@ -4,8 +4,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from torch import nn
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
-from generation.denoise import make_latents
+from generation.denoise import OnSection, make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, decode_tracks, encode_inputs, wanted_texts
+from modules.bars import Bar
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
 from modules.contract.rules import expert_at
-from modules.contract.steps import EncodedPrompts, StepDone
+from modules.contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.pixels import frames_of
@@ -73,26 +74,33 @@ class Sampler:
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
     writes: bool = True  # else another process does, and this one only helps to make them
 
-    def make(self, dit_of: DitOf, autocast: Autocast, mark: str, check: Callable[[], None]) -> list[Path]:
+    def make(
+        self,
+        dit_of: DitOf,
+        autocast: Autocast,
+        mark: str,
+        check: Callable[[], None],
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
         the end of an epoch, `000020` at a step. check: called after each step; what it raises ends the
-        samples. Only the samples' own random state is used.
+        samples. tell: gets the sample and its step in words. Only the samples' own random state is used.
         """
-
-        def watch(_: StepDone) -> bool:
-            check()
-            return False
-
         paths, experts = [], self.session.family.experts
-        for sample in self.samples:
+        for place, sample in enumerate(self.samples, 1):
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=self.draw_seed())
             with autocast():
                 prompts = sample.prompts if self.renew is None else self.renew(sample.wanted, sample.prompts)
-            with preview_clip(self.previews, prepared.fps) as (watchers, on_section), autocast():
+            what = f"sample {place} of {len(self.samples)}"
+            with (
+                preview_clip(self.previews, prepared.fps) as (watchers, also),
+                _show_steps(what, prepared.num_steps, check, tell, also) as (watch, on_section),
+                autocast(),
+            ):
                 latents = make_latents(
                     self.session.family,
                     lambda timestep: dit_of(expert_at(timestep, experts)),
@@ -142,6 +150,29 @@ class Sampler:
             device=self.session.device.type,
             experts=family.experts,
         )
+
+
+@contextmanager
+def _show_steps(
+    what: str, steps: int, check: Callable[[], None], tell: Callable[[str], None], also: OnSection
+) -> Iterator[tuple[Watcher, OnSection]]:
+    """Yield a watcher and a function for sections that show on a bar which step of a sample is done."""
+    bars: list[Bar] = []
+    with ExitStack() as stack:
+
+        def on_section(section: Section) -> None:
+            also(section)
+            stack.close()
+            name = ", ".join(filter(None, (what, section.label)))
+            bars.append(stack.enter_context(Bar(steps, name)))
+
+        def watch(_: StepDone) -> bool:
+            bars[-1].update()
+            tell(bars[-1].line())
+            check()
+            return False
+
+        yield watch, on_section
 
 
 def prepare_samples(

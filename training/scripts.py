@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from modules.command import tell_loading
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
@@ -45,6 +46,7 @@ def training_script(
             refuse_for_whole(option_values(own).get("dit_dtype"))
         check(own)
 
+        tell_loading()
         from dataset.batches.items import CachingCommands
         from training.following import FamilyScripts
         from training.run import train_network  # torch loads here, after every option has been read

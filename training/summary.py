@@ -22,8 +22,9 @@ from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import Story
 from training.reports.page import page_path
-from training.reports.sample_files import FOLDER as SAMPLES
-from training.run_options import SampleOptions
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.reports.sample_files import FOLDER
+from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
@@ -100,11 +101,12 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     has_samples = samples.sample_prompts is not None and samples.is_timed
     written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
     counts = count_saves(saving, steps, plan.progress.step, plan.progress.epoch)
+    items = count_of(plan.order.num_items, "item")
     rows: list[Row] = [
         ("model", ", ".join(model)),
         ("learns", f"{learner}, {count_of(sum(one.numel() for one in parameters), 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
-        ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
+        ("data", f"{items} with repeats{held_back}, {count_of(steps.num_batches, 'batch')}"),
         ("steps", f"{length}{begun}"),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
@@ -125,7 +127,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     """Show the result of a run that took its last step, and the commands that can follow."""
     names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
-    seconds, samples = clock.seconds_per_step, names.folder / SAMPLES
+    seconds, samples = clock.seconds_per_step, names.folder / FOLDER
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     peak = peak_in_words(run.device)
     if run.memory is not None:
@@ -196,6 +198,31 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
     steps = [] if every is None else [(step // every + 1) * every]
     steps += [] if epochs is None else [plan.steps_until((epoch // epochs + 1) * epochs)]
     return min((each for each in steps if each <= plan.total_steps), default=None)
+
+
+def count_pauses(
+    options: TrainingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
+) -> dict[str, int]:
+    """Return how many pauses of each kind come after a step. epoch: whole epochs done by then."""
+    samples, asked, saving = options.samples, options.validation, options.saving
+    total, epochs = plan.total_steps, plan.num_epochs
+
+    def of_steps(every: int | None) -> int:
+        return 0 if not every else total // every - step // every
+
+    def of_epochs(every: int | None, last: int) -> int:
+        return 0 if not every else max(0, last // every - epoch // every)
+
+    by_step, by_epoch = asked.validate_every_n_steps, asked.validate_every_n_epochs
+    usual = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
+    return {
+        SAMPLES: of_steps(samples.sample_every_n_steps) + of_epochs(samples.sample_every_n_epochs, epochs)
+        if samples.sample_prompts is not None
+        else 0,
+        VALIDATION: (of_steps(by_step or usual) + of_epochs(by_epoch, epochs)) * validates,
+        # besides those of epochs, the finished model
+        SAVING: of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1) + 1,
+    }
 
 
 def judge_alpha(

@@ -14,6 +14,7 @@ from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
+from modules.bars import track
 from modules.contract.data import SOUND
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
@@ -101,7 +102,7 @@ class Validation:
         # all items by one network, then by the next: bringing one to the device takes longer than reading
         for expert in sorted(set(experts)) if items or repeated else ():
             dit, places = dit_at(expert), [place for place, which in enumerate(experts) if which == expert]
-            for item in items:
+            for item in track(items, f"validation, {len(places)} noise levels", len(items), unit="item"):
                 losses = self._losses(item, [levels[place] for place in places], dit, autocast)
                 sums[places] += torch.tensor(losses, dtype=torch.float64)
             for item in repeated:  # for the others, which gather the blocks from this process

@@ -75,7 +75,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
     vae: VaeOptions
     vae_cache_cpu: bool = option(_CACHE_CPU)
     clip: Path | None = option(
-        "CLIP image encoder; also caches the image features that image-to-video training needs"
+        "CLIP image encoder; also caches the image features that image-to-video training needs", often=True
     )
     i2v: bool = option(
         "cache the image condition without image features, for i2v-A14B; --clip caches both", often=True

@@ -74,7 +74,10 @@ def prepare(options: PrepareOptions) -> None:
         if share.is_main:
             who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
             where = f"{options.source.data_root} -> {folder}"
-            show_box("Preparing", [("data", where), (who, f"{len(items)} clips, {to_do} of them to do")])
+            show_box(
+                "Preparing",
+                [("data", where), (who, f"{count_of(len(items), 'clip')}, {to_do} of them to do")],
+            )
         gathered = share.gather((to_do, _prepare_share(options, maker, share, untexted, unmade)))
         failures = [failure for _, found in gathered for failure in found]
         if not share.is_main:

@@ -58,9 +58,10 @@ from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
+from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
 from modules.contract.family import Caches, Described, TextEncoder, has_frame_rates, hears_sound
-from modules.control_codes import escape_control_codes
+from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
@@ -101,7 +102,7 @@ def tell_check(
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+    sys.stdout.write(fold(escape_control_codes("\n".join(lines)), columns_of(sys.stdout)) + "\n")
 
 
 def check_caching(
@@ -146,7 +147,7 @@ def check_caching(
     for table in config.datasets:
         found = find_table(config, table)
         forms = other_form(table, family.cache_tag) if latents or texts else ()
-        found.faults += [Fault("cache folders are in the other form", line) for line in forms]
+        found.faults += [Fault("folders of caches are in the other form", line) for line in forms]
         if media and found.sources:
             sound: SoundWork | None = None
             if identity and hears_sound(family) and is_heard(table):
@@ -169,13 +170,13 @@ def check_caching(
             missing = Counter(name for plan in plans for name in plan.missing)
             for encoder, _ in encoders:
                 valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
-                line = f"caches of {encoder.name}: {valid} are valid, {to_do} captions need encoding"
-                found.caches.append(line)
+                needs = count_words(to_do, "captions need encoding")
+                found.caches.append(f"caches of {encoder.name}: {valid} are valid, {needs}")
         if texts or (found.sources and identity):
             kind = "shards or folders are not whole; caching mends them"
             found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(found, counters)
-        items = f", {found.num_items} items" if media else ""
+        items = f", {count_of(found.num_items, 'item')}" if media else ""
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"
         tables.append(found)
     if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
@@ -223,8 +224,10 @@ def check_training(
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained = [item for item in cached.items if not item.table.validation]
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
-    steps = f"{-(-order.num_batches // batches)} steps" + (f" of {batches} batches" if batches > 1 else "")
-    tail = [f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps}"]
+    steps = count_of(-(-order.num_batches // batches), "step")
+    steps += f" of {batches} batches" if batches > 1 else ""
+    repeated = count_of(order.num_items, "item")
+    tail = [f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
     return CheckResult(head, tuple(tables), tuple(tail), counters)
@@ -284,7 +287,9 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
     if recipe.encoder:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
-        found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+        found.caches.append(
+            f"caches: {kept} files are valid, {count_words(to_encode, 'items need encoding')}"
+        )
     if sound is not None:
         told_of_sound, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
         found.caches += told_of_sound
@@ -391,7 +396,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
                 write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
                 write_text(path, guess.text.removeprefix("\ufeff"))
                 converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
-    counts = f"{len(converted)} captions converted to UTF-8 (the old files end in {BACKUP})"
+    counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
     return [f"{counts}, {len(left)} left as they are", *converted, *left]
 
 

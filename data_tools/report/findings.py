@@ -77,10 +77,11 @@ class TableFindings:
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for bucket, count, batches, last in self.bucket_rows():
-            frames = f", {bucket[2]} frames" if len(bucket) == 3 else references_in_words(bucket)
+            frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
             remainder = f" (the last has {last})" if last < size else ""
             sizes = f"{bucket[0]}x{bucket[1]}{frames}"
-            lines.append(f"{sizes}: {count} items x {times}, {batches} batches of {size}{remainder}")
+            of_size = f"{count_of(batches, 'batch')} of {size}{remainder}"
+            lines.append(f"{sizes}: {count_of(count, 'item')} x {times}, {of_size}")
         found = list_faults([*self.faults, *self.remarks], LISTED)
         return [self.title, *indent([*lines, *self.caches, *found])]
 

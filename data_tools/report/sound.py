@@ -16,6 +16,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.sound import NoSound, find_sound, kept_rate, read_sounds
 from modules.bars import Bar
+from modules.console import count_words
 from modules.contract.data import SoundSpec
 from modules.errors import MediaError
 from modules.media.reading import video_info
@@ -106,7 +107,7 @@ def check_sound(
     forms = f": {', '.join(words)}" if words else ""
     lines = [
         f"sound: {len(tracks)} of {len(plans)} clips have it{forms}",
-        f"caches of sound: {valid} files are valid, {missing} items need encoding",
+        f"caches of sound: {valid} files are valid, {count_words(missing, 'items need encoding')}",
     ]
     return lines, faults, remarks
 

@@ -197,7 +197,7 @@ def _copy(
     be read.
     """
     copied = there = size_bytes = 0
-    for name in track(names, f"Converting {source.folder.name}", len(names)):
+    for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):
         try:
             data = source.read_bytes(name)
         except CacheError as error:

@@ -33,6 +33,7 @@ from modules.planning.device_memory import peak_in_words
 
 T = TypeVar("T")
 
+STAYS = "What is cached so far stays; the same command goes on from there."
 PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
 
 
@@ -201,7 +202,10 @@ def _cache_and_conclude(
     if options.disable_cudnn_backend:
         leave_cudnn_out()
     start = time.monotonic()
-    report = cache(family, config, options)
+    try:
+        report = cache(family, config, options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(STAYS) from None
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if not options.shard.is_given:

@@ -32,6 +32,7 @@ from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.bars import Bar
+from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
@@ -224,7 +225,9 @@ class _Planning:
             if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
                 found = spans(table, clip.kept_frames, latent.frame_step)
                 targets = ", ".join(map(str, table.target_frames))
-                reason = None if found else f"{clip.kept_frames} frames, target_frames are {targets}"
+                reason = (
+                    None if found else f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
+                )
                 short = describe_short(table, found, clip.kept_frames)
                 return dataclasses.replace(self.compare(clip.size, found), reason=reason, short=short)
         if self.existing and recipe.skip_existing:

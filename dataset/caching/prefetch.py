@@ -14,7 +14,7 @@ from dataset.config_keys import AUTO
 from dataset.sources.frames import frames_wanted
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
-from modules.console import Row, show_box
+from modules.console import Row, count_words, show_box
 from modules.errors import DatasetError, MediaError, UserError
 from modules.media.decoding import is_animation
 from modules.media.reading import video_info
@@ -93,17 +93,22 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         return
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
-        logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
+        told = count_words(len(report.dropped), "sources give no item to train on")
+        logger.warning("%s:\n  %s", told, lines)
     for clips, tell, what in (
         (report.shortened, logger.warning, "give no item of some lengths"),
         (report.silent, logger.info, "are learned silent"),
     ):
         if clips:
-            tell("%d clips %s. The first: %s", len(clips), what, "; ".join(map(str, clips[:NAMED])))
+            tell(
+                "%s. The first: %s",
+                count_words(len(clips), f"clips {what}"),
+                "; ".join(map(str, clips[:NAMED])),
+            )
     if report.foreign:
         logger.warning(
-            "%d files were made by another program: only their sizes could be compared (--skip_existing)",
-            report.foreign,
+            "%s by another program: only the size could be compared (--skip_existing)",
+            count_words(report.foreign, "files were made"),
         )
     if report.written or report.kept or report.removed or report.share < report.whole:
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"

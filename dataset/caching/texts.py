@@ -147,7 +147,9 @@ class TextWork:
                 warn_cut_captions(
                     encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
                 )
-                bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", who is not None)
+                bar = Bar(
+                    len(to_do), f"Encoding with {encoder.name}", "caption", who is not None, at_once=True
+                )
                 with bar, torch.no_grad():
                     self._encode(encoder, identity, pieces, to_do, bar, writer)
         changed = sum(bool(plan.missing or plan.in_part) for plan in plans) - len(self._failed)

@@ -51,7 +51,7 @@ from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
-from modules.console import Row, as_size, show_box
+from modules.console import Row, as_size, count_of, show_box
 from modules.contract.data import FPS, LOSS_MASK, CacheEntry, MomentsBatch
 from modules.contract.family import Caches, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
@@ -151,7 +151,7 @@ class MediaWork:
         if who is not None:
             rows: list[Row] = [
                 ("data", str(self._config.path)),
-                (f"latents{who}", f"{len(pieces)} sources, {len(to_do)} of them to encode"),
+                (f"latents{who}", f"{count_of(len(pieces), 'source')}, {len(to_do)} of them to encode"),
                 ("disk", self._disk(to_do)),
                 ("device", str(self._device)),
             ]
@@ -222,7 +222,7 @@ class MediaWork:
             lambda plan: plan.source,
             lambda plan: decode(plan, names_of(self._existing, plan.source), self._recipe),
             workers,
-            Bar(len(plans), "Encoding", "source", shows),
+            Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
         )
         with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():

@@ -29,6 +29,7 @@ from dataset.sources.frames import (
 )
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import fit_reference, read_reference
+from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import (
@@ -271,4 +272,4 @@ def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tu
     rate = f" after dropping from source_fps = {stated:g}" if stated else ""
     if table.source_fps == AUTO:
         rate = ' at the rate of the model (source_fps = "auto")'
-    return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
+    return (), f"{count_of(kept, 'frame')}{rate}, the shortest of target_frames is {min(table.target_frames)}"

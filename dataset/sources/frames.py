@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.sources.media_source import Fault, MediaSource
+from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import (
     Size,
@@ -74,7 +75,11 @@ def describe_short(table: DatasetTable, found: Collection[Span], kept_frames: in
     if not found or table.kind == "image" or table.frame_extraction == "full":
         return None
     missing = [str(target) for target in table.target_frames if target not in lengths]
-    return f"{kept_frames} frames, too few for {', '.join(missing)} of target_frames" if missing else None
+    return (
+        f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
+        if missing
+        else None
+    )
 
 
 def frames_wanted(table: DatasetTable) -> int | None:

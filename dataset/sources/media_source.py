@@ -17,6 +17,7 @@ from typing import Any
 
 from dataset.config import DatasetTable
 from dataset.table import FROM_ALPHA, FROM_FILE
+from modules.console import count_words
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
 
@@ -256,7 +257,7 @@ def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
         by_kind.setdefault(fault.kind, []).append(fault.text)
     lines = []
     for kind, texts in by_kind.items():
-        lines += [f"{len(texts)} {kind}:", *(f"  {text}" for text in texts[:most])]
+        lines += [f"{count_words(len(texts), kind)}:", *(f"  {text}" for text in texts[:most])]
         lines += [f"  ... and {len(texts) - most} more"] if len(texts) > most else []
     return lines
 

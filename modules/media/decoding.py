@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import HDR, blend_on_white, shown_pixels
@@ -41,7 +42,9 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any
     num_frames, end_seconds = 0, 0.0
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
+            raise MediaError(
+                f"{path} is damaged or cut short: only {count_of(num_frames, 'frame')} could be read"
+            )
         # the last packet, which has no data, makes the decoder give what it holds back
         for frame in packet.decode() if decoder is None else decoder.decode(packet if packet.size else None):
             num_frames += 1

@@ -15,14 +15,14 @@ import pytest
 from browser.options import BrowserOptions
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs
 from browser.start import run_browser
-from browser.views import select_runs
+from browser.views import LiveStanding, select_runs
 from modules.errors import OptionError
 from modules.pages.page import share_page
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
 from tests.training.toy import Killed, killed_at, train_toy, write_caches
-from training.reports.history import describe_process
+from training.reports.history import History, describe_process, history_path
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has this device")
 
@@ -42,6 +42,22 @@ def test_a_run_is_found_at_any_depth_with_what_it_tells(tmp_path: Path) -> None:
     assert (run.state, run.model, run.step, run.total_steps) == (RUNNING, "wan", 4, 10)
     assert [round(loss, 3) for loss in run.losses] == [1.0, 0.5, 0.333, 0.25]
     assert (run.left, run.sample) == ("12 s", "deep_1.png")
+
+
+def test_the_time_left_has_pauses_and_a_pause_says_what_is_made(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "x", 4, None)
+    history = History(path if path.suffix == ".jsonl" else history_path(tmp_path, "x"), 1, 4)
+    history.add(5, loss=0.2, average=0.2, seconds=2.0, left=3600.0)
+    history.flush()
+    runs = Runs((tmp_path,))
+    (run,) = runs.look()
+    assert run.left == "1 h"
+    assert LiveStanding.of(run, runs.open(run).story).left == "· 1 h left"
+
+    history.add(5, doing="sample 1 of 2, step 140 of 300")
+    history.flush()
+    (run,) = runs.look()
+    assert LiveStanding.of(run, runs.open(run).story).left == "· sample 1 of 2, step 140 of 300"
 
 
 def ended_process() -> dict[str, Any]:

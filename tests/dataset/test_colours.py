@@ -101,9 +101,9 @@ def test_check_and_caching_count_transparent_pictures_and_profiles(
     cached(config)
 
     for text in ("\n".join(lines), caplog.text):
-        assert "1 are transparent and laid on white:\n" in text
+        assert "1 is transparent and laid on white:\n" in text
         assert "clear.png" in text
-        assert "1 have a colour profile, or colours other than sRGB" in text
+        assert "1 has a colour profile, or colours other than sRGB" in text
         assert "opaque.png" not in text
 
 

@@ -77,7 +77,7 @@ SECTIONS = SECTIONED_GENERATION_OPTIONS
         (PLAIN, "p --guidance_scale 5 --infer_steps 3", {"guidance_scale": 5.0, "infer_steps": 3}),
         (PLAIN, "p --seed hello", {"seed": 2475399061}),
         (PLAIN, "p --video_size 480 832", {"video_size_height": 480, "video_size_width": 832}),
-        (PLAIN, "p --video_size 480x832 --w 64", {"video_size_height": 480, "video_size_width": 64}),
+        (PLAIN, "p --video_size 480 832 --w 64", {"video_size_height": 480, "video_size_width": 64}),
         (PLAIN, "p --fps 24 --sample_solver vanilla", {"fps": 24, "sample_solver": "vanilla"}),
         (PLAIN, "p --g 3 --guidance_scale 5", {"guidance_scale": 5.0}),
         (
@@ -111,6 +111,9 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
     [
         ("p --w 5x", "--w: '5x' is not a whole number"),
         ("p --video_size 480", "--video_size: '480' is not a height and a width, such as 480 832"),
+        ("p --video_size 832x480", "--video_size: '832x480' is not a height and a width, as in 480 832"),
+        ("p --video_size 480,832", "--video_size: '480,832' is not a height and a width, as in 480 832"),
+        ("p --w 832x480", "--w: '832x480' is not a whole number: give --w 832 --h 480"),
         ("p --fps 0", "--fps: 0 is no frame rate: give a number from 1 to 1000"),
         ("p --infer_steps many", "--infer_steps: 'many' is not a whole number"),
     ],

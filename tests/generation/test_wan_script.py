@@ -229,7 +229,7 @@ def test_every_option_has_its_word() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--ulysses-degree", "2"], "--ulysses-degree is not supported yet"),
+        (["--ulysses-degree", "2"], "--ulysses-degree is refused"),
         (["--video-length", "128"], "4n + 1, such as 129"),
         (["--video-size", "1", "2", "3"], "--video-size"),
         (["--batch-size", "2"], "--num-videos"),

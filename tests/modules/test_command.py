@@ -13,8 +13,8 @@ import pytest
 from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 from modules.command import LAUNCHED, command_line
-from modules.console import as_size, count_of, draw_box, in_words, show_box
-from modules.control_codes import escape_control_codes
+from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
+from modules.control_codes import escape_control_codes, fold
 from modules.errors import CheckpointError
 from modules.parser import Parser
 from tests.commands import ROOT
@@ -27,6 +27,7 @@ def _parser() -> Parser:
     parser.add_argument("--codec", choices=["h264", "prores"])
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--strength", type=float)
+    parser.add_argument("--size", type=int, nargs="+", metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--fast", action="store_true")
     return parser
 
@@ -47,6 +48,9 @@ def _parser() -> Parser:
             "--save_path x --codec prorse",
             "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?",
         ),
+        ("--size 832x480", "--size 832x480: give height and width: --size 480 832"),
+        ("--size=832×480", "--size 832×480: give height and width: --size 480 832"),
+        ("--size 480,832", "--size 480,832: give height and width: --size 480 832"),
         ("--save_path x --layers one", "argument --layers: one is not a whole number. Give one, such as 1."),
         (
             "--save_path x --layers \x1b[2J",
@@ -200,6 +204,97 @@ def test_without_streams_a_program_runs_and_its_files_hold_no_messages(closed: s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of the shell")
+def _compiler_error(text: str) -> Exception:
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    return kind(text)
+
+
+CPP_ERROR = """CppCompileError: C++ compile error
+
+Command:
+g++ main.cpp -L/tmp/a b/torch/lib
+
+Output:
+/usr/bin/ld: cannot find -ltorch: No such file or directory
+collect2: error: ld returned 1 exit status
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "folder", "said"),
+    [
+        (
+            CPP_ERROR,
+            "/tmp/a b",
+            "compiling the blocks failed: /usr/bin/ld: cannot find -ltorch: No such file or directory\n"
+            "  /tmp/a b has a blank in its path, which breaks the compiler's command: use a folder without "
+            "one. Or leave --compile, --dynamo_backend and --optimized out\n",
+        ),
+        (
+            "ptxas fatal   : Value 'sm_120' is not defined\nmore\n",
+            "/tmp",
+            "compiling the blocks failed: ptxas fatal   : Value 'sm_120' is not defined\n"
+            "  Update the compiler (g++ or clang; on a GPU Triton) and its headers. "
+            "Or leave --compile, --dynamo_backend and --optimized out\n",
+        ),
+    ],
+)
+def test_an_error_of_the_compiler_is_two_lines(
+    error: str, folder: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+
+    def fail() -> None:
+        raise _compiler_error(error)
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"InductorError: {said}"
+
+
+def test_other_errors_keep_their_traceback_and_a_terminal_gets_it_in_colour(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+
+    def fail() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError):
+        command_line(fail)
+    monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    assert end.value.code == 1
+    assert "a mistake of ours" in capsys.readouterr().err
+
+
+def test_a_terminal_is_told_that_torch_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    command.tell_loading()  # it is there
+    assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    command.tell_loading()
+    assert capsys.readouterr().err == "Loading torch ...\n"
+
+
+def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+    for stop, said in ((KeyboardInterrupt(), "Interrupted.\n"), (KeyboardInterrupt("a"), "Interrupted. a\n")):
+
+        def fail(stop: KeyboardInterrupt = stop) -> None:
+            raise stop
+
+        with pytest.raises(SystemExit) as end:
+            command_line(fail)
+        assert (end.value.code, capsys.readouterr().err) == (130, said)
+
+
 def test_a_limit_of_open_files_is_one_message() -> None:
     opens = "import os; from modules.command import command_line\n"
     opens += "command_line(lambda: [os.open('/dev/null', 0) for _ in range(20)], needs_packages=False)"
@@ -224,6 +319,25 @@ def test_what_a_launcher_sets_is_a_number(
 
 
 HOSTILE = "[red]a [bold]cat[/] :smile: \x1b[31m猫"
+
+
+SENTENCE = "  LTX-2 takes clips of 8n + 1 frames, and the sides of a FramePack clip are multiples of sixteen."
+COMMAND = (
+    "python wan_cache_latents.py --dataset_config data/dataset.toml --vae models/vae.safetensors --check"
+)
+
+
+def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
+    path = f"/data/{'x' * 60}/clip.mp4: no caption beside it"
+    assert fold("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
+        "  LTX-2 takes clips of 8n + 1 frames, and the sides of a",
+        "  FramePack clip are multiples of sixteen.",
+        COMMAND,
+        f"/data/{'x' * 60}/clip.mp4:",
+        "no caption beside it",
+        "short",
+    ]
+    assert fold(SENTENCE, None) == SENTENCE  # no terminal
 
 
 def test_a_box_is_logged_as_aligned_lines(caplog: pytest.LogCaptureFixture) -> None:
@@ -272,6 +386,22 @@ def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: st
     assert command.draws_boxes(screen) is (variable == "NO_COLOR")
 
 
+@pytest.mark.parametrize(
+    ("words", "of_one"),
+    [
+        ("tables have no item to train on", "1 table has no item to train on"),
+        ("columns of m.csv are not read", "1 column of m.csv is not read"),
+        ("problems with the masks of t", "1 problem with the masks of t"),
+        ("of 20 captions are missing; write them", "1 of 20 captions is missing; write them"),
+        ("have a caption that cannot be used", "1 has a caption that cannot be used"),
+        ("shards or folders are not whole", "1 shard or folder is not whole"),
+        ("entries of x cannot be used", "1 entry of x cannot be used"),
+    ],
+)
+def test_words_behind_a_count_fit_one(words: str, of_one: str) -> None:
+    assert (count_words(1, words), count_words(2, words)) == (of_one, f"2 {words}")
+
+
 def test_numbers_are_said_as_people_say_them() -> None:
     times = {0.4: "0 s", 99: "99 s", 100: "2 min", 3599: "1 h", 7800: "2 h 10 min", 48 * 3600: "2 d"}
     sizes = {12: "12 bytes", 9.96e3: "10.0 kB", 312e6: "312 MB", 1.44e9: "1.4 GB"}
@@ -279,6 +409,7 @@ def test_numbers_are_said_as_people_say_them() -> None:
     assert {size: as_size(size) for size in sizes} == sizes
     assert in_words(100 * 3600) == "4 d 4 h"
     assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
+    assert (count_of(2, "batch"), count_of(2, "epoch")) == ("2 batches", "2 epochs")
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
@@ -310,6 +441,19 @@ def test_a_line_about_frames_has_their_rate(total: float | None, line: str) -> N
         now[0] = 10.0
 
         assert bar.line() == line
+
+
+def test_steps_are_counted_in_words_and_a_bar_may_show_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Bar(300, "sample 1 of 2", is_terminal=lambda: False) as bar:
+        bar.update(140)
+        assert bar.line().startswith("sample 1 of 2, step 140 of 300, about ")
+    with Bar(12, "Encoding", "source", at_once=True, is_terminal=lambda: True):
+        assert "Encoding:   0%|" in capsys.readouterr().err
+    with Bar(300, "sample 1 of 2", at_once=True, is_terminal=lambda: True):
+        assert "sample 1 of 2, step 0 of 300: |" in capsys.readouterr().err
 
 
 def test_a_bar_appears_after_a_second_and_is_removed(

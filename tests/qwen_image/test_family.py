@@ -92,7 +92,7 @@ def test_guidance_keeps_the_norm_of_each_token_and_leaves_zeros() -> None:
     ("words", "message"),
     [
         (["--model_version", "layered"], "--model_version: layered: Qwen-Image-Layered"),
-        (["--output_layers", "3"], "--output_layers is not supported yet: Qwen-Image-Layered"),
+        (["--output_layers", "3"], "--output_layers is refused: Qwen-Image-Layered"),
         (["--edit", "--edit_plus"], "--edit_plus and --edit exclude each other"),
         (["--mask_path", "a.png", "--rcm_threshold", "0.1"], "--mask_path and --rcm_threshold exclude"),
         (["--rcm_kernel_size", "4", "--rcm_threshold", "1"], "--rcm_kernel_size 4: give an odd number"),

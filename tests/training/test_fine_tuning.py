@@ -202,7 +202,7 @@ def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
 
 
 def test_fp16_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--full_fp16 is not supported yet: .*--full_bf16"):
+    with pytest.raises(OptionError, match="--full_fp16 is refused: .*--full_bf16"):
         toy.toy_options(tmp_path, "--full_fp16", whole_dit=True)
 
 

@@ -270,12 +270,18 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--v2", "--v2 is not supported yet: it is for the text encoders of Stable Diffusion"),
-        ("--vae ae.safetensors", "--vae is not supported yet: the autoencoder is given to --ae"),
+        ("--v2", "--v2 is refused: it is for the text encoders of Stable Diffusion"),
+        ("--vae ae.safetensors", "--vae is refused: the autoencoder is given to --ae"),
         ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam is --optimizer_type AdamW8bit"),
         ("--fused_backward_pass --gradient_accumulation_steps 2", "--fused_backward_pass with"),
         ("--caption_extention .a --caption_extension .b", "--caption_extension, which is .b: give one"),
         ("--resolution 512,x", "--resolution 512,x: give 512"),
+        ("--resolution 832x480", "give 512, or width and height, as 832,480"),
+        (
+            "--deepspeed",
+            "--deepspeed is refused: DeepSpeed is not used. Processes of accelerate launch share ",
+        ),
+        ("--zero_stage 3", "with --shard_base and tokens with --context_parallel"),
         ("--face_crop_aug_range 4,2", "--face_crop_aug_range 4,2: give two numbers"),
         ("--output_config", "--output_config writes to the file that --config_file names"),
     ],

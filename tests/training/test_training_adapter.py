@@ -205,7 +205,7 @@ def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:
 )
 def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> None:
     option, value = words.split()
-    with pytest.raises(OptionError, match=f"{option} is not supported yet: the model itself is trained"):
+    with pytest.raises(OptionError, match=f"{option} is refused: the model itself is trained"):
         toy.toy_options(tmp_path, option, value, whole_dit=True)
 
 

@@ -28,6 +28,7 @@ AVERAGE_MARK = re.compile("-ema")
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
+PASSING = {"loss", "doing"}  # lines on disk only
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
 
@@ -83,6 +84,8 @@ class Story:
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # of steps
     average: float | None = None  # of the last losses, at most an epoch's; None: of an older version
+    left: float | None = None  # seconds to the end as of the last step, with samples, validations and saves
+    doing: str = ""  # what is done between two steps now: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
@@ -106,9 +109,10 @@ class Story:
     def add(self, row: Row) -> None:
         """Add the content of a line."""
         step = row["step"]
+        self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
             self.loss[step], self.seconds[step] = _number(row["loss"]), _number(row.get("seconds"))
-            self.average = _number(row.get("average"))
+            self.average, self.left = _number(row.get("average")), _number(row.get("left"))
             for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
                 for name, value in (values or {}).items():
                     curves.setdefault(name, {})[step] = _number(value)
@@ -125,6 +129,8 @@ class Story:
             self.samples[step, mark] = SampleRow(step, mark, *texts)
         elif "saved" in row:
             self.saved[row["saved"]] = step
+        elif "doing" in row:
+            pass
         elif "message" in row:
             self.messages.append((step, str(row["level"]), str(row["message"])))
         elif "ended" in row:
@@ -187,7 +193,7 @@ class History:
         self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
         self.events: list[Row] = []
         try:
-            self.events += [row for row in _rows(path, session, step) if "loss" not in row]
+            self.events += [row for row in _rows(path, session, step) if not row.keys() & PASSING]
         except OSError as error:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
@@ -197,7 +203,7 @@ class History:
         Raises OutputError if many lines wait and cannot be written; they are forgotten then.
         """
         row: Row = _finite({"step": step, **what})
-        if "loss" not in row:
+        if not row.keys() & PASSING:
             self.events.append(row)
         # a part of a file's name that is no text becomes \\udce9, which JSON reads as that part
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"

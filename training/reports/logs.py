@@ -38,6 +38,7 @@ from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
+from training.reports.pauses import Pauses
 from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
 FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+NARROWEST = 10  # columns of the bar, for which numbers make room, the first of these first
+DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample", "s/it")
 # slow steps are told
 SEEN = 10  # steps before a median means something
 KEPT = 200  # steps that the median is taken over: a run changes
@@ -201,6 +205,7 @@ class Logs:
     now: Callable[[], float] = time.monotonic  # seconds
     # what else the bar shows at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
+    pauses: Pauses = field(default_factory=Pauses)
     bar: "tqdm[Any]" = field(init=False)
     clock: StepClock = field(default_factory=StepClock, init=False)
     _flushed: float = field(default=0.0, init=False)
@@ -224,7 +229,7 @@ class Logs:
             total=self.total_steps,
             initial=self.first_step,
             desc="steps",
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            bar_format=BAR,
             dynamic_ncols=True,
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         )
@@ -258,7 +263,7 @@ class Logs:
         if not self.bar.disable:
             if now - self._shown >= SHOW_EVERY:
                 self._shown = now
-                self.bar.set_postfix(self._numbers(report), refresh=False)
+                self.bar.set_postfix(self._fitting(self._numbers(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
         elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
             if self._shown > -math.inf:  # a line now and then
@@ -267,12 +272,28 @@ class Logs:
             self._shown = now
         self.values(values, report.step)
 
+    def left(self, step: int) -> float | None:
+        """Return the seconds left after a step, with pauses; None before the first."""
+        seconds = self.clock.seconds_per_step
+        return None if seconds is None else seconds * (self.total_steps - step) + self.pauses.left(step)
+
+    def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
+        """Return the numbers beside which the bar keeps some columns of the terminal."""
+        kept, place = dict(numbers), self.bar.format_dict
+        around = (
+            f"steps: 100%|| {self.total_steps}/{self.total_steps} [{tqdm.format_interval(place['elapsed'])}]"
+        )
+        room = (place["ncols"] or math.inf) - len(around) - NARROWEST
+        for name in DROPPED:
+            if sum(len(f", {one}={value}") for one, value in kept.items()) > room:
+                kept.pop(name, None)
+        return kept
+
     def _numbers(self, report: StepReport) -> dict[str, str]:
         """Return the numbers beside the bar, by name."""
         shown = {}
-        seconds = self.clock.seconds_per_step
-        if seconds is not None:
-            left = seconds * (self.total_steps - report.step)
+        seconds, left = self.clock.seconds_per_step, self.left(report.step)
+        if seconds is not None and left is not None:
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         shown["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)

@@ -3,6 +3,7 @@ training.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 SHARE = 0.003  # of the time, that pages without new samples may take
 PAUSE = 120.0  # seconds between two of these at least
 FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
+DOING_SECONDS = 10.0  # between two lines on what a pause does
 MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
 
 
@@ -59,6 +61,7 @@ class RunReporter:
     _flush_cost: float = 0.0
     _told: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
+    _doing: float = -math.inf  # when a pause was told
 
     def __post_init__(self) -> None:
         self.folder, self.name = self.history.path.parent, history_name(self.history.path)
@@ -85,8 +88,16 @@ class RunReporter:
         self._note(self.step, ended=standing, kind=ending)
         self._write(standing, ending)
 
-    def note_step(self, report: StepReport) -> None:
-        """Add a step."""
+    def note_doing(self, text: str) -> None:
+        """Tell what is done between two steps, now and then: `sample 1 of 2, step 140 of 300`."""
+        if self.now() - self._doing >= DOING_SECONDS:
+            self._doing = self.now()
+            self._note(self.step, doing=text)
+            with self._guarded():
+                self.history.flush()
+
+    def note_step(self, report: StepReport, left: float | None = None) -> None:
+        """Add a step. left: seconds to the end of the run, with what interrupts the steps."""
         self.step = report.step
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
@@ -97,6 +108,7 @@ class RunReporter:
                 average=report.average,
                 rates=rates,
                 seconds=report.seconds,
+                left=left,
                 **experts,
             )
             started = self.now()

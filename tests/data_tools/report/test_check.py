@@ -59,7 +59,7 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     cache_texts(ToyFamily(), config, options())
     (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
     result = check_caching(ToyFamily(), config, 1, False, parts=["texts"])
-    assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
+    assert "  caches of t5: 1 are valid, 1 caption needs encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
     assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
 
@@ -105,13 +105,13 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
 
     text = "\n".join(result.lines)
     for part in (
-        "1 have a caption that cannot be used:",
+        "1 has a caption that cannot be used:",
         "Windows-1252 (Western European): 'Käse auf der Straße'",
         "clip_2.mp4: no clip_2.txt beside it",
         "clip_3.mp4 is empty (0 bytes)",
         "absent: No such file or directory",
         "clip_1.mp4: 7 frames, too few for 9 of target_frames",
-        "1 have an empty caption:",
+        "1 has an empty caption:",
         "1 of .png, images: give them a table with image_directory",
         "1 of .txt, captions without a clip of the same name",
     ):

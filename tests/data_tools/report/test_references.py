@@ -28,9 +28,9 @@ def test_a_check_counts_references_and_names_the_missing(tmp_path: Path) -> None
     assert "a_0.png has 1x1 pixels, each side needs at least 16. Replace it" in fault.text
     assert (remark.kind, remark.stem) == ("have no reference picture, while others have", "c")
     lines = [line.strip() for line in found.lines()]
-    assert "64x48 with 32x32: 2 items x 1, 1 batches of 2" in lines
-    assert "64x48 with 32x32 and 64x48: 1 items x 1, 1 batches of 2 (the last has 1)" in lines
-    assert "64x48: 1 items x 1, 1 batches of 2 (the last has 1)" in lines
+    assert "64x48 with 32x32: 2 items x 1, 1 batch of 2" in lines
+    assert "64x48 with 32x32 and 64x48: 1 item x 1, 1 batch of 2 (the last has 1)" in lines
+    assert "64x48: 1 item x 1, 1 batch of 2 (the last has 1)" in lines
 
 
 def test_a_check_of_training_groups_as_training_does(tmp_path: Path) -> None:

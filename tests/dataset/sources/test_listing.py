@@ -56,7 +56,7 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
 
     assert [source.caption for source in sources] == ["a cat, 猫", "with a mark", None]
     assert missing_captions(sources) == [f"{tmp_path / 'c.png'}: no c.txt beside it"]
-    with pytest.raises(DatasetError, match="1 of 3 captions are missing"):
+    with pytest.raises(DatasetError, match="1 of 3 captions is missing"):
         require_captions(sources)
     touch(tmp_path, "a.jpg")
     with pytest.raises(DatasetError, match="a.jpg and .*a.png"):
@@ -127,7 +127,7 @@ def test_a_list_names_files_captions_and_control(tmp_path: Path) -> None:
         (
             '{"image_path": "a.png", "control_path_0": "x", "control_path_1": "y"}\n'
             '{"image_path": "b.png", "control_path_0": "x"}',
-            "(?s)1 lines of .* have no control_path_0 to control_path_1, while others have.*b.png",
+            "(?s)1 line of .* has no control_path_0 to control_path_1, while others have.*b.png",
         ),
     ],
 )
@@ -243,14 +243,14 @@ def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Pa
     table = read_table(tmp_path, tmp_path, "load_tensors = true")
     part = tmp_path / "part"
 
-    with pytest.raises(DatasetError, match=r"1 folders are missing, .*\n .*part.video_latents"):
+    with pytest.raises(DatasetError, match=r"1 folder is missing, .*\n .*part.video_latents"):
         find_sources(table)
     save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "a.pt")
-    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*video_latents.b\.pt"):
+    with pytest.raises(DatasetError, match=r"1 file is missing, .*\n .*video_latents.b\.pt"):
         find_sources(table)
     save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "b.pt")
     save(torch.zeros(226, 4096), part / "prompt_embeds" / "a.pt")
-    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*prompt_embeds.b\.pt"):
+    with pytest.raises(DatasetError, match=r"1 file is missing, .*\n .*prompt_embeds.b\.pt"):
         find_sources(table)
     (part / "prompt_embeds" / "a.pt").unlink()
     (part / "prompt_embeds").rmdir()

@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import itertools
+import json
+import re
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -25,6 +27,7 @@ from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
+    BAR,
     PAUSE,
     SEEN,
     Logs,
@@ -37,8 +40,11 @@ from training.reports.logs import (
     public_config,
     tracker_arguments,
 )
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.run import prepare_run
 from training.run_options import AcceleratorOptions
+from training.steps import StepPlan
+from training.summary import count_pauses
 
 PLAIN = AcceleratorOptions.usual()
 
@@ -227,6 +233,72 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
     events = EventAccumulator(str(path))
     events.Reload()
     assert [event.value for event in events.Scalars("steps_per_second")] == [1 / STEP] * 8
+
+
+def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_made(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    prompts = write_prompts(tmp_path, "a cat --f 1 --s 2 --d 1\n" * 2)
+    words = f"--sample_every_n_steps 3 --sample_prompts {prompts}".split()
+    family: Any = SlowPauses()
+
+    with prepare_run(family, toy_options(tmp_path, *words, has_page=True)) as run:
+        run.logs.pauses.now = lambda: family.seconds
+        train(replace(run, readings=Readings(lambda: family.seconds)))
+
+    lines = run.reporter.history.path.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    left = {row["step"]: row["left"] for row in rows if "left" in row}
+    first, second = run.logs.pauses.seconds[SAMPLES]  # after steps 3 and 6 of 8
+    assert min(first, second) >= OTHER
+    assert [left[3], left[4], left[7]] == [5 * STEP, 4 * STEP + first, STEP]
+    doing = [row["doing"] for row in rows if "doing" in row]
+    assert re.fullmatch(r"sample 1 of 2, step 1 of \d+, about .* left", doing[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "epoch", "expected"),
+    [
+        ("", 5, 1, (0, 0, 1)),
+        ("--save_every_n_steps 3 --save_every_n_epochs 1", 5, 1, (0, 0, 3 + 2 + 1)),
+        ("--sample_prompts p.txt --sample_every_n_steps 4", 4, 1, (2, 0, 1)),
+        ("--sample_prompts p.txt --sample_every_n_epochs 2", 4, 1, (2, 0, 1)),
+        ("--validate_every_n_steps 2 --save_every_n_epochs 2", 5, 1, (0, 4, 2)),
+        ("--validate_every_n_epochs 1", 5, 1, (0, 3, 1)),
+    ],
+)
+def test_pauses_to_come_are_counted_by_kind(
+    words: str, step: int, epoch: int, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Epochs of 4 steps, and 13 steps in all: the fourth epoch is cut short."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat")
+    found = count_pauses(
+        options(words.replace("p.txt", str(prompts))), StepPlan(4, 1, 1, 13), True, step, epoch
+    )
+    assert tuple(found[kind] for kind in (SAMPLES, VALIDATION, SAVING)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (60, "left=75 s"),
+        (80, "s/it=0.759, left=75 s, sample=50"),
+        (90, "s/it=0.759, left=75 s, mem=10.2G, sample=50"),
+        (140, "s/it=0.759, left=75 s, avr_loss=0.2299, lr=0.001, mem=10.2G, sample=50"),
+    ],
+)
+def test_numbers_make_room_for_the_bar(columns: int, shown: str) -> None:
+    out, extras = io.StringIO(), {"mem": "10.2G", "sample": "50"}
+    with Logs(make_accelerator(PLAIN), options().logs, 100, extras=lambda _: extras) as logs:
+        logs.bar = tqdm(desc="steps", total=100, file=out, ncols=columns, mininterval=0, bar_format=BAR)
+        for step in range(1, 9):
+            logs.step(StepReport(step, {"lr/unet": 0.001}, seconds=0.759, average=0.2299))
+        logs.bar.refresh()
+
+    line = out.getvalue().split("\r")[-2]
+    assert f", {shown}]" in line
+    assert len(line.split("|")[1]) >= 10
+    assert len(line) <= columns
 
 
 def test_a_cuda_device_measures_between_its_own_events() -> None:

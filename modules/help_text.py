@@ -1,0 +1,137 @@
+"""What -h and --help print: one screen of the options that people use, or all options by group.
+
+Standard library only, so that `--help` answers at once.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable
+from textwrap import wrap
+
+from modules.options import refusal_of
+
+SCREEN = 66  # lines; a help that is no longer is shown by -h too
+FEWEST = 5  # options that make a short help
+COLUMN = 28  # where texts begin in the short help
+LONGEST_CHOICES = 24  # characters beside an option; more stand in its text
+LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
+LONGEST_DEFAULT = 80
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to an option's help if it is a value and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        default = "" if "default" in text.lower() else _default_of(action)
+        return f"{text} (default: {default.replace('%', '%%')})" if default else text
+
+
+def full_help(parser: argparse.ArgumentParser) -> str:
+    """Return all options: groups with much used ones first, refused and unneeded options at the end."""
+    formatter = HelpFormatter(parser.prog)
+    formatter.add_usage(_usage(parser), [], [])
+    formatter.add_text(parser.description)
+    groups = sorted(parser._action_groups, key=_rank)
+    for group in groups:
+        formatter.start_section(group.title)  # shown if there is something in it
+        formatter.add_arguments([one for one in group._group_actions if not refusal_of(one)])
+        formatter.end_section()
+    reasons: dict[str, dict[str, list[str]]] = {"refused, with the reason": {}, "accepted, not needed": {}}
+    for action in (one for group in groups for one in group._group_actions):
+        refusal = refusal_of(action)
+        if refusal is not None:
+            title = "refused, with the reason" if refusal.reason else "accepted, not needed"
+            flags = "/".join(action.option_strings)
+            reasons[title].setdefault(refusal.reason or refusal.instead, []).append(flags)
+    for title, found in reasons.items():
+        formatter.start_section(title)
+        formatter.add_text("\n".join(_by_reason(found.items(), formatter._width - 2)))
+        formatter.end_section()
+    formatter.add_text(parser.epilog)
+    return formatter.format_help()
+
+
+def _by_reason(found: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
+    """Return lines with each reason once and its options below it."""
+    lines = []
+    for reason, flags in found:
+        lines += wrap(f"{reason.rstrip('.')}:", width)
+        below = wrap(", ".join(flags), width - 4, break_long_words=False, break_on_hyphens=False)
+        lines += [f"    {line}" for line in below]
+    return lines
+
+
+def short_help(parser: argparse.ArgumentParser) -> str:
+    """Return one screen: much used options, then how many more there are; all if they are few."""
+    actions = [action for action in parser._actions if not refusal_of(action)]
+    often = [action for action in actions if action.required or getattr(action, "often", False)]
+    whole = parser.format_help()
+    if len(often) < FEWEST or whole.count("\n") <= SCREEN:
+        return whole
+    formatter = HelpFormatter(parser.prog)
+    formatter.add_usage(_usage(parser), [], [])
+    width = max(60, formatter._width)
+    about = f"{parser.description or ''}\n".splitlines()[0]
+    lines = [formatter.format_help() + about, ""]
+    for action in often:
+        lines += _in_short(formatter, action, width)
+    return "\n".join([*lines, "", f"{len(actions) - len(often)} more options, by group: --help"]) + "\n"
+
+
+def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width: int) -> list[str]:
+    """Return the lines of an option in the short help: whole clauses, its choices and its default."""
+    names, value = [*map(str, action.choices or ())], ""
+    is_long = len(" ".join(names)) > LONGEST_CHOICES
+    if action.nargs != 0:
+        value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
+    words = f"{' or '.join(action.option_strings)} {value}".strip()
+    if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
+        words = f"{action.option_strings[-1]} {value}".strip()
+    whole = (action.help or "").replace("%%", "%")
+    text = _first_clauses(whole) + (f": {', '.join(names)}" if is_long else "")
+    said = re.search(r"\bdefault:? ([^;]+)", whole)
+    default = _default_of(action) if said is None else said[1]
+    text += f" (default: {default})" if default and "default" not in text else ""
+    starts = f"  {words:{COLUMN - 4}}  ", " " * COLUMN
+    return wrap(text, width, initial_indent=starts[0], subsequent_indent=starts[1], break_on_hyphens=False)
+
+
+def _first_clauses(text: str) -> str:
+    """Return the beginning of a help text that can stand alone: its first clauses, if they are short."""
+    first, *others = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
+    for other in others:
+        first += f": {other}" if len(f"{first}: {other}") <= LONGEST_CLAUSE else ""
+    return first
+
+
+def _default_of(action: argparse.Action) -> str:
+    """Return an option's default as it is typed; empty if it is no value, or a long one."""
+    default = action.default
+    if isinstance(default, (list, tuple)):
+        default = " ".join(map(str, default))
+    if isinstance(default, float) and float(f"{default:g}") == default:
+        default = f"{default:g}"
+    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or refusal_of(action):
+        return ""
+    return str(default) if len(str(default)) <= LONGEST_DEFAULT else ""
+
+
+def _rank(group: argparse._ArgumentGroup) -> int:
+    """Return the place of a group in the help: most used ones first, in the order of the parser."""
+    actions = group._group_actions
+    if not any(action.required or not action.option_strings for action in actions):
+        return 1 if any(getattr(action, "often", False) for action in actions) else 2
+    return 0
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """Return the usage: required options, without the forest of all others."""
+    formatter, words = HelpFormatter(parser.prog), []
+    for action in parser._actions:
+        if not action.option_strings:
+            words.append(formatter._format_args(action, action.dest))
+        elif action.required:
+            value = formatter._format_args(action, action.dest.upper())
+            words.append(f"{action.option_strings[-1]} {value}".strip())
+    return " ".join(["%(prog)s", *(word.replace("%", "%%") for word in words), "[options]"])
