@@ -157,8 +157,7 @@ def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
         if source.caption is not None:
             continue
         if source.caption_path is not None:
-            hint = ", and no class_tokens in its table" if table.group is not None else ""
-            where = f"no {source.caption_path.name} beside it{hint}"
+            where = f"no {source.caption_path.name} beside it, and no class_tokens in its table"
         elif table.metadata_file:
             where = 'neither "caption" nor "tags" in its entry'
         elif table.jsonl_file:
