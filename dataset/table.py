@@ -329,8 +329,9 @@ class DatasetTable:
                 "max_bucket_reso": self.buckets.maximum,
                 "bucket_reso_steps": self.buckets.step,
                 "resize_interpolation": self.buckets.interpolation,
-                "class_tokens": self.class_tokens,
             }
+        if self.buckets is not None or self.class_tokens is not None:
+            entry["class_tokens"] = self.class_tokens
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control

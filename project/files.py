@@ -115,7 +115,7 @@ def _tell_captions(choice: Choice) -> list[str]:
         return []
     if choice.trigger:
         return [
-            f"{name_some(bare)}: without a caption in a .txt file; {choice.trigger} (class_tokens) stands for it"
+            f"{name_some(bare)}: no caption in a .txt file; {choice.trigger} (class_tokens) stands for it"
         ]
     dataset = str(choice.options.folder / "dataset.toml")
     write = ["python", "tools/caption_dataset.py", "--dataset_config", dataset, "--model", "MODEL_FOLDER"]

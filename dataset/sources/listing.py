@@ -157,7 +157,8 @@ def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
         if source.caption is not None:
             continue
         if source.caption_path is not None:
-            where = f"no {source.caption_path.name} beside it, and no class_tokens in its table"
+            hint = ", and no class_tokens in its table" if table.group is not None else ""
+            where = f"no {source.caption_path.name} beside it{hint}"
         elif table.metadata_file:
             where = 'neither "caption" nor "tags" in its entry'
         elif table.jsonl_file:
