@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 
 from dataset.config import load_dataset_config
+from dataset.scripts import _next_command
 from downloads.catalogue import ModelSet
 from modules.checkpoints.writing import save_tensors
+from modules.command import RUN_GOES_ON
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
 from networks.loading import read_lora
 from project.options import find_models
+from project.running import _check_media
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
@@ -80,6 +83,26 @@ def test_the_plain_commands_lead_to_a_lora_and_a_page(collected: Path) -> None:
         succeed_here(Path(script).name, *words, folder=collected)
     check_results(collected)
     assert list_commands(collected)[-1][-2:] == ["--resume", "latest"]
+
+
+def test_the_check_tells_unreadable_files_from_other_faults(collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    (folder / "damaged.jpg").write_bytes((folder / "j.jpg").read_bytes()[:400])  # its header is whole
+    (folder / "damaged.txt").write_text("a square", encoding="utf-8")
+    own = parse_toml((folder / "run.toml").read_text(encoding="utf-8"))["reelsmith"]
+
+    code, left_out = _check_media(own["commands"][1], folder)
+    (folder / "b.txt").unlink()
+    other = _check_media(own["commands"][1], folder)
+
+    assert (code, [line.split()[0] for line in left_out]) == (0, ["damaged.jpg"])
+    assert other == (1, [])
+
+
+def test_no_hint_names_the_command_that_run_types_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _next_command(["python", "x.py"]) == "python x.py"
+    monkeypatch.setenv(RUN_GOES_ON, "1")
+    assert _next_command(["python", "x.py"]) == ""
 
 
 def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -> None:
