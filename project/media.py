@@ -57,9 +57,8 @@ class Found:
     """Content of a folder; `lines` tell what is left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    references: dict[Path, Path] = field(
-        default_factory=dict
-    )  # folder of pictures -> what they are made from
+    # folder of pictures -> that of what they are made from
+    references: dict[Path, Path] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
@@ -108,12 +107,12 @@ def _folders(folder: Path) -> list[Path]:
     return []
 
 
-def media_suffixes() -> frozenset[str]:
+def _media_suffixes() -> frozenset[str]:
     return VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
 
 
 def _holds_media(folder: Path) -> bool:
-    suffixes = media_suffixes()
+    suffixes = _media_suffixes()
     with contextlib.suppress(OSError):
         return any(path.suffix.lower() in suffixes for path in folder.iterdir())
     return False
@@ -132,8 +131,13 @@ def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _list_media(place: Path, found: Found) -> None:
-    suffixes, others = media_suffixes(), dict[str, list[Path]]()
-    for path in sorted(place.iterdir()):
+    suffixes, others = _media_suffixes(), dict[str, list[Path]]()
+    try:
+        paths = sorted(place.iterdir())
+    except OSError as error:
+        found.lines.append(f"{place}: left out, it cannot be listed ({error.strerror})")
+        return
+    for path in paths:
         end = path.suffix.lower()
         if path.name[0] == "." or path.is_dir() or path.name in (*WRITTEN, CHECK_PAGE):
             continue
@@ -144,12 +148,12 @@ def _list_media(place: Path, found: Found) -> None:
             found.media.append(_measure(path))
         except (MediaError, DatasetError) as error:
             found.lines.append(f"left out: {error}")
-    for end, paths in others.items():
+    for end, of_kind in others.items():
         if end == CAPTIONS:
             continue
         remedy = next((text for ends, text in REMEDIES.items() if end in ends), None)
         kind = "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
-        found.lines.append(f"{name_some(paths)}: left out, {kind}")
+        found.lines.append(f"{name_some(of_kind)}: left out, {kind}")
 
 
 def _measure(path: Path) -> Media:
@@ -179,6 +183,9 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
                     text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
                     found.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
                 break
+    if numbered := _find_numbered(found.media):
+        text = "learned as results. If they are what others are made from, move them into a folder control"
+        found.lines.append(f"{name_some(numbered)}: {text}")
     unused = [one for one in sources if one not in found.references.values() and _holds_media(one)]
     found.lines += [f"{one}: left out. No file there has the name of a picture beside it" for one in unused]
 
@@ -198,13 +205,17 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
         return ()
 
 
-def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
+def _find_numbered(media: Sequence[Media]) -> list[Path]:
+    """Return pictures without captions that are named like references of another one: cat_0 beside cat."""
     stems = {one.path.stem for one in media if not one.is_clip}
-    numbered = [
-        one.path
-        for one in media
-        if (parts := one.path.stem.rpartition("_"))[0] in stems and parts[2].isdecimal()
-    ]
+    bare = [one.path for one in media if one.caption is None]
+    parts = [(path, *path.stem.rpartition("_")) for path in bare]
+    return [path for path, owner, _, number in parts if owner in stems and number.isdecimal()]
+
+
+def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
+    """Return the message that shows how pairs lie."""
+    numbered = _find_numbered(media)
     told = (
         f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
         if numbered

@@ -36,7 +36,7 @@ class Project:
     files: list[str]  # of the model
     output: Path
     name: str
-    steps: int
+    steps: int | None  # None: epochs say how long it is
 
     @property
     def missing(self) -> list[str]:
@@ -102,13 +102,14 @@ def _read_project(folder: Path) -> Project:
         own, values = tables[OTHERS_TABLE], tables["training"]
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
         output, name = folder / values["output_dir"], str(values["output_name"])
-        files, steps = [str(file) for file in own["files"]], int(values["max_train_steps"])
+        files = [str(file) for file in own["files"]]
+        steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
         if not commands or "" in map("".join, commands):
             raise ValueError("a command is empty")
     except FileNotFoundError:
         words = as_typed(["python", "new_project.py", str(folder)])
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise OptionError(
             f"{path} is not as `new` writes it ({error}). Correct it, or run `new` again."
         ) from None
@@ -123,7 +124,7 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
         made = int(read_safetensors_texts(file).get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return False
-    if made < project.steps or options.dry_run:
+    if project.steps is None or made < project.steps or options.dry_run:
         return False
     new = ["python", "reelsmith.py", "new", str(options.folder), "--overwrite", "--output_name", "OTHER"]
     print_lines(
