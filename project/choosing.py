@@ -104,7 +104,7 @@ def describe_fit(model: ModelSet, memory: float) -> str:
     if is_small(model, memory):
         return "fits"
     left = transformer_bytes(model) / 2 / 2**30 - max(memory - IN_USE, 0)
-    return "fits in 8 bits" if left <= 0 else f"in 8 bits, {left:.0f} GiB of it in RAM"
+    return "fits in 8 bits" if left <= 0 else f"in 8 bits, {left:.0f} GiB in RAM"
 
 
 def choose_model(options: NewOptions, memory: float) -> tuple[ModelSet, str | None]:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
@@ -76,11 +77,13 @@ def _tell(choice: Choice) -> list[str]:
         f"{choice.size[0]}x{choice.size[1]}, {frames} frames" if frames > 1 else "{}x{}".format(*choice.size)
     )
     card = f"a card of {choice.memory:.0f} GiB" if choice.memory else "a CPU (--memory 12: a card of 12 GiB)"
-    makes, size = describe_makes(model, choice.facts), gigabytes(total_bytes(model.components))
+    there = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
+    size = total_bytes(part for part in model.components if part.option and part.option not in there)
+    size_told = f"{gigabytes(size)} to download" if size else "its files are there"
     lines = [
         f"{choice.options.folder}: {_count(len(clips), 'clip')} and "
         f"{_count(len(media) - len(clips), 'picture')}. {model.family} {model.task} at {shown}, on {card}",
-        f"{model.family} {model.task} makes {makes}: {size} to download. "
+        f"{model.family} {model.task} makes {describe_makes(model, choice.facts)}; {size_told}. "
         f"{'Its transformer: ' if choice.memory else ''}{describe_fit(model, choice.memory)}",
     ]
     if choice.facts.few_steps is not None:
