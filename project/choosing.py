@@ -23,7 +23,7 @@ IN_USE = 2  # GiB of a card that the network itself cannot have: activations, Lo
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What the family's record says of a model."""
 
     references: int  # most pictures that one is made from; 0: it does not edit
@@ -32,7 +32,7 @@ class Facts:
     few_steps: str | None  # what to train instead, or with; None: it was not distilled to few steps
 
 
-def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> Facts:
+def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
     """Return the facts of a model. files: its files by option, there or not.
 
     Imports the family.
@@ -57,7 +57,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         hears = hears_sound(family)
     except UserError:  # that of a file which is not given says how
         hears = True
-    return Facts(references, needs and references > 0, hears, _few_steps(family, dit))
+    return ModelFacts(references, needs and references > 0, hears, _few_steps(family, dit))
 
 
 def script_family(words: Sequence[str]) -> str:
@@ -76,7 +76,7 @@ def _few_steps(family: Any, dit: Path | None) -> str | None:
     return None if why is None else family.few_steps.instead
 
 
-def describe_makes(model: ModelSet, facts: Facts) -> str:
+def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     """Return what a model makes, in words: clips, pictures, edits, sound."""
     made = ["edits"] if facts.needs_reference else ["pictures" if model.data["frames"] == 1 else "clips"]
     made += ["edits"] if facts.references and not facts.needs_reference else []

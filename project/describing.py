@@ -22,7 +22,7 @@ from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.paths import explain_missing
 from modules.text_files import real_path
-from project.choosing import Facts, is_small
+from project.choosing import ModelFacts, is_small
 from project.media import CAPTIONS, CHECK_PAGE, Found, Media, reference_of
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
@@ -51,7 +51,7 @@ class Choice:
 
     options: NewOptions
     model: ModelSet
-    facts: Facts
+    facts: ModelFacts
     found: Found
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height

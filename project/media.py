@@ -15,7 +15,7 @@ from modules.media.opening import open_image
 from modules.media.reading import VIDEO_SUFFIXES, image_size, image_suffixes
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
-from project.choosing import Facts
+from project.choosing import ModelFacts
 from project.options import RUN_FILE
 
 CAPTIONS = ".txt"
@@ -62,7 +62,7 @@ class Found:
     lines: list[str] = field(default_factory=list)
 
 
-def look_at(folder: Path, facts: Facts, name: str) -> Found:
+def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
     name: of the model, in lines. Raises DatasetError if there are no media, or no references for a model that
@@ -230,7 +230,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _tell_odd(found: Found, facts: Facts) -> list[str]:
+def _tell_odd(found: Found, facts: ModelFacts) -> list[str]:
     """Return lines about media that are trained on, but perhaps not as they should be."""
     pictures = [one for one in found.media if not one.is_clip]
     tiny = [one.path for one in found.media if min(one.size) < FEW_PIXELS]
