@@ -78,7 +78,7 @@ def run_project(options: RunOptions) -> None:
             code = run_command(words, project.folder)
         encodes = not _is_check_of_media(words) and _family_of(words) is not None
         if code and not (encodes and left_out and code == 1):  # the check has found why: those files alone
-            _explain(words, options.folder)
+            _explain(words, project, options.folder)
             raise SystemExit(code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
@@ -126,7 +126,7 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
         return False
     if project.steps is None or made < project.steps or options.dry_run:
         return False
-    new = ["python", "reelsmith.py", "new", str(options.folder), "--overwrite", "--output_name", "OTHER"]
+    new = _new_words(project, options.folder, "--output_name", "OTHER")
     print_lines(
         [
             f"{file} is trained already: {made} of {project.steps} steps.",
@@ -188,10 +188,21 @@ def _check_media(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
     return (1, []) if others else (0, [fault.text for fault in faults])
 
 
-def _explain(words: Sequence[str], folder: Path) -> None:
+def _new_words(project: Project, folder: Path, *more: str) -> list[str]:
+    """Return the command that describes the folder anew, for the same model."""
+    model = [word for name in ("--family", "--task") for word in _value_of(project.download, name)]
+    return ["python", "reelsmith.py", "new", str(folder), "--overwrite", *more, *model]
+
+
+def _value_of(words: Sequence[str], name: str) -> list[str]:
+    place = words.index(name) if name in words else len(words)
+    return list(words[place : place + 2])
+
+
+def _explain(words: Sequence[str], project: Project, folder: Path) -> None:
     """Say what helps if captions are missing, which is what most first runs end with."""
     if "--check" in words:
-        new = ["python", "reelsmith.py", "new", str(folder), "--overwrite", "--trigger_word", "WORD"]
+        new = _new_words(project, folder, "--trigger_word", "WORD")
         print_lines(["", f"Correct what is listed above. For captions that are missing also: {_typed(new)}"])
 
 

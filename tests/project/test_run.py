@@ -114,7 +114,11 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
     done = run_script("run_project.py", output.parent / "run.toml")
 
     assert "trained already: 2 of 2 steps" in done.stdout
-    for remedy in ("raise max_train_steps", "my_clips.html", "--output_name OTHER"):
+    for remedy in (
+        "raise max_train_steps",
+        "my_clips.html",
+        "--output_name OTHER --family wan --task t2v-1.3B",
+    ):
         assert remedy in done.stdout
     assert "$ " not in done.stdout
 
@@ -181,6 +185,7 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stdout.count("$ python") == 1
     assert "b.mkv" in done.stdout
+    assert "--trigger_word WORD --family wan --task t2v-1.3B" in done.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal to the group elsewhere")
