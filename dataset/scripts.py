@@ -1,11 +1,12 @@
 """Make the caching scripts of a family: read its options, then hand it to the caching loop."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from dataset.config import for_family, load_dataset_config
 from dataset.options import read_latent_caching, read_text_caching
-from modules.command import as_typed, tell_loading
+from modules.command import RUN_GOES_ON, as_typed, tell_loading
 from modules.families import FAMILIES, Script
 from modules.option_values import require
 from modules.options import option_values
@@ -37,7 +38,7 @@ def cache_family_latents(
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
     words += entry.repeat_options(own)
-    following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
+    following = _next_command([*words, "--dataset_config", str(options.dataset_config)])
     made = entry.make_family("latent_caching", own)
     config = for_family(config, made.references, made.latent.frame_step)
     (run or run_latent_caching)(made, config, options, debug, following)
@@ -55,7 +56,12 @@ def cache_family_texts(
     from dataset.caching.loop import run_text_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]
-    following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])
+    following = _next_command([*words, "--dataset_config", str(options.dataset_config), "--check"])
     made = entry.make_family("text_caching", own)
     config = for_family(config, made.references, made.latent.frame_step)
     (run or run_text_caching)(made, config, options, following)
+
+
+def _next_command(words: Sequence[str]) -> str:
+    """Return the command that comes next, as it is typed; "" if run_project.py runs it."""
+    return "" if os.environ.get(RUN_GOES_ON) else as_typed(words)

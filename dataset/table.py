@@ -135,6 +135,8 @@ class DatasetTable:
     trigger_word: str = key(WORDS, "", in_general=True)
     caption_prefix: str = key(WORDS, "", in_general=True)
     caption_suffix: str = key(WORDS, "", in_general=True)
+    # caption of media without a caption file; None: they need one
+    class_tokens: str | None = key(WORDS, only_with=("directory",))
     multi_caption: bool = key(YES_NO, False, in_general=True)  # each line of a caption file is a caption
     caption_dropout_rate: float = key(SHARE, 0.0, in_general=True)
     batch_size: int = key(COUNT, 1, in_general=True)
@@ -189,7 +191,6 @@ class DatasetTable:
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     is_reg: bool = False  # regularisation images: as many are trained as others of the group
-    class_tokens: str | None = None  # caption of pictures without a caption file; None: they need one
     metadata_file: Path | None = None  # JSON that names pictures and captions
     image_folder: Path | None = None  # that the names in metadata_file are relative to
     # conditioning_data_dir as given: what it holds are masks (mask_directory) or control images
@@ -328,8 +329,9 @@ class DatasetTable:
                 "max_bucket_reso": self.buckets.maximum,
                 "bucket_reso_steps": self.buckets.step,
                 "resize_interpolation": self.buckets.interpolation,
-                "class_tokens": self.class_tokens,
             }
+        if self.buckets is not None or self.class_tokens is not None:
+            entry["class_tokens"] = self.class_tokens
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control

@@ -146,6 +146,11 @@ def families() -> list[str]:
     return list(_read_catalogue()["family"])
 
 
+def family_title(family: str) -> str:
+    """Return the name of a family as its page has it, such as FLUX.1."""
+    return str(_read_catalogue()["family"][family].get("title", ""))
+
+
 def download_hint(path: Path) -> str | None:
     """Return the command that downloads a file that does not exist, if it is a released one."""
     for in_fp8 in (False, True):

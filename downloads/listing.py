@@ -54,7 +54,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
     ]
     title = f"{model_set.family} {model_set.task}: {model_set.about}, released by {model_set.released_by}"
     total = f"  together {gigabytes(total_bytes(model_set.components))}"
-    return [title, *_columns(rows), total, "", *describe_licences(model_set)]
+    return [title, *in_columns(rows), total, "", *describe_licences(model_set)]
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
@@ -62,7 +62,7 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     rows = [(one.family, one.task, gigabytes(total_bytes(one.components)), one.about) for one in sets]
     command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"
-    return [*_columns([("family", "task", "size", ""), *rows]), "", example]
+    return [*in_columns([("family", "task", "size", ""), *rows]), "", example]
 
 
 def describe_licences(model_set: ModelSet) -> list[str]:
@@ -73,7 +73,8 @@ def describe_licences(model_set: ModelSet) -> list[str]:
     ]
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines whose columns stand below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

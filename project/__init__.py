@@ -1,6 +1,9 @@
 """From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
 
-files: looks at the folder, writes its three files
+media: looks at the folder
+choosing: spellings of models, the question asked, facts of families
+describing: the text of the three files
+files: writes them, and tells what was found
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
 """

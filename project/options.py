@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
-from modules.command import did_you_mean
+from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
-from modules.options import Options, option
-from modules.output_files import ask_on_terminal, has_terminal
+from modules.options import Options, option, unsupported
+from modules.output_files import check_output_name
+from modules.text_files import bad_character
 
 RUN_FILE = "run.toml"
+MOST_OF_WORD = 200  # characters of a trigger word
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
@@ -17,28 +19,19 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     return [one for one in sets if "train" in one.commands and not one.data.get("control")]
 
 
-def choose_model(family: str | None, task: str | None) -> ModelSet:
-    """Return the named model; ask for missing words on a terminal.
-
-    Raises OptionError if the model is unknown, or nobody can be asked.
-    """
-    models = find_models()
-    family = _choose("--family", family, {one.family: "" for one in models})
-    of_family = {one.task: one for one in models if one.family == family}
-    return of_family[_choose("--task", task, {name: one.about for name, one in of_family.items()})]
-
-
-def _choose(option: str, given: str | None, known: dict[str, str]) -> str:
-    if given is None and len(known) == 1:
-        return next(iter(known))
-    if given is None and not has_terminal():
-        raise OptionError(f"{option} is missing: give one of {', '.join(known)}")
-    if given is None:
-        lines = "".join(f"  {name}  {about}\n" for name, about in known.items())
-        given = ask_on_terminal(f"{lines}{option}? ").strip()
-    if given not in known:
-        raise OptionError(f"{option} {given}: choose from {', '.join(known)}.{did_you_mean(given, known)}")
-    return given
+def check_trigger(word: str) -> None:
+    """Raise OptionError if a trigger word cannot stand in one line of a prompt file."""
+    reason = bad_character(word)
+    if reason is None and (escape_control_codes(word) != word or len(f"{word}.".splitlines()) > 1):
+        reason = "a control code or a line break"
+    if reason is None and "\t" in word:
+        reason = "a tab"
+    if reason is not None:
+        raise OptionError(f"--trigger_word {word!r} holds {reason}. Give a word of letters, such as mrsfluff")
+    if not word.strip() or len(word) > MOST_OF_WORD:
+        raise OptionError(
+            f"--trigger_word has {len(word.strip())} characters: give 1 to {MOST_OF_WORD}, such as mrsfluff"
+        )
 
 
 def _names() -> str:
@@ -50,14 +43,17 @@ class NewOptions(Options):
     """Content of the project files for a folder."""
 
     folder: Path = option(
-        "clips, pictures or both, with captions in .txt files",
+        "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
+        "of what each picture is made from",
         positional=True,
         place="folder",
         hint="the one with clips or pictures",
     )
-    family: str | None = option("kind of model, such as wan; asked for on a terminal")
+    family: str | None = option("kind of model, such as wan, kontext or qwen; asked for on a terminal")
     task: str | None = option("which of its models, such as t2v-1.3B; likewise")
-    trigger_word: str | None = option("made-up word for what is learned, put before captions without it")
+    trigger_word: str | None = option(
+        "made-up word for what is learned, put before captions without it; alone where there is no caption"
+    )
     output_name: str | None = option("name of the LoRA; that of the folder when not given")
     max_train_steps: int = option(
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
@@ -75,6 +71,14 @@ class NewOptions(Options):
         "GiB of the card; this machine's when not given, 0: a CPU", least=0, hint="such as 12; 0 for a CPU"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
+    card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
+    vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
+
+    def __post_init__(self) -> None:
+        if self.output_name is not None:
+            check_output_name("--output_name", self.output_name)
+        if self.trigger_word is not None:
+            check_trigger(self.trigger_word)
 
 
 class RunOptions(Options):

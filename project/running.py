@@ -1,56 +1,213 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from downloads.listing import print_lines
-from modules.command import INTERRUPTED, as_typed
+from dataset.scripts import cache_family_latents
+from downloads.catalogue import ModelSet
+from downloads.listing import gigabytes, print_lines, total_bytes
+from modules.command import INTERRUPTED, RUN_GOES_ON, as_typed
 from modules.errors import OptionError
-from modules.installation import find_script, program_words
-from modules.text_files import parse_toml, read_text
-from project.options import RUN_FILE, RunOptions
+from modules.installation import PREFIX, ROOT, find_script, import_own, program_words
+from modules.output_files import check_output_name
+from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
+from project.choosing import script_family
+from project.options import RUN_FILE, RunOptions, find_models
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
+
+UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
+
+
+@dataclass(frozen=True)
+class Project:
+    """What run.toml says."""
+
+    folder: Path  # in which the commands run
+    download: list[str]
+    commands: list[list[str]]
+    files: list[str]  # of the model
+    output: Path
+    name: str
+    steps: int | None  # None: epochs say how long it is
+
+    @property
+    def missing(self) -> list[str]:
+        """Files of the model that are not there."""
+        return [name for name in self.files if not (self.folder / name).exists()]
 
 
 def run_project(options: RunOptions) -> None:
     """Check, download, cache and train; end with the path of the training's page.
 
-    Raises OptionError if the folder is not described, or if files of the model are missing and may not be
-    downloaded. Exits with the code of the first command that fails.
+    Files that cannot be read are left out, and listed at the end. Raises OptionError if the folder is not
+    described, or if files of the model are missing and may not be downloaded. Exits with the code of the
+    first command that fails.
     """
-    path = options.folder / RUN_FILE
+    project = _read_project(options.folder)
+    if _tell_trained(project, options):
+        return
+    if find_latest(project.output, project.name) is not None:
+        commands = [*project.commands[:-1], [*project.commands[-1], "--resume", "latest"]]
+        project = replace(project, commands=commands)
+    if project.missing and not (options.download or options.dry_run):
+        raise OptionError(
+            f"{project.missing[0]} is missing{_download_size(project.download)}. Add --download, or run\n"
+            f"  {as_typed(project.download)}\n"
+            f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
+        )
+    print_lines([f"In the folder {project.folder}:"])
+    left_out: list[str] = []
+    for words in [project.download] * bool(project.missing) + project.commands:
+        print_lines(["", f"$ {_typed(words, project.folder)}"])
+        sys.stdout.flush()
+        if options.dry_run:
+            continue
+        if _is_check_of_media(words):
+            code, left_out = _check_media(words, project.folder)
+            if left_out and not code:
+                print_lines([f"Going on without {len(left_out)} that cannot be read."])
+        else:
+            code = run_command(words, project.folder)
+        encodes = not _is_check_of_media(words) and _family_of(words) is not None
+        if code and not (encodes and left_out and code == 1):  # the check has found why: those files alone
+            _explain(words, project, options.folder)
+            raise SystemExit(code)
+        if words == project.download and (still := project.missing):
+            raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
+    if left_out:
+        print_lines(
+            ["", f"Trained without {len(left_out)} that cannot be read:", *(f"  {one}" for one in left_out)]
+        )
+    print_lines(["", f"The page of the training: {project.output / project.name}.html"])
+
+
+def _read_project(folder: Path) -> Project:
+    """Read the run.toml of a folder. Raises OptionError if it is not as `new` writes it."""
+    given = folder
+    if folder.name == RUN_FILE and not folder.is_dir():
+        folder = folder.parent
+    elif folder.is_file():
+        raise OptionError(f"{given} is a file. Give the folder that `new` described, or its {RUN_FILE}")
+    path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
         own, values = tables[OTHERS_TABLE], tables["training"]
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
-        missing = [name for name in own["files"] if not Path(name).exists()]
-        output, name = Path(values["output_dir"]), str(values["output_name"])
+        output, name = folder / values["output_dir"], str(values["output_name"])
+        files = [str(file) for file in own["files"]]
+        steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
+        if not commands or "" in map("".join, commands):
+            raise ValueError("a command is empty")
     except FileNotFoundError:
-        words = as_typed(["python", "new_project.py", str(options.folder)])
+        words = as_typed(["python", "new_project.py", str(folder)])
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise OptionError(
             f"{path} is not as `new` writes it ({error}). Correct it, or run `new` again."
         ) from None
-    if find_latest(output, name) is not None:
-        commands[-1] += ["--resume", "latest"]
-    commands = [download, *commands] if missing else commands
-    if missing and not (options.download or options.dry_run):
-        raise OptionError(f"{missing[0]} is missing. Add --download, or run\n  {as_typed(download)}")
-    for words in commands:
-        print_lines(["", f"$ {as_typed(words)}"])
-        sys.stdout.flush()
-        code = 0 if options.dry_run else run_command(words)
-        if code:
-            raise SystemExit(code)
-    print_lines(["", f"The page of the training: {output / name}.html"])
+    check_output_name(f"{path}: output_name", name)
+    return Project(real_path(folder), download, commands, files, output, name, steps)
 
 
-def run_command(words: list[str]) -> int:
-    """Run a command of ours as a program and return its exit code.
+def _tell_trained(project: Project, options: RunOptions) -> bool:
+    """Return whether the run is finished, and say what can be done then. Loads nothing."""
+    file = project.output / f"{project.name}.safetensors"
+    try:
+        made = int(read_safetensors_texts(file).get("ss_steps", "0")[:12])
+    except (OSError, ValueError):
+        return False
+    if project.steps is None or made < project.steps or options.dry_run:
+        return False
+    new = _new_words(project, options.folder, "--output_name", "OTHER")
+    print_lines(
+        [
+            f"{file} is trained already: {made} of {project.steps} steps.",
+            f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
+            f"- Generate: the commands are on its page, {project.output / project.name}.html",
+            f"- Train anew under another name: set output_name in {RUN_FILE}, or {_typed(new)}",
+        ]
+    )
+    return True
+
+
+def _download_size(words: Sequence[str]) -> str:
+    """Return what a download command brings, in words; "" for one that is not known."""
+    values = dict(zip(words, words[1:], strict=False))
+    sets: list[ModelSet] = find_models("--fp8_encoders" in words)
+    named = [one for one in sets if (one.family, one.task) == (values.get("--family"), values.get("--task"))]
+    return f" ({gigabytes(total_bytes(named[0].components))} for the whole model)" if named else ""
+
+
+def _typed(words: Sequence[str], folder: Path | None = None) -> str:
+    """Return a command as it can be typed in a folder. folder: None: in this one."""
+    script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
+    if script is None or folder is None or PREFIX:
+        return as_typed(words)
+    near, far = os.path.relpath(ROOT / script, folder), str(ROOT / script)
+    return as_typed([words[0], min(near, far, key=len), *words[2:]])
+
+
+def _family_of(words: Sequence[str]) -> str | None:
+    """Return the family of a command that caches latents; None for another one."""
+    try:
+        return script_family(words)
+    except (KeyError, IndexError):
+        return None
+
+
+def _is_check_of_media(words: Sequence[str]) -> bool:
+    return "--check" in words and _family_of(words) is not None
+
+
+def _check_media(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
+    """Check as the script that caches latents does; return the exit code and the files that cannot be read.
+
+    The code is 0 if nothing else is wrong.
+    """
+    faults: list[Any] = []
+
+    def check(family: Any, config: Any, options: Any, *_: Any) -> None:
+        checks = import_own("data_tools.report.check")
+        workers = import_own("dataset.caching.work").workers_of(options)
+        result = checks.check_caching(family, config, workers, options.skip_existing, options.verify)
+        result = replace(result, counters=checks.TOKENS_ELSEWHERE)
+        checks.tell_check(result, family, config, options.page, workers)
+        faults.extend(fault for table in result.tables for fault in table.faults)
+
+    with contextlib.chdir(folder):
+        cache_family_latents(script_family(words), None, list(words[2:]), check)
+    others = [fault for fault in faults if fault.kind != UNREADABLE]
+    return (1, []) if others else (0, [fault.text for fault in faults])
+
+
+def _new_words(project: Project, folder: Path, *more: str) -> list[str]:
+    """Return the command that describes the folder anew, for the same model."""
+    model = [word for name in ("--family", "--task") for word in _value_of(project.download, name)]
+    return ["python", "reelsmith.py", "new", str(folder), "--overwrite", *more, *model]
+
+
+def _value_of(words: Sequence[str], name: str) -> list[str]:
+    place = words.index(name) if name in words else len(words)
+    return list(words[place : place + 2])
+
+
+def _explain(words: Sequence[str], project: Project, folder: Path) -> None:
+    """Say what helps if captions are missing, which is what most first runs end with."""
+    if "--check" in words:
+        new = _new_words(project, folder, "--trigger_word", "WORD")
+        print_lines(["", f"Correct what is listed above. For captions that are missing also: {_typed(new)}"])
+
+
+def run_command(words: Sequence[str], folder: Path) -> int:
+    """Run a command of ours as a program in a folder and return its exit code.
 
     Ctrl-C reaches it from the terminal; this process waits for its end. Raises OptionError if it is no script
     of ours.
@@ -59,7 +216,9 @@ def run_command(words: list[str]) -> int:
     if words[:1] != ["python"] or script is None:
         raise OptionError(f"{as_typed(words)} is no command of this program. Correct {RUN_FILE}.")
     interrupts: list[int] = []
-    with subprocess.Popen([sys.executable, *program_words(script), *words[2:]]) as process:
+    environment: Mapping[str, str] = {**os.environ, RUN_GOES_ON: "1"}
+    program = [sys.executable, *program_words(script), *words[2:]]
+    with subprocess.Popen(program, cwd=folder, env=environment) as process:
         # set after the start: a program inherits what is ignored
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         ended = signal.signal(signal.SIGTERM, lambda *_: process.terminate())

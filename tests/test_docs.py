@@ -216,6 +216,8 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_flux(tmp_path / "models")
         lay_out_sdxl(tmp_path / "models")
         lay_out_pictures(tmp_path)
+    if page.stem == "new_and_run":
+        write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
     if page.stem == "post":
         lay_out_tools(tmp_path)
     commands = commands_of(page)

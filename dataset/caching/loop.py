@@ -162,8 +162,9 @@ def _cache(
 def run_latent_caching(
     family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions, following: str = ""
 ) -> None:
-    """Run --debug_mode, --check, or the caching of latents. following: the command that comes next.
+    """Run --debug_mode, --check, or the caching of latents.
 
+    following: the command that comes next; "": none is shown.
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug.debug_mode is not None:
@@ -180,7 +181,7 @@ def run_latent_caching(
 def run_text_caching(
     family: Caches, config: DatasetConfig, options: CachingOptions, following: str = ""
 ) -> None:
-    """Run --check, or the caching of texts. following: the command that comes next.
+    """Run --check, or the caching of texts. following: the command that comes next; "": none is shown.
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
@@ -209,7 +210,7 @@ def _cache_and_conclude(
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if not options.shard.is_given:
-        conclude(report, costs, [following])
+        conclude(report, costs, [following] if following[1] else [])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

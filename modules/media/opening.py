@@ -65,7 +65,7 @@ SOUND_FORMATS = (
 )
 # Pillow's names of formats that it decodes itself
 IMAGE_FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "JXL"),
+    *("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL"),
     *("DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA"),
 )
 # no other file and no network, whatever a file asks for; the last two for MOV's external data references

@@ -78,13 +78,17 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the image suffixes that can be read here, lower case; .avif and .jxl if Pillow decodes them."""
+    """Return the image suffixes that can be read here, lower case; .avif, .heic and .jxl if Pillow decodes
+    them.
+    """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
             importlib.import_module(plugin)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
     has_avif = features.check("avif") or "AVIF" in Image.OPEN and "pillow_avif" in str(Image.OPEN["AVIF"])
     Image.init()
-    registered = {".jxl"} & Image.registered_extensions().keys()
+    registered = {".jxl", ".heic", ".heif"} & Image.registered_extensions().keys()
     return IMAGE_SUFFIXES | registered | ({".avif"} if has_avif else set())
 
 

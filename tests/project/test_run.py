@@ -13,14 +13,19 @@ from typing import Any
 
 import av
 import pytest
+import torch
 from PIL import Image
 
 from dataset.config import load_dataset_config
+from dataset.scripts import _next_command
 from downloads.catalogue import ModelSet
+from modules.checkpoints.writing import save_tensors
+from modules.command import RUN_GOES_ON
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
 from networks.loading import read_lora
 from project.options import find_models
+from project.running import _check_media
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
@@ -36,9 +41,14 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collected") / "my clips"
     write_folder(folder, seconds=0.4, size=(48, 32))
     run_script("reelsmith.py", "new", folder, *MODEL, "--max_train_steps", 2)
-    prompts = folder / "prompts.txt"
-    prompts.write_text(prompts.read_text(encoding="utf-8").replace("--s 20", "--s 2"), encoding="utf-8")
+    shorten_samples(folder)
     return folder
+
+
+def shorten_samples(folder: Path) -> None:
+    prompts = folder / "prompts.txt"
+    lines = prompts.read_text(encoding="utf-8").splitlines()
+    prompts.write_text("".join(f"{line} --s 1\n" for line in lines), encoding="utf-8")
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -52,32 +62,84 @@ def list_commands(folder: Path) -> list[list[str]]:
     return [shlex.split(line)[2:] for line in said.splitlines() if line.startswith("$ ")]
 
 
+def stems(commands: list[list[str]]) -> list[str]:
+    """What the printed commands do."""
+    return [Path(words[0]).stem.removeprefix("wan_") for words in commands]
+
+
 def check_results(folder: Path) -> None:
     assert read_lora(folder / "output" / "my_clips.safetensors")
     page = (folder / "output" / "my_clips.html").read_text(encoding="utf-8")
-    assert "a square moves" in page
-    assert len([*(folder / "output" / "sample").glob("*.mp4")]) == 3
+    assert "in falling snow" in page
+    assert len([*(folder / "output" / "sample").glob("*.mp4")]) == 6
+    assert "a square moves" in (folder / "check.html").read_text(encoding="utf-8")
 
 
 def test_the_plain_commands_lead_to_a_lora_and_a_page(collected: Path) -> None:
     commands = list_commands(collected)
-    scripts = [Path(words[0]).stem.removeprefix("wan_") for words in commands]
     texts = "cache_text_encoder_outputs"
-    assert scripts == [texts, "cache_latents", texts, "train_network"]
-    for words in commands:
-        succeed_here(*words, folder=collected.parent)
+    assert stems(commands) == ["cache_latents", texts, "cache_latents", texts, "train_network"]
+    for script, *words in commands:
+        succeed_here(Path(script).name, *words, folder=collected)
     check_results(collected)
     assert list_commands(collected)[-1][-2:] == ["--resume", "latest"]
+
+
+def test_the_check_tells_unreadable_files_from_other_faults(collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    (folder / "damaged.jpg").write_bytes((folder / "j.jpg").read_bytes()[:400])  # its header is whole
+    (folder / "damaged.txt").write_text("a square", encoding="utf-8")
+    own = parse_toml((folder / "run.toml").read_text(encoding="utf-8"))["reelsmith"]
+
+    code, left_out = _check_media(own["commands"][1], folder)
+    (folder / "b.txt").unlink()
+    other = _check_media(own["commands"][1], folder)
+
+    assert (code, [line.split()[0] for line in left_out]) == (0, ["damaged.jpg"])
+    assert other == (1, [])
+
+
+def test_no_hint_names_the_command_that_run_types_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _next_command(["python", "x.py"]) == "python x.py"
+    monkeypatch.setenv(RUN_GOES_ON, "1")
+    assert _next_command(["python", "x.py"]) == ""
+
+
+def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    output.mkdir(parents=True)
+    shutil.copy(collected / "run.toml", output.parent)
+    save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2"})
+
+    done = run_script("run_project.py", output.parent / "run.toml")
+
+    assert "trained already: 2 of 2 steps" in done.stdout
+    for remedy in (
+        "raise max_train_steps",
+        "my_clips.html",
+        "--output_name OTHER --family wan --task t2v-1.3B",
+    ):
+        assert remedy in done.stdout
+    assert "$ " not in done.stdout
 
 
 @pytest.mark.slow
 def test_run_does_what_the_commands_do(collected: Path, tmp_path: Path) -> None:
     folder = copy(collected, tmp_path / "my clips")
-    run_script("reelsmith.py", "new", folder, *MODEL, "--max_train_steps", 2, "--overwrite")
-    for _ in range(2):  # the second time, nothing is left to do
-        said = run_script("reelsmith.py", "run", folder).stdout.splitlines()
-        assert said[-1] == f"The page of the training: {folder / 'output' / 'my_clips.html'}"
-        check_results(folder)
+    damaged = folder / "damaged.jpg"
+    damaged.write_bytes((folder / "j.jpg").read_bytes()[:200])
+    damaged.with_suffix(".txt").write_text("a square", encoding="utf-8")
+
+    done = run_script("reelsmith.py", "run", folder)
+
+    said = done.stdout.splitlines()
+    assert said[-1] == f"The page of the training: {folder / 'output' / 'my_clips.html'}"
+    assert "Trained without 1 that cannot be read:" in said
+    assert "damaged.jpg" in said[-3]
+    assert "Next, " not in done.stderr
+    check_results(folder)
+    again = run_script("reelsmith.py", "run", folder)
+    assert "is trained already" in again.stdout
 
 
 def test_missing_files_of_the_model_are_told_before_anything_runs(collected: Path, tmp_path: Path) -> None:
@@ -123,11 +185,13 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stdout.count("$ python") == 1
     assert "b.mkv" in done.stdout
+    assert "--trigger_word WORD --family wan --task t2v-1.3B" in done.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal to the group elsewhere")
-def test_ctrl_c_ends_the_command_and_the_run(collected: Path) -> None:
-    words = [sys.executable, str(ROOT / "reelsmith.py"), "run", str(collected)]
+def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    words = [sys.executable, str(ROOT / "reelsmith.py"), "run", str(folder)]
     settings: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "process_group": 0}
     with subprocess.Popen(words, env={**os.environ, **QUIET}, **settings) as process:
         assert process.stdout is not None
@@ -136,10 +200,11 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path) -> None:
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "$ python wan_cache_latents.py" not in said
+    assert "wan_train_network.py" not in said
 
 
 MODELS = find_models()
+EDIT = {"flux_kontext", "flux_2"}  # besides releases of others
 WRITTEN = ["dataset.toml", "prompts.txt", "run.toml"]
 
 
@@ -165,8 +230,12 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     data, step = model.data, model.data.get("frame_step", 4)
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
+    (copied / "control").mkdir()
+    for stem in "ghijkl":
+        shutil.copy(copied / "i.png", copied / "control" / f"{stem}.png")
     told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", model=model)
-    code, said = run_here(script, "--config_file", copied / "run.toml", "--check", folder=copied.parent)
+    # `run` works in the folder
+    code, said = run_here(script, "--config_file", "run.toml", "--check", folder=copied)
 
     assert told == (0, "")
     assert code == 1  # nothing is cached
@@ -174,6 +243,7 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     known = "are animated", "no such file", " downloads it."
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     tables = load_dataset_config(copied / "dataset.toml").datasets
+    assert not any(table.directory.is_absolute() for table in tables if table.directory)
     assert all(table.trigger_word == "mrsfluff" for table in tables)
     for table in (table for table in tables if table.kind == "video"):
         assert (table.source_fps == "auto") is (data["frames"] > 1)
@@ -183,6 +253,12 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     assert {table.kind for table in tables} == ({"video"} if data.get("from_image") else {"video", "image"})
     prompts = (copied / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert [line.startswith("mrsfluff, ") for line in prompts] == [True, True, False]
+    assert not any("a square moves" in line for line in prompts)
+    edits = [table for table in tables if table.control_directory is not None]
+    assert bool(edits) is ("--ci " in prompts[0]) is (model.family in EDIT or model.task.startswith("edit"))
+    values = parse_toml((copied / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert values["network_alpha"] in {values["network_dim"], values["network_dim"] / 2}
+    assert (values["sample_at_first"], values["sample_now"], values["validation_split"]) == (True, True, 0.1)
 
 
 @pytest.mark.parametrize("memory", [0, 8, 24, 80])
@@ -209,7 +285,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
     assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
     assert "b.mkv, b.mkv: without a caption" in said
     assert "i.png, j.jpg, k.webp and 5 more: pictures, of which this model learns nothing" in said
-    assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == copied / "more"
+    assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == Path("more")
 
 
 @pytest.mark.parametrize(
@@ -218,13 +294,22 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family wan", "--task is missing: give one of t2v-1.3B, "),
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
+        ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
+        ("--family stable-diffusion", "It is not trained here."),
+        ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
+        ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
+        ("--family lumina --card 12", "--memory 12"),
+        ("--family lumina --output_name ../x", "it holds a folder"),
+        ("--family lumina --output_name a\x1b[2J", "it holds control codes"),
+        ("--family lumina --trigger_word a\x1b]0;x\x07", "a control code or a line break"),
+        ("--family lumina --trigger_word a\u2028b", "a control code or a line break"),
         ("--family framepack --task f1", "--task f1 learns from clips of at least 1.2 seconds"),
     ],
 )
 def test_what_cannot_be_written_is_one_message(words: str, told: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "short", seconds=0.5)
-    code, said = run_here("new_project.py", "short", *words.split(), folder=tmp_path)
+    code, said = run_here("new_project.py", "short", *words.split(" "), folder=tmp_path)
     assert_one_message(code, said, told)
     assert not set(WRITTEN) & {path.name for path in (tmp_path / "short").iterdir()}
 

@@ -1,8 +1,10 @@
 """Images, videos and animations on disk: what is written is read back; damaged files are told by name."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,6 +17,7 @@ from modules.media.encoding import X264
 from modules.media.reading import (
     frames_at,
     image_size,
+    image_suffixes,
     read_image,
     read_tags,
     resize_cover,
@@ -314,3 +317,12 @@ def test_the_transparency_of_a_video_is_read_if_asked_for(tmp_path: Path, name: 
     assert len(frames) == 3
     assert all(frame[8, 4, 3] > 250 and frame[8, 28, 3] < 5 for frame in frames)
     assert all(frame.shape == (32, 32, 3) for frame in video_frames(path))
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "EXTENSION", {**Image.registered_extensions()})
+    plugin = SimpleNamespace(register_heif_opener=lambda: Image.register_extension("HEIF", ".heic"))
+    for there in (True, False):
+        monkeypatch.setitem(sys.modules, "pillow_heif", plugin if there else None)
+        Image.EXTENSION.pop(".heic", None)
+        assert (".heic" in image_suffixes.__wrapped__()) is there

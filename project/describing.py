@@ -1,0 +1,299 @@
+"""The text of dataset.toml, prompts.txt and run.toml: values that fit the media, the model and the card.
+
+All paths below the folder are relative to it, so that it can be moved; `run` works in it.
+"""
+
+import itertools
+import os
+import re
+import shlex
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from downloads.catalogue import ModelSet
+from modules.contract.requests import COUNTS, VALUES
+from modules.control_codes import drop_control_codes
+from modules.errors import OptionError
+from modules.media.reading import first_frame, video_frames
+from modules.media.writing import write_png
+from modules.paths import explain_missing
+from modules.text_files import real_path
+from project.choosing import ModelFacts, is_small
+from project.media import CAPTIONS, CHECK_PAGE, Found, Media, reference_of
+from project.options import RUN_FILE, NewOptions, find_models
+from training.config_options import OTHERS_TABLE, toml_value
+
+SMALL, LARGE = 16, 40  # GiB: below, text encoders have 8 bits; from here on, clips are twice as long
+MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
+OTHER = "a dog runs on a beach"  # a sample that shows what else the LoRA changes
+OTHER_EDIT = "make it a pencil drawing"
+# a word of captions -> a situation that no such caption has
+SITUATIONS = {
+    "snow": "in falling snow",
+    "market": "in a market street at night",
+    "desert": "in a desert at noon",
+    "kitchen": "in a kitchen",
+    "forest": "in a forest in the rain",
+    "boat": "on a boat",
+}
+ENOUGH = 10  # files, of which a tenth is held back for validation
+MOST_READ = 240  # frames, of which the last one is the end of a sample
+MOST_OF_SUBJECT = 80  # characters of a caption in a prompt
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen model and its material."""
+
+    options: NewOptions
+    model: ModelSet
+    facts: ModelFacts
+    found: Found
+    memory: float  # GiB; 0: the CPU
+    size: tuple[int, int]  # width, height
+    frames: int  # of a clip; 1: pictures only
+    files: dict[str, str]  # of the model, by option
+    trigger: str | None
+
+    @property
+    def folder(self) -> Path:
+        return real_path(self.options.folder)
+
+    @property
+    def media(self) -> list[Media]:
+        return self.found.media
+
+    def inside(self, path: Path) -> str:
+        """Return a path as seen from the folder."""
+        return Path(os.path.relpath(real_path(path), self.folder)).as_posix()
+
+
+def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
+    """Return width and height to train at: the usual area, or less, in the shape of the middle one."""
+    sizes = sorted((one.size for one in media), key=lambda size: size[0] * size[1])
+    usual = model.data["resolution"]
+    return _within(sizes[len(sizes) // 2], usual[0] * usual[1])
+
+
+def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Return a size of the same shape with about so many pixels, or fewer, in steps that all models take."""
+    factor = sqrt(area / (size[0] * size[1]))
+    near = round if factor < 1 else int
+    width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
+    return width, height
+
+
+def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
+    """Return how many frames to take of each clip: the usual number, or one that three of four clips have."""
+    usual, step = model.data["frames"], model.data.get("frame_step", 4)
+    timed = [one for one in media if one.seconds is not None and usual > 1]
+    counts = sorted(count_frames(one, model) for one in timed)
+    if not counts or counts[-1] < 1 + step:
+        return 1
+    most = 2 * usual - 1 if memory >= LARGE and step == 4 else usual
+    return max((min(most, counts[len(counts) // 4]) - 1) // step, 1) * step + 1
+
+
+def count_frames(clip: Media, model: ModelSet) -> int:
+    """Return how many frames a clip has at the rate of the model."""
+    return int((clip.seconds or 0) * model.data["fps"])
+
+
+def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
+    """Return the path of each file of the model by its option.
+
+    Raises OptionError if a file is given for an option that there is not, or is not there.
+    """
+    parts = {(part.option or "").lstrip("-"): options.models / part.path for part in model.components}
+    files = {name: path for name, path in parts.items() if name}
+    for given in options.model_files:
+        name, _, text = given.partition("=")
+        if name not in files or not text:
+            raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")
+        files[name] = Path(text).expanduser()
+        if not files[name].exists():
+            missing = explain_missing(files[name])
+            raise OptionError(
+                f"--model_file {given}: there is no such file.{missing} Correct the path, or leave it out to "
+                "take the file that tools/download.py brings"
+            )
+    return {name: real_path(path).as_posix() for name, path in files.items()}
+
+
+def describe_dataset(choice: Choice) -> str:
+    """Return dataset.toml: for each folder a table of its clips and one of its pictures."""
+    data, frames, trigger = choice.model.data, choice.frames, choice.trigger
+    from_image = data.get("from_image", False)
+    general = {"resolution": choice.size, "caption_extension": CAPTIONS, "enable_bucket": True}
+    lines = _table("[general]", general | ({"trigger_word": trigger} if trigger else {}))
+    cut = {
+        "target_frames": [frames] if from_image or frames == 1 else [1, frames],
+        "frame_extraction": "head",
+    }
+    cut |= {"source_fps": "auto"} if frames > 1 else {}
+    tables = dict.fromkeys((one.path.parent, one.is_clip) for one in choice.media)
+    for place, is_clip in tables:
+        if from_image and (not is_clip or frames == 1):
+            continue
+        kind, inside = "video" if is_clip else "image", choice.inside(place)
+        keys: dict[str, Any] = {f"{kind}_directory": inside}
+        keys["cache_directory"] = (Path("cache") / f"{kind}s" / inside).as_posix()
+        source = None if is_clip else choice.found.references.get(place)
+        if source is not None:
+            keys["control_directory"] = choice.inside(source)
+            keys |= {"control_resolution": choice.size} if data.get("sizes_references") else {}
+        bare = [one for one in choice.media if (one.path.parent, one.is_clip) == (place, is_clip)]
+        if trigger and any(one.caption is None for one in bare):
+            keys["class_tokens"] = trigger
+        lines += ["", *_table("[[datasets]]", {**keys, **(cut if is_clip else {})})]
+    if "[[datasets]]" not in lines:
+        least = (1 + data.get("frame_step", 4)) / data["fps"]
+        raise OptionError(
+            f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
+            f"{choice.options.folder} has none. Choose another --family or --task."
+        )
+    return "\n".join([*lines, ""])
+
+
+def describe_samples(choice: Choice) -> str:
+    """Return prompts.txt: what is learned in two situations that no caption has, and something else."""
+    captions = [one.caption.lower() for one in choice.media if one.caption]
+    new = [text for word, text in SITUATIONS.items() if not any(word in each for each in captions)]
+    situations = (new if len(new) > 1 else [*SITUATIONS.values()])[:2]
+    subject = _plain(choice.trigger or _find_subject([one.caption or "" for one in choice.media]))
+    other = OTHER_EDIT if choice.facts.needs_reference else OTHER
+    width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
+    size = f"--w {width} --h {height} --f {choice.frames}"
+    media = _sample_media(choice)
+    prompts = [*(f"{subject}, {text}" for text in situations), other]
+    return "".join(
+        " ".join(
+            filter(
+                None,
+                (text, size, _released_values(choice.model), media[index % len(media)], f"--d {index + 1}"),
+            )
+        )
+        + "\n"
+        for index, text in enumerate(prompts)
+    )
+
+
+def _find_subject(captions: Sequence[str]) -> str:
+    """Return the words that all captions begin with, else the first part of the shortest one."""
+    words = [text.split() for text in captions if text]
+    same = os.path.commonprefix(words) if len(words) > 1 else []
+    if any(word.lower() not in {"a", "an", "the"} for word in same):
+        return re.split(r"[,.;:]", " ".join(same))[0][:MOST_OF_SUBJECT].strip() or "a person"
+    shortest = min((text for text in captions if text), key=len, default="a person")
+    return re.split(r"[,.;:]", shortest)[0][:MOST_OF_SUBJECT].strip() or "a person"
+
+
+def _plain(text: str) -> str:
+    """Return a text that stands in a line of a prompt file, without options."""
+    return re.sub(r"(^|\s)-+", r"\1", " ".join(drop_control_codes(text).split())).lstrip("#").strip()
+
+
+def _released_values(model: ModelSet) -> str:
+    """Return what the command of the model's page sets: steps, guidance, shift, what to avoid.
+
+    The rest is that of the family, in a sample as in a generation.
+    """
+    shared = {**COUNTS, **VALUES}
+    names = "steps", "guidance_scale", "embedded_guidance", "flow_shift"
+    letters = {shared[name][0]: shared[name][1] for name in names} | {"--negative_prompt": "n"}
+    words = shlex.split(model.commands["generate"])
+    found = [(letters[word], value) for word, value in zip(words, words[1:], strict=False) if word in letters]
+    return " ".join(f"--{letter} {value}" for letter, value in found)
+
+
+def _sample_media(choice: Choice) -> list[str]:
+    """Return what samples start from, for each in turn: a first and last frame, or pictures to edit."""
+    edited = [one for one in choice.media if one.path.parent in choice.found.references and not one.is_clip]
+    lines = []
+    for one in edited:
+        sources = reference_of(one, choice.found.references[one.path.parent])[: choice.facts.references]
+        lines += [" ".join(f"--ci {choice.inside(path)}" for path in sources)] if sources else []
+    if not choice.model.data.get("from_image"):
+        return lines[:3] or [""]
+    clip = next(one.path for one in choice.media if one.is_clip)
+    start, end = (choice.folder / "output" / f"{name}.png" for name in ("start", "end"))
+    start.parent.mkdir(exist_ok=True)
+    write_png(start, first_frame(clip))
+    if "--end_image_path" not in choice.model.commands["generate"]:
+        return [f"--i {choice.inside(start)}"]
+    (last,) = deque(itertools.islice(video_frames(clip), MOST_READ), maxlen=1)
+    write_png(end, last)
+    return [f"--i {choice.inside(start)} --ei {choice.inside(end)}"]
+
+
+def list_commands(choice: Choice) -> list[list[str]]:
+    """Return the commands of a run, in the folder: download, two checks, latents, texts, training."""
+    model = choice.model
+    paths = {f"{{{name}}}": path for name, path in choice.files.items()}
+    latents, texts = (
+        [paths.get(word, word) for word in shlex.split(model.commands[step])] for step in ("latents", "texts")
+    )
+    fp8 = ["--fp8_encoders"] if model not in find_models() else []
+    names = ["--family", model.family, "--task", model.task, *fp8, "--to", real_path(choice.options.models)]
+    script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
+    return [
+        ["python", "tools/download.py", *map(str, names)],
+        [*latents, "--check", "--html", CHECK_PAGE],
+        [*texts, "--check"],
+        latents,
+        texts,
+        ["python", script, "--config_file", RUN_FILE],
+    ]
+
+
+def describe_run(choice: Choice, commands: list[list[str]]) -> str:
+    """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
+    options, files = choice.options, choice.files
+    words = shlex.split(choice.model.commands["train"])
+    start = next(index for index, word in enumerate(words) if word.endswith(".py")) + 1
+    words = [*words[start:], *shlex.split(choice.model.data.get("train", ""))]
+    if choice.memory and not is_small(choice.model, choice.memory):
+        words += shlex.split(choice.model.data["fp8"])
+        has_clips = choice.memory <= SMALL and choice.frames > 1
+        words += ["--gradient_checkpointing_cpu_offload"] if has_clips else []
+    # how many is found when the training starts
+    words += ["--blocks_to_swap", "auto"] if choice.memory else []
+    values: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, values[word.lstrip("-")] = word.lstrip("-"), True
+        else:
+            number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
+            kind = str if number is None else float if number[1] or number[2] else int
+            values[name] = kind(files.get(word.strip("{}"), word))
+    values = {name: value for name, value in values.items() if "epoch" not in name}
+    if not choice.memory and values["optimizer_type"] == "adamw8bit":
+        values["optimizer_type"] = "adamw"  # 8 bits need a GPU
+    every = max(options.max_train_steps // 10, min(options.max_train_steps, 50))
+    own_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT] or "lora"
+    values |= {name: path for name, path in files.items() if name != "dit"}
+    values |= {
+        "dataset_config": "dataset.toml",
+        "max_train_steps": options.max_train_steps,
+        **{"save_every_n_steps": every, "save_state": True, "save_last_n_steps_state": every},
+        **{"sample_prompts": "prompts.txt", "sample_every_n_steps": every},
+        **{"sample_at_first": True, "sample_now": True},
+        **({"validation_split": 0.1} if len(choice.media) >= ENOUGH else {}),
+        **{"output_dir": "output", "output_name": options.output_name or own_name},
+    }
+    others = {"files": list(files.values()), "commands": commands}
+    lines = [
+        "# Paths are relative to this folder, in which `run` works; it can be moved.",
+        *_table("[training]", values),
+        "",
+        "# what `run` looks for and runs; the training leaves it alone",
+    ]
+    return "\n".join([*lines, *_table(f"[{OTHERS_TABLE}]", others), ""])
+
+
+def _table(head: str, values: Mapping[str, Any]) -> list[str]:
+    return [head, *(f"{name} = {toml_value(value)}" for name, value in values.items())]

@@ -1,0 +1,267 @@
+"""Look at a folder: its clips and pictures, what they are made from; a line on what is left out or odd."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from dataset.sources.captions import caption_path, read_caption
+from dataset.sources.folders import ControlFolder
+from modules.errors import DatasetError, MediaError
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.opening import open_image
+from modules.media.reading import VIDEO_SUFFIXES, image_size, image_suffixes
+from modules.media.samples import track_facts
+from modules.media.streams import source_info
+from project.choosing import ModelFacts
+from project.options import RUN_FILE
+
+CAPTIONS = ".txt"
+WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
+CHECK_PAGE = "check.html"
+OWN_FOLDERS = {"cache", "output"}
+MASKS = {"mask", "masks"}
+# folders of what pictures are made from, also as control_images
+REFERENCES = re.compile(
+    r"(controls?|before|sources?|references?|refs?|inputs?|conditions?|conditioning)"
+    r"([-_ ]?(images?|pictures?))?",
+    re.IGNORECASE,
+)
+SHOWN = 3  # names in a line
+FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+MOST_FOLDERS = 1000  # that are looked into for media that are left out
+# what to do with files of other kinds
+REMEDIES = {
+    (".heic", ".heif"): "convert them to JPEG, or `pip install pillow-heif`",
+    (".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"): "convert them to PNG or JPEG",
+    (".avif", ".jxl"): "convert them to PNG, or install a plugin of Pillow that reads them",
+    (".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"): "convert them to .mp4",
+}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A clip or a picture."""
+
+    path: Path
+    is_clip: bool
+    size: tuple[int, int]  # width, height
+    seconds: Fraction | None  # None: a picture, or a clip whose file does not say
+    caption: str | None  # on one line; None: there is none
+
+
+@dataclass
+class Found:
+    """Content of a folder; `lines` tell what is left out, and why."""
+
+    media: list[Media] = field(default_factory=list)
+    # folder of pictures -> that of what they are made from
+    references: dict[Path, Path] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
+    """Return the media of a folder and of its sub-folders, with references if the model edits.
+
+    name: of the model, in lines. Raises DatasetError if there are no media, or no references for a model that
+    needs them.
+    """
+    found = Found()
+    places, sources = [folder], list[Path]()
+    for place in _folders(folder):
+        kind = place.name.lower()
+        if REFERENCES.fullmatch(kind):
+            sources.append(place)
+        elif kind in MASKS:
+            found.lines.append(f"{place}: masks are left out. mask_directory in dataset.toml takes them")
+        elif kind not in OWN_FOLDERS:
+            places.append(place)
+    for place in places:
+        _list_media(place, found)
+        nested = [one for one in _folders(place) if place != folder and not REFERENCES.fullmatch(one.name)]
+        found.lines += [f"{deep}: {text}" for deep, text in _find_deep(nested)]
+    if facts.references:
+        _find_references(folder, places, sources, found)
+    else:
+        nested = [one for place in places[1:] for one in _folders(place) if REFERENCES.fullmatch(one.name)]
+        found.lines += [
+            f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
+            "not edit. If it is to be learned, rename it"
+            for place in (*sources, *nested)
+            if _holds_media(place)
+        ]
+    if not found.media:
+        why = "".join(f"\n  {line}" for line in found.lines)
+        raise DatasetError(f"{folder} has no clip and no picture that can be read. Give one that has.{why}")
+    if facts.needs_reference and not found.references:
+        raise DatasetError(_layout(folder, name, found.media))
+    found.lines += _tell_odd(found, facts)
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    return []
+
+
+def _media_suffixes() -> frozenset[str]:
+    return VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
+
+
+def _holds_media(folder: Path) -> bool:
+    suffixes = _media_suffixes()
+    with contextlib.suppress(OSError):
+        return any(path.suffix.lower() in suffixes for path in folder.iterdir())
+    return False
+
+
+def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield folders inside sub-folders that hold media, with what to do."""
+    waiting, looked = list(folders), 0
+    while waiting and looked < MOST_FOLDERS:
+        place, looked = waiting.pop(0), looked + 1
+        if place.name.lower() in OWN_FOLDERS | MASKS:
+            continue
+        if _holds_media(place):
+            yield place, "left out because it is too deep. Move its files up, or give this folder to `new`"
+        waiting += _folders(place)
+
+
+def _list_media(place: Path, found: Found) -> None:
+    suffixes, others = _media_suffixes(), dict[str, list[Path]]()
+    try:
+        paths = sorted(place.iterdir())
+    except OSError as error:
+        found.lines.append(f"{place}: left out, it cannot be listed ({error.strerror})")
+        return
+    for path in paths:
+        end = path.suffix.lower()
+        if path.name[0] == "." or path.is_dir() or path.name in (*WRITTEN, CHECK_PAGE):
+            continue
+        if end not in suffixes:
+            others.setdefault(end, []).append(path)
+            continue
+        try:
+            found.media.append(_measure(path))
+        except (MediaError, DatasetError) as error:
+            found.lines.append(f"left out: {error}")
+    for end, of_kind in others.items():
+        if end == CAPTIONS:
+            continue
+        remedy = next((text for ends, text in REMEDIES.items() if end in ends), None)
+        kind = "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
+        found.lines.append(f"{name_some(of_kind)}: left out, {kind}")
+
+
+def _measure(path: Path) -> Media:
+    text = read_caption(caption_path(path, CAPTIONS))
+    caption = None if text is None else " ".join(text.split())
+    if path.suffix.lower() not in VIDEO_SUFFIXES and not is_animation(path):
+        return Media(path, False, image_size(path), None, caption)
+    info = source_info(path)
+    seconds = None if info.frames is None else info.frames / info.rate
+    return Media(path, True, (info.width, info.height), seconds, caption)
+
+
+def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Path], found: Found) -> None:
+    """Find for each folder of pictures the one that they are made from: in it, beside it, or beside all."""
+    beside = (
+        [] if sources else [one for one in _folders(folder.absolute().parent) if one != folder.absolute()]
+    )
+    beside = [one for one in beside if REFERENCES.fullmatch(one.name)]
+    for place in places:
+        pictures = [one.path.stem for one in found.media if one.path.parent == place and not one.is_clip]
+        nested = [] if place == folder else [one for one in _folders(place) if REFERENCES.fullmatch(one.name)]
+        for source in (*nested, *sources, *beside) if pictures else ():
+            without = [stem for stem in pictures if not _has_reference(source, stem, pictures)]
+            if len(without) < len(pictures):
+                found.references[place] = source
+                if without:
+                    text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
+                    found.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
+                break
+    if numbered := _find_numbered(found.media):
+        text = "learned as results. If they are what others are made from, move them into a folder control"
+        found.lines.append(f"{name_some(numbered)}: {text}")
+    unused = [one for one in sources if one not in found.references.values() and _holds_media(one)]
+    found.lines += [f"{one}: left out. No file there has the name of a picture beside it" for one in unused]
+
+
+def _has_reference(source: Path, stem: str, stems: Sequence[str]) -> bool:
+    try:
+        return bool(ControlFolder(source, {*stems}).for_image(stem, None))
+    except DatasetError:
+        return False
+
+
+def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
+    """Return the pictures in `source` that a picture is made from, by the rules of `control_directory`."""
+    try:
+        return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
+    except DatasetError:
+        return ()
+
+
+def _find_numbered(media: Sequence[Media]) -> list[Path]:
+    """Return pictures without captions that are named like references of another one: cat_0 beside cat."""
+    stems = {one.path.stem for one in media if not one.is_clip}
+    bare = [one.path for one in media if one.caption is None]
+    parts = [(path, *path.stem.rpartition("_")) for path in bare]
+    return [path for path, owner, _, number in parts if owner in stems and number.isdecimal()]
+
+
+def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
+    """Return the message that shows how pairs lie."""
+    numbered = _find_numbered(media)
+    told = (
+        f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
+        if numbered
+        else ""
+    )
+    return (
+        f"{folder}: {name} learns edits, and there is no picture to edit from.{told} Make this of it:\n"
+        f"  {folder / 'cat.jpg'}          a result\n"
+        f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"
+        f"  {folder / 'control' / 'cat.jpg'}  what it is made from; of several cat_0.jpg, cat_1.jpg\n"
+        "Other names for control: before, source, reference. It may also stand beside the folder of results."
+    )
+
+
+def _tell_odd(found: Found, facts: ModelFacts) -> list[str]:
+    """Return lines about media that are trained on, but perhaps not as they should be."""
+    pictures = [one for one in found.media if not one.is_clip]
+    tiny = [one.path for one in found.media if min(one.size) < FEW_PIXELS]
+    told: Mapping[str, Iterable[Path]] = {
+        f"tiny, below {FEW_PIXELS} pixels: their blur is learned": tiny,
+        "transparent in part, which is learned as white; alpha_mask = true in dataset.toml leaves it out": (
+            one.path for one in pictures if _is_transparent(one.path)
+        ),
+        "without sound: learned silent": (
+            one.path for one in found.media if facts.hears and one.is_clip and _is_silent(one.path)
+        ),
+    }
+    return [f"{name_some(names)}: {what}" for what, each in told.items() if (names := list(each))]
+
+
+def _is_transparent(path: Path) -> bool:
+    with contextlib.suppress(MediaError), open_image(path) as image:
+        if "A" in image.getbands() or "transparency" in image.info:
+            alpha = image.convert("RGBA").getchannel("A").getextrema()
+            return isinstance(alpha[0], (int, float)) and alpha[0] < 255
+    return False
+
+
+def _is_silent(path: Path) -> bool:
+    try:
+        return is_animation(path) or track_facts(path) is None
+    except MediaError:
+        return True
+
+
+def name_some(paths: Sequence[Path]) -> str:
+    """Return the first names and how many more there are."""
+    names = [path.name for path in paths]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,194 @@
+"""What `new` makes of folders that people have: pairs, phone photos, damaged files; and what it asks."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset.config import load_dataset_config
+from modules.text_files import parse_toml
+from project import choosing
+from project.options import NewOptions, find_models
+from tests.commands import run_script
+from tests.faults.messages import assert_one_message, run_here
+from tests.sound_media import Track, write_media
+from tests.tiny.project import write_clips
+
+EDIT = ["--family", "qwen", "--task", "edit-2511", "--memory", "24"]
+
+
+def write_photos(
+    folder: Path, count: int = 3, captions: bool = True, stem: str = "p", size: int = 300
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (size, size), (number * 40, 90, 10)).save(folder / f"{stem}{number}.jpg")
+        if captions:
+            (folder / f"{stem}{number}.txt").write_text(f"make it blue {number}", encoding="utf-8")
+
+
+# where results and what they are made from lie, below the folder of `new`
+LAYOUTS = {
+    "inside": (".", "control"),
+    "two folders": ("after", "before"),
+    "pictures and before": ("pictures", "before"),
+    "beside": (".", "../source"),
+    "nested": ("set", "set/control_images"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b"])
+def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> None:
+    results, sources = LAYOUTS[layout]
+    folder = tmp_path / "top" / "pairs"
+    write_photos(folder / results)
+    write_photos(folder / sources, captions=False)
+    shutil.move(folder / sources / "p2.jpg", folder / sources / "p2_0.jpg")  # several have numbers
+    shutil.copy(folder / sources / "p2_0.jpg", folder / sources / "p2_1.jpg")
+    family, task = model.split()
+
+    told = run_here("new_project.py", folder, "--family", family, "--task", task, folder=tmp_path)
+
+    assert told == (0, "")
+    (table,) = load_dataset_config(folder / "dataset.toml").datasets
+    assert (table.directory, table.control_directory) == (Path(results), Path(sources))
+    assert (table.control_resolution is not None) is (family == "qwen")
+    prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    shown = [line.split("--ci ")[1].split(" --")[0].strip() for line in prompts]
+    assert shown == [(Path(sources) / name).as_posix() for name in ("p0.jpg", "p1.jpg", "p2_0.jpg")]
+    assert all((folder / name).exists() for name in shown)
+
+
+def test_a_model_that_does_not_edit_refuses_references_as_targets(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set" / "after")
+    write_photos(tmp_path / "set" / "before", captions=False)
+    done = run_script("new_project.py", tmp_path / "set", "--family", "zimage", "--task", "base")
+    assert f"{tmp_path / 'set' / 'before'}: left out" in done.stdout
+    (table,) = load_dataset_config(tmp_path / "set" / "dataset.toml").datasets
+    assert (table.directory, table.control_directory) == (Path("after"), None)
+
+
+def test_numbered_pictures_beside_their_results_get_a_sentence(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    write_photos(tmp_path / "set", captions=False, stem="p0_")
+    said = assert_one_message(
+        *run_here("new_project.py", "set", *EDIT, folder=tmp_path), "set/control/cat.jpg"
+    )
+    assert "p0_0.jpg, p0_1.jpg, p0_2.jpg seem to be such pictures: move them into set/control" in said
+
+
+def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_photos(folder, size=300)
+    Image.new("RGBA", (300, 300), (9, 9, 9, 0)).save(folder / "cut.png")
+    Image.new("RGB", (60, 40)).save(folder / "small.png")
+    for name in ("IMG_1.HEIC", "scan.tiff", "empty.jpg", "notes.pdf"):
+        (folder / name).touch()
+    write_photos(folder / "c" / "raw" / "deep")
+    write_photos(folder / "masks")
+    write_clips(folder, count=1, frames=30, width=300, height=300)
+    write_media(folder / "heard.mp4", Track())
+
+    words = ["--family", "ltx2", "--task", "av", "--trigger_word", "ohwx"]
+    said = run_script("new_project.py", folder, *words).stdout
+
+    for line in (
+        "IMG_1.HEIC: left out, this kind is not read; convert them to JPEG, or `pip install pillow-heif`",
+        "scan.tiff: left out, this kind is not read; convert them to PNG or JPEG",
+        "notes.pdf: left out, neither media nor captions",
+        f"left out: {folder / 'empty.jpg'} is empty",
+        f"{folder / 'c' / 'raw' / 'deep'}: left out because it is too deep",
+        f"{folder / 'masks'}: masks are left out",
+        "cut.png: transparent in part",
+        "small.png",
+        "clip 0.mp4: without sound: learned silent",
+        "to download",
+    ):
+        assert line in said
+
+
+def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "film.mp4").write_bytes(b"no film")
+    told = run_here("new_project.py", "set", "--family", "wan", "--task", "t2v-14B", folder=tmp_path)
+    assert_one_message(*told, "no clip and no picture", "film.mp4")
+
+
+@pytest.mark.parametrize("word", [None, "ohwx"])
+def test_pictures_without_captions_get_the_word_or_both_ways_out(word: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    write_photos(folder, captions=False)
+    words = ["--family", "zimage", "--task", "turbo", *(["--trigger_word", word] if word else [])]
+
+    said = run_script("new_project.py", folder, *words).stdout
+
+    (table,) = load_dataset_config(folder / "dataset.toml").datasets
+    assert table.class_tokens == word
+    assert "was distilled to few steps" in said
+    assert "--training_adapter" in said
+    assert all(("--s 8" in line) for line in (folder / "prompts.txt").read_text("utf-8").splitlines())
+    ways = ("tools/caption_dataset.py --dataset_config", "--overwrite --trigger_word WORD --family z_image")
+    assert all((way in said) is (word is None) for way in ways)
+
+
+def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    expected = {
+        "zimage base": "--s 28 --l 4",
+        "hunyuan_image 2.1": "--s 50",
+        "chroma hd": "--n blurry, low quality",
+    }
+    for model, words in expected.items():
+        family, task = model.split()
+        run_here("new_project.py", "set", "--family", family, "--task", task, "--overwrite", folder=tmp_path)
+        (first, *_) = (tmp_path / "set" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+        assert first == f"make it blue, in falling snow --w 288 --h 288 --f 1 {words} --d 1"
+    values = parse_toml((tmp_path / "set" / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert "validation_split" not in values  # of three pictures
+
+
+@pytest.mark.parametrize(
+    ("answers", "model", "word"),
+    [
+        (["won", "1", "T2V-1.3b", ""], ("wan", "t2v-1.3B"), None),
+        (["Kontext", "a\x1bb", "ohwx"], ("flux_kontext", "dev"), "ohwx"),
+        (["HV", "mrsfluff"], ("hunyuan_video", "t2v"), "mrsfluff"),
+        (["z-image turbo", ""], ("z_image", "turbo"), None),
+        (["flux.2", "klein", "4", "ohwx"], ("flux_2", "klein-base-9b"), "ohwx"),
+        (["LTX-2", "9", "2", ""], ("ltx_2", "v"), None),
+    ],
+)
+def test_a_terminal_is_asked_until_the_answer_is_right(
+    answers: list[str],
+    model: tuple[str, str],
+    word: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[str] = []
+
+    def answer(question: str) -> str:
+        shown.append(question)
+        return f"{answers.pop(0)}\n"
+
+    monkeypatch.setattr(choosing, "has_terminal", lambda: True)
+    monkeypatch.setattr(choosing, "ask_on_terminal", answer)
+
+    chosen, trigger = choosing.choose_model(NewOptions(folder=tmp_path), 12)
+
+    assert ((chosen.family, chosen.task), trigger, answers) == (model, word, [])
+    assert all(f"{number + 1:<2}  {name}" in shown[0] for number, name in enumerate(FAMILY_NAMES))
+    assert not [word for word in ("edits", "sound", " GB ", "fits in 8 bits") if word not in shown[0]]
+
+
+FAMILY_NAMES = list(dict.fromkeys(one.family for one in find_models()))
+
+
+def test_a_moved_folder_is_as_good(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    run_here("new_project.py", "set", "--family", "lumina", folder=tmp_path)
+    for name in ("dataset.toml", "prompts.txt", "run.toml"):
+        text = (tmp_path / "set" / name).read_text(encoding="utf-8")
+        assert str(tmp_path / "set") not in text
