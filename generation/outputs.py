@@ -151,7 +151,7 @@ def save_pixels(
     first = list(islice(frames, 2))
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
-    is_picture = is_single and (options.pictures or options.numbers_single or not options.writes_images)
+    is_picture = options.is_picture(is_single)
     last = deque[Frame](maxlen=1)
     saves_last, hides = options.save_last_frame and not is_picture, post is not None and post.hides
     if saves_last and not hides:
@@ -163,7 +163,7 @@ def save_pixels(
     del first  # a frame takes megabytes
     if is_picture:
         ending = "_000.png" if options.numbers_single else ".png"
-        path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
+        path = _free_path(options, stem, ending)
         (frame,) = playing
         write_png(path, frame, as_png_texts(metadata or {}))
         return path
@@ -199,7 +199,7 @@ def _save_video(
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
+    path = _free_path(options, stem, suffix, *beside)
     first = list(islice(playing, 1))
     height, width = first[0].shape[:2]
     codec = settle_codec(options.format.codec, width, height)
@@ -213,6 +213,12 @@ def _save_video(
     if options.format.keep_pngs:
         logger.info("Frames: %s", pngs)
     return path
+
+
+def _free_path(options: OutputOptions, stem: str, ending: str, *beside: str) -> Path:
+    """Return the file that --save_path names, or a free name. beside: endings of files written with it."""
+    name = options.file_name or free_stem(options.save_path, stem, [ending, *beside]) + ending
+    return options.save_path / name
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:

@@ -68,6 +68,8 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
             )
     options, output = run.options, run.options.output
+    if output.file_name:
+        output.check_file_name((saved[0].latents.shape[2] - 1) * run.family.latent.stride[0] + 1)
     failures = Failures(strict=len(paths) == 1)
     start, results = time.monotonic(), []
     make_folder(output.save_path, "--save_path")

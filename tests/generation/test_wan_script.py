@@ -256,3 +256,24 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
     assert "Nearest: 544 960" in caplog.text
     read_official(None, ["--prompt", "a", "--model-resolution", "540p"])
     assert "is a size of --model-resolution 720p, not of 540p" in caplog.text
+
+
+def test_one_result_is_the_file_that_save_path_names(tmp_path: Path, t2v: TinyWan) -> None:
+    words = ["--task", "t2v-1.3B", *SIZE, *map(str, t2v.models), "--prompt", "p", "--save_path"]
+    with pytest.raises(OptionError, match=r"a\.png: a video is made\. Give .*a\.mp4"):
+        wan_generate_video.main([*words, str(tmp_path / "a.png")])
+    with pytest.raises(OptionError, match=r"with --output_type images: 5 pictures are made"):
+        wan_generate_video.main([*words, str(tmp_path / "a.png"), "--output_type", "images"])
+    (tmp_path / "a").mkdir()  # is not in the way
+
+    wan_generate_video.main([*words, str(tmp_path / "a.MP4"), "--output_type", "both"])
+    wan_generate_video.main([*words, str(tmp_path / "a.png"), "--video_length", "1"])
+
+    made = {path.name: path for path in tmp_path.iterdir()}
+    assert {*made} == {"a", "a.MP4", "a.png", "a_latent.safetensors"}
+    assert len([*video_frames(made["a.MP4"])]) == 5
+    decode = ["--latent_path", str(made["a_latent.safetensors"]), "--vae", str(t2v.vae), "--save_path"]
+    wan_generate_video.main([*decode, str(tmp_path / "new" / "b.mkv"), "--container", "mkv"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.mkv"]
+    with pytest.raises(OptionError, match=r"a\.MP4 exists already, and is kept"):
+        wan_generate_video.main([*words, str(tmp_path / "a.MP4")])
