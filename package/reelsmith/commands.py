@@ -54,10 +54,11 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
     A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
-    `Script`.
+    `Script`. One at the root that stands for one of the same name in a room is no other command.
     """
     commands = []
-    for path in (path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")):
+    paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
+    for path in paths.values():
         text = path.read_text(encoding="utf-8")
         if path.stem in OF_A_CHECKOUT or not re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE):
             continue
