@@ -201,6 +201,7 @@ def test_every_option_has_its_word() -> None:
         *("--neg-prompt", "bad", "--cfg-scale", "2"),
         *("--model-base", "base", "--text-encoder-precision", "bf16", "--text-encoder-precision-2", "bf16"),
         *("--post", "upscaler model=x", "--post", "facefix model=y"),
+        *("--ulysses-degree", "4", "--ring-degree", "2"),
     )
 
     assert set(words) >= {
@@ -214,6 +215,7 @@ def test_every_option_has_its_word() -> None:
         "--fp8",
         "--reproduce",
         "--apply_final_norm",
+        "--context_parallel=8",
         "--hidden_state_skip_layer=1",
         "--dit=my.pt",
         f"--vae={Path('base') / 'hunyuan-video-t2v-720p' / 'vae' / 'pytorch_model.pt'}",
@@ -229,7 +231,7 @@ def test_every_option_has_its_word() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--ulysses-degree", "2"], "--ulysses-degree is not supported yet"),
+        (["--ulysses-degree", "0"], "--ulysses-degree 0"),
         (["--video-length", "128"], "4n + 1, such as 129"),
         (["--video-size", "1", "2", "3"], "--video-size"),
         (["--batch-size", "2"], "--num-videos"),
