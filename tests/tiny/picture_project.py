@@ -135,7 +135,7 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
     guides.write_clip(folder / "CLIP-ViT-B-32-laion2B-s34B-b79K")
-    guides.write_vgg16(folder / "vgg16-397923af.pth")
+    guides.write_vgg16(folder / "vgg16.tv_in1k.safetensors")
     (folder / "upscalers").mkdir()
     write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
     beside = folder.parent
