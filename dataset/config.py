@@ -32,6 +32,7 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
+KNOWN_KEYS = {*KEYS, *SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 
 def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:

@@ -37,6 +37,9 @@ SUFFIXES = (
 )
 
 
+OWN_LATENTS = re.compile(
+    r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL
+)  # names of latent files that begin with a time
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
 NAMED_BYTES = 100  # in UTF-8: names have 255 at most
 
@@ -68,10 +71,12 @@ def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
     """Name an output without suffix, the same for all families: time, seed, and the latent file it was
-    decoded from.
+    decoded from; what is decoded from a latent file with such a name has the same name.
 
     prompt: its first words are added. start: stands before the time.
     """
+    if origin is not None and (own := OWN_LATENTS.fullmatch(origin.stem)):
+        return own[1]
     parts = [start, f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
     return "_".join(part for part in (*parts, words_of(prompt) if prompt else "") if part)
 
@@ -103,7 +108,7 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 
 @contextmanager
-def own_stem(folder: Path, stem: str) -> Iterator[str]:
+def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
     """Reserve a name: append `_` to `stem` until no output and no other run uses it during the block.
 
     Runs that begin in the same second with the same seed have the same stem. The output must exist when the
@@ -111,7 +116,7 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
     """
     with ExitStack() as claims:
         while (
-            not claims.enter_context(claim_name(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem
+            not claims.enter_context(claim_name(folder / stem)) or free_stem(folder, stem, suffixes) != stem
         ):
             stem += "_"
         yield stem

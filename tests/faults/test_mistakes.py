@@ -89,6 +89,7 @@ NAMES = (
     wrong(TRAININGS, "--lr_scheduler_type StepLR --lr_scheduler_args step=2", "StepLR", "step"),
     wrong(TRAININGS, "--learning_rat 1e-4x", "1e-4x is not a number"),  # argparse takes beginnings
     wrong(TRAININGS, "--learnin_rate 1e-4", "Unknown option --learnin_rate", "--learning_rate?"),
+    wrong(TRAININGS, "--load_tensors", "key of the dataset file: write load_tensors = ... in its table"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
     wrong(NETWORK_TRAININGS, "--network_module json", "create_network"),

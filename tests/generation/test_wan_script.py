@@ -76,9 +76,11 @@ def make_hunyuan(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[i
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, hunyuan: TinyHunyuan) -> None:
     make_hunyuan(tmp_path / "latents", hunyuan, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
-    words = ["--latent_path", path, "--vae", hunyuan.vae, "--save_path", tmp_path / "out", "--device", "cpu"]
-    hv_generate_video.main([str(word) for word in words])
-    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
+    words = ["--latent_path", path, "--vae", hunyuan.vae, "--save_path", path.parent, "--device", "cpu"]
+    for _ in range(2):
+        hv_generate_video.main([str(word) for word in words])
+    stem = path.name.removesuffix("_latent.safetensors")
+    assert {each.name for each in path.parent.iterdir()} == {path.name, f"{stem}.mp4", f"{stem}_.mp4"}
 
 
 @pytest.fixture
