@@ -99,7 +99,7 @@ class FluxTrainingOptions(Options, title=NAME):
         "behind the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
     split_mode = unsupported(
-        "training both at once with --blocks_to_swap takes as little memory",
+        "training both at once takes as little memory with --blocks_to_swap. Use that",
         "train double and single blocks apart",
     )
 

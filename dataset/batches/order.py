@@ -157,7 +157,8 @@ def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
 class OfSource(Protocol):
     """What can be held back: a dataclass that says its table and source."""
 
-    table: DatasetTable
+    @property
+    def table(self) -> DatasetTable: ...
 
     @property
     def source_stem(self) -> str: ...
