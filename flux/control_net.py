@@ -61,6 +61,7 @@ class FluxControl(nn.Module):
         guidance: B, as it is asked for.
         """
         dtype, device = self.network.dtype, noisy.device
+        has_guidance: bool = self.network.config["guidance_embeds"]
         _, rows, columns = grid_of(noisy)
         places = torch.zeros(rows, columns, 3, device=device)
         places[..., 1] += torch.arange(rows, device=device)[:, None]
@@ -72,7 +73,7 @@ class FluxControl(nn.Module):
             encoder_hidden_states=t5.to(dtype),
             pooled_projections=pooled.to(dtype),
             timestep=timesteps / TIMESTEPS,
-            guidance=guidance if self.network.config.guidance_embeds else None,
+            guidance=guidance if has_guidance else None,
             img_ids=places.flatten(0, 1),
             txt_ids=torch.zeros(t5.shape[1], 3, device=device),
             return_dict=False,

@@ -177,8 +177,8 @@ class HighresOptions(Options, title="highres fix: two stages"):
     def __post_init__(self) -> None:
         if self.highres_fix_upscaler == "tools.latent_upscaler":
             raise OptionError(
-                "--highres_fix_upscaler tools.latent_upscaler: this module of sd-scripts has a network of its own, "
-                "which is not built here. Give stable_diffusion.model_upscaler with model=FILE, a SwinIR or "
+                "--highres_fix_upscaler tools.latent_upscaler: this module of sd-scripts has a network of "
+                "its own, not built here. Give stable_diffusion.model_upscaler with model=FILE, a SwinIR or "
                 "ESRGAN file, or --highres_fix_latents_upscaling, or a copy of the module under another name"
             )
 

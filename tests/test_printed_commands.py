@@ -1,4 +1,4 @@
-"""Every command that a guide prints is taken as it stands, or refused with a reason; none is run to its end."""
+"""Every command that a guide prints is taken as it stands, or refused with a reason; nothing is computed."""
 
 import re
 import shlex

@@ -15,9 +15,9 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from dataset.batches.items import TrainingItem, tables_of
+from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
@@ -152,16 +152,6 @@ def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
             other = draw_bits(bits)
         found[place], found[other] = found[other], found[place]
     return found
-
-
-class OfSource(Protocol):
-    """What can be held back: a dataclass that says its table and source."""
-
-    @property
-    def table(self) -> DatasetTable: ...
-
-    @property
-    def source_stem(self) -> str: ...
 
 
 S = TypeVar("S", bound=OfSource)
