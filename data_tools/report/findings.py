@@ -148,7 +148,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PlacedItem:
     """An item by its table and source, for `split_validation`."""
 
     table: DatasetTable
@@ -158,7 +158,7 @@ class _Place:
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
     """Fill `held` as a training splits. share, seed: for tables that do not say theirs."""
-    places = [_Place(found.table, stem, bucket) for found in tables for stem, bucket in found.places]
+    places = [_PlacedItem(found.table, stem, bucket) for found in tables for stem, bucket in found.places]
     by_index = {found.table.index: found for found in tables}
     for place in split_validation(places, share, seed)[1]:
         by_index[place.table.index].held[place.bucket] += 1
