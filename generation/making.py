@@ -172,7 +172,8 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
     """
     prepared = prepare_line(run.family, run.options, overrides)
-    run.options.output.check_file_name(prepared.frames)
+    if run.options.output.file_name:
+        run.options.output.check_file_name(prepared.frames)
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)

@@ -312,7 +312,7 @@ def read_generation(
     }
     values["post"] = options.post.tools and options.post.tools.in_words  # no folders
     settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
-    output = options.output.in_folder()
+    output = options.output.in_folder() if options.output.names_file else options.output
     return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
 
 

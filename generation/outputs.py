@@ -168,7 +168,8 @@ def save_pixels(
     del first  # a frame takes megabytes
     if is_picture:
         ending = "_000.png" if options.numbers_single else ".png"
-        path = _free_path(options, stem, ending)
+        name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
+        path = options.save_path / name
         (frame,) = playing
         write_png(path, frame, as_png_texts(metadata or {}))
         return path
@@ -204,7 +205,8 @@ def _save_video(
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    path = _free_path(options, stem, suffix, *beside)
+    name = options.file_name or free_stem(options.save_path, stem, [suffix, *beside]) + suffix
+    path = options.save_path / name
     first = list(islice(playing, 1))
     height, width = first[0].shape[:2]
     codec = settle_codec(options.format.codec, width, height)
@@ -218,12 +220,6 @@ def _save_video(
     if options.format.keep_pngs:
         logger.info("Frames: %s", pngs)
     return path
-
-
-def _free_path(options: OutputOptions, stem: str, ending: str, *beside: str) -> Path:
-    """Return the file that --save_path names, or a free name. beside: endings of files written with it."""
-    name = options.file_name or free_stem(options.save_path, stem, [ending, *beside]) + ending
-    return options.save_path / name
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:

@@ -165,8 +165,6 @@ class OutputOptions(Options, title="output"):
 
     def in_folder(self) -> "OutputOptions":
         """Return the same with the file of --save_path as a folder and a `file_name`."""
-        if not self.names_file:
-            return self
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
@@ -177,8 +175,6 @@ class OutputOptions(Options, title="output"):
 
     def check_file_name(self, frames: int) -> None:
         """Raise OptionError if `file_name` does not fit a result of so many frames."""
-        if not self.file_name:
-            return
         path, what = self.save_path / self.file_name, "a video is made"
         suffix = self.format.suffix
         if self.is_picture(frames - self.trim_tail_frames <= 1):
