@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import MODES, NO_KEYS, SOUND_ALONE, SPELLINGS
+from dataset.config_keys import (
+    MODES,
+    NO_KEYS,
+    OTHER_NAMES,
+    SOUND_ALONE,
+    SPELLINGS,
+    SUBSET,
+    SUBSET_KEYS,
+)
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets, typed_options
@@ -24,6 +32,7 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
+KNOWN_KEYS = {*KEYS, *SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 
 def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
@@ -34,8 +43,9 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     Source folders are not checked, because training needs only the caches; `find_sources` checks them.
     Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
-    content = parse_config(path)
-    problems = [unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL]
+    problems: list[str] = []
+    content = _with_keys_in_general(path, parse_config(path), problems)
+    problems += [unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL]
     datasets = content.get("datasets")
     entries = [
         one for one in (datasets if isinstance(datasets, list) else [datasets]) if isinstance(one, dict)
@@ -75,6 +85,21 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     if problems:
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
     return DatasetConfig(path, tables)
+
+
+def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
+    """Return a file's content with the keys above all tables in [general], where some guides mean them."""
+    of_subsets = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    known = of_subsets | {name for name, key in KEYS.items() if key.in_general} | {*OTHER_NAMES, *SPELLINGS}
+    general = content.get("general", {})
+    above = {name: value for name, value in content.items() if name in known}
+    if not above or not isinstance(general, dict):
+        return content
+    twice = ", ".join(above.keys() & general.keys())
+    problems += [f"above all tables and in [general]: {twice}; leave one out"] if twice else []
+    logger.info("%s: read as if in [general]: %s, which stand above all tables", path, ", ".join(above))
+    rest = {name: value for name, value in content.items() if name not in above}
+    return {**rest, "general": {**general, **above}}
 
 
 def for_family(config: DatasetConfig, rules: ReferenceRules | None, frame_step: int) -> DatasetConfig:

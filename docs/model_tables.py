@@ -62,6 +62,7 @@ def _order(component: Component) -> tuple[int, str]:
         *("--gemma2", "--gemma_root"),
         *("--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model"),
+        *("--clip_guidance_model", "--vgg16_guidance_model"),
     )
     if component.option is not None:
         return places.index(component.option), ""

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +29,10 @@ from flux.configs import (
     STEPS,
 )
 from flux.files import FluxFiles
-from flux.model import unpack
+from flux.model import FluxModel, unpack
 from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
+    CONTROL_NET,
     USUAL_GUIDANCE,
     FluxGenerationOptions,
     FluxLatentCachingOptions,
@@ -38,14 +41,20 @@ from flux.options import (
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
 from modules.contract.data import (
+    CONTROL,
     Batch,
+    CacheEntry,
     Conditions,
     LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
     SamplingDefaults,
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.few_steps import FewSteps
+from modules.contract.loading import Placement
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -55,7 +64,7 @@ from modules.contract.requests import (
 )
 from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.errors import CacheError
+from modules.errors import CacheError, DatasetError
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -79,6 +88,7 @@ class Flux(ModelOfPictures):
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
+    controlnet: Path | None = None  # beside the transformer in training, which latents of caches are made for
 
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
@@ -147,6 +157,53 @@ class Flux(ModelOfPictures):
         }
         return self.metadata_of(names)
 
+    # a ControlNet
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table has clips, or control images without a ControlNet."""
+        if table.has_control and self.controlnet is None and self.references is None:
+            raise DatasetError(
+                f"{table.name}: the table has control images, and no ControlNet sees them. Give "
+                f"{CONTROL_NET}, or remove them."
+            )
+        super().check_table(replace(table, has_control=False) if self.controlnet is not None else table)
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture, with `latents_control` of the one for a ControlNet."""
+        entries = super().encode_media(encoders, media)
+        if self.controlnet is None or not media.control:
+            return entries
+        if len(media.control) > 1:
+            raise DatasetError(
+                f"{media.table.name}: {len(media.control)} control pictures for one, a ControlNet sees one"
+            )
+        control = replace(media, frames=media.control[0][..., :3], control=())
+        made = super().encode_media(encoders, control)
+        return [
+            [replace(one, tensors={**one.tensors, CONTROL: other.tensors["latents"]})]
+            for (one,), (other,) in zip(entries, made, strict=True)
+        ]
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, and that the ControlNet fits. Loads nothing."""
+        super().check_given_files()
+        if self.controlnet is not None and self.files.dit is not None:
+            from flux.control_net import check_control_net  # diffusers is slow to import
+
+            check_control_net(self.controlnet, self.files.dit_header().config)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, and the ControlNet beside it."""
+        dit = super().load_dit(placement, expert)
+        if self.controlnet is not None:
+            from flux.control_net import load_control_net
+
+            assert isinstance(dit, FluxModel)
+            dit.controlnet = load_control_net(
+                self.controlnet, dit.config, placement.device, dit.compute_dtype
+            )
+        return dit
+
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -154,7 +211,19 @@ class Flux(ModelOfPictures):
 
         Raises CacheError if T5 read captions otherwise than in this training, or states have no mask.
         """
-        remedy = "flux_cache_text_encoder_outputs.py"
+        remedy, control = "flux_cache_text_encoder_outputs.py", dict[str, Tensor]()
+        if self.controlnet is not None:
+            batch.check(
+                {CONTROL: f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"}, CONTROL_NET
+            )
+            control[CONTROL] = batch.tensor(CONTROL)
+            if control[CONTROL].shape != latents.shape:
+                raise CacheError(
+                    f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its picture's. Cache "
+                    "again with flux_cache_latents.py."
+                )
+        elif CONTROL in batch.tensors:
+            _tell_unused_control()
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the transformer")
         config = self.files.dit_header().config
         widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
@@ -183,6 +252,7 @@ class Flux(ModelOfPictures):
             )
         return {
             **{name: batch.tensor(name) for name in self.text_keys},
+            **control,
             # Chroma is made for 0
             GUIDANCE: torch.full((len(latents),), 0.0 if is_chroma else self.trained_guidance),
         }
@@ -195,14 +265,16 @@ class Flux(ModelOfPictures):
         cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B; of Kontext also
         latents_control B C 1 h w.
         """
-        device = noisy.device
+        device, pictures = noisy.device, references_in(cond, noisy.device)
+        is_control = self.controlnet is not None and bool(pictures)
         return dit(
             noisy,
             timesteps.float(),
             **name_texts(cond, self._text_inputs, device),
             guidance=guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
-            references=references_in(cond, device),
+            references=() if is_control else pictures,
+            control=pictures[0] if is_control else None,
         )
 
     # generation
@@ -249,9 +321,14 @@ class Flux(ModelOfPictures):
         return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self.files.uses_mask else {})}
 
 
+@cache
+def _tell_unused_control() -> None:
+    logger.warning("%s in caches is not used, because %s is not given", CONTROL, CONTROL_NET)
+
+
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
     """Describe the family for flux_cache_latents.py."""
-    return Flux(FluxFiles().add_vae(options.vae))
+    return Flux(FluxFiles().add_vae(options.vae), controlnet=options.controlnet)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
@@ -261,7 +338,12 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     """Describe the family for flux_train_network.py."""
-    return Flux(_files(options), trained_guidance=options.embedded_guidance, options=options)
+    return Flux(
+        _files(options),
+        trained_guidance=options.embedded_guidance,
+        options=options,
+        controlnet=options.controlnet,
+    )
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:

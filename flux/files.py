@@ -51,6 +51,7 @@ OTHERS = (
     "txt_in.individual_token_refiner.blocks.0.norm1.weight",
     "context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
     "byt5_in.fc1.weight",
+    "controlnet_x_embedder.weight",
     "double_stream_modulation_img.lin.weight",  # of FLUX.2
     "double_stream_modulation_img.linear.weight",
 )

@@ -118,6 +118,7 @@ class FluxModel(nn.Module):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
+        self.controlnet: nn.Module | None = None  # FluxControl, if a training has one
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
@@ -137,6 +138,7 @@ class FluxModel(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
+        control: Tensor | None = None,
     ) -> Tensor:
         """Velocity B Z 1 H W in float32.
 
@@ -145,9 +147,12 @@ class FluxModel(nn.Module):
         pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
         not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
         t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
-        size. Raises ValueError where sizes do not go together.
+        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
+        ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks, references))
+        if control is not None and self.controlnet is not None:
+            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 

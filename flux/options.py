@@ -51,10 +51,20 @@ def _model_type() -> Any:
     )
 
 
+CONTROL_NET = "--controlnet_model_name_or_path"
+
+
+def _control_net(about: str) -> Any:
+    return option(about, name=CONTROL_NET[2:], facts=HABIT)
+
+
 class FluxLatentCachingOptions(Options, title=NAME):
     """Options of flux_cache_latents.py besides the shared ones."""
 
     vae: VaeOptions = option(settings=AE)
+    controlnet: Path | None = _control_net(
+        "encode the tables' control pictures too, for a training with this ControlNet; only its name is used"
+    )
 
 
 class FluxTextCachingOptions(Options, title=NAME):
@@ -84,11 +94,12 @@ class FluxTrainingOptions(Options, title=NAME):
     vae: VaeOptions = option(facts=FREE, without=("vae",))
     text: FluxTextOptions = option(facts=HABIT)
     embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
-    controlnet_model_name_or_path = unsupported(
-        "a LoRA is trained without ControlNet", "ControlNet beside the transformer", type=str
+    controlnet: Path | None = _control_net(
+        "ControlNet of FLUX.1 to train with: frozen, what it makes of the tables' control pictures is added "
+        "behind the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
     split_mode = unsupported(
-        "training both at once with --blocks_to_swap takes as little memory",
+        "training both at once takes as little memory with --blocks_to_swap. Use that",
         "train double and single blocks apart",
     )
 
@@ -109,7 +120,8 @@ class FluxGenerationOptions(Options, title=NAME):
 
 def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
-    return {"--ae": options.vae.vae or "AE_FILE"}, _text_options(options)
+    latents = {"--ae": options.vae.vae or "AE_FILE", CONTROL_NET: options.controlnet}
+    return latents, _text_options(options)
 
 
 def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:

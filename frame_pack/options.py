@@ -82,6 +82,7 @@ _WINDOW: Mapping[str, Any] = {
     "most": LARGEST_WINDOW,
     "hint": f"latent frames of a section; the model was trained with {WINDOW}",
 }
+F1 = ("--f1", "--vanilla_sampling")  # the second is an earlier name
 _BULK = "decode all sections at once: no seams, more memory"
 
 
@@ -90,7 +91,7 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
 
     vae: HunyuanVaeOptions
     image_encoder: Path | None = option(_IMAGE_ENCODER)
-    f1: bool = option("make caches for FramePack-F1, which generates sections in playing order")
+    f1: bool = option("make caches for FramePack-F1, which generates sections in playing order", flags=F1)
     one_frame: bool = option("make caches for single images generated from control images")
     one_frame_no_2x: bool = option(
         "with --one_frame: leave out the black frames at 2x", only_with="one_frame"
@@ -122,7 +123,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
     # these two: of samples, and of what files say they were trained for
-    f1: bool = option("generate samples as FramePack-F1 does, in playing order", facts=HABIT)
+    f1: bool = option("generate samples as FramePack-F1 does, in playing order", facts=HABIT, flags=F1)
     one_frame: bool = option(
         "generate single images as samples (--of and --ci in a prompt line)", facts=HABIT
     )
@@ -171,7 +172,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
         f"latent frames of a section; default {WINDOW}", facts=OF_REQUEST, **_WINDOW
     )
     bulk_decode: bool = option(_BULK, facts=OF_DECODING)
-    f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=OF_REQUEST)
+    f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=OF_REQUEST, flags=F1)
     video: FramePackVideoOptions = option(facts=OF_REQUEST)
     one_frame_auto_resize: bool = option(
         "with --one_frame_inference: as many pixels as --video_size says, in the shape of the first control "

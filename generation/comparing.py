@@ -150,6 +150,7 @@ def _check(options: GenerationOptions) -> None:
         "--keep_pngs": options.output.format.keep_pngs,
         "--post": bool(options.post.tools),
         "--save_last_frame": options.output.save_last_frame,
+        f"The file {options.output.file_name} of --save_path": bool(options.output.file_name),
     }
     found = [name for name, is_given in refused.items() if is_given]
     if found:

@@ -172,6 +172,8 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
     """
     prepared = prepare_line(run.family, run.options, overrides)
+    if run.options.output.file_name:
+        run.options.output.check_file_name(prepared.frames)
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)
@@ -291,8 +293,9 @@ def denoise_all(
                 queue.begin(job.label)
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
                 name = name_job(output, now, seed, prompt) + job.prepared.name_end
-                is_named = job.stem is not None or not output.writes
-                stem_of = nullcontext(job.stem or "") if is_named else own_stem(output.save_path, name)
+                named = job.stem or Path(output.file_name).stem
+                is_named = bool(named) or not output.writes
+                stem_of = nullcontext(named) if is_named else own_stem(output.save_path, name)
                 with stem_of as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(

@@ -17,7 +17,7 @@ from blissful_tuner.options import (
     StepCacheOptions,
 )
 from generation.grid_options import Axis, SheetOptions
-from generation.prompt_lines import LineOption
+from generation.prompt_lines import LineOption, lines_of
 from generation.script_options import (
     OPTIMIZED,
     OutputOptions,
@@ -248,6 +248,24 @@ class GenerationOptions(Options, title="run"):
             what = "picture" if self.output.pictures else "video"
             raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
+        if self.output.file_name:
+            self._check_one_result()
+
+    def _check_one_result(self) -> None:
+        """Raise OptionError if --save_path names a file, and there can be several results."""
+        for other, is_given in {
+            f"--num_videos {self.num_videos}": self.num_videos > 1,
+            "--interactive": self.interactive,
+            "--sheet": self.sheet.is_asked,
+            "several files of --latent_path": len(self.latent_path or ()) > 1,
+            f"several prompts in {self.from_file}": self.from_file and len(lines_of(self.from_file)) > 1,
+        }.items():
+            if is_given:
+                path = self.output.save_path / self.output.file_name
+                raise OptionError(
+                    f"--save_path {path} with {other}: one file has room for one result. Give a folder, such "
+                    f"as {path.with_suffix('')}; results get names of their own there"
+                )
 
     def _check_sheet(self) -> None:
         """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
@@ -294,7 +312,8 @@ def read_generation(
     }
     values["post"] = options.post.tools and options.post.tools.in_words  # no folders
     settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
-    return replace(options, settings=settings, decoding_options=of_decoding), own
+    output = options.output.in_folder() if options.output.names_file else options.output
+    return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:

@@ -37,6 +37,9 @@ SUFFIXES = (
 )
 
 
+OWN_LATENTS = re.compile(
+    r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL
+)  # names of latent files that begin with a time
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
 NAMED_BYTES = 100  # in UTF-8: names have 255 at most
 
@@ -68,10 +71,12 @@ def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
     """Name an output without suffix, the same for all families: time, seed, and the latent file it was
-    decoded from.
+    decoded from; what is decoded from a latent file with such a name has the same name.
 
     prompt: its first words are added. start: stands before the time.
     """
+    if origin is not None and (own := OWN_LATENTS.fullmatch(origin.stem)):
+        return own[1]
     parts = [start, f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
     return "_".join(part for part in (*parts, words_of(prompt) if prompt else "") if part)
 
@@ -103,7 +108,7 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 
 @contextmanager
-def own_stem(folder: Path, stem: str) -> Iterator[str]:
+def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
     """Reserve a name: append `_` to `stem` until no output and no other run uses it during the block.
 
     Runs that begin in the same second with the same seed have the same stem. The output must exist when the
@@ -111,7 +116,7 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
     """
     with ExitStack() as claims:
         while (
-            not claims.enter_context(claim_name(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem
+            not claims.enter_context(claim_name(folder / stem)) or free_stem(folder, stem, suffixes) != stem
         ):
             stem += "_"
         yield stem
@@ -151,7 +156,7 @@ def save_pixels(
     first = list(islice(frames, 2))
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
-    is_picture = is_single and (options.pictures or options.numbers_single or not options.writes_images)
+    is_picture = options.is_picture(is_single)
     last = deque[Frame](maxlen=1)
     saves_last, hides = options.save_last_frame and not is_picture, post is not None and post.hides
     if saves_last and not hides:
@@ -163,7 +168,8 @@ def save_pixels(
     del first  # a frame takes megabytes
     if is_picture:
         ending = "_000.png" if options.numbers_single else ".png"
-        path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
+        name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
+        path = options.save_path / name
         (frame,) = playing
         write_png(path, frame, as_png_texts(metadata or {}))
         return path
@@ -199,7 +205,8 @@ def _save_video(
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
+    name = options.file_name or free_stem(options.save_path, stem, [suffix, *beside]) + suffix
+    path = options.save_path / name
     first = list(islice(playing, 1))
     height, width = first[0].shape[:2]
     codec = settle_codec(options.format.codec, width, height)

@@ -29,7 +29,7 @@ from generation.making import (
 )
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import FrameTools, output_stem, own_stem, save_pixels
+from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import is_blank, lines_of
 from generation.request import seed_of
@@ -68,6 +68,8 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
             )
     options, output = run.options, run.options.output
+    if output.file_name:
+        output.check_file_name((saved[0].latents.shape[2] - 1) * run.family.latent.stride[0] + 1)
     failures = Failures(strict=len(paths) == 1)
     start, results = time.monotonic(), []
     make_folder(output.save_path, "--save_path")
@@ -86,7 +88,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 metadata = None if output.no_metadata else said
                 seed = seed_in(one.metadata)
                 name = output_stem(datetime.now(), seed, path, start=output.name_start)
-                with own_stem(output.save_path, name) as stem:
+                with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
                     chunks, track = decode(run.family, encoders, one.latents), tracks.get(str(path))
                     results.append(save_pixels(output, stem, chunks, fps, metadata, run.post, track))
                     if len(paths) > 1:

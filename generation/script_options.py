@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
 from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
 from modules.media.options import FormatOptions
-from modules.option_values import HEIGHT_WIDTH
+from modules.option_values import HEIGHT_WIDTH, check_path
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, Options, option
+from modules.output_files import check_place
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 
@@ -80,13 +81,18 @@ OUTPUT_TYPES = {
 }
 
 
-OF_RESULTS = {".mp4", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+# names with such an ending are files, and no folders
+WRITTEN = {".mp4", ".mkv", ".png"}
+OF_RESULTS = WRITTEN | {".mov", ".webm", ".gif", ".jpg", ".jpeg", ".webp", ".safetensors"}
 
 
 class OutputOptions(Options, title="output"):
     """Output files: form and place."""
 
-    save_path: Path = option("output folder; created if missing", place="new folder", required=True)
+    save_path: Path = option(
+        "output folder, created if missing; or for a single video or picture its file, such as cat.mp4",
+        required=True,
+    )
     output_type: str = option("what is written", often=True)
     no_metadata: bool = option("do not write the prompt, seed and settings into the files")
     trim_tail_frames: int = option(
@@ -121,6 +127,7 @@ class OutputOptions(Options, title="output"):
     # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
     naming: str = option(default="", facts=NO_PIXELS)
     name_start: str = option(default="", facts=NO_PIXELS)  # before the time
+    file_name: str = option(default="", facts=NO_PIXELS)  # of the one result, if --save_path names a file
 
     def __post_init__(self) -> None:
         if self.save_last_frame and not self.decodes:
@@ -133,11 +140,52 @@ class OutputOptions(Options, title="output"):
                 "--save_audio with --output_type latent: no sound is decoded. Use --output_type both, or "
                 "give --save_audio when the latents are decoded (--latent_path)"
             )
-        if self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.exists():
+        if not self.names_file:
+            check_path("--save_path", self.save_path, "new folder", "")
+            return
+        check_place("--save_path", self.save_path)
+        if self.save_path.exists():
             raise OptionError(
-                f"--save_path {self.save_path}: results get names of their own. Give a folder for them, such "
-                f"as {self.save_path.with_suffix('')}"
+                f"--save_path {self.save_path} exists already, and is kept. Give another name, or a folder, "
+                "in which results get names of their own"
             )
+        if not self.decodes:
+            raise OptionError(
+                f"--save_path {self.save_path} with --output_type {self.output_type}: latents get names of "
+                f"their own. Give a folder for them, such as {self.save_path.with_suffix('')}"
+            )
+        if self.save_path.suffix.lower() not in WRITTEN:
+            usual = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
+            raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {usual}")
+
+    @property
+    def names_file(self) -> bool:
+        """Whether --save_path is a file: it ends as one, and is no folder."""
+        return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
+
+    def in_folder(self) -> "OutputOptions":
+        """Return the same with the file of --save_path as a folder and a `file_name`."""
+        return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
+
+    def is_picture(self, is_single: bool) -> bool:
+        """Whether a result is one picture file. is_single: it has one frame."""
+        return is_single and (
+            self.pictures or self.numbers_single or bool(self.file_name) or not self.writes_images
+        )
+
+    def check_file_name(self, frames: int) -> None:
+        """Raise OptionError if `file_name` does not fit a result of so many frames."""
+        path, what = self.save_path / self.file_name, "a video is made"
+        suffix = self.format.suffix
+        if self.is_picture(frames - self.trim_tail_frames <= 1):
+            what, suffix = "a picture is made", ".png"
+        elif self.writes_images:
+            raise OptionError(
+                f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "
+                f"a folder for them, such as {path.with_suffix('')}"
+            )
+        if path.suffix.lower() != suffix:
+            raise OptionError(f"--save_path {path}: {what}. Give {path.with_suffix(suffix)}")
 
     @property
     def keeps_latents(self) -> bool:

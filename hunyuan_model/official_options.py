@@ -28,7 +28,6 @@ SIZES = {
     "720p": ((720, 1280), (1280, 720), (1104, 832), (832, 1104), (960, 960)),
 }
 _FILES_SAY = "the files of the model say it"
-_ONE_GPU = "one video is not spread over several GPUs here. Leave it out"
 _SCHEDULE = "the released schedule is used"
 PRECISIONS = ("bf16", "fp16", "fp32")
 
@@ -104,6 +103,13 @@ class OfficialModelOptions(Options, title="model", dashed=True):
     use_cpu_offload: bool = option("swap as many blocks to host memory as it takes")
     use_fp8: bool = option("keep the transformer's weights in 8 bits")
     vae_tiling: bool = option("always so here")
+    ulysses_degree: int = option(
+        "times --ring-degree: the processes that share the tokens of a video, --context_parallel of "
+        "hv_generate_video.py; start as many with torchrun",
+        default=1,
+        least=1,
+    )
+    ring_degree: int = option("as --ulysses-degree: tokens are exchanged in one way", default=1, least=1)
     # what describes the released networks, which our loader reads from the files, and more with one value
     model = _only("HYVideo-T/2-cfgdistill")
     latent_channels = _only("16")
@@ -124,8 +130,6 @@ class OfficialModelOptions(Options, title="model", dashed=True):
     flow_solver = _only("euler")
     seed_type = _only("auto")
     batch_size = _only(1, "videos are made one after the other. Give --num-videos")
-    ulysses_degree = _only(1, _ONE_GPU)
-    ring_degree = _only(1, _ONE_GPU)
     linear_schedule_end = _only(25, _SCHEDULE)
     use_linear_quadratic_schedule = unsupported(_SCHEDULE)
     disable_autocast = unsupported("the network computes in --precision without autocast; leave it out")
@@ -213,6 +217,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--save_path": options.folder,
         "--seed": video.seed,
         "--video_size": video.size,
+        "--context_parallel": model.ulysses_degree * model.ring_degree,
         "--blocks_to_swap=auto": model.use_cpu_offload,
         "--fp8": model.use_fp8,
         "--apply_final_norm": model.apply_final_norm,

@@ -219,8 +219,10 @@ def one_line(word: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name; empty if none is similar."""
-    near = difflib.get_close_matches(given[:MOST_OF_WORD], list(known), 1)
+    """Return " Did you mean NAME?" with the most similar name, or one it begins with; empty without one."""
+    known = list(known)
+    near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
+    near = near or sorted((name for name in known if name and given.startswith(f"{name}_")), key=len)[-1:]
     return f" Did you mean {near[0]}?" if near else ""
 
 

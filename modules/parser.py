@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.option_values import HEIGHT_WIDTH, JOINED, height_width
 from modules.options import (
     Declared,
@@ -38,6 +39,7 @@ _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_OTHER_DASHES = str.maketrans("-_", "_-")
 _LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # as argparse says it
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Parser(argparse.ArgumentParser):
                 f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
+        words = self._respell(words)
         self._refuse_unknown(words)
         self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
@@ -116,7 +119,17 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but print the help first if that is asked for."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(self._respell(words), namespace)
+
+    def _respell(self, words: Sequence[str]) -> list[str]:
+        """Return the words with --no-metadata as --no_metadata, where the script has that one alone."""
+        flags, found = self._option_string_actions, list(words)
+        for place, word in enumerate(found[: found.index("--") if "--" in found else None]):
+            name, *value = word.split("=", 1)
+            other = "--" + name[2:].translate(_OTHER_DASHES)
+            if name[:2] == "--" and name[2:] and not any(flag.startswith(name) for flag in flags):
+                found[place] = "=".join([other, *value]) if other in flags else word
+        return found
 
     def _show_help(self, words: Sequence[str]) -> None:
         """Print the help and end if a word asks for it."""
@@ -183,7 +196,10 @@ class Parser(argparse.ArgumentParser):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
                 near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
-                message = f"Unknown option {name}.{near.replace('mean ', 'mean --') or ' Leave it out.'}"
+                near = near.replace("mean ", "mean --") or " Leave it out."
+                if "--dataset_config" in flags and name[2:] in import_own("dataset.config").KNOWN_KEYS:
+                    near = f" It is a key of the dataset file: write {name[2:]} = ... in its table there."
+                message = f"Unknown option {name}.{near}"
             said[message] = None
         if said:
             self.error(" ".join(said))
@@ -213,10 +229,15 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Convert a word as argparse does, but explain an option's values in plain words."""
         try:
-            return super()._get_value(action, arg_string)
+            value = super()._get_value(action, arg_string)
         except argparse.ArgumentError:
             if action.type not in NUMBERS:
                 raise
+        else:
+            if isinstance(value, str) and action.choices is not None and value not in action.choices:
+                same = [one for one in action.choices if str(one).lower() == value.lower()]
+                return same[0] if len(same) == 1 else value
+            return value
         example = action.default if type(action.default) in NUMBERS else 1
         raise argparse.ArgumentError(
             action, f"{one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."

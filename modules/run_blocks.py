@@ -15,11 +15,12 @@ earlier one, so several stack up:
 """
 # Letters: B batch, L tokens, C width
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from modules.contract.family import DitSpec
 from modules.contract.steps import Tweaks
@@ -38,6 +39,8 @@ class Hidden:
 
     x: Tensor  # B L C
     tokens: Any  # the model's own record
+    # B L' C for each block, added to the first L' tokens behind it; None: nothing is
+    added: Sequence[Tensor | None] = ()
 
 
 Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
@@ -61,6 +64,10 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
                 skips = index in tweaks.skip_self_attention
                 tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
                 hidden.x = block(hidden.x, tokens)
+            if hidden.added and (more := hidden.added[index]) is not None:
+                hidden.x = hidden.x + pad(
+                    more.to(hidden.x.dtype), (0, 0, 0, hidden.x.shape[1] - more.shape[1])
+                )
             index += 1
 
 

@@ -101,7 +101,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
         configs = [plan.network.config for plan in release.texts]
         check_texts(options.text, release.kind, configs, list(layers))
-        check_guides(options.guides)
+        guides = check_guides(options.guides)
         if strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
@@ -125,5 +125,5 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
             options.networks.network_regional_mask_max_color_codes,
         ),
         None if strength is None else PictureVectors(model, options.model.tokenizer_cache_dir, strength),
-        load_guides(options.guides, model),
+        load_guides(guides, model),
     )

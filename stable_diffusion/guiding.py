@@ -22,6 +22,7 @@ from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind
+from modules.checkpoints.model_files import find_model_folder
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.steps import Guidance, Predict, Section, Step
 from modules.errors import CheckpointError, OptionError
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 # and Zisserman 2014, arXiv 1409.1556.
 OPTION = "--vgg16_guidance_model"
 RELEASE = "torchvision's vgg16-397923af.pth"
+VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # its weights, of the same names
 _START = "features."
 # statistics of the pictures it was trained on, RGB in 0..1: torchvision's documentation of the weights
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,10 +105,11 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
     return layers
 
 
+CLIP_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 CLIP = ClipUse(
     what="CLIP (guidance)",
     option="--clip_guidance_model",
-    release="config.json and model.safetensors of a whole CLIP, as of laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",
 )
 _PROJECTION = "text_projection.weight"  # P C
 # of data in a sample, as a square root: below it, with --zero_terminal_snr, a sample is noise alone
@@ -228,11 +231,16 @@ def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
     return measure
 
 
-def check_guides(options: GuideOptions) -> None:
-    """Read the headers of the networks that the options name. Raises CheckpointError or OptionError."""
+def check_guides(options: GuideOptions) -> GuideOptions:
+    """Find the networks that guide, on the hub if no option names them, and read their headers.
+
+    Returns the options with their paths. Raises CheckpointError or OptionError, DownloadError if the hub does
+    not give them.
+    """
+    clip, vgg = options.clip_guidance_model, options.vgg16_guidance_model
     if options.uses_clip:
-        assert options.clip_guidance_model is not None
-        with open_checkpoint(options.clip_guidance_model) as checkpoint:
+        clip = clip or find_model_folder(CLIP.option, CLIP_REPOSITORY, ("config.json", "model.safetensors"))
+        with open_checkpoint(clip) as checkpoint:
             width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
             dim = read_clip_text(checkpoint, CLIP).config.dim
             found = checkpoint.tensors.get(_PROJECTION)
@@ -243,9 +251,9 @@ def check_guides(options: GuideOptions) -> None:
                     checkpoint.path,
                 )
     if options.vgg16_guidance_scale:
-        assert options.vgg16_guidance_model is not None
-        last = options.vgg16_guidance_layer
-        load_vgg16(options.vgg16_guidance_model, last, torch.device("meta"), torch.float32)
+        vgg = vgg or find_model_folder(OPTION, VGG_REPOSITORY, (VGG_FILE,)) / VGG_FILE
+        load_vgg16(vgg, options.vgg16_guidance_layer, torch.device("meta"), torch.float32)
+    return replace(options, clip_guidance_model=clip, vgg16_guidance_model=vgg)
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:

@@ -148,7 +148,7 @@ def check_control(
         )
 
 
-_SCALE_HINT = "0 is none, about 100 is usual; the network is not downloaded"
+_SCALE_HINT = "0 is none, about 100 is usual"
 _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
@@ -159,26 +159,23 @@ class GuideOptions(Options, title="guidance by other networks"):
         "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
         default=0.0,
         least=0,
-        needs="clip_guidance_model",
         hint=_SCALE_HINT,
     )
     clip_image_guidance_scale: float = option(
         "how strongly CLIP steers the picture towards that of --guide_image_path; about 100",
         default=0.0,
         least=0,
-        needs="clip_guidance_model",
         hint=_SCALE_HINT,
     )
     clip_guidance_model: Path | None = option(
-        "CLIP for them, with both towers: the folder or file of a release in Hugging Face's layout, such as "
-        "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        "CLIP for them, with both towers: the folder or file of a release in Hugging Face's layout; default: "
+        "laion/CLIP-ViT-B-32-laion2B-s34B-b79K of the hub (0.6 GB)",
         needs=_CLIP_SCALES,
     )
     vgg16_guidance_scale: float = option(
         "how strongly VGG16 steers the picture towards that of --guide_image_path; about 100",
         default=0.0,
         least=0,
-        needs="vgg16_guidance_model",
         hint=_SCALE_HINT,
     )
     vgg16_guidance_layer: int = option(
@@ -189,7 +186,8 @@ class GuideOptions(Options, title="guidance by other networks"):
         needs="vgg16_guidance_scale",
     )
     vgg16_guidance_model: Path | None = option(
-        "VGG16 for it: torchvision's vgg16-397923af.pth, or a safetensors of it",
+        "VGG16 for it: torchvision's vgg16-397923af.pth, or a safetensors of it; default: timm/vgg16.tv_in1k "
+        "of the hub, which is the same (0.6 GB)",
         needs="vgg16_guidance_scale",
     )
 

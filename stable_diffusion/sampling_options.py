@@ -174,6 +174,14 @@ class HighresOptions(Options, title="highres fix: two stages"):
         "no ControlNet in the second stage", needs="highres_fix_scale"
     )
 
+    def __post_init__(self) -> None:
+        if self.highres_fix_upscaler == "tools.latent_upscaler":
+            raise OptionError(
+                "--highres_fix_upscaler tools.latent_upscaler: this module of sd-scripts has a network of "
+                "its own, not built here. Give stable_diffusion.model_upscaler with model=FILE, a SwinIR or "
+                "ESRGAN file, or --highres_fix_latents_upscaling, or a copy of the module under another name"
+            )
+
 
 _BLOCK = "an input block of the U-Net"
 _TIMESTEP = "a timestep, 0 to 999"

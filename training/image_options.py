@@ -198,8 +198,8 @@ class OtherModels(Options, title="for other models"):
     clip_skip = unsupported(CLIP, type=int)
     max_token_length = unsupported(CLIP, type=int, choices=(150, 225))
     tokenizer_cache_dir = unsupported(
-        "tokenizers are looked for beside the text encoders and in the Hugging Face cache; set "
-        "HF_HOME to move that",
+        "tokenizers are looked for beside the text encoders and in the Hugging Face cache. Give a folder by "
+        "the option of its encoder that ends in _tokenizer, or set HF_HOME to move that cache",
         type=str,
     )
     weighted_captions = unsupported(

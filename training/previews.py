@@ -68,6 +68,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     config, workers = read_config(options, family), max(1, os.cpu_count() or 1)
     counters = findings.load_counters(family.text_encoders)
     plans = plan_tables(family, config, options.caching, find_live_texts(family, options, config).keys)
+    asked, seed = options.validation, options.loop.seed or 0
+    validation = asked.validation_split, seed if asked.validation_seed is None else asked.validation_seed
     if all(plan.is_own for plan in plans):
         result = checks.check_training(
             config,
@@ -80,9 +82,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             family.text_keys,
             counters,
             sound_of(family),
+            validation,
         )
     else:  # some are yet to be encoded by the training itself
-        result = checks.check_caching(family, config, workers, False, parts=[checks.MEDIA])
+        result = checks.check_caching(
+            family, config, workers, False, parts=[checks.MEDIA], validation=validation
+        )
         places = [
             f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
             for plan in plans

@@ -20,6 +20,7 @@ from data_tools.report.findings import (
     check_captions,
     count_batches,
     find_table,
+    hold_back,
     indent,
     load_counters,
 )
@@ -34,7 +35,7 @@ from dataset.batches.items import (
     group_items,
     learn_no_references,
 )
-from dataset.batches.order import BatchOrder
+from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.converting import list_shard_faults, other_form
@@ -112,13 +113,15 @@ def check_caching(
     skip_existing: bool,
     verify: bool = False,
     parts: Sequence[str] = (MEDIA, LATENTS),
+    validation: tuple[float, int] = (0.0, 0),
 ) -> CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
     verify: read all cache files again. parts: MEDIA for what the sources give; those whose records are
     missing or outdated are decoded. LATENTS for their caches, unless the family was made for another script,
     without the options of latent caching. TEXTS for caches of captions, and those longer than an encoder
-    reads; without the encoders' files only the captions are checked.
+    reads; without the encoders' files only the captions are checked. validation: share and seed of the
+    training, for tables that do not say theirs.
     """
     media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
     identity: dict[str, str] = {}
@@ -181,9 +184,16 @@ def check_caching(
         tables.append(found)
     if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
+    hold_back(tables, *validation)
     balance(tables)
     batches = f"{count_batches(tables)} batches an epoch, as many steps without accumulation"
-    tail = (f"Training on all of it: {batches}",) if media else ()
+    held = sum(found.held.total() for found in tables)
+    what = (
+        f"Training on it, without {count_of(held, 'item')} for validation"
+        if held
+        else "Training on all of it"
+    )
+    tail = (f"{what}: {batches}",) if media else ()
     head = ("Files recognised:", *indent([*files, *counters.missing]))
     return CheckResult(head, tuple(tables), tail, counters)
 
@@ -199,6 +209,7 @@ def check_training(
     text_keys: frozenset[str] = frozenset(),
     counters: Counters = NO_COUNTERS,
     sound: SoundSpec | None = None,
+    validation: tuple[float, int] = (0.0, 0),
 ) -> CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
@@ -214,7 +225,7 @@ def check_training(
         items = [item for item in cached.items if item.table.index == table.index]
         for some in group_items(items).values():
             references = (side * latent.stride[1] for side in some[0].references)
-            found.buckets[*some[0].bucket, *references] += len(some)
+            found.add_items(([one.source_stem for one in some]), (*some[0].bucket, *references))
         _check_caches(found, items, cached, latent, encoders)
         _compare_sources(config, found, items, counters)
         is_held_back = ", for validation" if table.validation else ""
@@ -222,12 +233,14 @@ def check_training(
         tables.append(found)
     if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    trained = [item for item in cached.items if not item.table.validation]
+    trained, held = split_validation(cached.items, *validation)
+    hold_back(tables, *validation)
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
     steps = count_of(-(-order.num_batches // batches), "step")
     steps += f" of {batches} batches" if batches > 1 else ""
     repeated = count_of(order.num_items, "item")
     tail = [f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
+    tail += [f"For validation: {count_of(len(held), 'item')}"] if held else []
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
     return CheckResult(head, tuple(tables), tuple(tail), counters)
@@ -270,7 +283,8 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
             continue
         # those of a batch have to be equal
         sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
-        found.buckets.update((*item, *sides) for item in plan.items)
+        for item in plan.items:
+            found.add_items([plan.source.stem], (*item, *sides))
     found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
     for kind, lines in (
         ("give no item", [(plan.source, plan.reason) for plan in plans]),

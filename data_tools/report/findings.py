@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.report.looks import Look
+from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import describe_cut
 from dataset.sources.folders import folder_id, is_file, unsearched_folders
@@ -39,6 +40,8 @@ class TableFindings:
     sources: Sequence[MediaSource] = ()
     # items by (width, height), (width, height, frames), or with the width and height of each reference behind
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    held: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those of them that are for validation
+    places: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # source and bucket of each item
     faults: list[Fault] = field(default_factory=list)  # must be mended
     remarks: list[Fault] = field(default_factory=list)  # left out, or cut off: good to know
     caches: list[str] = field(default_factory=list)  # lines about its cache files
@@ -56,6 +59,11 @@ class TableFindings:
             text = f"{one.kind}: {one.text}" if with_kind and not one.kind.startswith("give no") else one.text
             found.setdefault(one.stem, []).append(text)
         return found
+
+    def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
+        """Note items of a bucket by their sources."""
+        self.buckets[bucket] += len(stems)
+        self.places += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
@@ -140,6 +148,23 @@ class CheckResult:
         return [*self.head, *tables, *self.tail, verdict + (f" Remarks above: {remarks}." if remarks else "")]
 
 
+@dataclass(frozen=True)
+class _PlacedItem:
+    """An item by its table and source, for `split_validation`."""
+
+    table: DatasetTable
+    source_stem: str
+    bucket: tuple[int, ...]
+
+
+def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
+    """Fill `held` as a training splits. share, seed: for tables that do not say theirs."""
+    places = [_PlacedItem(found.table, stem, bucket) for found in tables for stem, bucket in found.places]
+    by_index = {found.table.index: found for found in tables}
+    for place in split_validation(places, share, seed)[1]:
+        by_index[place.table.index].held[place.bucket] += 1
+
+
 def balance(tables: Sequence[TableFindings]) -> None:
     """Set how often the regularisation images of each dataset come. tables: all of a configuration."""
     learned, raw = Counter[int](), Counter[int]()
@@ -153,7 +178,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:
-    """Return the batches of an epoch. Subsets of a dataset share them.
+    """Return the batches of an epoch, without those of validation. Subsets of a dataset share them.
 
     With regularisation images it may differ by a few, as these are taken to be spread over their sizes.
     """
@@ -161,7 +186,7 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
     sizes: dict[tuple[int, ...], int] = {}
     for found in tables:
         table = found.table
-        for bucket, count in found.buckets.items():
+        for bucket, count in (found.buckets - found.held).items():
             key = (table.batch_group, *bucket)
             counts[key] = counts.get(key, 0) + count * table.num_repeats * found.times
             sizes[key] = table.batch_size

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -107,7 +108,19 @@ def _text_name(table: DatasetTable, stem: str, tag: str, number: int) -> str:
     return text_file_name(stem, tag, number)
 
 
-def tables_of(items: Iterable[TrainingItem]) -> list[DatasetTable]:
+class OfSource(Protocol):
+    """What can be held back: a dataclass that says its table and source."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def table(self) -> DatasetTable: ...
+
+    @property
+    def source_stem(self) -> str: ...
+
+
+def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
     """Return the tables of items, by index."""
     return [table for _, table in sorted({item.table.index: item.table for item in items}.items())]
 

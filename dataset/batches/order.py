@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dataset.batches.items import TrainingItem, tables_of
+from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
@@ -154,9 +154,10 @@ def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     return found
 
 
-def split_validation(
-    items: Sequence[TrainingItem], fraction: float, seed: int = 0
-) -> tuple[list[TrainingItem], list[TrainingItem]]:
+S = TypeVar("S", bound=OfSource)
+
+
+def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
     """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
@@ -176,17 +177,15 @@ def split_validation(
                 key=lambda stem: hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest(),
             )
         )
-    training: list[TrainingItem] = []
-    validation: list[TrainingItem] = []
+    training: list[S] = []
+    validation: list[S] = []
     for item in items:
         is_held = item.table.validation or (bool(chosen) and item.source_stem in chosen)
         (validation if is_held else training).append(item)
     return training, validation
 
 
-def _split_subsets(
-    items: Sequence[TrainingItem], fraction: float, seed: int
-) -> tuple[list[TrainingItem], list[TrainingItem]]:
+def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
     """Split the subsets of the image guides, each by itself; regularisation images are all trained on.
 
     Of a subset those sources are validated on that stand behind the first ceil(n (1 - fraction)) of its
@@ -214,8 +213,8 @@ def _split_subsets(
             prior_loss_weight=1.0,
         )
         chosen[table.index] = held_back, as_validated
-    training: list[TrainingItem] = []
-    validation: list[TrainingItem] = []
+    training: list[S] = []
+    validation: list[S] = []
     for item in items:
         held_back, table = chosen.get(item.table.index, (frozenset[str](), item.table))
         if item.source_stem in held_back:

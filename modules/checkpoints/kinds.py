@@ -116,7 +116,10 @@ OF_FAMILIES: Marks = (
     ("cap_pad_token", "a Z-Image transformer (--dit)"),
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
-    ("controlnet_x_embedder.weight", "a ControlNet in diffusers layout, which is not supported yet"),
+    (
+        "controlnet_x_embedder.weight",
+        "a ControlNet in diffusers layout; one of FLUX.1 is for flux_train_network.py",
+    ),
     ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),
     ("audio_time_embed.linear.weight", "an LTX-2 transformer in diffusers layout (--dit)"),
     ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),

@@ -93,8 +93,10 @@ def _run_part(
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
     streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
     hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
-    hidden.tokens = tokens.cut(*parts)
+    hidden.tokens, whole = tokens.cut(*parts), hidden.added
+    hidden.added = [None if one is None else parts[0].take(one) for one in whole]
     inner(dit, hidden, tweaks)
+    hidden.added = whole
     here = hidden.x.split([part.of_first(part.length) for part in parts], dim=1)
     joined = [part.join(stream) for part, stream in zip(parts, here, strict=True)]
     hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)

@@ -84,6 +84,20 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
     assert list(map(str, folders)) == ["cat/1024x1024", "reg/1024x1024", "cat/768x512", "cat/768x512_2"]
 
 
+def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
+    inner = TWO_SIZES.replace("[general]\n", "").replace("resolution = 1024\n", "")
+    above = f"validation_seed = 7\nresolution = [640, 512]\nvalidation_split = 0.1\n{inner}"
+
+    first, _, other = load(tmp_path, above).datasets
+
+    assert (first.validation_split, first.validation_seed, first.resolution) == (0.1, 7, (640, 512))
+    assert (other.validation_seed, other.resolution) == (7, (768, 512))
+    said = faults(tmp_path, f"shuffle_caption = true\n{TWO_SIZES}")
+    assert said.endswith(
+        "cannot be used:\n  above all tables and in [general]: shuffle_caption; leave one out"
+    )
+
+
 def test_options_that_a_dataset_file_replaces_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

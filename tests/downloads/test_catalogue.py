@@ -142,9 +142,9 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 
 
 ELSEWHERE = {
-    # on no hub, as their pages say; any CLIP; any chat model; any vision-language model
+    # on no hub, as their pages say; any ControlNet; any chat model; any vision-language model
     "zimage_turbo_training_adapter_v2.safetensors",  # its size is not known
-    *("taehv.pth", "vgg16-397923af.pth", "CLIP-ViT-B-32-laion2B-s34B-b79K", "chat", "vision"),
+    *("taehv.pth", "FLUX.1-dev-Controlnet-Canny", "chat", "vision"),
     *("wan_pipeline", "wan_pipeline/vae", "wan_pipeline/text_encoder"),  # a diffusers folder
 }
 

@@ -89,6 +89,7 @@ NAMES = (
     wrong(TRAININGS, "--lr_scheduler_type StepLR --lr_scheduler_args step=2", "StepLR", "step"),
     wrong(TRAININGS, "--learning_rat 1e-4x", "1e-4x is not a number"),  # argparse takes beginnings
     wrong(TRAININGS, "--learnin_rate 1e-4", "Unknown option --learnin_rate", "--learning_rate?"),
+    wrong(TRAININGS, "--load_tensors", "key of the dataset file: write load_tensors = ... in its table"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
     wrong(NETWORK_TRAININGS, "--network_module json", "create_network"),
@@ -220,7 +221,9 @@ TOGETHER = (
     wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
     wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode needs --cfg_apply_ratio"),
     wrong(TRAININGS, "--gradient_checkpointing True", "is a switch: leave True out"),
-    wrong(GENERATIONS, "--save_path made.mp4", "--save_path made.mp4", "Give a folder"),
+    wrong(GENERATIONS, "--save_path made.gif", "--save_path made.gif", "Give made.mp4"),
+    wrong(GENERATIONS, "--save_path a.mp4 --num_videos 2", "a.mp4 with --num_videos 2", "such as a"),
+    wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "names of their own", "such as a"),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),
     wrong(GENERATIONS, "--prompt \u201ca dog\u201d", "typographic", 'Write "..." around a text'),
     wrong(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flux.model import FluxModel, pack, unpack
 from tests.tiny.dit_files import frozen
-from tests.tiny.flux import CONFIGS, diffusers_state, tiny_state
+from tests.tiny.flux import CLIP_DIM, CONFIGS, T5_DIM, diffusers_state, tiny_state
 
 TEXT_ROWS = 9
 
@@ -85,12 +85,18 @@ def places_of(latents: Tensor, first: int) -> Tensor:
 
 
 def run_there(
-    model: nn.Module, inputs: dict[str, Any], sample: int, references: Sequence[Tensor] = ()
+    model: nn.Module,
+    inputs: dict[str, Any],
+    sample: int,
+    references: Sequence[Tensor] = (),
+    control_net: Any = None,
 ) -> Tensor:
     """What diffusers' class returns for one sample, cut to the tokens of its text that count, B Z 1 H W.
 
-    references: of all samples, behind the picture, at 1, 2, ... of the first axis.
+    references: of all samples, behind the picture, at 1, 2, ... of the first axis; what a ControlNet sees if
+    there is one.
     """
+    controls, references = (references, ()) if control_net is not None else ((), references)
     one = {name: None if value is None else value[sample : sample + 1] for name, value in inputs.items()}
     noisy, mask = one["noisy"], one["t5_mask"]
     pictures = [noisy, *(each[sample : sample + 1] for each in references)]
@@ -99,12 +105,42 @@ def run_there(
     rows_there = one["t5"].shape[1]
     count = rows_there if mask is None else min(int(mask.sum()) + is_chroma, rows_there)
     more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
-    found = model(
-        hidden_states=torch.cat([pack(each) for each in pictures], dim=1),
-        encoder_hidden_states=one["t5"][:, :count],
-        timestep=one["timesteps"] / 1000,
-        img_ids=torch.cat([places_of(each, place) for place, each in enumerate(pictures)]),
-        txt_ids=torch.zeros(count, 3),
+    given = {
+        "hidden_states": torch.cat([pack(each) for each in pictures], dim=1),
+        "encoder_hidden_states": one["t5"][:, :count],
+        "timestep": one["timesteps"] / 1000,
+        "img_ids": torch.cat([places_of(each, place) for place, each in enumerate(pictures)]),
+        "txt_ids": torch.zeros(count, 3),
         **more,
-    ).sample
+    }
+    if control_net is not None:
+        with torch.no_grad():
+            made = control_net(**given, controlnet_cond=pack(controls[0][sample : sample + 1]))
+        given |= {name: getattr(made, name) for name in made}
+    found = model(**given).sample
     return unpack(found[:, : rows * columns], rows, columns)
+
+
+def tiny_control_net() -> Any:
+    """A ControlNet of diffusers for the tiny FLUX.1 dev, with other weights than zeros behind its blocks."""
+    from diffusers import FluxControlNetModel
+
+    config = CONFIGS["dev"]
+    width = config.dim // config.num_heads
+    side = 7 * width // 16
+    torch.manual_seed(3)
+    network = FluxControlNetModel(
+        in_channels=config.token_dim,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=width,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=T5_DIM,
+        pooled_projection_dim=CLIP_DIM,
+        guidance_embeds=True,
+        axes_dims_rope=[width - 2 * side, side, side],
+    )
+    for name, parameter in network.named_parameters():
+        if name.startswith("controlnet_"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval().requires_grad_(False)

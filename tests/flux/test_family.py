@@ -17,15 +17,15 @@ from flux.official_options import generation_words, read_minimal
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
-from modules.contract.data import Batch, MadeBy
+from modules.contract.data import Batch, MadeBy, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
-from modules.errors import CacheError, CheckpointError, OptionError
+from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
-from tests.flux.making import tiny_inputs, tiny_model
+from tests.flux.making import tiny_control_net, tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, read_case, write_model
-from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
+from tests.tiny.flux import CLIP_DIM, T5_DIM, tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
 
@@ -288,3 +288,46 @@ def test_a_strength_of_a_line_counts_in_the_text_encoders_too(
         ]
 
     assert made[1] == made[2] != made[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"input_hint_block.conv_in.weight": torch.zeros(16, 3, 3, 3)},
+            "sees pixels .* as those of XLabs do",
+        ),
+        (
+            {"controlnet_mode_embedder.weight": torch.zeros(4, 128)},
+            "is a Union ControlNet that has to be told",
+        ),
+        ({"controlnet_x_embedder.weight": torch.zeros(128, 16)}, "numbers of a token 16 and 64"),
+        ({"controlnet_x_embedder.weight": None}, "--controlnet_model_name_or_path"),
+    ],
+)
+def test_a_control_net_that_cannot_be_used_is_refused(
+    tmp_path: Path, change: dict[str, Tensor | None], says: str
+) -> None:
+    state: dict[str, Tensor | None] = {**tiny_control_net().state_dict(), **change}
+    path = tmp_path / "control.safetensors"
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+    dit = write_dit(tmp_path, tiny_state("dev", text_dim=T5_DIM, pooled_dim=CLIP_DIM))
+
+    with pytest.raises(CheckpointError, match=says):
+        Flux(FluxFiles(dit), controlnet=path).check_given_files()
+
+
+def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs, table = tiny_inputs("dev"), MediaTable(name="data", kind="image", has_control=True)
+    texts = {"t5_out": inputs["t5"], "t5_attn_mask": inputs["t5_mask"], "l_pooled": inputs["pooled"]}
+    plain = Flux(FluxFiles(write_dit(tmp_path, tiny_state("dev"))))
+    with_control, batch = replace(plain, controlnet=tmp_path), Batch(texts, ("a", "b"), ("a", "b"))
+    seen = {**texts, "latents_control": inputs["noisy"]}
+
+    with pytest.raises(DatasetError, match="no ControlNet sees them. Give --controlnet_model_name_or_path"):
+        plain.check_table(table)
+    with_control.check_table(table)
+    with pytest.raises(CacheError, match="has no latents_control.*flux_cache_latents.py and --controlnet"):
+        with_control.batch_conditions(inputs["noisy"], batch)
+    assert "latents_control" not in plain.batch_conditions(inputs["noisy"], replace(batch, tensors=seen))
+    assert "latents_control in caches is not used" in caplog.text

@@ -39,6 +39,7 @@ def test_names_hold_time_seed_and_origin() -> None:
     when = datetime(2025, 1, 2, 3, 4, 5)
     assert output_stem(when, 7) == "20250102-030405_7"
     assert output_stem(when, 7, Path("a/x_latent.safetensors")) == "20250102-030405_7_x_latent"
+    assert output_stem(when, 7, Path("a/20240102-030405_8_cat_latent.safetensors")) == "20240102-030405_8_cat"
 
 
 def test_a_name_that_a_run_has_is_given_to_no_other(tmp_path: Path) -> None:

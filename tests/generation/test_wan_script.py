@@ -76,9 +76,11 @@ def make_hunyuan(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[i
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, hunyuan: TinyHunyuan) -> None:
     make_hunyuan(tmp_path / "latents", hunyuan, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
-    words = ["--latent_path", path, "--vae", hunyuan.vae, "--save_path", tmp_path / "out", "--device", "cpu"]
-    hv_generate_video.main([str(word) for word in words])
-    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
+    words = ["--latent_path", path, "--vae", hunyuan.vae, "--save_path", path.parent, "--device", "cpu"]
+    for _ in range(2):
+        hv_generate_video.main([str(word) for word in words])
+    stem = path.name.removesuffix("_latent.safetensors")
+    assert {each.name for each in path.parent.iterdir()} == {path.name, f"{stem}.mp4", f"{stem}_.mp4"}
 
 
 @pytest.fixture
@@ -201,6 +203,7 @@ def test_every_option_has_its_word() -> None:
         *("--neg-prompt", "bad", "--cfg-scale", "2"),
         *("--model-base", "base", "--text-encoder-precision", "bf16", "--text-encoder-precision-2", "bf16"),
         *("--post", "upscaler model=x", "--post", "facefix model=y"),
+        *("--ulysses-degree", "4", "--ring-degree", "2"),
     )
 
     assert set(words) >= {
@@ -214,6 +217,7 @@ def test_every_option_has_its_word() -> None:
         "--fp8",
         "--reproduce",
         "--apply_final_norm",
+        "--context_parallel=8",
         "--hidden_state_skip_layer=1",
         "--dit=my.pt",
         f"--vae={Path('base') / 'hunyuan-video-t2v-720p' / 'vae' / 'pytorch_model.pt'}",
@@ -229,7 +233,7 @@ def test_every_option_has_its_word() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--ulysses-degree", "2"], "--ulysses-degree is refused"),
+        (["--ulysses-degree", "0"], "--ulysses-degree 0"),
         (["--video-length", "128"], "4n + 1, such as 129"),
         (["--video-size", "1", "2", "3"], "--video-size"),
         (["--batch-size", "2"], "--num-videos"),
@@ -256,3 +260,24 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
     assert "Nearest: 544 960" in caplog.text
     read_official(None, ["--prompt", "a", "--model-resolution", "540p"])
     assert "is a size of --model-resolution 720p, not of 540p" in caplog.text
+
+
+def test_one_result_is_the_file_that_save_path_names(tmp_path: Path, t2v: TinyWan) -> None:
+    words = ["--task", "t2v-1.3B", *SIZE, *map(str, t2v.models), "--prompt", "p", "--save_path"]
+    with pytest.raises(OptionError, match=r"a\.png: a video is made\. Give .*a\.mp4"):
+        wan_generate_video.main([*words, str(tmp_path / "a.png")])
+    with pytest.raises(OptionError, match=r"with --output_type images: 5 pictures are made"):
+        wan_generate_video.main([*words, str(tmp_path / "a.png"), "--output_type", "images"])
+    (tmp_path / "a").mkdir()  # is not in the way
+
+    wan_generate_video.main([*words, str(tmp_path / "a.MP4"), "--output_type", "both"])
+    wan_generate_video.main([*words, str(tmp_path / "a.png"), "--video_length", "1"])
+
+    made = {path.name: path for path in tmp_path.iterdir()}
+    assert {*made} == {"a", "a.MP4", "a.png", "a_latent.safetensors"}
+    assert len([*video_frames(made["a.MP4"])]) == 5
+    decode = ["--latent_path", str(made["a_latent.safetensors"]), "--vae", str(t2v.vae), "--save_path"]
+    wan_generate_video.main([*decode, str(tmp_path / "new" / "b.mkv"), "--container", "mkv"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.mkv"]
+    with pytest.raises(OptionError, match=r"a\.MP4 exists already, and is kept"):
+        wan_generate_video.main([*words, str(tmp_path / "a.MP4")])

@@ -36,7 +36,7 @@ def _parser() -> Parser:
     ("words", "message"),
     [
         # not that --save_path is missing
-        ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),
+        ("--save-pth videos", "Unknown option --save-pth. Did you mean --save_path?"),
         (
             "-prompt a --zz",
             "Unknown option -prompt. Did you mean --prompt? Unknown option --zz. Leave it out.",

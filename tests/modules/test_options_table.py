@@ -182,3 +182,14 @@ def test_a_typographic_dash_is_named_with_every_option(capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             parser.parse_args([dash + flag.removeprefix("--"), "x"])
         assert f"begins with a typographic dash, not with --. Write {flag}" in capsys.readouterr().err
+
+
+def test_dashes_and_capital_letters_of_guides_are_understood() -> None:
+    parser = Parser()
+    parser.add_argument("--no_metadata", action="store_true")
+    parser.add_argument("--save-path")
+    parser.add_argument("--v2v_noise_mode", choices=("traditional", "direct"))
+
+    found = parser.parse_args(["--no-metadata", "--save_path=a-b_c", "--v2v-noise-mode", "Traditional"])
+
+    assert vars(found) == {"no_metadata": True, "save_path": "a-b_c", "v2v_noise_mode": "traditional"}

@@ -103,7 +103,13 @@ def by_size(batch: Sequence[Item], step: int, side: int = 2, **ends: float) -> T
 
 
 def error_of_flux(
-    dit: nn.Module, batch: Sequence[Item], step: int, text: str, pooled: str | None, later: int = 0
+    dit: nn.Module,
+    batch: Sequence[Item],
+    step: int,
+    text: str,
+    pooled: str | None,
+    later: int = 0,
+    has_control: bool = False,
 ) -> Tensor:
     """Without --apply_t5_attn_mask FLUX sees the padding. later: added to timesteps by the known tuner."""
     sigmas = by_size(batch, step)
@@ -112,8 +118,8 @@ def error_of_flux(
     inputs["t5_mask"] = stacked(batch, "t5_attn_mask") if pooled is None else None
     inputs["pooled"] = None if pooled is None else stacked(batch, pooled)
     inputs["guidance"] = torch.full((len(batch),), GUIDANCE)
-    references = references_of(batch)
-    found = [flux.run_there(dit, inputs, sample, references) for sample in range(len(batch))]
+    references, control = references_of(batch), flux.tiny_control_net() if has_control else None
+    found = [flux.run_there(dit, inputs, sample, references, control) for sample in range(len(batch))]
     return torch.cat(found) - wanted
 
 
@@ -247,6 +253,18 @@ def write_caption(name: str, text: str, folder: Path) -> None:
     (folder / "clips" / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
+def add_control_net(folder: Path) -> None:
+    """A ControlNet in diffusers' layout, and what it sees of each picture, of another size and with alpha."""
+    flux.tiny_control_net().save_pretrained(folder / CONTROL_NET[1])
+    dataset = folder / "dataset.toml"
+    text = dataset.read_text(encoding="utf-8")
+    dataset.write_text(f'{text}\ncontrol_directory = "control"\n', encoding="utf-8")
+    (folder / "control").mkdir()
+    for number, path in enumerate(sorted((folder / "clips").glob("*.png"))):
+        write_image(folder / "control" / path.name, 96 + 16 * number, 64)
+
+
+CONTROL_NET = ("--controlnet_model_name_or_path", "model/control")
 FLUX = {"rate": 0.5, "parts": partial(parts_of, parts_there=tiny_flux.diffusers_parts)}
 BY_SIZE = ("--timestep_sampling", "flux_shift", "--guidance_scale", GUIDANCE)
 QWEN = {
@@ -292,6 +310,16 @@ CASES: dict[str, Training] = {
         options=BY_SIZE,
         network=partial(flux.in_diffusers, "dev"),
         error=partial(error_of_flux, text="t5_out", pooled="l_pooled"),
+    ),
+    "flux with a ControlNet": Training(
+        *("flux", "t5_out"),
+        **FLUX,
+        family="flux",
+        options=(*BY_SIZE, *CONTROL_NET),
+        network=partial(flux.in_diffusers, "dev"),
+        error=partial(error_of_flux, text="t5_out", pooled="l_pooled", has_control=True),
+        change=add_control_net,
+        caching=CONTROL_NET,
     ),
     "chroma": Training(
         *("flux", "t5_out"),
@@ -384,7 +412,7 @@ def cached(folder: Path, name: str) -> list[Item]:
 
 def version_of(name: str) -> Sequence[str]:
     """The option of the release, if it is another than the family's."""
-    return ("--model_version", name.split()[1]) if CASES[name].family else ()
+    return ("--model_version", name.split()[1]) if "qwen" in CASES[name].family else ()
 
 
 def train(folder: Path, name: str, *more: object) -> Path:

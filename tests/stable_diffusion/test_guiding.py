@@ -17,8 +17,9 @@ from encoders.clip_layers import MEAN, STD, load_clip_vision
 from modules.errors import CheckpointError, DownloadError
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, Model, PictureSettings, TextState
-from stable_diffusion.guiding import load_vgg16
+from stable_diffusion.guiding import check_guides, load_vgg16
 from stable_diffusion.making import Maker
+from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
 from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
@@ -68,6 +69,28 @@ def project(kind: str, folder: Path) -> Project:
     stable_diffusion.write_picture(folder / "guide.png", (SIZE, SIZE), 3)
     write_vgg16(folder / "vgg16.pth")
     return Project(folder, stable_diffusion.write_files(kind, folder), write_clip(folder / "clip"))
+
+
+def test_without_their_options_the_networks_come_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, vgg = "laion--CLIP-ViT-B-32-laion2B-s34B-b79K", "timm--vgg16.tv_in1k"
+    found = {name: tmp_path / f"models--{name}" / "snapshots" / "1" for name in (clip, vgg)}
+    for folder in found.values():
+        (folder.parents[1] / "refs").mkdir(parents=True)
+        (folder.parents[1] / "refs" / "main").write_text("1", encoding="utf-8")
+    write_clip(found[clip])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = GuideOptions(clip_guidance_scale=1.0, vgg16_guidance_scale=1.0)
+    with pytest.raises(DownloadError, match=r"--vgg16_guidance_model timm/vgg16\.tv_in1k: there is no such"):
+        check_guides(options)
+    write_vgg16(found[vgg] / "model.safetensors")
+
+    guides = check_guides(options)
+
+    assert guides.clip_guidance_model == found[clip]
+    assert guides.vgg16_guidance_model == found[vgg] / "model.safetensors"
 
 
 @pytest.fixture(scope="module")

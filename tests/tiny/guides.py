@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -44,7 +45,7 @@ def vgg_state() -> dict[str, Tensor]:
 
 
 def write_vgg16(path: Path) -> Path:
-    """A torch file, as torchvision publishes it."""
+    """A torch file, as torchvision publishes it, or one of safetensors, as timm does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(vgg_state(), path)
+    (save_file if path.suffix == ".safetensors" else torch.save)(vgg_state(), path)
     return path

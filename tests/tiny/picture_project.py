@@ -11,6 +11,7 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
+from tests.flux.making import tiny_control_net
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny import flux, flux_2, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
@@ -39,6 +40,7 @@ def lay_out_flux(folder: Path) -> None:
     write_autoencoder(folder / "ae.safetensors")
     write_clip_l(folder).rename(folder / "flux_clip_l.safetensors")
     write_t5xxl(folder)
+    tiny_control_net().save_pretrained(folder / "FLUX.1-dev-Controlnet-Canny")
 
 
 def lay_out_kontext(folder: Path) -> None:
@@ -135,7 +137,7 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
     guides.write_clip(folder / "CLIP-ViT-B-32-laion2B-s34B-b79K")
-    guides.write_vgg16(folder / "vgg16-397923af.pth")
+    guides.write_vgg16(folder / "vgg16.tv_in1k.safetensors")
     (folder / "upscalers").mkdir()
     write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
     beside = folder.parent
@@ -192,13 +194,13 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 def lay_out_pictures(folder: Path) -> None:
     """Pictures with captions, others to regularise with, masks, and the same in the forms of the guides."""
-    for name in ("pictures", "regularisation", "masks", "train/2_ohwx cat", "reg/1_cat"):
+    for name in ("pictures", "regularisation", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
         (folder / name).mkdir(parents=True)
     for index in range(2):
         picture = folder / "pictures" / f"{index}.png"
         Image.fromarray(moving_square(1, SIDE + 16 * index, SIDE, index)[0]).save(picture)
         picture.with_suffix(".txt").write_text(CAPTIONS[index], encoding="utf-8")
-        for other in ("masks", "train/2_ohwx cat"):
+        for other in ("masks", "edges", "train/2_ohwx cat"):
             shutil.copy(picture, folder / other / picture.name)
     (folder / "train/2_ohwx cat/0.txt").write_text(TAGS, encoding="utf-8")
     for other in ("regularisation", "reg/1_cat"):

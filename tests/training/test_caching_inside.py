@@ -228,13 +228,14 @@ def test_memory_stores_hold_copies() -> None:
 
 
 def test_a_check_says_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path)
+    make(tmp_path, "", "validation_split = 0.4", 5)
 
     assert train_network(family(), read(tmp_path, "--check", *CACHED)) == 0
 
     said = capsys.readouterr().out
     assert "latents are in host memory, embeddings of captions in host memory" in said
     assert "32x32" in said
+    assert "Training on it, without 2 items for validation: 2 batches an epoch" in said
     assert not list(tmp_path.glob("**/*.npz"))
 
 

@@ -76,6 +76,10 @@ def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
     assert "10 items with repeats, 10 batches, 3 steps" in text
     assert "--dit: a tiny model" in text
 
+    held = check_training(config, "toy", LATENT, COMMANDS, validation=(0.5, 0))
+    assert held.tail[:2] == ("An epoch: 5 items with repeats, 5 batches, 5 steps", "For validation: 1 item")
+    assert held.num_batches == 5
+
 
 def test_training_is_told_what_it_cannot_use_and_what_to_run(tmp_path: Path) -> None:
     config = make_config(tmp_path)

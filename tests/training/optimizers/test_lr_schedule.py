@@ -209,6 +209,7 @@ def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their
     ("name", "arguments", "expected"),
     [
         ("adamw8bit_apex_fused", (), "unknown. Did you mean adamw8bit? Use one of"),
+        ("adamw8bit_apex_fused_legacy_no_scale", (), "unknown. Did you mean adamw8bit? Use one of"),
         ("nowhere.Fast", (), "install the package that has the module nowhere; it may have another name"),
         ("torch.nowhere.Fast", (), "torch has no module nowhere. Correct the name"),
         ("torch.optim.Fast", (), "cannot be imported"),

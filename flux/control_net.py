@@ -1,0 +1,184 @@
+"""A ControlNet of FLUX.1 beside the transformer while a LoRA is trained: frozen, in diffusers' class.
+
+Its residuals are added to the picture's tokens behind the blocks, as diffusers' transformer does: one of
+its n residuals serves ceil(blocks / n) blocks in a row. It sees the control picture as latents of the
+autoencoder.
+Source: `FluxControlNetModel`, `FluxControlNetPipeline` and `FluxTransformer2DModel` of diffusers.
+"""
+# Letters: B batch, L picture tokens, T text tokens, Z latent channels, C width
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from torch import Tensor, nn
+
+from flux.configs import FluxConfig
+from flux.model import grid_of, pack
+from flux.options import CONTROL_NET
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind
+from modules.checkpoints.model_files import find_model_folder
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+FILES = ("config.json", "diffusion_pytorch_model*")  # of a repository on the hub
+GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
+_MARK = "controlnet_x_embedder.weight"
+TIMESTEPS = 1000  # diffusers' class takes 0..1
+_AXES = [16, 56, 56]  # of heads of 128 numbers, as released
+
+
+class FluxControl(nn.Module):
+    """Compute what a ControlNet adds behind each block of a FLUX.1 transformer."""
+
+    def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
+        """config: of the transformer."""
+        super().__init__()
+        self.network = network
+        self._blocks = config.double_blocks, config.single_blocks
+
+    @torch.no_grad()
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        t5: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+        control: Tensor,
+    ) -> list[Tensor | None]:
+        """Return B L C for each block, double ones first; None where nothing is added.
+
+        noisy, control: B Z 1 H W, latents in model space. timesteps: B, 0..1000. t5: B T D. pooled: B E.
+        guidance: B, as it is asked for.
+        """
+        dtype, device = self.network.dtype, noisy.device
+        has_guidance: bool = self.network.config["guidance_embeds"]
+        _, rows, columns = grid_of(noisy)
+        places = torch.zeros(rows, columns, 3, device=device)
+        places[..., 1] += torch.arange(rows, device=device)[:, None]
+        places[..., 2] += torch.arange(columns, device=device)[None]
+        assert pooled is not None
+        found = self.network(
+            hidden_states=pack(noisy).to(dtype),
+            controlnet_cond=pack(control).to(dtype),
+            encoder_hidden_states=t5.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            timestep=timesteps / TIMESTEPS,
+            guidance=guidance if has_guidance else None,
+            img_ids=places.flatten(0, 1),
+            txt_ids=torch.zeros(t5.shape[1], 3, device=device),
+            return_dict=False,
+        )
+        return [
+            added for made, blocks in zip(found, self._blocks, strict=True) for added in _spread(made, blocks)
+        ]
+
+
+def _spread(made: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
+    """Return for each of so many blocks its residual."""
+    if not made:
+        return [None] * blocks
+    span = math.ceil(blocks / len(made))
+    return [made[block // span] for block in range(blocks)]
+
+
+def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
+    """Load a ControlNet for a transformer; on the meta device no data are read.
+
+    Raises as `read_control_net`.
+    """
+    with _open(path) as checkpoint:
+        settings = read_control_net(path, checkpoint, config)
+        plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
+        network = load_planned(plan, lambda own: FluxControlNetModel(**own), device, dtype, CONTROL_NET)
+    logger.info("ControlNet: %s, frozen", path)
+    return FluxControl(network, config)
+
+
+def check_control_net(path: Path, config: FluxConfig) -> None:
+    """Compare a ControlNet's header with a transformer. Raises as `read_control_net`."""
+    with _open(path) as checkpoint:
+        read_control_net(path, checkpoint, config)
+
+
+def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
+    """Return the settings of diffusers' class, of the folder's config.json or of the tensors' shapes.
+
+    path: as given. config: of the transformer. Raises CheckpointError if it is no ControlNet of FLUX.1 that
+    sees latents, or if it does not fit the transformer.
+    """
+    names = checkpoint.tensors
+    hint = next((name for name in names if name.startswith("input_hint_block.")), None)
+    if hint is not None:
+        raise CheckpointError(
+            f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
+            f"control pictures.\n  Give one that sees latents: {GIVE}.",
+            path,
+        )
+    if _MARK not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
+        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
+    if "controlnet_mode_embedder.weight" in names:
+        raise CheckpointError(
+            f"{CONTROL_NET} {path} is a Union ControlNet that has to be told the kind of each control "
+            f"picture, which datasets do not say.\n  Give one of a single kind, or without modes: {GIVE}.",
+            path,
+        )
+    found = {"width": names[_MARK].shape[0], "numbers of a token": names[_MARK].shape[1]}
+    taken = {"width": config.dim, "numbers of a token": config.token_dim}
+    sides = {"text": ("context_embedder.weight", config.text_dim)}
+    sides["pooled text"] = ("time_text_embed.text_embedder.linear_1.weight", config.pooled_dim)
+    for what, (name, width) in sides.items():
+        found[what], taken[what] = names[name].shape[1] if name in names else 0, width
+    wrong = [f"{what} {found[what]} and {taken[what]}" for what in found if found[what] != taken[what]]
+    if wrong:
+        raise CheckpointError(
+            f"{CONTROL_NET} {path} does not fit the transformer: {', '.join(wrong)}. ControlNets of FLUX.1 "
+            "fit dev and schnell, not Chroma",
+            path,
+        )
+    return _settings(path, checkpoint)
+
+
+def _open(path: Path) -> Checkpoint:
+    """Open a file, a folder in diffusers' layout, or a repository's of the hub."""
+    return open_checkpoint(path if path.exists() else find_model_folder(CONTROL_NET, path.as_posix(), FILES))
+
+
+def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    names, place = checkpoint.tensors, checkpoint.path
+    file = place / "config.json" if place.is_dir() else place.with_name("config.json")
+    known = inspect.signature(FluxControlNetModel.__init__).parameters
+    if file.is_file():
+        try:
+            said = parse_json(read_text(file))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
+        if isinstance(said, Mapping) and said.get("_class_name") == FluxControlNetModel.__name__:
+            return {name: value for name, value in said.items() if name in known}
+    (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
+    dim, token_dim = names[_MARK].shape
+    if head != sum(_AXES):
+        raise CheckpointError(
+            f"{CONTROL_NET} {path}: heads of {head} numbers, those of FLUX.1 have {sum(_AXES)}. Give the "
+            "folder with its config.json",
+            path,
+        )
+    return {
+        "in_channels": token_dim,
+        "num_layers": count(names, r"transformer_blocks\.\d+"),
+        "num_single_layers": count(names, r"single_transformer_blocks\.\d+"),
+        "attention_head_dim": head,
+        "num_attention_heads": dim // head,
+        "joint_attention_dim": names["context_embedder.weight"].shape[1],
+        "pooled_projection_dim": names["time_text_embed.text_embedder.linear_1.weight"].shape[1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in names,
+    }
