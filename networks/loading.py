@@ -63,7 +63,7 @@ class LoraFile:
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
     # what it changes in text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    unknown_start: str = ""  # what its names begin with, if no known model has modules of these names
+    unknown_names: str = ""  # how its names are, in words, if no known model has modules of these names
 
     @property
     def expert(self) -> str | None:
@@ -204,6 +204,12 @@ def _read_part(
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
     for module, factors in (modules | in_texts).items():
         reason = find_fault(factors)
+        if reason is not None and native.unknown and not factors.keys() - {"alpha"}:
+            raise CheckpointError(
+                f"{path} cannot be used: its factors have names that are not known, such as "
+                f"{list_some(native.unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
+                path,
+            )
         if reason is not None:
             raise CheckpointError(
                 f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another "
@@ -227,7 +233,7 @@ def _read_part(
         metadata,
         native.dialect,
         text_tensors={**native.texts, **of_texts.tensors},
-        unknown_start=native.unknown_start,
+        unknown_names=native.unknown_names,
     )
 
 
@@ -257,11 +263,11 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 
     For readers that found no place for any of them. option: that names the file.
     """
-    if lora.unknown_start:
+    if lora.unknown_names:
         raise CheckpointError(
-            f"{option} {lora.path} cannot be used: its names begin with {lora.unknown_start}, which is not "
-            "known, and no known model has modules of these names.\n"
-            "  Give the file as its program wrote it, or take that beginning off its names.".lstrip(),
+            f"{option} {lora.path} cannot be used: its names {lora.unknown_names}, which is not known, and "
+            "no known model has modules of these names.\n"
+            "  Give the file as its program wrote it, or take that off its names.".lstrip(),
             lora.path,
         )
 

@@ -58,7 +58,11 @@ WAN = FamilyNames(
     further=("patch_embedding", "ref_conv"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
-    more_experts=(("transformer_1", HIGH_NOISE),),  # ai-toolkit
+    more_experts=(
+        ("transformer_1", HIGH_NOISE),  # ai-toolkit
+        *((f"high_noise{end}", HIGH_NOISE) for end in ("_model", "")),  # folders of the release
+        *((f"low_noise{end}", LOW_NOISE) for end in ("_model", "")),
+    ),
     optional=_IMAGE_ATTENTION,
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(
