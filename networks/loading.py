@@ -35,7 +35,7 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
-from networks.options import LoraOptions, LoraPatternOptions
+from networks.options import UNTYPED, LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
@@ -365,14 +365,16 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern that is searched in names in either spelling; warn if it fits none of them."""
-    if pattern is None or any(re.search(pattern, name) for name in names):
+    typed, untyped, rest = (pattern or "").partition(UNTYPED)
+    typed = typed.removesuffix("|")
+    if not typed or any(re.search(typed, name) for name in names):
         return pattern
-    loose = in_any_spelling(pattern)
+    loose = in_any_spelling(typed)
     if not any(re.search(loose, name) for name in names):
         logger.warning(
-            "%s: the pattern %s.", where, describe_unfit(pattern, (n.partition(".")[0] for n in names))
+            "%s: the pattern %s.", where, describe_unfit(typed, (n.partition(".")[0] for n in names))
         )
-    return loose
+    return f"{loose}|{untyped}{rest}" if untyped else loose
 
 
 def warn_of_absent(

@@ -51,7 +51,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
                 continue
             if (text := _explain(name, value, table, path, values.get(media_column))) is not None:
                 found[name] = text
-    kind = f"columns of {path} are not read"
+    kind = f"column of {path} is not read" if len(found) == 1 else f"columns of {path} are not read"
     return [Fault(kind, f"{name!r}{text}.") for name, text in found.items()]
 
 

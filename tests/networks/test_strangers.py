@@ -332,14 +332,37 @@ def test_what_is_left_over_is_named_for_what_it_is(
 def test_text_connectors_are_named_where_they_are_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("transformer_blocks.0.attn1.to_q", "text_embedding_projection.video_aggregate_embed")
+    _merge_two(
+        tmp_path, ("transformer_blocks.0.attn1.to_q", "text_embedding_projection.video_aggregate_embed")
+    )
+    assert "they change the text connectors" in caplog.text
+    assert "damaged" not in caplog.text
+
+
+def _merge_two(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Merge a LoRA for two modules into a model that has the first."""
     tensors = {f"diffusion_model.{name}.lora_{x}.weight": torch.ones(4, 4) for name in names for x in "AB"}
     save_file(tensors, tmp_path / "lora.safetensors")
     save_file({f"{name}.weight": torch.ones(4, 4) for name in names[:1]}, tmp_path / "dit.safetensors")
     given = ("--lora_weight", "lora", "--dit", "dit", "--save_merged_model", "merged")
     merge_lora.main([one if one[0] == "-" else str(tmp_path / f"{one}.safetensors") for one in given])
-    assert "they change the text connectors" in caplog.text
-    assert "damaged" not in caplog.text
+
+
+def test_a_lora_of_another_size_is_named_for_its_model(model: Path) -> None:
+    tensors, _ = plain("lora_unet_single_blocks_0_linear1", "single_blocks.0.linear1", "lora_down lora_up")
+    save_file({"single_blocks.0.linear1.weight": torch.ones(9 * WIDTH, WIDTH)}, model)
+    path = write(model, tensors, {"ss_base_model_version": "flux1"})
+    with pytest.raises(CheckpointError, match=r"for single_blocks\.0\.linear1\.weight .* It is for flux\."):
+        check(model, path, {})
+
+
+def test_the_sound_of_a_lora_is_named_where_there_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
+    _merge_two(tmp_path, names)
+    assert "it was trained with --ltx2_mode av or audio" in caplog.text
+    assert "IS USED ONLY IN PART" not in caplog.text
 
 
 def test_a_start_that_is_not_known_is_named(model: Path) -> None:

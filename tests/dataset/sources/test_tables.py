@@ -327,6 +327,8 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
     (fault,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
     assert fault.text.startswith("'edit', which holds files: reference pictures and control media are read")
+    assert fault.kind.startswith("column of ")
+    assert fault.kind.endswith(" is not read")  # behind "1"
 
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
     (fault,) = find_unread(list_of(tmp_path, rows, "list"))
