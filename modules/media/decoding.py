@@ -111,6 +111,11 @@ def hdr_of(frame: Any) -> str | None:
     return HDR.get(int(frame.color_trc))
 
 
+def colour_codes(frame: Any) -> tuple[int, int]:
+    """Return primaries and transfer function of a frame, or of a stream's codec, for `coded_pixels`."""
+    return int(frame.color_primaries), int(frame.color_trc)
+
+
 def check_size(path: Path, container: Any, stream: Any) -> None:
     """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
 

@@ -24,10 +24,19 @@ from PIL import Image, features
 from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media.buckets import Fit, Size, fit_cover
-from modules.media.colours import Colours, blend_on_white, look_at, shown_pixels, upright
+from modules.media.colours import (
+    Colours,
+    blend_on_white,
+    coded_pixels,
+    is_coded,
+    look_at,
+    shown_pixels,
+    upright,
+)
 from modules.media.decoding import (
     animation_durations,
     animation_frames,
+    colour_codes,
     decode_frames,
     first_picture,
     frame_pixels,
@@ -117,7 +126,7 @@ def media_colours(path: Path) -> Colours:
                 first, _ = next(decode_frames(path, container, stream))
                 shown, plain = (frame_pixels(first, stream), first.to_ndarray(format="rgb24", threads=1))
                 is_transparent = not np.array_equal(shown, plain)
-            return Colours(is_transparent, False, hdr=hdr_of(codec))
+            return Colours(is_transparent, is_coded(colour_codes(codec)), hdr=hdr_of(codec))
     with open_image(path) as file:
         colours = look_at(path, file)
         return replace(colours, is_transparent=False) if is_animation(path) else colours
@@ -269,7 +278,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
         stream.codec_context.thread_count = threads
         for frame, start in decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            pixels = frame_pixels(frame, stream, alpha=alpha)
+            pixels = coded_pixels(frame_pixels(frame, stream, alpha=alpha), colour_codes(frame))
             yield turn_upright(pixels, frame.rotation), start, start + shown
 
 
