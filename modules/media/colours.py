@@ -50,6 +50,7 @@ class Colours:
     is_converted: bool  # its numbers are not those of sRGB
     fault: str | None = None  # why its profile is not used
     hdr: str | None = None  # "PQ" or "HLG"
+    is_interlaced: bool = False
 
 
 @dataclass(frozen=True)

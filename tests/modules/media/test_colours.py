@@ -4,6 +4,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import pytest
 from PIL import Image, ImageCms
 
 from modules.media.pixels import video_pixels
-from modules.media.reading import image_suffixes, media_colours, read_image, read_mask, video_frames
+from modules.media.reading import (
+    frame_size,
+    image_suffixes,
+    media_colours,
+    read_image,
+    read_mask,
+    video_frames,
+)
 from modules.media.streams import shown_frames
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 256, 17), np.arange(0, 256, 17)), -1).astype(np.uint8)  # 16 16 2
@@ -403,3 +411,29 @@ def test_wide_colours_of_clips_become_srgb(
     expected = colour if to_xyz is None else converted(colour, to_xyz, None)
     np.testing.assert_allclose(next(video_frames(path))[5, 5], expected, atol=2)
     assert media_colours(path).is_converted == (to_xyz is not None)
+
+
+@pytest.mark.parametrize("ratio", [Fraction(2), Fraction(1, 2), Fraction(1001, 1000)])
+def test_pixels_of_clips_are_made_square(tmp_path: Path, ratio: Fraction) -> None:
+    path = tmp_path / "x.mp4"
+    half = np.zeros((32, 64, 3), np.uint8)
+    half[:, :16] = 255
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=8, options={"crf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv444p"
+        stream.codec_context.sample_aspect_ratio = ratio
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(half, format="rgb24")))
+        file.mux(stream.encode())
+
+    width = 64 if 0.9 < ratio < 1.1 else round(64 * ratio)
+    frame = next(video_frames(path))
+    assert frame_size(path) == (width, 32) == frame.shape[1::-1]
+    assert abs(float(frame.mean()) - 255 / 4) < 3
+    assert frame[:, : width // 5].min() > 240
+
+
+@pytest.mark.parametrize("params", ["tff=1:interlaced=1", "b-pyramid=none"])
+def test_interlaced_clips_are_told(tmp_path: Path, params: str) -> None:
+    grey, options = np.full((64, 64, 3), 9, np.uint8), {"x264-params": params}
+    path = encode_clip(tmp_path / "x.mp4", "libx264", "yuv420p", grey, options=options)
+    assert media_colours(path).is_interlaced == ("tff" in params)
