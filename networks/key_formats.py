@@ -101,11 +101,8 @@ _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<fact
 _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
-_FOR_ALL = (
-    "alpha",
-    "lora_alpha",
-    "network_alpha",
-)  # a tensor of this name counts for all modules without one
+# a tensor of this name alone counts for all modules without one
+_FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 # what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
 _OTHER_KINDS = {

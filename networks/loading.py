@@ -11,7 +11,7 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.alphas import read_alphas
-from networks.deltas import drop_unused_alphas, find_fault, group_by_module
+from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module
 from networks.key_formats import (
     OURS,
     NativeTensors,
@@ -202,20 +202,7 @@ def _read_part(
         native, tensors=drop_unused_alphas(native.tensors), texts=drop_unused_alphas(native.texts)
     )
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
-    for module, factors in (modules | in_texts).items():
-        reason = find_fault(factors)
-        if reason is not None and native.unknown and not factors.keys() - {"alpha"}:
-            raise CheckpointError(
-                f"{path} cannot be used: its factors have names that are not known, such as "
-                f"{list_some(native.unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
-                path,
-            )
-        if reason is not None:
-            raise CheckpointError(
-                f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another "
-                "LoRA.",
-                path,
-            )
+    _refuse_faulty(path, modules | in_texts, native.unknown)
     found, of_texts = read_alphas(path, metadata, native, expert, is_own)
     for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
         logger.warning(f"{path}: {warning}")
@@ -235,6 +222,24 @@ def _read_part(
         text_tensors={**native.texts, **of_texts.tensors},
         unknown_names=native.unknown_names,
     )
+
+
+def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
+    """Raise CheckpointError for factors that define no change. unknown: keys that are not read."""
+    for module, factors in modules.items():
+        reason = find_fault(factors)
+        if reason is None:
+            continue
+        if unknown and not factors.keys() - {"alpha"}:
+            raise CheckpointError(
+                f"{path} cannot be used: its factors have names that are not known, such as "
+                f"{list_some(unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
+                path,
+            )
+        raise CheckpointError(
+            f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
+            path,
+        )
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
