@@ -156,8 +156,8 @@ class ForeignNetwork:
         if own and not any(name.endswith(".alpha") for name in shapes):
             # it reads tensors alone, and computes its scale when it is made
             alphas = {name: float(one) for name, one in read_lora(path).tensors.items() if name in own}
-            name = next((name for name, alpha in alphas.items() if alpha != float(own[name])), None)
-            if name is not None:
+            others = [name for name, alpha in alphas.items() if alpha != float(own[name])]
+            for name in others[:1]:
                 raise CheckpointError(
                     f"--network_weights {path} has alpha {alphas[name]:g}, as its header or {PEFT_FILE} "
                     f"says, the network {float(own[name]):g}.\n  Give --network_alpha {alphas[name]:g}.",
