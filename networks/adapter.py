@@ -157,10 +157,11 @@ class ForeignNetwork:
             # it reads tensors alone, and computes its scale when it is made
             alphas = {name: float(one) for name, one in read_lora(path).tensors.items() if name in own}
             others = [name for name, alpha in alphas.items() if alpha != float(own[name])]
-            for name in others[:1]:
+            if others:
+                theirs, ours = alphas[others[0]], float(own[others[0]])
                 raise CheckpointError(
-                    f"--network_weights {path} has alpha {alphas[name]:g}, as its header or {PEFT_FILE} "
-                    f"says, the network {float(own[name]):g}.\n  Give --network_alpha {alphas[name]:g}.",
+                    f"--network_weights {path} has alpha {theirs:g}, as its header or {PEFT_FILE} says, the "
+                    f"network {ours:g}.\n  Give --network_alpha {theirs:g}.",
                     path,
                 )
         if hasattr(self.module, "load_weights"):
