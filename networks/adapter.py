@@ -20,6 +20,8 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
+from networks.alphas import PEFT_FILE
+from networks.key_formats import to_native
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.lora_settings import DEFAULT_RANK
@@ -150,6 +152,18 @@ class ForeignNetwork:
                 "  Give the --network_module, --network_dim and --network_args that it was trained with.",
                 path,
             )
+        own = {name: alpha for name, alpha in to_native(mine).tensors.items() if name.endswith(".alpha")}
+        if own and not any(name.endswith(".alpha") for name in shapes):
+            # it reads tensors alone, and computes its scale when it is made
+            alphas = {name: float(one) for name, one in read_lora(path).tensors.items() if name in own}
+            others = [name for name, alpha in alphas.items() if alpha != float(own[name])]
+            if others:
+                theirs, ours = alphas[others[0]], float(own[others[0]])
+                raise CheckpointError(
+                    f"--network_weights {path} has alpha {theirs:g}, as its header or {PEFT_FILE} says, the "
+                    f"network {ours:g}.\n  Give --network_alpha {theirs:g}.",
+                    path,
+                )
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)

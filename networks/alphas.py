@@ -15,18 +15,22 @@ from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, group_by_module, rank_of
 from networks.key_formats import EXPERT_STARTS, NativeTensors, start_of
-from networks.names.layouts import UNET_IN_DIFFUSERS
 from networks.names.stable_diffusion import diffusers_path_of_text
 
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-# keys of a header, also behind the start of a network's names (`transformer.lora_alpha`), and those of the
-# rank beside them
+# the same settings under other keys of a header
+_SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config")
+# keys of a header as `_bare` gives them, also behind the start of a network's names
+# (`transformer.lora_alpha`), and those of the rank beside them
 _TRAINED = "ss_network_alpha"
-_RANKS = ("r", "rank", "lora_rank", "lora_r", "network_dim", "network_rank")
-_KEYS = {"lora_alpha": _RANKS, "network_alpha": _RANKS, "alpha": _RANKS, _TRAINED: ("ss_network_dim",)}
+_RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
+_KEYS = {
+    **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
+    "ssnetworkalpha": ("ssnetworkdim",),
+}
 _LONGEST = 20  # characters of a value that a message shows
 
 
@@ -121,8 +125,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value
         for key, value in metadata.items()
-        if key != PEFT_SETTINGS
-        and not (key.rpartition(".")[2] in _KEYS and not (is_trained and key == _TRAINED))
+        if key not in _SETTINGS and not (_bare(key)[1] in _KEYS and not (is_trained and key == _TRAINED))
     }
 
 
@@ -131,30 +134,34 @@ def _sources(
 ) -> tuple[list[_Source], list[str]]:
     """Return the settings that may be of these modules, and warnings of values that are no numbers."""
     sources, warnings = [], []
+    bare = {_bare(key): text for key, text in metadata.items()}
     for key, text in metadata.items():
-        begin, _, name = key.rpartition(".")
+        begin, name = _bare(key)
         if name not in _KEYS or not _is_of(begin, start):
             continue
         # trainers that write this key store alphas as tensors; names with dots show that a converter took
         # them into the factors
-        if name == _TRAINED and "ss_network_module" in metadata and any("." in one for one in paths.values()):
+        if key == _TRAINED and "ss_network_module" in metadata and any("." in one for one in paths.values()):
             continue
-        dot = f"{begin}." if begin else ""
-        rank = next((metadata[dot + one] for one in _KEYS[name] if dot + one in metadata), None)
+        rank = next((bare[begin, one] for one in _KEYS[name] if (begin, one) in bare), None)
         if _number(text) is None:
             warnings.append(f"its metadata have {key} {str(text)[:_LONGEST]!r}, which is no number: not used")
             continue
-        scaling = metadata.get(f"{dot}use_rslora", "").lower() == "true"
+        scaling = bare.get((begin, "userslora"), "").lower() == "true"
         own = {"lora_alpha": float(text), "r": rank, "use_rslora": scaling}
         sources.append(_Source(f"its metadata ({key})", own))
-    if PEFT_SETTINGS in metadata:
-        entries = parse_json(metadata[PEFT_SETTINGS])
-        own = {
-            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
-            for key, value in entries.items()
-            if key.startswith(start) or (start in EXPERT_STARTS and _is_of(key.partition(".")[0], start))
-        }
-        sources.append(_Source(f"its metadata ({PEFT_SETTINGS})", own))
+    for key in _SETTINGS:
+        try:
+            entries = {
+                key.rpartition("."): value for key, value in parse_json(metadata.get(key, "{}")).items()
+            }
+        except (ValueError, AttributeError, RecursionError) as error:
+            if key == PEFT_SETTINGS:
+                raise
+            warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
+            continue
+        own = {name: value for (begin, _, name), value in entries.items() if _is_of(begin, start)}
+        sources += [_Source(f"its metadata ({key})", own)] if own else []
     folder = path if path.is_dir() else path.parent
     if (beside := folder / PEFT_FILE).is_file():
         is_sure = path.is_dir() or path.name.startswith("adapter_model")
@@ -165,6 +172,12 @@ def _sources(
                 raise
             warnings.append(f"{beside} cannot be read and is not used: {error}")
     return sources, warnings
+
+
+def _bare(key: str) -> tuple[str, str]:
+    """`transformer.LoRA_alpha` -> (`transformer`, `loraalpha`): programs spell keys in several ways."""
+    begin, _, name = key.rpartition(".")
+    return begin, re.sub(r"[\W_]", "", name).lower()
 
 
 def _is_of(begin: str, start: str) -> bool:

@@ -90,7 +90,9 @@ class Change:
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
         wanted = list((weight if change.rows is None else weight[change.rows]).shape)
-        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
+        made = " or ".join(family.name for family in self.use.lora.families())
+        kind = f" It is for {made}." if made else ""
+        what = f"{found}, the model {wanted}.{kind}\n  Give a LoRA that was trained for this model."
         fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
         if fits and DORA in change.factors and self.leaf == "weight":
             magnitudes = change.factors[DORA].numel()

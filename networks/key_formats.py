@@ -48,6 +48,7 @@ _STARTS = {
     OURS: "ours",
     "lycoris_": "LyCORIS",
     "lora_transformer_": "OneTrainer",
+    "lora_transformer-": "InvokeAI",
     "Hunyuan_video_I2V_lora_": "HunyuanVideo-I2V",
     "base_model.model.": "PEFT",
     OTHER: "other",
@@ -62,7 +63,9 @@ _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what fol
 # names that begin so are named after whose these are, although the rest is taken off singly
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # written between the parts of a path by what is put round a module: torch.compile, checkpointing, FSDP
-_WRAPPERS = re.compile(r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]")
+_WRAPPERS = re.compile(
+    r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?:[._]|$)"
+)
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _IN_WORDS = {
     "": "sd-scripts and here",
@@ -72,7 +75,7 @@ _IN_WORDS = {
 }
 # starts of names of text encoders, with a number or name of the encoder
 _TEXT = re.compile(
-    r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
+    r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
 _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.")
@@ -80,30 +83,26 @@ _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model."
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
-    ".lora_A.weight": "lora_down.weight",
-    ".lora_B.weight": "lora_up.weight",
-    ".lora_B.bias": "lora_up.bias",
-    **{f".lora_{x}": f"lora_{x}.weight" for x in ("down", "up")},  # parameters, no modules
-    **{f".lora_{x}": f"lora_{part}.weight" for x, part in (("A", "down"), ("B", "up"))},
-    ".lora.down.weight": "lora_down.weight",
-    ".lora.up.weight": "lora_up.weight",
-    ".lora_linear_layer.down.weight": "lora_down.weight",
-    ".lora_linear_layer.up.weight": "lora_up.weight",
-    ".lora_magnitude_vector": DORA,
+    ".lora_magnitude_vector": DORA,  # PEFT
     ".magnitude": DORA,  # ai-toolkit
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
+    **dict.fromkeys((".lora_alpha", ".network_alpha", ".lora.alpha"), "alpha"),
     **{f".{part}": part for part in PARTS},
 }
-# PEFT: `.lora_A.default.weight`, with any name in place of `default`, which a saved adapter has lost
-_WITH_ADAPTER = re.compile(
-    r"\.(?:(?P<factor>lora_[AB])\.[^.]+(?P<leaf>\.weight|\.bias)|lora_magnitude_vector(\.[^.]+){1,2})$"
+# `.lora_A.weight`, `.lora.down.weight`, `.lora_linear_layer.up.weight`; `.lora_A`, which is a parameter;
+# PEFT's `.lora_A.default.weight`, with any name in place of `default`, which a saved adapter has lost
+_FACTOR = re.compile(
+    r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
+_OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
 # diffusers before PEFT: factors beside the attention, not in its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
+# a tensor of this name alone counts for all modules without one
+_FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 # what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
 _OTHER_KINDS = {
@@ -129,7 +128,7 @@ class NativeTensors:
     stacked: Mapping[str, int]  # our module -> how many factors its own were put together from
     family: FamilyNames | None  # by the names
     family_name: str | None  # of the family that alone has names of this form
-    unknown_start: str  # what all names begin with, if no known family has modules of these names; else ""
+    unknown_names: str  # how its names are, in words, if no known family has modules of these names; else ""
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
@@ -161,7 +160,10 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
     used = set(keys.values())
-    places = {key: one for key in tensors if key not in found and (one := _text_place(key)) is not None}
+    of_all = [key for key in _FOR_ALL if key in tensors]
+    native = {f"{name}.alpha": tensors[key] for key in of_all for name in names.values()} | native
+    rest = [key for key in tensors if key not in found and key not in of_all]
+    places = {key: one for key in rest if (one := _text_place(key)) is not None}
     # of several with equal names that with as many encoders of texts
     most = max((place[1] for place in places.values()), default=1)
     of_texts = next((one for one in families if len(one.encoders) >= most), family)
@@ -173,13 +175,13 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
         dialect=" + ".join(dialects),
         text_encoder=tuple(key for key, name in named.items() if name is None),
         texts=texts,
-        unknown=tuple(key for key in tensors if key not in found and key not in places),
+        unknown=tuple(key for key in rest if key not in places),
         repeated=tuple(key for key in found if key not in used),
         paths={names[place.path]: place.path for place in found.values()},
         stacked={names[found[key].path]: count for key, count in usual.stacked.items() if key in found},
         family=family,
         family_name=told or None,
-        unknown_start="" if family is not None or not found else _unknown_start(map(_usual_ending, found)),
+        unknown_names="" if family is not None or not found else _unknown_names(map(_usual_ending, found)),
     )
 
 
@@ -207,9 +209,7 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
     The layers say which encoder it is, whatever number a program gives it. start, number, path: as
     `_text_place` finds them.
     """
-    path = _PROCESSOR.sub(
-        r".\g<layer>_proj.lora_\g<factor>.weight", _WITH_ADAPTER.sub(_without_adapter, path)
-    )
+    path = _our_factor(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", path))
     ending = next((ending for ending in _BY_LENGTH if path.endswith(ending)), None)
     if ending is None:
         return None
@@ -227,7 +227,7 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
     )
     encoders = _OF_ALL if family is None else family.encoders
     own = [prefix for prefix, one in encoders if one == kind]
-    label = start.rstrip("_.").replace("lycoris_", "lora_")
+    label = start.rstrip("_.-").replace("lycoris_", "lora_")
     if not label.startswith("lora_te"):
         label = encoders[0][0] if number == 1 else f"lora_te{number}"
     elif kind == OF_CLIP and label == "lora_te" and (family is None or len(own) > 1):
@@ -305,17 +305,27 @@ def _split(key: str) -> _Place | None:
 
 
 def _usual_ending(key: str) -> str:
-    """Return a key without what PEFT and diffusers write into the names of its part."""
-    key = _WITH_ADAPTER.sub(_without_adapter, key)
+    """Return a key with our names of factors, without what PEFT and diffusers write into them."""
     layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
     key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
-    return f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
+    return _our_factor(
+        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
+    )
+
+
+def _our_factor(key: str) -> str:
+    """`x.lora_A.default.weight` -> `x.lora_down.weight`; a magnitude loses its adapter's name."""
+    found = _FACTOR.search(key)
+    if found is None:
+        return _OF_ADAPTER.sub("", key)
+    is_down = found["factor"] in ("A", "a", "down")
+    return f"{key[: found.start()]}.{LORA[0 if is_down else 1].partition('.')[0]}{found['leaf'] or '.weight'}"
 
 
 def _without_starts(path: str) -> list[tuple[str, str]]:
     """Return a path with none, one, two ... of the known starts taken off, and whose the first is."""
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
-    path = _WRAPPERS.sub("", path)
+    path = _WRAPPERS.sub("", path).rstrip("_.")
     found = [(path, special)]
     starts = _STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
     while start := next((one for one in starts if path.startswith(one)), ""):
@@ -335,32 +345,33 @@ def _bare(path: str) -> tuple[str, str]:
     Of all that is left when one start after the other is taken off, the longest that a known family has, by
     its path, else by its underscored name; the shortest if none has one.
     """
-    found = _without_starts(path.rstrip("_."))
+    found = _without_starts(path)
     known = next((one for one in found if is_path(one[0])), None)
     known = known or next((one for one in found if is_name(replace_dots(one[0]))), None)
     rest, dialect = known or found[-1]
     return rest, dialect or "without prefix"
 
 
-def _unknown_start(keys: Iterable[str]) -> str:
-    """Return what names begin with before the path of a known module; else what all of them begin with."""
+def _unknown_names(keys: Iterable[str]) -> str:
+    """Say what stands before or behind the path of a known module; else how all names begin."""
     paths = [next(key.removesuffix(one) for one in _BY_LENGTH if key.endswith(one)) for key in keys]
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
             if is_name(replace_dots("".join(pieces[count:]))):
-                return "".join(pieces[:count])
+                return f"begin with {''.join(pieces[:count])}"
+        begin, dot, end = path.rpartition(".")
+        if dot and is_name(replace_dots(bare_path(begin))):
+            return f"have .{end} behind the module's"
     common = os.path.commonprefix(paths)
-    return common[: max(common.rfind("."), common.rfind("_")) + 1] or paths[0].partition(".")[0]
+    return (
+        f"begin with {common[: max(common.rfind('.'), common.rfind('_')) + 1] or paths[0].partition('.')[0]}"
+    )
 
 
 def dialect_in_words(dialect: str) -> str:
     """Return where the names of a LoRA's tensors are usual: `names as in ComfyUI`."""
     return "names as in " + " + ".join(_IN_WORDS.get(each, each) for each in dialect.split(" + "))
-
-
-def _without_adapter(found: re.Match[str]) -> str:
-    return f".{found['factor']}{found['leaf']}" if found["factor"] else ".lora_magnitude_vector"
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:

@@ -12,7 +12,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.alphas import read_alphas
-from networks.deltas import drop_unused_alphas, find_fault, group_by_module
+from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module
 from networks.key_formats import (
     OURS,
     NativeTensors,
@@ -36,7 +36,7 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
-from networks.options import LoraOptions, LoraPatternOptions
+from networks.options import UNTYPED, LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
@@ -64,7 +64,7 @@ class LoraFile:
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
     # what it changes in text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    unknown_start: str = ""  # what its names begin with, if no known model has modules of these names
+    unknown_names: str = ""  # how its names are, in words, if no known model has modules of these names
 
     @property
     def expert(self) -> str | None:
@@ -203,14 +203,7 @@ def _read_part(
         native, tensors=drop_unused_alphas(native.tensors), texts=drop_unused_alphas(native.texts)
     )
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
-    for module, factors in (modules | in_texts).items():
-        reason = find_fault(factors)
-        if reason is not None:
-            raise CheckpointError(
-                f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another "
-                "LoRA.",
-                path,
-            )
+    _refuse_faulty(path, modules | in_texts, native.unknown)
     found, of_texts = read_alphas(path, metadata, native, expert, is_own)
     for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
         logger.warning(f"{path}: {warning}")
@@ -229,8 +222,26 @@ def _read_part(
         metadata,
         native.dialect,
         text_tensors={**native.texts, **of_texts.tensors},
-        unknown_start=native.unknown_start,
+        unknown_names=native.unknown_names,
     )
+
+
+def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
+    """Raise CheckpointError for factors that define no change. unknown: keys that are not read."""
+    for module, factors in modules.items():
+        reason = find_fault(factors)
+        if reason is None:
+            continue
+        if unknown and not factors.keys() - {"alpha"}:
+            raise CheckpointError(
+                f"{path} cannot be used: its factors have names that are not known, such as "
+                f"{list_some(unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
+                path,
+            )
+        raise CheckpointError(
+            f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
+            path,
+        )
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
@@ -259,11 +270,11 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 
     For readers that found no place for any of them. option: that names the file.
     """
-    if lora.unknown_start:
+    if lora.unknown_names:
         raise CheckpointError(
-            f"{option} {lora.path} cannot be used: its names begin with {lora.unknown_start}, which is not "
-            "known, and no known model has modules of these names.\n"
-            "  Give the file as its program wrote it, or take that beginning off its names.".lstrip(),
+            f"{option} {lora.path} cannot be used: its names {lora.unknown_names}, which is not known, and "
+            "no known model has modules of these names.\n"
+            "  Give the file as its program wrote it, or take that off its names.".lstrip(),
             lora.path,
         )
 
@@ -361,14 +372,16 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern that is searched in names in either spelling; warn if it fits none of them."""
-    if pattern is None or any(re.search(pattern, name) for name in names):
+    typed, untyped, rest = (pattern or "").partition(UNTYPED)
+    typed = typed.removesuffix("|")
+    if not typed or any(re.search(typed, name) for name in names):
         return pattern
-    loose = in_any_spelling(pattern)
+    loose = in_any_spelling(typed)
     if not any(re.search(loose, name) for name in names):
         logger.warning(
-            "%s: the pattern %s.", where, describe_unfit(pattern, (n.partition(".")[0] for n in names))
+            "%s: the pattern %s.", where, describe_unfit(typed, (n.partition(".")[0] for n in names))
         )
-    return loose
+    return f"{loose}|{untyped}{rest}" if untyped else loose
 
 
 def warn_of_absent(

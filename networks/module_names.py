@@ -278,6 +278,14 @@ def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
     return sorted(found, key=lambda pair: order.get(pair[1].index or 0, pair[1].index or 0))
 
 
+def part_path(name: str, family: FamilyNames) -> str | None:
+    """Return the path of a module that is some rows of one of ours: `transformer_blocks.0.attn.to_q`."""
+    found = (
+        (part, _template(part.theirs).fullmatch(name)) for part in family.parts if part.index is not None
+    )
+    return next((part.theirs.replace("{n}", match["n"]) for part, match in found if match is not None), None)
+
+
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
     """Return a family's parts, with the aliases that are names of another family's own modules."""

@@ -155,6 +155,9 @@ PATTERN = (
 )
 
 
+UNTYPED = "(?#of another option)"  # before a part of a pattern: it may fit nothing
+
+
 class LoraPatternOptions(Options):
     """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
 
@@ -170,12 +173,15 @@ class LoraPatternOptions(Options):
                     raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """Return these options with `pattern` excluded as well, from each of `files` LoRA files."""
+        """Return these options with `pattern`, which nobody typed, excluded too, from each of the files."""
         given = [*(self.exclude_patterns or ()), *[None] * files][
             : max(files, len(self.exclude_patterns or ()))
         ]
         return replace(
-            self, exclude_patterns=tuple(pattern if one is None else f"(?:{one})|{pattern}" for one in given)
+            self,
+            exclude_patterns=tuple(
+                f"{UNTYPED}{pattern}" if one is None else f"(?:{one})|{UNTYPED}{pattern}" for one in given
+            ),
         )
 
 

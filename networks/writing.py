@@ -26,6 +26,7 @@ from networks.module_names import (
     diffusers_path,
     is_unprefixed,
     module_path,
+    part_path,
     parts_of,
     replace_dots,
     to_alias,
@@ -61,7 +62,10 @@ def in_dialect(
         return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
     modules = group_by_module(tensors)
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
-        return _write(tensors, OTHER, lambda name, factors: _not_swapped(name, factors, family), _in_comfyui)
+        # names of diffusers' own layout stand bare, and all have to be of one layout
+        cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
+        begin = "" if cut else OTHER
+        return _write(tensors, begin, lambda name, one: _lokr_path(name, one, family, cut), _in_comfyui)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form = _in_toolkit if family.parts else _in_diffusers
@@ -85,10 +89,15 @@ def _is_lokr(factors: Factors) -> bool:
     return factors.keys() <= {"alpha", *(f"lokr_w{n}{x}" for n in "12" for x in ("", "_a", "_b"))}
 
 
-def _not_swapped(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
-    if any(part.index == SWAPPED for _, part in parts_of(name, family)):
+def _lokr_path(name: str, factors: Factors, family: FamilyNames, cut: bool) -> Pieces | str:
+    """cut: whether the file has layers of diffusers' layout."""
+    parts = parts_of(name, family)
+    if any(part.index == SWAPPED for _, part in parts):
         return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
-    return _alone(module_path(name, family), factors)
+    if not cut:
+        return _alone(module_path(name, family), factors)
+    path = parts[0][0] if len(parts) == 1 else part_path(name, family)
+    return _alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:

@@ -185,8 +185,9 @@ def warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     why = family.why_few_steps() if knows_few_steps(family) else None
     if why is not None and knows_few_steps(family):
         logger.warning(
-            "The transformer was distilled to few steps (%s). Trained as it is, it loses them: with what is "
-            "trained it needs more steps, and guidance, for the same quality. %s.",
+            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
+            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
+            "%s.",
             *(why, family.few_steps.instead),
         )
 

@@ -25,6 +25,7 @@ from training.plan import TrainingPlan
 from training.resuming import describe_adapter, own_values
 from training.training_run import TrainingRun
 
+MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
 # of files of the known tuners of video and of image models; `Family.metadata` has that of others
 RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
@@ -193,6 +194,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     """Return how often each part of a caption between commas occurs, by the names of the items' folders.
 
     Captions are counted once, without repeats; those that are not there, as beside copied caches, not at all.
+    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they stand in a file's header.
     """
     find_sources = import_own("dataset.sources.listing").find_sources  # other trainings read caches alone
     tables = {item.table.index: item.table for item in items}
@@ -212,7 +214,10 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
                 seen.add(source.path)
                 for caption in filter(None, (source.caption, *source.more_captions)):
                     tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
-    return {folder: dict(tags) for folder, tags in counts.items()}
+    return {
+        folder: dict(tags.most_common(MOST_TAGS) if len(tags) > MOST_TAGS else tags)
+        for folder, tags in counts.items()
+    }
 
 
 def _image_values(plan: TrainingPlan) -> dict[str, Any]:

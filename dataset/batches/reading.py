@@ -20,6 +20,7 @@ from dataset.batches.items import (
 )
 from dataset.cache.files import EMPTY, FLIPPED, NpzNames, tensor_key
 from dataset.cache.records import (
+    CLOCK,
     CacheChecks,
     LatentRecord,
     TextRecord,
@@ -283,7 +284,13 @@ class _Reader:
                 raise CacheError(f"{path}: {fault}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
-        made_by = () if record is None else (MadeBy(path, part, record.encoder),)
+        own_clocks = (
+            record is not None
+            and item.table.kind == "video"
+            and CLOCK not in record.options
+            and any(name.startswith((CONTROL, LOSS_MASK)) for name in tensors)
+        )
+        made_by = () if record is None else (MadeBy(path, part, record.encoder, own_clocks),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
     def _latent_faults(

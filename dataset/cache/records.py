@@ -59,6 +59,10 @@ class ClipFacts:
     complete: bool  # False: decoding stopped early, there may be more frames
 
 
+# in the options of a record: the frames of control clips and masks were chosen by the clip's clock
+CLOCK = "one_clock"
+
+
 @dataclass(frozen=True)
 class LatentRecord:
     """Record of a latent cache's origin."""

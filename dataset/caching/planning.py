@@ -11,6 +11,7 @@ from typing import Any
 
 from dataset.cache.files import Header, LatentName
 from dataset.cache.records import (
+    CLOCK,
     ClipFacts,
     FileIdentity,
     LatentRecord,
@@ -40,7 +41,6 @@ from modules.media.reading import image_size
 
 # in the options of a record:
 FLIP = "flip"  # mirrored latents are there too
-CLOCK = "one_clock"  # the frames of control clips and masks were chosen by the clip's clock
 
 
 @dataclass(frozen=True)

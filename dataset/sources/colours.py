@@ -88,4 +88,8 @@ def _kinds(colours: Colours, keeps_alpha: bool) -> list[tuple[str, str]]:
     if colours.hdr is not None:
         kind = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
         found.append((kind, f": {colours.hdr}"))
+    if colours.is_interlaced:
+        found.append(
+            ("are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first", "")
+        )
     return found

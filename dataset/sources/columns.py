@@ -126,7 +126,7 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
     for number, line in enumerate(table_lines(path), 1):
         fault = None
         try:
-            record = parse_json(line) if line.strip() else None
+            record = parse_json(line, no_repeats=True) if line.strip() else None
         except ValueError as error:
             record, fault = None, f"invalid JSON: {error}{each}"
         if fault is None and not isinstance(record, dict):

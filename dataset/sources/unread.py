@@ -11,7 +11,7 @@ from dataset.config import DatasetTable
 from dataset.sources.columns import column_names, plain_columns, read_columns, read_jsonl
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
-from dataset.sources.tables import choose_columns, names_read
+from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, names_read
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -44,29 +44,51 @@ def find_unread(table: DatasetTable) -> list[Fault]:
     found: dict[str, str] = {}  # text by column
     media_column, held, rows = _open(table, path)
     found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held}
-    read = names_read(table, media_column, "")
+    is_list = table.jsonl_file is not None
+    read = names_read(table, media_column, "caption" if is_list else "")
     for values in itertools.islice(rows, LOOKED_AT):
+        for name in _beyond(values, table):
+            found[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in values.items():
             if name in read or name in found or control_number(name) is not None:
                 continue
-            if (text := _explain(name, value, table, path, values.get(media_column))) is not None:
+            if is_list and name in CAPTION_COLUMNS and not values.get("caption"):
+                found[name] = ": did you mean 'caption'?"
+            elif (text := _explain(name, value, table, path, values.get(media_column))) is not None:
                 found[name] = text
-    kind = f"columns of {path} are not read"
-    return [Fault(kind, f"{name!r}{text}.") for name, text in found.items()]
+    kind = f"column of {path} is not read" if len(found) == 1 else f"columns of {path} are not read"
+    ends = {name: "" if text.endswith("?") else "." for name, text in found.items()}
+    return [Fault(kind, f"{name!r}{text}{ends[name]}") for name, text in found.items()]
 
 
 def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Mapping[str, Any]]]:
     """Return the column of the media; unread columns that hold whole files; and rows of the others and it."""
     if table.jsonl_file is not None:
         lines = read_jsonl(path, None)
-        return f"{table.kind}_path", [], (_without(row.values, {"caption"}) for row in lines)
+        return f"{table.kind}_path", [], (row.values for row in lines)
     columns = column_names(path)
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}
-    unread = [name for name in columns if name not in read and control_number(name) is None]
+    control = [name for name in columns if control_number(name) is not None]
+    unread = [name for name in columns if name not in read and name not in control]
     plain, held = plain_columns(path, unread)
+    if table.control_count is not None and len(control) > table.control_count - (
+        table.control_column in columns
+    ):
+        plain = [*plain, *plain_columns(path, control)[0]]
     rows = read_columns(path, plain)
     return media, [name for name in held if name != media], (_without(row.values, read) for row in rows)
+
+
+def _beyond(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
+    """Return the columns of a row with control media beyond those that the model takes."""
+    numbered = [
+        (number, name) for name in values if values[name] and (number := control_number(name)) is not None
+    ]
+    if table.control_count is None:
+        return []
+    taken = table.control_count - (table.control_column is not None)
+    return [name for _, name in sorted(numbered)[max(taken, 0) :]]
 
 
 def _without(values: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:

@@ -74,6 +74,7 @@ class MadeBy:
     path: Path
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
+    own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ _PLACES = {
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
 }
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
+_UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
+_BOX_BYTES = 1 << 16  # of an AVIF file in which the box of its colours is looked for
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
@@ -48,6 +50,7 @@ class Colours:
     is_converted: bool  # its numbers are not those of sRGB
     fault: str | None = None  # why its profile is not used
     hdr: str | None = None  # "PQ" or "HLG"
+    is_interlaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def _note_facts(file: Image.Image) -> None:
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read
             file.info["transparency"] = tuple(value >> 8 for value in key)
-    if file.format == "PNG" and (found := _read_cicp(file)) is not None:
+    readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
+    if file.format in readers and (found := readers[file.format](file)) is not None:
         file.info[_CICP] = found
 
 
@@ -86,6 +90,28 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
         return colours
     with_alpha = np.dstack([colours, opacity])
     return with_alpha if alpha else blend_on_white(with_alpha)
+
+
+def coded_pixels(pixels: NDArray[np.uint8], codes: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a clip's frame, H W 3 or 4, as sRGB. codes: its primaries and transfer function, as of cICP."""
+    if (transform := _of_codes(*codes)) is None:
+        return pixels
+    colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    return np.dstack([np.asarray(ImageCms.applyTransform(colours, transform)), pixels[..., 3:]])
+
+
+def is_coded(codes: tuple[int, int]) -> bool:
+    """Return whether `coded_pixels` changes anything."""
+    return _of_codes(*codes) is not None
+
+
+def _of_codes(primaries: int, transfer: int) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts to sRGB; None of HDR, and of the primaries of television, taken for sRGB's."""
+    transfer = 1 if transfer == _UNSAID else transfer
+    if primaries not in _PLACES or primaries == 1 or transfer not in _GAMMAS:
+        return None
+    made = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+    return None if made is None else _transform(_Profile(made, "RGB", Path()))[0]
 
 
 def look_at(path: Path, file: Image.Image) -> Colours:
@@ -224,6 +250,19 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
     finally:
         stream.seek(place)
     return None
+
+
+def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
+    """Return primaries and transfer function of an AVIF file without a profile, which Pillow leaves out."""
+    stream: Any = getattr(file, "fp", None)
+    if stream is None or file.info.get("icc_profile"):
+        return None
+    place = stream.tell()
+    stream.seek(0)
+    _, found, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
+    stream.seek(place)
+    primaries, transfer = int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")
+    return (primaries, 1 if transfer == _UNSAID else transfer) if found else None
 
 
 def _exponent(info: dict[Any, Any]) -> float | None:

@@ -17,6 +17,8 @@ from modules.media.opening import av, open_image, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+MOST_RATIO = 4  # of the sides of a pixel: files with more are damaged
+NEARLY_SQUARE = 0.005  # by which a ratio differs from 1 that is not meant
 TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
 
 
@@ -114,6 +116,11 @@ def hdr_of(frame: Any) -> str | None:
     return HDR.get(int(frame.color_trc))
 
 
+def colour_codes(frame: Any) -> tuple[int, int]:
+    """Return primaries and transfer function of a frame, or of a stream's codec, for `coded_pixels`."""
+    return int(frame.color_primaries), int(frame.color_trc)
+
+
 def check_size(path: Path, container: Any, stream: Any) -> None:
     """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
 
@@ -169,6 +176,14 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 def is_sideways(frame: Any) -> bool:
     """Return whether a frame of FFmpeg is to be turned by a quarter."""
     return round(frame.rotation / 90) % 2 == 1
+
+
+def square_width(frame: Any, stream: Any) -> int:
+    """Return how wide a frame of a stream, as it is stored, is with square pixels; its height stays."""
+    ratio = stream.sample_aspect_ratio
+    if not ratio or not 1 / MOST_RATIO <= ratio <= MOST_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
+        return int(frame.width)
+    return round(frame.width * ratio)
 
 
 def _no_frames(path: Path) -> MediaError:

@@ -24,10 +24,19 @@ from PIL import Image, features
 from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media.buckets import Fit, Size, fit_cover
-from modules.media.colours import Colours, blend_on_white, look_at, shown_pixels, upright
+from modules.media.colours import (
+    Colours,
+    blend_on_white,
+    coded_pixels,
+    is_coded,
+    look_at,
+    shown_pixels,
+    upright,
+)
 from modules.media.decoding import (
     animation_durations,
     animation_frames,
+    colour_codes,
     decode_frames,
     first_picture,
     frame_pixels,
@@ -35,6 +44,8 @@ from modules.media.decoding import (
     hdr_of,
     hides_alpha,
     is_animation,
+    is_sideways,
+    square_width,
     turn_upright,
 )
 from modules.media.opening import open_image, open_video
@@ -61,6 +72,7 @@ OPENCV_METHODS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 
+PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
 ONE_COLOUR = 2  # of 255, by which one colour may differ: programs round what is transparent
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
@@ -121,7 +133,10 @@ def media_colours(path: Path) -> Colours:
                 first, _ = next(decode_frames(path, container, stream))
                 shown, plain = (frame_pixels(first, stream), first.to_ndarray(format="rgb24", threads=1))
                 is_transparent = not np.array_equal(shown, plain)
-            return Colours(is_transparent, False, hdr=hdr_of(codec))
+            is_converted, fields = is_coded(colour_codes(codec)), int(codec.field_order)
+            return Colours(
+                is_transparent, is_converted, hdr=hdr_of(codec), is_interlaced=fields > PROGRESSIVE
+            )
     with open_image(path) as file:
         colours = look_at(path, file)
         return replace(colours, is_transparent=False) if is_animation(path) else colours
@@ -273,7 +288,9 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
         stream.codec_context.thread_count = threads
         for frame, start in decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            pixels = frame_pixels(frame, stream, alpha=alpha)
+            pixels = coded_pixels(frame_pixels(frame, stream, alpha=alpha), colour_codes(frame))
+            if (width := square_width(frame, stream)) != frame.width:
+                pixels = resize_frame(pixels, (width, frame.height), "lanczos")
             yield turn_upright(pixels, frame.rotation), start, start + shown
 
 
@@ -325,7 +342,9 @@ def video_info(path: Path) -> VideoInfo:
         shown = sum(durations)
         return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
-        _, width, height = first_picture(path, container, stream)
+        first, _, _ = first_picture(path, container, stream)
+        width, height = square_width(first, stream), first.height
+        width, height = (height, width) if is_sideways(first) else (width, height)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         fps = float(stream.average_rate) if stream.average_rate else None

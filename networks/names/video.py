@@ -58,7 +58,11 @@ WAN = FamilyNames(
     further=("patch_embedding", "ref_conv"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
-    more_experts=(("transformer_1", HIGH_NOISE),),  # ai-toolkit
+    more_experts=(
+        ("transformer_1", HIGH_NOISE),  # ai-toolkit
+        *((f"high_noise{end}", HIGH_NOISE) for end in ("_model", "")),  # folders of the release
+        *((f"low_noise{end}", LOW_NOISE) for end in ("_model", "")),
+    ),
     optional=_IMAGE_ATTENTION,
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(
@@ -283,7 +287,7 @@ LTX_2 = FamilyNames(
     converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     versions=("ltx2", "ltx-2", "ltx_2"),
     optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
-    optional_words="the sound, which this run is without",
+    optional_words="sound (it was trained with --ltx2_mode av or audio), which this run is without",
     parameters=_LTX_PARAMETERS,
     text_side=(*(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS), "text_embedding_projection."),
     text_side_words="the text connectors",

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from data_tools.report.check import check_caching
+from data_tools.report.options import ReportOptions
+from data_tools.report.run import run_report
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record, text_metadata, text_records
 from dataset.caching import planning
@@ -99,6 +101,9 @@ def test_check_and_caching_count_transparent_pictures_and_profiles(
 
     lines = check_caching(ToyFamily(), config, 1, False).lines
     cached(config)
+    page = tmp_path / "x.html"
+    run_report(config, ReportOptions.usual(dataset_config=config.path, output=page, no_decode=True))
+    assert "are transparent and laid on white" in page.read_text(encoding="utf-8")
 
     for text in ("\n".join(lines), caplog.text):
         assert "1 is transparent and laid on white:\n" in text

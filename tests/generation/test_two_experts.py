@@ -96,6 +96,12 @@ def test_each_expert_has_its_own_loras(
     assert not torch.equal(expected, plain)
     low = script.latents(tmp_path / "low", *loras(files, "low"))
     assert not torch.equal(low, plain)
+    # its alpha in the header, as other programs have it
+    tensors = load_file(files.dit.parent / "low.safetensors")
+    (alpha,) = {float(tensors.pop(name)) for name in [*tensors] if name.endswith(".alpha")}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_alpha": str(4 * alpha)})
+    quarter = "--lora_weight", tmp_path / "x.safetensors", "--lora_multiplier", "0.25"
+    assert torch.equal(script.latents(tmp_path / "header", *quarter), low)
     # patterns count over the files of both
     one = script.latents(
         tmp_path / "one", *loras(files, "low", "high"), "--include_patterns", ".", "no such tensor"

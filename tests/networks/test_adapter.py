@@ -89,6 +89,25 @@ def test_a_foreign_module_gets_rank_alpha_and_arguments(tmp_path: Path) -> None:
     assert made.module.multiplier == 0.5
 
 
+@pytest.mark.parametrize(
+    ("alpha", "header"), [(4.0, {}), (16.0, {"lora_alpha": "16"}), (1.0, {"alpha": "16"})]
+)
+def test_a_foreign_network_is_made_with_the_alpha_of_the_header(
+    tmp_path: Path, alpha: float, header: dict[str, str]
+) -> None:
+    layer = nn.Module()
+    layer.lora_down, layer.lora_up = nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)
+    layer.register_buffer("alpha", torch.tensor(alpha))
+    network = nn.ModuleDict({"lycoris_blocks_0_self_attn_q": layer})
+    state = {name: one for name, one in network.state_dict().items() if not name.endswith("alpha")}
+    save_file(state, tmp_path / "x.safetensors", header)
+    if alpha == 1:
+        with pytest.raises(CheckpointError, match=r"has alpha 16, .* network 1\.\n  Give --network_alpha 16"):
+            ForeignNetwork(network, nn.Module()).load_weights(tmp_path / "x.safetensors")
+    else:
+        ForeignNetwork(network, nn.Module()).load_weights(tmp_path / "x.safetensors")
+
+
 def test_a_model_keeps_the_weights_that_a_network_takes_away(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     before, expected = {name: tensor.clone() for name, tensor in dit.state_dict().items()}, dit(**inputs(dit))

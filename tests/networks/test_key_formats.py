@@ -190,6 +190,8 @@ CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfA
     [
         ("lora_te2_", T5, "flux", "lora_te3"),  # OneTrainer
         ("lora_te_", CLIP, "flux", "lora_te1"),
+        ("lora_clip_", CLIP, "flux", "lora_te1"),  # InvokeAI
+        ("lora_t5_", T5, "flux", "lora_te3"),
         ("text_encoders.t5xxl.transformer.", T5, "flux", "lora_te3"),
         ("base_model.model.text_encoder_2.", T5, None, "lora_te3"),
         ("base_model.model.", T5, None, "lora_te3"),

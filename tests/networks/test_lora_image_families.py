@@ -418,7 +418,7 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
 @pytest.mark.parametrize(
     ("family", "kind", "target"),
     [
-        *(("flux_2", kind, "diffusers") for kind in ("LoKr", "whole LoKr", "LoRA")),
+        *(("flux_2", kind, "diffusers") for kind in ("LoKr", "whole LoKr", "LyCORIS LoKr", "LoRA")),
         ("flux_2", "LoRA", "as saved"),
         *(("z_image", kind, target) for kind in ("LoKr", "LoRA") for target in ("diffusers", "other")),
     ],
@@ -430,15 +430,18 @@ def test_pipelines_make_of_a_file_what_is_made_of_it_here(
     """The table of docs/generation.md, "What other tools read"."""
     made: Any = flux_2 if family == "flux_2" else z_image
     state, generator, tensors = made.tiny_state(), torch.Generator().manual_seed(3), dict[str, Tensor]()
-    for name, weight in state.items():
+    is_cut = "LyCORIS" in kind  # by its names in diffusers' layout
+    layers = made.diffusers_state(state) if is_cut else state
+    for name, weight in layers.items():
         if name.endswith(".weight") and weight.ndim == 2 and re.search(r"(blocks|layers)\.\d", name):
             rows, columns = weight.shape
             shapes = {"lora_down.weight": (2, columns), "lora_up.weight": (rows, 2)}
-            if kind != "LoRA":
+            if "LoKr" in kind:
                 low = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
                 whole = {"lokr_w2": (rows // 2, columns // 2)}
                 shapes = {"lokr_w1": (2, 2), **(whole if "whole" in kind else low)}
-            module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            start = "lycoris_" if is_cut else "lora_unet_"
+            module = start + name.removesuffix(".weight").replace(".", "_")
             for part, shape in shapes.items():
                 tensors[f"{module}.{part}"] = 0.2 * torch.randn(shape, generator=generator)
             tensors[f"{module}.alpha"] = torch.tensor(3.0)

@@ -126,6 +126,11 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
     ]:
         (use,) = lora_uses(options, LoraPatternOptions.usual(include_patterns=(pattern,)))
         assert [use.keeps(["diff"], name) for name in names] == kept
+    for typed in (None, ("blocks_1_",)):  # what an option excludes beside them may fit nothing
+        patterns = LoraPatternOptions.usual(exclude_patterns=typed).also_excluding("single_blocks|q$", 1)
+        (use,) = lora_uses(options, patterns)
+        assert [use.keeps(["diff"], name) for name in names] == [typed is None, True]
+        assert not use.keeps(["diff"], "lora_unet_single_blocks_1")
 
     (said,) = caplog.messages
     assert "blocks" in said

@@ -84,6 +84,9 @@ PEFT = {"transformer.lora_alpha": 16, "transformer.r": RANK}
         ({"lora_adapter_metadata": json.dumps(PEFT), "alpha": "16"}, None, 16),
         ({}, {"r": 2, "lora_alpha": 16}, 16),
         ({"alpha": "16"}, {"r": 2, "lora_alpha": 16}, 16),
+        ({"LoRA_Alpha": "16", "Rank": "2"}, None, 16),
+        ({"linear_alpha": "16", "linear": "2"}, None, 16),
+        ({"peft_config": json.dumps({"r": 2, "lora_alpha": 16})}, None, 16),
         # of other files, or no numbers
         ({}, {"r": 8, "lora_alpha": 16}, RANK),
         ({}, {"lora_alpha": 16}, RANK),
@@ -125,6 +128,49 @@ def test_two_alphas_that_differ_are_refused_and_tensors_count_before_both(model:
     check(model, write(model, tensors | alpha, metadata), expected)
 
 
+@pytest.mark.parametrize("name", [".lora_alpha", ".lora.alpha", ".alpha", "lora_alpha", "alpha"])
+@pytest.mark.parametrize("alpha", [torch.tensor([16]), torch.tensor(16.0, dtype=torch.bfloat16)])
+def test_alphas_are_read_under_other_names_of_tensors(model: Path, name: str, alpha: Tensor) -> None:
+    tensors, expected = plain(f"diffusion_model.{PROJ}", scale=16 / RANK)
+    key = f"diffusion_model.{PROJ}{name}" if name[0] == "." else name
+    check(model, write(model, tensors | {key: alpha}), expected)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        "lora.A lora.B",
+        "lora_a lora_b",
+        "lora_A.my.adapter lora_B.my.adapter",
+        "lora_down.default lora_up.default",
+    ],
+)
+def test_factors_are_read_in_other_spellings(model: Path, factors: str) -> None:
+    check(model, *_one(model, plain(f"diffusion_model.{PROJ}", factors=factors)))
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "words"),
+    [
+        (
+            f"diffusion_model.{PROJ}.inner",
+            "lora_A lora_B",
+            r"names have \.inner behind the module's, which is not",
+        ),
+        (
+            f"diffusion_model.{PROJ}",
+            "down up",
+            r"is no LoRA|factors have names that are not known, such as .*down",
+        ),
+    ],
+)
+def test_names_that_are_not_known_are_said(model: Path, name: str, factors: str, words: str) -> None:
+    tensors, _ = plain(name, factors=factors)
+    tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    with pytest.raises(CheckpointError, match=words):
+        check(model, write(model, tensors), {})
+
+
 TOGETHER = "double_blocks_0_img_attn_proj"
 
 
@@ -137,6 +183,7 @@ TOGETHER = "double_blocks_0_img_attn_proj"
             "pipe.dit.module.",
             "model.diffusion_model.base_model.model.",
             "net.",
+            "lora_transformer-",
         ),
     ],
 )
@@ -151,6 +198,7 @@ def test_starts_of_names_come_off_in_any_order(model: Path, name: str) -> None:
         *(
             f"lora_transformer_base_model_model_{TOGETHER}",
             "transformer.double_blocks.0._orig_mod.img_attn.proj",
+            f"diffusion_model.{PROJ}._orig_mod",
         ),
     ],
 )
@@ -221,12 +269,13 @@ def test_magnitudes_of_ai_toolkit_are_one_number_a_row(model: Path) -> None:
     check(model, path, {PROJ: magnitudes.double().numpy()[:, None] * changed / norms - weight})
 
 
+@pytest.mark.parametrize("names", ["transformer_1 transformer_2", "high_noise_model low_noise_model"])
 @pytest.mark.parametrize("start", ["diffusion_model.", ""])
-def test_one_file_of_ai_toolkit_for_both_experts_of_wan_is_taken_apart(tmp_path: Path, start: str) -> None:
+def test_one_file_for_both_experts_of_wan_is_taken_apart(tmp_path: Path, start: str, names: str) -> None:
     path = tmp_path / "both.safetensors"
     factors = {"lora_A": drawn(2, 4), "lora_B": drawn(4, 2)}
     tensors = {
-        f"{start}transformer_{n}.blocks.0.self_attn.q.{factor}.weight": n * one
+        f"{start}{names.split()[n - 1]}.blocks.0.self_attn.q.{factor}.weight": n * one
         for n in (1, 2)
         for factor, one in factors.items()
     }
@@ -283,14 +332,37 @@ def test_what_is_left_over_is_named_for_what_it_is(
 def test_text_connectors_are_named_where_they_are_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("transformer_blocks.0.attn1.to_q", "text_embedding_projection.video_aggregate_embed")
+    _merge_two(
+        tmp_path, ("transformer_blocks.0.attn1.to_q", "text_embedding_projection.video_aggregate_embed")
+    )
+    assert "they change the text connectors" in caplog.text
+    assert "damaged" not in caplog.text
+
+
+def _merge_two(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Merge a LoRA for two modules into a model that has the first."""
     tensors = {f"diffusion_model.{name}.lora_{x}.weight": torch.ones(4, 4) for name in names for x in "AB"}
     save_file(tensors, tmp_path / "lora.safetensors")
     save_file({f"{name}.weight": torch.ones(4, 4) for name in names[:1]}, tmp_path / "dit.safetensors")
     given = ("--lora_weight", "lora", "--dit", "dit", "--save_merged_model", "merged")
     merge_lora.main([one if one[0] == "-" else str(tmp_path / f"{one}.safetensors") for one in given])
-    assert "they change the text connectors" in caplog.text
-    assert "damaged" not in caplog.text
+
+
+def test_a_lora_of_another_size_is_named_for_its_model(model: Path) -> None:
+    tensors, _ = plain("lora_unet_single_blocks_0_linear1", "single_blocks.0.linear1", "lora_down lora_up")
+    save_file({"single_blocks.0.linear1.weight": torch.ones(9 * WIDTH, WIDTH)}, model)
+    path = write(model, tensors, {"ss_base_model_version": "flux1"})
+    with pytest.raises(CheckpointError, match=r"for single_blocks\.0\.linear1\.weight .* It is for flux\."):
+        check(model, path, {})
+
+
+def test_the_sound_of_a_lora_is_named_where_there_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
+    _merge_two(tmp_path, names)
+    assert "it was trained with --ltx2_mode av or audio" in caplog.text
+    assert "IS USED ONLY IN PART" not in caplog.text
 
 
 def test_a_start_that_is_not_known_is_named(model: Path) -> None:

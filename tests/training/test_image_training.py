@@ -32,6 +32,7 @@ from tests.training.toy_images import (
     write_pictures,
     write_subset,
 )
+from training import metadata
 from training.checks import list_unused_options
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.metadata import file_metadata
@@ -158,11 +159,17 @@ def test_a_run_may_begin_later(tmp_path: Path) -> None:
         train_image_toy(tmp_path, ONLY, "--initial_epoch", 3)
 
 
-def test_metadata_count_the_parts_of_captions_by_folder(tmp_path: Path) -> None:
+def test_metadata_count_the_parts_of_captions_by_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_subset(tmp_path, "num_repeats = 3")
     (tmp_path / "images" / "p0.txt").write_text("Red , a house,, red")
     train_image_toy(tmp_path, ONLY)
     made = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
+    monkeypatch.setattr(metadata, "MOST_TAGS", 2)
+    train_image_toy(tmp_path, ONLY, "--overwrite")
+    most = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
+    assert most == {"images": {"red": 5, "big": 3}}
     numbers = {f"number {number}": 1 for number in (1, 2, 3)}
     assert made == {"images": {"red": 5, "a house": 1, "big": 3, **numbers}}
 

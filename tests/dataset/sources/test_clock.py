@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_tools.report.check import check_caching
+from dataset.batches.items import find_items
+from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
 from dataset.caching.loop import cache_media
@@ -111,7 +115,15 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     assert record is not None
     older = {name: value for name, value in record.options.items() if name != "one_clock"}  # before this
     changed = latent_metadata(dataclasses.replace(record, options=older))
+    texts = path.with_name(f"{find_sources(config.datasets[0])[0].stem}_toy_te.safetensors")
+    write_tensors(texts, {"t5_float32": torch.ones(1, 4)}, {})
+    encoders, found = SameEncoders(), find_items(config, "toy", family.latent)
+    encoders.warn(read_batch(found.items, family.latent).made_by)
+    assert "is of an earlier version" not in caplog.text
     write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+    for _ in range(2):
+        encoders.warn(read_batch(found.items, family.latent).made_by)
+    assert caplog.text.count("is of an earlier version, which read control clips and masks without") == 1
 
     report = cache_media(family, config, options())
 

@@ -327,10 +327,33 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
     (fault,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
     assert fault.text.startswith("'edit', which holds files: reference pictures and control media are read")
+    assert fault.kind.startswith("column of ")
+    assert fault.kind.endswith(" is not read")  # behind "1"
 
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
     (fault,) = find_unread(list_of(tmp_path, rows, "list"))
     assert "'control_images', such as 'b.png'" in fault.text
+
+    (fault,) = find_unread(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
+    assert fault.text == "'prompt': did you mean 'caption'?"
+
+
+@pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
+def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: str) -> None:
+    rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
+    (fault,) = find_unread(list_of(tmp_path, rows, form))
+    assert fault.text == "'control_path_1': of such files the model takes 1 an item."
+    assert find_unread(list_of(tmp_path, rows, form, references=ReferenceRules(most=2))) == []
+
+
+def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
+    table = list_of(tmp_path, [{"image_path": "a.png", "caption": "x"}], "list")
+    assert table.jsonl_file is not None
+    line = table.jsonl_file.read_text(encoding="utf-8").replace("}", ', "caption": "y"}')
+    table.jsonl_file.write_text(line, encoding="utf-8")
+    faults: list[Fault] = []
+    assert find_sources(table, faults=faults) == []
+    assert "key 'caption' occurs twice" in faults[0].text
 
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])

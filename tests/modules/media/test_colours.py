@@ -4,6 +4,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import pytest
 from PIL import Image, ImageCms
 
 from modules.media.pixels import video_pixels
-from modules.media.reading import media_colours, read_image, read_mask, video_frames
+from modules.media.reading import (
+    frame_size,
+    image_suffixes,
+    media_colours,
+    read_image,
+    read_mask,
+    video_frames,
+)
 from modules.media.streams import shown_frames
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 256, 17), np.arange(0, 256, 17)), -1).astype(np.uint8)  # 16 16 2
@@ -22,6 +30,7 @@ ALPHA = np.tile(np.array([0, 64, 128, 255], np.uint8), (16, 4))
 XYZ_OF_SRGB = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 XYZ_OF_P3 = np.array([[0.4866, 0.2657, 0.1982], [0.2290, 0.6917, 0.0793], [0.0, 0.0451, 1.0439]])
 XYZ_OF_ADOBE = np.array([[0.5767, 0.1856, 0.1882], [0.2973, 0.6274, 0.0753], [0.0270, 0.0707, 0.9911]])
+XYZ_OF_2020 = np.array([[0.6370, 0.1446, 0.1689], [0.2627, 0.6780, 0.0593], [0.0, 0.0281, 1.0610]])
 TO_D50 = np.array([[1.0479, 0.0229, -0.0502], [0.0296, 0.9904, -0.0171], [-0.0092, 0.0151, 0.7519]])
 P3_PLACES = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
 GREY_CURVE = np.rint(255 * (np.arange(256) / 255) ** (1 / 2.2)).astype(int)
@@ -365,3 +374,66 @@ def test_nothing_is_said_of_plain_pictures(tmp_path: Path, caplog: pytest.LogCap
             np.testing.assert_array_equal(read_image(path), np.array(picture.convert("RGB")))
         colours = media_colours(path)
         assert (colours.is_transparent, colours.is_converted, caplog.records) == (False, False, [])
+
+
+@pytest.mark.skipif(".avif" not in image_suffixes(), reason="this Pillow reads no AVIF")
+@pytest.mark.parametrize(("codes", "to_xyz"), [((12, 13), XYZ_OF_P3), ((1, 13), None), ((2, 2), None)])
+def test_colours_that_an_avif_names_by_codes_become_srgb(
+    tmp_path: Path, codes: tuple[int, int], to_xyz: np.ndarray | None
+) -> None:
+    path, colour = tmp_path / "x.avif", np.array([200, 120, 90])
+    Image.new("RGB", (64, 64), tuple(colour.tolist())).save(path, quality=100, subsampling="4:4:4")
+    before, box, rest = path.read_bytes().partition(b"colrnclx")
+    path.write_bytes(before + box + struct.pack(">HH", *codes) + rest[4:])
+
+    expected = colour if to_xyz is None else converted(colour, to_xyz, None)
+    np.testing.assert_allclose(read_image(path)[5, 5], expected, atol=2)
+    assert media_colours(path).is_converted == (to_xyz is not None)
+
+
+@pytest.mark.parametrize(
+    ("codes", "to_xyz"), [((12, 1), XYZ_OF_P3), ((9, 14), XYZ_OF_2020), ((1, 1), None), ((9, 16), None)]
+)
+def test_wide_colours_of_clips_become_srgb(
+    tmp_path: Path, codes: tuple[int, int], to_xyz: np.ndarray | None
+) -> None:
+    path, colour = tmp_path / "x.mkv", np.array([200, 120, 90])
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
+        stream.codec_context.color_primaries, stream.codec_context.color_trc = codes
+        frame: Any = av.VideoFrame.from_ndarray(np.full((32, 32, 3), colour, np.uint8), format="rgb24")
+        frame = frame.reformat(format="bgr0")
+        frame.color_primaries, frame.color_trc = codes
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+    expected = colour if to_xyz is None else converted(colour, to_xyz, None)
+    np.testing.assert_allclose(next(video_frames(path))[5, 5], expected, atol=2)
+    assert media_colours(path).is_converted == (to_xyz is not None)
+
+
+@pytest.mark.parametrize("ratio", [Fraction(2), Fraction(1, 2), Fraction(1001, 1000)])
+def test_pixels_of_clips_are_made_square(tmp_path: Path, ratio: Fraction) -> None:
+    path = tmp_path / "x.mp4"
+    half = np.zeros((32, 64, 3), np.uint8)
+    half[:, :16] = 255
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=8, options={"crf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv444p"
+        stream.codec_context.sample_aspect_ratio = ratio
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(half, format="rgb24")))
+        file.mux(stream.encode())
+
+    width = 64 if 0.9 < ratio < 1.1 else round(64 * ratio)
+    frame = next(video_frames(path))
+    assert frame_size(path) == (width, 32) == frame.shape[1::-1]
+    assert abs(float(frame.mean()) - 255 / 4) < 3
+    assert frame[:, : width // 5].min() > 240
+
+
+@pytest.mark.parametrize("params", ["tff=1:interlaced=1", "b-pyramid=none"])
+def test_interlaced_clips_are_told(tmp_path: Path, params: str) -> None:
+    grey, options = np.full((64, 64, 3), 9, np.uint8), {"x264-params": params}
+    path = encode_clip(tmp_path / "x.mp4", "libx264", "yuv420p", grey, options=options)
+    assert media_colours(path).is_interlaced == ("tff" in params)
