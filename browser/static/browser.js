@@ -128,7 +128,7 @@ async function samplesOf(row, prompt) {
 }
 
 document.addEventListener("click", async (event) => {
-  const link = event.target.closest(".grid td a"), copy = event.target.closest(".copy");
+  const link = event.target.closest(".grid td a");
   if (link && $("beside") && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();
     const row = link.closest("tr");
@@ -138,25 +138,9 @@ document.addEventListener("click", async (event) => {
     $("beside").showModal();
     showPair();
   }
-  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? "Copied" : "Select the text above";
   if (event.target.id === "play") setPlaying(!playing);
   if (event.target.id === "close") $("beside").close();
 });
-
-async function copyText(text) {
-  try {
-    await navigator.clipboard.writeText(text); // over https and on this machine only
-    return true;
-  } catch {
-    const area = document.createElement("textarea");
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    const isDone = document.execCommand("copy");
-    area.remove();
-    return isDone;
-  }
-}
 
 document.addEventListener("click", (event) => {
   const said = event.target.closest("[data-confirm]")?.dataset.confirm;

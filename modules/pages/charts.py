@@ -15,11 +15,24 @@ WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit si
 LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
 ROOM = 0.05  # share of the values' range that stays free on each side
 MOST_TICKS = 6  # of an axis
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+# those of pages.css, whose variables do not reach into a picture: light, dark
+INKS = (
+    ("#7a3b1d", "#1f5f6b", "#7b6a12", "#5b3d7a", "#2f6b3a", "#a02b4e", "#23201b", "#6a6358"),
+    ("#e3a77e", "#7fc4d0", "#d8c55c", "#bba0dd", "#8fce9a", "#f08fab", "#ece5d6", "#a79f8f"),
+)
+RULE, AXIS = "var(--rule)", "var(--axis)"
+COLOURS = [f"var(--ink-{number})" for number in range(len(INKS[0]))]
+LOOKS = [
+    "".join(f"--ink-{number}:{ink};" for number, ink in enumerate(inks))
+    + f"--text:{text};--rule:{rule};--axis:{axis}"
+    for inks, text, rule, axis in zip(
+        INKS, ("#23201b", "#ece5d6"), ("#d9d2c3", "#3a352b"), ("#6a6358", "#a79f8f"), strict=True
+    )
+]
 START = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-    ' font-family="sans-serif" font-size="12" text-anchor="middle">'
-    '<rect width="100%" height="100%" fill="#fff"/>'
+    ' font-family="system-ui, sans-serif" font-size="12" text-anchor="middle" fill="var(--text)">'
+    f"<style>:root{{{LOOKS[0]}}}@media screen and (prefers-color-scheme:dark){{:root{{{LOOKS[1]}}}}}</style>"
 )
 Point = tuple[float, float]  # x y of the drawing
 
@@ -56,11 +69,11 @@ def draw_chart(chart: Chart) -> Markup:
     up = _Axis([value for side in values for value in side], BOTTOM, TOP)
     parts = [START]
     for place, label in across.ticks():
-        parts += [_line([(place, TOP), (place, BOTTOM)], "#ddd"), _text(place, BOTTOM + 16, label)]
+        parts += [_line([(place, TOP), (place, BOTTOM)], RULE), _text(place, BOTTOM + 16, label)]
     for place, label in up.ticks():
-        parts += [_line([(LEFT, place), (RIGHT, place)], "#ddd")]
+        parts += [_line([(LEFT, place), (RIGHT, place)], RULE)]
         parts += [_text(LEFT - 6, place + 4, label, 'text-anchor="end"')]
-    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], "#333")]
+    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)]
     for number, curve in enumerate(chart.curves):
         parts += _draw_curve(curve, across, up, COLOURS[number % len(COLOURS)])
     middle = (TOP + BOTTOM) / 2

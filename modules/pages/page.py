@@ -1,13 +1,17 @@
-"""Write an HTML page: one file that needs no server, runs no script and fetches nothing.
+"""Write an HTML page: one file that needs no server, runs no script but `page.js`, and fetches nothing.
 
 A page is a Jinja2 template beside the code that fills it. It extends `base.html` of this folder:
 
     {% extends "base.html" %}{% block body %}<p>{{ prompt }}</p>{% endblock %}
 
+`pages.css` is the look of all of them. One with commands to copy has `{% block script %}` with `page.js`.
+
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 """
 
 import base64
+import functools
+import hashlib
 import io
 import logging
 import re
@@ -75,8 +79,28 @@ def share_page(page: Path, copy: Path) -> None:
 
 
 HERE = Path(__file__).resolve().parent
-# Nothing is fetched and no script runs, even if a text from outside were not escaped.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+
+
+@functools.cache
+def file_policy() -> str:
+    """Return what a page may load: nothing is fetched, and no script runs but the text of `page.js`, even if
+    a text from outside were not escaped.
+    """
+    script = (HERE / "page.js").read_text(encoding="utf-8").removesuffix("\n")
+    mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{mark}'"
+    )
+
+
+def mark_code(text: str) -> Markup:
+    """Return a text with what stands between backticks marked as code."""
+    parts = (
+        Markup("<code>{}</code>" if at % 2 else "{}").format(mark_folders(one))
+        for at, one in enumerate(text.split("`"))
+    )
+    return Markup("").join(parts)
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
@@ -87,8 +111,8 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
     write_text(path, render_page(template, title, values))
 
 
-def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = POLICY) -> str:
-    """Return the page of `template` with these values, which are escaped. policy: of what it may load.
+def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str | None = None) -> str:
+    """Return the page of `template` with these values, which are escaped. policy: `file_policy()` if None.
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
@@ -100,7 +124,8 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    given = {**values, "title": escape_control_codes(title), "policy": policy}
+    environment.filters["code"] = mark_code
+    given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
     return environment.get_template(template.name).render(given)
 
 
@@ -120,13 +145,10 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
     )
 
 
-def embed_clip(
-    frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512, has_controls: bool = True
-) -> Markup:
+def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
     """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
 
-    has_controls: show the browser's buttons, too large for a small clip. Frames with a longer side than
-    `largest_side` pixels are reduced. Raises MediaError if there is no frame.
+    Frames with a longer side than `largest_side` pixels are reduced. Raises MediaError if there is no frame.
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
@@ -137,9 +159,8 @@ def embed_clip(
         reduced = (reduce_frame(frame, largest_side) for frame in frames)
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()
-    controls = Markup(" controls" if has_controls else "")
-    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline{}></video>').format(
-        _as_url("video/mp4", data), text, controls
+    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline></video>').format(
+        _as_url("video/mp4", data), text
     )
 
 

@@ -67,7 +67,7 @@ class ClipStore:
         """Encode a clip that was read. Raises UserError if that fails."""
         text = f"{prompt}, step {step}"  # for those who cannot see it
         for side in (SIDE, SMALL_SIDE):
-            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side, has_controls=False)
+            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
             if len(self.clips[name]) <= MOST_CLIP_BYTES:
                 break
 
