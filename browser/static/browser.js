@@ -149,6 +149,7 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
+  if (event.target.id === "part") showPart(+event.target.value);
   if (event.target.id !== "with") return;
   const { value, selectedOptions: [{ text }] } = event.target;
   if (value) others.set(value, text);
@@ -257,8 +258,16 @@ function draw() {
   plots = kept;
 }
 
+// The last part of the steps so far: what fingers can choose.
+function showPart(share) {
+  const now = Math.max(...[...told.values()].map((news) => news.step));
+  if (share < 1) setZoom(Math.floor(now * (1 - share)), now);
+  else setZoom();
+}
+
 function setZoom(from, to) {
   zoom = from === undefined ? null : [from, to];
+  if (!zoom) $("part").value = "1";
   drawAnew();
 }
 
@@ -310,7 +319,10 @@ async function goOn(wait) {
 document.addEventListener("htmx:after:swap", () => { watch(); showNewest(); keepStep(); });
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (!detail.ctx.response.raw.ok) return;
-  if (target.matches(".add")) target.reset();
+  if (target.matches(".add")) {
+    target.reset();
+    $("added").textContent = "Added: it waits above.";
+  }
   if (target.matches(".enqueue")) target.querySelector("button:not(.copy)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });

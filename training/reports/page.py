@@ -1,5 +1,8 @@
 """Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
 
+import contextlib
+import functools
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +19,7 @@ from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import embed_clip, write_page
+from modules.text_files import read_safetensors_texts
 from training.reports.history import Points, SampleRow, Start, Story, history_name
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
@@ -274,12 +278,34 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
+    """Return the saved files that are there, by step; equal weights together, the shortest name first.
+
+    The last file of a run is often saved twice: as that of its step, and as that of the run.
+    """
+    found: dict[tuple[int, str], list[str]] = {}
+    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], len(saved[0]), saved[0])):
+        with contextlib.suppress(OSError):
+            status = (folder / name).stat()
+            if stat.S_ISREG(status.st_mode):
+                mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
+                found.setdefault((step, mark or name), []).append(name)
+    return [(step, names) for (step, _), names in found.items()]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _weights_mark(path: Path, changed: int, size: int) -> str:
+    """Return the SHA-256 of the tensors that a LoRA's metadata tell; empty if they do not."""
+    try:
+        return read_safetensors_texts(path).get("sshs_model_hash", "")
+    except (OSError, ValueError):
+        return ""
+
+
 def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], saved[0])):
+    for step, (name, *twins) in list_files(story, folder):
         path = folder / name
-        if not path.is_file():
-            continue
         validated = story.nearest(step)
         loss = "" if validated is None else f"{validated[1]:.4g}"
         if validated is not None and validated[0] != step:
@@ -291,7 +317,8 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
                 "step": f"{step:,}",
                 "loss": "not measured (average)" if story.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),
-                "is_best": name == best,
+                "twins": twins,
+                "is_best": best in (name, *twins),
             }
         )
     return rows
