@@ -37,7 +37,7 @@ class BrowserOptions(Options, title="browser"):
         "is every network that this machine is in",
         default="127.0.0.1",
     )
-    token: Path | None = option("file with a secret word; who does not have it sees nothing", place="file")
+    token: Path | None = option("file with a secret word; who does not have it sees nothing")
     work: bool = option(
         "run the command lines of the queue one after another: FOLDER/reelsmith-queue/queue.txt, see "
         "docs/browser.md",

@@ -33,7 +33,7 @@ KINDS = {
     "stop": "Asked: it saves and ends when this step is done.",
 }
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
-STATIC["page.js"] = PAGES / "page.js"
+STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",

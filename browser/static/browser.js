@@ -167,6 +167,7 @@ function showNewest() {
   all(".newest").filter((box) => !box.isMoved).forEach((box) => box.scrollTo(box.scrollWidth, box.scrollHeight));
 }
 
+addEventListener("resize", showNewest);
 document.addEventListener("scroll", ({ target: box }) => {
   if (!box.matches?.(".newest")) return;
   const rest = [box.scrollWidth - box.clientWidth - box.scrollLeft, box.scrollHeight - box.clientHeight - box.scrollTop];

@@ -107,6 +107,8 @@ REFUSED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
+    (r"python tools\compare.py", r"\c in 'python tools"),
+    (r"python wan_train_network.py --dit C:\models\x.safetensors", "Write / between folders"),
     *((f"python wan_train_network.py {sign}x", f"'{sign}'") for sign in ";&|>$`~*"),
 )
 
@@ -331,6 +333,9 @@ def test_a_training_saves_when_it_is_stopped_and_goes_on_when_it_is_retried(
     queue.add(training_words(cached, output, 1, "--max_train_steps", 4), ROOT)
     queue.begin_work()
     wait_for((output / "x-step00000001.safetensors").exists, queue.jobs()[0].last_lines)
+    with serve_runs(queue.folder.parent, tmp_path) as served:
+        page = served.ask("/queue").text
+        assert f'<a href="{served.of("x")}">x</a> · step' in page
 
     queue.stop(1)
 

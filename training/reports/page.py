@@ -189,7 +189,9 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
         )
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_each = "picture and sound" if experts.keys() <= {PICTURE_STREAM, SOUND_STREAM} else "each transformer"
-    rates = {name.removeprefix("lr/"): rates for name, rates in story.rates.items()}
+    rates = {
+        name.removeprefix("lr/").replace("unet", "transformer"): one for name, one in story.rates.items()
+    }
     bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
     charts = (
         Chart(curves, "step", "loss", "Loss"),
