@@ -8,31 +8,22 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from modules.control_codes import escape_control_codes
-from modules.pages.page import embed_svg
+from modules.pages.page import HERE, embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
 LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
 ROOM = 0.05  # share of the values' range that stays free on each side
 MOST_TICKS = 6  # of an axis
-# those of pages.css, whose variables do not reach into a picture: light, dark
-INKS = (
-    ("#7a3b1d", "#1f5f6b", "#7b6a12", "#5b3d7a", "#2f6b3a", "#a02b4e", "#23201b", "#6a6358"),
-    ("#e3a77e", "#7fc4d0", "#d8c55c", "#bba0dd", "#8fce9a", "#f08fab", "#ece5d6", "#a79f8f"),
-)
-RULE, AXIS = "var(--rule)", "var(--axis)"
-COLOURS = [f"var(--ink-{number})" for number in range(len(INKS[0]))]
-LOOKS = [
-    "".join(f"--ink-{number}:{ink};" for number, ink in enumerate(inks))
-    + f"--text:{text};--rule:{rule};--axis:{axis}"
-    for inks, text, rule, axis in zip(
-        INKS, ("#23201b", "#ece5d6"), ("#d9d2c3", "#3a352b"), ("#6a6358", "#a79f8f"), strict=True
-    )
-]
+COLOURS = [*(f"var(--ink-{number})" for number in range(1, 7)), "var(--ink)", "var(--faint)"]
+RULE, AXIS = "var(--rule)", "var(--faint)"
+LOOK = (
+    (HERE / "pages.css").read_text(encoding="utf-8").partition("@media print")[0]
+)  # its colours, light and dark
 START = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-    ' font-family="system-ui, sans-serif" font-size="12" text-anchor="middle" fill="var(--text)">'
-    f"<style>:root{{{LOOKS[0]}}}@media screen and (prefers-color-scheme:dark){{:root{{{LOOKS[1]}}}}}</style>"
+    ' font-family="system-ui, sans-serif" font-size="12" text-anchor="middle" fill="var(--ink)">'
+    f"<style>{LOOK}</style>"
 )
 Point = tuple[float, float]  # x y of the drawing
 

@@ -13,7 +13,6 @@ import base64
 import functools
 import hashlib
 import io
-import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,24 +27,15 @@ from PIL import Image
 
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
-from modules.errors import UserError
 from modules.media.reading import Frame
-from modules.text_files import require_regular_file
 
-logger = logging.getLogger(__name__)
-
-
-# Make a copy of a page to give to others: without folders, commands, and links to files beside it.
-#
-# Templates put what is private between `PRIVATE` and `END`; `mark_folders` does so in all texts of a page.
-GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
-PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")  # escaped texts cannot hold them
+# Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
+# page; escaped texts cannot hold them.
+PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
 # a drive, the root or the home folder, and all folders below it; their names may hold blanks inside
 _FOLDERS = re.compile(
     r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:[^\\/\n:*?"<>|]*[^\\/\s:*?"<>|])?[\\/]+)+"""
 )
-_MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
-_FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def mark_folders(value: Any) -> Any:
@@ -62,45 +52,16 @@ def mark_folders(value: Any) -> Any:
     return Markup("").join([*parts, escape(text[end:])]) if parts else text
 
 
-def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts. Raises UserError if it is no page of ours."""
-    try:
-        require_regular_file(page)
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{page} cannot be read ({error}). Give a page that this program wrote.") from None
-    if GENERATOR not in text[:2000]:
-        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
-    count = 1
-    while count:  # the innermost ones first: folders are marked in commands too
-        text, count = _MARKED.subn("", text)
-    write_text(copy, _FILE_LINK.sub("<a>", text))
-    logger.info("wrote %s", copy)
-
-
 HERE = Path(__file__).resolve().parent
 
 
 @functools.cache
 def file_policy() -> str:
-    """Return what a page may load: nothing is fetched, and no script runs but the text of `page.js`, even if
-    a text from outside were not escaped.
-    """
+    """Return what a page may do: load nothing, run `page.js` alone, even if a text were not escaped."""
     script = (HERE / "page.js").read_text(encoding="utf-8").removesuffix("\n")
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{mark}'"
-    )
-
-
-def mark_code(text: str) -> Markup:
-    """Return a text with what stands between backticks marked as code."""
-    parts = (
-        Markup("<code>{}</code>" if at % 2 else "{}").format(mark_folders(one))
-        for at, one in enumerate(text.split("`"))
-    )
-    return Markup("").join(parts)
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+    return f"{policy}; script-src 'sha256-{mark}'"
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
@@ -124,7 +85,6 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    environment.filters["code"] = mark_code
     given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
     return environment.get_template(template.name).render(given)
 

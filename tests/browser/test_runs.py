@@ -15,9 +15,8 @@ import pytest
 from browser.options import BrowserOptions
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs
 from browser.start import run_browser
-from browser.views import select_runs
+from browser.views import select_runs, share_page
 from modules.errors import OptionError
-from modules.pages.page import share_page
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page

@@ -30,6 +30,7 @@ PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samp
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
+SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at the end, on pages
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import embed_clip, write_page
 from modules.text_files import read_safetensors_texts
-from training.reports.history import Points, SampleRow, Start, Story, history_name
+from training.reports.history import SHOWN, Points, SampleRow, Start, Story, history_name
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -275,8 +275,9 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     seconds = [each for each in story.seconds.values() if each is not None]
     if seconds:
         total = sum(seconds)
-        note = f"without pauses; {in_words(total)} in all"
-        tiles.append(("Seconds per step", f"{total / len(seconds):.3g}", note))
+        last = seconds[-SHOWN:]
+        note = f"mean of the last {count_of(len(last), 'step')}, without pauses; {in_words(total)} in all"
+        tiles.append(("Seconds per step", f"{sum(last) / len(last):.3g}", note))
     return tiles
 
 
@@ -332,7 +333,7 @@ def describe_best(story: Story, best: str | None) -> str:
     if lowest is None:
         return (
             "No validation loss was measured, so the page cannot say which file is best. Add "
-            "--validation_split 0.1 --validate_every_n_steps 100, or `validation = true` in a dataset table."
+            "--validation_split 0.1 --validate_every_n_steps 100, or 'validation = true' in a dataset table."
         )
     step, loss = lowest
     if best is None:
