@@ -143,6 +143,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     values = page_values(run.history.parent, story, linked_clip, now.shown, MOST_SAMPLES)
     values["live"] = {
         "id": run.id,
+        "mark": mark_page(story, now),
         "left": now.left,
         "name": run.name,
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
@@ -154,6 +155,14 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     return render_page(TEMPLATE, run.name, values, POLICY)
 
 
+def mark_page(story: Story, now: LiveStanding) -> str:
+    """Return a text that changes with the page of a run, but for its curves and tiles."""
+    events = [
+        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
+    ]
+    return hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
+
+
 def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
     """Return what a page of a run asks for again and again: its curves, if they are not those that it has.
 
@@ -163,15 +172,11 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
     shown = runs.open(run)
     story = shown.story
     now = LiveStanding.of(run, story)
-    events = [
-        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
-    ]
-    page = hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
     low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
     key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
-        "page": page,
+        "page": mark_page(story, now),
         "state": now.state,
         "step": now.shown.step,
         "left": now.left,

@@ -280,7 +280,7 @@ function drawAnew() {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { plots.forEach((one) => { one.shape = ""; }); draw(); });
 
 // ---- what is new
-let page = null;
+let page = place?.dataset.mark; // what came between this page and its first question is shown too
 async function ask() {
   if (place) {
     const ids = [place.dataset.run, ...others.keys()];
@@ -294,7 +294,7 @@ async function ask() {
     if (isNew.length) draw();
     const ours = answers[0]?.[1];
     if (!ours) return 15000;
-    if (page !== null && page !== ours.page) htmx.trigger(document.body, "fresh");
+    if (page !== ours.page) htmx.trigger(document.body, "fresh");
     page = ours.page;
     $("remaining").textContent = ours.left;
     document.querySelector("progress").value = ours.step;

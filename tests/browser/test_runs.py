@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
         file.write(started.replace('"step": 0', '"step": 6') + "\n")
 
     assert look(tmp_path)["x"].state == RUNNING
+
+
+def test_a_page_is_made_anew_if_something_came_between_it_and_its_first_question(tmp_path: Path) -> None:
+    path = write_run(tmp_path, kind=None)
+    with serve_runs(tmp_path) as served:
+        (mark,) = re.findall(r'data-mark="(\w+)"', served.ask(served.of("x")).text)
+        assert served.ask(served.of("x", "news")).json()["page"] == mark
+
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 6, "level": "info", "message": "new"}) + "\n")
+
+        assert served.ask(served.of("x", "news")).json()["page"] != mark
 
 
 def test_what_trainings_write_is_told(tmp_path: Path) -> None:
