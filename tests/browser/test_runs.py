@@ -100,6 +100,19 @@ def test_a_page_is_made_anew_if_something_came_between_it_and_its_first_question
         assert served.ask(served.of("x", "news")).json()["page"] != mark
 
 
+def test_list_and_page_tell_the_seconds_of_the_last_50_steps_as_the_bar_does(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=0, kind=None, total_steps=100)
+    rows = [{"step": step, "loss": 1.0, "seconds": 9.0 if step <= 10 else 1.0} for step in range(1, 61)]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    assert look(tmp_path)["x"].left == "40 s"
+    with serve_runs(tmp_path) as served:
+        page = served.ask(served.of("x")).text
+    assert "<b>1</b>mean of the last 50 steps, without pauses; 2 min in all" in page
+    assert "· 40 s left" in page
+
+
 def test_what_trainings_write_is_told(tmp_path: Path) -> None:
     """Finished, and killed in the middle; and a copy elsewhere tells the same."""
     write_caches(tmp_path)
