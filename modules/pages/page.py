@@ -26,6 +26,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from modules.atomic_write import write_text
+from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.media.reading import Frame
 
@@ -85,6 +86,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         lstrip_blocks=True,
         finalize=mark_folders,
     )
+    values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"])}
     given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
     return environment.get_template(template.name).render(given)
 
