@@ -319,7 +319,7 @@ async function goOn(wait) {
 
 document.addEventListener("htmx:after:swap", () => { watch(); showNewest(); keepStep(); });
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
-  if (!detail.ctx.response.raw.ok) return;
+  if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
   if (target.matches(".add")) {
     target.reset();
     $("added").textContent = "Added: it waits above.";
