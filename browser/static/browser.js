@@ -317,12 +317,19 @@ async function goOn(wait) {
   }, wait);
 }
 
-document.addEventListener("htmx:after:swap", () => { watch(); showNewest(); keepStep(); });
+let wasAdded = false; // a line to the queue, which the swap that follows shows
+document.addEventListener("htmx:after:swap", () => {
+  watch();
+  showNewest();
+  keepStep();
+  if (wasAdded && $("added")) $("added").textContent = "Added: it waits above.";
+  wasAdded = false;
+});
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
   if (target.matches(".add")) {
     target.reset();
-    $("added").textContent = "Added: it waits above.";
+    wasAdded = true;
   }
   if (target.matches(".enqueue")) target.querySelector("button:not(.copy)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
 });

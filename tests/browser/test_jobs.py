@@ -298,7 +298,8 @@ def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -
         wait_until(page, f"{order} === 'j2,j3,j1,j4'")
         wait_until(
             page,
-            "document.getElementById('words').value === '' && !document.getElementById('said').innerText",
+            "document.getElementById('words').value === '' && !document.getElementById('said').innerText"
+            " && document.getElementById('added').innerText === 'Added: it waits above.'",
         )
         page.click("text=Start the queue")
         page.wait_for_selector("text=Pause the queue")
