@@ -119,7 +119,6 @@ def teach(runner: "Runner", name: str) -> None:
 
 def training_command(name: str) -> list[str]:
     folder = f"quickstart/{name}"
-    launch = "-m accelerate.commands.launch --num_processes 1 --num_cpu_threads_per_process 2 --cpu"
     network = "--network_module networks.lora_wan --network_dim 32 --network_alpha 32"
     times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision no"
     rate = f"--learning_rate 3e-3 --lr_scheduler cosine --max_train_steps {STEPS}"
@@ -128,7 +127,7 @@ def training_command(name: str) -> list[str]:
     output = f"--output_dir {folder}/output --output_name {name} --logging_dir {folder}/logs"
     dataset = f"--dataset_config {folder}/dataset.toml --seed 42 --sdpa --save_state_on_train_end"
     options = f"{dataset} {network} {times} {rate} {samples} {output}"
-    return [*launch.split(), "wan_train_network.py", *MODEL, *VAE, *T5, *options.split()]
+    return ["wan_train_network.py", *MODEL, *VAE, *T5, *options.split()]
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:

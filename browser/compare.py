@@ -25,7 +25,7 @@ from modules.families import WITH_SCRIPTS
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
-from training.reports.page import link
+from training.reports.page import link, list_files
 from training.reports.sample_files import FOLDER as SAMPLES
 
 MOST_COLUMNS, MOST_ROWS, USUAL_ROWS = 24, 40, 8
@@ -86,10 +86,10 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Return the saved files that are there, by step."""
+        """Return the saved files that are there, by step; of those with equal weights one."""
         folder, story, found = self.run.history.parent, self.story, []
         best = story.best_file(folder)
-        for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], saved[0])):
+        for step, (name, *twins) in list_files(story, folder):
             pair = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
             is_second = name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name
             paths = [folder / each for each in dict.fromkeys((name, pair))]
@@ -97,7 +97,7 @@ class ComparableRun:
                 continue
             validated = None if story.is_average(name) else story.nearest(step)
             loss = None if validated is None else validated[1]
-            found.append(ComparedFile(self, name, paths, step, loss, best in (name, pair)))
+            found.append(ComparedFile(self, name, paths, step, loss, best in (name, pair, *twins)))
         return found
 
 
@@ -209,7 +209,8 @@ def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Compariso
     for source in sources:
         files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
         chosen = [file for file in files if file.key in wanted]
-        comparison.columns += chosen or [file for file in files if file.is_best or file is files[-1]]
+        place = next((at for at, file in enumerate(files) if file.is_best), len(files) - 1)
+        comparison.columns += chosen or files[max(0, place - 1) :][:2]  # the best and the one before
     lines = [line for line in comparison.more.splitlines() if line.strip() and not line.startswith("#")]
     prompts = dict.fromkeys(
         prompt

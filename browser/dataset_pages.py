@@ -135,6 +135,7 @@ class DatasetPages:
                 "version": measured.version,
                 "outside": measured.outside,
                 "remarks": measured.remarks[:TOLD],
+                "totals": measured.totals,
                 "model": measured.model,
                 "decodes": measured.decodes,
             }

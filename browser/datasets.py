@@ -93,6 +93,7 @@ class Measured:
     files: dict[str, File] = field(default_factory=dict)  # those inside the folders, by their id
     outside: int = 0  # files that are not
     remarks: list[str] = field(default_factory=list)  # on no file of its own
+    totals: dict[str, int] = field(default_factory=dict)  # faults and remarks, as the report counts them
     error: str = ""
     decodes: bool = False  # whole files were read, not only headers
     model: str = ""
@@ -235,6 +236,7 @@ class Datasets:
         with self.lock:
             measured.files, measured.outside, measured.error = files, outside, error
             measured.remarks = [f"{one['kind']}: {one['text']}" for one in remarks]
+            measured.totals = {name: numbers.get(f"num_{name}", 0) for name in ("faults", "remarks")}
             measured.version += 1
             measured.is_running = False
 

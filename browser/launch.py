@@ -43,11 +43,18 @@ _known = functools.cache(find_commands)
 def split_words(line: str) -> list[str]:
     """Return the words of a command line; quotes group them, and a backslash escapes, but not on Windows.
 
-    Raises OptionError if it has a mark that only a shell understands, or a quote without an end.
+    Raises OptionError if it has a mark that only a shell understands, a quote without an end, or a backslash
+    that looks like Windows' between folders.
     """
     if mark := MARKS.search(QUOTED.sub("''", line)):
         raise OptionError(
             f"{mark[0]!r} in {line!r}: no shell reads this line. Put quotes round the word, or leave it out"
+        )
+    lost = next((one for one in QUOTED.findall(line) if re.fullmatch(r"\\[\w.-]", one)), None)
+    if lost is not None and os.name != "nt":
+        raise OptionError(
+            f"{lost} in {line!r}: here a backslash escapes the character behind it. Write / between "
+            "folders, or put single quotes round the word"
         )
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)
     lexer.whitespace_split, lexer.commenters = True, ""

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
-from modules.text_files import read_text
+from modules.text_files import read_text, real_path
 
 LOCAL = "localhost"
+USUAL_PORT = 8765
+READ = (".toml", "-history.jsonl")  # ends of files that it shows: of datasets, of runs
 SHORTEST, LONGEST = 16, 1024  # characters of a token
+MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
 
 
 class BrowserOptions(Options, title="browser"):
@@ -23,13 +26,18 @@ class BrowserOptions(Options, title="browser"):
         nargs="*",
         metavar="FOLDER",
     )
-    port: int = option("port to listen at; 0: any that is free", default=0, least=0, most=65535)
+    port: int | None = option(
+        f"port to listen at; 0: any that is free (default: {USUAL_PORT}, so that a bookmark holds, or any if "
+        "that is taken)",
+        least=0,
+        most=65535,
+    )
     host: str = option(
         "address to listen at. Others than this machine's own let the network in, and need --token: 0.0.0.0 "
         "is every network that this machine is in",
         default="127.0.0.1",
     )
-    token: Path | None = option("file with a secret word; who does not have it sees nothing", place="file")
+    token: Path | None = option("file with a secret word; who does not have it sees nothing")
     work: bool = option(
         "run the command lines of the queue one after another: FOLDER/reelsmith-queue/queue.txt, see "
         "docs/browser.md",
@@ -47,10 +55,15 @@ class BrowserOptions(Options, title="browser"):
         for folder in self.folders:
             if not folder.exists():
                 raise OptionError(f"{folder}: no such folder")
+            if folder.is_file() and not folder.name.endswith(READ):
+                raise OptionError(
+                    f"{folder} is a file: give a folder with runs in it, such as {real_path(folder).parent}, "
+                    "a run's ...-history.jsonl, or a dataset's .toml"
+                )
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
-                f"least {SHORTEST} characters, or leave --host out"
+                f"least {SHORTEST} characters, or leave --host out. {MAKE_TOKEN.format('token.txt')}"
             )
         if self.export is not None and self.export.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--export {self.export}: name a file that ends in .html")
@@ -76,9 +89,13 @@ class BrowserOptions(Options, title="browser"):
         except UnicodeDecodeError:
             word = ""
         except OSError as error:
-            raise OptionError(f"--token {self.token} cannot be read: {error.strerror or error}") from None
+            raise OptionError(
+                f"--token {self.token} cannot be read: {error.strerror or error}. "
+                f"{MAKE_TOKEN.format(self.token)}"
+            ) from None
         if len(word) < SHORTEST or not re.fullmatch(r"[\w-]+", word, re.ASCII):
             raise OptionError(
-                f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _"
+                f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _, "
+                f"without blanks. {MAKE_TOKEN.format(self.token)}"
             )
         return word

@@ -1,10 +1,12 @@
 """Make the pages of the queue and of a comparison, and answer their buttons."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import psutil  # comes with accelerate
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -19,9 +21,9 @@ from browser.compare import (
     read_comparison,
     working_folder,
 )
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, JobQueue
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, split_words
-from browser.runs import RUNNING, Runs
+from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.views import HERE, POLICY, FileNotes
 from modules.atomic_write import write_text
 from modules.command import as_typed
@@ -86,6 +88,16 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
     return [Route("/compare", show), Route("/compare", answer_form(make), methods=["POST"])]
 
 
+def is_of(run: Glance, job: Job) -> bool:
+    """Return whether a running training is one that a job's process has started."""
+    if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
+        return False
+    with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
+        parents = psutil.Process(run.start.process["number"]).parents()
+        return job.process["number"] in {parent.pid for parent in parents}
+    return False
+
+
 def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
     """Return the routes of the queue."""
     changes = {
@@ -100,8 +112,12 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
             jobs = queue.jobs()
             ended = [job for job in jobs if job.state in ENDED]
             ended.sort(key=lambda job: ((job.process or {}).get("born", 0), job.id), reverse=True)
+            running = [job for job in jobs if job.state == RUNNING]
+            with runs.lock:
+                trainings = {job.id: run for run in runs.look() for job in running if is_of(run, job)}
             values = {
-                "running": [job for job in jobs if job.state == RUNNING],
+                "running": running,
+                "trainings": trainings,
                 "waiting": [job for job in jobs if job.state == WAITING],
                 "ended": ended,
                 "worker": queue.worker,

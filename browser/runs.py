@@ -20,7 +20,17 @@ import psutil  # comes with accelerate
 from modules.atomic_write import identify_machine
 from modules.console import in_words
 from modules.text_files import real_path
-from training.reports.history import END, HIGHEST, PREDICTED, Row, Start, Story, history_name, parse_row
+from training.reports.history import (
+    END,
+    HIGHEST,
+    PREDICTED,
+    SHOWN,
+    Row,
+    Start,
+    Story,
+    history_name,
+    parse_row,
+)
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
@@ -198,7 +208,7 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             story.ending or (told[1] if told else None),
             step,
             [statistics.fmean(losses[index : index + width]) for index in range(0, len(losses), width)],
-            statistics.median(seconds) if seconds else None,
+            statistics.fmean(seconds[-SHOWN:]) if seconds else None,
             samples[-1][min(samples[-1])] if samples else "",
             dict(story.memory),
             story.start.model if story.start else told[0] if told else "",

@@ -21,6 +21,7 @@ from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
+from modules.pages.page import HERE as PAGES
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ KINDS = {
     "stop": "Asked: it saves and ends when this step is done.",
 }
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
+STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
 import sys
 from typing import Any
 
 from browser.jobs import open_queue
-from browser.options import BrowserOptions
-from browser.runs import Runs
+from browser.options import USUAL_PORT, BrowserOptions
+from browser.runs import RUNNING, Runs
+from modules.console import count_of
 from modules.errors import InstallationError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ def run_browser(options: BrowserOptions) -> None:
     if options.work:
         queue.begin_work()
     show_address(options, port, token)
+    found = runs.look()
+    running = sum(run.state == RUNNING for run in found)
+    logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count_of(len(found), "run"), running)
     app: Any = make_app(runs, options.host, token, options.read_only, queue)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
@@ -51,15 +57,31 @@ def run_browser(options: BrowserOptions) -> None:
         queue.end_work()
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises OutputError if the address cannot be had."""
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """Return a socket that listens. port: None is USUAL_PORT, or any if that is taken.
+
+    Raises OutputError if the address cannot be had.
+    """
+    if port is None:
+        try:
+            return open_socket(host, USUAL_PORT)
+        except OutputError:
+            logger.info(
+                "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", USUAL_PORT
+            )
+            port = 0
     try:
         kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
         ]
         return socket.create_server(address[:2], family=kind)
     except OSError as error:
-        raise OutputError(f"--host {host} --port {port} cannot be used: {error.strerror or error}") from None
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            with open_socket(host, 0) as free:
+                hint = f". Port {free.getsockname()[1]} is free; --port 0 takes any that is"
+        reason = os.strerror(error.errno) if error.errno == errno.EADDRINUSE else error.strerror or error
+        raise OutputError(f"--host {host} --port {port} cannot be used: {reason}{hint}") from None
 
 
 def show_address(options: BrowserOptions, port: int, token: str | None) -> None:

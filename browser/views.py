@@ -1,6 +1,7 @@
 """Make the pages of runs, their curves as JSON and what is said of a file; write a run as one page."""
 
 import hashlib
+import logging
 import math
 import re
 import statistics
@@ -14,11 +15,12 @@ from typing import Any
 from markupsafe import Markup
 
 from browser.runs import RUNNING, STATES, Glance, Runs, tell_left, tell_state
+from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
-from modules.errors import OptionError
-from modules.pages.page import render_page, share_page
-from modules.text_files import read_safetensors_texts
-from training.reports.history import Points, Start, Story
+from modules.errors import OptionError, UserError
+from modules.pages.page import END, PRIVATE, render_page
+from modules.text_files import read_safetensors_texts, require_regular_file
+from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
     ClipStore,
@@ -31,13 +33,14 @@ from training.reports.page import (
 )
 from training.reports.sample_files import FOLDER as SAMPLES
 
+logger = logging.getLogger(__name__)
+
 HERE = Path(__file__).resolve().parent
 MOST_RUNS = 200  # of a list, until all are asked for
 MOST_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
 MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
 MOST_POINTS = 1500  # of a curve; zooming shows more
 MOST_MESSAGES = 500
-SEEN = 20  # steps that the time left is told by
 MOST_TEXT = 4000  # characters of a value of a file's metadata
 COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
 COMPARED = re.compile(rf"{COMPARED_FOLDER}/\d{{3,}}_\d+_[^/\\]+\.(mp4|png)")
@@ -121,8 +124,8 @@ class LiveStanding:
         text, kind = ending or (f"died after step {step:,}, without a word", "bad")
         if state == RUNNING:
             text, kind = state, ""
-        seconds = [each for each in [*story.seconds.values()][-SEEN:] if each is not None]
-        left = tell_left(start.total_steps - step, statistics.median(seconds) if seconds else None)
+        seconds = [each for each in story.seconds.values() if each is not None][-SHOWN:]
+        left = tell_left(start.total_steps - step, statistics.fmean(seconds) if seconds else None)
         words = f"· {left} left" if left and state == RUNNING else ""
         if state == RUNNING and (story.doing or story.left):
             words = f"· {story.doing}" if story.doing else f"· {run.left} left"
@@ -142,6 +145,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     values = page_values(run.history.parent, story, linked_clip, now.shown, MOST_SAMPLES)
     values["live"] = {
         "id": run.id,
+        "mark": mark_page(story, now),
         "left": now.left,
         "name": run.name,
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
@@ -153,6 +157,14 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     return render_page(TEMPLATE, run.name, values, POLICY)
 
 
+def mark_page(story: Story, now: LiveStanding) -> str:
+    """Return a text that changes with the page of a run, but for its curves and tiles."""
+    events = [
+        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
+    ]
+    return hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
+
+
 def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
     """Return what a page of a run asks for again and again: its curves, if they are not those that it has.
 
@@ -162,15 +174,11 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
     shown = runs.open(run)
     story = shown.story
     now = LiveStanding.of(run, story)
-    events = [
-        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
-    ]
-    page = hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
     low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
     key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
-        "page": page,
+        "page": mark_page(story, now),
         "state": now.state,
         "step": now.shown.step,
         "left": now.left,
@@ -235,6 +243,27 @@ class FileNotes:
         rows |= {name: escape_control_codes(shorten(text, MOST_TEXT)) for name, text in sorted(texts.items())}
         line = Markup("<tr><td>{}</td><td>{}</td></tr>")
         return Markup("<table>{}</table>").format(Markup("").join(line.format(*row) for row in rows.items()))
+
+
+GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
+_MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
+_FILE_LINK = re.compile(r'<a href="\./[^"]*">')
+
+
+def share_page(page: Path, copy: Path) -> None:
+    """Write a copy of a page without private facts. Raises UserError if it is no page of ours."""
+    try:
+        require_regular_file(page)
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{page} cannot be read ({error}). Give a page that this program wrote.") from None
+    if GENERATOR not in text[:2000]:
+        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
+    count = 1
+    while count:  # the innermost ones first: folders are marked in commands too
+        text, count = _MARKED.subn("", text)
+    write_text(copy, _FILE_LINK.sub("<a>", text))
+    logger.info("wrote %s", copy)
 
 
 def export_run(runs: Runs, path: Path) -> None:

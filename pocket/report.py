@@ -1,81 +1,64 @@
 """Write the quickstart's report: clips with the detectors' verdicts, curves, samples and commands.
 
-It is one HTML file without scripts.
-
-    python -m pocket.report FOLDER
+python -m pocket.report FOLDER
 """
 
-import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy
+from markupsafe import Markup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modules.atomic_write import write_text
 from modules.errors import UserError
-from modules.media.reading import read_image, resize_cover, video_frames
-from modules.media.writing import write_png
+from modules.media.reading import video_frames, video_info
+from modules.pages.charts import Chart, Curve, draw_chart
+from modules.pages.page import embed_clip, write_page
 from pocket import drawing
 from pocket.concepts import CONCEPTS, Concept
 from pocket.footage import read_folder
 from pocket.measure import FORMS
 from tests.pocket.detectors import Verdict, look
 
-SHEET_FRAMES = 5
-SHEET_TILE = 96
+TEMPLATE = Path(__file__).resolve().parent / "report.html"
 LOSS_WINDOW = 20  # number of steps averaged at the start and at the end
-STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:66em;margin:2em auto;padding:0 "
-    "1em}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
-    "img,svg,video{max-width:100%}figure{margin:1em "
-    "0}.ok{color:#176b2c}.pair{display:flex;gap:1em;flex-wrap:wrap}"
-)
-TITLE = "Reelsmith: a model is taught something it has never seen"
-COPYRIGHT = (
-    "Footage: Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0; bikes and carphone are common test "
-    "sequences."
-)
+TITLE = "A model is taught something it has never seen"
+Table = tuple[
+    Sequence[str], Sequence[tuple[str, Sequence[tuple[Markup, str]]]]
+]  # heads; label and cells of rows
 
 
 def write_report(folder: Path) -> Path:
     """Check what the run made and describe it in report.html. Raises UserError if a check fails."""
     blorp, zindle = CONCEPTS["blorp"], CONCEPTS["zindle"]
     before, after = (clips_by_seed(folder / name, folder / "blorp.txt") for name in ("before", "after"))
-    counts = [
-        sum(shows(clip, blorp) for clip in clips if blorp.word in clip.prompt) for clips in (before, after)
-    ]
-    asked = sum(blorp.word in clip.prompt for clip in before)
     if any(
         numpy.array_equal(first.frames, second.frames) for first, second in zip(before, after, strict=True)
     ):
         raise UserError("the LoRA changes nothing: clips made with and without it are equal")
-    sections = [
-        f"<p class=ok>Of {asked} clips that ask for a <b>{blorp.word}</b>, a form that the model has never "
-        "seen, "
-        f"{counts[0]} show it before and {counts[1]} after {read_steps(folder / blorp.word)} steps.</p>",
-        "<h2>Before and after: same prompts, same seeds</h2>",
-        *(pair(folder, *clips) for clips in zip(before, after, strict=True)),
-        f"<h2>The second LoRA: {zindle.word} is a colour</h2>",
-        *(pair(folder, clip) for clip in clips_by_seed(folder / "zindle", folder / "zindle.txt")),
-        "<h2>Both LoRAs at once</h2>",
-        *(pair(folder, clip) for clip in clips_by_seed(folder / "both", folder / "both.txt")),
-        *(section for concept in (blorp, zindle) for section in training_sections(folder, concept.word)),
-        "<h2>Real footage through cache and VAE: left as it was, right as it comes back</h2>",
-        *footage_figures(folder, folder / "footage" / "reconstructed"),
-        "<h2>The commands</h2><p>Put in the paths of a real model to repeat this.</p>" + _commands(folder),
-        f"<p>{COPYRIGHT}</p>",
-    ]
-    text = (
-        "<!doctype html><meta "
-        f"charset=utf-8><title>{TITLE}</title><style>{STYLE}</style><h1>{TITLE}</h1>{''.join(sections)}"
-    )
+    values = {
+        "word": blorp.word,
+        "colour": zindle.word,
+        "asked": sum(blorp.word in clip.prompt for clip in before),
+        "counts": [
+            sum(shows(clip, blorp) for clip in clips if blorp.word in clip.prompt)
+            for clips in (before, after)
+        ],
+        "steps": len(read_scalars(folder / blorp.word / "logs", "loss/current")),
+        "before_and_after": judge(("before", before), ("after", after)),
+        "second": judge(("", clips_by_seed(folder / "zindle", folder / "zindle.txt"))),
+        "both": judge(("", clips_by_seed(folder / "both", folder / "both.txt"))),
+        "trainings": [describe_training(folder, concept.word) for concept in (blorp, zindle)],
+        "footage": show_footage(folder / "footage" / "reconstructed"),
+        "commands": json.loads((folder / "commands.json").read_text(encoding="utf-8")),
+    }
     report = folder / "report.html"
-    write_text(report, text)
+    write_page(report, TEMPLATE, TITLE, values)
     return report
 
 
@@ -112,44 +95,70 @@ def shows(clip: GeneratedClip, concept: Concept) -> bool:
     )
 
 
-def pair(folder: Path, *clips: GeneratedClip) -> str:
-    """Return HTML: clips of one prompt side by side, the prompt above, the detectors' verdict under each."""
-    return (
-        f"<h3>{html.escape(clips[0].prompt)}</h3><div "
-        f"class=pair>{''.join(_judge(folder, clip) for clip in clips)}</div>"
+def judge(*rows: tuple[str, Sequence[GeneratedClip]]) -> Table:
+    """Return a table of clips, a column for each prompt, with what the detectors see in each."""
+
+    def say(verdict: Verdict) -> str:
+        if verdict.is_empty:
+            return "the detectors see nothing"
+        thing = f"{verdict.colour} {verdict.shape or 'something'}"
+        return f"the detectors see {thing} moving {verdict.direction or 'nowhere'}"
+
+    heads = [clip.prompt for clip in rows[0][1]]
+    return heads, [(label, [(play(clip.path), say(clip.verdict)) for clip in clips]) for label, clips in rows]
+
+
+def describe_training(folder: Path, word: str) -> dict[str, Any]:
+    """Return what the report tells of a training: clips, losses, curves, samples."""
+    losses = read_scalars(folder / word / "logs", "loss/current")
+    validation = read_scalars(folder / word / "logs", "validation/loss")
+    every = len(losses) / max(len(validation) - 1, 1)  # the first is before training
+    learned = sorted((folder / word / "clips").glob("*.mp4"))[:4]
+    samples = []  # step and file
+    for path in (folder / word / "output" / "sample").glob("*.mp4"):
+        mark = path.stem.removeprefix(f"{word}_").partition("_")[0]
+        samples.append((int(mark) if mark.isdigit() else 0, path))
+    curves = [
+        Curve("loss", range(1, len(losses) + 1), losses, smoothing=0.9),
+        Curve("validation", [at * every for at in range(len(validation))], validation, has_dots=True),
+    ]
+    return {
+        "word": word,
+        "clips": in_a_row(
+            (path.with_suffix(".txt").read_text(encoding="utf-8"), path, "") for path in learned
+        ),
+        "losses": [
+            *(statistics.fmean(part) for part in (losses[:LOSS_WINDOW], losses[-LOSS_WINDOW:])),
+            *(validation[0], validation[-1]),
+        ],
+        "charts": [
+            draw_chart(Chart([curve], "step", "loss", title))
+            for curve, title in zip(curves, ("Loss", "Validation loss"), strict=True)
+        ],
+        "prompt": (folder / f"{word}_samples.txt").read_text(encoding="utf-8").partition(" --")[0],
+        "samples": in_a_row(
+            (f"step {step}" if step else "before training", path, "") for step, path in sorted(samples)
+        ),
+    }
+
+
+def show_footage(reconstructed: Path) -> Table:
+    """Return a table of real clips beside their reconstructions."""
+    figures = json.loads((reconstructed / "psnr.json").read_text(encoding="utf-8"))
+    return in_a_row(
+        (name, reconstructed / f"{name}.mp4", f"{value:.1f} dB") for name, value in figures.items()
     )
 
 
-def training_sections(folder: Path, word: str) -> list[str]:
-    """Return HTML on the training of a LoRA: clips, curves, samples."""
-    losses = read_scalars(folder / word / "logs", "loss/current")
-    validation = read_scalars(folder / word / "logs", "validation/loss")
-    first, last = (statistics.fmean(part) for part in (losses[:LOSS_WINDOW], losses[-LOSS_WINDOW:]))
-    clips = sorted((folder / word / "clips").glob("*.mp4"))[:4]
-    return [
-        f"<h2>Teaching {word}</h2><p>Four of the clips it learned from:</p>",
-        *(figure(folder, path, path.with_suffix(".txt").read_text(encoding="utf-8")) for path in clips),
-        f"<p>Loss: from {first:.3f} to {last:.3f}. Validation loss: from {validation[0]:.3f} to "
-        f"{validation[-1]:.3f}.</p>",
-        curve(losses, "loss"),
-        curve(validation, "validation loss"),
-        "<p>Samples while training:</p>",
-        *(figure(folder, path, path.stem) for path in _samples(folder / word / "output" / "sample")),
-    ]
+def in_a_row(clips: Iterable[tuple[str, Path, str]]) -> Table:
+    """Return a table of one row. clips: head, file and note of each."""
+    heads, paths, notes = zip(*clips, strict=True)
+    return heads, [("", [(play(path), note) for path, note in zip(paths, notes, strict=True)])]
 
 
-def footage_figures(folder: Path, reconstructed: Path) -> list[str]:
-    """Return HTML: real clips beside their reconstructions."""
-    figures = json.loads((reconstructed / "psnr.json").read_text(encoding="utf-8"))
-    return [
-        figure(folder, reconstructed / f"{name}.mp4", f"{name}: {value:.1f} dB")
-        for name, value in figures.items()
-    ]
-
-
-def read_steps(folder: Path) -> int:
-    """Return how many steps a LoRA was trained for."""
-    return len(read_scalars(folder / "logs", "loss/current"))
+def play(path: Path) -> Markup:
+    """Return a tag that plays a clip."""
+    return embed_clip(list(video_frames(path)), video_info(path).fps, path.stem)
 
 
 def read_scalars(logs: Path, name: str) -> list[float]:
@@ -163,59 +172,6 @@ def read_scalars(logs: Path, name: str) -> list[float]:
         if name in events.Tags()["scalars"]:
             return [event.value for event in events.Scalars(name)]
     raise UserError(f"{logs}: no run with {name} was logged")
-
-
-def curve(values: Sequence[float], name: str, width: int = 720, height: int = 200) -> str:
-    """Return an SVG line of numbers in their order; the axis begins at 0."""
-    top = max(values)
-    step = width / max(len(values) - 1, 1)
-    points = " ".join(
-        f"{index * step:.1f},{height - value / top * (height - 10):.1f}" for index, value in enumerate(values)
-    )
-    line = f"<polyline fill=none stroke='#2458a6' stroke-width=1.5 points='{points}'/>"
-    label = f"<text x=4 y=14 font-size=12>{top:.2f} {name}</text>"
-    return f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{name}'>{line}{label}</svg>"
-
-
-def figure(folder: Path, video: Path, text: str) -> str:
-    """Return HTML: a contact sheet with a link to the video, and a text below it."""
-    sheet = folder / "sheets" / f"{video.parent.parent.name}_{video.parent.name}_{video.stem}.png"
-    write_png(sheet, contact_sheet(video))
-    place, name = (html.escape(path.relative_to(folder).as_posix()) for path in (sheet, video))
-    return (
-        f"<figure><a href='{name}'><img src='{place}' "
-        f"alt='{name}'></a><figcaption>{html.escape(text)}</figcaption></figure>"
-    )
-
-
-def _judge(folder: Path, clip: GeneratedClip) -> str:
-    verdict = clip.verdict
-    seen = (
-        "nothing"
-        if verdict.is_empty
-        else f"{verdict.colour} {verdict.shape or 'something'} moving {verdict.direction or 'nowhere'}"
-    )
-    return figure(folder, clip.path, f"{clip.path.parent.name}: the detectors see {seen}")
-
-
-def contact_sheet(path: Path) -> numpy.ndarray:
-    """Return a row of frames spread over a video or image, H W 3 uint8."""
-    frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
-    chosen = [
-        frames[round(index)] for index in numpy.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames)))
-    ]
-    tile = SHEET_TILE * frames[0].shape[1] // frames[0].shape[0], SHEET_TILE
-    return numpy.concatenate([resize_cover(frame, tile) for frame in chosen], axis=1)
-
-
-def _samples(folder: Path) -> list[Path]:
-    made = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
-    return sorted(made, key=lambda path: path.stat().st_mtime)
-
-
-def _commands(folder: Path) -> str:
-    commands = json.loads((folder / "commands.json").read_text(encoding="utf-8"))
-    return f"<pre>{html.escape(chr(10).join(commands))}</pre>"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class ShareOptions(Options):
 
 main = plain_script(
     __doc__,
-    "modules.pages.page.share_page",
+    "browser.views.share_page",
     ShareOptions,
     prepare=lambda options: (options.page, options.copy),
 )

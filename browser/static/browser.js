@@ -128,7 +128,7 @@ async function samplesOf(row, prompt) {
 }
 
 document.addEventListener("click", async (event) => {
-  const link = event.target.closest(".grid td a"), copy = event.target.closest(".copy");
+  const link = event.target.closest(".grid td a");
   if (link && $("beside") && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();
     const row = link.closest("tr");
@@ -138,25 +138,9 @@ document.addEventListener("click", async (event) => {
     $("beside").showModal();
     showPair();
   }
-  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? "Copied" : "Select the text above";
   if (event.target.id === "play") setPlaying(!playing);
   if (event.target.id === "close") $("beside").close();
 });
-
-async function copyText(text) {
-  try {
-    await navigator.clipboard.writeText(text); // over https and on this machine only
-    return true;
-  } catch {
-    const area = document.createElement("textarea");
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    const isDone = document.execCommand("copy");
-    area.remove();
-    return isDone;
-  }
-}
 
 document.addEventListener("click", (event) => {
   const said = event.target.closest("[data-confirm]")?.dataset.confirm;
@@ -165,6 +149,7 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
+  if (event.target.id === "part") showPart(+event.target.value);
   if (event.target.id !== "with") return;
   const { value, selectedOptions: [{ text }] } = event.target;
   if (value) others.set(value, text);
@@ -182,6 +167,7 @@ function showNewest() {
   all(".newest").filter((box) => !box.isMoved).forEach((box) => box.scrollTo(box.scrollWidth, box.scrollHeight));
 }
 
+addEventListener("resize", showNewest);
 document.addEventListener("scroll", ({ target: box }) => {
   if (!box.matches?.(".newest")) return;
   const rest = [box.scrollWidth - box.clientWidth - box.scrollLeft, box.scrollHeight - box.clientHeight - box.scrollTop];
@@ -273,8 +259,16 @@ function draw() {
   plots = kept;
 }
 
+// The last part of the steps so far: what fingers can choose.
+function showPart(share) {
+  const now = Math.max(...[...told.values()].map((news) => news.step));
+  if (share < 1) setZoom(Math.floor(now * (1 - share)), now);
+  else setZoom();
+}
+
 function setZoom(from, to) {
   zoom = from === undefined ? null : [from, to];
+  if (!zoom) $("part").value = "1";
   drawAnew();
 }
 
@@ -286,7 +280,7 @@ function drawAnew() {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { plots.forEach((one) => { one.shape = ""; }); draw(); });
 
 // ---- what is new
-let page = null;
+let page = place?.dataset.mark; // what came between this page and its first question is shown too
 async function ask() {
   if (place) {
     const ids = [place.dataset.run, ...others.keys()];
@@ -300,7 +294,7 @@ async function ask() {
     if (isNew.length) draw();
     const ours = answers[0]?.[1];
     if (!ours) return 15000;
-    if (page !== null && page !== ours.page) htmx.trigger(document.body, "fresh");
+    if (page !== ours.page) htmx.trigger(document.body, "fresh");
     page = ours.page;
     $("remaining").textContent = ours.left;
     document.querySelector("progress").value = ours.step;
@@ -323,10 +317,20 @@ async function goOn(wait) {
   }, wait);
 }
 
-document.addEventListener("htmx:after:swap", () => { watch(); showNewest(); keepStep(); });
+let wasAdded = false; // a line to the queue, which the swap that follows shows
+document.addEventListener("htmx:after:swap", () => {
+  watch();
+  showNewest();
+  keepStep();
+  if (wasAdded && $("added")) $("added").textContent = "Added: it waits above.";
+  wasAdded = false;
+});
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
-  if (!detail.ctx.response.raw.ok) return;
-  if (target.matches(".add")) target.reset();
+  if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
+  if (target.matches(".add")) {
+    target.reset();
+    wasAdded = true;
+  }
   if (target.matches(".enqueue")) target.querySelector("button:not(.copy)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });

@@ -29,8 +29,9 @@ function showState(news) {
   $("state").textContent = news.state === "ready" ? how : WORDS[news.state];
   $("told").hidden = !(news.error || news.command);
   $("told").textContent = news.command ?? news.error ?? "";
-  const names = { "": "files", dropped: "dropped", told: "with remarks", uncaptioned: "without a caption", outdated: "caches out of date" };
-  const tiles = Object.entries(news.counts ?? {}).map(([name, count]) => [names[name], count]);
+  const names = { "": "files", dropped: "dropped", uncaptioned: "without a caption", outdated: "caches out of date" };
+  const counts = Object.entries(news.counts ?? {}).filter(([name]) => name in names);
+  const tiles = [...counts.map(([name, count]) => [names[name], count]), ...Object.entries(news.totals ?? {})];
   tiles.splice(1, 0, ["items to train on", news.items]);
   $("tiles").replaceChildren(...(news.version ? tiles : []).map(([name, count]) => {
     const tile = make("div", name, "tile");

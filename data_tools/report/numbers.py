@@ -102,6 +102,9 @@ def collect_numbers(
         # those of files and captions have their own lists
         "faults": told("faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
         "remarks": told("remarks", lambda fault: fault.stem is None),  # about files that no source uses
+        # all of them, as --check counts them
+        "num_faults": sum(len(found.faults) for found in tables),
+        "num_remarks": sum(len(found.remarks) for found in tables),
         "captions": (
             each[0]["captions"]
             if len(each) == 1

@@ -1,4 +1,4 @@
-"""HTML pages: one file each, without scripts.
+"""HTML pages: one file each, of one style sheet.
 
 charts: draw curves over steps, with axes
 page: write a page of one file, with embedded pictures

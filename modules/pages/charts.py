@@ -8,18 +8,22 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from modules.control_codes import escape_control_codes
-from modules.pages.page import embed_svg
+from modules.pages.page import HERE, embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
 LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
 ROOM = 0.05  # share of the values' range that stays free on each side
 MOST_TICKS = 6  # of an axis
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+COLOURS = [*(f"var(--ink-{number})" for number in range(1, 7)), "var(--ink)", "var(--faint)"]
+RULE, AXIS = "var(--rule)", "var(--faint)"
+LOOK = (
+    (HERE / "pages.css").read_text(encoding="utf-8").partition("@media print")[0]
+)  # its colours, light and dark
 START = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-    ' font-family="sans-serif" font-size="12" text-anchor="middle">'
-    '<rect width="100%" height="100%" fill="#fff"/>'
+    ' font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="var(--ink)">'
+    f"<style>{LOOK}</style>"
 )
 Point = tuple[float, float]  # x y of the drawing
 
@@ -56,22 +60,22 @@ def draw_chart(chart: Chart) -> Markup:
     up = _Axis([value for side in values for value in side], BOTTOM, TOP)
     parts = [START]
     for place, label in across.ticks():
-        parts += [_line([(place, TOP), (place, BOTTOM)], "#ddd"), _text(place, BOTTOM + 16, label)]
+        parts += [_line([(place, TOP), (place, BOTTOM)], RULE), _text(place, BOTTOM + 19, label)]
     for place, label in up.ticks():
-        parts += [_line([(LEFT, place), (RIGHT, place)], "#ddd")]
-        parts += [_text(LEFT - 6, place + 4, label, 'text-anchor="end"')]
-    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], "#333")]
+        parts += [_line([(LEFT, place), (RIGHT, place)], RULE)]
+        parts += [_text(LEFT - 6, place + 5, label, 'text-anchor="end"')]
+    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)]
     for number, curve in enumerate(chart.curves):
         parts += _draw_curve(curve, across, up, COLOURS[number % len(COLOURS)])
     middle = (TOP + BOTTOM) / 2
     parts += [
-        _text((LEFT + RIGHT) / 2, HEIGHT - 10, chart.x_label),
+        _text((LEFT + RIGHT) / 2, HEIGHT - 8, chart.x_label),
         _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"'),
-        _text((LEFT + RIGHT) / 2, TOP - 11, chart.title, 'font-size="14"'),
+        _text((LEFT + RIGHT) / 2, TOP - 11, chart.title, 'font-size="16"'),
     ]
     if len(chart.curves) > 1:
         for number, curve in enumerate(chart.curves):
-            colour, y = COLOURS[number % len(COLOURS)], TOP + 14 + 15 * number
+            colour, y = COLOURS[number % len(COLOURS)], TOP + 15 + 17 * number
             parts += [_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"')]
     return embed_svg("".join([*parts, "</svg>"]), chart.title)
 

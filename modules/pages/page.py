@@ -1,15 +1,18 @@
-"""Write an HTML page: one file that needs no server, runs no script and fetches nothing.
+"""Write an HTML page: one file that needs no server, runs no script but `page.js`, and fetches nothing.
 
 A page is a Jinja2 template beside the code that fills it. It extends `base.html` of this folder:
 
     {% extends "base.html" %}{% block body %}<p>{{ prompt }}</p>{% endblock %}
 
+`pages.css` is the look of all of them. One with commands to copy has `{% block script %}` with `page.js`.
+
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 """
 
 import base64
+import functools
+import hashlib
 import io
-import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,25 +26,17 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from modules.atomic_write import write_text
+from modules.command import as_typed
 from modules.control_codes import escape_control_codes
-from modules.errors import UserError
 from modules.media.reading import Frame
-from modules.text_files import require_regular_file
 
-logger = logging.getLogger(__name__)
-
-
-# Make a copy of a page to give to others: without folders, commands, and links to files beside it.
-#
-# Templates put what is private between `PRIVATE` and `END`; `mark_folders` does so in all texts of a page.
-GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
-PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")  # escaped texts cannot hold them
+# Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
+# page; escaped texts cannot hold them.
+PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
 # a drive, the root or the home folder, and all folders below it; their names may hold blanks inside
 _FOLDERS = re.compile(
     r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:[^\\/\n:*?"<>|]*[^\\/\s:*?"<>|])?[\\/]+)+"""
 )
-_MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
-_FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def mark_folders(value: Any) -> Any:
@@ -58,25 +53,16 @@ def mark_folders(value: Any) -> Any:
     return Markup("").join([*parts, escape(text[end:])]) if parts else text
 
 
-def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts. Raises UserError if it is no page of ours."""
-    try:
-        require_regular_file(page)
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{page} cannot be read ({error}). Give a page that this program wrote.") from None
-    if GENERATOR not in text[:2000]:
-        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
-    count = 1
-    while count:  # the innermost ones first: folders are marked in commands too
-        text, count = _MARKED.subn("", text)
-    write_text(copy, _FILE_LINK.sub("<a>", text))
-    logger.info("wrote %s", copy)
-
-
 HERE = Path(__file__).resolve().parent
-# Nothing is fetched and no script runs, even if a text from outside were not escaped.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+
+
+@functools.cache
+def file_policy() -> str:
+    """Return what a page may do: load nothing, run `page.js` alone, even if a text were not escaped."""
+    script = (HERE / "page.js").read_text(encoding="utf-8").removesuffix("\n")
+    mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+    return f"{policy}; script-src 'sha256-{mark}'"
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
@@ -87,8 +73,8 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
     write_text(path, render_page(template, title, values))
 
 
-def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = POLICY) -> str:
-    """Return the page of `template` with these values, which are escaped. policy: of what it may load.
+def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str | None = None) -> str:
+    """Return the page of `template` with these values, which are escaped. policy: `file_policy()` if None.
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
@@ -100,7 +86,8 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    given = {**values, "title": escape_control_codes(title), "policy": policy}
+    values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"])}
+    given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
     return environment.get_template(template.name).render(given)
 
 
@@ -120,13 +107,10 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
     )
 
 
-def embed_clip(
-    frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512, has_controls: bool = True
-) -> Markup:
+def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
     """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
 
-    has_controls: show the browser's buttons, too large for a small clip. Frames with a longer side than
-    `largest_side` pixels are reduced. Raises MediaError if there is no frame.
+    Frames with a longer side than `largest_side` pixels are reduced. Raises MediaError if there is no frame.
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
@@ -137,9 +121,8 @@ def embed_clip(
         reduced = (reduce_frame(frame, largest_side) for frame in frames)
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()
-    controls = Markup(" controls" if has_controls else "")
-    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline{}></video>').format(
-        _as_url("video/mp4", data), text, controls
+    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline></video>').format(
+        _as_url("video/mp4", data), text
     )
 
 

@@ -16,13 +16,22 @@ from browser.jobs import open_queue
 from browser.options import BrowserOptions
 from browser.runs import Runs
 from browser.start import run_browser
+from generation.sheets import ClipGrid, Row, write_grids
+from modules.pages.charts import Chart, Curve, draw_chart
+from modules.pages.page import write_page
+from pocket import report as quickstart
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
+from tests.data_tools.report.making import report, save_clip
+from tests.data_tools.report.test_page import make_config, make_set
+from tests.data_tools.report.test_page import write_page as write_check
 from tests.training.toy import train_toy, write_caches, write_prompts
 
 AXE = "axe-core@4.14.1"  # by Deque Systems, MPL 2.0; half a megabyte, so it is fetched
 INTEGRITY = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
 SERIOUS = ("serious", "critical")
+WIDTHS = (360, 390, 768, 1024, 1280, 1920, 2560)
+FILES = ("run", "check", "report", "sheet", "quickstart")  # pages that need no server
 FAULTS = "axe.run().then(({violations}) => violations.map(({id, impact, nodes}) => "
 FAULTS += "[impact, id, nodes.map(({html, failureSummary}) => [html.slice(0, 300), failureSummary])]))"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 17 --d 12 --s 2\n"
@@ -63,6 +72,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The page of each kind that a program of ours writes into a file."""
+    made = tmp_path_factory.mktemp("files")
+    report(make_set(made), "--output", str(made / "report.html"))
+    clips = [save_clip(made / f"{name}.mp4", 8, 9) for name in ("a", "b", "c")]
+    rows = [
+        Row("a cat", 16.0, (*clips,), "seed 7", strength, ("", "--prompt x", "--prompt y"))
+        for strength in ("0.6", "1")
+    ]
+    write_grids(made, "sheet", ClipGrid(("without LoRA", "style-000100", "style-000200"), (*rows,)), "style")
+    table = quickstart.in_a_row((f"a {clip.stem} moving left", clip, "20 dB") for clip in clips)
+    chart = draw_chart(Chart([Curve("loss", [0, 1], [2, 1])], "step", "loss", "Loss"))
+    taught = {"word": "blorp", "clips": table, "losses": [4, 3, 2, 1], "charts": [chart], "prompt": "a blorp"}
+    counts = {"word": "blorp", "colour": "zindle", "asked": 4, "counts": (0, 4), "steps": 9}
+    tables = dict.fromkeys(("before_and_after", "second", "both", "footage"), table)
+    values = {**counts, **tables, "trainings": [{**taught, "samples": table}], "commands": ["python x.py"]}
+    write_page(made / "quickstart.html", quickstart.TEMPLATE, quickstart.TITLE, values)
+    found = {name: made / f"{name}.html" for name in FILES}
+    (made / "clips2").mkdir()
+    clip = save_clip(made / "clips2/a.mp4", 9, 9, caption="a cat on a mat, and much more that is not read")
+    found["check"] = write_check(made, make_config(clip.parent, resolution=(32, 32)))
+    return {**found, "run": folder / "output" / "x.html"}
+
+
+@pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     with serve_runs(folder) as served:
         yield served
@@ -84,10 +118,11 @@ def list_faults(page: Any) -> list[Any]:
 
 
 def assert_fits(page: Any) -> None:
-    """In each look a page is no wider than the screen and no text of it is small; all controls have names."""
+    """A page is no wider than any screen and no text of it is small; all controls have names."""
     texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
     smallest = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
-    for width, _ in each_look(page):
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate(smallest) >= 12
     unnamed = (
@@ -103,6 +138,19 @@ def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) 
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
         wait_until(page, "!document.getElementById('plots') || plots.length > 1")
         assert_fits(page)
+        assert page.problems == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pages_of_one_file_fit_and_have_no_serious_fault(axe: str, files: dict[str, Path], name: str) -> None:
+    with open_page(files[name]) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert_fits(page)
+        page.evaluate(axe)
+        assert list_faults(page) == []
+        assert (
+            page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(248, 245, 238)"
+        )  # paper
         assert page.problems == []
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from browser.jobs import WAITING, JobQueue
 from browser.runs import FINISHED
@@ -118,11 +119,19 @@ def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_ma
     assert "2 of 4 clips are not made" in show(served, (4, 6), prompt=PROMPTS)
 
 
-def test_a_page_begins_with_the_best_and_the_newest_file(served: Served) -> None:
+def test_a_page_begins_with_the_best_file_and_the_one_before_and_shows_equal_ones_once(
+    served: Served, folder: Path
+) -> None:
+    names = ("x-step2", "x-step4", "x-step6", "x <")
     page = show(served)
+    assert [f" checked> {name}" in page for name in names] == [True, True, False, False]
 
-    chosen = [f" checked> {name}" in page for name in ("x-step4", "x-step6", "x <")]
-    assert chosen == [True, False, True]
+    for name in ("x-step6", "x"):
+        save_file({"a": np.ones(3)}, folder / f"{name}.safetensors", {"sshs_model_hash": "7" * 64})
+
+    page = show(served)
+    assert [f"> {name}" in page for name in names] == [True, True, False, True]
+    assert "the same weights as x-step6.safetensors" in served.ask(served.of("x")).text
     assert "choose a run" in served.ask("/compare").text
 
 

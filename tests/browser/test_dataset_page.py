@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from browser.captions import CaptionText
+from data_tools.report.check import check_caching
+from dataset.config import load_dataset_config
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS
 from pocket.measure import POCKET
@@ -24,6 +26,7 @@ from tests.browser.test_server import SECRET, ways_out
 from tests.chromium import open_page, wait_until
 from tests.commands import run_script
 from tests.data_tools.report.making import save_clip, save_picture, write_config
+from tests.dataset.toy_family import ToyFamily
 
 
 def save_set(folder: Path) -> Path:
@@ -100,6 +103,9 @@ def test_every_route_answers(kept: Page) -> None:
     files = {one["pictures"][0]["name"]: one for one in news["files"]}
     assert (list(files), news["items"]) == (NAMES, 3)
     assert news["counts"] == {"": 4, "dropped": 1, "told": 2, "uncaptioned": 1, "outdated": 3}
+    config = load_dataset_config(kept.served.runs.roots[0] / "data.toml")
+    checked = check_caching(ToyFamily(), config, 1, False, parts=["media", "latents"])
+    assert news["totals"] == {"faults": checked.num_faults, "remarks": checked.num_remarks}
     assert files["a.png"]["fit"] == {"resized": [96, 38], "crop": [0, 3], "bucket": [96, 32]}
     assert [files[name]["caption"]["text"] for name in NAMES[:2]] == ["a cat\non a mat", ""]
     assert files["tiny.mp4"]["dropped"] == "3 frames, the shortest of target_frames is 5"

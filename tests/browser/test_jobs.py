@@ -107,6 +107,8 @@ REFUSED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
+    (r"python tools\compare.py", r"\c in 'python tools"),
+    (r"python wan_train_network.py --dit C:\models\x.safetensors", "Write / between folders"),
     *((f"python wan_train_network.py {sign}x", f"'{sign}'") for sign in ";&|>$`~*"),
 )
 
@@ -296,7 +298,8 @@ def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -
         wait_until(page, f"{order} === 'j2,j3,j1,j4'")
         wait_until(
             page,
-            "document.getElementById('words').value === '' && !document.getElementById('said').innerText",
+            "document.getElementById('words').value === '' && !document.getElementById('said').innerText"
+            " && document.getElementById('added').innerText === 'Added: it waits above.'",
         )
         page.click("text=Start the queue")
         page.wait_for_selector("text=Pause the queue")
@@ -331,6 +334,9 @@ def test_a_training_saves_when_it_is_stopped_and_goes_on_when_it_is_retried(
     queue.add(training_words(cached, output, 1, "--max_train_steps", 4), ROOT)
     queue.begin_work()
     wait_for((output / "x-step00000001.safetensors").exists, queue.jobs()[0].last_lines)
+    with serve_runs(queue.folder.parent, tmp_path) as served:
+        page = served.ask("/queue").text
+        assert f'<a href="{served.of("x")}">x</a> · step' in page
 
     queue.stop(1)
 

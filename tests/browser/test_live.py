@@ -148,6 +148,8 @@ def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_pat
         page.mouse.move(box["x"] + box["width"] * 0.72, box["y"] + 60, steps=4)
         page.mouse.up()
         wait_until(page, "JSON.stringify([...plots[0].plot.data[0]]) === '[4,5,6,7]'")
+        page.select_option("#part", label="last half")  # what fingers can do
+        wait_until(page, "JSON.stringify([...plots[0].plot.data[0]]) === '[5,6,7,8,9,10]'")
         page.check("#log")
         assert page.evaluate("plots.map(one => one.plot.scales.y.distr)") == [3, 3, 1]
         assert page.problems == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,8 @@ import pytest
 from browser.options import BrowserOptions
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs
 from browser.start import run_browser
-from browser.views import LiveStanding, select_runs
+from browser.views import LiveStanding, select_runs, share_page
 from modules.errors import OptionError
-from modules.pages.page import share_page
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
@@ -102,6 +102,31 @@ def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
         file.write(started.replace('"step": 0', '"step": 6') + "\n")
 
     assert look(tmp_path)["x"].state == RUNNING
+
+
+def test_a_page_is_made_anew_if_something_came_between_it_and_its_first_question(tmp_path: Path) -> None:
+    path = write_run(tmp_path, kind=None)
+    with serve_runs(tmp_path) as served:
+        (mark,) = re.findall(r'data-mark="(\w+)"', served.ask(served.of("x")).text)
+        assert served.ask(served.of("x", "news")).json()["page"] == mark
+
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 6, "level": "info", "message": "new"}) + "\n")
+
+        assert served.ask(served.of("x", "news")).json()["page"] != mark
+
+
+def test_list_and_page_tell_the_seconds_of_the_last_50_steps_as_the_bar_does(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=0, kind=None, total_steps=100)
+    rows = [{"step": step, "loss": 1.0, "seconds": 9.0 if step <= 10 else 1.0} for step in range(1, 61)]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    assert look(tmp_path)["x"].left == "40 s"
+    with serve_runs(tmp_path) as served:
+        page = served.ask(served.of("x")).text
+    assert "<b>1</b>mean of the last 50 steps, without pauses; 2 min in all" in page
+    assert "· 40 s left" in page
 
 
 def test_what_trainings_write_is_told(tmp_path: Path) -> None:

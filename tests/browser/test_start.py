@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from browser.options import BrowserOptions
-from browser.start import draw_code
+from browser.options import USUAL_PORT, BrowserOptions
+from browser.start import draw_code, open_socket
+from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
 from tests.browser.serving import write_run
 from tests.commands import ROOT, run_python
@@ -34,7 +35,41 @@ def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) 
         said = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, said) == (0, ("", ""))
+    assert process.returncode == 0
+    assert "1 run, 0 running. Ctrl-C ends this page" in said[1]
+
+
+def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_kept_if_it_can_be() -> None:
+    with open_socket("127.0.0.1", 0) as taken, pytest.raises(OutputError) as caught:
+        open_socket("127.0.0.1", taken.getsockname()[1])
+    told = re.search(r"Port (\d+) is free", str(caught.value))
+    assert told is not None
+    open_socket("127.0.0.1", int(told[1])).close()
+
+    with open_socket("127.0.0.1", None) as first, open_socket("127.0.0.1", None) as second:
+        ports = first.getsockname()[1], second.getsockname()[1]
+    assert ports[0] != ports[1]
+    assert ports[1] != USUAL_PORT
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["page.html"], "is a file: give a folder with runs in it"),
+        (["--host", "0.0.0.0"], "secrets.token_urlsafe"),
+        (["--host", "0.0.0.0", "--token", "short.txt"], "without blanks. This makes one: python -c"),
+        (["--host", "0.0.0.0", "--token", "none.txt"], "none.txt cannot be read: No such file"),
+    ],
+)
+def test_refusals_say_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("page.html").write_text("", encoding="utf-8")
+    Path("short.txt").write_text("a b", encoding="utf-8")
+
+    with pytest.raises(OptionError, match=re.escape(said)):
+        parse_options("", words, BrowserOptions)[0].read_token()
 
 
 def test_without_a_folder_it_looks_into_this_one() -> None:

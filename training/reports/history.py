@@ -31,6 +31,7 @@ SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of
 PASSING = {"loss", "doing"}  # lines on disk only
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
+SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at the end, on pages
 
 
 @dataclass(frozen=True)

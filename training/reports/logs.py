@@ -38,6 +38,7 @@ from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
+from training.reports.history import SHOWN
 from training.reports.pauses import Pauses
 from training.run_options import LogOptions
 
@@ -52,7 +53,6 @@ DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample",
 # slow steps are told
 SEEN = 10  # steps before a median means something
 KEPT = 200  # steps that the median is taken over: a run changes
-SHOWN = 50  # steps whose mean seconds are shown
 LEAST = 1.0  # seconds of a step that is worth a line
 FACTOR = 2.0  # report steps slower than the median by this factor
 PAUSE = 50  # steps between two such lines

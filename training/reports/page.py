@@ -1,5 +1,8 @@
 """Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
 
+import contextlib
+import functools
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +19,8 @@ from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import embed_clip, write_page
-from training.reports.history import Points, SampleRow, Start, Story, history_name
+from modules.text_files import read_safetensors_texts
+from training.reports.history import SHOWN, Points, SampleRow, Start, Story, history_name
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -67,7 +71,7 @@ class ClipStore:
         """Encode a clip that was read. Raises UserError if that fails."""
         text = f"{prompt}, step {step}"  # for those who cannot see it
         for side in (SIDE, SMALL_SIDE):
-            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side, has_controls=False)
+            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
             if len(self.clips[name]) <= MOST_CLIP_BYTES:
                 break
 
@@ -185,7 +189,9 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
         )
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_each = "picture and sound" if experts.keys() <= {PICTURE_STREAM, SOUND_STREAM} else "each transformer"
-    rates = {name.removeprefix("lr/"): rates for name, rates in story.rates.items()}
+    rates = {
+        name.removeprefix("lr/").replace("unet", "transformer"): one for name, one in story.rates.items()
+    }
     bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
     charts = (
         Chart(curves, "step", "loss", "Loss"),
@@ -269,17 +275,40 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     seconds = [each for each in story.seconds.values() if each is not None]
     if seconds:
         total = sum(seconds)
-        note = f"without pauses; {in_words(total)} in all"
-        tiles.append(("Seconds per step", f"{total / len(seconds):.3g}", note))
+        last = seconds[-SHOWN:]
+        note = f"mean of the last {count_of(len(last), 'step')}, without pauses; {in_words(total)} in all"
+        tiles.append(("Seconds per step", f"{sum(last) / len(last):.3g}", note))
     return tiles
+
+
+def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
+    """Return the saved files that are there, by step; equal weights together, the shortest name first.
+
+    The last file of a run is often saved twice: as that of its step, and as that of the run.
+    """
+    found: dict[tuple[int, str], list[str]] = {}
+    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], len(saved[0]), saved[0])):
+        with contextlib.suppress(OSError):
+            status = (folder / name).stat()
+            if stat.S_ISREG(status.st_mode):
+                mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
+                found.setdefault((step, mark or name), []).append(name)
+    return [(step, names) for (step, _), names in found.items()]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _weights_mark(path: Path, changed: int, size: int) -> str:
+    """Return the SHA-256 of the tensors that a LoRA's metadata tell; empty if they do not."""
+    try:
+        return read_safetensors_texts(path).get("sshs_model_hash", "")
+    except (OSError, ValueError):
+        return ""
 
 
 def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], saved[0])):
+    for step, (name, *twins) in list_files(story, folder):
         path = folder / name
-        if not path.is_file():
-            continue
         validated = story.nearest(step)
         loss = "" if validated is None else f"{validated[1]:.4g}"
         if validated is not None and validated[0] != step:
@@ -291,7 +320,8 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
                 "step": f"{step:,}",
                 "loss": "not measured (average)" if story.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),
-                "is_best": name == best,
+                "twins": twins,
+                "is_best": best in (name, *twins),
             }
         )
     return rows
@@ -303,7 +333,7 @@ def describe_best(story: Story, best: str | None) -> str:
     if lowest is None:
         return (
             "No validation loss was measured, so the page cannot say which file is best. Add "
-            "--validation_split 0.1 --validate_every_n_steps 100, or `validation = true` in a dataset table."
+            "--validation_split 0.1 --validate_every_n_steps 100, or 'validation = true' in a dataset table."
         )
     step, loss = lowest
     if best is None:

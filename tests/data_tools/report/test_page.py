@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from browser.views import share_page
 from data_tools.report.check import check_caching
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, show
@@ -16,7 +17,6 @@ from dataset.config import DatasetConfig
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource
 from modules.media.buckets import fit_cover
-from modules.pages.page import share_page
 from tests.chromium import open_page
 from tests.data_tools.report.making import (
     report,

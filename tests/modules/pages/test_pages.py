@@ -10,9 +10,10 @@ import jinja2
 import numpy as np
 import pytest
 
+from browser.views import share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
-from modules.pages.page import embed_clip, embed_picture, share_page, write_page
+from modules.pages.page import embed_clip, embed_picture, write_page
 from tests.chromium import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"

@@ -1,0 +1,22 @@
+"use strict";
+// A button copies the command above it, and a click on a clip that plays by itself holds it.
+document.addEventListener("click", async ({ target }) => {
+  const copy = target.closest(".copy"), clip = target.closest("video[autoplay]");
+  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? "Copied" : "Select the text above";
+  if (clip && !clip.closest("a")) (clip.paused ? clip.play() : clip.pause());
+});
+
+async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text); // over https and on this machine only
+    return true;
+  } catch {
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const isDone = document.execCommand("copy");
+    area.remove();
+    return isDone;
+  }
+}
