@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.paths import explain_missing
 from modules.text_files import read_text
 
 LOCAL = "localhost"
@@ -46,7 +47,7 @@ class BrowserOptions(Options, title="browser"):
     def __post_init__(self) -> None:
         for folder in self.folders:
             if not folder.exists():
-                raise OptionError(f"{folder}: no such folder")
+                raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "

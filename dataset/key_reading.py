@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config_keys import MODES, NO_KEYS, SubsetKey, TableKey, Unfit
-from modules.command import did_you_mean
+from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
@@ -46,10 +46,12 @@ def parse_config(path: Path) -> dict[str, Any]:
             f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
         ) from None
     except OSError as error:
-        raise DatasetError(
-            f"{path} cannot be read: {error.strerror}.{explain_missing(path)} Give --dataset_config the "
-            "file's path."
-        ) from error
+        give = f"{explain_missing(path)} Give --dataset_config the file's path."
+        if path.is_dir():
+            there = path / "dataset.toml"
+            makes = as_typed(["python", "new_project.py", str(path)])
+            give = f" Give {there}." if there.is_file() else f" Describe it: {makes} writes a file."
+        raise DatasetError(f"{path} cannot be read: {error.strerror}.{give}") from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column

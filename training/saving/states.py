@@ -25,6 +25,7 @@ from modules.atomic_write import atomic_folder, check_space, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
+from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.key_formats import OF_LTX_FORK, OURS
 from training.steps import Progress
@@ -125,8 +126,11 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """
     if not folder.is_dir():
         problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
+        near = "" if folder.is_file() else explain_missing(folder)
         anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
-        raise OptionError(f"--resume {folder}: {problem}. Give a ...-state folder, or the word latest.{anew}")
+        raise OptionError(
+            f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
+        )
     if not _is_own(folder):
         return _read_foreign(folder)
     with one_error(folder):
