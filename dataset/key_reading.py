@@ -32,7 +32,9 @@ BAD = object()  # marks a value that has been reported
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
     if path.is_dir():
-        raise DatasetError(f"{path} is a folder. Give the .toml or .json file that describes the data sets.")
+        there, makes = path / "dataset.toml", as_typed(["python", "new_project.py", str(path)])
+        give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
+        raise DatasetError(f"{path} is a folder. {give}")
     if path.suffix.lower() not in {".toml", ".json"}:
         raise DatasetError(
             f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"
@@ -46,12 +48,10 @@ def parse_config(path: Path) -> dict[str, Any]:
             f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
         ) from None
     except OSError as error:
-        give = f"{explain_missing(path)} Give --dataset_config the file's path."
-        if path.is_dir():
-            there = path / "dataset.toml"
-            makes = as_typed(["python", "new_project.py", str(path)])
-            give = f" Give {there}." if there.is_file() else f" Describe it: {makes} writes a file."
-        raise DatasetError(f"{path} cannot be read: {error.strerror}.{give}") from error
+        raise DatasetError(
+            f"{path} cannot be read: {error.strerror}.{explain_missing(path)} Give --dataset_config the "
+            "file's path."
+        ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column

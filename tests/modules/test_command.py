@@ -70,10 +70,10 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("tools/split_video.py x.mpp --output made", "--input x.mpp: no such file. Did you mean x.mp4?"),
         ("tools/split_video.py x.mp4", "--output is missing"),
         (
-            "tools/dataset_report.py --output p folder",
-            "folder cannot be read: Is a directory. Give folder/",
+            "tools/dataset_report.py --output p.html folder",
+            "folder is a folder. Give folder/dataset.toml",
         ),
-        ("tools/dataset_report.py --output p .", ". cannot be read: Is a directory. Describe it: "),
+        ("tools/dataset_report.py --output p.html .", ". is a folder. Give a .toml or .json file: "),
         ("wan_cache_latents.py --vae v none.toml", "none.toml cannot be read: No such file"),
         ("convert_lora.py x.mp4 --output y.safetensors --target other", "x.mp4"),
         ("blissful_tuner/video_to_png.py nix.mp4", "nix.mp4"),
