@@ -26,6 +26,7 @@ class ModelUtilityOptions(Options):
         "a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a folder "
         "with all files of a model",
         required=True,
+        by_place=True,
         metavar="FILE",
     )
     inspect: bool = option("list the tensors too: name: shape (dtype)", title=_SHOWN)

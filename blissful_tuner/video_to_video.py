@@ -30,6 +30,7 @@ from modules.media.reading import (
     video_frames,
     video_info,
 )
+from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         taken = " or ".join(f"--{option}" for option in rules.takes)
         raise OptionError(f"{named}: {rules.who} does not take it. Use {taken}")
     if not source.path.exists():
-        raise OptionError(f"{named}: no such file or folder")
+        raise OptionError(f"{named}: no such file or folder.{explain_missing(source.path)}")
     if source.option == LATENTS:
         found = _load_saved_latents(source, rules, latent, only_shape=True).shape[2]
         frames = (found - 1) * latent.stride[0] + 1

@@ -29,7 +29,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.text_files import read_text, real_path
+from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,21 @@ logger = logging.getLogger(__name__)
 FOLDER, QUEUE, STATE, LOGS = "reelsmith-queue", "queue.txt", "jobs.json", "logs"
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
+MOST_OF_CODE = 100  # bytes of the file with it
 LAST_LINES = 20
 EVERY_SECONDS = 0.5
 # a line of the text file, with those that it goes on in
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
 TAIL = 64 << 10  # bytes of a log that its last lines are looked for in
+MOST_JOBS = 10**9
+MOST_LINES, MOST_OF_JOB = 1000, 100_000  # of the text file; characters of one
+KINDS: dict[str, Any] = {
+    "line": str,
+    "folder": str,
+    "process": dict | None,
+    "worker": dict | None,
+    "stops": int,
+}
 KEPT = ("id", "line", "folder", "process", "stops")  # in STATE
 
 
@@ -76,7 +86,7 @@ class Job:
 
     def _read_code(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
-            return int(self.code_path.read_text(encoding="ascii"))
+            return int(read_text(self.code_path, MOST_OF_CODE))
         return None
 
     @property
@@ -329,13 +339,25 @@ class JobQueue:
         """Return what both files hold, and the text of STATE."""
         known = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
         try:
-            told = json.loads(known)
+            told = parse_json(known)
+            for number in (told["last"], *(row["id"] for row in told["jobs"])):
+                if type(number) is not int or not 0 <= number < MOST_JOBS:  # it names files
+                    raise ValueError(f"{number!r} is no number of a job")
+            for row in (told, *told["jobs"]):
+                for name, kind in KINDS.items():
+                    if name in row and not isinstance(row[name], kind):
+                        raise TypeError(f"{name} is {row[name]!r}")
             jobs = [self._job(**row) for row in told["jobs"]]
             book = _Book([], [], told["last"], told["worker"])
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
         book.entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
+        if len(book.entries) > MOST_LINES or any(len(entry) > MOST_OF_JOB for entry in book.entries):
+            raise OutputError(
+                f"{self.folder / QUEUE}: at most {MOST_LINES:,} lines of {MOST_OF_JOB:,} characters are read"
+                ". Take some out"
+            )
         if book.entries and not book.entries[-1].endswith("\n"):
             book.entries[-1] += "\n"
         lines = {place: entry.strip() for place, entry in enumerate(book.entries)}

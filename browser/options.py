@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.paths import explain_missing
 from modules.text_files import read_text, real_path
 
 LOCAL = "localhost"
@@ -54,7 +55,7 @@ class BrowserOptions(Options, title="browser"):
     def __post_init__(self) -> None:
         for folder in self.folders:
             if not folder.exists():
-                raise OptionError(f"{folder}: no such folder")
+                raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
             if folder.is_file() and not folder.name.endswith(READ):
                 raise OptionError(
                     f"{folder} is a file: give a folder with runs in it, such as {real_path(folder).parent}, "

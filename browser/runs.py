@@ -29,6 +29,7 @@ from training.reports.history import (
     Start,
     Story,
     history_name,
+    list_lines,
     parse_row,
 )
 from training.reports.page import page_path
@@ -43,10 +44,10 @@ WHOLE = 32 << 10  # bytes of a history that is read whole
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
 LAST = 8 << 10  # bytes of its end that tell the step and its seconds
 SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
-LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?[\d.]+(?:e[-+]?\d+)?)')
-AVERAGE = re.compile(rb'"average": (-?[\d.]+(?:e[-+]?\d+)?)')
-LEFT = re.compile(rb'"left": ([\d.]+(?:e[-+]?\d+)?)')
-SECONDS = re.compile(rb'"seconds": ([\d.]+(?:e[-+]?\d+)?)')
+LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
+AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
+LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
+SECONDS = re.compile(rb'"seconds": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 # of a page that an older version wrote: kind, standing, model, step, total
 STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
@@ -244,7 +245,7 @@ class OpenHistory:
                 self.story, self._offset = Story(), 0
             self.status = status
             file.seek(self._offset)
-            for line in file:
+            for line in list_lines(file):
                 if not line.endswith(b"\n"):
                     break  # it is being written
                 self._offset += len(line)

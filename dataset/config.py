@@ -102,8 +102,17 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     return {**rest, "general": {**general, **above}}
 
 
-def for_family(config: DatasetConfig, rules: ReferenceRules | None, frame_step: int) -> DatasetConfig:
-    """Return a configuration as a family takes it: `with_lengths` and `with_references`."""
+def for_family(
+    config: DatasetConfig, rules: ReferenceRules | None, frame_step: int, in_sections: bool
+) -> DatasetConfig:
+    """Return a configuration as a family takes it: `with_lengths` and `with_references`.
+
+    in_sections: whether its latents depend on the keys of sections; else a warning names those that are set.
+    """
+    for table in config.datasets:
+        if table.section_keys and not in_sections:
+            keys = " and ".join(table.section_keys)
+            logger.warning("%s: %s: ignored, as only FramePack takes clips in sections", table.name, keys)
     return with_references(with_lengths(config, frame_step), rules)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config_keys import MODES, NO_KEYS, SubsetKey, TableKey, Unfit
-from modules.command import did_you_mean
+from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
@@ -32,7 +32,9 @@ BAD = object()  # marks a value that has been reported
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
     if path.is_dir():
-        raise DatasetError(f"{path} is a folder. Give the .toml or .json file that describes the data sets.")
+        there, makes = path / "dataset.toml", as_typed(["python", "new_project.py", str(path)])
+        give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
+        raise DatasetError(f"{path} is a folder. {give}")
     if path.suffix.lower() not in {".toml", ".json"}:
         raise DatasetError(
             f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"

@@ -92,7 +92,7 @@ class ShardOptions(Options):
 class CachingOptions(Options, title="caching"):
     """Content to cache, device, and files to keep."""
 
-    dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
     batch_size: int | None = option(
         "items to encode at once; default: batch_size of each dataset", least=1, most=MOST_AT_ONCE, often=True

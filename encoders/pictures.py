@@ -1,5 +1,6 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -36,9 +37,12 @@ from modules.contract.requests import (
 )
 from modules.contract.rules import IMAGE, LATENTS, SourceRules
 from modules.contract.steps import EncodedPrompts, Section
+from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.pixels import byte_clips
+
+logger = logging.getLogger(__name__)
 
 GUIDANCE = "guidance"  # the guidance that is built in, in conditions
 # models with FLUX.1's autoencoder
@@ -202,6 +206,12 @@ class ModelOfPictures(OneTransformer, Protocol):
         rules = self.references
         taken = {**NO_MEDIA, "control_images": rules is not None}
         request = keep_usable_media(request, taken, f"{who} does not take it")
+        if rules is not None and rules.edits and not request.control_images:
+            logger.warning(
+                "%s edits pictures, and %r names none (--control_image_path, --ci in a prompt line): it is "
+                "made from the text alone",
+                *(who, shorten(request.prompt, 60)),
+            )
         if rules is None or not request.control_images:
             return request
         from modules.media.reading import image_size

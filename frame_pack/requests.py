@@ -34,6 +34,7 @@ from modules.contract.requests import (
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path
+from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ def _check_image(option: str, path: Path) -> None:
     from modules.media.reading import image_size
 
     if not path.exists():
-        raise OptionError(f"{option} {path}: no such file")
+        raise OptionError(f"{option} {path}: no such file.{explain_missing(path)}")
     try:
         image_size(path)
     except MediaError as error:

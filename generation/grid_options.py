@@ -13,6 +13,7 @@ from typing import Any
 from generation.prompt_lines import LineOption, Value, find_option, store
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.paths import explain_missing
 from modules.text_files import read_safetensors_texts
 
 MOST_AXES = 2
@@ -143,7 +144,10 @@ class CompareOptions(Options, title="comparison"):
 
     family: str | None = option("family of the model; default: as the first LoRA says")
     lora: tuple[Path, ...] = option(
-        "LoRA files to compare; patterns such as my_lora-*.safetensors", nargs="+", required=True
+        "LoRA files to compare; patterns such as my_lora-*.safetensors",
+        nargs="+",
+        required=True,
+        by_place=True,
     )
     lora_high_noise: tuple[Path, ...] | None = option(
         "of models with two experts the LoRA files for --dit_high_noise, as many as for --lora, which then "
@@ -181,7 +185,8 @@ def expand_patterns(given: tuple[Path, ...], flag: str = "--lora") -> tuple[Path
         matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
         files = sorted((match for match in matches if match.is_file()), key=_natural)
         if not files:
-            raise OptionError(f"{flag} {path}: no such file. Give LoRA files or a pattern that fits some.")
+            hint = explain_missing(path) or " Give LoRA files or a pattern that fits some."
+            raise OptionError(f"{flag} {path}: no such file.{hint}")
         found |= dict.fromkeys(files)
     return tuple(found)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import JOINED, height_width
+from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -333,7 +334,10 @@ def read_prompt_file(path: Path, option: str) -> str:
         return text
     except OSError as error:
         reason = "is a folder" if path.is_dir() else error.strerror or error
-        raise OptionError(f"{option} {path}: {reason}. Give a text file with a prompt on each line") from None
+        near = "" if path_exists(path) else explain_missing(path)
+        raise OptionError(
+            f"{option} {path}: {reason}.{near} Give a text file with a prompt on each line"
+        ) from None
     except UnicodeDecodeError as error:
         raise OptionError(
             f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start}). Save it as "

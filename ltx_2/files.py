@@ -15,6 +15,8 @@ from ltx_2.connectors import FILES, read_connectors
 from ltx_2.model import LtxModel
 from ltx_2.options import (
     AUDIO,
+    CHECKPOINT,
+    GEMMA,
     VIDEO,
     Ltx2SigmaOptions,
     Ltx2TextOptions,
@@ -92,7 +94,7 @@ class Ltx2Files(TransformerFiles):
         return AUDIO in self.streams
 
     def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
-        path = require_file(given or self.checkpoint, option if given else RELEASED, what)
+        path = require_file(given or self.checkpoint, option if given else RELEASED, what, CHECKPOINT)
         return inside(path, folder)
 
     # the transformer
@@ -166,7 +168,7 @@ class Ltx2Files(TransformerFiles):
 
     def text_encoder(self) -> Ltx2TextEncoder:
         """Return Gemma with the connectors; their files are opened when they are loaded."""
-        gemma = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts")
+        gemma = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
         return Ltx2TextEncoder(
             inside(gemma, "text_encoder"),
             self._part(self.connectors, "--ltx2_text_encoder_checkpoint", "connectors", "it joins texts"),

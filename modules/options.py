@@ -52,6 +52,7 @@ def option(
     flags: tuple[str, ...] = (),
     often: bool = False,
     positional: bool = False,
+    by_place: bool = False,
     title: str = "",
     least: float | None = None,
     most: float | None = None,
@@ -72,6 +73,7 @@ def option(
 
     default: False for a switch, else None, when not given. name: the public name if the field has another;
     flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
+    by_place: taken also from words that belong to no option, if its flag is not given.
     title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
     or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
     be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
@@ -90,7 +92,7 @@ def option(
         **{fact: (value,) if isinstance(value, str) else value for fact, value in names.items()},
     }
     found = {fact: value for fact, value in said.items() if value not in (None, "", ())}
-    declared = Declared(help, default, flags, often, positional, title, refused or {}, settings)
+    declared = Declared(help, default, flags, often, positional, by_place, title, refused or {}, settings)
     return dataclasses.field(metadata={**found, **(facts or {}), "declared": declared})
 
 
@@ -102,6 +104,7 @@ class Declared(NamedTuple):
     flags: tuple[str, ...]
     often: bool
     positional: bool
+    by_place: bool
     title: str
     refused: Mapping[str, str]
     settings: Mapping[str, Any]

@@ -97,6 +97,7 @@ class Parser(argparse.ArgumentParser):
         words = self._respell(words)
         self._refuse_unknown(words)
         self._refuse_joined(words)
+        words = self._give_flag(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
@@ -114,6 +115,27 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{before} {word}: give height and width: {before} {sides}")
             if action.nargs == 2:
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
+
+    def _give_flag(self, words: list[str]) -> list[str]:
+        """Return the words with those that belong to no option behind the flag of the `by_place` option."""
+        taker = next((one for one in self._actions if getattr(one, "by_place", False)), None)
+        if taker is None:
+            return words
+        required = [one for one in self._actions if one.required]
+        for one in required:
+            one.required = False
+        try:
+            found, others = super().parse_known_args(words)
+        finally:
+            for one in required:
+                one.required = True
+        is_given = getattr(found, taker.dest) is not taker.default
+        if is_given or not others or (len(others) > 1 and taker.nargs is None):
+            return words
+        rest = list(words)
+        for word in reversed(others):  # other options stand before them, mostly
+            del rest[len(rest) - 1 - rest[::-1].index(word)]
+        return [*rest, taker.option_strings[-1], *others]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
@@ -343,7 +365,7 @@ def _add_option(
     else:
         flags = dict.fromkeys((*words.pop("flags", declared.flags), f"--{name}"))  # one may be in both
         action = group.add_argument(*flags, dest=name.replace("-", "_"), **words)
-    action.often, action.refused = declared.often, refused  # type: ignore[attr-defined]
+    action.often, action.refused, action.by_place = declared.often, refused, declared.by_place  # type: ignore[attr-defined]
     return action
 
 

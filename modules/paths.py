@@ -4,12 +4,16 @@ Standard library only. Passwords (`user:password@`) and the query of an address,
 stand in no message, record or name of a file.
 """
 
+import contextlib
+import difflib
+import itertools
 import os
 import re
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+MOST_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
 MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
@@ -85,7 +89,24 @@ def explain_missing(path: Path) -> str:
         return f" It is at the very top, in {path.anchor}: is a variable that stood before it not set?"
     if any(mark in str(path) for mark in "*?"):
         return " A pattern that fits no file stays as it is, and some shells replace none."
-    return ""
+    near = similar_path(path)
+    return "" if near is None else f" Did you mean {near}?"
+
+
+def similar_path(path: Path, only_folders: bool = False) -> Path | None:
+    """Return a missing path with its first missing part replaced by the most similar name that is there.
+
+    None if no name is similar, or the rest is not there either.
+    """
+    missing = next((one for one in (path, *path.parents) if path_exists(one.parent)), path)
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
+        for entry in itertools.islice(entries, MOST_NAMES):
+            names += [entry.name] if entry.is_dir() or not (only_folders or path != missing) else []
+    for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 1):
+        found = missing.with_name(name) / path.relative_to(missing)
+        return found if only_folders or path_exists(found) else None
+    return None
 
 
 _PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # nothing to leave out, nor to lower

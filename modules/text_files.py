@@ -84,6 +84,10 @@ def read_tensor_header(
     end = 8 + int.from_bytes(start[:8], "little")
     if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
         raise ValueError(f"it claims {end - 8} bytes, the file has {size}")
+    if len(start) < 9:
+        start += read(1)
+    if start[8:9] != b"{":  # by the format; a hundred megabytes of something else are not read
+        raise ValueError("it is not a table of tensors")
     if end > len(start):
         start += read(end - len(start))
     entries = parse_json(str(start[8:end], "utf-8"), no_repeats)
@@ -152,7 +156,9 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error}{_explain_json(text[error.pos :], text[: error.pos])}") from None
+        place = error.pos  # a part alone is explained: the text may have a hundred megabytes
+        hint = _explain_json(text[place : place + 200], text[max(0, place - 200) : place])
+        raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(content)
     return content

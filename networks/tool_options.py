@@ -7,6 +7,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
+from modules.paths import explain_missing
 from modules.text_files import real_path
 from networks.options import LoraOptions, multipliers_for, require_files
 
@@ -61,7 +62,10 @@ class ConvertOptions(Options):
     """Options of `convert_lora.py`."""
 
     input: Path = option(
-        "LoRA file, any dialect; of two experts that of low noise, or of both", place="there", required=True
+        "LoRA file, any dialect; of two experts that of low noise, or of both",
+        place="there",
+        required=True,
+        by_place=True,
     )
     input_high_noise: Path | None = option(
         "LoRA file of the high-noise expert of Wan2.2, to be written beside --input",
@@ -167,7 +171,9 @@ class AveragingOptions(Options):
                 continue
             named = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
             if not named:
-                raise OptionError(f"{path}: no such file. Give files that a training has saved")
+                raise OptionError(
+                    f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"
+                )
             found |= dict.fromkeys(named)
         return list(found)
 

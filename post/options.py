@@ -19,6 +19,7 @@ class ToolRunOptions(Options, title="input and output"):
         place="there",
         hint="a video, a picture, or a folder",
         required=True,
+        by_place=True,
     )
     output: str | None = option(  # a text, because a path does not keep the / at its end
         "file of the result, whose ending is that of --container or .png, or folder for results (default: "

@@ -20,6 +20,7 @@ from modules.media.reading import TOOL_TAG, media_colours, read_image, read_tags
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_png, write_shown
 from modules.output_files import Answer, ask_at_console
+from modules.paths import explain_missing
 from post.chain_options import Chain, tool_in_words
 from post.contract import Clip
 from post.naming import FileJob, is_picture, plan_jobs, tell_suffix
@@ -76,7 +77,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     Raises OutputError if `folder`/frames is there already; MediaError if the file cannot be read.
     """
     if not path.exists():
-        raise MediaError(f"--input {path} does not exist. Give a video.")
+        raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Give a video.")
     if path.is_dir():
         raise MediaError(f"--input {path} is a folder. Give a video in it.")
     frames = folder / FOLDER

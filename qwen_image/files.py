@@ -128,7 +128,7 @@ class Version:
 
 
 def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
-    rules = ReferenceRules(most, seen_by_text=True)
+    rules = ReferenceRules(most, seen_by_text=True, edits=True)
     called = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
     return Version(

@@ -15,6 +15,7 @@ from modules.contract.steps import Anchor
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from modules.paths import explain_missing
 from qwen_image.options import MASK, QwenImageReferenceOptions
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
     if mask is not None:
         _check_mask(Path(mask), bool(paths), rcm)
-    if not paths:
+    if not paths and options is not AS_TRAINED:  # nobody typed those of a training
         given = {
             "resize_control_to_official_size": options.resize_control_to_official_size,
             "resize_control_to_image_size": options.resize_control_to_image_size,
@@ -97,6 +98,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
         }
         if unused := ", ".join(f"--{name}" for name, is_given in given.items() if is_given):
             logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
+    if not paths:
         return prepared
     if options.resize_control_to_image_size:
         target = prepared.width, prepared.height
@@ -133,7 +135,7 @@ def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
     if rcm:
         raise OptionError(f"--{MASK} {path} (in a prompt line): leave --rcm_threshold out, which excludes it")
     if not path.is_file():
-        raise OptionError(f"--{MASK} {path}: no such file. Correct the path")
+        raise OptionError(f"--{MASK} {path}: no such file.{explain_missing(path)} Correct the path")
     try:
         image_size(path)
     except MediaError as error:

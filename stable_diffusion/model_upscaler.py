@@ -19,6 +19,7 @@ from modules.errors import OptionError
 from modules.media.encoding import Picture
 from modules.options import read_options
 from modules.parser import add_options
+from modules.paths import explain_missing
 from post.contract import Clip, Stage
 from post.options import UpscalerOptions
 from post.upscaling.files import check_file
@@ -70,7 +71,8 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     words += ["--compile"] if args.get("compile", "").lower() in ("1", "true", "yes") else []
     options = read_options(UpscalerOptions, parser.parse_args(words))
     if not options.network.model.exists():
-        raise OptionError(f"{ARGS} model={args['model']}: no such file. Give a SwinIR or ESRGAN file")
+        near = explain_missing(options.network.model)
+        raise OptionError(f"{ARGS} model={args['model']}: no such file.{near} Give a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
     options = replace(options, mode=kind.mode, scale=config.factor)
     choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)

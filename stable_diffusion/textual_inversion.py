@@ -23,6 +23,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.limits import MAX_EMBEDDING_BYTES
+from modules.paths import explain_missing
 from stable_diffusion.contract import SDXL, ModelKind, TextTower
 from stable_diffusion.tokenizers import SIZE
 
@@ -247,7 +248,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_content(path: Path, option: str) -> Mapping[str, Any]:
     """Return a file's content. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
-        raise CheckpointError(f"{option} {path}: there is no such file. Give files that are there.", path)
+        raise CheckpointError(
+            f"{option} {path}: there is no such file.{explain_missing(path)} Give files that are there.", path
+        )
     if path.stat().st_size > MAX_EMBEDDING_BYTES:
         raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:

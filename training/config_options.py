@@ -12,6 +12,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.option_values import int_or_float, to_path
 from modules.options import Options, option
+from modules.paths import explain_missing, path_exists
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,9 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return parse_toml(read_text(path))
     except OSError as error:
+        near = "" if path_exists(path) else explain_missing(path)
         raise UserError(
-            f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file."
+            f"--config_file {path}: cannot be read ({error.strerror}).{near} Give the path of a TOML file."
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(

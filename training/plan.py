@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from dataset.batches.items import (
     CachingCommands,
+    LiveParts,
     TrainingItem,
     find_items,
     learn_no_references,
@@ -112,7 +113,9 @@ def make_plan(
     else:
         texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
         check_teacher(family, options, texts)
-    training, validation = _find_items(family, options, config, sources, commands, progress.seed)
+    training, validation = _find_items(
+        family, options, config, sources, texts, commands, progress.seed, is_main
+    )
     if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
@@ -211,7 +214,7 @@ def _join_processes(
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
     path, given = options.loop.dataset_config, options.subset
-    of_family = family.references, family.latent.frame_step
+    of_family = family.references, family.latent.frame_step, family.latent.in_sections
     if given is not None and given.replaces_toml:
         if path is None:
             return for_family(folders_config(given), *of_family)
@@ -225,8 +228,10 @@ def _find_items(
     options: TrainingOptions,
     config: DatasetConfig,
     sources: BatchSources,
+    texts: LiveTexts,
     commands: CachingCommands,
     seed: int,
+    is_main: bool,
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
     """Find the caches by their names; return the items to train on and those to validate on.
 
@@ -235,8 +240,13 @@ def _find_items(
     family.check_given_files()  # first: caches are made with them
     parts = family.cache_tag, family.latent, family.text_keys
     where = sources.stores, sources.tables, sound_of(family)
-    found = require_items(find_items(config, *parts, *where), commands)
+    listed = find_items(config, *parts, *where)
+    found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
+    starting, live = import_own("dataset.batches.starting"), LiveParts(sources.tables)
+    starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders))
+    if is_main:
+        starting.compare_sources(config.datasets, listed, commands, family.cache_tag)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None and options.network is None:
         raise OptionError(

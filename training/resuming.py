@@ -32,6 +32,7 @@ from training.saving.states import (
     ForeignState,
     SavedState,
     find_latest,
+    one_error,
     read_state,
     shorten_value,
 )
@@ -258,7 +259,9 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: SavedState)
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
-    if progress.position >= int(str(saved.identity[BATCHES]).partition(",")[0]):  # of an epoch
+    with one_error(saved.folder):
+        batches = int(str(saved.identity[BATCHES]).partition(",")[0])  # of an epoch
+    if progress.position >= batches:
         progress.epoch, progress.position = progress.epoch + 1, 0
     if BATCHES in changes:
         progress.position = 0

@@ -19,6 +19,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
+from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 from networks.names.video import WAN
 from wan.checkpoints import FORMAT, check_task, read_dit_header
@@ -160,7 +161,9 @@ def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], 
     CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
-        raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
+        raise OptionError(
+            f"--ckpt_dir {folder}: no such folder.{explain_missing(folder)} Give that of the official release"
+        )
     index = folder / PIPELINE_INDEX
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()

@@ -146,7 +146,7 @@ class WordingOptions(Options, title="the text that is written"):
 class CaptioningOptions(Options, title="what to do"):
     """Captions to write, their maker, and changes to them."""
 
-    dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"
     )

@@ -118,6 +118,7 @@ class CuttingOptions(Options, title="input and output"):
         place="there",
         hint="a video, or a folder of videos",
         required=True,
+        by_place=True,
     )
     output: Path = option(
         "folder for the clips; all go into it, without subfolders", place="new folder", required=True

@@ -56,7 +56,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import NO_REFERENCE, Fault
-from dataset.sources.references import lack_references, reference_buckets
+from dataset.sources.references import find_equal_references, lack_references, reference_buckets
 from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.console import count_of, count_words
@@ -166,6 +166,7 @@ def check_caching(
                 found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
             found.remarks += find_other_lengths(found.sources, recipe.fps)
+            found.remarks += find_equal_references(found.sources)
             found.remarks += find_colours(found.sources, latent.masks_latents)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)

@@ -11,7 +11,7 @@ STDOUT = "-"  # of --json without a value
 class ReportOptions(Options, title="report"):
     """Dataset to read, place of the report, and model."""
 
-    dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     output: Path | None = option("the HTML page to write; it is one file", place="new file")
     json: Path | None = option(
         "write the same numbers as JSON; without PATH, or with -, to standard output",

@@ -38,6 +38,7 @@ from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.buckets import Size
+from modules.paths import explain_missing
 
 LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
 
@@ -462,6 +463,10 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         other = next(filter(_LATENTS_OF_ANY.search, names), None)
         there = f" of {table.kind}s for this model: {other} is for another model, or of something else"
         lacks = f"{table.name}: no latent cache in {table.cache_directory}"
+        folder = table.directory
+        if folder is not None and not folder.exists() and not table.cache_directory.exists():
+            where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
+            lacks = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
         faults.append(lacks if other is None else lacks + there)
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)

@@ -38,6 +38,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.media.buckets import Size
+from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 
 PREPARED = "reelsmith_prepared.json"
@@ -201,7 +202,7 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     root = table.cogvideox_root
     assert root is not None
     if not root.is_dir():
-        raise DatasetError(f"{name}: {root}: no such folder. Correct the path.")
+        raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
     rows, *columns = (_open_lists if table.dataset_file is None else _open_table)(table, root, name)
     for row in rows:
         try:

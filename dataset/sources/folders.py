@@ -1,7 +1,6 @@
 """List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
 
 import contextlib
-import difflib
 import functools
 import itertools
 import logging
@@ -19,11 +18,11 @@ from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.media.samples import SOUND_SUFFIXES
+from modules.paths import similar_path
 from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
 
-MOST_NAMES = 10_000  # of a folder, among which one like a missing one is searched
 LOOKED_INTO = 1000  # names of a folder inside a folder
 
 
@@ -272,15 +271,10 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
         return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
-        hint, missing = "Correct the path.", folder
+        hint = "Correct the path."
         if isinstance(error, FileNotFoundError):
-            # the existing folder whose name is most like that of the missing one, if there is one
-            missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
-            names: list[str] = []
-            with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
-                names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
-            for near in difflib.get_close_matches(missing.name, names, 1):
-                hint = f"Did you mean {missing.with_name(near) / folder.relative_to(missing)}?"
+            near = similar_path(folder, only_folders=True)
+            hint = hint if near is None else f"Did you mean {near}?"
         raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
 
 

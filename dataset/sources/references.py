@@ -1,6 +1,7 @@
 """Reference pictures: the control images of a family that takes several, each of a size of its own."""
 
 import contextlib
+import filecmp
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.sources.fetching import fetch
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
@@ -28,6 +29,26 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
     takes = {table.index for table in tables if table.references is not None and table.kind == "image"}
     images = [source for source in sources if source.table.index in takes]
     return bool(images) and not any(source.control for source in images)
+
+
+def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return remarks about images whose reference picture is the image itself, or a copy of it."""
+    kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
+    return [
+        Fault(kind, str(source.path), source.stem)
+        for source in sources
+        if not source.origins and source.table.references is not None and _is_equal(source)
+    ]
+
+
+def _is_equal(source: MediaSource) -> bool:
+    with contextlib.suppress(OSError):  # reading it says what is wrong
+        size = source.path.stat().st_size
+        return any(
+            one.stat().st_size == size and filecmp.cmp(one, source.path, shallow=False)
+            for one in source.control
+        )
+    return False
 
 
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:

@@ -132,7 +132,7 @@ class Kontext(Flux):
     @property
     def references(self) -> ReferenceRules:
         """It edits one picture, or makes one from a text alone."""
-        return ReferenceRules(most=1)
+        return ReferenceRules(most=1, edits=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:

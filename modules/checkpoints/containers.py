@@ -4,13 +4,16 @@ Each reader lists its tensors without reading them and lends one at a time, to b
 stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
 """
 
+import itertools
 import math
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +22,14 @@ from modules.contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.limits import MAX_ELEMENTS, MAX_TENSOR_NAME, MAX_WRAPPERS
+from modules.limits import (
+    MAX_ELEMENTS,
+    MAX_PICKLE_BYTES,
+    MAX_PICKLE_STEPS,
+    MAX_TENSOR_NAME,
+    MAX_WRAPPERS,
+    SHORT_PICKLE_BYTES,
+)
 from modules.text_files import read_tensor_header, require_regular_file
 
 # the first bytes of what `torch.save` writes, now and in its older format
@@ -248,8 +258,12 @@ def load_pickled(path: Path) -> Any:
             raise CheckpointError(f"{path} {describe_kind(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
-            # the older format cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip:
+                _check_program(path)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:  # the older format cannot be mapped
+                with path.open("rb") as file:
+                    content = torch.load(cast(Any, _Counted(file)), map_location="cpu", weights_only=True)
         _check_plain(content, path)
         return content
     except pickle.UnpicklingError as error:
@@ -266,6 +280,37 @@ def load_pickled(path: Path) -> Any:
         raise
     except Exception as error:  # torch's reader meets a damaged file with whatever its next step raises
         raise _pickle_damage_error(path, str(error) or type(error).__name__) from error
+
+
+class _Counted:
+    """A file that is read in at most MAX_PICKLE_STEPS pieces: torch reads each step of a list by itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._count = file, 0
+
+    def read(self, *size: int) -> bytes:
+        self._count += 1
+        if self._count > MAX_PICKLE_STEPS:
+            raise ValueError(_TOO_LONG)
+        return self._file.read(*size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+_TOO_LONG = f"its list of tensors has more than {MAX_PICKLE_STEPS:,} steps"
+
+
+def _check_program(path: Path) -> None:
+    """Raise ValueError if the list of tensors in a zip file takes too long to read, or too much memory."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.rpartition("/")[2] == "data.pkl" and info.file_size > SHORT_PICKLE_BYTES:
+                if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(_TOO_LONG)
+                steps = pickletools.genops(archive.read(info))
+                if sum(1 for _ in itertools.islice(steps, MAX_PICKLE_STEPS + 1)) > MAX_PICKLE_STEPS:
+                    raise ValueError(_TOO_LONG)
 
 
 _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."

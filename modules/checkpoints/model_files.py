@@ -22,8 +22,8 @@ from modules.paths import explain_missing
 Found = TypeVar("Found")
 
 
-def require_file(path: Path | None, option: str, why: str) -> Path:
-    """Return the path.
+def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
+    """Return the path. default: of the option, which is maybe not what was typed.
 
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
@@ -31,8 +31,9 @@ def require_file(path: Path | None, option: str, why: str) -> Path:
         path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
     )
     if not given.exists():
+        named = f"{option} is not given, and its default" if given == default else option
         raise CheckpointError(
-            f"{option} {given}: no such file or folder.{explain_missing(given)} Give the path of the model",
+            f"{named} {given}: no such file or folder.{explain_missing(given)} Give the path of the model",
             given,
         )
     return given

@@ -239,7 +239,8 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
             video_info(path)
     except MediaError as error:
         kind = "an image file" if is_image else "a video, or a folder of images"
-        raise OptionError(f"--{name}: {error}. Give {kind}.") from None
+        near = "" if path.exists() else explain_missing(path)
+        raise OptionError(f"--{name}: {error}.{near} Give {kind}.") from None
 
 
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:

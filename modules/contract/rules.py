@@ -344,3 +344,4 @@ class ReferenceRules:
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
+    edits: bool = False  # the model was trained to have one: a request without any is warned of

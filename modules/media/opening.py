@@ -156,7 +156,12 @@ def reading(path: Path) -> Iterator[None]:
                 raise MediaError(f"{path} is empty (0 bytes)")
         yield
     except UnidentifiedImageError:
-        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
+        what = (
+            "a video, and an image is needed"
+            if _is_video(path)
+            else "no image that can be read, or it is damaged"
+        )
+        raise MediaError(f"{path} is {what}") from None
     except Image.DecompressionBombError:  # Pillow looks at the size first, by a bound above ours
         raise MediaError(
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
@@ -165,6 +170,17 @@ def reading(path: Path) -> Iterator[None]:
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:  # FFmpeg's if used
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _is_video(path: Path) -> bool:
+    """Return whether a file that Pillow does not know holds moving pictures."""
+    try:
+        with open_container(
+            path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
+        ) as container:
+            return bool(container.streams.video)
+    except (MediaError, OSError, ValueError, InstallationError):
+        return False
 
 
 def file_url(path: Path) -> str:

@@ -20,6 +20,7 @@ from modules.limits import (
     MAX_ONNX_SIDE,
     MAX_ONNX_VALUES,
 )
+from modules.paths import explain_missing
 from modules.text_files import read_content, require_regular_file
 from modules.varints import read_varint
 
@@ -108,7 +109,7 @@ def _read_bytes(path: Path, most: int | None = None) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file.", path) from None
+        raise CheckpointError(f"{path}: there is no such file.{explain_missing(path)}", path) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
 

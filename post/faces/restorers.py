@@ -16,6 +16,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.command import as_typed
 from modules.errors import CheckpointError
+from modules.paths import explain_missing
 from modules.seeds import derive_seed
 from post.contract import batch_norm
 from post.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
@@ -258,7 +259,9 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     if model.is_dir():
         model = _first_file(model, MODELS[mode], "--model", ORIGINS[mode], mode)
     elif not model.exists():
-        raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
+        raise CheckpointError(
+            f"--model {model}: there is no such file or folder.{explain_missing(model)}", model
+        )
     what, detector = f"--detection_model {named}", Path(named)
     if named in RETINAFACES:
         stem = RETINAFACES[named]
@@ -271,7 +274,7 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
         detector = files[-1]  # their names end with a date
     elif not detector.exists():
         raise CheckpointError(
-            f"{what}: there is no such file. Give the path of one, or one of "
+            f"{what}: there is no such file.{explain_missing(detector)} Give the path of one, or one of "
             f"{', '.join([*RETINAFACES, YUNET])}.",
             detector,
         )

@@ -14,6 +14,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.limits import MAX_RAFT_ITERATIONS
+from modules.paths import explain_missing
 from modules.text_files import read_text
 from post.interpolation.flowformer import FlowFormer, read_flowformer
 from post.interpolation.layers import CHANNELS
@@ -134,7 +135,10 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
     The first may hold the flow too. Raises CheckpointError if one is missing.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder. Give the folder to {OPTION}.", path)
+        raise CheckpointError(
+            f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to {OPTION}.",
+            path,
+        )
     known = tuple(
         f"{kind}_arb{perceptual}{ending}"
         for perceptual in ("_lpips", "")

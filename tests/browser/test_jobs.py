@@ -240,13 +240,24 @@ def test_read_only_shows_the_queue_without_buttons(queue: JobQueue) -> None:
 
 def test_a_damaged_list_is_named(queue: JobQueue) -> None:
     queue.add(SHORT, ROOT)
-    for text in ("{", "[]", json.dumps({"last": 1, "worker": None, "jobs": [{"name": 1}]})):
+    job = {"id": 1, "line": "python x.py", "folder": ".", "process": None, "stops": 0}
+    wrong = [("id", "../../x"), ("id", -1), ("line", None), ("folder", 5), ("process", "x"), ("stops", [])]
+    rows = [{"name": 1}, 5, *({**job, key: value} for key, value in wrong)]
+    texts = [json.dumps({"last": 1, "worker": None, "jobs": [row]}) for row in rows]
+    tops = [("last", "x"), ("last", 10**20), ("worker", [5])]
+    texts += [json.dumps({"last": 1, "worker": None, "jobs": [], key: value}) for key, value in tops]
+    for text in ("{", "[]", "[" * 100_000, *texts):
         (queue.folder / STATE).write_text(text, encoding="utf-8")
         with pytest.raises(OutputError, match="jobs.json is damaged"):
             queue.jobs()
     with serve_runs(queue.folder.parent) as served:
         assert (served.ask("/queue").status, ask(served, "remove", id=1)) == (500, 500)
     (queue.folder / STATE).unlink()
+    for text in ("python x.py\n" * 1001, "x" * 100_001):
+        (queue.folder / QUEUE).write_text(text, encoding="utf-8")
+        with pytest.raises(OutputError, match="at most 1,000 lines of 100,000 characters"):
+            queue.jobs()
+    (queue.folder / QUEUE).unlink()
 
 
 @pytest.mark.parametrize(

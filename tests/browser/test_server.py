@@ -281,6 +281,18 @@ def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path)
     data = whole.read_bytes()
     damaged = {f"cut{length}": data[:length] for length in range(0, len(data), len(data) // 7)}
     damaged |= {"zeros": bytes(5000), "nested": data + b"[" * 100_000 + b"\n"}
+    big = "9" * 4000
+    lines = {
+        "point": '"step": 3, "loss": 1.2.3, "seconds": 1.0',
+        "points": '"step": 3, "loss": 1, "seconds": 1.2.3, "average": 1.1.1',
+        "step": f'"step": {big}, "loss": 1.0',
+        "loss": f'"step": 4, "loss": {big}',
+        "rate": f'"step": 4, "loss": 1, "rates": {{"a": {big}}}',
+        "validation": f'"step": 6, "validation": {{"loss": {big}}}',
+        "start": '"step": 0, "started": {"model": "m", "total_steps": 1e308, "changed": [], "unchanged": []'
+        ', "listens": 1, "process": {}}',
+    }
+    damaged |= {name: data + f"{{{line}}}\n".encode() for name, line in lines.items()}
     damaged["lies"] = data + "".join(f"{line}\n" for line in LIES).encode()
     for name, content in damaged.items():
         (tmp_path / f"{name}-history.jsonl").write_bytes(content)

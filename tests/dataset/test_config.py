@@ -233,7 +233,19 @@ def test_lengths_are_those_of_the_family(
 ) -> None:
     text = "[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [45, 1, 14]\n"
     config = load_dataset_config(write(tmp_path, text))
-    assert for_family(config, None, step).datasets[0].target_frames == lengths
+    assert for_family(config, None, step, False).datasets[0].target_frames == lengths
+    assert "ignored" not in caplog.text
     assert (f"become {list(lengths)}, because clips of this model have {step}n + 1" in caplog.text) == (
         step > 1
     )
+
+
+def test_keys_of_sections_are_told_to_families_that_take_clips_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "[[datasets]]\nimage_directory = 'v'\nfp_1f_target_index = 3\nfp_1f_no_post = true\n"
+    config = load_dataset_config(write(tmp_path, text))
+    for_family(config, None, 1, True)
+    assert not caplog.text
+    for_family(config, None, 1, False)
+    assert "fp_1f_target_index and fp_1f_no_post: ignored, as only FramePack" in caplog.text

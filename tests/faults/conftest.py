@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, run_python
+from tests.dataset.making import make_clip
 from tests.faults.messages import succeed_here
 from tests.faults.mistakes import COMMANDS
 from tests.faults.runs import (
@@ -142,6 +143,7 @@ def bad(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         (folder / name).write_text(text, encoding="utf-8")
     for name in ("utf16.txt", "utf16.toml"):
         (folder / name).write_text("a cat", encoding="utf-16")
+    make_clip(folder / "clip.mp4", 3).rename(folder / "clip.png")
     whole = (made_projects["wan"] / "model" / "dit.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) * 2 // 3])
     (folder / "three").mkdir()

@@ -185,6 +185,20 @@ OF_ANOTHER_KIND = (
     wrong((FP, "fpack_cache_latents.py"), "--image_encoder model/vae.safetensors", "vae.safetensors is not"),
     wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is no LoRA"),
 )
+# a letter is wrong: the name that was meant is shown
+NEARLY = (
+    wrong((*GENERATIONS, *TRAININGS), "--dit model/dot.safetensors", "Did you mean model/dit.safetensors?"),
+    wrong(GENERATIONS, "--vae modle/vae.safetensors", "Did you mean model/vae.safetensors?"),
+    wrong(GENERATIONS, "--lora_weight lorra.safetensors", "Did you mean lora.safetensors?"),
+    wrong(GENERATIONS, "--from_file promts.txt", "Did you mean prompts.txt?"),
+    wrong(TRAININGS, "--config_file dataset.tml", "Did you mean dataset.toml?"),
+    wrong(TRAININGS, "--dataset_config datasett.toml", "Did you mean dataset.toml?"),
+    wrong(TRAININGS, "--resume modell", "Did you mean model?"),
+    wrong(FP, "--end_image_path strat.png", "Did you mean start.png?"),
+    wrong(MERGE, "--lora_weight lorra.safetensors", "Did you mean lora.safetensors?"),
+    wrong(CONVERT, "--input lorra.safetensors", "Did you mean lora.safetensors?"),
+    wrong(FP, "--end_image_path BAD/clip.png", "clip.png is a video, and an image is needed"),
+)
 # how paths go wrong on their way from a page or a shell
 MISTYPED = (
     wrong(WAN, "--dit=https://example.org/wan.safetensors", "this is an address. Download"),
@@ -252,7 +266,7 @@ TOGETHER = (
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}
-MISTAKES |= {"together": TOGETHER}
+MISTAKES |= {"together": TOGETHER, "nearly": NEARLY}
 
 
 def _cases() -> list[object]:

@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ltx2_generate_video
+from ltx_2.files import Ltx2Files
+from ltx_2.options import GEMMA
 from modules.contract.data import SOUND
+from modules.errors import CheckpointError
 from modules.media.pixels import video_pixels
 from modules.media.reading import read_image
 from modules.media.samples import read_track
@@ -206,3 +209,10 @@ def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -
         normed = pipe._normalize_latents(expected, pipe.vae.latents_mean, pipe.vae.latents_std)
         assert_equal(made["latent"], normed[0], "latents")
     assert not torch.equal(found[0][1][SOUND], found[1][1][SOUND])
+
+
+def test_a_file_that_nobody_typed_is_named_as_the_default_of_its_option() -> None:
+    with pytest.raises(CheckpointError, match=f"--gemma_root is not given, and its default {GEMMA}: no such"):
+        Ltx2Files(gemma=GEMMA).text_encoder()
+    with pytest.raises(CheckpointError, match="^--gemma_root other: no such file"):
+        Ltx2Files(gemma=Path("other")).text_encoder()

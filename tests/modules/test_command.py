@@ -18,6 +18,7 @@ from modules.control_codes import escape_control_codes, fold
 from modules.errors import CheckpointError
 from modules.parser import Parser
 from tests.commands import ROOT
+from tests.faults.messages import assert_one_message, run_here
 
 
 def _parser() -> Parser:
@@ -65,6 +66,31 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         _parser().parse_args(words.split())
     assert end.value.code == 2
     assert capsys.readouterr().err == f"make.py: error: {message}\nmake.py --help lists all options\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tools/split_video.py x.mpp --output made", "--input x.mpp: no such file. Did you mean x.mp4?"),
+        ("tools/split_video.py x.mp4", "--output is missing"),
+        (
+            "tools/dataset_report.py --output p.html folder",
+            "folder is a folder. Give folder/dataset.toml",
+        ),
+        ("tools/dataset_report.py --output p.html .", ". is a folder. Give a .toml or .json file: "),
+        ("wan_cache_latents.py --vae v none.toml", "none.toml cannot be read: No such file"),
+        ("convert_lora.py x.mp4 --output y.safetensors --target other", "x.mp4"),
+        ("blissful_tuner/video_to_png.py nix.mp4", "nix.mp4"),
+        ("tools/split_video.py x.mp4 y.mp4 --output made", "--input is missing: a video"),
+        ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path and has 2"),
+    ],
+)
+def test_a_word_without_an_option_is_what_the_tool_is_for(words: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("x.mp4", "y.mp4", "other.toml", "folder/dataset.toml"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    code, said = run_here(*words.split(), folder=tmp_path)
+    assert message in assert_one_message(code, said, remedy=False)
 
 
 @pytest.mark.parametrize("sign", ["\\", "^", "`", " "])

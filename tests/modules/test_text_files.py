@@ -1,5 +1,6 @@
 """Texts and files are read and written safely: encodings, limits, one name replaced by another."""
 
+import io
 import os
 import random
 import re
@@ -31,6 +32,7 @@ from modules.text_files import (
     parse_json,
     parse_toml,
     read_lines,
+    read_tensor_header,
     read_text,
     real_path,
     require_regular_file,
@@ -340,3 +342,16 @@ def test_links_in_a_circle_lead_nowhere_and_raise_nothing(tmp_path: Path) -> Non
         )
     ]
     assert wild == []
+
+
+def test_a_header_that_is_no_table_is_not_read() -> None:
+    pieces: list[int] = []
+    content = io.BytesIO((1 << 26).to_bytes(8, "little") + bytes(100))
+
+    def read(size: int) -> bytes:
+        pieces.append(size)
+        return content.read(size)
+
+    with pytest.raises(ValueError, match="not a table of tensors"):
+        read_tensor_header(read, 1 << 27)
+    assert sum(pieces) <= 16

@@ -32,7 +32,7 @@ from qwen_image.options import (
     caching_options,
     generation_options,
 )
-from qwen_image.references import MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
+from qwen_image.references import AS_TRAINED, MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.foreign_caches import train_with_and_without_records
 from tests.tiny.families import TinyFamily, family_called
@@ -63,6 +63,20 @@ def test_official_sizes_are_those_of_the_release() -> None:
     for size in ((131, 75), (1000, 1000), (333, 2000), (4000, 37)):
         expected = calculate_dimensions(MEGAPIXEL, size[0] / size[1])
         assert official_size(size, MEGAPIXEL) == tuple(max(int(side), 32) for side in expected)
+
+
+def test_a_request_without_a_picture_is_told_and_no_option_that_nobody_typed(
+    files: TinyQwenImage, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_training = replace(family_of(files), edit=AS_TRAINED)
+    prepare(of_training)
+    assert "Qwen-Image-Edit-2509 edits pictures, and 'a hat' names none" in caplog.text
+    assert "ignored" not in caplog.text
+    prepare(family_of(files, resize_control_to_official_size=True))
+    assert "--resize_control_to_official_size: ignored" in caplog.text
+    caplog.clear()
+    prepare(family_of(files, "original"))
+    assert not caplog.text
 
 
 def test_a_picture_is_stretched_or_cut_or_fitted(tmp_path: Path) -> None:
@@ -154,7 +168,7 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(
     masked["extra"] = {"mask_path": str(tmp_path / "text.png")}
     with pytest.raises(OptionError, match=r"--mask_path: .*text.png is no image.*Give an image file"):
         prepare(family_of(files), tmp_path / "a.png", **masked)
-    assert not caplog.records
+    assert "ignored" not in caplog.text
     prepare(family_of(files, **given), **sized)
     assert "--resize_control_to_image_size, --append_original_name, --rcm_threshold: ignored" in caplog.text
 

@@ -14,12 +14,13 @@ from dataset.batches.items import NO_COMMANDS, find_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
-from modules.contract.data import Batch
+from modules.contract.data import Batch, Conditions
 from modules.contract.family import NoiseSpec
 from modules.contract.loading import Placement
 from modules.errors import CacheError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
+from tests.dataset.making import make_image
 from tests.training import toy
 from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness, draw_given_frames
 from training.loop import take_step
@@ -55,6 +56,55 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded
 
     with pytest.raises(OutputError, match=f"{option} {folder}:? {said}"):
         toy.train_toy(tmp_path, option, folder)
+
+
+class UnloadedToy(toy.ToyFamily):
+    """Takes no texts of the last item, and must not load its model."""
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> torch.nn.Module:
+        raise AssertionError("the model is loaded")
+
+    def batch_conditions(self, latents: torch.Tensor, batch: Batch) -> Conditions:
+        if batch.keys[0].startswith("clip4"):
+            raise CacheError("clip4 is of another release")
+        return super().batch_conditions(latents, batch)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        ("clip3_0032x0032_toy.safetensors", "clip3.*damaged"),
+        ("clip3_toy_te.safetensors", "clip3.*damaged"),
+        (None, "clip4 is of another release"),
+    ],
+)
+def test_caches_that_cannot_be_used_are_told_before_the_model_is_loaded(
+    tmp_path: Path, damaged: str | None, said: str
+) -> None:
+    toy.write_caches(tmp_path, count=5)
+    if damaged:
+        path = tmp_path / "cache" / damaged
+        path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(CacheError, match=said):
+        toy.train_toy(tmp_path, family=UnloadedToy())
+
+
+def test_pictures_without_caches_and_caches_without_pictures_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.write_caches(tmp_path, count=3)
+    toy.train_toy(tmp_path)
+    assert "Cache again" not in caplog.text  # the folder is not there: the caches were copied
+    (tmp_path / "images").mkdir()
+    for name in ("clip0", "clip2", "new"):
+        make_image(tmp_path / "images" / f"{name}.png")
+
+    toy.train_toy(tmp_path)
+
+    new = tmp_path / "images" / "new.png"
+    assert f"1 image with no latents, such as {new}: not cached" in caplog.text
+    assert "1 image with caches but no file any more, such as clip1: trained on until" in caplog.text
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:

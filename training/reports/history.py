@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
+from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 END = "-history.jsonl"
 MOST_WAITING = 2000  # lines in memory
+MOST_STEPS = 10**15
 LOSS = "validation/loss"
 AVERAGE_MARK = re.compile("-ema")
 # lines on memory, as the page names them
@@ -75,6 +77,8 @@ class Start:
         """Return what a line tells. Raises ValueError, TypeError or LookupError if it is not one of ours."""
         changed, unchanged = ([(str(a), str(b)) for a, b in told[key]] for key in ("changed", "unchanged"))
         numbers = int(told["total_steps"]), bool(told["listens"])
+        if not 0 <= numbers[0] <= MOST_STEPS:
+            raise ValueError("no run has so many steps")
         return cls(str(told["model"]), numbers[0], changed, unchanged, numbers[1], dict(told["process"]))
 
 
@@ -269,7 +273,7 @@ def read_session(path: Path) -> int | None:
     try:
         require_regular_file(path)
         with path.open("rb") as file:
-            row = parse_row(file.readline())
+            row = parse_row(file.readline(MAX_LINE_CHARACTERS))
     except OSError:
         return None
     return None if row is None else row.get("session")
@@ -286,7 +290,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
+        for line in filter(bytes.strip, list_lines(file)):
             row = parse_row(line)
             if row is None:
                 broken += 1
@@ -298,20 +302,26 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
         logger.warning("%s: %d lines cannot be read and are left out.", path, broken)
 
 
+def list_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a history, with their ends; one that is longer than any comes in pieces without."""
+    return iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")
+
+
 def parse_row(line: bytes) -> Row | None:
     """Return a line as `History` writes it; None for one that was torn, or shows a file of another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
         if not (line.endswith(b"\n") and isinstance(row, dict)):
             return None
-        if type(row.get("session", row.get("step"))) is not int:
+        number = row.get("session", row.get("step"))
+        if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MOST_STEPS):
             return None
         names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
         if not all(Path(name).name == name and "\\" not in name for name in names):
             return None
         if "session" not in row:
             Story.of([row])  # a line may be edited: whatever it lacks, it lacks here
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
         return None
     return row
 

@@ -25,6 +25,7 @@ from modules.atomic_write import atomic_folder, check_space, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
+from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.key_formats import OF_LTX_FORK, OURS
 from training.steps import Progress
@@ -35,6 +36,8 @@ FILE, CHECKSUM = "state.pt", "state.crc32"
 RECORD = "state.json"  # of a state of before version 2
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
+MOST = 10**9  # of steps and epochs
+MOST_OF_CHECKSUM = 100  # bytes of that file
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -125,8 +128,11 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """
     if not folder.is_dir():
         problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
+        near = "" if folder.is_file() else explain_missing(folder)
         anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
-        raise OptionError(f"--resume {folder}: {problem}. Give a ...-state folder, or the word latest.{anew}")
+        raise OptionError(
+            f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
+        )
     if not _is_own(folder):
         return _read_foreign(folder)
     with one_error(folder):
@@ -147,6 +153,10 @@ def read_state(folder: Path) -> SavedState | ForeignState:
                 ]
                 if not isinstance(getattr(record, name), (*kinds, int) if float in kinds else tuple(kinds)):
                     raise TypeError(f"{name} is of the kind {type(getattr(record, name)).__name__}")
+        where = state.progress
+        pairs = (where.plan_epoch, where.epoch), (where.plan_step, where.step)
+        if not all(0 <= first <= last <= MOST for first, last in pairs):
+            raise ValueError("its counts of steps and epochs do not go together")
         return state
 
 
@@ -266,9 +276,7 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
         return read_old_state(folder, is_checked)
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
-    if is_checked and file_checksum(folder / FILE) != int(
-        (folder / CHECKSUM).read_text(encoding="utf-8"), 16
-    ):
+    if is_checked and file_checksum(folder / FILE) != int(read_text(folder / CHECKSUM, MOST_OF_CHECKSUM), 16):
         raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import struct
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,3 +266,26 @@ def test_an_optimizer_state_with_such_a_tensor_is_refused_too(tmp_path: Path) ->
 
     with pytest.raises(CheckpointError, match=r"state\.0\.exp_avg\.0 is a sparse tensor"):
         load_pickled(path)
+
+
+@pytest.mark.parametrize("program", [b"(" * 2_000_000, b"]" * 700_000 + b"."])
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_a_list_of_tensors_that_takes_minutes_is_refused_in_seconds(
+    tmp_path: Path, program: bytes, is_zip: bool
+) -> None:
+    path, content = tmp_path / "x.pt", b"\x80\x02" + program
+    path.write_bytes(content)
+    if is_zip:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", content)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="damaged or incomplete: list of tensors has more than 600,000"):
+        load_pickled(path)
+    assert time.monotonic() - began < 60  # a second, on a machine that does nothing else
+
+
+def test_a_list_of_tensors_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(1 << 25))
+    with pytest.raises(CheckpointError, match="its list of tensors has more than"):
+        load_pickled(tmp_path / "x.pt")

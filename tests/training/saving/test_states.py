@@ -17,7 +17,15 @@ from modules.errors import CheckpointError, OptionError, OutputError
 from tests.faults.damage import flip_bit
 from tests.training.toy import train_toy, write_caches
 from training.optimizers.optimizer import optimizer_state, restore_optimizer
-from training.saving.states import FILE, SavedState, find_latest, load_module, read_state, write_state
+from training.saving.states import (
+    CHECKSUM,
+    FILE,
+    SavedState,
+    find_latest,
+    load_module,
+    read_state,
+    write_state,
+)
 from training.steps import Progress
 
 STATES = Path(__file__).parents[2] / "data" / "states"  # written by version 1
@@ -59,6 +67,26 @@ def test_a_part_of_another_kind_is_damage(tmp_path: Path, name: str, value: obje
     write_state(tmp_path / "x-state", replace(state(), **{name: value}))
 
     with pytest.raises(CheckpointError, match=f"x-state is damaged: {name} is of the kind"):
+        read_state(tmp_path / "x-state")
+
+
+@pytest.mark.parametrize(
+    "change", [{"plan_epoch": 10**18}, {"plan_step": 5, "step": 4}, {"epoch": 10**18}, {"plan_epoch": -1}]
+)
+def test_counts_that_no_run_has_are_damage(tmp_path: Path, change: dict[str, int]) -> None:
+    whole = state()
+    write_state(tmp_path / "x-state", replace(whole, progress=replace(whole.progress, **change)))
+
+    with pytest.raises(CheckpointError, match="its counts of steps and epochs do not go together"):
+        read_state(tmp_path / "x-state")
+
+
+@pytest.mark.parametrize("checksum", ["z", "9" * 5000])
+def test_a_checksum_that_is_none_is_damage(tmp_path: Path, checksum: str) -> None:
+    write_state(tmp_path / "x-state", state())
+    (tmp_path / "x-state" / CHECKSUM).write_text(checksum, encoding="utf-8")
+
+    with pytest.raises(CheckpointError, match="x-state is damaged: (invalid|.*larger than 100 bytes)"):
         read_state(tmp_path / "x-state")
 
 

@@ -1,0 +1,82 @@
+"""What a training looks at before it loads a model: whether its caches can be read and fit what is there."""
+
+import itertools
+import logging
+import random
+from collections.abc import Iterable, Sequence
+
+from dataset.batches.items import CachingCommands, FoundItems, LiveParts, TrainingItem
+from dataset.batches.reading import read_batch
+from dataset.cache.files import text_file_name
+from dataset.cache.records import CacheChecks
+from dataset.cache.store import Stores
+from dataset.config import DatasetTable
+from dataset.sources.listing import find_sources
+from modules.console import count_of
+from modules.contract.family import Family
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
+MOST_LISTED = 20_000  # items of a folder
+
+
+def check_caches(
+    family: Family,
+    items: Sequence[TrainingItem],
+    commands: CachingCommands,
+    stores: Stores,
+    live: LiveParts,
+    has_live_texts: bool,
+) -> None:
+    """Read the caches of at most MOST_READ items and MOST_READ_BYTES: all that a small data set has.
+
+    Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
+    changed captions. What is encoded while training is not looked at.
+    """
+    cached = [item for item in items if item.kind.has_latents]
+    size_bytes, checks = 0, CacheChecks()
+    for item in random.Random(0).sample(cached, min(len(cached), MOST_READ)):
+        for number in range(item.captions):
+            batch = read_batch([item], family.latent, commands, checks, [number], stores, live=live)
+            if item.kind.has_text and not has_live_texts:
+                family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
+            values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
+            size_bytes += sum(one.nbytes for one in itertools.chain(*values))
+        if size_bytes > MOST_READ_BYTES:
+            return
+
+
+def compare_sources(
+    tables: Iterable[DatasetTable], found: FoundItems, commands: CachingCommands, tag: str
+) -> None:
+    """Warn of files in folders that have no latents, and of latents whose file is gone.
+
+    tag: the family's cache_tag. Folders of more than MOST_LISTED items are not listed.
+    """
+    untold = {path.name for path in found.missing_text}  # have latents, and a warning of their own
+    for table in tables:
+        cached = {item.source_stem for item in found.items if item.table.index == table.index}
+        if table.directory is None or not 0 < len(cached) <= MOST_LISTED or table.cache_format == "npz":
+            continue
+        try:
+            sources = {source.stem: source for source in find_sources(table, captions=False, faults=[])}
+        except DatasetError:  # none at all: the caches were copied without them
+            continue
+        new = [
+            str(source.path)
+            for stem, source in sources.items()
+            if stem not in cached and text_file_name(stem, tag) not in untold
+        ]
+        gone = sorted(cached - sources.keys())
+        kind = table.kind if table.kind == "image" else "clip"
+        for names, what, does in (
+            (new, "no latents", "not cached, too short or unreadable: left out"),
+            (gone, "caches but no file any more", "trained on until the caches are made again"),
+        ):
+            if names:
+                logger.warning(
+                    "%s: %s with %s, such as %s: %s. Cache again: %s",
+                    *(table.name, count_of(len(names), kind), what, names[0], does, commands.latents),
+                )
