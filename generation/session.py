@@ -173,6 +173,14 @@ class Session:
         """Load the DiT's networks with other settings from now on."""
         self._dits.load, self._dits.load_aside = load_dit, load_aside
 
+    def free(self) -> None:
+        """Free all networks, at the end of the session."""
+        for encoder in self._text_encoders or ():
+            encoder.free()
+        self._media = None
+        self._dits.free()
+        free_memory(self.device)
+
     def dit_aside(self) -> AbstractContextManager[None]:
         """A block in the midst of the DiT's work, which waits in host memory meanwhile.
 
