@@ -130,6 +130,7 @@ class DitTurns:
         noise, and any expert may be needed again.
         """
         self._plan, self._place = plan, 0
+        free_memory(self.device)  # of networks that callers of the phase before held until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
             yield lambda timestep: self._bring(expert_at(timestep, self.experts))

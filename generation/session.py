@@ -135,7 +135,7 @@ class Session:
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
         """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and
-        wait on the CPU.
+        wait on the CPU, unless that is the device: there they are loaded again.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -147,7 +147,8 @@ class Session:
             with torch.no_grad():
                 yield self._media
         finally:  # also where Ctrl-C comes in the middle of a move
-            if self._media is not None and (again or self.keep):
+            waits = self.keep or (again and self.device != CPU)
+            if self._media is not None and waits:
                 _move(self._media, CPU, images=True)
             else:
                 self._media = None
