@@ -155,8 +155,8 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks],
         yield at
     finally:
         for dit in dressed:
-            (before,) = cast("functools.partial[None]", runner_of(dit)).args
-            set_runner(dit, before)
+            dressing = cast("functools.partial[None]", runner_of(dit))
+            set_runner(dit, dressing.args[-1])  # `run` may be a partial too, with arguments of its own
 
 
 class MagCacheRule:
