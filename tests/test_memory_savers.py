@@ -71,7 +71,7 @@ SAVERS = {
     "file of torch": Saver(LATENT.replace("M/dit.safetensors", "M/dit.pt"), dit=1),
     "source of a video": Saver(f"{ONE} --video_path clips/a.mp4", dit=1),
     "passes of two processes": Saver(f"{ONE} --cfg_parallel", dit=1, processes=2),
-    "tokens of two processes": Saver(f"{ONE} --context_parallel 2", dit=1, processes=2),
+    "tokens of two processes": Saver(f"{LATENT} --context_parallel 2", dit=1, processes=2),
     "strengths": Saver(f"{LATENT} {LORA} --interactive", dit=1, typed="cat\ncat --m 0.5\ncat --m 0.2\n"),
     "training": Saver(f"{TRAIN} --sample_prompts pictures.txt --sample_at_first", dit=1, vae=1),
     "training in fp8": Saver(
