@@ -69,8 +69,10 @@ def denoise(
     for made in range(num_steps):
         index = start.step + made
         step = Step(made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents)
-        predict = predictor(family, dit_at, step, split, section.tweaks, section.held)
-        velocity = guidance(step, predict, section).float()
+        # without a name: it would hold the network of this step while that of the next one is loaded
+        velocity = guidance(
+            step, predictor(family, dit_at, step, split, section.tweaks, section.held), section
+        ).float()
         done = StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):

@@ -130,13 +130,14 @@ class DitTurns:
         noise, and any expert may be needed again.
         """
         self._plan, self._place = plan, 0
+        free_memory(self.device)  # of networks that callers of the phase before held until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
             yield lambda timestep: self._bring(expert_at(timestep, self.experts))
         finally:  # also where Ctrl-C comes in the middle of a move
             self._end_ahead()
             if not self.rules.keep:
-                self._dits, self._copies, self._working = {}, {}, set()
+                self.free()
             elif self.device.type != "cpu" or self.rules.lazy:
                 self._plan = ()
                 for expert in [*self._working]:
@@ -169,6 +170,10 @@ class DitTurns:
         finally:
             for dit, copy in working:
                 _come(dit, copy, self.device)
+
+    def free(self) -> None:
+        """Free all networks. Call it between phases."""
+        self._dits, self._copies, self._working = {}, {}, set()
 
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device, and look ahead.

@@ -279,7 +279,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; the transformer is read anew if they change.
+    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
 
     text: numbers separated by commas, one for each LoRA; None: as they are. Raises OptionError if it cannot
     be read.
@@ -299,6 +299,7 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     options = replace(options, lora=replace(options.lora, lora_multiplier=numbers))
     uses = expert_loras(run.family.experts, options, with_texts=True)
     loader = dit_loader(run.family, uses, run.session.device, options)
+    run.session.free()  # callers hold the old run for as long as the console is open
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 

@@ -135,7 +135,7 @@ class Session:
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
         """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and
-        wait on the CPU.
+        wait on the CPU, unless that is the device: there they are loaded again.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -147,7 +147,8 @@ class Session:
             with torch.no_grad():
                 yield self._media
         finally:  # also where Ctrl-C comes in the middle of a move
-            if self._media is not None and (again or self.keep):
+            waits = self.keep or (again and self.device != CPU)
+            if self._media is not None and waits:
                 _move(self._media, CPU, images=True)
             else:
                 self._media = None
@@ -172,6 +173,14 @@ class Session:
     def load_with(self, load_dit: LoadDit, load_aside: LoadAside | None) -> None:
         """Load the DiT's networks with other settings from now on."""
         self._dits.load, self._dits.load_aside = load_dit, load_aside
+
+    def free(self) -> None:
+        """Free all networks, at the end of the session."""
+        for encoder in self._text_encoders or ():
+            encoder.free()
+        self._media = None
+        self._dits.free()
+        free_memory(self.device)
 
     def dit_aside(self) -> AbstractContextManager[None]:
         """A block in the midst of the DiT's work, which waits in host memory meanwhile.

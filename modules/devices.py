@@ -1,8 +1,10 @@
 """Choose a device, name dtypes, send tensors, free memory."""
 
+import ctypes
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,12 +227,41 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Collect garbage and release torch's unused memory of the device."""
+    """Collect garbage, and release unused memory of the host and of the device."""
     gc.collect()
+    release_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def release_heap() -> None:
+    """Give the host's freed memory back to the system.
+
+    glibc keeps what lies between pieces that are in use, which may be as much as a network.
+    """
+    _call_glibc("malloc_trim", 0)
+
+
+def keep_heap_small() -> None:
+    """Have memory of weights given back as soon as it is freed, for the rest of this process.
+
+    glibc takes pieces of MMAP_THRESHOLD and more from the system one by one, until it has seen larger ones
+    freed: then up to 32 MiB come from its heap, where parts of weights that stay leave holes.
+    """
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+
+
+MMAP_THRESHOLD = 128 << 10  # bytes; glibc's own at the start
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def _call_glibc(name: str, *numbers: int) -> None:
+    """Call a function that other C libraries lack."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*numbers)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

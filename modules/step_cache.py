@@ -31,7 +31,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy
 import torch
@@ -141,20 +141,22 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks],
     run: is given that runner first. At the end, also after an exception, every network has its own runner
     again.
     """
-    before = weakref.WeakKeyDictionary[nn.Module, Runner]()
+    # with the networks alone: a runner that fetches swapped weights would keep those of one that is freed
+    dressed = weakref.WeakSet[nn.Module]()
 
     def at(timestep: float) -> nn.Module:
         dit = dit_at(timestep)
-        if dit not in before:
-            before[dit] = runner_of(dit)
-            set_runner(dit, functools.partial(run, before[dit]))
+        if dit not in dressed:
+            set_runner(dit, functools.partial(run, runner_of(dit)))
+            dressed.add(dit)
         return dit
 
     try:
         yield at
     finally:
-        for dit, runner in before.items():
-            set_runner(dit, runner)
+        for dit in dressed:
+            dressing = cast("functools.partial[None]", runner_of(dit))
+            set_runner(dit, dressing.args[-1])  # `run` may be a partial too, with arguments of its own
 
 
 class MagCacheRule:

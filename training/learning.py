@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
 from modules.contract.rules import Expert, SoundLearning
-from modules.devices import dtype_of, warn_if_emulated
+from modules.devices import dtype_of, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
@@ -185,6 +185,8 @@ class Loading:
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
+        if plan.fp8 is not None and device.type == "cpu":
+            keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts) and device.type == "cuda":

@@ -20,7 +20,14 @@ from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import read_all, read_sample_prompts
-from generation.session import Session, decode_tracks, encode_inputs, wanted_texts
+from generation.session import (
+    NO_ENCODERS,
+    Session,
+    decode_tracks,
+    encode_inputs,
+    needs_media,
+    wanted_texts,
+)
 from modules.bars import Bar
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
@@ -222,7 +229,11 @@ def prepare_samples(
     session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
     texts = session.texts(wanted)
-    with session.media(images=True, again=True) as encoders:
+    encoders, writes = NO_ENCODERS, not together or process == 0
+    with ExitStack() as loaded:
+        # by who decodes in any case: a file that is wrong shows before anything is trained
+        if (writes and requests) or any(needs_media(family, request) for request in requests):
+            encoders = loaded.enter_context(session.media(images=True, again=writes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     samples = [
@@ -234,7 +245,7 @@ def prepare_samples(
     if process == 0:  # one file for all: that of one process shows one sample after the other
         previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
     sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
-    return replace(sampler, draw_seed=draw_together, writes=process == 0) if together else sampler
+    return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
 
 
 def draw_together() -> int:

@@ -29,7 +29,7 @@ from modules.bars import BYTES, track
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
-from modules.devices import empty_pinned, release_pinned_memory
+from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError, OptionError
 from modules.fp8.weights import E4M3, attach, dequantise, is_fp8, quantise
 from modules.speed_options import Quantisation
@@ -63,6 +63,7 @@ def find_fp8_weights(
     return frozenset(kept)
 
 
+_TRIM_AFTER = 8 << 20  # bytes of the file; what it takes to make weights leaves holes between them
 _SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
 FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
@@ -122,6 +123,7 @@ def load_module(
     sizes = {
         name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
     }
+    untrimmed = 0
     for name in track(
         wanted,
         f"Loading {checkpoint.path.name}",
@@ -135,6 +137,10 @@ def load_module(
         filling.fill(name)
         if filled is not None:
             filled(name)
+        untrimmed += sizes[name]
+        if device.type == "cpu" and untrimmed > _TRIM_AFTER:
+            release_heap()
+            untrimmed = 0
     filling.finish()
     if fp8 is not None and fp8.kept:
         logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
@@ -242,6 +248,7 @@ class _Filling:
         """Check that all values are finite, and free the buffer."""
         self._finite.finish()
         del self._scratch
+        release_heap()
         if self._device.type == "cuda":
             release_pinned_memory()
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from modules.contract.steps import Tweaks
-from modules.devices import choose_device
+from modules.devices import choose_device, keep_heap_small
 from modules.errors import OptionError
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
@@ -63,6 +63,8 @@ class ShardedBlocks:
         from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        if device.type == "cpu":
+            keep_heap_small()  # else whole blocks leave holes that are as large as what was split
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
         """Return a function that is told which tensor is filled; a block that is full is split."""

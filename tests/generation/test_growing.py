@@ -124,8 +124,8 @@ def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(
     with caplog.at_level(logging.INFO):
         generate(family, options(tmp_path))
     notes = [line for line in family.diary if not line.startswith(("pass", "encode", "free", "load text"))]
-    # two previews, three slices of the whole
-    assert notes == ["load dit", "load vae", "decode", "decode", *["decode"] * 3]
+    # two previews, three slices of the whole; on a CPU the VAE does not wait
+    assert notes == ["load dit", *["load vae", "decode"] * 2, "load vae", *["decode"] * 3]
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".mp4"
     assert not path.stem.endswith("_progress")
