@@ -12,6 +12,7 @@ console_options: options of log lines: how many, and where they go
 contract/: what a model family tells the shared loops
 control_codes: text for a console
 devices: choose a device, name dtypes, send tensors, free memory
+doctor: tell what is installed, and what is missing
 downloading: receive a file from a site, continued and bounded
 dressing: put features around a loaded transformer, in order
 environment: the virtual environment of quickstart.py and run_tests.py

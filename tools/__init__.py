@@ -5,7 +5,7 @@ caption_dataset: writes captions with a vision-language model, or edits them
 compare: makes a grid of clips, a column per LoRA
 convert_cache: turns the caches of a dataset into another form
 dataset_report: writes a page about a dataset
-doctor: tells what the environment has, and what each missing thing costs
+doctor: tells what is installed, and what is missing
 download: downloads the released files that a task needs
 lora_post_hoc_ema: averages the saved LoRA files of a run
 prepare_dataset: prepares clips and captions in CogVideoX form
