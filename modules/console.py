@@ -140,8 +140,10 @@ def count_words(number: int, words: str) -> str:
     """Return a count with words for several, changed for one: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"
-    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", words)
-    nouns, rest = (words, "") if verb is None else (words[: verb.start()], words[verb.end() :])
+    head, colon, tail = words.partition(": ")
+    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", head)
+    nouns, rest = (head, "") if verb is None else (head[: verb.start()], head[verb.end() :])
     nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda found: found[1] + ("y" if found[2] else ""), nouns)
     nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
-    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}"
+    nouns = re.sub(r"^(text \w+?)s\b", r"\1", nouns)
+    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}{colon}{tail}"

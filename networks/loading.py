@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
-from modules.console import count_of
+from modules.console import count_of, count_words
 from modules.errors import CheckpointError, OptionError
 from networks.alphas import read_alphas
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module
@@ -247,12 +247,12 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
     """Warn of keys of a file that are not read. whole: number of all."""
     rest = (
-        (native.text_encoder, "change a text encoder and are ignored"),
-        (native.repeated, "name a part once more and are ignored"),
+        (native.text_encoder, "tensors of a text encoder are ignored"),
+        (native.repeated, "tensors of parts named once more are ignored"),
     )
     for keys, what in rest:
         if keys:
-            logger.warning(f"{path}: {count_of(len(keys), 'tensor')} {what}: {list_some(keys)}")
+            logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
     for one in sort_tensors(native.unknown, family):
         warn_of_rest(path, one.names, whole, f"tensors {one.words}", one.loss)
 

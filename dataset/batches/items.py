@@ -34,7 +34,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import MediaSource, is_of_shards, pause_collection
-from modules.console import count_of
+from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.buckets import Size
@@ -453,7 +453,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         raise CacheError("\n  ".join(lines))
     if found.unfinished_text:
         raise CacheError(
-            f"{len(found.unfinished_text)} text caches are unfinished, such as "
+            f"{count_words(len(found.unfinished_text), 'text caches are unfinished')}, such as "
             f"{next(iter(found.unfinished_text))}: text caching was stopped before all text encoders had "
             f"written.\n  Finish it with: {commands.text}"
         )
@@ -470,7 +470,8 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         faults.append(lacks if other is None else lacks + there)
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)
-        faults.append(f'audio = "required", but {count} clips have no sound in {folder}, such as {one}')
+        lacking = count_words(count, "clips have no sound")
+        faults.append(f'audio = "required", but {lacking} in {folder}, such as {one}')
     if not faults and not found.items:
         faults = [
             f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})

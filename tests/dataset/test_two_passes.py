@@ -140,12 +140,12 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
     cache_media(two(), config, options())
     with pytest.raises(
         CacheError,
-        match=r"(?s)1 text caches are unfinished, .*clip_1_toy_te\.safetensors\.part.*cache_text\.py",
+        match=r"(?s)1 text cache is unfinished, .*clip_1_toy_te\.safetensors\.part.*cache_text\.py",
     ):
         require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
     assert result.exit_code == 1
-    assert "1 text caches are unfinished" in "\n".join(result.lines)
+    assert "1 text cache is unfinished" in "\n".join(result.lines)
     cache_texts(two(), config, options())
     assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
     items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)

@@ -174,7 +174,7 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         ("wan", "--i2i_path CLIP/0.png", "--i2i_path .*0.png and --video_length 9"),
         ("wan", "--video_path CLIP --denoise_strength 1.5", "--v2v_denoise 1.5: give a share"),
         ("wan", "--video_path CLIP --v2v_extra_noise -1", "--v2v_extra_noise -1"),
-        ("fpack", "--i2i_path CLIP/0.png", "--i2i_path is not supported"),
+        ("fpack", "--i2i_path CLIP/0.png", "--i2i_path is refused"),
         ("fpack", "--video_path CLIP --one_frame_inference default", "--video_path .*--one_frame_inference"),
         ("wan", "--task t2i-14B --video_length 1 --video_path CLIP", "--task t2i-14B does not take it"),
     ],

@@ -313,7 +313,7 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
         (["double_blocks.0.img_attn.norm.query_norm.scale"], "are whole norms of the model"),
         (["diffusion_model.double_blocks.0.img_attn.proj.bias"], "are whole biases of the model"),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
-        ([f"transformer.{PROJ}.lora_A.weight"], "name a part once more"),
+        ([f"transformer.{PROJ}.lora_A.weight"], "named once more"),
         (
             ["img_encoder.x.lora_A.weight", "img_encoder.x.lora_B.weight"],
             "no known model has layers of these names",

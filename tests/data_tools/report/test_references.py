@@ -57,7 +57,7 @@ def test_the_page_shows_pairs(tmp_path: Path) -> None:
     write_check_page(tmp_path / "x.html", config, result, family.latent, 1.0, 500, workers=1)
 
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert page.count('<div class="pair">') == 2
+    assert page.count('<div class="figures"><figure>') == 2
     first = page[page.index("a_0.png: ") :]  # behind that of `b`, which has a fault
     assert 0 < first.index("a_1.png: ") < first.index("the result: make it blue")
     assert "100 x 40 → 96 x 32" in page
