@@ -24,7 +24,7 @@ from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from modules.text_files import real_path
 from networks.apply import LoraPatch
-from networks.deltas import LORA, Factors, group_by_module, strength
+from networks.deltas import CPU, LORA, Factors, group_by_module, hollow, strength
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
@@ -45,7 +45,6 @@ logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # option -> prefix of its part of a LoRA
 ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
-_META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
@@ -70,11 +69,11 @@ def merge_whole(options: WholeMergeOptions) -> None:
 
     Raises CheckpointError if a file cannot be used or fits nothing.
     """
-    cpu, (uses, dtype) = torch.device("cpu"), _read_uses(options)
+    uses, dtype = _read_uses(options)
     if options.sd_model is None:
-        _write_sum(options, options.save_to, uses, dtype, cpu)
+        _write_sum(options, options.save_to, uses, dtype, CPU)
     else:
-        merge_into_file(options.sd_model, uses, options.save_to, cpu, dtype=dtype, option="--save_to")
+        merge_into_file(options.sd_model, uses, options.save_to, CPU, dtype=dtype, option="--save_to")
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
@@ -190,7 +189,7 @@ def merge_into_file(
                 )
             # whole numbers and 8-bit weights stay as they are
             written[name] = info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
-            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+            patch.add_to(name, hollow(info))
         patch.check()
 
         finite = FiniteCheck(model)

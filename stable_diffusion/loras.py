@@ -18,7 +18,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
-from networks.deltas import group_by_module
+from networks.deltas import group_by_module, hollow
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
@@ -30,7 +30,6 @@ from stable_diffusion.network_options import AddedNetworkOptions
 logger = getLogger(__name__)
 OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
-_META = torch.device("meta")
 _TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
 
 
@@ -133,9 +132,8 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     for prefix, plan in parts if loras else ():
         patch = LoraPatch(uses_for(uses, prefix), model=release.path, is_text=bool(prefix))
         for name, source in plan.sources.items():
-            tensors = [plan.checkpoint.tensors[each] for each in source.names]
-            hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
-            patch.add_to((_TEXT_START if prefix else "") + name, source.make(hollow))
+            tensors = [hollow(plan.checkpoint.tensors[each]) for each in source.names]
+            patch.add_to((_TEXT_START if prefix else "") + name, source.make(tensors))
         patch.refuse_misfits()
 
 
