@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
+from modules.offload.sharding import gather_weight, set_weight
 from modules.speed_options import Quantisation
 from networks import deltas
 from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
@@ -52,7 +53,6 @@ class Change:
         return list(self.delta(deltas.without_alpha(self.factors), META).shape)
 
     def on(self, device: torch.device) -> "Change":
-        """Return the change with its factors on `device`."""
         moved = {part: one.to(device) for part, one in deltas.without_alpha(self.factors).items()}
         return replace(self, factors={**self.factors, **moved})
 
@@ -215,8 +215,17 @@ class LoraPatch:
             part.copy_(total.add_(part))
         return weight
 
+    @torch.no_grad()
+    def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
+        """Change the weights of a loaded network, also those split among processes; `check` afterwards.
+
+        published: name of a parameter of the network -> the one in files.
+        """
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            if self.touches(published(name)):
+                set_weight(parameter, self(published(name), gather_weight(parameter.data)))
+
     def touches(self, name: str) -> bool:
-        """Whether a LoRA changes the parameter with this name."""
         return bool(self._find(name))
 
     def unused(self) -> list[str]:
@@ -321,10 +330,7 @@ class OriginalWeights:
     """
 
     def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
-        """uses: all that may be switched to, for their names and sizes.
-
-        published: name of a parameter of the network -> the one in files.
-        """
+        """uses: all that may be switched to, for their names and sizes. published: as of `LoraPatch.bake`."""
         self._all = LoraPatch(uses)
         self._published = published
         self._kept: dict[str, Tensor] = {}
@@ -353,9 +359,8 @@ class OriginalWeights:
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
         """Give the loaded network its original weights with these LoRAs added; none: as loaded."""
         patch = LoraPatch(uses)
-        parameters = dict(network.named_parameters())
         for name, original in self._kept.items():
-            parameter = parameters[name]
+            parameter = network.get_parameter(name)
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
 
-import torch
 from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan
@@ -87,7 +86,6 @@ class _Target:
     prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
 
     def published(self, path: str) -> str:
-        """Return the path in files."""
         return self.start + path
 
 
@@ -182,9 +180,7 @@ def load_networks(
     for target in targets if merged else ():
         if given := uses_for(merged, target.prefix):
             patch = LoraPatch(given)
-            with torch.no_grad():
-                for path, parameter in target.network.named_parameters():
-                    patch.add_to(target.published(path), parameter.data)
+            patch.bake(target.network, target.published)
             patch.check()
     if not adjustable:
         return None

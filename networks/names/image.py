@@ -42,13 +42,26 @@ _FLUX_REST = (
     ("distilled_guidance_layer.layers.{n}.linear_1", "distilled_guidance_layer.layers.{n}.in_layer"),
     ("distilled_guidance_layer.layers.{n}.linear_2", "distilled_guidance_layer.layers.{n}.out_layer"),
 )
+# what FLUX.2 has too; of norms the only tensor is called `scale`
+_FLUX_NORMS = tuple(
+    (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
+    for theirs, ours in (
+        ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
+        ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
+        ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
+    )
+    for x, word in (("q", "query"), ("k", "key"))
+)
+_FLUX_QKV = (
+    *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
+    *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+)
 
 FLUX = FamilyNames(
     "flux",
     "flux-1-dev",
     parts=(
-        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
-        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *_FLUX_QKV,
         *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_DOUBLE),
         *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
         WeightPart(
@@ -63,17 +76,8 @@ FLUX = FamilyNames(
         WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
     ),
     start=IN_DIFFUSERS,
-    # of norms, whose only tensor is called `scale`
     parameters=(
-        *(
-            (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
-            for theirs, ours in (
-                ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
-                ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
-                ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
-            )
-            for x, word in (("q", "query"), ("k", "key"))
-        ),
+        *_FLUX_NORMS,
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
@@ -97,12 +101,8 @@ _FLUX_2_DOUBLE = tuple(
 _FLUX_2_REST = (
     *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
     *(
-        (f"{name}.linear", f"{name}.lin")
-        for name in (
-            "double_stream_modulation_img",
-            "double_stream_modulation_txt",
-            "single_stream_modulation",
-        )
+        (f"{name}_modulation{end}.linear", f"{name}_modulation{end}.lin")
+        for name, end in (("double_stream", "_img"), ("double_stream", "_txt"), ("single_stream", ""))
     ),
     *(
         (f"time_guidance_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
@@ -115,8 +115,7 @@ FLUX_2 = FamilyNames(
     "flux_2",
     "flux-2",
     parts=(
-        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
-        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *_FLUX_QKV,
         *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_2_DOUBLE),
         *renamed_parts(
             "single_transformer_blocks.{n}.attn.",
@@ -126,16 +125,7 @@ FLUX_2 = FamilyNames(
         *renamed_parts("", "", _FLUX_2_REST),
         WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
     ),
-    # of norms, whose only tensor is called `scale`
-    parameters=tuple(
-        (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
-        for theirs, ours in (
-            ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
-            ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
-            ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
-        )
-        for x, word in (("q", "query"), ("k", "key"))
-    ),
+    parameters=_FLUX_NORMS,
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
     lokr_in_diffusers=True,
     sides=(
@@ -218,7 +208,7 @@ LUMINA = FamilyNames(
         ),
         *(part for block in _LUMINA_BLOCKS for part in renamed_parts(block, block, _LUMINA_BLOCK)),
         *renamed_parts(_LUMINA_BLOCKS[0], _LUMINA_BLOCKS[0], _LUMINA_MODULATED),
-        *renamed_parts(_LUMINA_BLOCKS[1], _LUMINA_BLOCKS[1], (("norm1", "attention_norm1"),)),
+        WeightPart(f"{_LUMINA_BLOCKS[1]}norm1", f"{_LUMINA_BLOCKS[1]}attention_norm1"),
         *renamed_parts(_LUMINA_BLOCKS[2], _LUMINA_BLOCKS[2], _LUMINA_MODULATED),
         *renamed_parts("", "", _LUMINA_REST),
     ),
