@@ -63,7 +63,6 @@ class ChangedPlace:
         return (self.is_linear or is_plain) and self.leaf == "weight"
 
     def has(self, name: str) -> bool:
-        """Whether the module has a parameter of this name."""
         return isinstance(getattr(self.module, name, None), nn.Parameter)
 
 
@@ -97,7 +96,6 @@ class AddedPart:
         self._bias = deltas.bias_delta(factors, device)
 
     def release(self) -> None:
-        """Free the device's copies."""
         self._chain, self._whole, self._bias = [], {}, None
 
     @property

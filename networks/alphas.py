@@ -47,7 +47,6 @@ class _Source:
         return _number(self.settings.get("r"))
 
     def fits(self, ranks: Collection[int]) -> bool:
-        """Whether they can be of a file with these ranks."""
         if self.rank is None:
             return self.is_sure
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
@@ -213,11 +212,7 @@ def find_text_alphas(
 
 
 def read_alphas(
-    path: Path,
-    metadata: Mapping[str, str],
-    native: NativeTensors,
-    expert: str | None,
-    is_written_here: bool,
+    path: Path, metadata: Mapping[str, str], native: NativeTensors, expert: str | None, is_written_here: bool
 ) -> tuple[FoundAlphas, FoundAlphas]:
     """Find the alphas of a file's modules and of those in text encoders, as `find_alphas`.
 
@@ -274,7 +269,6 @@ def peft_alphas(
 
 
 def _number(value: Any) -> float | None:
-    """Return a value as a finite number; None if it is none."""
     try:
         return _finite(value)
     except (ValueError, TypeError, OverflowError):

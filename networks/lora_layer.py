@@ -118,7 +118,6 @@ class LoraLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
-        """Replace the original module's forward by this one's."""
         self._original_forward = self._original[0].forward
         # masks depend on the index of each element in the input, and would repeat in each piece of it
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
@@ -288,7 +287,6 @@ def _make_empty(layer: Layer) -> Layer:
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """Return the lower and the upper 32 bits."""
     return seed & _32_BITS, seed >> 32
 
 

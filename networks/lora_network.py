@@ -10,16 +10,11 @@ from torch import Tensor, nn
 
 from modules.console import count_of
 from modules.errors import CheckpointError
+from networks import loading
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
-from networks.loading import (
-    list_some,
-    read_lora,
-    refuse_unknown,
-    warn_of_absent,
-    warn_of_other_family,
-)
+from networks.loading import list_some, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -92,7 +87,7 @@ class OwnNetwork(nn.Module):
             )
         made = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in own)
-        warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
+        loading.warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
         texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
         stored = group_by_module(add_missing_alphas(for_model({**lora.tensors, **texts}, heights.get)))
@@ -107,7 +102,7 @@ class OwnNetwork(nn.Module):
                 path,
             )
         if not fitting:
-            refuse_unknown(lora, "--network_weights")
+            loading.refuse_unknown(lora, "--network_weights")
             words = text_side_of(stored)
             why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
             raise CheckpointError(
@@ -123,7 +118,7 @@ class OwnNetwork(nn.Module):
         }
         self.load_state_dict(tensors, strict=False)
         beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
+        loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
         lost = [name for name in stored if name not in own and name not in beside]
         problems = [f"{name} is not in this network" for name in lost]
         problems += [f"{name} is not in the file" for name in own if name not in stored]

@@ -23,6 +23,7 @@ from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from modules.text_files import real_path
+from networks import tool_options
 from networks.apply import LoraPatch
 from networks.deltas import CPU, LORA, Factors, group_by_module, hollow, strength
 from networks.key_formats import NETWORKS, families_of
@@ -32,13 +33,7 @@ from networks.module_names import read_family
 from networks.names.image import FLUX
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
-from networks.tool_options import (
-    FLUX_OUTPUTS,
-    MERGE_CHANNELS_UNCHECKED,
-    FluxMergeOptions,
-    MergeOptions,
-    WholeMergeOptions,
-)
+from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.writing import in_own_form, rename_to_aliases
 
 logger = getLogger(__name__)
@@ -60,7 +55,7 @@ def merge_dit(options: MergeOptions) -> None:
         [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
         options.save_merged_model,
         choose_device(options.device),
-        None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
+        None if options.dit_in_channels == tool_options.MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
     )
 
 
@@ -94,7 +89,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
                 f"{len(found)} of the LoRAs change {name} too, which is left out: no --{name} is given"
             )
     for name, model in options.targets.items():
-        option = FLUX_OUTPUTS[name]
+        option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
             model, parts[name], getattr(options, option), device, dtype=dtype, option=f"--{option}"
         )

@@ -31,7 +31,6 @@ def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
 
 
 def is_cut(part: WeightPart) -> bool:
-    """Return whether it has only some rows of our module."""
     return part.index is not None and part.index != SWAPPED
 
 

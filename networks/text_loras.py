@@ -52,7 +52,6 @@ class TextLoras:
 
     @property
     def is_empty(self) -> bool:
-        """Whether texts are what they are without LoRAs."""
         return not self._uses and not self._beside
 
     def tell_unused(self, encoders: Sequence[TextEncoder]) -> None:
@@ -120,7 +119,6 @@ class TensorPiece:
     third: int | None = None  # of the rows; None: all
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the rows, sharing memory."""
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 

@@ -149,7 +149,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
-                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}.",
+                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}."
             )
         if made is not None and made.name != kind.name:
             words = next(each.words for each in KINDS if each.name == made.name)
