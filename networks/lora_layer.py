@@ -173,9 +173,8 @@ class LoraLayer(nn.Module):
         """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products only."""
         squares = []
         for down, up in self.factor_pairs():  # R x in, out x R
-            exact = (
-                torch.float32 if down.device.type == "mps" else torch.float64
-            )  # Apple GPUs have no float64
+            # Apple GPUs have no float64
+            exact = torch.float32 if down.device.type == "mps" else torch.float64
             down, up = down.to(exact), up.to(exact)
             squares.append(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))
         return self.scale * torch.stack(squares).sum().sqrt()

@@ -203,14 +203,12 @@ def _with_begun(
         return layers
     known = _layers_by_name(dit, encoders)
     joining: dict[str, nn.Module] = {}
-    fitted = for_model(begun, {path: len(module.weight) for path, (_, module) in known.items()}.get)
-    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+    for path, factors in _factors_for(known, begun).items():
         is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
-        if path in layers or path not in known or not is_of_kind:
-            continue
-        inside, module = known[path]
-        if not _is_left_out(inside, path, module, settings):
-            joining[path] = _layer_of(name, module, path, factors, settings)
+        if path in known and path not in layers and is_of_kind:
+            inside, module = known[path]
+            if not _is_left_out(inside, path, module, settings):
+                joining[path] = _layer_of(name, module, path, factors, settings)
     if not joining:
         return layers
     logger.info(
@@ -252,6 +250,14 @@ def _layers_by_name(
     }
 
 
+def _factors_for(
+    known: Mapping[str, tuple[str, LoraModule]], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of each module, those of other layouts on the modules that the model has."""
+    heights = {path: len(module.weight) for path, (_, module) in known.items()}
+    return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
+
+
 def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
     """Yield the modules in the blocks of a text encoder, by published paths."""
     for path, module in _modules_below(encoder, tuple(f"{name}." for name in spec_of(encoder).block_lists)):
@@ -282,27 +288,25 @@ def build_from_tensors(
         )
     others = {key: value for key, value in arguments.items() if key in BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
-    named = _layers_by_name(dit, encoders)
-    known = {path: module for path, (_, module) in named.items()}
-    fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
+    known = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
     missed = []
-    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+    for path, factors in _factors_for(known, tensors).items():
         if not any(part in factors for part in own.first):
             raise CheckpointError(
                 f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
                 "  Give the --network_module that the file was trained with."
             )
-        if path not in known or (own.kind != "LoRA" and not isinstance(known[path], nn.Linear)):
+        if path not in known or (own.kind != "LoRA" and not isinstance(known[path][1], nn.Linear)):
             missed.append(path)
         else:
-            layers[path] = _layer_of(name, known[path], path, factors, settings)
+            layers[path] = _layer_of(name, known[path][1], path, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
         )
-    inside = [(path, named[path][0]) for path in layers if path in named]
+    inside = [(path, known[path][0]) for path in layers]
     settings = fit_patterns(settings, [(path.removesuffix(replace_dots(one)), one) for path, one in inside])
     if missed:
         logger.warning(
