@@ -75,8 +75,8 @@ def find_alphas(
 
     is_written_here: files written here have alphas in their tensors or taken into the factors. modules:
     factors by name. paths: of these modules, as the file writes them. start: of the names of their network in
-    a pipeline of diffusers; "" if it has none. stacked: module -> how many factors of the trained rank its own
-    were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
+    a pipeline of diffusers; "" if it has none. stacked: module -> how many factors of the trained rank its
+    own were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
     settings cannot be used.
     """
     ranks = {

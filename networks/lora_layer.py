@@ -268,11 +268,8 @@ def _factors(
         assert isinstance(original, nn.Linear)
         return _make_empty(nn.Linear(original.in_features, rank, **made)), BlockUp(rank, heights)
     if isinstance(original, nn.Linear):
-        down, up = (
-            nn.Linear(original.in_features, rank, **made),
-            nn.Linear(rank, original.out_features, **made),
-        )
-        return _make_empty(down), _make_empty(up)
+        down, up = (original.in_features, rank), (rank, original.out_features)
+        return _make_empty(nn.Linear(*down, **made)), _make_empty(nn.Linear(*up, **made))
     places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
     places["kernel_size"] = original.kernel_size
     down_conv = nn.Conv2d(original.in_channels, rank, **places, **made)
