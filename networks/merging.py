@@ -17,7 +17,6 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
-from modules.contract.loading import TensorInfo
 from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
@@ -173,20 +172,12 @@ def merge_into_file(
         if not whole:
             for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
-        written: dict[str, TensorInfo] = {}
-        # a LoRA of another model is found out before anything is written
-        for name, info in checkpoint.tensors.items():
-            if patch.touches(name) and info.dtype not in _WIDE:
-                raise CheckpointError(
-                    f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-                    "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-                    model,
-                )
-            # whole numbers and 8-bit weights stay as they are
-            written[name] = info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
-            patch.add_to(name, hollow(info))
-        patch.check()
-
+        _check_fits(patch, checkpoint)
+        # whole numbers and 8-bit weights stay as they are
+        written = {
+            name: info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
+            for name, info in checkpoint.tensors.items()
+        }
         finite = FiniteCheck(model)
 
         def read(name: str) -> Tensor:
@@ -209,6 +200,19 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
+    """Find out a LoRA of another model before anything is written. Raises as `merge_into_file`."""
+    for name, info in checkpoint.tensors.items():
+        if patch.touches(name) and info.dtype not in _WIDE:
+            raise CheckpointError(
+                f"{checkpoint.path} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+                "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+                checkpoint.path,
+            )
+        patch.add_to(name, hollow(info))
+    patch.check()
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:

@@ -116,7 +116,7 @@ def test_keys_that_cannot_be_used_are_listed_loudly_if_they_are_many(
     with caplog.at_level(logging.WARNING):
         assert read_lora(saved).tensors.keys() == tensors.keys()
 
-    assert "1 tensors change a text encoder and are ignored: lora_te_x.lora_down.weight" in caplog.text
+    assert "1 tensor change a text encoder and are ignored: lora_te_x.lora_down.weight" in caplog.text
     assert f"{number} of {len(tensors) + number + 1} tensors are no part of a LoRA" in caplog.text
     assert "params0" in caplog.text
     assert ("IS USED ONLY IN PART" in caplog.text) == is_loud
