@@ -96,7 +96,6 @@ class ForeignNetwork:
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of the network; 1 during training."""
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
@@ -238,7 +237,6 @@ def make_network(
 
 
 def _settings(options: NetworkOptions) -> tuple[int | None, float, float | None, dict[str, str]]:
-    """Return rank, alpha, dropout and arguments, as our modules take them."""
     return options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
 
 

@@ -17,29 +17,12 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
+from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import (
-    DORA,
-    LORA,
-    Factors,
-    bias_delta,
-    decompose,
-    group_by_module,
-    other_channels,
-    strength,
-    weight_delta,
-)
+from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
-from networks.loading import (
-    LoraFile,
-    LoraUse,
-    list_some,
-    refuse_unknown,
-    warn_of_absent,
-    warn_of_other_family,
-    warn_of_rest,
-)
+from networks.loading import LoraFile, LoraUse, list_some
 from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS
@@ -47,8 +30,6 @@ from networks.parts import for_model
 
 logger = getLogger(__name__)
 _MID = "lora_mid.weight"
-_LOW_RANK = {*LORA, _MID, "alpha", "lora_up.bias", "diff_b"}  # the weight changes by small factors only
-_OF_BIAS = {"alpha", "diff_b", "lora_up.bias"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +63,6 @@ class ChangedPlace:
         return (self.is_linear or is_plain) and self.leaf == "weight"
 
     def has(self, name: str) -> bool:
-        """Whether the module has a parameter of this name."""
         return isinstance(getattr(self.module, name, None), nn.Parameter)
 
 
@@ -90,11 +70,7 @@ class AddedPart:
     """Addition of one LoRA to one module, `multiplier` times; nothing until it is on a device."""
 
     def __init__(
-        self,
-        place: ChangedPlace,
-        factors: Factors,
-        multiplier: float = 1.0,
-        by_frozen_norms: bool = False,
+        self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
         """factors: on the CPU. by_frozen_norms: as of `decompose`."""
         self.place = place
@@ -111,16 +87,15 @@ class AddedPart:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
         factors = self.factors
-        if self.place.adds_to_output and LORA[0] in factors and not factors.keys() - _LOW_RANK:
-            up = factors[LORA[1]].to(device, torch.float32) * strength(factors)
+        if self.place.adds_to_output and LORA[0] in factors and not factors.keys() - OF_LOW_RANK - {_MID}:
+            up = factors[LORA[1]].to(device, torch.float32) * deltas.strength(factors)
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
             self._chain = [factors[LORA[0]].to(device, dtype), *middle, up.to(dtype)]
-        elif factors.keys() - _OF_BIAS:
+        elif factors.keys() - OF_BIAS - {"alpha"}:
             self._whole = {name: one.to(device) for name, one in factors.items()}
-        self._bias = bias_delta(factors, device)
+        self._bias = deltas.bias_delta(factors, device)
 
     def release(self) -> None:
-        """Free the device's copies."""
         self._chain, self._whole, self._bias = [], {}, None
 
     @property
@@ -161,11 +136,11 @@ class AddedPart:
         return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
 
     def _delta(self, device: torch.device) -> Tensor:
-        delta = weight_delta(self._whole, device)
+        delta = deltas.weight_delta(self._whole, device)
         assert delta is not None
         if DORA not in self._whole:
             return delta
-        return decompose(self.place.parameter, delta, self._whole[DORA], self._by_frozen_norms)
+        return deltas.decompose(self.place.parameter, delta, self._whole[DORA], self._by_frozen_norms)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain
@@ -209,14 +184,16 @@ class AddedLayer(nn.Module):
         self._before = self._original[0].forward
         self._original[0].forward = self.forward
 
-    def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Copy the factors to the device, in the dtype to compute in."""
         for part in self.parts:
             part.place_on(device, dtype)
+
+    def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.place_on(device, dtype)
         self.is_on = True
 
     def switch_off(self) -> None:
-        """Free the device's copies."""
         self.is_on = False
         for part in self.parts:
             part.release()
@@ -269,8 +246,7 @@ class AddedLoras:
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Copy the factors to the device, where they stay, in the dtype to compute in."""
         for layer in self.layers:
-            for part in layer.parts:
-                part.place_on(device, dtype)
+            layer.place_on(device, dtype)
 
     @contextlib.contextmanager
     def turned(self, is_on: bool) -> Iterator[None]:
@@ -314,7 +290,7 @@ def add_loras(
             what = "modules are not changed because blocks are compiled"
             if left_out:
                 loss = "compiled blocks take no other weights. Leave out --compile."
-                warn_of_rest(use.lora.path, left_out, len(found), what, loss)
+                loading.warn_of_rest(use.lora.path, left_out, len(found), what, loss)
             found = {name: factors for name, factors in found.items() if name not in left_out}
         parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))
@@ -336,7 +312,7 @@ def attach_parts(
 
 def refuse_dora(lora: LoraFile, option: str) -> None:
     """Raise CheckpointError if a file is a DoRA: it cannot be added beside other changes of the weights."""
-    decomposed = [name for name, factors in group_by_module(lora.tensors).items() if DORA in factors]
+    decomposed = [name for name, factors in deltas.group_by_module(lora.tensors).items() if DORA in factors]
     if decomposed:
         raise CheckpointError(
             f"{option} {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
@@ -367,12 +343,12 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
     option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
     """
     heights = {name: len(place.parameter) for name, place in known.items()}
-    stored = group_by_module(for_model(lora.tensors, heights.get))
+    stored = deltas.group_by_module(for_model(lora.tensors, heights.get))
     missed = [name for name in stored if name not in known]
     found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
     family = choose_family(name.removeprefix(OURS) for name in known)
     if not found:
-        refuse_unknown(lora, option)
+        loading.refuse_unknown(lora, option)
         made = lora.family()
         kinds = "" if made is None or made is family else f" It is for {made.name}."
         if words := text_side_of(missed):
@@ -384,10 +360,10 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
         )
     for name, factors in list(found.items()):
         place, weight = known[name], known[name].parameter
-        other = other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
+        other = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
         if other is not None:
             logger.warning(f"{lora.path}: {other}; the rest is used without it")
-            bias = bias_delta(factors, torch.device("cpu"))
+            bias = deltas.bias_delta(factors, CPU)
             found[name] = {} if bias is None else {"diff_b": bias}
         for change in changes_of(LoraUse(lora), found[name]):
             if change.leaf == "weight":
@@ -401,6 +377,6 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
                     f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
                     lora.path,
                 )
-    warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
-    warn_of_other_family(lora, family)
+    loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
+    loading.warn_of_other_family(lora, family)
     return found

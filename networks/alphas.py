@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class _Source:
         return _number(self.settings.get("r"))
 
     def fits(self, ranks: Collection[int]) -> bool:
-        """Whether they can be of a file with these ranks."""
         if self.rank is None:
             return self.is_sure
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
@@ -65,21 +65,20 @@ class FoundAlphas:
 def find_alphas(
     path: Path,
     metadata: Mapping[str, str],
+    is_written_here: bool,
     modules: Mapping[str, Factors],
     paths: Mapping[str, str],
     start: str,
-    is_written_here: bool = False,
-    stacked: Mapping[str, int] | None = None,
+    stacked: Mapping[str, int],
 ) -> FoundAlphas:
     """Find the alphas of modules without one in the header, in PEFT's settings, or in those beside the file.
 
-    modules: factors by name. paths: of these modules, as the file writes them. start: of the names of their
-    network in a pipeline of diffusers; "" if it has none. is_written_here: files written here have alphas in
-    their tensors or taken into the factors. stacked: module -> how many factors of the trained rank its own
-    were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
+    is_written_here: files written here have alphas in their tensors or taken into the factors. modules:
+    factors by name. paths: of these modules, as the file writes them. start: of the names of their network in
+    a pipeline of diffusers; "" if it has none. stacked: module -> how many factors of the trained rank its
+    own were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
     settings cannot be used.
     """
-    stacked = stacked or {}
     ranks = {
         name: rank // stacked.get(name, 1)
         for name, factors in modules.items()
@@ -96,8 +95,8 @@ def find_alphas(
                 "not used"
             )
     sources = [source for source in sources if source.fits(set(ranks.values()))]
-    told = [(source.place, alpha) for source in sources if (alpha := source.settings.get("lora_alpha"))]
-    told = [(place, _finite(alpha)) for place, alpha in told]
+    given = [(source.place, source.settings.get("lora_alpha")) for source in sources]
+    told = [(place, _finite(alpha)) for place, alpha in given if alpha]
     if len({alpha for _, alpha in told}) > 1:
         both = " and ".join(f"{alpha:g} in {place}" for place, alpha in told)
         raise CheckpointError(
@@ -190,49 +189,34 @@ def _is_of(begin: str, start: str) -> bool:
     return EXPERT_STARTS.get(f"{begin}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
 
 
-def find_text_alphas(
-    path: Path, metadata: Mapping[str, str], texts: Mapping[str, Tensor], is_written_here: bool = False
-) -> FoundAlphas:
-    """Find the alphas of LoRAs for text encoders, as `find_alphas`."""
-    modules = group_by_module(texts)
-    groups: dict[str, dict[str, str]] = {}  # start of the encoder's names in diffusers -> modules' paths
-    for name in modules:
-        whole = diffusers_path_of_text(name)
-        begin, _, rest = ("", "", name) if whole is None else whole.partition(".")
-        groups.setdefault(f"{begin}." if begin else "", {})[name] = rest
-    tensors: dict[str, Tensor] = {}
-    words: dict[str, None] = {}
-    warnings: dict[str, None] = {}
-    for start, paths in groups.items():
-        own = {name: modules[name] for name in paths}
-        found = find_alphas(path, metadata, own, paths, start, is_written_here)
-        tensors |= found.tensors
-        words |= dict.fromkeys([found.words] if found.words else [])
-        warnings |= dict.fromkeys(found.warnings)
-    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
-
-
 def read_alphas(
-    path: Path,
-    metadata: Mapping[str, str],
-    native: NativeTensors,
-    expert: str | None,
-    is_written_here: bool,
+    path: Path, metadata: Mapping[str, str], native: NativeTensors, expert: str | None, is_written_here: bool
 ) -> tuple[FoundAlphas, FoundAlphas]:
     """Find the alphas of a file's modules and of those in text encoders, as `find_alphas`.
 
     expert: whose part of the file it is; None: it has no parts. Raises CheckpointError if they are unusable.
     """
-    modules, place = group_by_module(native.tensors), (start_of(expert), is_written_here)
+    find = partial(find_alphas, path, metadata, is_written_here)
+    texts = group_by_module(native.texts)
+    groups: dict[str, dict[str, str]] = {}  # start of the encoder's names in diffusers -> modules' paths
+    for name in texts:
+        begin, dot, rest = (diffusers_path_of_text(name) or f".{name}").partition(".")
+        groups.setdefault(begin and begin + dot, {})[name] = rest
     try:
-        found = find_alphas(path, metadata, modules, native.paths, *place, native.stacked)
-        return found, find_text_alphas(path, metadata, native.texts, is_written_here)
+        found = find(group_by_module(native.tensors), native.paths, start_of(expert), native.stacked)
+        of_texts = [
+            find({name: texts[name] for name in paths}, paths, start, {}) for start, paths in groups.items()
+        ]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
+    tensors = {name: alpha for one in of_texts for name, alpha in one.tensors.items()}
+    words = dict.fromkeys(one.words for one in of_texts if one.words)
+    warnings = dict.fromkeys(warning for one in of_texts for warning in one.warnings)
+    return found, FoundAlphas(tensors, ", ".join(words), tuple(warnings))
 
 
 def peft_alphas(
@@ -274,7 +258,6 @@ def peft_alphas(
 
 
 def _number(value: Any) -> float | None:
-    """Return a value as a finite number; None if it is none."""
     try:
         return _finite(value)
     except (ValueError, TypeError, OverflowError):

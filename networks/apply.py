@@ -16,26 +16,13 @@ from torch import Tensor, nn
 from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
+from modules.offload.sharding import gather_weight, set_weight
 from modules.speed_options import Quantisation
-from networks.deltas import (
-    DORA,
-    Factors,
-    bias_delta,
-    decompose,
-    has_input_magnitudes,
-    other_channels,
-    rows_of,
-    weight_delta,
-)
+from networks import deltas
+from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import OURS, module_of_tensor
 from networks.leftovers import text_side_of
-from networks.loading import (
-    LoraUse,
-    list_some,
-    refuse_unknown,
-    warn_of_absent,
-    warn_of_other_family,
-)
+from networks.loading import LoraUse, list_some, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
@@ -44,8 +31,6 @@ logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
 _BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
-_OF_BIAS = {"diff_b", "lora_up.bias"}
-_CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -59,19 +44,17 @@ class Change:
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
         """Return the addition of this change's factors at multiplier 1, before DoRA's new norms; float32."""
-        found = (bias_delta if self.leaf == "bias" else weight_delta)(factors, device)
+        found = (deltas.bias_delta if self.leaf == "bias" else deltas.weight_delta)(factors, device)
         assert found is not None
         return found
 
     def shape(self) -> list[int]:
         """Return the shape of the whole change. Raises RuntimeError where the factors do not go together."""
-        return list(self.delta({part: t for part, t in self.factors.items() if part != "alpha"}, _META).shape)
+        return list(self.delta(deltas.without_alpha(self.factors), META).shape)
 
     def on(self, device: torch.device) -> "Change":
-        """Return the change with its factors on `device`."""
-        return replace(
-            self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
-        )
+        moved = {part: one.to(device) for part, one in deltas.without_alpha(self.factors).items()}
+        return replace(self, factors={**self.factors, **moved})
 
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
@@ -121,7 +104,7 @@ class Change:
             raise RuntimeError(
                 "DoRA magnitudes by input belong to the whole weight, of which this model has parts"
             )
-        factors = rows_of(self.factors, rows)
+        factors = deltas.rows_of(self.factors, rows)
         if factors is None:  # LoKr: made whole, then cut
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
             factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
@@ -140,18 +123,17 @@ class Change:
             block = slice(begin - self.rows.start, end - self.rows.start)
             total, weight = total[begin - start : end - start], weight[begin - start : end - start]
         # LoKr comes whole, see `_blocks`
-        factors = (None if block is None else rows_of(self.factors, block)) or self.factors
+        factors = (None if block is None else deltas.rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
-            delta = decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)
+            delta = deltas.decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
     """Return the changes by a module's factors: of its bias, its weight or both."""
-    leaves: tuple[str, ...] = ("bias",) if factors.keys() & _OF_BIAS else ()
-    leaves += ("weight",) if factors.keys() - _OF_BIAS - {"alpha"} else ()
-    return [Change(use, factors, leaf) for leaf in leaves]
+    leaves = {"bias": factors.keys() & deltas.OF_BIAS, "weight": factors.keys() - deltas.OF_BIAS - {"alpha"}}
+    return [Change(use, factors, leaf) for leaf, given in leaves.items() if given]
 
 
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
@@ -160,7 +142,7 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]
         return
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
     is_whole = weight.ndim == 0 or step >= len(weight)
-    if is_whole or any(rows_of(change.factors, slice(0, 1)) is None for change in changes):
+    if is_whole or any(deltas.rows_of(change.factors, slice(0, 1)) is None for change in changes):
         yield None
         return
     for start in range(0, len(weight), step):
@@ -233,8 +215,17 @@ class LoraPatch:
             part.copy_(total.add_(part))
         return weight
 
+    @torch.no_grad()
+    def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
+        """Change the weights of a loaded network, also those split among processes; `check` afterwards.
+
+        published: name of a parameter of the network -> the one in files.
+        """
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            if self.touches(published(name)):
+                set_weight(parameter, self(published(name), gather_weight(parameter.data)))
+
     def touches(self, name: str) -> bool:
-        """Whether a LoRA changes the parameter with this name."""
         return bool(self._find(name))
 
     def unused(self) -> list[str]:
@@ -339,10 +330,7 @@ class OriginalWeights:
     """
 
     def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
-        """uses: all that may be switched to, for their names and sizes.
-
-        published: name of a parameter of the network -> the one in files.
-        """
+        """uses: all that may be switched to, for their names and sizes. published: as of `LoraPatch.bake`."""
         self._all = LoraPatch(uses)
         self._published = published
         self._kept: dict[str, Tensor] = {}
@@ -353,9 +341,9 @@ class OriginalWeights:
         Raises CheckpointError if a LoRA has another size.
         """
         published = self._published(name)
-        self._all.add_to(published, torch.empty(weight.shape, dtype=weight.dtype, device=_META))
+        self._all.add_to(published, deltas.hollow(weight))
         if self._all.touches(published):
-            self._kept[name] = weight.detach().to(_CPU, copy=True)
+            self._kept[name] = weight.detach().to(CPU, copy=True)
         return weight
 
     def keep(self, network: nn.Module) -> None:
@@ -371,9 +359,8 @@ class OriginalWeights:
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
         """Give the loaded network its original weights with these LoRAs added; none: as loaded."""
         patch = LoraPatch(uses)
-        parameters = dict(network.named_parameters())
         for name, original in self._kept.items():
-            parameter = parameters[name]
+            parameter = network.get_parameter(name)
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 
@@ -388,7 +375,7 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], fp8: Quantisation | No
     with open_checkpoint(model) as checkpoint:
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
-            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+            patch.add_to(name, deltas.hollow(info))
             if fp8 is not None and info.dtype.itemsize == 1 and patch.touches(name):
                 refuse_fp8_file(model, fp8, has_loras=True)
     patch.refuse_misfits()

@@ -16,17 +16,9 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.console import count_of
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
+from networks import deltas
 from networks.apply import Change
-from networks.deltas import (
-    DORA,
-    LORA,
-    Factors,
-    bias_delta,
-    group_by_module,
-    has_input_magnitudes,
-    norms_of,
-    weight_delta,
-)
+from networks.deltas import CPU, DORA, LORA, META, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change
 from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse
@@ -72,7 +64,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
     # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
     is_dora = any(name.endswith(DORA) for name in lora.tensors)
     own = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
-    modules = group_by_module({**own, **lora.text_tensors})
+    modules = deltas.group_by_module({**own, **lora.text_tensors})
     found = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
     if not found:
         raise OptionError(
@@ -90,9 +82,6 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
         for name, factors in found.items():
             change = _change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
-    plain = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
-    texts = {name: one for name, one in plain.items() if not name.startswith(OURS)}
-    tensors = {name: one for name, one in plain.items() if name not in texts}
     ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
     shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     module = lora.metadata.get("ss_network_module", _PLAIN)
@@ -104,8 +93,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
         "ss_network_args": "{}",
     }
     metadata.pop(DORA_FORM, None)
-    made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
-    return made, _in_words(losses, len(modules), baking.rank)
+    return _with(lora, modules, metadata), _in_words(losses, len(modules), baking.rank)
 
 
 @torch.no_grad()
@@ -144,25 +132,28 @@ def with_norms(
 
 def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
     own = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    modules = group_by_module({**own, **lora.text_tensors})
+    modules = deltas.group_by_module({**own, **lora.text_tensors})
     with _open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
-            if DORA not in factors or has_input_magnitudes(factors):
+            if DORA not in factors or deltas.has_input_magnitudes(factors):
                 continue
             change = weight_delta(factors, baking.device)
             assert change is not None
             weight, path = _weight_of(name, len(change), lora, weights)
             Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
             frozen = weight.to(baking.device, torch.float32)
-            share = (norms_of(frozen) / norms_of(frozen + change.reshape(frozen.shape))).cpu()
+            share = (deltas.norms_of(frozen) / deltas.norms_of(frozen + change.reshape(frozen.shape))).cpu()
             magnitudes = factors[DORA].float().reshape(share.shape)
             # float32: what 16 bits lose here was not lost in training
             modules[name] = {**factors, DORA: magnitudes * share if are_frozen else magnitudes / share}
-    named = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
-    texts = {name: one for name, one in named.items() if not name.startswith(OURS)}
     metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
-    metadata |= {DORA_FORM: FROZEN_NORMS} if are_frozen else {}
-    own = {name: one for name, one in named.items() if name not in texts}
+    return _with(lora, modules, metadata | ({DORA_FORM: FROZEN_NORMS} if are_frozen else {}))
+
+
+def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
+    """Return the LoRA with other factors, of the transformer's modules and of text encoders'."""
+    texts = deltas.ungroup({name: one for name, one in modules.items() if not name.startswith(OURS)})
+    own = deltas.ungroup({name: one for name, one in modules.items() if name.startswith(OURS)})
     return replace(lora, tensors=own, text_tensors=texts, metadata=metadata)
 
 
@@ -182,15 +173,14 @@ def _as_lora(
         LORA[1]: up.reshape(*up.shape, *[1] * (change.ndim - 2)).cpu().contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
-    bias = bias_delta(factors, torch.device("cpu"))
+    bias = deltas.bias_delta(factors, CPU)
     return (made if bias is None else {**made, "diff_b": bias.to(dtype)}), (size, lost)
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
     is_dora = DORA in factors
-    sizes = {part: one for part, one in factors.items() if part != "alpha"}
-    change = weight_delta(sizes if is_dora else factors, torch.device("meta") if is_dora else device)
+    change = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
     assert change is not None
     if not is_dora:
         return change

@@ -17,11 +17,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
-from networks.deltas import (
-    DORA,
-    add_missing_alphas,
-    group_by_module,
-)
+from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
@@ -153,7 +149,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
                 "one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such as "
                 "64: the best LoRA of that rank takes the place of each"
             )
-        own = {f"{name}.{part}": one for name, factors in stacked.items() for part, one in factors.items()}
+        own = ungroup(stacked)
         baking = Baking(options.lokr_rank, choose_device(None))
         baked, words = bake(replace(lora, tensors=own), Z_IMAGE, baking)
         tensors = {**{name: one for name, one in tensors.items() if name not in own}, **baked.tensors}

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.finite import is_finite
+from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 LORA = ("lora_down.weight", "lora_up.weight")
 PARTS = (
@@ -26,7 +28,9 @@ PARTS = (
 )
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
-_NO_MATRICES = {"alpha", "diff", "diff_b", "lora_up.bias", "dora_scale"}
+OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in the order in which they count
+OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # what a plain LoRA has: the weight changes by two matrices only
+_NO_MATRICES = {"alpha", "diff", DORA, *OF_BIAS}
 _PAIRS = (
     LORA,
     ("hada_w1_a", "hada_w1_b"),
@@ -45,14 +49,28 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return modules
 
 
+def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Do the reverse of `group_by_module`."""
+    return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
+
+
+def without_alpha(factors: Factors) -> Factors:
+    """Return the factors that have the change's shape; alpha has no value on the meta device."""
+    return {part: tensor for part, tensor in factors.items() if part != "alpha"}
+
+
+def hollow(like: Tensor | TensorInfo) -> Tensor:
+    """Return a tensor of the same shape and dtype without memory, on the meta device."""
+    return torch.empty(like.shape, dtype=like.dtype, device=META)
+
+
 def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors in our order; factors with a rank and without alpha get alpha = rank, an integer."""
-    completed = {}
-    for module, factors in group_by_module(tensors).items():
-        if "alpha" not in factors and rank_of(factors) is not None:
-            completed[f"{module}.alpha"] = torch.tensor(rank_of(factors), dtype=torch.int64)
-        completed.update({f"{module}.{part}": tensor for part, tensor in factors.items()})
-    return completed
+    modules = group_by_module(tensors)
+    for module, factors in modules.items():
+        if "alpha" not in factors and (rank := rank_of(factors)) is not None:
+            modules[module] = {"alpha": torch.tensor(rank, dtype=torch.int64), **factors}
+    return ungroup(modules)
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,10 +115,10 @@ def find_fault(factors: Factors) -> str | None:
             wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
             return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
     # how large the model's weight is shows only beside the model
-    meta, sizes = torch.device("meta"), {p: list(one.shape) for p, one in factors.items() if p != "alpha"}
-    shown = ", ".join(f"{part} {size}" for part, size in sizes.items())
+    sized = without_alpha(factors)
+    shown = ", ".join(f"{part} {list(one.shape)}" for part, one in sized.items())
     try:
-        delta, bias = weight_delta(factors, meta), bias_delta(factors, meta)
+        delta, bias = weight_delta(sized, META), bias_delta(sized, META)
     except (RuntimeError, IndexError):
         return f"its factors do not go together: {shown}"
     if delta is not None and bias is not None and len(delta) != bias.numel():
@@ -188,7 +206,7 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
     weight: out x in x kernel. Image-to-video models take more, and LoRAs of text-to-video models are used on
     them.
     """
-    delta = weight_delta({part: t for part, t in factors.items() if part != "alpha"}, torch.device("meta"))
+    delta = weight_delta(without_alpha(factors), META)
     if delta is None or delta.ndim != weight.ndim or delta.ndim < 2 or delta.shape[1] == weight.shape[1]:
         return None
     if (delta.shape[0], *delta.shape[2:]) != (weight.shape[0], *weight.shape[2:]):
@@ -225,6 +243,12 @@ def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
     if "lora_up.bias" in factors:
         return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None
+
+
+def stored_bias(factors: Factors) -> Tensor | None:
+    """Return the change of the bias on the CPU, in the dtype that it is stored in."""
+    bias = bias_delta(factors, CPU)
+    return None if bias is None else bias.to(factors[next(part for part in OF_BIAS if part in factors)].dtype)
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

@@ -58,7 +58,6 @@ class BlockWeights(NamedTuple):
     example: str  # a tensor that every such model has
 
     def of(self, checkpoint: Checkpoint) -> list[str]:
-        """Return their names in a checkpoint, in its order."""
         return [
             name
             for name, info in checkpoint.tensors.items()

@@ -57,7 +57,6 @@ class FactoredLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
-        """Replace the original module's forward by this one's."""
         self._before = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -84,12 +83,10 @@ class FactoredLayer(nn.Module):
         return torch.linalg.vector_norm(whole[0]) * torch.linalg.vector_norm(whole[1]) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the weight's change by a number."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 
 def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:
-    """Return the factors of a LoHa."""
     first, second = (out_features, rank), (rank, in_features)
     return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
 

@@ -24,14 +24,8 @@ from torch import Tensor
 
 from networks.deltas import DORA, LORA, PARTS, Factors
 from networks.module_names import FAMILIES, alias, is_name, is_path, likely_families, replace_dots, sizes_fit
-from networks.names.layouts import (
-    IN_DIFFUSERS,
-    OF_CLIP,
-    OF_LANGUAGE_MODEL,
-    OF_T5,
-    UNET_IN_DIFFUSERS,
-    FamilyNames,
-)
+from networks.names import layouts
+from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, FamilyNames
 from networks.rewriting import rewrite
 
 OURS = "lora_unet_"
@@ -41,7 +35,7 @@ OF_LTX_FORK = "lora_unet_model_"
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
 # the same, and how else files that hold several call them
 EXPERT_STARTS = NETWORKS | {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
-_FURTHER = tuple(start for start in EXPERT_STARTS if start != IN_DIFFUSERS)
+_FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSERS)
 # what names may begin with -> whose they are, if that shows it. They are taken off, in any order, until none
 # fits; in names without dots they have "_" for "."
 _STARTS = {
@@ -54,7 +48,7 @@ _STARTS = {
     OTHER: "other",
     "pipe.": "DiffSynth",
     **dict.fromkeys(EXPERT_STARTS, "diffusers"),
-    UNET_IN_DIFFUSERS: "diffusers",
+    layouts.UNET_IN_DIFFUSERS: "diffusers",
     **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
 }
 _BOTH_FURTHER = {form: EXPERT_STARTS[one] for one in _FURTHER for form in (one, one.replace(".", "_"))}
@@ -240,7 +234,7 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
 
 def start_of(expert: str | None) -> str:
     """Return what a pipeline of diffusers calls an expert's network; that of a single one for None."""
-    return next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    return next((start for start, name in NETWORKS.items() if name == expert), layouts.IN_DIFFUSERS)
 
 
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
@@ -260,7 +254,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
         return {None: names}
     found: dict[str | None, list[str]] = {}
     for name, start in starts.items():
-        expert = _BOTH_FURTHER[start] if start else NETWORKS[IN_DIFFUSERS]
+        expert = _BOTH_FURTHER[start] if start else NETWORKS[layouts.IN_DIFFUSERS]
         found.setdefault(expert, []).append(name)
     return found
 
@@ -422,5 +416,5 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
     sizes = [_size_of(one) for name, one in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
     widths = {size[1] for size in sizes if size is not None}
-    unets = [one for one in FAMILIES if one.start == UNET_IN_DIFFUSERS]
+    unets = [one for one in FAMILIES if one.start == layouts.UNET_IN_DIFFUSERS]
     return next((one for one in unets if {width for width, _ in one.released} == widths), None)

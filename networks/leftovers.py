@@ -4,16 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from networks import module_names
 from networks.key_formats import OURS, bare_path
-from networks.module_names import (
-    FAMILIES,
-    alias,
-    has_module,
-    is_name,
-    is_optional,
-    on_text_side,
-    replace_dots,
-)
 from networks.names.layouts import FamilyNames
 
 # if nothing better is known
@@ -49,12 +41,12 @@ def sort_tensors(keys: Iterable[str], family: FamilyNames | None) -> list[Leftov
 def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
-    name = replace_dots(path)
-    if beside := on_text_side(name if family is None else alias(name, family)):
+    name = module_names.replace_dots(path)
+    if beside := module_names.on_text_side(name if family is None else module_names.alias(name, family)):
         return f"are whole weights of {beside}, no changes of them, and are ignored", ""
     if path.startswith(_OF_WORDS):
         return "are embeddings of words and are ignored", ""
-    if is_name(name):
+    if module_names.is_name(name):
         kind = "biases" if leaf == ".bias" else "norms" if "norm" in name else "weights"
         return f"are whole {kind} of the model, no changes of them, and are ignored", (
             f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
@@ -81,20 +73,20 @@ def sort_modules(
 
 
 def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_side: bool) -> tuple[str, str]:
-    if model is not None and is_optional(module, model):
+    if model is not None and module_names.is_optional(module, model):
         return f": they are for {model.optional_words}; the rest is used without them", ""
-    if not holds_side and (words := on_text_side(module)):
+    if not holds_side and (words := module_names.on_text_side(module)):
         return (
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
-    if model is not None and has_module(module, model):
+    if model is not None and module_names.has_module(module, model):
         if leaf == "bias":
             return ": they are biases, which these layers do not have here", "its biases are left out."
         return f": other models of {model.name} have them", (
             f"it is for another model of {model.name}, with other layers. Give a LoRA for this one."
         )
-    others = [one.name for one in FAMILIES if has_module(module, one)]
+    others = [one.name for one in module_names.FAMILIES if module_names.has_module(module, one)]
     if others:
         return (
             f": they are of {' or '.join(others)}",
@@ -113,5 +105,5 @@ def module_of(name: str) -> str:
 
 def text_side_of(names: Iterable[str]) -> str:
     """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
-    words = {on_text_side(module_of(name)) for name in names}
+    words = {module_names.on_text_side(module_of(name)) for name in names}
     return words.pop() if len(words) == 1 else ""

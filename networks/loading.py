@@ -11,17 +11,10 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.console import count_of, count_words
 from modules.errors import CheckpointError, OptionError
+from networks import key_formats
 from networks.alphas import read_alphas
-from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module
-from networks.key_formats import (
-    OURS,
-    NativeTensors,
-    dialect_in_words,
-    families_of,
-    other_kind,
-    split_names,
-    to_native,
-)
+from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, ungroup
+from networks.key_formats import OURS, NativeTensors
 from networks.leftovers import module_of, sort_modules, sort_tensors
 from networks.metadata import (
     DORA_FORM,
@@ -103,7 +96,7 @@ class LoraFile:
         made = read_family(one.metadata)
         if hint is None and made is not None:
             hint = made.name
-        return families_of(one.modules(), hint) or ([] if made is None else [made])
+        return key_formats.families_of(one.modules(), hint) or ([] if made is None else [made])
 
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for; None if unknown or if several are possible."""
@@ -131,7 +124,7 @@ def read_lora(
     it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
-        kind = other_kind(checkpoint.tensors)
+        kind = key_formats.other_kind(checkpoint.tensors)
         # a whole model is told by its names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
             raise _no_lora(path, checkpoint.tensors)
@@ -148,7 +141,7 @@ def read_lora(
             "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
             path,
         )
-    groups = split_names(stored)
+    groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
@@ -187,7 +180,7 @@ def _read_part(
                 f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
             ) from error
     made = read_family(metadata)
-    native = to_native(stored, family or (None if made is None else made.name))
+    native = key_formats.to_native(stored, family or (None if made is None else made.name))
     if not with_texts:
         ignored = (*native.text_encoder, *native.texts)
         native = replace(native, text_encoder=ignored, texts={})
@@ -210,7 +203,7 @@ def _read_part(
     words = [
         f"{count_of(len(modules), 'module')}"
         + (f" and {len(in_texts)} of text encoders" if in_texts else ""),
-        dialect_in_words(native.dialect),
+        key_formats.dialect_in_words(native.dialect),
         *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
         *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
         *([f"for the {in_words(expert)}"] if expert is not None else []),
@@ -416,10 +409,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
             side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
         }
         if kept[is_text] or (sides[is_text] and not is_text and not kept[True]):
-            tensors = {
-                f"{name}.{part}": one for name, of in sides[is_text].items() for part, one in of.items()
-            }
-            parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
+            parts.append(replace(use, lora=replace(use.lora, tensors=ungroup(sides[is_text]))))
     return parts
 
 

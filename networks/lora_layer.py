@@ -118,7 +118,6 @@ class LoraLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
-        """Replace the original module's forward by this one's."""
         self._original_forward = self._original[0].forward
         # masks depend on the index of each element in the input, and would repeat in each piece of it
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
@@ -174,9 +173,8 @@ class LoraLayer(nn.Module):
         """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products only."""
         squares = []
         for down, up in self.factor_pairs():  # R x in, out x R
-            exact = (
-                torch.float32 if down.device.type == "mps" else torch.float64
-            )  # Apple GPUs have no float64
+            # Apple GPUs have no float64
+            exact = torch.float32 if down.device.type == "mps" else torch.float64
             down, up = down.to(exact), up.to(exact)
             squares.append(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))
         return self.scale * torch.stack(squares).sum().sqrt()
@@ -270,11 +268,8 @@ def _factors(
         assert isinstance(original, nn.Linear)
         return _make_empty(nn.Linear(original.in_features, rank, **made)), BlockUp(rank, heights)
     if isinstance(original, nn.Linear):
-        down, up = (
-            nn.Linear(original.in_features, rank, **made),
-            nn.Linear(rank, original.out_features, **made),
-        )
-        return _make_empty(down), _make_empty(up)
+        down, up = (original.in_features, rank), (rank, original.out_features)
+        return _make_empty(nn.Linear(*down, **made)), _make_empty(nn.Linear(*up, **made))
     places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
     places["kernel_size"] = original.kernel_size
     down_conv = nn.Conv2d(original.in_channels, rank, **places, **made)
@@ -288,7 +283,6 @@ def _make_empty(layer: Layer) -> Layer:
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """Return the lower and the upper 32 bits."""
     return seed & _32_BITS, seed >> 32
 
 

@@ -10,16 +10,11 @@ from torch import Tensor, nn
 
 from modules.console import count_of
 from modules.errors import CheckpointError
-from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
+from networks import deltas, loading
+from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
-from networks.loading import (
-    list_some,
-    read_lora,
-    refuse_unknown,
-    warn_of_absent,
-    warn_of_other_family,
-)
+from networks.loading import list_some, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -81,7 +76,8 @@ class OwnNetwork(nn.Module):
         The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
         none is here.
         """
-        own = group_by_module(self.state_dict())
+        mine = self.state_dict()
+        own = group_by_module(mine)
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         # the network has only some of a model's modules: names of the LoRA's family too are taken for that
         if lora.has_frozen_norms:
@@ -92,7 +88,7 @@ class OwnNetwork(nn.Module):
             )
         made = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in own)
-        warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
+        loading.warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
         texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
         stored = group_by_module(add_missing_alphas(for_model({**lora.tensors, **texts}, heights.get)))
@@ -107,7 +103,7 @@ class OwnNetwork(nn.Module):
                 path,
             )
         if not fitting:
-            refuse_unknown(lora, "--network_weights")
+            loading.refuse_unknown(lora, "--network_weights")
             words = text_side_of(stored)
             why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
             raise CheckpointError(
@@ -116,14 +112,10 @@ class OwnNetwork(nn.Module):
                 path,
             )
         # some tools store alpha as a list with one element
-        tensors = {
-            f"{name}.{part}": tensor.reshape(own[name][part].shape)
-            for name, factors in fitting.items()
-            for part, tensor in factors.items()
-        }
+        tensors = {name: tensor.reshape(mine[name].shape) for name, tensor in ungroup(fitting).items()}
         self.load_state_dict(tensors, strict=False)
         beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
+        loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
         lost = [name for name in stored if name not in own and name not in beside]
         problems = [f"{name} is not in this network" for name in lost]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
@@ -229,7 +221,7 @@ def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
     sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own)]
     if sizes[0] != sizes[1]:
         return "Give a LoRA that was trained for a model of this size."
-    ranks = {rank_of(factors) for factors in stored.values()}
+    ranks = {deltas.rank_of(factors) for factors in stored.values()}
     known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Give {known}--dim_from_weights."
 
@@ -254,7 +246,7 @@ def rename_texts(texts: Mapping[str, Tensor], held: Collection[str]) -> dict[str
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
+    return {part: list(tensor.shape) for part, tensor in deltas.without_alpha(factors).items()}
 
 
 def _in_words(factors: Mapping[str, Tensor]) -> str:

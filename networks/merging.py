@@ -17,14 +17,14 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
-from modules.contract.loading import TensorInfo
 from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from modules.text_files import real_path
+from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import LORA, Factors, group_by_module, strength
+from networks.deltas import CPU, LORA, Factors, group_by_module, hollow, strength
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
@@ -32,20 +32,13 @@ from networks.module_names import read_family
 from networks.names.image import FLUX
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
-from networks.tool_options import (
-    FLUX_OUTPUTS,
-    MERGE_CHANNELS_UNCHECKED,
-    FluxMergeOptions,
-    MergeOptions,
-    WholeMergeOptions,
-)
+from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.writing import in_own_form, rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # option -> prefix of its part of a LoRA
 ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
-_META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
@@ -61,7 +54,7 @@ def merge_dit(options: MergeOptions) -> None:
         [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
         options.save_merged_model,
         choose_device(options.device),
-        None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
+        None if options.dit_in_channels == tool_options.MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
     )
 
 
@@ -70,11 +63,11 @@ def merge_whole(options: WholeMergeOptions) -> None:
 
     Raises CheckpointError if a file cannot be used or fits nothing.
     """
-    cpu, (uses, dtype) = torch.device("cpu"), _read_uses(options)
+    uses, dtype = _read_uses(options)
     if options.sd_model is None:
-        _write_sum(options, options.save_to, uses, dtype, cpu)
+        _write_sum(options, options.save_to, uses, dtype, CPU)
     else:
-        merge_into_file(options.sd_model, uses, options.save_to, cpu, dtype=dtype, option="--save_to")
+        merge_into_file(options.sd_model, uses, options.save_to, CPU, dtype=dtype, option="--save_to")
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
@@ -95,7 +88,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
                 f"{len(found)} of the LoRAs change {name} too, which is left out: no --{name} is given"
             )
     for name, model in options.targets.items():
-        option = FLUX_OUTPUTS[name]
+        option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
             model, parts[name], getattr(options, option), device, dtype=dtype, option=f"--{option}"
         )
@@ -179,20 +172,12 @@ def merge_into_file(
         if not whole:
             for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
-        written: dict[str, TensorInfo] = {}
-        # a LoRA of another model is found out before anything is written
-        for name, info in checkpoint.tensors.items():
-            if patch.touches(name) and info.dtype not in _WIDE:
-                raise CheckpointError(
-                    f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-                    "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-                    model,
-                )
-            # whole numbers and 8-bit weights stay as they are
-            written[name] = info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
-            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
-        patch.check()
-
+        _check_fits(patch, checkpoint)
+        # whole numbers and 8-bit weights stay as they are
+        written = {
+            name: info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
+            for name, info in checkpoint.tensors.items()
+        }
         finite = FiniteCheck(model)
 
         def read(name: str) -> Tensor:
@@ -215,6 +200,19 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
+    """Find out a LoRA of another model before anything is written. Raises as `merge_into_file`."""
+    for name, info in checkpoint.tensors.items():
+        if patch.touches(name) and info.dtype not in _WIDE:
+            raise CheckpointError(
+                f"{checkpoint.path} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+                "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+                checkpoint.path,
+            )
+        patch.add_to(name, hollow(info))
+    patch.check()
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:

@@ -20,17 +20,10 @@ from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
+from networks import key_formats
 from networks.alphas import read_alphas
-from networks.deltas import DORA, group_by_module, rank_of
-from networks.key_formats import (
-    OURS,
-    NativeTensors,
-    dialect_in_words,
-    families_of,
-    other_kind,
-    split_names,
-    to_native,
-)
+from networks.deltas import DORA, group_by_module, hollow, rank_of
+from networks.key_formats import OURS, NativeTensors
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 
@@ -158,11 +151,11 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
     Only scales are read.
     """
-    unsupported = other_kind(checkpoint.tensors)
+    unsupported = key_formats.other_kind(checkpoint.tensors)
     if unsupported is not None:
         return f"a network of the kind {unsupported[0]}, which is not supported"
     parts = []
-    for expert, names in split_names(checkpoint.tensors).items():
+    for expert, names in key_formats.split_names(checkpoint.tensors).items():
         one = _describe_part(checkpoint, names, expert)
         if one is None:
             return None
@@ -182,19 +175,15 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
-    hollow = {
-        name: torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype, device="meta")
-        for name in names
-    }
     made = read_family(checkpoint.metadata)
     hint = None if made is None else made.name
-    native = to_native(hollow, hint)
+    native = key_formats.to_native({name: hollow(checkpoint.tensors[name]) for name in names}, hint)
     modules = group_by_module({**native.tensors, **native.texts})
     in_texts = len(group_by_module(native.texts))
     kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    families = families_of(group_by_module(native.tensors), hint)
+    families = key_formats.families_of(group_by_module(native.tensors), hint)
     families = families or ([] if made is None else [made])
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
     model = f" for {' or '.join(one.name for one in families)}" if families else ""
@@ -213,7 +202,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
     more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
     words = [
-        f"a {what}{model}, {dialect_in_words(native.dialect)}",
+        f"a {what}{model}, {key_formats.dialect_in_words(native.dialect)}",
         of_numbers("rank", ranks),
         numbers,
         f"{count_of(len(modules), 'layer')}: {', '.join(layers)}{more}",

@@ -40,13 +40,15 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 def _knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
     """Return the families that know most of the names; of these that named `hint` alone, if it is there."""
-    hinted = next((one for one in FAMILIES if one.name == hint), None)
-    if hinted is not None and names and all(_place(name, hinted) for name in names):
-        return [hinted]  # without the tables of the others
-    counts = [sum(_place(name, family) is not None for name in names) for family in FAMILIES]
-    most = max(counts)
-    found = [family for family, known in zip(FAMILIES, counts, strict=True) if known == most > 0]
-    return [hinted] if hinted is not None and hinted in found else found
+    hinted = [one for one in FAMILIES if one.name == hint]
+    if names and hinted and all(_place(name, hinted[0]) for name in names):
+        return hinted  # without the tables of the others
+    # a family is done with at the first name that it lacks, if another knows all
+    found = [one for one in FAMILIES if names and all(_place(name, one) for name in names)]
+    if not found:
+        counts = {one: sum(_place(name, one) is not None for name in names) for one in FAMILIES}
+        found = [one for one, known in counts.items() if known == max(counts.values()) > 0]
+    return [one for one in found if one in hinted] or found
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]

@@ -117,16 +117,13 @@ class NetworkOptions(Options, title="network"):
         self.base_multipliers(warns=True)
 
     def arguments(self) -> dict[str, str]:
-        """Return `--network_args` as a dictionary of strings."""
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property
     def decomposes(self) -> bool:
-        """Whether the network is a DoRA."""
         return self.arguments().get("dora_wd", "").lower() == "true"
 
     def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each of `--base_weights`; missing ones are 1."""
         given = self.base_weights_multiplier or ()
         return multipliers_for(self.base_weights or (), given, "--base_weights_multiplier", warns)
 
@@ -145,7 +142,6 @@ class LoraOptions(Options):
         self.multipliers(warns=True)
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each of `--lora_weight`; missing ones are 1."""
         return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
 
 

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
-from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of
+from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
 from networks.factored import FactoredLayer
 from networks.key_formats import OURS
 from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks
-from networks.lora_settings import (
-    LoraSettings,
-    find_by_pattern,
-    fit_patterns,
-    log_overlaps,
-)
+from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.module_names import replace_dots
 from networks.names.stable_diffusion import published_path
 from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
@@ -85,26 +80,24 @@ def _choose(
         name = start + replace_dots(path)
         places = find_by_pattern(settings.reg_ranks, name)
         fitting.append(places)
-        size = (
-            (int(settings.reg_ranks[places[-1]][1]), settings.alpha)
-            if places
-            else _size(path, module, settings)
-        )
+        size = _size(path, module, settings)
+        if places:
+            size = int(settings.reg_ranks[places[-1]][1]), settings.alpha
         is_unasked = any(part in path for part in unasked) and _rank_of_kind(path, settings) is None
-        is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
-        takes = not is_excluded or any(one.match(path) for one in settings.include)
-        chosen = size is not None and size[0] > 0 and takes
+        if size is None or size[0] <= 0 or _is_excluded(path, settings, is_unasked):
+            size = None
         if settings.verbose:
-            logger.info(
-                f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
-            )
-        if size is not None and chosen:
-            heights: tuple[int, ...] = ()
-            if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
-                heights = settings.rules.heights(path, module.out_features, module.in_features)
-            found[name] = module, size[0], size[1], heights
+            logger.info(f"  {path}: {'left out' if size is None else f'rank {size[0]}, alpha {size[1]:g}'}")
+        if size is not None:
+            found[name] = module, *size, _heights(path, module, settings)
     log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
+
+
+def _is_excluded(path: str, settings: LoraSettings, is_unasked: bool = False) -> bool:
+    """Tell whether patterns leave a module out. is_unasked: it is out unless one includes it."""
+    is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
+    return is_excluded and not any(one.match(path) for one in settings.include)
 
 
 def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[tuple[str, LoraModule]]:
@@ -179,22 +172,21 @@ def build_network(
     modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
     modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
     settings = fit_patterns(settings, modules)
-    layers: dict[str, nn.Module] = {}
-    if OWN_MODULES[name].kind != "LoRA":
-        assert dit is not None  # they have no part for text encoders
-        chosen = choose_modules(dit, replace(settings, conv_rank=None))
-        for path, (module, its_rank, its_alpha, _) in chosen.items():
-            if isinstance(module, nn.Linear):
-                shapes = make_shapes(module.out_features, module.in_features, its_rank)
-                layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
-        return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, {}), settings)
-    targets = {} if dit is None else choose_modules(dit, settings)
-    for start, inside in in_texts.items():
+    is_lora = OWN_MODULES[name].kind == "LoRA"
+    able = {prefix: one for prefix, one in encoders.items() if is_lora and prefix in learning}
+    of_dit = settings if is_lora else replace(settings, conv_rank=None)
+    targets = {} if dit is None else choose_modules(dit, of_dit)
+    for prefix in able:
         # ranks by type and numbers of blocks are for the DiT alone
-        targets |= _choose(iter(inside), replace(settings, rules=None, splits=False), start)
+        inside = iter(in_texts[f"{prefix}_"])
+        targets |= _choose(inside, replace(settings, rules=None, splits=False), f"{prefix}_")
+    layers: dict[str, nn.Module] = {}
     for path, (module, its_rank, its_alpha, heights) in targets.items():
-        layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
-    able = {prefix: one for prefix, one in encoders.items() if prefix not in settings.encoders_off}
+        if is_lora:
+            layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
+        elif isinstance(module, nn.Linear):
+            shapes = make_shapes(module.out_features, module.in_features, its_rank)
+            layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
     return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, able), settings)
 
 
@@ -211,14 +203,12 @@ def _with_begun(
         return layers
     known = _layers_by_name(dit, encoders)
     joining: dict[str, nn.Module] = {}
-    fitted = for_model(begun, {path: len(module.weight) for path, (_, module) in known.items()}.get)
-    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+    for path, factors in _factors_for(known, begun).items():
         is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
-        if path in layers or path not in known or not is_of_kind:
-            continue
-        inside, module = known[path]
-        if not _is_left_out(inside, path, module, settings):
-            joining[path] = _layer_of(name, module, path, factors, settings)
+        if path in known and path not in layers and is_of_kind:
+            inside, module = known[path]
+            if not _is_left_out(inside, path, module, settings):
+                joining[path] = _layer_of(name, module, path, factors, settings)
     if not joining:
         return layers
     logger.info(
@@ -236,8 +226,7 @@ def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSetti
     rules, blocks = settings.rules, settings.train_blocks
     if rules is not None and blocks is not None and not inside.startswith(rules.choices[blocks]):
         return True
-    is_excluded = any(one.match(inside) for one in settings.exclude)
-    if is_excluded and not any(one.match(inside) for one in settings.include):
+    if _is_excluded(inside, settings):
         return True
     places = find_by_pattern(settings.reg_ranks, name)
     if places:
@@ -259,6 +248,14 @@ def _layers_by_name(
         if isinstance(module, (nn.Linear, nn.Conv2d))
         for inside in [path if start == OURS else published_path(path)]
     }
+
+
+def _factors_for(
+    known: Mapping[str, tuple[str, LoraModule]], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of each module, those of other layouts on the modules that the model has."""
+    heights = {path: len(module.weight) for path, (_, module) in known.items()}
+    return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
 
 
 def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
@@ -291,27 +288,25 @@ def build_from_tensors(
         )
     others = {key: value for key, value in arguments.items() if key in BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
-    named = _layers_by_name(dit, encoders)
-    known = {path: module for path, (_, module) in named.items()}
-    fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
+    known = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
     missed = []
-    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+    for path, factors in _factors_for(known, tensors).items():
         if not any(part in factors for part in own.first):
             raise CheckpointError(
                 f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
                 "  Give the --network_module that the file was trained with."
             )
-        if path not in known or (own.kind != "LoRA" and not isinstance(known[path], nn.Linear)):
+        if path not in known or (own.kind != "LoRA" and not isinstance(known[path][1], nn.Linear)):
             missed.append(path)
         else:
-            layers[path] = _layer_of(name, known[path], path, factors, settings)
+            layers[path] = _layer_of(name, known[path][1], path, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
         )
-    inside = [(path, named[path][0]) for path in layers if path in named]
+    inside = [(path, known[path][0]) for path in layers]
     settings = fit_patterns(settings, [(path.removesuffix(replace_dots(one)), one) for path, one in inside])
     if missed:
         logger.warning(
@@ -324,20 +319,31 @@ def build_from_tensors(
 def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
 ) -> LoraLayer | FactoredLayer:
-    """Return a layer of a network module with the rank and alpha of factors."""
-    if OWN_MODULES[name].kind == "LoRA":
-        return _layer_of_file(module, path, factors, settings)
-    return _factored_of_file(module, path, factors)
+    """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
+    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are no matrices.
+    """
+    if OWN_MODULES[name].kind != "LoRA":
+        shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
+        if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
+            raise CheckpointError(
+                f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained"
+            )
+        rank = rank_of(factors) or 1
+        alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
+        return FactoredLayer(module, shapes, rank, alpha)
+    rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
+    heights = _heights(path, module, settings)
+    if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
+        parts = len(heights)
+        return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
+    return LoraLayer(module, rank, alpha, DORA in factors)
 
 
-def _factored_of_file(module: LoraModule, name: str, factors: Factors) -> FactoredLayer:
-    """Return a layer with a file's factors and alpha. Raises CheckpointError if they are no matrices."""
-    shapes = {part: tuple(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
-    if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
-        raise CheckpointError(f"--dim_from_weights: {name} has {shapes}, and only matrices can be trained")
-    rank = rank_of(factors) or 1
-    alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
-    return FactoredLayer(module, shapes, rank, alpha)
+def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
+    """Return the rows of each part of a fused layer if parts get factors of their own; () otherwise."""
+    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
+        return ()
+    return settings.rules.heights(path, module.out_features, module.in_features)
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
@@ -348,14 +354,3 @@ def smallest_lora_bytes(model: Path, rank: int) -> int:
     with open_checkpoint(model) as checkpoint:
         shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]
     return sum(rank * sum(shape) for shape in shapes if len(shape) == 2 and min(shape) > rank)
-
-
-def _layer_of_file(module: LoraModule, name: str, factors: Factors, settings: LoraSettings) -> LoraLayer:
-    """Return a layer of a file's rank and alpha; split if that is asked for and its up factor has blocks."""
-    rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
-    if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
-        heights = settings.rules.heights(name, module.out_features, module.in_features)
-        if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
-            parts = len(heights)
-            return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
-    return LoraLayer(module, rank, alpha, DORA in factors)

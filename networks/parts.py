@@ -8,15 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks.deltas import (
-    DORA,
-    LORA,
-    Factors,
-    group_by_module,
-    has_input_magnitudes,
-    rows_of,
-    strength,
-)
+from networks import deltas
+from networks.deltas import DORA, LORA, Factors, strength
 from networks.key_formats import OURS
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
@@ -38,7 +31,6 @@ def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
 
 
 def is_cut(part: WeightPart) -> bool:
-    """Return whether it has only some rows of our module."""
     return part.index is not None and part.index != SWAPPED
 
 
@@ -58,7 +50,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     factor. Parts that the model does not have are left out. Other modules, those that cannot be split, and
     those without any part in the model are unchanged.
     """
-    modules = group_by_module(tensors)
+    modules = deltas.group_by_module(tensors)
     apart: dict[str, Factors] = {}
     for name, factors in modules.items():
         parts = () if height(name) is not None else relatives(name.removeprefix(OURS))
@@ -72,7 +64,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
             logger.warning(f"{name}: {found}; it stays whole")
             found = {name: factors}
         apart.update(found)
-    return {f"{name}.{part}": tensor for name, factors in apart.items() for part, tensor in factors.items()}
+    return deltas.ungroup(apart)
 
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
@@ -83,9 +75,9 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
     if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
         return f"its {whole} rows are not those of its parts, which have {' + '.join(map(str, given))}"
-    if has_input_magnitudes(factors):
+    if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, so they belong to the whole weight"
-    pieces = {one: rows_of(factors, rows) for one, rows in places.items() if rows is not None}
+    pieces = {one: deltas.rows_of(factors, rows) for one, rows in places.items() if rows is not None}
     return {OURS + one.name: piece for one, piece in pieces.items() if piece is not None}
 
 
@@ -103,7 +95,7 @@ def fuse(
     change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
     one down factor.
     """
-    modules = group_by_module(tensors)
+    modules = deltas.group_by_module(tensors)
     found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
     fused: dict[str, Factors] = {}
     parts: dict[str, WeightPart] = {}
@@ -126,7 +118,7 @@ def fuse(
             fused.update({name: modules[name] for name in names})
         else:
             fused[into] = joined
-    return {f"{name}.{part}": tensor for name, factors in fused.items() for part, tensor in factors.items()}
+    return deltas.ungroup(fused)
 
 
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
@@ -175,13 +167,13 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
         return "only plain LoRAs can be joined"
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
     if isinstance(places[0], Tensor):  # the halves changed about
-        swapped = rows_of(factors, places[0])
+        swapped = deltas.rows_of(factors, places[0])
         return "its DoRA magnitudes are by input" if swapped is None else swapped
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
     if any(DORA in factors for _, factors in pieces):
-        if any(DORA not in factors or has_input_magnitudes(factors) for _, factors in pieces):
+        if any(DORA not in factors or deltas.has_input_magnitudes(factors) for _, factors in pieces):
             return "only DoRA magnitudes by output, for all of its rows, can be put together"
         if sum(len(factors[DORA]) for _, factors in pieces) != height:
             return f"its parts have DoRA magnitudes for less than its {height} rows"
@@ -228,7 +220,7 @@ def mend_split_alphas(
     if '"split_qkv": "true"' not in metadata.get("ss_network_args", "").lower():
         return mended
     trained = metadata.get("ss_network_alpha", "").removesuffix(".0")
-    for name, factors in group_by_module(tensors).items():
+    for name, factors in deltas.group_by_module(tensors).items():
         if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained:
             continue
         parts = {other.part.index for other in relatives(name.removeprefix(OURS)) if other.is_part}

@@ -6,18 +6,16 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from modules.contract.family import TextEncoder, can_learn, has_text_side
 from modules.errors import CheckpointError
-from modules.offload.sharding import gather_weight, set_weight
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, list_some, on_side
 from networks.lora_network import prefix_of, rename_texts
-from networks.names.stable_diffusion import open_clip_names, published_path
+from networks.names.stable_diffusion import open_clip_names, published_parameter
 
 logger = getLogger(__name__)
 
@@ -54,7 +52,6 @@ class TextLoras:
 
     @property
     def is_empty(self) -> bool:
-        """Whether texts are what they are without LoRAs."""
         return not self._uses and not self._beside
 
     def tell_unused(self, encoders: Sequence[TextEncoder]) -> None:
@@ -86,23 +83,18 @@ class TextLoras:
         if self._beside and has_text_side(encoder):
             self._add(self._beside, encoder.text_side, encoder.name)
 
-    @torch.no_grad()
     def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
         if not uses or network in self._done:
             return
         patch = LoraPatch(uses)
-        for path, module in network.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{published_path(path)}.{leaf}".lstrip(".")
-                if patch.touches(name) and parameter.dtype.itemsize == 1:
-                    raise CheckpointError(
-                        f"{uses[0].lora.path} changes the text encoder {label}, whose weights "
-                        "are kept in 8 bits.\n  Leave out the option that keeps it in fp8, or give a LoRA "
-                        "for the DiT alone.",
-                        uses[0].lora.path,
-                    )
-                if patch.touches(name):
-                    set_weight(parameter, patch(name, gather_weight(parameter.data)))
+        for name, parameter in network.named_parameters():
+            if parameter.dtype.itemsize == 1 and patch.touches(published_parameter(name)):
+                raise CheckpointError(
+                    f"{uses[0].lora.path} changes the text encoder {label}, whose weights are kept in 8 "
+                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT alone.",
+                    uses[0].lora.path,
+                )
+        patch.bake(network, published_parameter)
         patch.check()
         self._done.add(network)
 
@@ -127,7 +119,6 @@ class TensorPiece:
     third: int | None = None  # of the rows; None: all
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the rows, sharing memory."""
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
@@ -153,37 +144,35 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class WholePatch:
-    """Adds LoRAs to the weights of a whole checkpoint, as `LoraPatch` does to those of one network."""
+    """Adds LoRAs to the weights of a whole checkpoint, as `LoraPatch` does to those of one network; its
+    methods are that one's.
+    """
 
     def __init__(self, uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> None:
         """names: of all tensors in the file."""
         names = list(names)
-        found = {piece.network for name in names for piece in pieces_of(name)}
-        given = for_encoders(uses, str(model), found - {""})
-        self._unet = LoraPatch(uses_for(given), [name for name in names if name.startswith(UNET)], model)
-        self._texts = {
-            prefix: LoraPatch(uses_for(given, prefix), model=model, is_text=True)
-            for prefix in sorted(found - {""})
+        texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
+        given = for_encoders(uses, str(model), texts)
+        unet = LoraPatch(uses_for(given), [name for name in names if name.startswith(UNET)], model)
+        # by the prefix of the network in LoRA files
+        self._patches = {"": unet} | {
+            prefix: LoraPatch(uses_for(given, prefix), model=model, is_text=True) for prefix in texts
         }
 
     def touches(self, name: str) -> bool:
-        """Whether a LoRA changes the tensor of this name."""
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
     def add_to(self, name: str, tensor: Tensor) -> Tensor:
-        """Change a tensor in place and return it, as `LoraPatch.add_to`."""
         for piece, patch in self._of(name):
             patch.add_to(piece.name, piece.of(tensor))
         return tensor
 
     def check(self) -> None:
-        """Warn and raise as `LoraPatch.check`, for each network."""
-        for patch in (self._unet, *self._texts.values()):
+        for patch in self._patches.values():
             patch.check()
 
     def _of(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
-        for piece in pieces_of(name):
-            yield piece, self._texts[piece.network] if piece.network else self._unet
+        return ((piece, self._patches[piece.network]) for piece in pieces_of(name))
 
 
 def for_encoders(uses: Iterable[LoraUse], model: str, held: Collection[str]) -> list[LoraUse]:

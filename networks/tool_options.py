@@ -52,10 +52,7 @@ class MergeOptions(Options):
     device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
 
 
-_RESULT: Mapping[str, Any] = {
-    "place": "safetensors",
-    "spares": ("input", "input_high_noise", "dit"),
-}
+_RESULT: Mapping[str, Any] = {"place": "safetensors", "spares": ("input", "input_high_noise", "dit")}
 
 
 class ConvertOptions(Options):
@@ -92,7 +89,7 @@ class ConvertOptions(Options):
     )
     family: str | None = option(
         "the model that the LoRA is for, such as flux or hunyuan_video; default: as the file's metadata, "
-        "names and sizes say",
+        "names and sizes say"
     )
     bake: int | None = option(
         "make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
@@ -271,7 +268,6 @@ class FluxMergeOptions(Options):
 
     @property
     def targets(self) -> dict[str, Path]:
-        """The models to merge into, by their options."""
         return {name: path for name in FLUX_OUTPUTS if (path := getattr(self, name)) is not None}
 
 

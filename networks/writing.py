@@ -8,29 +8,11 @@ from logging import getLogger
 import torch
 from torch import Tensor
 
-from networks.deltas import (
-    DORA,
-    LORA,
-    Factors,
-    bias_delta,
-    group_by_module,
-    has_input_magnitudes,
-    rank_of,
-    rows_of,
-    strength,
-)
+from networks import deltas, module_names
+from networks.deltas import DORA, LORA, Factors
 from networks.key_formats import OTHER, OURS
 from networks.lora_products import diagonal_blocks, fused_heights
-from networks.module_names import (
-    alias,
-    diffusers_path,
-    is_unprefixed,
-    module_path,
-    part_path,
-    parts_of,
-    replace_dots,
-    to_alias,
-)
+from networks.module_names import alias, module_path, parts_of, replace_dots, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.stable_diffusion import diffusers_path_of_text
 from networks.parts import fuse
@@ -59,11 +41,11 @@ def in_dialect(
     change no digit. ai-toolkit and ComfyUI read FLUX's plain LoRAs so too, all else in the weights of ours.
     """
     if family is None:
-        return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
-    modules = group_by_module(tensors)
+        return {}, dict.fromkeys(deltas.group_by_module(tensors), _UNKNOWN)
+    modules = deltas.group_by_module(tensors)
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
         # names of diffusers' own layout stand bare, and all have to be of one layout
-        cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
+        cut = any(module_names.part_path(name.removeprefix(OURS), family) for name in modules)
         begin = "" if cut else OTHER
         return _write(tensors, begin, lambda name, one: _lokr_path(name, one, family, cut), _in_comfyui)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
@@ -74,7 +56,7 @@ def in_dialect(
     others: dict[str, Tensor] = {}
     cuts = family.parts and family.start == IN_DIFFUSERS
     for name, factors in modules.items():
-        is_plain = cuts and factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"}
+        is_plain = cuts and factors.keys() <= deltas.OF_LOW_RANK
         (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
     written, left_out = in_dialect(plain, family, "diffusers")
     others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
@@ -96,7 +78,7 @@ def _lokr_path(name: str, factors: Factors, family: FamilyNames, cut: bool) -> P
         return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
     if not cut:
         return _alone(module_path(name, family), factors)
-    path = parts[0][0] if len(parts) == 1 else part_path(name, family)
+    path = parts[0][0] if len(parts) == 1 else module_names.part_path(name, family)
     return _alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
@@ -125,7 +107,7 @@ def _write(
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
-    for name, factors in group_by_module(tensors).items():
+    for name, factors in deltas.group_by_module(tensors).items():
         pieces = pieces_of(name.removeprefix(OURS), factors)
         forms = {} if isinstance(pieces, str) else {path: form_of(one) for path, one in pieces.items()}
         reasons = [form for form in (pieces, *forms.values()) if isinstance(form, str)]
@@ -134,7 +116,7 @@ def _write(
             continue
         for path, form in forms.items():
             assert not isinstance(form, str)
-            begin = "" if is_unprefixed(path) else start
+            begin = "" if module_names.is_unprefixed(path) else start
             written.update({f"{begin}{path}.{part}": tensor for part, tensor in form.items()})
     return written, left_out
 
@@ -144,16 +126,14 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
     Biases are whole differences there. An alpha of 0 means the rank, and is written so.
     """
-    rest = {part: one for part, one in factors.items() if part not in ("alpha", "diff_b", "lora_up.bias")}
+    rest = {part: one for part, one in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     if rest.keys() <= {*LORA, "diff", DORA}:
         form = _fold(factors) | {part: one for part, one in rest.items() if part not in LORA}
     else:
-        rank = rank_of(factors)
-        form = rest if rank is None else {**rest, "alpha": torch.tensor(strength(factors) * rank)}
-    bias = bias_delta(factors, torch.device("cpu"))
-    if bias is not None:
-        form["diff_b"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
-    return form
+        rank = deltas.rank_of(factors)
+        form = rest if rank is None else {**rest, "alpha": torch.tensor(deltas.strength(factors) * rank)}
+    bias = deltas.stored_bias(factors)
+    return form if bias is None else {**form, "diff_b": bias}
 
 
 def _in_diffusers(factors: Factors) -> Form:
@@ -166,16 +146,16 @@ def _in_diffusers(factors: Factors) -> Form:
         rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
         down, up = (whole, one) if out <= inner else (one, whole)
         factors = {**rest, LORA[0]: down, LORA[1]: up}
-    if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
+    if factors.keys() - deltas.OF_LOW_RANK - {DORA} or LORA[0] not in factors:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
-    if has_input_magnitudes(factors):
+    if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, diffusers has them by output"
     form = _fold(factors)
-    bias = bias_delta(factors, torch.device("cpu"))
+    bias = deltas.stored_bias(factors)
     if bias is not None and DORA in factors:
         return "it has a bias beside DoRA magnitudes, which has no form in that dialect"
     if bias is not None:
-        form["lora_B.bias"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
+        form["lora_B.bias"] = bias
     if DORA in factors:
         magnitudes, ndim = factors[DORA], factors[DORA].ndim
         form["lora_magnitude_vector"] = (
@@ -186,7 +166,7 @@ def _in_diffusers(factors: Factors) -> Form:
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """LoRA factors with alpha / rank shared out between the two."""
-    scale = strength(factors)
+    scale = deltas.strength(factors)
     halves = {
         LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),
         LORA[1]: ("lora_B.weight", math.copysign(math.sqrt(abs(scale)), scale)),
@@ -205,10 +185,10 @@ def _in_toolkit(factors: Factors) -> Form:
     """
     if LORA[0] not in factors:
         return _in_diffusers(factors)
-    down, up = strength(factors), 1.0
+    down, up = deltas.strength(factors), 1.0
     while 0 < abs(down) * 2 < up:
         down, up = down * 2, up / 2
-    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": strength(factors)}
+    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": deltas.strength(factors)}
     scaled = {
         part: (one.float() * by[part]).to(one.dtype) if part in by else one.contiguous()
         for part, one in factors.items()
@@ -219,7 +199,7 @@ def _in_toolkit(factors: Factors) -> Form:
 
 def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
     """Return the factors of each part of a module by its path in diffusers, or why there are none."""
-    path = module_path(name, family) if family.parts else diffusers_path(name, family)
+    path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
     parts = parts_of(name, family)
@@ -231,7 +211,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
     if part.index != SWAPPED:
         return {theirs: factors}
     whole = next((len(factors[one]) for one in (LORA[1], "diff", "diff_b") if one in factors), 0)
-    swapped = rows_of(factors, torch.arange(whole).roll(whole // 2)) if whole else None
+    swapped = deltas.rows_of(factors, torch.arange(whole).roll(whole // 2)) if whole else None
     return "it has no rows to swap" if swapped is None else {theirs: swapped}
 
 
@@ -244,13 +224,13 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     blocks = None if len(factors) > 3 else diagonal_blocks(factors[LORA[1]], heights)
     if blocks is not None:
         downs = factors[LORA[0]].chunk(len(paths))
-        alpha = torch.tensor(strength(factors) * (len(factors[LORA[0]]) // len(paths)))
+        alpha = torch.tensor(deltas.strength(factors) * (len(factors[LORA[0]]) // len(paths)))
         pairs = zip(downs, blocks, strict=True)
         cut: list[Factors | None] = [{LORA[0]: down, LORA[1]: up, "alpha": alpha} for down, up in pairs]
     else:
         starts = itertools.accumulate(heights, initial=0)
         places = zip(starts, heights, strict=False)
-        cut = [rows_of(factors, slice(start, start + height)) for start, height in places]
+        cut = [deltas.rows_of(factors, slice(start, start + height)) for start, height in places]
     found = {path: one for path, one in zip(paths, cut, strict=True) if one is not None}
     if len(found) < len(paths):
         return "its magnitudes belong to the whole weight"
@@ -273,7 +253,7 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
     What cannot be cut stays as it is, with a warning.
     """
     apart: dict[str, Factors] = {}
-    for name, factors in group_by_module(rename_to_aliases(tensors, family, alias)).items():
+    for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
         paths = [OURS + replace_dots(path) for path, _ in parts_of(name.removeprefix(OURS), family)]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):
@@ -281,7 +261,7 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
             pieces = {name: factors}
         apart.update(pieces)
     # copies: files cannot hold tensors that share memory
-    return {f"{name}.{part}": one.clone() for name, factors in apart.items() for part, one in factors.items()}
+    return {name: tensor.clone() for name, tensor in deltas.ungroup(apart).items()}
 
 
 def rename_to_aliases(

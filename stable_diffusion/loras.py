@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
 
-import torch
 from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan
@@ -18,7 +17,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
-from networks.deltas import group_by_module
+from networks.deltas import group_by_module, hollow
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
@@ -30,7 +29,6 @@ from stable_diffusion.network_options import AddedNetworkOptions
 logger = getLogger(__name__)
 OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
-_META = torch.device("meta")
 _TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
 
 
@@ -88,7 +86,6 @@ class _Target:
     prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
 
     def published(self, path: str) -> str:
-        """Return the path in files."""
         return self.start + path
 
 
@@ -133,9 +130,8 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     for prefix, plan in parts if loras else ():
         patch = LoraPatch(uses_for(uses, prefix), model=release.path, is_text=bool(prefix))
         for name, source in plan.sources.items():
-            tensors = [plan.checkpoint.tensors[each] for each in source.names]
-            hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
-            patch.add_to((_TEXT_START if prefix else "") + name, source.make(hollow))
+            tensors = [hollow(plan.checkpoint.tensors[each]) for each in source.names]
+            patch.add_to((_TEXT_START if prefix else "") + name, source.make(tensors))
         patch.refuse_misfits()
 
 
@@ -153,7 +149,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
-                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}.",
+                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}."
             )
         if made is not None and made.name != kind.name:
             words = next(each.words for each in KINDS if each.name == made.name)
@@ -184,9 +180,7 @@ def load_networks(
     for target in targets if merged else ():
         if given := uses_for(merged, target.prefix):
             patch = LoraPatch(given)
-            with torch.no_grad():
-                for path, parameter in target.network.named_parameters():
-                    patch.add_to(target.published(path), parameter.data)
+            patch.bake(target.network, target.published)
             patch.check()
     if not adjustable:
         return None

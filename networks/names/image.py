@@ -1,20 +1,8 @@
 """Module names of the image models, as published, and in diffusers' layout."""
 
-from networks.names.layouts import (
-    BEFORE_REST,
-    IN_DIFFUSERS,
-    IN_TWO_STREAMS,
-    OF_LANGUAGE_MODEL,
-    REST,
-    SWAPPED,
-    FamilyNames,
-    Sides,
-    WeightPart,
-    each,
-    renamed_parts,
-    stacked_parts,
-)
-from networks.names.video import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_PARTS, BLOCK_SIDES
+from networks.names import layouts
+from networks.names.layouts import FamilyNames, Sides, WeightPart, each, renamed_parts, stacked_parts
+from networks.names.video import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_PARTS, BLOCK_SIDES, LINEAR1_PARTS
 
 # FLUX.1 and Chroma as Black Forest Labs publish them; ComfyUI and sd-scripts use these names. Chroma has no
 # modulation layers and no embedding of time, pooled text and guidance, but `distilled_guidance_layer`; its
@@ -42,38 +30,39 @@ _FLUX_REST = (
     ("distilled_guidance_layer.layers.{n}.linear_1", "distilled_guidance_layer.layers.{n}.in_layer"),
     ("distilled_guidance_layer.layers.{n}.linear_2", "distilled_guidance_layer.layers.{n}.out_layer"),
 )
+# what FLUX.2 has too; of norms the only tensor is called `scale`
+_FLUX_NORMS = tuple(
+    (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
+    for theirs, ours in (
+        ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
+        ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
+        ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
+    )
+    for x, word in (("q", "query"), ("k", "key"))
+)
+_FLUX_QKV = (
+    *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
+    *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+)
 
 FLUX = FamilyNames(
     "flux",
     "flux-1-dev",
     parts=(
-        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
-        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *_FLUX_QKV,
         *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_DOUBLE),
-        *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
-        WeightPart(
-            "single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4
-        ),
+        *LINEAR1_PARTS,
         *renamed_parts(
             "single_transformer_blocks.{n}.",
             "single_blocks.{n}.",
             (("proj_out", "linear2"), ("norm.linear", "modulation.lin")),
         ),
         *renamed_parts("", "", _FLUX_REST),
-        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
     ),
-    start=IN_DIFFUSERS,
-    # of norms, whose only tensor is called `scale`
+    start=layouts.IN_DIFFUSERS,
     parameters=(
-        *(
-            (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
-            for theirs, ours in (
-                ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
-                ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
-                ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
-            )
-            for x, word in (("q", "query"), ("k", "key"))
-        ),
+        *_FLUX_NORMS,
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
@@ -97,12 +86,8 @@ _FLUX_2_DOUBLE = tuple(
 _FLUX_2_REST = (
     *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
     *(
-        (f"{name}.linear", f"{name}.lin")
-        for name in (
-            "double_stream_modulation_img",
-            "double_stream_modulation_txt",
-            "single_stream_modulation",
-        )
+        (f"{name}_modulation{end}.linear", f"{name}_modulation{end}.lin")
+        for name, end in (("double_stream", "_img"), ("double_stream", "_txt"), ("single_stream", ""))
     ),
     *(
         (f"time_guidance_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
@@ -115,8 +100,7 @@ FLUX_2 = FamilyNames(
     "flux_2",
     "flux-2",
     parts=(
-        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
-        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *_FLUX_QKV,
         *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_2_DOUBLE),
         *renamed_parts(
             "single_transformer_blocks.{n}.attn.",
@@ -124,18 +108,9 @@ FLUX_2 = FamilyNames(
             (("to_qkv_mlp_proj", "linear1"), ("to_out", "linear2")),
         ),
         *renamed_parts("", "", _FLUX_2_REST),
-        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
     ),
-    # of norms, whose only tensor is called `scale`
-    parameters=tuple(
-        (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
-        for theirs, ours in (
-            ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
-            ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
-            ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
-        )
-        for x, word in (("q", "query"), ("k", "key"))
-    ),
+    parameters=_FLUX_NORMS,
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
     lokr_in_diffusers=True,
     sides=(
@@ -214,16 +189,16 @@ LUMINA = FamilyNames(
         *(
             WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, usual_height)
             for block in _LUMINA_BLOCKS
-            for x, index, usual_height in (("q", 0, 3), ("k", BEFORE_REST, 1), ("v", REST, 1))
+            for x, index, usual_height in (("q", 0, 3), ("k", layouts.BEFORE_REST, 1), ("v", layouts.REST, 1))
         ),
         *(part for block in _LUMINA_BLOCKS for part in renamed_parts(block, block, _LUMINA_BLOCK)),
         *renamed_parts(_LUMINA_BLOCKS[0], _LUMINA_BLOCKS[0], _LUMINA_MODULATED),
-        *renamed_parts(_LUMINA_BLOCKS[1], _LUMINA_BLOCKS[1], (("norm1", "attention_norm1"),)),
+        WeightPart(f"{_LUMINA_BLOCKS[1]}norm1", f"{_LUMINA_BLOCKS[1]}attention_norm1"),
         *renamed_parts(_LUMINA_BLOCKS[2], _LUMINA_BLOCKS[2], _LUMINA_MODULATED),
         *renamed_parts("", "", _LUMINA_REST),
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
-    encoders=(("lora_te", OF_LANGUAGE_MODEL),),
+    encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
     sides=((".qkv", 5 / 3, 1), (".out", 1, 1), *_LUMINA_SIDES),
     released=((2304, (("layers", 26),)),),
 )
@@ -247,7 +222,7 @@ QWEN_IMAGE = FamilyNames(
     ),
     is_as_in_diffusers=True,
     versions=("qwen_image", "qwen-image", "qwenimage"),
-    sides=(*IN_TWO_STREAMS, ("_mod.1", 6, 1)),
+    sides=(*layouts.IN_TWO_STREAMS, ("_mod.1", 6, 1)),
     released=((3072, (("transformer_blocks", 60),)),),
 )
 

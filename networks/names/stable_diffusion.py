@@ -137,13 +137,21 @@ _PUBLISHED = (
 )
 
 
+def _translated(table: Pairs, name: str) -> str | None:
+    """Return a name by the first pattern of a table that is all of it; None if there is none."""
+    found = ((re.fullmatch(pattern, name), target) for pattern, target in table)
+    return next((match.expand(target) for match, target in found if match is not None), None)
+
+
 def published_path(path: str) -> str:
     """Return the published path of a module of a text encoder; an unknown path is one already."""
-    for own, published in _PUBLISHED:
-        found = re.fullmatch(own, path)
-        if found is not None:
-            return found.expand(published)
-    return path
+    return _translated(_PUBLISHED, path) or path
+
+
+def published_parameter(name: str) -> str:
+    """Return the published name of a parameter of a text encoder."""
+    path, _, leaf = name.rpartition(".")
+    return f"{published_path(path)}.{leaf}".lstrip(".")
 
 
 # OpenCLIP's names -> Hugging Face's, below `text_model.`
@@ -167,20 +175,15 @@ def open_clip_names(name: str) -> list[tuple[str, int | None]]:
     if fused := _FUSED.fullmatch(name):
         layer = f"encoder.layers.{fused[1]}.self_attn."
         return [(f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
-    found = ((re.fullmatch(theirs, name), ours) for theirs, ours in _OPEN_CLIP)
-    return [(match.expand(ours), None) for match, ours in found if match is not None]
+    found = _translated(_OPEN_CLIP, name)
+    return [] if found is None else [(found, None)]
 
 
 # names of modules in LoRA files -> their paths in diffusers' pipelines
+_CLIP_LAYER = r"_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)"
 _IN_DIFFUSERS = (
-    (
-        r"lora_te1?_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
-        r"text_encoder.text_model.encoder.layers.\1.\2.\3",
-    ),
-    (
-        r"lora_te2_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
-        r"text_encoder_2.text_model.encoder.layers.\1.\2.\3",
-    ),
+    (f"lora_te1?{_CLIP_LAYER}", r"text_encoder.text_model.encoder.layers.\1.\2.\3"),
+    (f"lora_te2{_CLIP_LAYER}", r"text_encoder_2.text_model.encoder.layers.\1.\2.\3"),
     (
         r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",
         r"text_encoder_2.encoder.block.\1.layer.\2.\3.\4",
@@ -190,8 +193,4 @@ _IN_DIFFUSERS = (
 
 def diffusers_path_of_text(name: str) -> str | None:
     """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
-    for ours, theirs in _IN_DIFFUSERS:
-        found = re.fullmatch(ours, name)
-        if found is not None:
-            return found.expand(theirs)
-    return None
+    return _translated(_IN_DIFFUSERS, name)

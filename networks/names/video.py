@@ -3,18 +3,8 @@
 import re
 
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
-from networks.names.layouts import (
-    IN_DIFFUSERS,
-    IN_TWO_STREAMS,
-    REST,
-    SWAPPED,
-    FamilyNames,
-    Sides,
-    WeightPart,
-    each,
-    renamed_parts,
-    stacked_parts,
-)
+from networks.names import layouts
+from networks.names.layouts import FamilyNames, Sides, WeightPart, each, renamed_parts, stacked_parts
 
 _IMAGE_ATTENTION = (
     *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
@@ -127,13 +117,17 @@ BLOCK_ALIASES = (
     *((f"{name}.in_layer", f"{name}.mlp.0") for name in ("txt_in.t_embedder", "time_in", "guidance_in")),
     *((f"{name}.out_layer", f"{name}.mlp.2") for name in ("txt_in.t_embedder", "time_in", "guidance_in")),
 )
-# diffusers layout
+# diffusers layout; FLUX.1's single blocks have the first of them too
+_LINEAR1 = "single_blocks.{n}.linear1"
+LINEAR1_PARTS = (
+    *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", _LINEAR1),
+    WeightPart("single_transformer_blocks.{n}.proj_mlp", _LINEAR1, layouts.REST, usual_height=4),
+)
 BLOCK_PARTS = (
     *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn_qkv"),
     *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn_qkv"),
     *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _DIFFUSERS_DOUBLE),
-    *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
-    WeightPart("single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4),
+    *LINEAR1_PARTS,
     *renamed_parts("single_transformer_blocks.{n}.", "single_blocks.{n}.", _DIFFUSERS_SINGLE),
     *stacked_parts(
         "context_embedder.token_refiner.refiner_blocks.{n}.attn.to_{x}",
@@ -145,7 +139,7 @@ BLOCK_PARTS = (
         _DIFFUSERS_REFINER,
     ),
     *renamed_parts("context_embedder.", "txt_in.", _DIFFUSERS_TEXT),
-    WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+    WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
 )
 BLOCK_SIDES: Sides = (
     *(("_attn_qkv", 3, 1), ("_attn_proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)),
@@ -190,11 +184,11 @@ FRAMEPACK = FamilyNames(
     ),
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
-    start=IN_DIFFUSERS,
+    start=layouts.IN_DIFFUSERS,
     converted_for="diffusers",
     is_as_in_diffusers=True,
     sides=(
-        *IN_TWO_STREAMS,
+        *layouts.IN_TWO_STREAMS,
         *((".norm1.linear", 6, 1), (".norm1_context.linear", 6, 1), (".norm.linear", 3, 1)),
         *((".proj_mlp", 4, 1), (".proj_out", 1, 5)),
     ),
