@@ -140,8 +140,8 @@ def count_words(number: int, words: str) -> str:
     """Return a count with words for several, changed for one: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"
-    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", words)
-    nouns, rest = (words, "") if verb is None else (words[: verb.start()], words[verb.end() :])
+    verb = re.search(rf"^[^:]*?\b({'|'.join(_VERBS)})\b", words)
+    nouns, rest = (words, "") if verb is None else (words[: verb.start(1)], words[verb.end() :])
     nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda found: found[1] + ("y" if found[2] else ""), nouns)
     nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
-    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}"
+    return f"1 {nouns}{_VERBS[verb[1]] if verb else ''}{rest}"
