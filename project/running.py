@@ -84,7 +84,8 @@ def run_project(options: RunOptions) -> None:
             code = run_command(words, project.folder)
         encodes = not _is_check_of_media(words) and _family_of(words) is not None
         if code and not (encodes and left_out and code == 1):  # the check has found why: those files alone
-            _explain(words, project.folder)
+            if code != INTERRUPTED:
+                _explain(words, project.folder)
             raise SystemExit(code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
