@@ -93,10 +93,10 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
 READ_OPTIONS = """
 import builtins, os, runpy, sys
 load = builtins.__import__
-def load_until_torch(name, *how):
+def load_until_torch(name, *how, **more):
     if name.partition(".")[0] == "torch":
         raise SystemExit(0)
-    return load(name, *how)
+    return load(name, *how, **more)
 builtins.__import__ = load_until_torch
 del sys.argv[0]
 if sys.argv[0] == "-m":

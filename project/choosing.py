@@ -183,11 +183,15 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
             return one.family, one.task
     near = list(dict.fromkeys(name for each, name in spelled.items() if len(plain) > 1 and plain in each))
     if not near and len(plain) > 2:
-        near = list(dict.fromkeys(one.family for one in models if plain in _plain(one.task)))
+        same = [(one.family, one.task) for one in models if plain in _plain(one.task)]
+        if len(same) == 1:
+            return same[0]
+        near = list(dict.fromkeys(family for family, _ in same))
     if len(near) == 1:
         return near[0], None
     hint = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(text.lower(), known)
-    if not hint and any(plain in _plain(each + str(family_title(each))) for each in families() if plain):
+    others = (_plain(each + str(family_title(each))) for each in families())
+    if not hint and len(plain) > 1 and any(plain in each for each in others):
         hint = " It is not trained here."
     raise OptionError(f"--family {text}: choose from {', '.join(known)}.{hint}")
 

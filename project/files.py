@@ -7,8 +7,10 @@ from pathlib import Path
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
 from modules.command import as_typed
+from modules.console import count_of
 from modules.errors import OutputError
 from modules.installation import PREFIX
+from modules.options import option_values
 from project.choosing import ask_family, choose_model, describe_fit, describe_makes
 from project.describing import (
     SMALL,
@@ -24,6 +26,7 @@ from project.describing import (
 )
 from project.media import WRITTEN, look_at, name_some
 from project.options import NewOptions, find_models
+from project.running import WRITE_CAPTIONS, typed_in
 
 
 def write_project(options: NewOptions) -> None:
@@ -73,6 +76,7 @@ def _tell(choice: Choice) -> list[str]:
     """Return a report of found, chosen and missing files."""
     model, media, frames = choice.model, choice.media, choice.frames
     clips = [one for one in media if one.is_clip]
+    kinds = (len(clips), "clip"), (len(media) - len(clips), "picture")
     shown = (
         f"{choice.size[0]}x{choice.size[1]}, {frames} frames" if frames > 1 else "{}x{}".format(*choice.size)
     )
@@ -81,8 +85,8 @@ def _tell(choice: Choice) -> list[str]:
     size = total_bytes(part for part in model.components if part.option and part.option not in there)
     size_told = f"{gigabytes(size)} to download" if size else "its files are there"
     lines = [
-        f"{choice.options.folder}: {_count(len(clips), 'clip')} and "
-        f"{_count(len(media) - len(clips), 'picture')}. {model.family} {model.task} at {shown}, on {card}",
+        f"{choice.options.folder}: {' and '.join(count_of(*each) for each in kinds if each[0])}. "
+        f"{model.family} {model.task} at {shown}, on {card}",
         f"{model.family} {model.task} makes {describe_makes(model, choice.facts)}; {size_told}. "
         f"{'Its transformer: ' if choice.memory else ''}{describe_fit(model, choice.memory)}",
     ]
@@ -107,27 +111,34 @@ def _tell(choice: Choice) -> list[str]:
     return lines + [f"{name_some(found)}: {what}" for what, each in told.items() if (found := list(each))]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def _tell_captions(choice: Choice) -> list[str]:
     """Return lines about media without captions: what stands in their place, or both ways to get some."""
     bare = [one.path for one in choice.media if one.caption is None]
+    empty = [one.path for one in choice.media if one.caption == "" and not choice.trigger]
+    told = [f"{name_some(empty)}: an empty caption, from which nothing is learned by name"] if empty else []
     if not bare:
-        return []
+        return told
     if choice.trigger:
         return [
             f"{name_some(bare)}: no caption in a .txt file; {choice.trigger} (class_tokens) stands for it"
         ]
-    dataset = str(choice.options.folder / "dataset.toml")
-    write = ["python", "tools/caption_dataset.py", "--dataset_config", dataset, "--model", "MODEL_FOLDER"]
-    new = ["python", "reelsmith.py", "new", str(choice.options.folder), "--overwrite"]
-    new += ["--trigger_word", "WORD", "--family", choice.model.family, "--task", choice.model.task]
     return [
+        *told,
         f"{name_some(bare)}: without a caption in a .txt file beside it, which `run` refuses. A model writes "
-        "them:",
-        f"  {as_typed(write)}",
+        f"them, in the folder {choice.folder}:",
+        f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
         "or name what they show by a made-up word alone:",
-        f"  {as_typed(new)}",
+        f"  {as_typed(_with_word(choice))}",
     ]
+
+
+def _with_word(choice: Choice) -> list[str]:
+    """Return the command of this description again, with a trigger word."""
+    model, words = choice.model, ["python", "reelsmith.py", "new", str(choice.options.folder)]
+    chosen = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
+    usual = option_values(NewOptions(folder=choice.options.folder))
+    for name, value in (option_values(choice.options) | chosen).items():
+        if value != usual[name]:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [f"--{name}", *([] if each is True else [str(each)])]
+    return words

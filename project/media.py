@@ -15,6 +15,7 @@ from modules.media.opening import open_image
 from modules.media.reading import VIDEO_SUFFIXES, image_size, image_suffixes
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
+from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.options import RUN_FILE
 
@@ -72,12 +73,16 @@ def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
     places, sources = [folder], list[Path]()
     for place in _folders(folder):
         kind = place.name.lower()
+        if place.is_symlink() and real_path(place) in (real_path(folder), *real_path(folder).parents):
+            continue  # it leads back here
         if REFERENCES.fullmatch(kind):
             sources.append(place)
         elif kind in MASKS:
             found.lines.append(f"{place}: masks are left out. mask_directory in dataset.toml takes them")
         elif kind not in OWN_FOLDERS:
             places.append(place)
+        elif any(caption_path(path, CAPTIONS).exists() for path in _media_in(place)):
+            found.lines.append(f"{place}: left out. Runs write into a folder of this name: rename it")
     for place in places:
         _list_media(place, found)
         nested = [one for one in _folders(place) if place != folder and not REFERENCES.fullmatch(one.name)]
@@ -90,13 +95,16 @@ def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
             f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
             "not edit. If it is to be learned, rename it"
             for place in (*sources, *nested)
-            if _holds_media(place)
+            if _media_in(place)
         ]
+    why = "".join(f"\n  {line}" for line in found.lines)
     if not found.media:
-        why = "".join(f"\n  {line}" for line in found.lines)
         raise DatasetError(f"{folder} has no clip and no picture that can be read. Give one that has.{why}")
     if facts.needs_reference and not found.references:
-        raise DatasetError(_layout(folder, name, found.media))
+        raise DatasetError(_layout(folder, name, found.media) + why)
+    if facts.references and (numbered := _find_numbered(found.media)):
+        text = "learned as results. If they are what others are made from, move them into a folder control"
+        found.lines.append(f"{name_some(numbered)}: {text}")
     found.lines += _tell_odd(found, facts)
     return found
 
@@ -111,11 +119,11 @@ def _media_suffixes() -> frozenset[str]:
     return VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
 
 
-def _holds_media(folder: Path) -> bool:
+def _media_in(folder: Path) -> list[Path]:
     suffixes = _media_suffixes()
     with contextlib.suppress(OSError):
-        return any(path.suffix.lower() in suffixes for path in folder.iterdir())
-    return False
+        return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+    return []
 
 
 def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -123,9 +131,9 @@ def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     waiting, looked = list(folders), 0
     while waiting and looked < MOST_FOLDERS:
         place, looked = waiting.pop(0), looked + 1
-        if place.name.lower() in OWN_FOLDERS | MASKS:
+        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASKS:
             continue
-        if _holds_media(place):
+        if _media_in(place):
             yield place, "left out because it is too deep. Move its files up, or give this folder to `new`"
         waiting += _folders(place)
 
@@ -148,8 +156,12 @@ def _list_media(place: Path, found: Found) -> None:
             found.media.append(_measure(path))
         except (MediaError, DatasetError) as error:
             found.lines.append(f"left out: {error}")
+    owned = {caption_path(path, CAPTIONS) for path in paths if path.suffix.lower() in suffixes}
     for end, of_kind in others.items():
         if end == CAPTIONS:
+            alone = [path for path in of_kind if path not in owned]
+            told = f"{name_some(alone)}: captions of no file. That of cat.mp4 is cat{CAPTIONS}"
+            found.lines += [told] if alone else []
             continue
         remedy = next((text for ends, text in REMEDIES.items() if end in ends), None)
         kind = "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
@@ -183,10 +195,7 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
                     text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
                     found.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
                 break
-    if numbered := _find_numbered(found.media):
-        text = "learned as results. If they are what others are made from, move them into a folder control"
-        found.lines.append(f"{name_some(numbered)}: {text}")
-    unused = [one for one in sources if one not in found.references.values() and _holds_media(one)]
+    unused = [one for one in sources if one not in found.references.values() and _media_in(one)]
     found.lines += [f"{one}: left out. No file there has the name of a picture beside it" for one in unused]
 
 
@@ -206,11 +215,15 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
-    """Return pictures without captions that are named like references of another one: cat_0 beside cat."""
+    """Return pictures without captions that are named like references of another one: cat_0, cat_input."""
     stems = {one.path.stem for one in media if not one.is_clip}
     bare = [one.path for one in media if one.caption is None]
     parts = [(path, *path.stem.rpartition("_")) for path in bare]
-    return [path for path, owner, _, number in parts if owner in stems and number.isdecimal()]
+    return [
+        path
+        for path, owner, _, end in parts
+        if owner in stems and (end.isdecimal() or REFERENCES.fullmatch(end))
+    ]
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:

@@ -71,6 +71,7 @@ class NewOptions(Options):
         "GiB of the card; this machine's when not given, 0: a CPU", least=0, hint="such as 12; 0 for a CPU"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
+    download = unsupported("`new` only writes files: give it to `run`")
     card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
     vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
 

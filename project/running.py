@@ -14,6 +14,7 @@ from dataset.scripts import cache_family_latents
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.command import INTERRUPTED, RUN_GOES_ON, as_typed
+from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.installation import PREFIX, ROOT, find_script, import_own, program_words
 from modules.output_files import check_output_name
@@ -23,6 +24,9 @@ from project.options import RUN_FILE, RunOptions, find_models
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
 
+WRITE_CAPTIONS = [
+    *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", "MODEL_FOLDER")
+]
 UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
 
 
@@ -37,6 +41,7 @@ class Project:
     output: Path
     name: str
     steps: int | None  # None: epochs say how long it is
+    model: dict[str, str]  # what tells a file of another model, as its metadata have it
 
     @property
     def missing(self) -> list[str]:
@@ -66,11 +71,12 @@ def run_project(options: RunOptions) -> None:
     print_lines([f"In the folder {project.folder}:"])
     left_out: list[str] = []
     for words in [project.download] * bool(project.missing) + project.commands:
-        print_lines(["", f"$ {_typed(words, project.folder)}"])
+        print_lines(["", f"$ {typed_in(words, project.folder)}"])
         sys.stdout.flush()
         if options.dry_run:
             continue
         if _is_check_of_media(words):
+            _check_options(project)
             code, left_out = _check_media(words, project.folder)
             if left_out and not code:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
@@ -78,7 +84,8 @@ def run_project(options: RunOptions) -> None:
             code = run_command(words, project.folder)
         encodes = not _is_check_of_media(words) and _family_of(words) is not None
         if code and not (encodes and left_out and code == 1):  # the check has found why: those files alone
-            _explain(words, project, options.folder)
+            if code != INTERRUPTED:
+                _explain(words, project.folder)
             raise SystemExit(code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
@@ -86,7 +93,8 @@ def run_project(options: RunOptions) -> None:
         print_lines(
             ["", f"Trained without {len(left_out)} that cannot be read:", *(f"  {one}" for one in left_out)]
         )
-    print_lines(["", f"The page of the training: {project.output / project.name}.html"])
+    if not options.dry_run:
+        print_lines(["", f"The page of the training: {project.output / project.name}.html"])
 
 
 def _read_project(folder: Path) -> Project:
@@ -103,36 +111,47 @@ def _read_project(folder: Path) -> Project:
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
         output, name = folder / values["output_dir"], str(values["output_name"])
         files = [str(file) for file in own["files"]]
+        names = {"network_module": "ss_network_module", "task": "ss_task"}
+        model = {told: str(values[name]) for name, told in names.items() if name in values}
         steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
         if not commands or "" in map("".join, commands):
             raise ValueError("a command is empty")
     except FileNotFoundError:
-        words = as_typed(["python", "new_project.py", str(folder)])
+        if not folder.is_dir():
+            raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
+        words = as_typed(["python", "reelsmith.py", "new", str(folder)])
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({error}). Correct it, or run `new` again."
+            f"{path} is not as `new` writes it ({why}). Correct it, or run `new` again."
         ) from None
     check_output_name(f"{path}: output_name", name)
-    return Project(real_path(folder), download, commands, files, output, name, steps)
+    return Project(real_path(folder), download, commands, files, output, name, steps, model)
 
 
 def _tell_trained(project: Project, options: RunOptions) -> bool:
     """Return whether the run is finished, and say what can be done then. Loads nothing."""
     file = project.output / f"{project.name}.safetensors"
     try:
-        made = int(read_safetensors_texts(file).get("ss_steps", "0")[:12])
+        texts = read_safetensors_texts(file)
+        made = int(texts.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return False
+    others = [texts[key] for key, value in project.model.items() if texts.get(key, value) != value]
+    if others:
+        raise OptionError(
+            f"{file} is of another model ({shorten(others[0], 80)}). Set another output_name in "
+            f"{project.folder / RUN_FILE}, or move that file and its states away"
+        )
     if project.steps is None or made < project.steps or options.dry_run:
         return False
-    new = _new_words(project, options.folder, "--output_name", "OTHER")
     print_lines(
         [
             f"{file} is trained already: {made} of {project.steps} steps.",
             f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
             f"- Generate: the commands are on its page, {project.output / project.name}.html",
-            f"- Train anew under another name: set output_name in {RUN_FILE}, or {_typed(new)}",
+            f"- Train anew under another name: set output_name in {RUN_FILE}.",
         ]
     )
     return True
@@ -146,10 +165,10 @@ def _download_size(words: Sequence[str]) -> str:
     return f" ({gigabytes(total_bytes(named[0].components))} for the whole model)" if named else ""
 
 
-def _typed(words: Sequence[str], folder: Path | None = None) -> str:
-    """Return a command as it can be typed in a folder. folder: None: in this one."""
+def typed_in(words: Sequence[str], folder: Path) -> str:
+    """Return a command as it can be typed in a folder."""
     script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
-    if script is None or folder is None or PREFIX:
+    if script is None or PREFIX:
         return as_typed(words)
     near, far = os.path.relpath(ROOT / script, folder), str(ROOT / script)
     return as_typed([words[0], min(near, far, key=len), *words[2:]])
@@ -165,6 +184,14 @@ def _family_of(words: Sequence[str]) -> str | None:
 
 def _is_check_of_media(words: Sequence[str]) -> bool:
     return "--check" in words and _family_of(words) is not None
+
+
+def _check_options(project: Project) -> None:
+    """Let the training script read its options before hours of caching. Raises OptionError."""
+    try:
+        import_own("browser.launch").check_options(project.commands[-1], project.folder)
+    except OptionError as error:
+        raise OptionError(str(error).removeprefix("OptionError: ")) from None
 
 
 def _check_media(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
@@ -188,29 +215,25 @@ def _check_media(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
     return (1, []) if others else (0, [fault.text for fault in faults])
 
 
-def _new_words(project: Project, folder: Path, *more: str) -> list[str]:
-    """Return the command that describes the folder anew, for the same model."""
-    model = [word for name in ("--family", "--task") for word in _value_of(project.download, name)]
-    return ["python", "reelsmith.py", "new", str(folder), "--overwrite", *more, *model]
-
-
-def _value_of(words: Sequence[str], name: str) -> list[str]:
-    place = words.index(name) if name in words else len(words)
-    return list(words[place : place + 2])
-
-
-def _explain(words: Sequence[str], project: Project, folder: Path) -> None:
+def _explain(words: Sequence[str], folder: Path) -> None:
     """Say what helps if captions are missing, which is what most first runs end with."""
     if "--check" in words:
-        new = _new_words(project, folder, "--trigger_word", "WORD")
-        print_lines(["", f"Correct what is listed above. For captions that are missing also: {_typed(new)}"])
+        print_lines(
+            [
+                "",
+                "Correct what is listed above. If captions are missing, let a model write them in the folder "
+                f"{folder}:",
+                f"  {typed_in(WRITE_CAPTIONS, folder)}",
+                'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',
+            ]
+        )
 
 
 def run_command(words: Sequence[str], folder: Path) -> int:
     """Run a command of ours as a program in a folder and return its exit code.
 
-    Ctrl-C reaches it from the terminal; this process waits for its end. Raises OptionError if it is no script
-    of ours.
+    Ctrl-C reaches it from the terminal, a signal to end is passed on; this process waits for its end. Raises
+    OptionError if it is no script of ours.
     """
     script = find_script("".join(words[1:2]))
     if words[:1] != ["python"] or script is None:
@@ -221,7 +244,7 @@ def run_command(words: Sequence[str], folder: Path) -> int:
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
         # set after the start: a program inherits what is ignored
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        ended = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        ended = signal.signal(signal.SIGTERM, lambda *_: interrupts.append(0) or process.terminate())
         try:
             code = process.wait()
         finally:

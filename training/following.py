@@ -4,7 +4,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,6 +147,8 @@ class NextSteps:
             found.append(self._generate(self.scripts.generation, chosen))
         if self.is_dora or (self.options.network is not None and self.converted_for):
             found += [self._convert(file) for file in self.names.files(self.names.stem_of(chosen)).values()]
+        here = f"Commands here are typed in the folder {Path.cwd()}."
+        found[0] = replace(found[0], note=" ".join(filter(None, (found[0].note, here))))
         return found
 
     @property

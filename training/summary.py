@@ -1,5 +1,6 @@
 """The boxes of a training run: its plan, and its result."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
-from modules.command import as_typed
+from modules.command import RUN_GOES_ON, as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
@@ -144,6 +145,7 @@ def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
         ("page", None if run.options.logs.no_page else str(page_path(names.folder, names.name))),
         ("peak memory", peak),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),
+        ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     best = story.best_file(names.folder)
     commands: list[Row] = [

@@ -181,7 +181,7 @@ def check_caching(
             found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(found, counters)
         items = f", {count_of(found.num_items, 'item')}" if media else ""
-        found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"
+        found.title = f"{table.name}: {count_of(len(found.sources), table.kind)}{items}"
         tables.append(found)
     if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
@@ -294,7 +294,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
         told = [(one, line) for one, line in lines if line is not None]
         found.remarks += [Fault(kind, f"{one.path}: {line}", one.stem) for one, line in told]
     if plans and not found.buckets:
-        text = f"{table.name}: not one of its {len(plans)} {table.kind}s gives an item"
+        text = f"{table.name}: not one of its {count_of(len(plans), table.kind)} gives an item"
         found.faults.append(Fault(NO_ITEM, text))
     masked = sum(source.mask is not None for source in found.sources)
     if masked:

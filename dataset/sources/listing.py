@@ -54,6 +54,14 @@ MOST_READ = 20_000  # captions, only to warn
 MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
 
 
+def _hint_of_start(table: DatasetTable) -> str:
+    """Return what to do if a relative path of a table seems to be meant from the folder of its file."""
+    folder, path = table.config_path.absolute().parent, table.directory
+    if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
+        return ""
+    return f" Relative paths start in the current folder: to start beside the file, first `cd {folder}`."
+
+
 def find_sources(
     table: DatasetTable, captions: bool = True, faults: list[Fault] | None = None
 ) -> list[MediaSource]:
@@ -68,6 +76,8 @@ def find_sources(
     found: list[Fault] = []
     with pause_collection():
         if table.directory is not None:
+            if not table.directory.is_dir() and (hint := _hint_of_start(table)):
+                raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
             sources = list_table_folder(table, captions, found)
         elif table.tars is not None:
             sources = list_tars(table, found)
@@ -80,7 +90,8 @@ def find_sources(
     if not sources and not found:
         holds = describe_entries(table) if table.directory is not None else "has no lines"
         holds = f"holds no {table.kind}s" if table.tars is not None else holds
-        raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
+        hint = _hint_of_start(table)
+        raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.{hint}")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
     sources = limit_references(table, sources)

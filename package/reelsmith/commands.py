@@ -115,6 +115,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
             if sorted(one.words) == sorted(typed.split()) or one.script == script
         ]
         near = same or difflib.get_close_matches(typed, known, 1)
+        near = near or difflib.get_close_matches(begun[0], known, 1)
         hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
         message = f"{typed or begun[0]!r} is no command.{hint}"
     print(f"{PROGRAM}: error: {message}\n{PROGRAM} --help lists all commands", file=sys.stderr)

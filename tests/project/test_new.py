@@ -79,6 +79,15 @@ def test_numbered_pictures_beside_their_results_get_a_sentence(tmp_path: Path) -
     assert "p0_0.jpg, p0_1.jpg, p0_2.jpg seem to be such pictures: move them into set/control" in said
 
 
+def test_a_folder_of_references_with_other_names_is_told(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    write_photos(tmp_path / "set" / "control", captions=False, stem="q")
+    (tmp_path / "set" / "p0_before.jpg").write_bytes((tmp_path / "set" / "p0.jpg").read_bytes())
+    said = assert_one_message(*run_here("new_project.py", "set", *EDIT, folder=tmp_path), "cat.jpg")
+    assert "set/control: left out. No file there has the name" in said
+    assert "p0_before.jpg seem to be" in said
+
+
 def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_photos(folder, size=300)
@@ -87,6 +96,9 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
     for name in ("IMG_1.HEIC", "scan.tiff", "empty.jpg", "notes.pdf"):
         (folder / name).touch()
     write_photos(folder / "c" / "raw" / "deep")
+    write_photos(folder / "output")
+    (folder / "loop").symlink_to(folder)
+    (folder / "scan.txt").touch()
     write_photos(folder / "masks")
     write_clips(folder, count=1, frames=30, width=300, height=300)
     write_media(folder / "heard.mp4", Track())
@@ -101,6 +113,9 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         f"left out: {folder / 'empty.jpg'} is empty",
         f"{folder / 'c' / 'raw' / 'deep'}: left out because it is too deep",
         f"{folder / 'masks'}: masks are left out",
+        f"{folder / 'output'}: left out. Runs write into a folder of this name",
+        "scan.txt: captions of no file",
+        f"{folder}: 2 clips and 5 pictures. ",
         "cut.png: transparent in part",
         "small.png",
         "clip 0.mp4: without sound: learned silent",
@@ -120,7 +135,8 @@ def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:
 def test_pictures_without_captions_get_the_word_or_both_ways_out(word: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     write_photos(folder, captions=False)
-    words = ["--family", "zimage", "--task", "turbo", *(["--trigger_word", word] if word else [])]
+    words = ["--family", "zimage", "--task", "turbo", "--max_train_steps", "7"]
+    words += ["--trigger_word", word] if word else []
 
     said = run_script("new_project.py", folder, *words).stdout
 
@@ -129,7 +145,7 @@ def test_pictures_without_captions_get_the_word_or_both_ways_out(word: str | Non
     assert "was distilled to few steps" in said
     assert "--training_adapter" in said
     assert all(("--s 8" in line) for line in (folder / "prompts.txt").read_text("utf-8").splitlines())
-    ways = ("tools/caption_dataset.py --dataset_config", "--overwrite --trigger_word WORD --family z_image")
+    ways = ("tools/caption_dataset.py --dataset_config dataset.toml", "--max_train_steps 7 --overwrite")
     assert all((way in said) is (word is None) for way in ways)
 
 
@@ -158,6 +174,7 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
         (["z-image turbo", ""], ("z_image", "turbo"), None),
         (["flux.2", "klein", "4", "ohwx"], ("flux_2", "klein-base-9b"), "ohwx"),
         (["LTX-2", "9", "2", ""], ("ltx_2", "v"), None),
+        (["flf2v", ""], ("wan", "flf2v-14B"), None),
     ],
 )
 def test_a_terminal_is_asked_until_the_answer_is_right(

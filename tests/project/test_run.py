@@ -114,13 +114,17 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
     done = run_script("run_project.py", output.parent / "run.toml")
 
     assert "trained already: 2 of 2 steps" in done.stdout
-    for remedy in (
-        "raise max_train_steps",
-        "my_clips.html",
-        "--output_name OTHER --family wan --task t2v-1.3B",
-    ):
+    for remedy in ("raise max_train_steps", "my_clips.html", "set output_name in run.toml"):
         assert remedy in done.stdout
     assert "$ " not in done.stdout
+
+    text = (output.parent / "run.toml").read_text(encoding="utf-8")
+    (output.parent / "run.toml").write_text(text.replace('"t2v-1.3B"\n', '"t2v-14B"\n'), encoding="utf-8")
+    save_tensors(
+        output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", "ss_task": "t2v-1.3B"}
+    )
+    told = run_here("run_project.py", output.parent, folder=tmp_path)
+    assert_one_message(*told, "is of another model (t2v-1.3B)", "Set another output_name")
 
 
 @pytest.mark.slow
@@ -163,7 +167,7 @@ def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_pa
 def test_a_folder_that_is_not_described_is_one_message(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "run.toml").write_text(text, encoding="utf-8")
-    remedy = "Describe the folder first: python new_project.py" if text is None else "run `new` again"
+    remedy = "Describe the folder first: python reelsmith.py new" if text is None else "run `new` again"
     assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "run.toml", remedy)
 
 
@@ -185,7 +189,23 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stdout.count("$ python") == 1
     assert "b.mkv" in done.stdout
-    assert "--trigger_word WORD --family wan --task t2v-1.3B" in done.stdout
+    (command,) = [line for line in done.stdout.splitlines() if "caption_dataset" in line]
+    assert 'class_tokens = "WORD"' in done.stdout
+    # it works where it says
+    told = run_here("tools/caption_dataset.py", *shlex.split(command)[2:], folder=folder)
+    assert_one_message(*told, "--model MODEL_FOLDER")
+    told = run_here(
+        "tools/dataset_report.py", "--dataset_config", folder / "dataset.toml", "--json", folder=tmp_path
+    )
+    assert_one_message(*told, "has no videos", f"`cd {folder}`")
+
+
+def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    text = (folder / "run.toml").read_text(encoding="utf-8").replace("learning_rate", "learning_rat")
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    assert_one_message(*run_here("run_project.py", folder, folder=tmp_path), "Did you mean learning_rate?")
+    assert not (folder / "cache").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal to the group elsewhere")
