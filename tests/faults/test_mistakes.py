@@ -229,6 +229,10 @@ MISTYPED = (
 TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
     wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
+    wrong(
+        *(GENERATIONS, "--from_file dataset.toml", "a text file with a prompt on each line"),
+        without=["--prompt"],
+    ),
     wrong(GENERATIONS, "--from_file prompts.txt --interactive", "exclude each other"),
     wrong(
         GENERATIONS,
