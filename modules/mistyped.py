@@ -69,6 +69,18 @@ flux_shift: flux
 adamw8bit: adamw_8bit
 """
 
+# options of other trainers that nothing here stands for, and why
+_NOTHING = {
+    "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": (
+        "the caching scripts make caches before a training"
+    ),
+    "min_snr_gamma noise_offset adaptive_noise_scale multires_noise_iterations multires_noise_discount "
+    "v_parameterization zero_terminal_snr scale_v_pred_loss_like_noise_pred debiased_estimation_loss": (
+        "it belongs to the noise of Stable Diffusion"
+    ),
+    "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
+}
+
 
 def ours_for(theirs: str, has: Container[str]) -> str:
     """Return the first of the names in `has` that means what others call `theirs`; empty without one."""
@@ -81,6 +93,9 @@ def meant_elsewhere(flags: Flags, name: str) -> str:
     keys = import_own("dataset.config").KNOWN_KEYS if "--dataset_config" in flags else ()
     options = {flag[2:] for flag in flags if flag[:2] == "--"}
     ours = ours_for(name, options) or (name if name in keys else ours_for(name, keys))
+    why = next((why for names, why in _NOTHING.items() if name in names.split()), "")
+    if not ours and why:
+        return f" Leave it out: {why}."
     if ours not in options:
         text = f" It is a key of the dataset file: write {ours} = ... in its table there."
         return text if ours else ""

@@ -94,6 +94,8 @@ NAMES = (
     wrong(TRAININGS, "--learnin_rate 1e-4", "Unknown option --learnin_rate", "--learning_rate?"),
     wrong(NETWORK_TRAININGS, "--rank 16 --lr 1e-4", "mean --network_dim?", "mean --learning_rate?"),
     wrong(TRAININGS, "--train_batch_size 2", "key of the dataset file: write batch_size = ..."),
+    wrong(TRAININGS, "--cache_latents_to_disk", "the caching scripts make caches before a training"),
+    wrong(TRAININGS, "--min_snr_gamma 5", "belongs to the noise of Stable Diffusion"),
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
     wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
