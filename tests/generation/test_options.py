@@ -236,7 +236,7 @@ def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
     ],
 )
 def test_what_only_videos_have_is_refused_by_name(tmp_path: Path, words: tuple[str, ...]) -> None:
-    with pytest.raises(OptionError, match=f"{words[0]} is not supported.*makes pictures"):
+    with pytest.raises(OptionError, match=f"{words[0]} is refused.*makes pictures"):
         read_pictures(tmp_path, *words)
 
 
