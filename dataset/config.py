@@ -92,6 +92,9 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     of_subsets = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
     known = of_subsets | {name for name, key in KEYS.items() if key.in_general} | {*OTHER_NAMES, *SPELLINGS}
     general = content.get("general", {})
+    below = [name for name in content if name in KEYS and not KEYS[name].in_general]
+    problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in below]
+    content = {name: value for name, value in content.items() if name not in below}
     above = {name: value for name, value in content.items() if name in known}
     if not above or not isinstance(general, dict):
         return content

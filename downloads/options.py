@@ -13,7 +13,7 @@ SOURCES = ("huggingface", "modelscope")
 class DownloadOptions(Options):
     """Options of a download, or of a list of downloads."""
 
-    family: str | None = option("the kind of model", choices=families())
+    family: str | None = option("the kind of model", choices=families(), by_place=True)
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
     to: Path = option("folder for the models", default=Path("models"), place="new folder")
     list_only: bool = option(

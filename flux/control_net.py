@@ -10,6 +10,7 @@ Source: `FluxControlNetModel`, `FluxControlNetPipeline` and `FluxTransformer2DMo
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype
 
     Raises as `read_control_net`.
     """
-    with _open(path) as checkpoint:
+    with _open(path) as checkpoint, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
         settings = read_control_net(path, checkpoint, config)
         plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
         network = load_planned(plan, lambda own: FluxControlNetModel(**own), device, dtype, CONTROL_NET)

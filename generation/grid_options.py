@@ -147,7 +147,6 @@ class CompareOptions(Options, title="comparison"):
         "LoRA files to compare; patterns such as my_lora-*.safetensors",
         nargs="+",
         required=True,
-        by_place=True,
     )
     lora_high_noise: tuple[Path, ...] | None = option(
         "of models with two experts the LoRA files for --dit_high_noise, as many as for --lora, which then "
@@ -182,6 +181,8 @@ def expand_patterns(given: tuple[Path, ...], flag: str = "--lora") -> tuple[Path
         if path.is_file():
             found[path] = None
             continue
+        if path.is_dir():
+            raise OptionError(f"{flag} {path} is a folder: give {path / '*.safetensors'}")
         matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
         files = sorted((match for match in matches if match.is_file()), key=_natural)
         if not files:

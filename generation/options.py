@@ -39,6 +39,7 @@ from modules.options import (
     read_options,
 )
 from modules.parser import Parser, add_options, refuse_unsupported
+from modules.paths import path_exists
 from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
@@ -247,6 +248,9 @@ class GenerationOptions(Options, title="run"):
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
             raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
+        prompt = self.request.prompt or ""
+        if prompt.endswith(".txt") and path_exists(Path(prompt)):
+            raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
         if self.output.file_name:
             self._check_one_result()

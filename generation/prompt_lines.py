@@ -64,6 +64,8 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 def read_seed(text: str) -> int:
     """Return the seed that a text stands for; which one is logged if it is no number. Raises ValueError."""
     seed = text_to_seed(text)
+    if seed == -1:  # of other programs: a random one
+        logger.warning("seed -1 is a seed like any other here: leave it out for a random one")
     if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         logger.info("Seed of the text %r: %d", text, seed)
     return seed
@@ -301,6 +303,11 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
     Raises OptionError if there is none.
     """
+    if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
+        raise OptionError(
+            f"--from_file {path}: give a text file with a prompt on each line and its options behind it, "
+            "such as: a cat --w 832 --h 480 --d 7"
+        )
     lines = numbered_lines(read_prompt_file(path, "--from_file"))
     if not lines:
         raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")

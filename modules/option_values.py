@@ -168,6 +168,12 @@ def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
             raise OptionError(
                 f"{option} {item!r}: write key=value, without spaces around the =, or put all of it in quotes"
             )
+        joined = re.search(r"[^\s,]\s+(?=[A-Za-z_]\w*=[^=])", value)
+        if joined and '"' not in value and "'" not in value:
+            apart = f"{key.strip()}={value[: joined.end()].strip()}", value[joined.end() :]
+            raise OptionError(
+                f"{option} {item!r}: write each KEY=VALUE as a word of its own: {' '.join(apart)}"
+            )
         pairs[key.strip()] = value
     return pairs
 

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.option_values import HEIGHT_WIDTH, JOINED, height_width
 from modules.options import (
     Declared,
@@ -38,7 +37,6 @@ NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
-SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _OTHER_DASHES = str.maketrans("-_", "_-")
 _LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # as argparse says it
@@ -47,6 +45,10 @@ logger = logging.getLogger(__name__)
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
 _BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
 _Group = argparse._ActionsContainer
+
+
+class _Word(str):
+    """A word of the command line that is one object, whatever other words are equal."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,10 +99,12 @@ class Parser(argparse.ArgumentParser):
         words = self._respell(words)
         self._refuse_unknown(words)
         self._refuse_joined(words)
-        words = self._give_flag(words)
+        words = self._give_flags(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
-            self.error(self._explain_rest(words, others))
+            from modules.mistyped import explain_rest  # only mistakes need it
+
+            self.error(explain_rest(self._option_string_actions, words, others))
         return found
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
@@ -116,26 +120,36 @@ class Parser(argparse.ArgumentParser):
             if action.nargs == 2:
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
-    def _give_flag(self, words: list[str]) -> list[str]:
-        """Return the words with those that belong to no option behind the flag of the `by_place` option."""
-        taker = next((one for one in self._actions if getattr(one, "by_place", False)), None)
-        if taker is None:
-            return words
+    def _give_flags(self, words: Sequence[str]) -> list[str]:
+        """Return the words with those that belong to no option behind the flags of `by_place` options.
+
+        The first goes to the first such option that is not given, and so on; one of several values takes all.
+        """
+        typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         required = [one for one in self._actions if one.required]
         for one in required:
             one.required = False
         try:
-            found, others = super().parse_known_args(words)
+            found, others = super().parse_known_args(typed)
         finally:
             for one in required:
                 one.required = True
-        is_given = getattr(found, taker.dest) is not taker.default
-        if is_given or not others or (len(others) > 1 and taker.nargs is None):
-            return words
-        rest = list(words)
-        for word in reversed(others):  # other options stand before them, mostly
-            del rest[len(rest) - 1 - rest[::-1].index(word)]
-        return [*rest, taker.option_strings[-1], *others]
+        takers = [one for one in self._actions if getattr(one, "by_place", False)]
+        takers = [one for one in takers if getattr(found, one.dest) is one.default]
+        taken = [word for word in others if word != "--"]
+        if not taken or not takers:
+            return list(words)
+        rest = [word for word in typed if not any(word is other for other in others)]
+        if takers[0].nargs is not None:
+            return [*rest, takers[0].option_strings[-1], *taken]
+        if len(taken) > len(takers):
+            flags = " and ".join(one.option_strings[-1] for one in takers)
+            self.error(
+                f"{as_typed(taken)}: {len(taken)} words without an option, and only {flags} can be left out. "
+                "Put a name with blanks in quotes."
+            )
+        joined = zip((one.option_strings[-1] for one in takers), taken, strict=False)
+        return [*rest, *(f"{flag}={word}" for flag, word in joined)]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
@@ -159,26 +173,6 @@ class Parser(argparse.ArgumentParser):
         if asked:
             self.print_help(is_short=asked == {"-h"})
             self.exit()
-
-    def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
-        """Explain words that belong to no option."""
-        flags = self._option_string_actions
-        for before, path, word in zip(words, words[1:], words[2:], strict=False):
-            is_one = before in flags and flags[before].nargs is None
-            if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
-                return (
-                    f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
-                    "all that fit in the place of a pattern (*). Give the one to use."
-                )
-        before = words[words.index(others[0]) - 1]
-        if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
-            return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
-        if any(mark in word for word in words for mark in "“”„«»"):
-            return (
-                f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
-                'shell knows straight ones only. Write "..." around a text with blanks.'
-            )
-        return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
@@ -209,7 +203,13 @@ class Parser(argparse.ArgumentParser):
                 message = f"{name} begins with a typographic dash, not with --. Write {plain}"
                 said[message] = None
             # argparse takes the beginning of an option too
-            if not re.match(r"--.|-[^-]", name) or is_number or any(flag.startswith(name) for flag in flags):
+            begun = [flag for flag in flags if flag.startswith(name)]
+            if not re.match(r"--.|-[^-]", name) or is_number or name in flags or len(begun) == 1:
+                continue
+            from modules.mistyped import meant_elsewhere  # likewise
+
+            elsewhere = meant_elsewhere(flags, name.lstrip("-"))
+            if begun and not elsewhere:
                 continue
             is_value = before in flags and flags[before].nargs != 0
             if " " in name or (" " in word and (is_value or not word.startswith("--"))):
@@ -219,9 +219,9 @@ class Parser(argparse.ArgumentParser):
             else:
                 near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
                 near = near.replace("mean ", "mean --") or " Leave it out."
-                if "--dataset_config" in flags and name[2:] in import_own("dataset.config").KNOWN_KEYS:
-                    near = f" It is a key of the dataset file: write {name[2:]} = ... in its table there."
-                message = f"Unknown option {name}.{near}"
+                is_file = word[:2] != "--" and path_exists(Path(word))
+                near = f" Of the file of this name write ./{word}" if is_file else near
+                message = f"Unknown option {name}.{elsewhere or near}"
             said[message] = None
         if said:
             self.error(" ".join(said))
@@ -233,9 +233,11 @@ class Parser(argparse.ArgumentParser):
             reason = getattr(action, "refused", {}).get(value)
             if reason is not None:
                 raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
-            raise argparse.ArgumentError(
-                action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
-            )
+            from modules.mistyped import ours_for  # likewise
+
+            ours = ours_for(str(value).lower(), choices)
+            near = f" Did you mean {ours}?" if ours else did_you_mean(str(value), choices)
+            raise argparse.ArgumentError(action, f"{shown} is no choice. Use {', '.join(choices)}.{near}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
@@ -260,6 +262,12 @@ class Parser(argparse.ArgumentParser):
                 same = [one for one in action.choices if str(one).lower() == value.lower()]
                 return same[0] if len(same) == 1 else value
             return value
+        parts = arg_string.split(",")
+        if action.nargs is None and action.type is float and re.fullmatch(r"\d+,\d+", arg_string):
+            raise argparse.ArgumentError(action, f"{arg_string}: write a decimal point: {'.'.join(parts)}")
+        if action.nargs in ("+", "*") and all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts):
+            apart = " ".join(part.strip() for part in parts)
+            raise argparse.ArgumentError(action, f"{arg_string}: write several numbers apart: {apart}")
         example = action.default if type(action.default) in NUMBERS else 1
         raise argparse.ArgumentError(
             action, f"{one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."

@@ -69,7 +69,7 @@ class ConvertOptions(Options):
         place="there",
         excludes="expert",
     )
-    output: Path = option("safetensors file to write", **_RESULT, required=True)
+    output: Path = option("safetensors file to write", **_RESULT, required=True, by_place=True)
     output_high_noise: Path | None = option(
         "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
         excludes="expert",

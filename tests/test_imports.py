@@ -47,7 +47,7 @@ FLOORS = {
         {"compile_options", "help_text"},
         {"speed_options"},
         {"command", "console", "environment", "fp8"},
-        {"lost_processes"},
+        {"lost_processes", "mistyped"},
         {"downloading", "parser"},
         {"families"},
         {"console_options"},
@@ -98,6 +98,7 @@ _LIGHT = {
         *("command", "control_codes", "errors", "families", "installation", "interpreter", "limits"),
         *(
             "help_text",
+            "mistyped",
             "option_values",
             "options",
             "output_files",

@@ -7,6 +7,7 @@ model's files, --from_file or --prompt, sizes, steps, --save_path.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +29,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     families = {name: entry.others for name, entry in WITH_SCRIPTS.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
-    args, others = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))  # before all options
+    args, others = parser.parse_known_args(["--lora", *words] if files else words)
     loras = expand_patterns(tuple(map(Path, args.lora)))
     high = expand_patterns(tuple(map(Path, args.lora_high_noise or ())), "--lora_high_noise") or None
     given = {**vars(args), "lora": loras, "lora_high_noise": high}
     asked = read_options(CompareOptions, argparse.Namespace(**given))
-    words = {word.partition("=")[0] for word in others}
+    given_words = {word.partition("=")[0] for word in others}
     for option in ("--lora", "--lora_high_noise"):
         taken = option.replace("lora", "lora_weight")
-        if taken in words:
+        if taken in given_words:
             parser.error(f"{taken}: give the files to {option}, which makes a column of each")
-    if "--lora_multiplier_high_noise" in words:
+    if "--lora_multiplier_high_noise" in given_words:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
         )

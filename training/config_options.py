@@ -37,6 +37,8 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong type
     or is not one of the choices.
     """
+    if name.lower().endswith((".yaml", ".yml", ".json")):
+        raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = {
         action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}

@@ -121,7 +121,10 @@ class CuttingOptions(Options, title="input and output"):
         by_place=True,
     )
     output: Path = option(
-        "folder for the clips; all go into it, without subfolders", place="new folder", required=True
+        "folder for the clips; all go into it, without subfolders",
+        place="new folder",
+        required=True,
+        by_place=True,
     )
     jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
     dry_run: bool = option("print the scenes and what becomes of them, and write nothing")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dataset.batches.items import CachingCommands, FoundItems, LiveParts, TrainingItem
 from dataset.batches.reading import read_batch
-from dataset.cache.files import text_file_name
+from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
@@ -57,6 +57,7 @@ def compare_sources(
     """
     untold = {path.name for path in found.missing_text}  # have latents, and a warning of their own
     for table in tables:
+        _compare_lengths(table, [item for item in found.items if item.table.index == table.index], commands)
         cached = {item.source_stem for item in found.items if item.table.index == table.index}
         if table.directory is None or not 0 < len(cached) <= MOST_LISTED or table.cache_format == "npz":
             continue
@@ -80,3 +81,22 @@ def compare_sources(
                     "%s: %s with %s, such as %s: %s. Cache again: %s",
                     *(table.name, count_of(len(names), kind), what, names[0], does, commands.latents),
                 )
+
+
+def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
+    """Warn of lengths that target_frames has and the caches have not, and the other way round."""
+    if table.kind != "video" or table.frame_extraction == "full" or not items:
+        return
+    first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
+    if first is None or first.section is not None:  # sections have a length of their own
+        return
+    cached, asked = {item.bucket[2] for item in items}, {*table.target_frames}
+    for frames, what in (
+        (asked - cached, "in no cache: all clips are shorter, or it was added after caching"),
+        (cached - asked, "in caches, and not in target_frames: trained on until the caches are made again"),
+    ):
+        if frames:
+            lengths = ", ".join(map(str, sorted(frames)))
+            logger.warning(
+                "%s: clips of %s frames are %s. Cache again: %s", table.name, lengths, what, commands.latents
+            )

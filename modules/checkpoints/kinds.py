@@ -134,6 +134,7 @@ OF_FAMILIES: Marks = (
     ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
     # CLIP's has none
     ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
+    ("embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
     ("head.probe", "a SigLIP image encoder (--image_encoder)"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
     ("model.layers.0.self_attn.q_proj.bias", "a Qwen2.5 language model (HunyuanImage's --text_encoder)"),

@@ -96,6 +96,10 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
     assert said.endswith(
         "cannot be used:\n  above all tables and in [general]: shuffle_caption; leave one out"
     )
+    said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
+    assert said.endswith(
+        "cannot be used:\n  image_directory stands above all tables: write it below [[datasets]]"
+    )
 
 
 def test_options_that_a_dataset_file_replaces_are_named(

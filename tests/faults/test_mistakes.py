@@ -70,6 +70,9 @@ NUMBERS = (
     wrong((*NETWORK_TRAININGS, WAN, FP), "--blocks_to_swap 99", "--blocks_to_swap 99", "Use", "or less"),
     wrong((WAN_TRAIN, WAN), "--blocks_to_swap many", "neither a number of blocks nor auto"),
     wrong(CACHE, "--vae_spatial_tile_sample_min_size 7", "multiple of 16"),
+    wrong(TRAININGS, "--learning_rate 1e-4 1e-5", "--learning_rate takes one value and has 2, 1e-4 1e-5"),
+    wrong(TRAININGS, "--learning_rate 0,0001", "write a decimal point: 0.0001"),
+    wrong(GENERATIONS, "--lora_multiplier 0.5,0.7", "write several numbers apart: 0.5 0.7"),
 )
 NAMES = (
     wrong((WAN, WAN_TRAIN), "--task s2v-14B", "speech to video is not built yet", "Use t2v-14B"),
@@ -89,6 +92,17 @@ NAMES = (
     wrong(TRAININGS, "--lr_scheduler_type StepLR --lr_scheduler_args step=2", "StepLR", "step"),
     wrong(TRAININGS, "--learning_rat 1e-4x", "1e-4x is not a number"),  # argparse takes beginnings
     wrong(TRAININGS, "--learnin_rate 1e-4", "Unknown option --learnin_rate", "--learning_rate?"),
+    wrong(NETWORK_TRAININGS, "--rank 16 --lr 1e-4", "mean --network_dim?", "mean --learning_rate?"),
+    wrong(TRAININGS, "--train_batch_size 2", "key of the dataset file: write batch_size = ..."),
+    wrong(TRAININGS, "--cache_latents_to_disk", "the caching scripts make caches before a training"),
+    wrong(TRAININGS, "--min_snr_gamma 5", "belongs to the noise of Stable Diffusion"),
+    wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
+    wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
+    wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
+    wrong(GENERATIONS, "--width 9", "Did you mean --video_size HEIGHT WIDTH?"),
+    wrong(GENERATIONS, "--lora_scale 1", "Did you mean --lora_multiplier?"),
+    wrong(WAN, "--sample_solver euler", "Did you mean vanilla?"),
+    wrong(MERGE, "--models lora.safetensors", "Did you mean --lora_weight?"),
     wrong(TRAININGS, "--load_tensors", "key of the dataset file: write load_tensors = ... in its table"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
@@ -217,6 +231,10 @@ MISTYPED = (
 TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
     wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
+    wrong(
+        *(GENERATIONS, "--from_file dataset.toml", "a text file with a prompt on each line"),
+        without=["--prompt"],
+    ),
     wrong(GENERATIONS, "--from_file prompts.txt --interactive", "exclude each other"),
     wrong(
         GENERATIONS,
@@ -238,6 +256,8 @@ TOGETHER = (
     wrong(GENERATIONS, "--save_path made.gif", "--save_path made.gif", "Give made.mp4"),
     wrong(GENERATIONS, "--save_path a.mp4 --num_videos 2", "a.mp4 with --num_videos 2", "such as a"),
     wrong(GENERATIONS, "--save_path a.mp4 --output_type latent", "names of their own", "such as a"),
+    wrong(GENERATIONS, "--prompt prompts.txt", "prompts.txt is a file", "give --from_file prompts.txt"),
+    wrong(CONVERT, "a b c", "a b c: 3 words without an option", without=["--input", "--output"]),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),
     wrong(GENERATIONS, "--prompt \u201ca dog\u201d", "typographic", 'Write "..." around a text'),
     wrong(

@@ -106,6 +106,11 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
     assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
 
 
+def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert parse_generation_line("p --d -1", GENERATION_OPTIONS)["seed"] == -1
+    assert "leave it out for a random one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

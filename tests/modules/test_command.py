@@ -81,13 +81,22 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
         ("wan_cache_latents.py --vae v none.toml", "none.toml cannot be read: No such file"),
         ("convert_lora.py x.mp4 --output y.safetensors --target other", "x.mp4"),
         ("blissful_tuner/video_to_png.py nix.mp4", "nix.mp4"),
-        ("tools/split_video.py x.mp4 y.mp4 --output made", "--input is missing: a video"),
+        ("tools/split_video.py x.mp4 y.mp4 --output made", "2 words without an option, and only --input can"),
+        ("tools/split_video.py none.mp4 made", "--input none.mp4: no such file"),
+        (
+            "tools/split_video.py -x.mp4 made",
+            "Unknown option -x.mp4. Of the file of this name write ./-x.mp4",
+        ),
+        ("tools/split_video.py -- -z.mp4 made", "--input -z.mp4: no such file"),
+        ("convert_lora.py other --output y.safetensors --target other", "--input other: no such file"),
+        ("convert_lora.py a b c --target other", "3 words without an option, and only --input and --output"),
+        ("tools/compare.py folder --prompt x", "--lora folder is a folder: give folder/*.safetensors"),
         ("tools/split_video.py --input x.mp4 y.mp4 --output made", "--input takes one path and has 2"),
     ],
 )
 def test_a_word_without_an_option_is_what_the_tool_is_for(words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name in ("x.mp4", "y.mp4", "other.toml", "folder/dataset.toml"):
+    for name in ("x.mp4", "y.mp4", "-x.mp4", "other.toml", "folder/dataset.toml"):
         (tmp_path / name).write_text("", encoding="utf-8")
     code, said = run_here(*words.split(), folder=tmp_path)
     assert message in assert_one_message(code, said, remedy=False)
@@ -501,3 +510,14 @@ def test_a_bar_appears_after_a_second_and_is_removed(
             bar.update(3)
     assert not capsys.readouterr().err
     assert not caplog.messages
+
+
+def test_words_without_an_option_are_told_from_equal_values_of_options() -> None:
+    parser = Parser(prog="make.py")
+    for name in ("input", "output"):
+        parser.add_argument(f"--{name}", required=True).by_place = True  # type: ignore[attr-defined]
+    parser.add_argument("--target")
+    args = parser.parse_args(["other", "--target", "other", "--", "-made"])
+    assert (args.input, args.target, args.output) == ("other", "other", "-made")
+    args = parser.parse_args(["--input", "x", "--target", "y", "y"])
+    assert (args.input, args.target, args.output) == ("x", "y", "y")

@@ -355,3 +355,13 @@ def test_a_header_that_is_no_table_is_not_read() -> None:
     with pytest.raises(ValueError, match="not a table of tensors"):
         read_tensor_header(read, 1 << 27)
     assert sum(pieces) <= 16
+
+
+def test_pairs_in_one_word_are_told_and_lists_with_blanks_are_not_pairs() -> None:
+    for words in ("a=1 b=2", "a=1 betas=(0.9, 0.95)"):
+        with pytest.raises(OptionError, match="each KEY=VALUE as a word of its own: a=1 b"):
+            read_literals("--optimizer_args", [words])
+    assert read_literals("--optimizer_args", ["betas=(0.9, 0.95)", "x=['a b=2']"]) == {
+        "betas": (0.9, 0.95),
+        "x": ["a b=2"],
+    }

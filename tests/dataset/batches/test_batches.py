@@ -11,6 +11,7 @@ from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_
 from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.starting import compare_sources
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
@@ -50,6 +51,27 @@ def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
     assert [item.bucket for item in found.items] == [(32, 32, 1), (32, 32, 5)] * 2
     assert found.items[0].source_stem == "clip_0"
     assert found.items[0].caption_path(0).name == "clip_0_toy_te.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((1, 5), ()),
+        ((1,), ("clips of 5 frames are in caches, and not in target_frames",)),
+        ((1, 5, 9), ("clips of 9 frames are in no cache",)),
+        ((9,), ("clips of 9 frames are in no cache", "clips of 1, 5 frames are in caches")),
+    ],
+)
+def test_lengths_that_are_asked_for_are_compared_with_the_caches(
+    tmp_path: Path, asked: tuple[int, ...], said: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cached(tmp_path, target_frames=(1, 5))
+    table = replace(config.datasets[0], target_frames=asked)
+    found = find_items(DatasetConfig(config.path, (table,)), "toy", LATENT)
+    compare_sources([table], found, COMMANDS, "toy")
+    warned = [record.message for record in caplog.records if "clips of" in record.message]
+    assert len(warned) == len(said)
+    assert all(text in message for text, message in zip(said, warned, strict=True))
 
 
 def test_whole_clips_beside_sections_are_one_part_each(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""What was probably meant by words that are no option here: other programs' names, shells, quotes.
+
+Standard library only.
+"""
+
+import argparse
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+from modules.command import as_typed
+from modules.installation import import_own
+from modules.option_values import HEIGHT_WIDTH
+from modules.paths import path_exists
+
+SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+NUMBER_TYPES = (int, float)
+Flags = Mapping[str, argparse.Action]
+
+# our name: theirs. Keys of the dataset file and choices are among them; a name may stand in several lines, of
+# which the first counts that a script has.
+_THEIRS = """
+learning_rate: lr unet_lr transformer_lr dit_lr
+network_dim: rank dim lora_rank lora_dim network_rank
+network_alpha: alpha lora_alpha
+network_weights: lora_weights resume_lora pretrained_lora lora_path
+max_train_steps: steps num_steps max_steps train_steps num_train_steps iterations
+max_train_epochs: epochs num_epochs max_epochs num_train_epochs
+save_every_n_steps: save_every save_steps checkpointing_steps checkpoint_steps
+sample_every_n_steps: sample_every validation_steps sample_steps
+sample_prompts: validation_prompt validation_prompts prompts
+resume: resume_from resume_from_checkpoint
+optimizer_type: optimizer
+lr_scheduler: scheduler
+lr_warmup_steps: warmup_steps warmup
+mixed_precision: dtype precision
+discrete_flow_shift: shift flow_shift
+blocks_to_swap: block_swap swap_blocks block_to_swap
+dataset_config: config data dataset data_config dataset_path train_data_dir instance_data_dir
+output_name: name
+output_dir: output out output_path output_folder save_dir save_path
+infer_steps: steps num_steps num_inference_steps sample_steps sampling_steps inference_steps
+guidance_scale: cfg scale cfg_scale guide_scale guidance sample_guide_scale cfg_guidance_scale
+flow_shift: shift sample_shift discrete_flow_shift
+video_length: frames length num_frames frame_num video_frames sample_frames sample_num_frames
+image_size: size width height resolution W H
+video_size: size width height resolution W H
+lora_weight: models lora loras lora_path lora_paths lora_file lora_weights network_weights
+lora_multiplier: ratios lora_scale lora_strength lora_alpha network_mul
+save_path: out output outfile output_path output_file output_dir outdir save_file save_dir out_dir
+from_file: prompts prompt_file prompts_file prompt_path
+negative_prompt: uncond_prompt neg_prompt
+image_path: image init_image input_image first_frame start_image
+end_image_path: last_image end_image last_frame
+control_image_path: control_image image image_path input_image reference_image ref_image
+sample_solver: sampler scheduler solver sampling_method
+dit: model model_path transformer transformer_path unet ckpt ckpt_path checkpoint
+pretrained_model_name_or_path: model model_path transformer unet ckpt checkpoint dit
+text_encoder: text_encoder_path llm te
+batch_size: train_batch_size per_device_train_batch_size
+caption_dropout_rate: caption_dropout
+save_merged_model: out output output_path save_to
+W: width
+H: height
+bf16: bfloat16
+fp16: float16 half
+fp32: float32
+vanilla: euler
+flux_shift: flux
+adamw8bit: adamw_8bit
+"""
+
+# options of other trainers that nothing here stands for, and why
+_NOTHING = {
+    "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": (
+        "the caching scripts make caches before a training"
+    ),
+    "min_snr_gamma noise_offset adaptive_noise_scale multires_noise_iterations multires_noise_discount "
+    "v_parameterization zero_terminal_snr scale_v_pred_loss_like_noise_pred debiased_estimation_loss": (
+        "it belongs to the noise of Stable Diffusion"
+    ),
+    "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
+}
+
+
+def ours_for(theirs: str, has: Container[str]) -> str:
+    """Return the first of the names in `has` that means what others call `theirs`; empty without one."""
+    rows = (line.partition(":") for line in _THEIRS.splitlines())
+    return next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
+
+
+def meant_elsewhere(flags: Flags, name: str) -> str:
+    """Return what to write for an option that other programs or the dataset file have; empty if none."""
+    keys = import_own("dataset.config").KNOWN_KEYS if "--dataset_config" in flags else ()
+    options = {flag[2:] for flag in flags if flag[:2] == "--"}
+    ours = ours_for(name, options) or (name if name in keys else ours_for(name, keys))
+    why = next((why for names, why in _NOTHING.items() if name in names.split()), "")
+    if not ours and why:
+        return f" Leave it out: {why}."
+    if ours not in options:
+        text = f" It is a key of the dataset file: write {ours} = ... in its table there."
+        return text if ours else ""
+    is_size = flags[f"--{ours}"].metavar == HEIGHT_WIDTH
+    return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
+
+
+def explain_rest(flags: Flags, words: Sequence[str], others: Sequence[str]) -> str:
+    """Explain words that belong to no option."""
+    for before, path, word in zip(words, words[1:], words[2:], strict=False):
+        is_one = before in flags and flags[before].nargs is None
+        if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
+            return (
+                f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
+                "all that fit in the place of a pattern (*). Give the one to use."
+            )
+    takes, before = ["", "", *words][words.index(others[0]) :][:2]
+    if takes in flags and flags[takes].nargs is None and flags[takes].type in NUMBER_TYPES:
+        return f"{takes} takes one value and has {1 + len(others)}, {as_typed([before, *others])}. Give one."
+    if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
+        return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
+    if any(mark in word for word in words for mark in "“”„«»"):
+        return (
+            f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
+            'shell knows straight ones only. Write "..." around a text with blanks.'
+        )
+    return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
