@@ -24,8 +24,6 @@ from modules.installation import check_requirements, command_words, import_own
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
 NOISY = ("bitsandbytes.backends.cpu.ops",)
 PATIENCE = 2.0  # seconds within which a launcher ends the others
-# variable of a program that run_project.py starts: it types the next command itself, and no hint names it
-RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
