@@ -34,6 +34,7 @@ COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MOST_DIGITS = 10  # of such a number
+_LAUNCH = "Unset it, or start several processes with accelerate launch or torchrun"
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -117,13 +118,7 @@ def command_line(
     """
     start_logging()
     try:
-        for name in LAUNCHED:
-            value = os.environ.get(name, "0")
-            if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
-                raise OptionError(
-                    f"the environment has {name}={one_line(value)}, which is no number. Unset it, or start "
-                    "several processes with accelerate launch or torchrun, which set it"
-                )
+        _check_launcher()
         if needs_packages and not {"-h", "--help"} & set(sys.argv[1:]):
             check_requirements()
         main()
@@ -162,6 +157,23 @@ def command_line(
         # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _check_launcher() -> None:
+    """Raise OptionError if the numbers of a launcher are none, or a process waits for more than there are."""
+    for name in LAUNCHED:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
+            raise OptionError(
+                f"the environment has {name}={one_line(value)}, which is no number. {_LAUNCH}, which set it"
+            )
+    for rank, count in zip(RANK, COUNT, strict=True):
+        of, all_of = os.environ.get(rank), os.environ.get(count)
+        if of and all_of and not 0 <= int(of) < int(all_of):
+            raise OptionError(
+                f"the environment has {rank}={of} and {count}={all_of}: processes are numbered from 0. "
+                f"{_LAUNCH}, which set both"
+            )
 
 
 def explain_compilation(error: Exception) -> str | None:

@@ -434,6 +434,22 @@ def test_numbers_are_said_as_people_say_them() -> None:
     assert {seconds: in_words(seconds) for seconds in times} == times
     assert {size: as_size(size) for size in sizes} == sizes
     assert in_words(100 * 3600) == "4 d 4 h"
+    endless = {in_words(seconds) for seconds in (1e10, 10**300, float("inf"))}
+    assert endless == {f"{10**10 // 86400} d {round(10**10 % 86400 / 3600)} h"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "said"),
+    [("x", "2", "RANK=x, which is no number"), ("2", "2", "RANK=2 and WORLD_SIZE=2"), ("-1", "1", "RANK=-1")],
+)
+def test_wrong_numbers_of_a_launcher_are_refused_before_anything_waits(
+    rank: str, count: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(SystemExit):
+        command_line(lambda: None)
+    assert said in capsys.readouterr().err.replace("\n", " ")
     assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
     assert (count_of(2, "batch"), count_of(2, "epoch")) == ("2 batches", "2 epochs")
 
