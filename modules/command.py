@@ -134,10 +134,13 @@ def command_line(
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            what = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
+        elif "usable temporary directory" in str(error):  # of Python's `tempfile`, for torch
+            what = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
+        else:
             raise
-        remedy = "Allow more of them (ulimit -n 4096) and run again."
-        print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
+        print(plain_message(f"OSError: {what}"), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:  # which may say what stays
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
