@@ -123,8 +123,8 @@ def _read_project(folder: Path) -> Project:
             f"{path} is not as `new` writes it ({error}). Correct it, or run `new` again."
         ) from None
     check_output_name(f"{path}: output_name", name)
-    for words in (download, *commands):
-        _require_script(words)
+    for command in (download, *commands):
+        _require_script(command)
     return Project(real_path(folder), download, commands, files, output, name, steps)
 
 
