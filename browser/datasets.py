@@ -18,7 +18,7 @@ from typing import Any
 from browser.runs import CONFIG, Runs
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
-from modules.installation import program_words
+from modules.installation import program_environment, program_words
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 
 SETTLED_SECONDS = 2.0  # that files must be unchanged before they are measured anew: caching writes many
@@ -248,7 +248,7 @@ class Datasets:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=folder,
-            env={**os.environ, "PYTHONUTF8": "1"},
+            env=program_environment(PYTHONUTF8="1"),
         )
         self._processes.add(process)
         try:

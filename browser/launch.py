@@ -22,7 +22,7 @@ import psutil  # comes with accelerate
 from modules.atomic_write import write_text
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script, program_words
+from modules.installation import PREFIX, ROOT, find_script, program_environment, program_words
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
@@ -35,6 +35,8 @@ LAUNCHER = {
     **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
     **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
 }
+# -P: none of its modules is taken from the folder in which it works, which may be somebody else's
+ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
 MOST_SAID = 2000  # characters of what a script says
 logger = logging.getLogger(__name__)
 _known = functools.cache(find_commands)
@@ -84,7 +86,7 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
                     f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
                 )
             place += 1 if mark else 1 + LAUNCHER[name]
-        launcher, rest = ["-m", "accelerate.commands.launch", *rest[2:place]], rest[place:]
+        launcher, rest = [*ACCELERATE, *rest[2:place]], rest[place:]
     command, count = _find_command(rest, folder)
     return command, [sys.executable, *launcher, *program_words(command.path.relative_to(ROOT)), *rest[count:]]
 
@@ -115,13 +117,14 @@ def check_options(words: Sequence[str], folder: Path) -> None:
     command, (python, *program) = find_program(words, folder)
     if command.words[0] not in WITH_TORCH or "-h" in words or "--help" in words:
         return
-    if program[:2] == ["-m", "accelerate.commands.launch"]:
+    if program[:3] == ACCELERATE:
         start = program_words(command.path.relative_to(ROOT))
         program = program[program.index(start[-1]) + 1 - len(start) :]
     try:
         done = subprocess.run(
-            [python, "-c", READ_OPTIONS, *program],
+            [python, "-P", "-c", READ_OPTIONS, *program],
             cwd=folder,
+            env=program_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -208,7 +211,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
     program, folder, path = json.loads(told)
     try:
-        process = subprocess.Popen(program, cwd=folder, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(program, cwd=folder, env=program_environment(), stdin=subprocess.DEVNULL)
     except OSError as error:
         write_text(Path(path), "1")
         raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None

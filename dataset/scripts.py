@@ -6,8 +6,9 @@ from functools import partial
 
 from dataset.config import for_family, load_dataset_config
 from dataset.options import read_latent_caching, read_text_caching
-from modules.command import RUN_GOES_ON, as_typed, tell_loading
+from modules.command import as_typed, tell_loading
 from modules.families import FAMILIES, Script
+from modules.installation import RUN_GOES_ON
 from modules.option_values import require
 from modules.options import option_values
 

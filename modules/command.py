@@ -24,8 +24,6 @@ from modules.installation import check_requirements, command_words, import_own
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
 NOISY = ("bitsandbytes.backends.cpu.ops",)
 PATIENCE = 2.0  # seconds within which a launcher ends the others
-# variable of a program that run_project.py starts: it types the next command itself, and no hint names it
-RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
@@ -36,6 +34,7 @@ COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MOST_DIGITS = 10  # of such a number
+_LAUNCH = "Unset it, or start several processes with accelerate launch or torchrun"
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -119,13 +118,7 @@ def command_line(
     """
     start_logging()
     try:
-        for name in LAUNCHED:
-            value = os.environ.get(name, "0")
-            if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
-                raise OptionError(
-                    f"the environment has {name}={one_line(value)}, which is no number. Unset it, or start "
-                    "several processes with accelerate launch or torchrun, which set it"
-                )
+        _check_launcher()
         if needs_packages and not {"-h", "--help"} & set(sys.argv[1:]):
             check_requirements()
         main()
@@ -141,10 +134,13 @@ def command_line(
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            what = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
+        elif "usable temporary directory" in str(error):  # of Python's `tempfile`, for torch
+            what = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
+        else:
             raise
-        remedy = "Allow more of them (ulimit -n 4096) and run again."
-        print(plain_message(f"OSError: too many files are open at once. {remedy}"), file=sys.stderr)
+        print(plain_message(f"OSError: {what}"), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:  # which may say what stays
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
@@ -164,6 +160,23 @@ def command_line(
         # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _check_launcher() -> None:
+    """Raise OptionError if the numbers of a launcher are none, or a process waits for more than there are."""
+    for name in LAUNCHED:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
+            raise OptionError(
+                f"the environment has {name}={one_line(value)}, which is no number. {_LAUNCH}, which set it"
+            )
+    for rank, count in zip(RANK, COUNT, strict=True):
+        of, all_of = os.environ.get(rank), os.environ.get(count)
+        if of and all_of and not 0 <= int(of) < int(all_of):
+            raise OptionError(
+                f"the environment has {rank}={of} and {count}={all_of}: processes are numbered from 0. "
+                f"{_LAUNCH}, which set both"
+            )
 
 
 def explain_compilation(error: Exception) -> str | None:

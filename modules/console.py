@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NARROWEST, WIDEST = 40, 110  # columns of a box
 Row = tuple[str, str | None]
+MOST_SECONDS = 1e10  # that are told: 300 years; a file may say any number
 
 
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
@@ -105,7 +106,7 @@ def _lines_below(commands: Sequence[tuple[str, str]]) -> list[str]:
 
 def in_words(seconds: float) -> str:
     """Return a duration as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
-    whole = max(0, round(seconds))
+    whole = round(min(max(0.0, seconds), MOST_SECONDS))
     if whole < 100:
         return f"{whole} s"
     minutes = round(whole / 60)

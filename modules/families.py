@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from modules.command import as_typed, command_line
+from modules.errors import CheckpointError
 from modules.installation import import_own
 from modules.option_values import option_words
 from modules.options import Options, option_values
@@ -199,6 +200,11 @@ def identify(path: Path) -> str | None:
     if not path.exists():
         hint: str | None = import_own("downloads.catalogue").download_hint(path)
         return hint
+    if path.is_file():  # once, not by each family: a hostile file takes a second each time
+        try:
+            import_own("modules.checkpoints.containers").open_file(path).close()
+        except CheckpointError:
+            return None
     for entry in filter(lambda one: one.files, FAMILIES.values()):
         found: str | None = import_own(f"{entry.room}.{entry.files}").identify(path)
         if found is not None:

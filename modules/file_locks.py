@@ -53,6 +53,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
     os.register_at_fork(after_in_child=_close_all)
 
 
+def _open_own(name: str, flags: int) -> int:
+    """Open a file, not what a link of that name leads to, and no pipe, for which it would wait."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let one process at a time do the block: others wait until it has ended, or is killed.
@@ -61,7 +66,7 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     locks nobody waits. Raises OSError if the file cannot be made.
     """
     while True:
-        with path.open("ab") as file:
+        with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123
             _open.add(file)
             try:
                 _lock(file, waits)

@@ -23,6 +23,8 @@ PREFIX = __name__.rpartition("modules.")[0]
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # distribution -> what it is imported as, if that is another name
+# variable of a program that run_project.py starts: it types the next command itself, and no hint names it
+RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
 # anyone to take, so it is not printed as a command
@@ -118,6 +120,13 @@ def program_words(script: Path) -> list[str]:
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
+def program_environment(**more: str) -> dict[str, str]:
+    """Return the environment for a program of ours: with -m Python would take modules from the folder in
+    which it works, and that one may be somebody else's.
+    """
+    return {**os.environ, **more, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
+
+
 def read_requirements() -> list[str]:
     """Return the lines of requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -182,20 +191,23 @@ def describe_missing(error: ImportError) -> str:
 
 
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
-    """Import a module by the name that a user gave to an option. The working folder is searched too.
+    """Import a module by the name that a user gave to an option. The working folder is searched too, but not
+    for `run`: there the name comes from a file that may be somebody else's.
 
     example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
     cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
+    here, is_asked = str(Path.cwd()), not os.environ.get(RUN_GOES_ON)
+    if is_asked and here not in sys.path:
         sys.path.append(here)
     try:
         return importlib.import_module(own_name(name))
     except ImportError as error:
         why = describe_missing(error)
+        if not is_asked:
+            why += ". `run` takes no code from its folder: if it is yours, start the training itself"
         raise OptionError(f"{option} {name} cannot be imported: {why}.{remedy}") from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,19 @@ from typing import Any
 from dataset.scripts import cache_family_latents
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
-from modules.command import INTERRUPTED, RUN_GOES_ON, as_typed
+from modules.command import INTERRUPTED, as_typed
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script, import_own, program_words
+from modules.families import WITH_SCRIPTS
+from modules.installation import (
+    PREFIX,
+    ROOT,
+    RUN_GOES_ON,
+    find_script,
+    import_own,
+    program_environment,
+    program_words,
+)
 from modules.output_files import check_output_name
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
@@ -114,8 +123,8 @@ def _read_project(folder: Path) -> Project:
         names = {"network_module": "ss_network_module", "task": "ss_task"}
         model = {told: str(values[name]) for name, told in names.items() if name in values}
         steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
-        if not commands or "" in map("".join, commands):
-            raise ValueError("a command is empty")
+        if not commands:
+            raise ValueError("there is no command")
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
@@ -127,6 +136,8 @@ def _read_project(folder: Path) -> Project:
             f"{path} is not as `new` writes it ({why}). Correct it, or run `new` again."
         ) from None
     check_output_name(f"{path}: output_name", name)
+    for command in (download, *commands):
+        _require_script(command)
     return Project(real_path(folder), download, commands, files, output, name, steps, model)
 
 
@@ -229,17 +240,33 @@ def _explain(words: Sequence[str], folder: Path) -> None:
         )
 
 
+def _require_script(words: Sequence[str]) -> Path:
+    """Return the script of a command. Raises OptionError if it is none of those that a run needs: the file
+    may be somebody else's.
+    """
+    script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
+    known = {find_script("download")}
+    for entry in WITH_SCRIPTS.values():
+        names = f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script
+        known |= {Path(f"{name}.py") for name in (*names, f"{entry.script}_train_network")}
+        known |= {Path(f"{entry.script}_train.py")}
+    if script is None or script not in known:
+        raise OptionError(
+            f"{as_typed(words)} is no command of a run, which downloads, caches, trains and generates. "
+            f"Correct {RUN_FILE}."
+        )
+    return script
+
+
 def run_command(words: Sequence[str], folder: Path) -> int:
     """Run a command of ours as a program in a folder and return its exit code.
 
     Ctrl-C reaches it from the terminal, a signal to end is passed on; this process waits for its end. Raises
     OptionError if it is no script of ours.
     """
-    script = find_script("".join(words[1:2]))
-    if words[:1] != ["python"] or script is None:
-        raise OptionError(f"{as_typed(words)} is no command of this program. Correct {RUN_FILE}.")
+    script = _require_script(words)
     interrupts: list[int] = []
-    environment: Mapping[str, str] = {**os.environ, RUN_GOES_ON: "1"}
+    environment = program_environment(**{RUN_GOES_ON: "1"})
     program = [sys.executable, *program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
         # set after the start: a program inherits what is ignored

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
-from modules.command import RUN_GOES_ON, as_typed
+from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
+from modules.installation import RUN_GOES_ON
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK

@@ -28,7 +28,7 @@ from data_tools.captions.places import (
     say_missing_keys,
 )
 from data_tools.captions.server import ApiServer
-from dataset.caching.prefetch import Failure
+from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
@@ -82,7 +82,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     if options.dry_run:
         lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
         counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
-        _say([f"{counts}. Nothing is written.", *_first(lines, LISTED), *say_missing_keys(config)])
+        _say([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
         return
     api = options.api
     engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
@@ -112,7 +112,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     ]
     show_box("Captioning is finished", rows)
     if failures:
-        lines = _first(list(map(str, failures)), LISTED)
+        lines = first_lines(failures, LISTED)
         raise DatasetError(
             f"{len(failures)} of {len(jobs)} got no caption; all others are done:\n"
             + "\n".join(lines)
@@ -174,12 +174,6 @@ def _make_captions(
     return failures, num_changed
 
 
-def _first(lines: Sequence[str], most: int) -> list[str]:
-    """Return the first lines, each behind two spaces, and how many more there are."""
-    more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
-    return [*(f"  {line}" for line in lines[:most]), *more]
-
-
 def _say(lines: Sequence[str]) -> None:
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
@@ -201,7 +195,7 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
         )
         lines = [f"{media}: {old!r} -> {new!r}" for media, old, new in shown]
         head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
-        _say([head, *_first(lines, LISTED_EDITS)])
+        _say([head, *first_lines(lines, LISTED_EDITS)])
     else:
         changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
         for place, old, new, change in edits:

@@ -5,10 +5,12 @@ of what it replaces), how many bytes the entry has (NULL: it was removed), their
 """
 
 import contextlib
+import itertools
 import os
 import platform
 import secrets
 import sqlite3
+import stat
 import struct
 import time
 import zlib
@@ -20,15 +22,25 @@ from dataset.cache.old_shards import read_old_shard
 from dataset.sources.media_source import SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, check_space, explain_errors, flush_folder
 from modules.errors import CacheError, OutputError
+from modules.limits import MAX_CACHE_NAME_BYTES, MAX_ENTRY_BYTES, MAX_GENERATION
 
 FORMAT = 1  # PRAGMA user_version
+_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # SQLite's mark behind the name of another journal
 PAGE_BYTES = 16384  # entries of 2 KB are written twice as fast as in pages of 4096, those of 64 KB as fast
 SHARD_TABLE = """
     CREATE TABLE entries (place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER,
         crc32 INTEGER, data BLOB);
     CREATE UNIQUE INDEX names ON entries (name, generation, size, crc32);
 """
+_STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
+# what a row of ours is: a column of SQLite takes any kind of value
+_VALID = f"""
+    typeof(name) = 'blob' AND length(name) BETWEEN 1 AND {MAX_CACHE_NAME_BYTES}
+    AND typeof(generation) = 'integer' AND generation BETWEEN 0 AND {MAX_GENERATION}
+    AND (size IS NULL OR (typeof(size) = 'integer' AND size BETWEEN 0 AND {MAX_ENTRY_BYTES}))
+    AND typeof(crc32) = 'integer' AND crc32 BETWEEN {REMOVED_CRC32} AND {0xFFFFFFFF}
+"""
 # of two rows of one name the later one holds; of one generation the one that writes
 _ADD = """
     INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)
@@ -74,8 +86,26 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
     """Open an address. seconds: to wait for locks. Threads may share it."""
     found = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
     found.execute("PRAGMA writable_schema = ON")  # otherwise SQLite reads nothing of a file that is cut
+    found.execute("PRAGMA trusted_schema = OFF")
     found.execute("PRAGMA cache_size = -1024")
     return found
+
+
+def _bound(rows: sqlite3.Connection, size: int) -> None:
+    """End statements that take more steps than a file of so many bytes has rows for: one whose pages name
+    each other in a circle has no end.
+    """
+    turns = itertools.count()
+    rows.set_progress_handler(lambda: next(turns) > 2 + (size >> 18), 1 << 20)
+
+
+def _require_table(rows: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else: a view, a
+    trigger or a computed column would run statements of whoever made the file.
+    """
+    made = [sql for (sql,) in rows.execute("SELECT sql FROM sqlite_master LIMIT 3")]
+    if sorted(map(str, made)) != sorted(_STATEMENTS):
+        raise sqlite3.DatabaseError("it has other tables than a shard")
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
@@ -150,16 +180,19 @@ class Catalog:
         return dict.fromkeys(self.shards, 0) | {name: int(size) for name, size in found}
 
     def _add(self, shard: str, rows: sqlite3.Connection) -> None:
-        found = rows.execute("SELECT name, ?, place, generation, size, crc32 FROM entries", (shard,))
-        self._rows.executemany(_ADD, found)
-        ((total,),) = rows.execute("SELECT total(size) FROM entries")
+        columns = f"SELECT name, ?, place, generation, size, crc32 FROM entries WHERE {_VALID}"
+        self._rows.executemany(_ADD, rows.execute(columns, (shard,)))
+        ((total, bad),) = rows.execute(f"SELECT total(size * ({_VALID})), total(NOT ({_VALID})) FROM entries")
         self.bytes[shard] = int(total)
+        if bad:
+            self.damaged.add(shard)
 
     def _read_shard(self, path: Path) -> None:
         if not _is_whole(path):
             self.damaged.add(path.name)
         try:
             with contextlib.closing(open_shard(path)) as rows:
+                _bound(rows, path.stat().st_size)
                 ((version,),) = rows.execute("PRAGMA user_version")
                 if version > FORMAT:
                     self.faults.append(
@@ -167,12 +200,13 @@ class Catalog:
                         "folder, or use that version"
                     )
                     return
+                _require_table(rows)
                 self._add(path.name, rows)
         except sqlite3.Error as error:
             with path.open("rb") as file:  # SQLite takes some errors of a volume for damage
                 while file.read(1 << 20):
                     pass
-            if error.sqlite_errorcode & 0xFF in _UNAVAILABLE:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNAVAILABLE:
                 raise CacheError(f"{path} cannot be read: {error}. Run this again") from error
             self.damaged.add(path.name)
             self.bytes.setdefault(path.name, 0)
@@ -294,7 +328,7 @@ def adopt_shards(folder: Path, own: Path | None = None) -> None:
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
             is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-            if path == own or (not is_old and path.stem[6:14] != machine()):
+            if path == own or (not is_old and path.stem[6:14] != machine()) or not _is_own(path):
                 continue
             try:
                 is_empty = _recover(path)
@@ -305,8 +339,26 @@ def adopt_shards(folder: Path, own: Path | None = None) -> None:
             if not is_empty:
                 _give_final_name(path)
     for path in folder.glob("cache-*.writing-*"):  # journals of those that were killed at once
-        if not path.with_name(path.name.rpartition("-")[0]).exists():
-            path.unlink(missing_ok=True)
+        if not os.path.lexists(path.with_name(path.name.rpartition("-")[0])):
+            with contextlib.suppress(OSError):  # a folder of that name
+                path.unlink()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a shard and its journals are files of this folder, by which SQLite opens nothing elsewhere.
+
+    Not if one is a link, and not if a rollback journal names another file in its end: that one it removes.
+    """
+    for end in ("", "-wal", "-shm", "-journal"):
+        file = path.with_name(path.name + end)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(file.lstat().st_mode):
+                return False
+            with file.open("rb") as opened:
+                opened.seek(-min(8, file.stat().st_size), os.SEEK_END)
+                if end == "-journal" and opened.read() == _JOURNAL:
+                    return False
+    return True
 
 
 def _recover(path: Path, how: str = "") -> bool:
@@ -314,6 +366,7 @@ def _recover(path: Path, how: str = "") -> bool:
     True.
     """
     with contextlib.closing(connect(f"{path.absolute().as_uri()}?mode=rw{how}", seconds=0)) as rows:
+        _bound(rows, path.stat().st_size)
         rows.execute("PRAGMA locking_mode = EXCLUSIVE")
         rows.execute("BEGIN EXCLUSIVE")
         ((tables,),) = rows.execute("SELECT count(*) FROM sqlite_master")

@@ -21,6 +21,7 @@ from modules.media.reading import video_info
 
 logger = logging.getLogger(__name__)
 
+LISTED = 200  # lines on sources; a list of a million may name none that is there
 NAMED = 3  # how many of the clips that give fewer items
 
 
@@ -92,9 +93,9 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             raise SystemExit(DatasetError.exit_code)
         return
     if report.dropped:
-        lines = "\n  ".join(map(str, report.dropped))
+        lines = "\n".join(first_lines(report.dropped, LISTED))
         told = count_words(len(report.dropped), "sources give no item to train on")
-        logger.warning("%s:\n  %s", told, lines)
+        logger.warning("%s:\n%s", told, lines)
     for clips, tell, what in (
         (report.shortened, logger.warning, "give no item of some lengths"),
         (report.silent, logger.info, "are learned silent"),
@@ -122,11 +123,17 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         )
 
 
+def first_lines(things: Sequence[object], most: int) -> list[str]:
+    """Return the first lines, each behind two spaces, and how many more there are."""
+    more = [f"  ... and {len(things) - most} more"] if len(things) > most else []
+    return [*(f"  {line}" for line in things[:most]), *more]
+
+
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
     """Return the error at the end of a run for its failures. things: a word for them."""
-    lines = "\n  ".join(map(str, failures))
+    lines = "\n".join(first_lines(failures, LISTED))
     return DatasetError(
-        f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"
+        f"{len(failures)} of the {things} could not be used; all others are done:\n{lines}\n"
         "  Repair or remove these files, then run the same command again."
     )
 

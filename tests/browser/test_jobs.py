@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
-from browser.launch import find_program, prepare_process, split_words
+from browser.launch import check_options, find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
@@ -68,7 +68,7 @@ def ask(served: Served, what: str, **form: object) -> int:
 SCRIPT = str(ROOT / "wan_train_network.py")
 
 
-LAUNCH = ["-m", "accelerate.commands.launch"]
+LAUNCH = ["-P", "-m", "accelerate.commands.launch"]
 TWO = ["--quiet", "--num_processes=2", "--gpu_ids", "0,1"]
 
 
@@ -119,6 +119,18 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
         find_program(split_words(line), tmp_path)
 
     assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("line", ["wan_train_network.py --sed 1", "accelerate launch wan_train_network.py"])
+def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) -> None:
+    for name in ("runpy", "argparse", "json", "accelerate"):
+        (tmp_path / f"{name}.py").write_text("open('it ran', 'w').close()", encoding="utf-8")
+    with pytest.raises(OptionError):
+        check_options(split_words(line), tmp_path)
+    if "accelerate" in line:
+        program = find_program(split_words(line), tmp_path)[1]
+        subprocess.run(program, cwd=tmp_path, capture_output=True)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def test_a_run_of_another_machine_has_died_when_it_writes_no_more(tmp_path: Path
     assert look(tmp_path)["x"].state == DIED
 
 
+@pytest.mark.parametrize("left", ["1" * 300, "9e999", "-1", '"x"', "NaN"])
+def test_a_time_left_that_no_training_writes_breaks_no_page(left: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path, kind=None)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f'{{"step": 7, "loss": 1.0, "seconds": 1.0, "left": {left}, "doing": "x"}}\n')
+    with serve_runs(tmp_path) as served:
+        assert [served.ask(address).status for address in ("/", served.of("x"))] == [200, 200]
+
+
 def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
     path = write_run(tmp_path, kind="")
     started = path.read_text(encoding="utf-8").splitlines()[1]

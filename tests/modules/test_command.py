@@ -330,15 +330,25 @@ def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch
         assert (end.value.code, capsys.readouterr().err) == (130, said)
 
 
-def test_a_limit_of_open_files_is_one_message() -> None:
-    opens = "import os; from modules.command import command_line\n"
-    opens += "command_line(lambda: [os.open('/dev/null', 0) for _ in range(20)], needs_packages=False)"
-    words = ["sh", "-c", 'ulimit -n 12; exec "$0" -c "$1"', sys.executable, opens]
+@pytest.mark.parametrize(
+    ("limit", "work", "said"),
+    [
+        (
+            "-n 12",
+            "[os.open('/dev/null', 0) for _ in range(20)]",
+            "too many files are open at once. Allow more of them (ulimit -n 4096) and run again.",
+        ),
+        ("-f 0", "tempfile.gettempdir()", "No usable temporary directory found in"),
+    ],
+)
+def test_a_limit_of_files_is_one_message(limit: str, work: str, said: str) -> None:
+    program = "import os, tempfile; from modules.command import command_line\n"
+    program += f"command_line(lambda: {work}, needs_packages=False)"
+    words = ["sh", "-c", f'ulimit {limit}; exec "$0" -B -c "$1"', sys.executable, program]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        "OSError: too many files are open at once. Allow more of them (ulimit -n 4096) and run again.\n"
-    )
+    assert done.stderr.startswith(f"OSError: {said}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["x", "", "9" * 5000, "٣", "1.5"])
@@ -443,6 +453,22 @@ def test_numbers_are_said_as_people_say_them() -> None:
     assert {seconds: in_words(seconds) for seconds in times} == times
     assert {size: as_size(size) for size in sizes} == sizes
     assert in_words(100 * 3600) == "4 d 4 h"
+    endless = {in_words(seconds) for seconds in (1e10, 10**300, float("inf"))}
+    assert endless == {f"{10**10 // 86400} d {round(10**10 % 86400 / 3600)} h"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "said"),
+    [("2", "2", "RANK=2 and WORLD_SIZE=2"), ("-1", "1", "RANK=-1")],
+)
+def test_wrong_numbers_of_a_launcher_are_refused_before_anything_waits(
+    rank: str, count: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(SystemExit):
+        command_line(lambda: None)
+    assert said in capsys.readouterr().err.replace("\n", " ")
     assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
     assert (count_of(2, "batch"), count_of(2, "epoch")) == ("2 batches", "2 epochs")
 

@@ -180,6 +180,20 @@ def test_the_package_names_its_own_modules_and_commands(installed: Installed) ->
     ]
 
 
+def test_no_module_is_taken_from_the_folder_of_a_run(installed: Installed) -> None:
+    folder = installed.folder / "of somebody else"
+    folder.mkdir()
+    for name in ("reelsmith", "torch", "argparse"):
+        (folder / f"{name}.py").write_text("open('it ran', 'w').close()", encoding="utf-8")
+    words = "['python', 'tools/download.py', '--list'], Path('of somebody else')"
+    load = "from pathlib import Path; from reelsmith.project.running import run_command"
+
+    done = installed.run("python", "-c", f"{load}; print(run_command({words}))")
+
+    assert done.stdout.endswith("0\n")
+    assert not (folder / "it ran").exists()
+
+
 @pytest.mark.slow
 def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installed, tmp_path: Path) -> None:
     """To the same LoRA, by `reelsmith`, by `accelerate launch -m`, and with spawned workers."""

@@ -20,9 +20,11 @@ from dataset.config import load_dataset_config
 from dataset.scripts import _next_command
 from downloads.catalogue import ModelSet
 from modules.checkpoints.writing import save_tensors
-from modules.command import RUN_GOES_ON
+from modules.errors import OptionError
+from modules.installation import RUN_GOES_ON
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
+from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project.options import find_models
 from project.running import _check_media
@@ -155,12 +157,32 @@ def test_missing_files_of_the_model_are_told_before_anything_runs(collected: Pat
     assert_one_message(code, said, "mp_rank_00_model_states.pt is missing", "--download", *words)
 
 
-@pytest.mark.parametrize("words", [["rm", "-rf", "x"], ["python", "../x.py"], ["python"]])
+NO_COMMANDS = (
+    "rm -rf x|python ../x.py|python|python run_project.py .|python tools/caption_dataset.py --api http://x"
+)
+
+
+@pytest.mark.parametrize("words", [line.split() for line in NO_COMMANDS.split("|")])
 def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_path: Path) -> None:
     text = (collected / "run.toml").read_text(encoding="utf-8")
     changed = re.sub("^commands.*$", f"commands = [[], {words}]", text, flags=re.MULTILINE)
     (tmp_path / "run.toml").write_text(changed, encoding="utf-8")
     assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "is no command", "Correct")
+
+
+def test_no_code_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_network.py").write_text("open('it ran', 'w').close()", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv(RUN_GOES_ON, "1")
+    with pytest.raises(OptionError, match="takes no code from its folder"):
+        import_network_module("hostile_network")
+    assert not (tmp_path / "it ran").exists()
+
+    monkeypatch.delenv(RUN_GOES_ON)  # typed by the user
+    with pytest.raises(OptionError, match="builds no network"):
+        import_network_module("hostile_network")
+    assert (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize("text", [None, "", "[reelsmith]\ncommands = 3", "\x00"])

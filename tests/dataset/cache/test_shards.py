@@ -1,7 +1,10 @@
+import contextlib
+import itertools
 import os
 import pickle
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 import tarfile
@@ -265,3 +268,106 @@ def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
     path.write_bytes(header + bytes(1024))
 
     assert read_old_shard(path) == ([], False)
+
+
+# --- shards that somebody made to do harm
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i"
+COLUMNS = "(place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER, crc32 INTEGER, data BLOB"
+TABLE, ROW = f"CREATE TABLE entries {COLUMNS});", "INSERT INTO entries VALUES (1, {}, {}, {}, {}, 'x');"
+OURS = catalog.SHARD_TABLE
+HOSTILE = {
+    "a view without end": f"CREATE VIEW entries AS {ENDLESS} place, x'61' name, 1 generation, 1 size, "
+    "1 crc32, 1 data FROM n",
+    "a computed column": f"CREATE TABLE entries {COLUMNS}, more AS (zeroblob(1 << 30)));",
+    "a trigger": f"{OURS} CREATE TRIGGER t AFTER INSERT ON entries BEGIN DELETE FROM entries; END",
+    "no index": TABLE,
+    "a name as text": OURS + ROW.format("'clip'", 1, 1, 1),
+    "a long name": OURS + ROW.format("zeroblob(5000)", 1, 1, 1),
+    "a text as generation": OURS + ROW.format("x'61'", "'many'", 1, 1),
+    "the last generation": OURS + ROW.format("x'61'", (1 << 63) - 1, 1, 1),
+    "a negative size": OURS + ROW.format("x'61'", 1, -5, 1),
+    "an endless size": OURS + ROW.format("x'61'", 1, "9e999", 1),
+    "a blob as checksum": OURS + ROW.format("x'61'", 1, 1, "x'00'"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_shard_is_damaged_and_costs_no_other(what: str, folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / f"cache-{'0' * 16}.sqlite")) as rows:
+        rows.executescript(HOSTILE[what])
+        rows.commit()
+
+    assert seen(folder) == WHOLE
+    assert any("is damaged" in fault for fault in shard_faults(folder))
+    ShardStore(folder).close(is_last=True)
+    assert seen(folder) == WHOLE
+    assert shard_faults(folder) == []
+
+
+def test_pages_that_name_one_page_many_times_end(folder: Path) -> None:
+    path = folder / f"cache-{'0' * 16}.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as rows:
+        rows.execute("PRAGMA page_size = 512")
+        rows.executescript(OURS)
+        values = ((None, b"%07d" % number, 0, 1, 1, b"") for number in range(500))
+        rows.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", values)
+        rows.commit()
+        ((root,),) = rows.execute("SELECT rootpage FROM sqlite_master WHERE name = 'names'")
+    data = bytearray(path.read_bytes())
+
+    first = (root - 1) * 512
+    cells = struct.unpack_from(">H", data, first + 3)[0]
+    places = [8, *(struct.unpack_from(">H", data, first + 12 + 2 * each)[0] for each in range(cells))]
+    (leaf,) = struct.unpack_from(">I", data, first + places[1])
+    pages = len(data) // 512
+    inner = data[first : first + 512]
+    levels = [root, *range(pages + 1, pages + 11), leaf]
+    for page, below in itertools.pairwise(levels):  # all children of a page are the next one
+        for place in places:
+            struct.pack_into(">I", inner, place, below)
+        data[(page - 1) * 512 : page * 512] = inner
+    struct.pack_into(">I", data, 28, len(data) // 512)
+    path.write_bytes(data)
+
+    began = time.monotonic()
+    assert set(ShardStore(folder).names()) >= WHOLE.keys()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("what", ["link", "journal", "super", "pipe", "folder", "lock"])
+def test_files_in_place_of_a_writers_touch_nothing_elsewhere(what: str, tmp_path: Path) -> None:
+    folder, outside = make_shards(tmp_path / "inside"), make_shards(tmp_path / "outside")
+    (outside / "empty.sqlite").touch()
+    before, there = contents(outside), set(folder.iterdir())
+    path = folder / f"cache-{catalog.machine()}{'0' * 24}.writing"
+    match what:
+        case "link":
+            path.symlink_to(outside / "empty.sqlite")
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.with_name(f"{path.name}-wal").mkdir()
+        case "lock":
+            (folder / ".cache-index.lock").symlink_to(outside / "made")
+        case _:
+            shutil.copy(shard(folder), path)
+            journal = path.with_name(f"{path.name}-journal")
+            if what == "journal":
+                journal.symlink_to(outside / "made")
+            else:
+                victim = str(outside / "empty.sqlite").encode()
+                ends = struct.pack(">II", len(victim), sum(victim)) + bytes.fromhex("d9d505f920a163d7")
+                head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 0, 1, 512, 512)
+                page_1 = struct.pack(">I", 0x40000000 // 512 + 1)
+                journal.write_bytes(head.ljust(512, b"\0") + page_1 + victim + ends)
+
+    store = ShardStore(folder)
+    assert seen(folder) == WHOLE
+    if what == "lock":
+        with pytest.raises(OutputError):
+            store.close(is_last=True)
+    else:
+        store.close(is_last=True)
+    assert contents(outside) == before
+    assert there <= set(folder.iterdir()) or what in {"journal", "super"}

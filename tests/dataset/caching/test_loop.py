@@ -16,7 +16,7 @@ from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
 from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.prefetch import conclude
+from dataset.caching.prefetch import Failure, conclude, failure_error
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_image, make_table
@@ -333,3 +333,13 @@ def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) ->
     assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
     with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):
         read_batch([bad], LATENT)
+
+
+def test_of_many_failures_the_first_are_named() -> None:
+    said = str(
+        failure_error([Failure(Path("m.png"), f"no {number}", 0, "") for number in range(60_000)], "sources")
+    )
+
+    assert said.startswith("60000 of the sources could not be used")
+    assert "no 199\n  ... and 59800 more\n" in said
+    assert "no 200" not in said

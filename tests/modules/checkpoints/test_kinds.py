@@ -1,5 +1,6 @@
 """Models that no script runs are recognised by the tensors of diffusers' networks, and refused by name."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules import families
+from modules.checkpoints.containers import open_file
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
@@ -137,3 +139,15 @@ def test_a_script_says_in_one_message_what_a_file_is(
     command = [script, option, path, *(more if option == "--dit" else ["--dataset_config", "dataset.toml"])]
 
     assert_one_message(*run_here(*command, folder=tmp_path), words, option)
+
+
+def test_a_damaged_pickle_is_read_once_not_by_each_family(tmp_path: Path) -> None:
+    path = tmp_path / "marks.pt"
+    path.write_bytes(b"\x80\x02" + b"(" * 100_000 + b".")
+    began = time.process_time()
+    with pytest.raises(CheckpointError):
+        open_file(path)
+    alone = time.process_time() - began
+
+    assert families.identify(path) is None
+    assert time.process_time() - began < 4 * alone
