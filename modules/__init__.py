@@ -30,6 +30,7 @@ lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
 offload/: keep parts in host memory, recompute activations
+mistyped: name our option for another program's
 option_values: values of options: converted from what was typed, and checked
 options: declare options as fields of a record
 output_files: check output names, ask about existing files

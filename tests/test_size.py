@@ -15,33 +15,33 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
     "blissful_tuner": (3570, 21),
-    "browser": (3030, 14),
-    "data_tools": (6260, 30),
-    "dataset": (13020, 55),
+    "browser": (3040, 14),
+    "data_tools": (6250, 30),
+    "dataset": (13120, 55),
     "downloads": (770, 6),
     "encoders": (3890, 16),
     "flux": (1960, 13),
     "flux_2": (1130, 8),
     "frame_pack": (2900, 15),
-    "generation": (5830, 23),
+    "generation": (5840, 23),
     "hunyuan_image": (1240, 8),
     "hunyuan_model": (3000, 16),
     "ltx_2": (3840, 17),
     "lumina": (1270, 9),
-    "modules": (20340, 107),
-    "networks": (9350, 43),
+    "modules": (20520, 108),
+    "networks": (9170, 43),
     "package": (380, 6),
     "post": (7570, 38),
-    "project": (1260, 7),
+    "project": (1340, 7),
     "qwen_image": (1190, 7),
     "scripts": (1420, 69),
-    "stable_diffusion": (7060, 29),
+    "stable_diffusion": (7050, 29),
     "tools": (390, 13),
-    "training": (12710, 55),
+    "training": (12720, 55),
     "wan": (3510, 17),
     "z_image": (590, 6),
 }
-TESTS = 91530  # lines
+TESTS = 91870  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (168, 1140), "one prompt with a LoRA": (104, 680)}
 GROWTH = 1.05
