@@ -28,7 +28,7 @@ BUDGET = {
     "hunyuan_model": (3000, 16),
     "ltx_2": (3840, 17),
     "lumina": (1270, 9),
-    "modules": (20520, 108),
+    "modules": (20530, 108),
     "networks": (9170, 43),
     "package": (380, 6),
     "post": (7570, 38),
