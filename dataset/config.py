@@ -98,7 +98,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     above = {name: value for name, value in content.items() if name in known}
     if not above or not isinstance(general, dict):
         return content
-    twice = ", ".join(above.keys() & general.keys())
+    twice = ", ".join(name for name in above if name in general)
     problems += [f"above all tables and in [general]: {twice}; leave one out"] if twice else []
     logger.info("%s: read as if in [general]: %s, which stand above all tables", path, ", ".join(above))
     rest = {name: value for name, value in content.items() if name not in above}

@@ -123,9 +123,10 @@ def _rate(text: str) -> int:
 def _size(text: str) -> dict[str, int]:
     """Read `480 832`, in the order of --video_size."""
     found = JOINED.fullmatch(text)
-    if found is None or found[2].strip():
-        advice = "such as 480 832" if found is None else f"as in {' '.join(height_width(found))}"
-        raise ValueError(f"{text!r} is not a height and a width, {advice}")
+    if found is None:
+        raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
+    if found[2].strip():
+        logger.warning("video_size %s: taken as a height of %s and a width of %s", text, found[1], found[3])
     return {"video_size_height": few_digits(found[1]), "video_size_width": few_digits(found[3])}
 
 

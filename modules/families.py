@@ -200,7 +200,7 @@ def identify(path: Path) -> str | None:
     if not path.exists():
         hint: str | None = import_own("downloads.catalogue").download_hint(path)
         return hint
-    if path.is_file():  # once, not by each family: a hostile file takes a second each time
+    if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
         try:
             import_own("modules.checkpoints.containers").open_file(path).close()
         except CheckpointError:

@@ -21,6 +21,11 @@ LONGEST_DEFAULT = 80
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default to an option's help if it is a value and the text does not name it."""
 
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        if hasattr(self, "_set_color"):  # Python 3.14 would colour, and measure columns with its codes
+            self._set_color(False)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         default = "" if "default" in text.lower() else _default_of(action)

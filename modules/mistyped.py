@@ -90,6 +90,7 @@ def ours_for(theirs: str, has: Container[str]) -> str:
 
 def meant_elsewhere(flags: Flags, name: str) -> str:
     """Return what to write for an option that other programs or the dataset file have; empty if none."""
+    name = name.replace("-", "_")
     keys = import_own("dataset.config").KNOWN_KEYS if "--dataset_config" in flags else ()
     options = {flag[2:] for flag in flags if flag[:2] == "--"}
     ours = ours_for(name, options) or (name if name in keys else ours_for(name, keys))

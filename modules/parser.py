@@ -60,7 +60,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
-        self.color = False  # Python 3.14 would colour help too, and measure columns with its codes
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
@@ -265,7 +264,8 @@ class Parser(argparse.ArgumentParser):
         parts = arg_string.split(",")
         if action.nargs is None and action.type is float and re.fullmatch(r"\d+,\d+", arg_string):
             raise argparse.ArgumentError(action, f"{arg_string}: write a decimal point: {'.'.join(parts)}")
-        if action.nargs in ("+", "*") and all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts):
+        are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
+        if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
             apart = " ".join(part.strip() for part in parts)
             raise argparse.ArgumentError(action, f"{arg_string}: write several numbers apart: {apart}")
         example = action.default if type(action.default) in NUMBERS else 1

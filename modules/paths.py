@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 MOST_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
+ALIKE = 0.6  # of two names without their suffix; 1: equal
 MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
@@ -103,7 +104,10 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
         for entry in itertools.islice(entries, MOST_NAMES):
             names += [entry.name] if entry.is_dir() or not (only_folders or path != missing) else []
-    for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 1):
+    stem = missing.stem[:MOST_OF_NAME]
+    for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 5):
+        if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # by their suffix alone
+            continue
         found = missing.with_name(name) / path.relative_to(missing)
         return found if only_folders or path_exists(found) else None
     return None

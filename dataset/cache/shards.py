@@ -150,16 +150,16 @@ class ShardStore:
         if self._process != os.getpid():  # a forked process must not close what is its parent's
             self._inherited = self._writer, self._opened, self._catalog
             self._process, self._writer, self._catalog, self._opened = os.getpid(), None, None, {}
-        own = None if self._writer is None else self._writer.path
+        if is_new or self._catalog is None:
+            adopt_shards(self.folder, None if self._writer is None else self._writer.path)
         if is_new and self._catalog is not None:
-            others = [
-                {name: size for name, size in shards.items() if own is None or name != own.name}
-                for shards in (self._catalog.shards, list_shards(self.folder))
-            ]
-            if others[0] != others[1]:
+            there, known = (
+                {name: size for name, size in shards.items() if not name.endswith(".writing")}
+                for shards in (list_shards(self.folder), self._catalog.shards)
+            )
+            if there != known:
                 self._forget()
         if self._catalog is None:
-            adopt_shards(self.folder, own)
             self._catalog = Catalog(self.folder, self._writer)
         return self._catalog
 

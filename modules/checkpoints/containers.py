@@ -240,10 +240,11 @@ def _check_name(name: str) -> None:
 TensorFile = SafetensorsFile | TorchFile  # one open file of named tensors
 
 
-def load_pickled(path: Path) -> Any:
+def load_pickled(path: Path, times: int = 1) -> Any:
     """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
-    Code in the file is refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain
+    times: how much longer than one of weights its list of values may be. Code in the file is refused, not
+    run. Raises CheckpointError if there is code, if a tensor is not a plain
     one, or if the file is damaged.
     """
     try:
@@ -259,11 +260,12 @@ def load_pickled(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             if is_zip:
-                _check_program(path)
+                _check_program(path, times)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             else:  # the older format cannot be mapped
                 with path.open("rb") as file:
-                    content = torch.load(cast(Any, _Counted(file)), map_location="cpu", weights_only=True)
+                    counted = cast(Any, _Counted(file, times))
+                    content = torch.load(counted, map_location="cpu", weights_only=True)
         _check_plain(content, path)
         return content
     except pickle.UnpicklingError as error:
@@ -283,14 +285,14 @@ def load_pickled(path: Path) -> Any:
 
 
 class _Counted:
-    """A file that is read in at most MAX_PICKLE_STEPS pieces: torch reads each step of a list by itself."""
+    """A file that is read in so many pieces at most: torch reads each step of a list by itself."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._count = file, 0
+    def __init__(self, file: BinaryIO, times: int) -> None:
+        self._file, self._count, self._most = file, 0, times * MAX_PICKLE_STEPS
 
     def read(self, *size: int) -> bytes:
         self._count += 1
-        if self._count > MAX_PICKLE_STEPS:
+        if self._count > self._most:
             raise ValueError(_TOO_LONG)
         return self._file.read(*size)
 
@@ -298,18 +300,19 @@ class _Counted:
         return getattr(self._file, name)
 
 
-_TOO_LONG = f"its list of tensors has more than {MAX_PICKLE_STEPS:,} steps"
+_TOO_LONG = "its list of tensors and values is longer than that of any model"
 
 
-def _check_program(path: Path) -> None:
+def _check_program(path: Path, times: int) -> None:
     """Raise ValueError if the list of tensors in a zip file takes too long to read, or too much memory."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.filename.rpartition("/")[2] == "data.pkl" and info.file_size > SHORT_PICKLE_BYTES:
-                if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(_TOO_LONG)
                 steps = pickletools.genops(archive.read(info))
-                if sum(1 for _ in itertools.islice(steps, MAX_PICKLE_STEPS + 1)) > MAX_PICKLE_STEPS:
+                most = times * MAX_PICKLE_STEPS
+                if sum(1 for _ in itertools.islice(steps, most + 1)) > most:
                     raise ValueError(_TOO_LONG)
 
 

@@ -63,7 +63,9 @@ def find_fp8_weights(
     return frozenset(kept)
 
 
-_TRIM_AFTER = 8 << 20  # bytes of the file; what it takes to make weights leaves holes between them
+# what it takes to make weights leaves holes between them; milliseconds each time that they are given back
+_TRIM_AFTER = 8 << 20  # bytes of the file, or this part of it
+_TRIM_PARTS = 32
 _SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
 FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
@@ -138,7 +140,7 @@ def load_module(
         if filled is not None:
             filled(name)
         untrimmed += sizes[name]
-        if device.type == "cpu" and untrimmed > _TRIM_AFTER:
+        if device.type == "cpu" and untrimmed > max(_TRIM_AFTER, sum(sizes.values()) // _TRIM_PARTS):
             release_heap()
             untrimmed = 0
     filling.finish()

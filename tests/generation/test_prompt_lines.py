@@ -106,6 +106,12 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
     assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
 
 
+def test_a_size_in_one_word_is_height_first_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    found = parse_generation_line("p --video_size 480x832", GENERATION_OPTIONS)
+    assert (found["video_size_height"], found["video_size_width"]) == (480, 832)
+    assert "a height of 480 and a width of 832" in caplog.text
+
+
 def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert parse_generation_line("p --d -1", GENERATION_OPTIONS)["seed"] == -1
     assert "leave it out for a random one" in caplog.text
@@ -116,8 +122,6 @@ def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptur
     [
         ("p --w 5x", "--w: '5x' is not a whole number"),
         ("p --video_size 480", "--video_size: '480' is not a height and a width, such as 480 832"),
-        ("p --video_size 832x480", "--video_size: '832x480' is not a height and a width, as in 480 832"),
-        ("p --video_size 480,832", "--video_size: '480,832' is not a height and a width, as in 480 832"),
         ("p --w 832x480", "--w: '832x480' is not a whole number: give --w 832 --h 480"),
         ("p --fps 0", "--fps: 0 is no frame rate: give a number from 1 to 1000"),
         ("p --infer_steps many", "--infer_steps: 'many' is not a whole number"),

@@ -38,6 +38,7 @@ VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `rea
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 MOST = 10**9  # of steps and epochs
 MOST_OF_CHECKSUM = 100  # bytes of that file
+_LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -278,7 +279,7 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
         raise ValueError(f"{CHECKSUM} is missing")
     if is_checked and file_checksum(folder / FILE) != int(read_text(folder / CHECKSUM, MOST_OF_CHECKSUM), 16):
         raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
-    content: dict[str, Any] = load_pickled(folder / FILE)
+    content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:
         raise CheckpointError(
             f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
@@ -318,7 +319,7 @@ def _read_foreign(folder: Path) -> ForeignState:
         for name, tensor in network.items()
         if "." in name
     }
-    state = load_pickled(optimizer) if optimizer.exists() else {}
+    state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
     return ForeignState(folder, network, state, is_ordered)
 
 

@@ -279,7 +279,7 @@ def test_a_list_of_tensors_that_takes_minutes_is_refused_in_seconds(
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", content)
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match="damaged or incomplete: list of tensors has more than 600,000"):
+    with pytest.raises(CheckpointError, match="damaged or incomplete: its list of tensors"):
         load_pickled(path)
     assert time.monotonic() - began < 60  # a second, on a machine that does nothing else
 
@@ -287,5 +287,5 @@ def test_a_list_of_tensors_that_takes_minutes_is_refused_in_seconds(
 def test_a_list_of_tensors_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", bytes(1 << 25))
-    with pytest.raises(CheckpointError, match="its list of tensors has more than"):
+    with pytest.raises(CheckpointError, match="its list of tensors and values is longer"):
         load_pickled(tmp_path / "x.pt")
