@@ -15,6 +15,7 @@ from dataset.cache.store import Stores
 from dataset.config import DatasetTable
 from dataset.sources.clock import kept_one_clock
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.contract.family import Family
 from modules.errors import DatasetError, MediaError
@@ -70,9 +71,12 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
     """
     stems = {(item.table.index, item.source_stem): item for item in older}
     for table in {item.table.index: item.table for item in older}.values():
-        with contextlib.suppress(DatasetError, MediaError, OSError):
-            for source in find_sources(table, captions=False, faults=[]):
-                item = stems.get((table.index, source.stem))
+        sources: Sequence[MediaSource] = ()
+        with contextlib.suppress(DatasetError, OSError):
+            sources = find_sources(table, captions=False, faults=[])
+        for source in sources:
+            item = stems.get((table.index, source.stem))
+            with contextlib.suppress(MediaError, OSError):
                 if item is not None and not source.origins and not kept_one_clock(source, fps):
                     logger.warning(OLDER, item.latent_path, commands.latents)
                     return
