@@ -113,8 +113,9 @@ def make_plan(
     else:
         texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
         check_teacher(family, options, texts)
+    process = accelerator.process_index, accelerator.num_processes
     training, validation = _find_items(
-        family, options, config, sources, texts, commands, progress.seed, is_main
+        family, options, config, sources, texts, commands, progress.seed, process
     )
     if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
         logger.warning("%s", NO_REFERENCE)
@@ -231,11 +232,11 @@ def _find_items(
     texts: LiveTexts,
     commands: CachingCommands,
     seed: int,
-    is_main: bool,
+    process: tuple[int, int],
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
     """Find the caches by their names; return the items to train on and those to validate on.
 
-    Raises CacheError with the caching commands if there are none.
+    process: number of this one and of all. Raises CacheError with the caching commands if there are none.
     """
     family.check_given_files()  # first: caches are made with them
     parts = family.cache_tag, family.latent, family.text_keys
@@ -244,8 +245,8 @@ def _find_items(
     found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
     starting, live = import_own("dataset.batches.starting"), LiveParts(sources.tables)
-    starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders))
-    if is_main:
+    starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders), process)
+    if process[0] == 0:
         starting.compare_sources(config.datasets, listed, commands, family.cache_tag)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None and options.network is None:

@@ -17,13 +17,6 @@ SHORTENED = r"\1..."
 _BESIDE_LATENTS = frozenset({"image", "sections"})
 
 
-OLDER = (
-    "%s is of an earlier version, which read control clips and masks without regard to their clip's rate: "
-    "where the rates differ, frames do not belong together. If you have not cached since, do: it changes "
-    "such caches alone.\n  %s"
-)
-
-
 @dataclass
 class SameEncoders:
     """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
@@ -38,14 +31,9 @@ class SameEncoders:
 
     def warn(self, made_by: Iterable[MadeBy]) -> None:
         """Warn if caches were made by other encoders than those read before."""
-        made_by = list(made_by)
         said = self.difference(made_by)
         if said is not None:
             logger.warning(said)
-        older = next((made.path for made in made_by if made.own_clocks), None)
-        if older is not None and OLDER not in self._told:
-            self._told.add(OLDER)
-            logger.warning(OLDER, older, self.commands.latents)
 
     def difference(self, made_by: Iterable[MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""

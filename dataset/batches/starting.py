@@ -1,7 +1,9 @@
 """What a training looks at before it loads a model: whether its caches can be read and fit what is there."""
 
+import contextlib
 import itertools
 import logging
+import os
 import random
 from collections.abc import Iterable, Sequence
 
@@ -11,15 +13,22 @@ from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
+from dataset.sources.clock import kept_one_clock
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.contract.family import Family
-from modules.errors import DatasetError
+from modules.errors import DatasetError, MediaError
 
 logger = logging.getLogger(__name__)
 
+OLDER = (
+    "%s is of an earlier version, which read control clips and masks without regard to their clip's rate: "
+    "where the rates differ, as here, frames do not belong together. Cache again: it changes such caches "
+    "alone.\n  %s"
+)
 MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
-MOST_LISTED = 20_000  # items of a folder
+MOST_LISTED = 50_000  # files of a folder, captions among them
 
 
 def check_caches(
@@ -29,23 +38,48 @@ def check_caches(
     stores: Stores,
     live: LiveParts,
     has_live_texts: bool,
+    process: tuple[int, int] = (0, 1),
 ) -> None:
-    """Read the caches of at most MOST_READ items and MOST_READ_BYTES: all that a small data set has.
+    """Read the caches of at most MOST_READ items and captions and MOST_READ_BYTES: all that a small data set
+    has. Further captions of an item come last. process: number of this one and of all; each reads a share.
 
     Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
     changed captions. What is encoded while training is not looked at.
     """
     cached = [item for item in items if item.kind.has_latents]
-    size_bytes, checks = 0, CacheChecks()
-    for item in random.Random(0).sample(cached, min(len(cached), MOST_READ)):
-        for number in range(item.captions):
-            batch = read_batch([item], family.latent, commands, checks, [number], stores, live=live)
-            if item.kind.has_text and not has_live_texts:
-                family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
-            values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
-            size_bytes += sum(one.nbytes for one in itertools.chain(*values))
+    size_bytes, checks, older = 0, CacheChecks(), list[TrainingItem]()
+    sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
+    further = ((item, number) for item in sample for number in range(1, item.captions))
+    looked_at = itertools.islice(itertools.chain(((item, 0) for item in sample), further), MOST_READ)
+    for item, number in itertools.islice(looked_at, process[0], None, process[1]):
+        batch = read_batch([item], family.latent, commands, checks, [number], stores, live=live)
+        if number == 0 and any(made.own_clocks for made in batch.made_by):
+            older.append(item)
+        if item.kind.has_text and not has_live_texts:
+            family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
+        values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
+        size_bytes += sum(one.nbytes for one in itertools.chain(*values))
         if size_bytes > MOST_READ_BYTES:
-            return
+            break
+    _compare_clocks(older, family.defaults.fps, commands)
+
+
+def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
+    """Warn if a cache that says nothing of one clock would be another one now, by the headers of its files.
+
+    Files that are gone cannot be compared, and caches without them not made again.
+    """
+    stems = {(item.table.index, item.source_stem): item for item in older}
+    for table in {item.table.index: item.table for item in older}.values():
+        sources: Sequence[MediaSource] = ()
+        with contextlib.suppress(DatasetError, OSError):
+            sources = find_sources(table, captions=False, faults=[])
+        for source in sources:
+            item = stems.get((table.index, source.stem))
+            with contextlib.suppress(MediaError, OSError):
+                if item is not None and not source.origins and not kept_one_clock(source, fps):
+                    logger.warning(OLDER, item.latent_path, commands.latents)
+                    return
 
 
 def compare_sources(
@@ -53,17 +87,20 @@ def compare_sources(
 ) -> None:
     """Warn of files in folders that have no latents, and of latents whose file is gone.
 
-    tag: the family's cache_tag. Folders of more than MOST_LISTED items are not listed.
+    tag: the family's cache_tag. Folders of more than MOST_LISTED files are left out.
     """
     untold = {path.name for path in found.missing_text}  # have latents, and a warning of their own
     for table in tables:
         _compare_lengths(table, [item for item in found.items if item.table.index == table.index], commands)
         cached = {item.source_stem for item in found.items if item.table.index == table.index}
-        if table.directory is None or not 0 < len(cached) <= MOST_LISTED or table.cache_format == "npz":
+        if table.directory is None or not cached or table.cache_format == "npz":
             continue
         try:
+            with os.scandir(table.directory) as entries:
+                if next(itertools.islice(entries, MOST_LISTED, None), None) is not None:
+                    continue
             sources = {source.stem: source for source in find_sources(table, captions=False, faults=[])}
-        except DatasetError:  # none at all: the caches were copied without them
+        except (DatasetError, OSError):  # none at all: the caches were copied without them
             continue
         new = [
             str(source.path)

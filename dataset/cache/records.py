@@ -27,6 +27,7 @@ from dataset.table import SECTION_DEFAULTS
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
+from modules.media.colours import AS_SHOWN
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
 
@@ -73,8 +74,7 @@ class LatentRecord:
     clip: ClipFacts | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
-    # pixels as a viewer shows them; False of versions that left out transparency and colour profiles
-    as_shown: bool = True
+    as_shown: int = AS_SHOWN
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TextRecord:
     # what the table adds to captions, and how many there are if several; only what is not the default
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
-    as_shown: bool = False  # and saw as a viewer shows them: transparent ones on white
+    as_shown: int = 0  # and saw as a viewer shows them
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
@@ -126,7 +126,7 @@ def latent_record(header: Header) -> LatentRecord | None:
             clip=clip,
             parts=int(data["parts"]),
             crc32=dict(data.get("crc32", {})),
-            as_shown=bool(data.get("as_shown", False)),
+            as_shown=int(data.get("as_shown", 0)),
         )
 
     return _read_record(header, "latents", parse)
@@ -162,7 +162,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
                 crc32=dict(one.get("crc32", {})),
                 settings=dict(one.get("settings", {})),
                 references=tuple(FileIdentity(**file) for file in one.get("references", ())),
-                as_shown=bool(one.get("as_shown", False)),
+                as_shown=int(one.get("as_shown", 0)),
             )
             for name, one in data.items()
         }

@@ -28,7 +28,7 @@ from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.cogvideox import GivenClip, measure_source
-from dataset.sources.colours import shown_otherwise
+from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
@@ -37,6 +37,7 @@ from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
+from modules.media.colours import AS_SHOWN
 from modules.media.reading import image_size
 
 # in the options of a record:
@@ -88,11 +89,7 @@ class Recipe:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         if CLOCK in options and CLOCK not in then and kept_one_clock(source, self.fps):
             then[CLOCK] = True
-        return (
-            difference(record.encoder, self.encoder)
-            or options_difference(then, options, self.latent)
-            or (None if record.as_shown else shown_otherwise(source, self.latent.masks_latents))
-        )
+        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +150,7 @@ class _Planning:
         self._headers: dict[str, Header] = {}  # that were read
         self._records: dict[str, LatentRecord | None] = {}
         self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
+        self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
         self._by_header = False  # what is wanted was told by the source's header, not by its caches
 
     def plan_by_shape(self) -> SourcePlan:
@@ -187,10 +185,17 @@ class _Planning:
                 return None
             if has_beside(source) and not any(CLOCK in text for text in found[0]):
                 return None  # headers tell
-            if not any(text and '"as_shown": true' in text for text in found[0]):
+            if not self._is_as_shown(found[0]):
                 return None  # of an earlier version: it depends on the pictures
             shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
+
+    def _is_as_shown(self, texts: Sequence[str]) -> bool:
+        """Return whether the record with these texts says that the source was read as it is now."""
+        whole = "".join(text or "" for text in texts)
+        if f'"as_shown": {AS_SHOWN}' in whole:
+            return True
+        return '"as_shown": true' in whole and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
@@ -210,6 +215,8 @@ class _Planning:
                 continue
             if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
+            if self._read_otherwise(record) is not None:
+                continue  # its size may be another one
             if record.files and self._is_unchanged(0, record.files[0]):
                 known.append(record.clip)
         clip = max(known, key=lambda one: (one.complete, one.kept_frames), default=None)
@@ -322,7 +329,7 @@ class _Planning:
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
         changed = recipe.difference(record, self.source, size, bucket, span)
-        changed = changed or self._find_change(record.files)
+        changed = changed or self._read_otherwise(record) or self._find_change(record.files)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         if entry is not None:
@@ -338,6 +345,12 @@ class _Planning:
         if file not in self._records:
             self._records[file] = latent_record(self._header(file))
         return self._records[file]
+
+    def _read_otherwise(self, record: LatentRecord) -> str | None:
+        mark = record.as_shown
+        if mark not in self._otherwise:
+            self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.masks_latents, mark)
+        return self._otherwise[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
         parts = self.source.parts

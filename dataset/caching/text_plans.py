@@ -139,7 +139,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
                 return f"{path} changed since"
         except OSError as error:  # encoding it says what is wrong
             return str(error)
-    return None if record.as_shown else references_otherwise(now)
+    return references_otherwise(now, record.as_shown)
 
 
 @dataclass(frozen=True, slots=True)

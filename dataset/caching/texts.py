@@ -48,6 +48,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import Caches, TextEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, CheckpointError, MediaError
+from modules.media.colours import AS_SHOWN
 from modules.paths import path_exists
 
 logger = logging.getLogger(__name__)
@@ -276,9 +277,8 @@ class TextWork:
         is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
         source = identify(file.caption_path) if file.caption_path is not None and is_file else None
         references = tuple(itertools.starmap(identify, file.references))
-        record = TextRecord(
-            identity, file.caption or "", source, {}, file.settings, references, bool(references)
-        )
+        as_shown = AS_SHOWN if references else 0
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings, references, as_shown)
         writer.submit(partial(self._write, file, named, encoder.name, record, is_last))
 
     def _write(

@@ -7,8 +7,8 @@ from pathlib import Path
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
-from modules.media.colours import Colours
-from modules.media.reading import media_colours
+from modules.media.colours import AS_SHOWN, Colours
+from modules.media.reading import image_suffixes, media_colours
 
 LOOKED_AT = 10_000  # pictures and clips of a dataset
 
@@ -22,35 +22,55 @@ def keeps_transparency(source: MediaSource, masks_latents: bool) -> tuple[bool, 
     return by_family or source.table.alpha_mask, by_family
 
 
-def shown_otherwise(source: MediaSource, masks_latents: bool) -> str | None:
-    """Return which of a source's files has colours that earlier versions read in another way (`as_shown`).
+def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> str | None:
+    """Return which of a source's files the version that wrote `as_shown` in a record read in another way.
 
     What has yet to be downloaded counts as equal.
     """
-    if source.tensors is not None or any(
-        isinstance(origin, Remote) and not path.exists() for path, origin in source.parts
-    ):
+    if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
+        return None
+    if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as here:
         first, others = keeps_transparency(source, masks_latents)
         masks = [] if here.mask is None else [(here.mask, False)]
-        return _otherwise([(here.path, first), *((path, others) for path in here.control), *masks])
+        return _otherwise([(here.path, first), *((path, others) for path in here.control), *masks], as_shown)
 
 
-def references_otherwise(references: Sequence[tuple[Path, Origin | None]]) -> str | None:
+def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
     """Return the same of reference pictures that are on disk."""
-    return _otherwise([(path, False) for path, origin in references if origin is None])
+    return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
 
 
-def _otherwise(parts: Sequence[tuple[Path, bool]]) -> str | None:
+def has_codes(path: Path) -> bool:
+    """Return whether a file may name its colours by codes, or have pixels that are not square: clips, AVIFs,
+    and folders, by their name.
+    """
+    suffix = path.suffix.lower()
+    return suffix == ".avif" or suffix not in image_suffixes()
+
+
+def _may_differ(path: Path, as_shown: int) -> bool:
+    return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
+
+
+def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
     """parts: each with whether the colours below what is transparent are kept."""
     for path, keeps in parts:
+        if not _may_differ(path, as_shown):
+            continue
         with contextlib.suppress(MediaError, OSError):  # reading it says so
             colours = media_colours(path)
-            if colours.is_converted or (colours.is_transparent and not keeps):
-                return (
-                    f"{path.name} is transparent, or has a colour profile: it was read without, now with it"
-                )
+            had_profiles = as_shown > 0
+            found = (
+                (colours.is_transparent and not keeps and not had_profiles, "its transparency"),
+                (colours.by_codes, "the colours that it names (such as Display P3)"),
+                (colours.is_converted and not had_profiles, "its colour profile"),
+                (not colours.is_square, "the shape of its pixels, which are not square"),
+            )
+            what = next((text for differs, text in found if differs), None)
+            if what is not None:
+                return f"{path.name} was read without {what}, now with it"
     return None
 
 

@@ -17,6 +17,9 @@ from PIL import Image, ImageCms, ImageOps
 
 logger = logging.getLogger(__name__)
 
+# what caches note of how pixels were read. 0: without transparency and colour profiles; 1, or true: with
+# these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square
+AS_SHOWN = 2
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # which of Pillow's modes hold what a profile of that colour space is for. Browsers let profiles of RGB
 # count for grey pictures too
@@ -51,6 +54,8 @@ class Colours:
     fault: str | None = None  # why its profile is not used
     hdr: str | None = None  # "PQ" or "HLG"
     is_interlaced: bool = False
+    by_codes: bool = False  # it is converted, by codes of a clip or of an AVIF
+    is_square: bool = True  # its pixels are
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     is_converted = transform is not None or (profile is None and _exponent(file.info) is not None)
     opacity, transfer = _opacity(file), file.info.get(_CICP, (0, 0))[1]
     is_transparent = opacity is not None and int(opacity.min()) < 255
-    return Colours(is_transparent, is_converted, fault, HDR.get(transfer))
+    by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
+    return Colours(is_transparent, is_converted, fault, HDR.get(transfer), by_codes=by_codes)
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:

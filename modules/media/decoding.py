@@ -179,7 +179,7 @@ def is_sideways(frame: Any) -> bool:
 
 
 def square_width(frame: Any, stream: Any) -> int:
-    """Return how wide a frame of a stream, as it is stored, is with square pixels; its height stays."""
+    """Return how wide a stream's frame, or its codec, as stored, is with square pixels; its height stays."""
     ratio = stream.sample_aspect_ratio
     if not ratio or not 1 / MOST_RATIO <= ratio <= MOST_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)

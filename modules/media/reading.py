@@ -124,7 +124,10 @@ def media_colours(path: Path) -> Colours:
         found = [media_colours(image) for image in folder_images(path)]
         fault = next((one.fault for one in found if one.fault), None)
         return Colours(
-            any(one.is_transparent for one in found), any(one.is_converted for one in found), fault
+            any(one.is_transparent for one in found),
+            any(one.is_converted for one in found),
+            fault,
+            by_codes=any(one.by_codes for one in found),
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
@@ -135,7 +138,12 @@ def media_colours(path: Path) -> Colours:
                 is_transparent = not np.array_equal(shown, plain)
             is_converted, fields = is_coded(colour_codes(codec)), int(codec.field_order)
             return Colours(
-                is_transparent, is_converted, hdr=hdr_of(codec), is_interlaced=fields > PROGRESSIVE
+                is_transparent,
+                is_converted,
+                hdr=hdr_of(codec),
+                is_interlaced=fields > PROGRESSIVE,
+                by_codes=is_converted,
+                is_square=square_width(codec, stream) == codec.width,
             )
     with open_image(path) as file:
         colours = look_at(path, file)

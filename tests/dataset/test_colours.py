@@ -1,6 +1,7 @@
 """Transparency and colour profiles in datasets: what is learned, remarks, and caches of earlier versions."""
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dataset.cache.records import latent_metadata, latent_record, text_metadata,
 from dataset.caching import planning
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig
+from dataset.sources.colours import shown_otherwise
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from tests.dataset.caching.test_loop import make_config
@@ -23,7 +25,7 @@ from tests.dataset.caching.test_reference_texts import cache_seen, values
 from tests.dataset.edit_sets import SIZE, EditFamily, make_set
 from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
-from tests.modules.media.test_colours import XYZ_OF_P3, converted, matrix_profile, srgb_curve
+from tests.modules.media.test_colours import XYZ_OF_P3, converted, encode_clip, matrix_profile, srgb_curve
 
 BLUE, CLEAR = (10, 20, 200, 255), (10, 20, 200, 51)
 WHITE = [206, 208, 244]  # a fifth of the colour over white
@@ -51,17 +53,19 @@ def cached(config: DatasetConfig, masks_latents: bool = False) -> dict[str, list
     }
 
 
-def age(folder: Path) -> None:
-    """Make caches look like those of versions that did not look at colours."""
+def age(folder: Path, as_shown: int = False) -> None:
+    """Make caches look like those of versions that did not look at colours, or (True) not at codes."""
     for path in (folder / "cache").glob("*.safetensors"):
         entry = read_entry(path)
         if path.stem.endswith("_te"):
             texts = text_records(entry.header).items()
-            changed = text_metadata({name: dataclasses.replace(one, as_shown=False) for name, one in texts})
+            changed = text_metadata(
+                {name: dataclasses.replace(one, as_shown=as_shown) for name, one in texts}
+            )
         else:
             latents = latent_record(entry.header)
             assert latents is not None
-            changed = latent_metadata(dataclasses.replace(latents, as_shown=False))
+            changed = latent_metadata(dataclasses.replace(latents, as_shown=as_shown))
         write_tensors(path, entry.named, {**entry.header.metadata, **changed})
 
 
@@ -80,9 +84,45 @@ def test_what_a_viewer_shows_is_learned_and_old_caches_of_other_colours_are_made
     shown = [*CLEAR[:3]] if masks_latents else WHITE
     assert found == {"clear": shown, "opaque": [*BLUE[:3]], "plain": [*BLUE[:3]]}
     assert cached(config, masks_latents) == {}
+    age(tmp_path, True)
+    assert cached(config, masks_latents) == {}
     age(tmp_path)
     assert set(cached(config, masks_latents)) == ({"wide"} if masks_latents else {"wide", "clear"})
     assert cached(config, masks_latents) == {}
+
+
+@pytest.mark.parametrize("many", [8192, 1])
+def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
+    tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planning, "MANY", many)
+    grey = np.full((32, 64, 3), 99, np.uint8)
+    encode_clip(tmp_path / "plain.mkv", "ffv1", "yuv420p", grey)
+    encode_clip(tmp_path / "wide.mkv", "ffv1", "yuv420p", grey, color_primaries=12, color_trc=1)
+    encode_clip(tmp_path / "dv.mp4", "libx264", "yuv420p", grey, sample_aspect_ratio=Fraction(1, 2))
+    table = make_table(tmp_path, target_frames=(1,), resolution=(32, 32))
+    config = DatasetConfig(tmp_path / "data.toml", (table,))
+    assert set(cached(config)) == {"plain", "wide", "dv"}
+    (path,) = (tmp_path / "cache").glob("dv_*")
+    entry = read_entry(path)
+    latents = latent_record(entry.header)
+    assert latents is not None
+    assert latents.clip is not None
+    assert latents.clip.size == (32, 32)
+    clip, then = dataclasses.replace(latents.clip, size=(64, 32)), {**latents.options, "size": [64, 32]}
+    old = dataclasses.replace(latents, clip=clip, options=then)
+    write_tensors(path, entry.named, {**entry.header.metadata, **latent_metadata(old)})
+    age(tmp_path, True)
+
+    with caplog.at_level("INFO"):
+        assert set(cached(config)) == {"wide", "dv"}
+
+    assert "size was [64, 32], is now [32, 32]" in caplog.text
+    said = [str(shown_otherwise(source, False, 1)).partition(" (")[0] for source in find_sources(table)]
+    shape = "dv.mp4 was read without the shape of its pixels, which are not square, now with it"
+    assert said == [shape, "None", "wide.mkv was read without the colours that it names"]
+    assert [one.name for one in (tmp_path / "cache").glob("dv_*")] == [path.name]
+    assert cached(config) == {}
 
 
 def test_alpha_masks_keep_the_colours_below_them(tmp_path: Path) -> None:

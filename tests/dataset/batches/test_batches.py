@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from data_tools.report.check import check_training
-from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_items, require_items
+from dataset.batches import starting
+from dataset.batches.items import (
+    NO_LIVE_PARTS,
+    CachingCommands,
+    ItemKind,
+    TrainingItem,
+    find_items,
+    require_items,
+)
 from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from dataset.batches.starting import compare_sources
+from dataset.batches.starting import check_caches, compare_sources
 from dataset.cache.files import write_tensors
+from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
@@ -300,3 +309,36 @@ def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
     assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
     assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
     assert "Their values differ slightly." in said
+
+
+@pytest.mark.parametrize(("most_bytes", "captions"), [(1 << 30, ([0, 1, 1], [0, 2, 2])), (1, ([0], [0]))])
+def test_processes_share_the_check_and_the_first_captions_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, captions: tuple[list[int], ...]
+) -> None:
+    (item, other) = require_items(find_items(cached(tmp_path), "toy", LATENT), COMMANDS)[:2]
+    items = [replace(one, captions=3) for one in (item, other)]
+    looked: list[tuple[str, int]] = []
+
+    def read(batch: list[TrainingItem], *given: Any, **more: Any) -> Any:
+        looked.append((batch[0].key, given[3][0]))
+        return read_batch([replace(batch[0], captions=1)], LATENT)
+
+    monkeypatch.setattr(starting, "read_batch", read)
+    monkeypatch.setattr(starting, "MOST_READ_BYTES", most_bytes)
+    for number, expected in enumerate(captions):
+        before = len(looked)
+        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True, (number, 2))
+        assert [caption for _, caption in looked[before:]] == expected
+    assert len(set(looked)) == len(looked)
+
+
+@pytest.mark.parametrize(("most", "told"), [(100, True), (2, False)])
+def test_large_folders_are_not_listed(
+    tmp_path: Path, most: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cached(tmp_path)
+    make_clip(Path(str(config.datasets[0].directory)) / "new.mkv", 5)
+    monkeypatch.setattr(starting, "MOST_LISTED", most)
+    monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
+    compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
+    assert ("with no latents" in caplog.text) == told

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from data_tools.report.check import check_caching
-from dataset.batches.items import find_items
-from dataset.batches.reading import read_batch
-from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, find_items
+from dataset.batches.starting import check_caches
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
+from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import decode_source
@@ -117,13 +118,14 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     changed = latent_metadata(dataclasses.replace(record, options=older))
     texts = path.with_name(f"{find_sources(config.datasets[0])[0].stem}_toy_te.safetensors")
     write_tensors(texts, {"t5_float32": torch.ones(1, 4)}, {})
-    encoders, found = SameEncoders(), find_items(config, "toy", family.latent)
-    encoders.warn(read_batch(found.items, family.latent).made_by)
+    items = find_items(config, "toy", family.latent).items
+    check = partial(check_caches, family, items, NO_COMMANDS, Stores(), NO_LIVE_PARTS, True)
+    check()
     assert "is of an earlier version" not in caplog.text
     write_tensors(path, entry.named, {**entry.header.metadata, **changed})
-    for _ in range(2):
-        encoders.warn(read_batch(found.items, family.latent).made_by)
-    assert caplog.text.count("is of an earlier version, which read control clips and masks without") == 1
+    check()
+    told = "is of an earlier version, which read control clips and masks without"
+    assert caplog.text.count(told) == changes
 
     report = cache_media(family, config, options())
 
