@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, group_by_module, rank_of
 from networks.key_formats import EXPERT_STARTS, NativeTensors, start_of
+from networks.names.layouts import UNET_IN_DIFFUSERS
 from networks.names.stable_diffusion import diffusers_path_of_text
 
 # where diffusers keeps the adapter's settings among a file's metadata
@@ -27,11 +28,14 @@ _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config")
 # keys of a header as `_bare` gives them, also behind the start of a network's names
 # (`transformer.lora_alpha`), and those of the rank beside them
 _TRAINED = "ss_network_alpha"
+_TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
 _RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
 _KEYS = {
     **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
     "ssnetworkalpha": ("ssnetworkdim",),
 }
+# further keys of settings in JSON
+_PEFT_KEYS = {"alphapattern": "alpha_pattern", "rankpattern": "rank_pattern", "userslora": "use_rslora"}
 _LONGEST = 20  # characters of a value that a message shows
 
 
@@ -151,26 +155,52 @@ def _sources(
         sources.append(_Source(f"its metadata ({key})", own))
     for key in _SETTINGS:
         try:
-            entries = {
-                key.rpartition("."): value for key, value in parse_json(metadata.get(key, "{}")).items()
-            }
+            sources += _inside(f"its metadata ({key})", parse_json(metadata.get(key, "{}")), start)
         except (ValueError, AttributeError, RecursionError) as error:
             if key == PEFT_SETTINGS:
                 raise
             warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
-            continue
-        own = {name: value for (begin, _, name), value in entries.items() if _is_of(begin, start)}
-        sources += [_Source(f"its metadata ({key})", own)] if own else []
     folder = path if path.is_dir() else path.parent
     if (beside := folder / PEFT_FILE).is_file():
         is_sure = path.is_dir() or path.name.startswith("adapter_model")
         try:
-            sources.append(_Source(f"{PEFT_FILE} beside it", dict(parse_json(read_text(beside))), is_sure))
-        except (ValueError, TypeError, OSError, RecursionError) as error:
+            found = _inside(f"{PEFT_FILE} beside it", parse_json(read_text(beside)), start)
+            sources += [replace(source, is_sure=is_sure) for source in found]
+        except (ValueError, AttributeError, OSError, RecursionError) as error:
             if is_sure:
                 raise
             warnings.append(f"{beside} cannot be read and is not used: {error}")
     return sources, warnings
+
+
+def _inside(place: str, settings: Mapping[str, Any], start: str, begin: str = "") -> list[_Source]:
+    """Return what settings in JSON say of the network that a pipeline calls `start`, however they spell it.
+
+    begin: of keys without one. Settings without an alpha may hold others, as PEFT's of several adapters do.
+    Raises AttributeError if they are no object.
+    """
+    entries = [(*_bare(key), value) for key, value in settings.items()]
+    if not any(name in _KEYS or name == "alphapattern" for _, name, _ in entries):
+        return [
+            source
+            for key, value in settings.items()
+            if isinstance(value, Mapping)
+            for source in _inside(f"{place}: {key}", value, start, key if _is_network(key) else begin)
+        ]
+    own = {name: value for inside, name, value in entries if _is_of(inside or begin, start)}
+    patterns = {word: own[name] for name, word in _PEFT_KEYS.items() if name in own}
+    if "use_rslora" in patterns:
+        patterns["use_rslora"] = str(patterns["use_rslora"]).lower() == "true"
+    names = [name for name in _KEYS if name in own] or ([""] if patterns else [])
+    ranks = (next((own[one] for one in _KEYS.get(name, _RANKS) if one in own), None) for name in names)
+    return [
+        _Source(place, {"lora_alpha": own.get(name), "r": rank, **patterns})
+        for name, rank in zip(names, ranks, strict=True)
+    ]
+
+
+def _is_network(key: str) -> bool:
+    return f"{key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS) or key.startswith(_TEXTS)
 
 
 def _bare(key: str) -> tuple[str, str]:
@@ -184,7 +214,7 @@ def _is_of(begin: str, start: str) -> bool:
     if not begin or f"{begin}." == start:
         return True
     # a transformer has many names: it is that unless it is a text encoder or another expert's
-    if start not in EXPERT_STARTS or begin.startswith(("text_encoder", "lora_te", "te1", "te2", "te3")):
+    if start not in EXPERT_STARTS or begin.startswith(_TEXTS):
         return False
     return EXPERT_STARTS.get(f"{begin}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
 
@@ -223,7 +253,7 @@ def peft_alphas(
     modules: Mapping[str, Factors],
     paths: Mapping[str, str],
     config: Mapping[str, Any],
-    stacked: Mapping[str, int] | None = None,
+    stacked: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Alphas that stand in PEFT's settings rather than beside the factors.
 
@@ -250,7 +280,7 @@ def peft_alphas(
         alpha = values[min(found, key=places.__getitem__)] if found else default
         if alpha is None:
             continue
-        count = (stacked or {}).get(module, 1)
+        count = stacked.get(module, 1)
         if config.get("use_rslora"):
             alpha = alpha * (rank // count) ** 0.5  # PEFT scales by alpha / sqrt(rank) then
         alphas[f"{module}.alpha"] = torch.tensor(alpha * count)

@@ -26,7 +26,7 @@ from networks.deltas import DORA, LORA, PARTS, Factors
 from networks.module_names import FAMILIES, alias, is_name, is_path, likely_families, replace_dots, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, FamilyNames
-from networks.rewriting import rewrite
+from networks.rewriting import FOR_ALL, rewrite
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -95,8 +95,6 @@ _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<fact
 _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
-# a tensor of this name alone counts for all modules without one
-_FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 # what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
 _OTHER_KINDS = {
@@ -125,10 +123,13 @@ class NativeTensors:
     unknown_names: str  # how its names are, in words, if no known family has modules of these names; else ""
 
 
-def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
+def to_native(
+    tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
+) -> NativeTensors:
     """Name the tensors of any dialect as we do.
 
     Values are unchanged, also a missing alpha, but for what `rewrite` changes; magnitudes become columns.
+    with_texts: name those of text encoders.
     """
     usual = rewrite(tensors)
     tensors = usual.tensors
@@ -154,7 +155,7 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
     used = set(keys.values())
-    of_all = [key for key in _FOR_ALL if key in tensors]
+    of_all = [key for key in FOR_ALL if key in tensors]
     native = {f"{name}.alpha": tensors[key] for key in of_all for name in names.values()} | native
     rest = [key for key in tensors if key not in found and key not in of_all]
     places = {key: one for key in rest if (one := _text_place(key)) is not None}
@@ -162,8 +163,11 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     most = max((place[1] for place in places.values()), default=1)
     of_texts = next((one for one in families if len(one.encoders) >= most), family)
     of_texts = of_texts or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
-    named = {key: _name_of_text(key, *place, of_texts) for key, place in places.items()}
+    named = {
+        key: _name_of_text(key, *place, of_texts) if with_texts else None for key, place in places.items()
+    }
     texts = {name: tensors[key] for key, name in named.items() if name is not None}
+    texts = {f"{name.partition('.')[0]}.alpha": tensors[key] for key in of_all for name in texts} | texts
     return NativeTensors(
         tensors=native,
         dialect=" + ".join(dialects),
@@ -240,7 +244,8 @@ def start_of(expert: str | None) -> str:
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    A file has them if names begin with those of further networks in a pipeline of diffusers.
+    A file has them if names begin with those of further networks in a pipeline of diffusers. An alpha of all
+    modules is in each part.
     """
     names = list(names)
     starts = {
@@ -253,9 +258,12 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     if not any(starts.values()):
         return {None: names}
     found: dict[str | None, list[str]] = {}
+    of_all = [name for name in names if name in FOR_ALL]
     for name, start in starts.items():
+        if name in FOR_ALL:
+            continue
         expert = _BOTH_FURTHER[start] if start else NETWORKS[layouts.IN_DIFFUSERS]
-        found.setdefault(expert, []).append(name)
+        found.setdefault(expert, [*of_all]).append(name)
     return found
 
 

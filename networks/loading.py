@@ -180,10 +180,7 @@ def _read_part(
                 f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
             ) from error
     made = read_family(metadata)
-    native = key_formats.to_native(stored, family or (None if made is None else made.name))
-    if not with_texts:
-        ignored = (*native.text_encoder, *native.texts)
-        native = replace(native, text_encoder=ignored, texts={})
+    native = key_formats.to_native(stored, family or (None if made is None else made.name), with_texts)
     if made is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
     if is_of_frozen_norms(native.tensors, native.dialect, metadata):
@@ -364,17 +361,21 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return a pattern that is searched in names in either spelling; warn if it fits none of them."""
+    """Return a pattern that is searched in names in either spelling; warn if it fits none of them.
+
+    The mark of what another option adds is taken off.
+    """
     typed, untyped, rest = (pattern or "").partition(UNTYPED)
-    typed = typed.removesuffix("|")
+    bar = "|" if typed.endswith("|") and untyped else ""
+    typed = typed.removesuffix(bar)
     if not typed or any(re.search(typed, name) for name in names):
-        return pattern
+        return f"{typed}{bar}{rest}" or pattern
     loose = in_any_spelling(typed)
     if not any(re.search(loose, name) for name in names):
         logger.warning(
             "%s: the pattern %s.", where, describe_unfit(typed, (n.partition(".")[0] for n in names))
         )
-    return f"{loose}|{untyped}{rest}" if untyped else loose
+    return f"{loose}{bar}{rest}"
 
 
 def warn_of_absent(

@@ -29,6 +29,8 @@ _NUMBERED = (
     re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.lora_(?P<factor>A|B|down|up)\.weight"),
     re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.(?P<factor>alpha)"),
 )
+# a tensor of this name alone counts for all modules without one
+FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:
             part = _FACTORS.get(found["factor"], found["factor"])
             groups.setdefault(found["module"], {}).setdefault(int(found["number"]), {})[part] = key
     usual, stacked = dict(tensors), {}
+    of_all = next((tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1), None)
     for module, numbers in groups.items():
-        alpha = tensors.get(f"{module}.alpha")
+        alpha = tensors.get(f"{module}.alpha", of_all)
         shared = {} if alpha is None else {"alpha": alpha}
         pieces = [
             {**shared, **{part: tensors[key] for part, key in numbers[n].items()}} for n in sorted(numbers)

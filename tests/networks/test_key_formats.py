@@ -11,7 +11,7 @@ from torch import Tensor
 
 from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
-from networks.key_formats import to_native
+from networks.key_formats import split_names, to_native
 from networks.loading import read_lora
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.video import WAN
@@ -215,6 +215,18 @@ def test_layers_say_which_text_encoder_it_is(
     else:
         assert list(found.texts) == [f"{prefix}_{name}.lora_down.weight"]
     assert not found.tensors
+
+
+def test_an_alpha_of_all_is_that_of_every_encoder_and_expert() -> None:
+    key = f"text_encoder.{CLIP}.lora_A.weight"
+    tensors = {"alpha": torch.tensor(2.0), key: torch.ones(2, 2)}
+    assert float(to_native(tensors).texts[f"lora_te1_{replace_dots(CLIP)}.alpha"]) == 2
+    assert to_native(tensors, with_texts=False).text_encoder == (key,)
+    parts = split_names(
+        ["alpha", *(f"{one}.blocks.0.self_attn.q.diff" for one in ("transformer", "transformer_2"))]
+    )
+    assert len(parts) == 2
+    assert all("alpha" in names for names in parts.values())
 
 
 def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> None:

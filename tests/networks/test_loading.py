@@ -179,7 +179,7 @@ def alphas(keys: list[str]) -> list[str | None]:
     """Return which of the keys of an alpha_pattern counts for each of PATHS."""
     modules = {path: {"lora_down.weight": torch.ones(1, 2)} for path in PATHS}
     pattern = {key: float(index) for index, key in enumerate(keys)}
-    found = peft_alphas(modules, {path: path for path in PATHS}, {"alpha_pattern": pattern})
+    found = peft_alphas(modules, {path: path for path in PATHS}, {"alpha_pattern": pattern}, {})
     return [keys[int(found[f"{path}.alpha"])] if f"{path}.alpha" in found else None for path in PATHS]
 
 
@@ -204,5 +204,5 @@ def test_a_hostile_expression_ends_soon() -> None:
     modules = {"m": {"lora_down.weight": torch.ones(1, 2)}}
     # Python's `re` would need longer than the universe is old
     with pytest.raises(ValueError, match="takes too long"):
-        peft_alphas(modules, {"m": "a" * 900}, {"alpha_pattern": {r"(a|aa)+[bc]": 1.0}})
+        peft_alphas(modules, {"m": "a" * 900}, {"alpha_pattern": {r"(a|aa)+[bc]": 1.0}}, {})
     assert time.perf_counter() - start < 10

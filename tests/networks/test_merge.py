@@ -131,6 +131,7 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
         (use,) = lora_uses(options, patterns)
         assert [use.keeps(["diff"], name) for name in names] == [typed is None, True]
         assert not use.keeps(["diff"], "lora_unet_single_blocks_1")
+        assert "option" not in str(use.exclude)
 
     (said,) = caplog.messages
     assert "blocks" in said

@@ -87,6 +87,15 @@ PEFT = {"transformer.lora_alpha": 16, "transformer.r": RANK}
         ({"LoRA_Alpha": "16", "Rank": "2"}, None, 16),
         ({"linear_alpha": "16", "linear": "2"}, None, 16),
         ({"peft_config": json.dumps({"r": 2, "lora_alpha": 16})}, None, 16),
+        ({"peft_config": json.dumps({"default": {"r": 2, "lora_alpha": 16}})}, None, 16),
+        ({"lora_config": json.dumps({"alpha": 16, "rank": 2})}, None, 16),
+        ({"lora_config": json.dumps({"rank": 2, "network": {"linear": 2, "linear_alpha": 16}})}, None, 16),
+        (
+            {"peft_config": json.dumps({"text_encoder": {"lora_alpha": 4}, "transformer": {"Alpha": 16}})},
+            None,
+            16,
+        ),
+        ({}, {"default": {"rank": 2, "alpha": 16}}, 16),
         # of other files, or no numbers
         ({}, {"r": 8, "lora_alpha": 16}, RANK),
         ({}, {"lora_alpha": 16}, RANK),
@@ -234,17 +243,18 @@ def test_xlabs_factors_are_those_of_both_streams_and_of_single_blocks(model: Pat
 
 
 @pytest.mark.parametrize("place", ["{name}.lora_down.{n}.weight", "{name}_{n}.lora_down.weight"])
-@pytest.mark.parametrize("in_header", [False, True])
-def test_numbered_factors_are_the_parts_of_a_joined_layer(model: Path, place: str, in_header: bool) -> None:
+@pytest.mark.parametrize("where", ["beside", "bare", "header"])
+def test_numbered_factors_are_the_parts_of_a_joined_layer(model: Path, place: str, where: str) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors, parts = ({} if in_header else {f"{name}.alpha": torch.tensor(1.0)}), []
+    key = {"beside": f"{name}.alpha", "bare": "alpha"}.get(where)
+    tensors, parts = ({key: torch.tensor(1.0)} if key else {}), []
     for n in range(3):
         down, up = drawn(RANK, WIDTH, seed=n), drawn(WIDTH, RANK, seed=n + 5)
         key = place.format(name=name, n=n)
         tensors |= {key: down, key.replace("down", "up"): up}
         parts.append(product(down, up, 1 / RANK))
 
-    header = {"alpha": "1", "rank": str(RANK)} if in_header else None
+    header = {"alpha": "1", "rank": str(RANK)} if where == "header" else None
     check(model, write(model, tensors, header), {QKV: np.vstack(parts)})
 
 
