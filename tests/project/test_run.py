@@ -102,12 +102,10 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     other = _check_media(own["commands"][1], folder)
 
     assert (code, [line.split()[0] for line in left_out]) == (0, ["damaged.jpg"])
-    assert "check.html" in {path.name for path in folder.iterdir()}
     capfd.readouterr()
     _check_media(own["commands"][1], folder, (0.5, 0))
     said = capfd.readouterr().out
     assert "for validation" in said
-    assert " of .html" not in said
     assert other == (1, [])
 
 
