@@ -65,7 +65,9 @@ def open_socket(host: str, port: int | None) -> socket.socket:
     if port is None:
         try:
             return open_socket(host, USUAL_PORT)
-        except OutputError:
+        except OutputError as error:
+            if not _is_taken(error.__context__):
+                raise
             logger.info(
                 "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", USUAL_PORT
             )
@@ -77,11 +79,15 @@ def open_socket(host: str, port: int | None) -> socket.socket:
         return socket.create_server(address[:2], family=kind)
     except OSError as error:
         hint = ""
-        if error.errno == errno.EADDRINUSE:
+        if _is_taken(error):
             with open_socket(host, 0) as free:
                 hint = f". Port {free.getsockname()[1]} is free; --port 0 takes any that is"
-        reason = os.strerror(error.errno) if error.errno == errno.EADDRINUSE else error.strerror or error
+        reason = os.strerror(errno.EADDRINUSE) if _is_taken(error) else error.strerror or error
         raise OutputError(f"--host {host} --port {port} cannot be used: {reason}{hint}") from None
+
+
+def _is_taken(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 def show_address(options: BrowserOptions, port: int, token: str | None) -> None:

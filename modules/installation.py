@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIX = __name__.rpartition("modules.")[0]
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
-# distribution -> what it is imported as, if that is another name
 # variable of a program that run_project.py starts: it types the next command itself, and no hint names it
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
+SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
+# distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
 # anyone to take, so it is not printed as a command

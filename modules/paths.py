@@ -50,6 +50,14 @@ def check_length(path: Path) -> None:
             raise ValueError("no file has so long a name. Give the path of a file")
 
 
+def path_from(folder: Path, path: Path) -> str:
+    """Return a path as seen from a folder; absolute on another drive of Windows."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return os.path.abspath(path)  # noqa: PTH100
+
+
 def path_exists(path: Path) -> bool:
     """Return as `Path.exists`; False too if no file can have that name, where it may raise OSError."""
     return os.path.exists(path)  # noqa: PTH110

@@ -51,7 +51,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         logging.disable(logging.NOTSET)
     references = 0 if family.references is None else family.references.most
     needs = "--control_image_path" in shlex.split(model.commands["generate"])
-    options = [part.option for part in _transformers(model)]
+    options = [part.option for part in transformers_of(model)]
     dit = next((Path(files[name]) for one in options if one and (name := one.lstrip("-")) in files), None)
     try:
         hears = hears_sound(family)
@@ -85,10 +85,11 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
 
 def transformer_bytes(model: ModelSet) -> int:
     """Return the size of all transformers of a model, as released."""
-    return sum(part.size_bytes or 0 for part in _transformers(model))
+    return sum(part.size_bytes or 0 for part in transformers_of(model))
 
 
-def _transformers(model: ModelSet) -> list[Component]:
+def transformers_of(model: ModelSet) -> list[Component]:
+    """Return the transformers that a model is trained with, as released."""
     return [part for part in model.components if part.role.startswith("transformer")]
 
 

@@ -20,10 +20,10 @@ from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
-from modules.paths import explain_missing
+from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts, is_small
-from project.media import CAPTIONS, CHECK_PAGE, Found, Media, reference_of
+from project.media import CAPTIONS, CHECK_PAGE, Found, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -69,7 +69,7 @@ class Choice:
 
     def inside(self, path: Path) -> str:
         """Return a path as seen from the folder."""
-        return Path(os.path.relpath(real_path(path), self.folder)).as_posix()
+        return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
@@ -216,7 +216,8 @@ def _sample_media(choice: Choice) -> list[str]:
     lines = []
     for one in edited:
         sources = reference_of(one, choice.found.references[one.path.parent])[: choice.facts.references]
-        lines += [" ".join(f"--ci {choice.inside(path)}" for path in sources)] if sources else []
+        if sources and not any(map(why_unread, sources)):
+            lines.append(" ".join(f"--ci {choice.inside(path)}" for path in sources))
     if not choice.model.data.get("from_image"):
         return lines[:3] or [""]
     clip = next(one.path for one in choice.media if one.is_clip)

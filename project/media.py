@@ -191,6 +191,7 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
             without = [stem for stem in pictures if not _has_reference(source, stem, pictures)]
             if len(without) < len(pictures):
                 found.references[place] = source
+                found.lines += list(_tell_unread(place, source, found.media))
                 if without:
                     text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
                     found.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
@@ -212,6 +213,23 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
         return ()
+
+
+def why_unread(path: Path) -> str:
+    """Return why a reference cannot be read; "" if it can."""
+    try:
+        image_size(path)
+    except MediaError as error:
+        return str(error)
+    return ""
+
+
+def _tell_unread(place: Path, source: Path, media: Sequence[Media]) -> Iterator[str]:
+    """Yield lines about references that cannot be read."""
+    for one in media:
+        if one.path.parent == place and not one.is_clip:
+            for why in filter(None, map(why_unread, reference_of(one, source))):
+                yield f"{one.path.name}: not trained on, its reference cannot be read: {why}"
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:

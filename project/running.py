@@ -1,7 +1,6 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -21,14 +20,16 @@ from modules.installation import (
     PREFIX,
     ROOT,
     RUN_GOES_ON,
+    SOURCES_LEFT_OUT,
     find_script,
     import_own,
     program_environment,
     program_words,
 )
 from modules.output_files import check_output_name
+from modules.paths import path_from
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
-from project.choosing import script_family
+from project.choosing import script_family, transformers_of
 from project.options import RUN_FILE, RunOptions, find_models
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
@@ -51,6 +52,7 @@ class Project:
     name: str
     steps: int | None  # None: epochs say how long it is
     model: dict[str, str]  # what tells a file of another model, as its metadata have it
+    validation: tuple[float, int]  # share and seed
 
     @property
     def missing(self) -> list[str]:
@@ -86,16 +88,15 @@ def run_project(options: RunOptions) -> None:
             continue
         if _is_check_of_media(words):
             _check_options(project)
-            code, left_out = _check_media(words, project.folder)
+            code, left_out = _check_media(words, project.folder, project.validation)
             if left_out and not code:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
         else:
             code = run_command(words, project.folder)
-        encodes = not _is_check_of_media(words) and _family_of(words) is not None
-        if code and not (encodes and left_out and code == 1):  # the check has found why: those files alone
+        if code and not (left_out and code == SOURCES_LEFT_OUT):  # the check has found which
             if code != INTERRUPTED:
                 _explain(words, project.folder)
-            raise SystemExit(code)
+            raise SystemExit(1 if code == SOURCES_LEFT_OUT else code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
     if left_out:
@@ -120,8 +121,10 @@ def _read_project(folder: Path) -> Project:
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
         output, name = folder / values["output_dir"], str(values["output_name"])
         files = [str(file) for file in own["files"]]
-        names = {"network_module": "ss_network_module", "task": "ss_task"}
-        model = {told: str(values[name]) for name, told in names.items() if name in values}
+        names = ("network_module", "task", "model_version", "ltx2_mode")
+        model = {f"ss_{name}": str(values[name]) for name in names if name in values}
+        seed = int(values.get("validation_seed", values.get("seed", 0)))
+        validation = float(values.get("validation_split", 0)), seed
         steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
         if not commands:
             raise ValueError("there is no command")
@@ -138,7 +141,7 @@ def _read_project(folder: Path) -> Project:
     check_output_name(f"{path}: output_name", name)
     for command in (download, *commands):
         _require_script(command)
-    return Project(real_path(folder), download, commands, files, output, name, steps, model)
+    return Project(real_path(folder), download, commands, files, output, name, steps, model, validation)
 
 
 def _tell_trained(project: Project, options: RunOptions) -> bool:
@@ -149,7 +152,10 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
         made = int(texts.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return False
-    others = [texts[key] for key, value in project.model.items() if texts.get(key, value) != value]
+    released = {one.path.name for model in find_models() for one in transformers_of(model)}
+    own, told = released & {Path(name).name for name in project.files}, texts.get("ss_sd_model_name", "")
+    others = [told] if own and told in released - own else []
+    others += [texts[key] for key, value in project.model.items() if texts.get(key, value) != value]
     if others:
         raise OptionError(
             f"{file} is of another model ({shorten(others[0], 80)}). Set another output_name in "
@@ -181,20 +187,14 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
     script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
     if script is None or PREFIX:
         return as_typed(words)
-    near, far = os.path.relpath(ROOT / script, folder), str(ROOT / script)
+    near, far = path_from(folder, ROOT / script), str(ROOT / script)
     return as_typed([words[0], min(near, far, key=len), *words[2:]])
 
 
-def _family_of(words: Sequence[str]) -> str | None:
-    """Return the family of a command that caches latents; None for another one."""
-    try:
-        return script_family(words)
-    except (KeyError, IndexError):
-        return None
-
-
 def _is_check_of_media(words: Sequence[str]) -> bool:
-    return "--check" in words and _family_of(words) is not None
+    with contextlib.suppress(KeyError, IndexError):
+        return "--check" in words and bool(script_family(words))
+    return False
 
 
 def _check_options(project: Project) -> None:
@@ -205,17 +205,21 @@ def _check_options(project: Project) -> None:
         raise OptionError(str(error).removeprefix("OptionError: ")) from None
 
 
-def _check_media(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
+def _check_media(
+    words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)
+) -> tuple[int, list[str]]:
     """Check as the script that caches latents does; return the exit code and the files that cannot be read.
 
-    The code is 0 if nothing else is wrong.
+    The code is 0 if nothing else is wrong. validation: share and seed of the training.
     """
     faults: list[Any] = []
 
     def check(family: Any, config: Any, options: Any, *_: Any) -> None:
         checks = import_own("data_tools.report.check")
         workers = import_own("dataset.caching.work").workers_of(options)
-        result = checks.check_caching(family, config, workers, options.skip_existing, options.verify)
+        result = checks.check_caching(
+            family, config, workers, options.skip_existing, options.verify, validation=validation
+        )
         result = replace(result, counters=checks.TOKENS_ELSEWHERE)
         checks.tell_check(result, family, config, options.page, workers)
         faults.extend(fault for table in result.tables for fault in table.faults)

@@ -26,7 +26,7 @@ from modules.paths import path_exists
 LISTED = 50  # at most so many lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
-PROMPTS = "prompts.txt"  # of samples, as `new` writes it
+OF_RUNS = {"prompts.txt", "check.html"}  # of samples, and the page of a check: files of `new` and `run`
 # are left alone in a folder of clips
 USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db"})
 
@@ -243,7 +243,7 @@ def _list_unused(table: DatasetTable, sources: Iterable[MediaSource]) -> Iterato
             if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
                 continue
             suffix = Path(entry.name).suffix.lower()
-            if entry.name != PROMPTS and suffix not in USUAL and is_file(entry):
+            if entry.name not in OF_RUNS and suffix not in USUAL and is_file(entry):
                 names[suffix] += 1
     other = "video" if table.kind == "image" else "image"
     for suffix, count in sorted(names.items()):

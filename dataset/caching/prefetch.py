@@ -16,6 +16,7 @@ from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.console import Row, count_words, show_box
 from modules.errors import DatasetError, MediaError, UserError
+from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.decoding import is_animation
 from modules.media.reading import video_info
 
@@ -88,9 +89,10 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
+    code = SOURCES_LEFT_OUT if os.environ.get(RUN_GOES_ON) else DatasetError.exit_code
     if not report.is_main:
         if report.failures:
-            raise SystemExit(DatasetError.exit_code)
+            raise SystemExit(code)
         return
     if report.dropped:
         lines = "\n".join(first_lines(report.dropped, LISTED))
@@ -115,7 +117,9 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:
-        raise failure_error(report.failures, "sources")
+        failed = failure_error(report.failures, "sources")
+        failed.exit_code = code
+        raise failed
     if report.dropped and not report.written and not report.kept and report.share == report.whole:
         raise DatasetError(
             f"not one of the {report.whole} sources gives an item to train on: the lines above say why. "

@@ -50,6 +50,8 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
         ports = first.getsockname()[1], second.getsockname()[1]
     assert ports[0] != ports[1]
     assert ports[1] != USUAL_PORT
+    with pytest.raises(OutputError, match=f"--host 192.0.2.1 --port {USUAL_PORT} cannot be used"):
+        open_socket("192.0.2.1", None)  # of no machine
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> Non
     assert all((folder / name).exists() for name in shown)
 
 
+def test_an_unreadable_reference_is_told_and_in_no_sample(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    write_photos(tmp_path / "set" / "control", captions=False)
+    (tmp_path / "set" / "control" / "p1.jpg").write_bytes(b"no picture")
+    said = run_script("new_project.py", tmp_path / "set", *EDIT).stdout
+    assert "p1.jpg: not trained on, its reference cannot be read" in said
+    prompts = (tmp_path / "set" / "prompts.txt").read_text(encoding="utf-8")
+    assert "control/p0.jpg" in prompts
+    assert "control/p1.jpg" not in prompts
+
+
 def test_a_model_that_does_not_edit_refuses_references_as_targets(tmp_path: Path) -> None:
     write_photos(tmp_path / "set" / "after")
     write_photos(tmp_path / "set" / "before", captions=False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from dataset.scripts import _next_command
 from downloads.catalogue import ModelSet
 from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError
-from modules.installation import RUN_GOES_ON
+from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
 from networks.adapter import import_network_module
 from networks.loading import read_lora
-from project.options import find_models
+from project import running
+from project.options import RunOptions, find_models
 from project.running import _check_media
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -87,7 +89,9 @@ def test_the_plain_commands_lead_to_a_lora_and_a_page(collected: Path) -> None:
     assert list_commands(collected)[-1][-2:] == ["--resume", "latest"]
 
 
-def test_the_check_tells_unreadable_files_from_other_faults(collected: Path, tmp_path: Path) -> None:
+def test_the_check_tells_unreadable_files_from_other_faults(
+    collected: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(collected, tmp_path / "clips")
     (folder / "damaged.jpg").write_bytes((folder / "j.jpg").read_bytes()[:400])  # its header is whole
     (folder / "damaged.txt").write_text("a square", encoding="utf-8")
@@ -98,7 +102,47 @@ def test_the_check_tells_unreadable_files_from_other_faults(collected: Path, tmp
     other = _check_media(own["commands"][1], folder)
 
     assert (code, [line.split()[0] for line in left_out]) == (0, ["damaged.jpg"])
+    capfd.readouterr()
+    _check_media(own["commands"][1], folder, (0.5, 0))
+    said = capfd.readouterr().out
+    assert "for validation" in said
     assert other == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "ends"),
+    [
+        ("cache_latents", SOURCES_LEFT_OUT, None),
+        ("cache_text_encoder_outputs", SOURCES_LEFT_OUT, None),  # it reads references
+        ("cache_latents", 1, 1),  # a full disk
+        ("train_network", 1, 1),
+    ],
+)
+def test_a_run_goes_on_without_unreadable_files_alone(
+    failing: str,
+    code: int,
+    ends: int | None,
+    collected: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    monkeypatch.setattr(running, "_check_options", lambda _: None)
+    monkeypatch.setattr(running, "_check_media", lambda *_: (0, ["damaged.jpg is damaged"]))
+    monkeypatch.setattr(
+        running, "run_command", lambda words, _: code if failing in words[1] and "--check" not in words else 0
+    )
+    with nullcontext() if ends is None else pytest.raises(SystemExit, match=f"^{ends}$"):
+        running.run_project(RunOptions(folder=folder))
+
+
+def test_a_command_on_another_drive_is_typed_by_its_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", refuse)
+    words = ["python", "wan_train_network.py"]
+    assert running.typed_in(words, Path("clips")) == f"python {ROOT / 'wan_train_network.py'}"
 
 
 def test_no_hint_names_the_command_that_run_types_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +171,18 @@ def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -
     )
     told = run_here("run_project.py", output.parent, folder=tmp_path)
     assert_one_message(*told, "is of another model (t2v-1.3B)", "Set another output_name")
+
+    released = "wan2.1_t2v_14B_bf16.safetensors"
+    for line, key, value in (
+        ('model_version = "edit-2511"', "ss_model_version", "edit-2509"),
+        (f'#files\nfiles = ["x/{released}"]', "ss_sd_model_name", "wan2.1_t2v_1.3B_bf16.safetensors"),
+    ):
+        changed = re.sub("^files = .*$", line, text, flags=re.MULTILINE) if "files" in line else text
+        changed = changed.replace("[training]", f"[training]\n{line}") if "files" not in line else changed
+        (output.parent / "run.toml").write_text(changed, encoding="utf-8")
+        save_tensors(output / "my_clips.safetensors", {"a": torch.zeros(1)}, {"ss_steps": "2", key: value})
+        told = run_here("run_project.py", output.parent, folder=tmp_path)
+        assert_one_message(*told, f"is of another model ({value})")
 
 
 @pytest.mark.slow

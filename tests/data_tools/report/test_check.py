@@ -203,3 +203,13 @@ def test_what_cannot_be_converted_surely_is_left_as_it_is_and_named(tmp_path: Pa
     assert (tmp_path / "b.txt.bak").read_bytes() == b"older"
     repair_captions(config, "cp1252")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "naïve"
+
+
+def test_the_page_of_run_is_no_file_that_is_not_used(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    folder = config.datasets[0].directory
+    assert folder is not None
+    for name in ("check.html", "notes.html"):
+        (folder / name).touch()
+    said = "\n".join(check_caching(ToyFamily(), config, 1, False).lines)
+    assert "1 of .html, neither videos nor captions" in said

@@ -16,7 +16,7 @@ from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
 from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.prefetch import Failure, conclude, failure_error
+from dataset.caching.prefetch import CacheReport, Failure, conclude, failure_error
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_image, make_table
@@ -343,3 +343,13 @@ def test_of_many_failures_the_first_are_named() -> None:
     assert said.startswith("60000 of the sources could not be used")
     assert "no 199\n  ... and 59800 more\n" in said
     assert "no 200" not in said
+
+
+@pytest.mark.parametrize(("goes_on", "code"), [("", 1), ("1", 4)])
+def test_only_run_sees_that_sources_alone_failed(
+    goes_on: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REELSMITH_RUN_GOES_ON", goes_on)
+    with pytest.raises(DatasetError) as caught:
+        conclude(CacheReport(failures=(Failure(Path("m.png"), "no", 0, ""),)))
+    assert caught.value.exit_code == code
