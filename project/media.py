@@ -188,7 +188,7 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
         pictures = [one.path.stem for one in found.media if one.path.parent == place and not one.is_clip]
         nested = [] if place == folder else [one for one in _folders(place) if REFERENCES.fullmatch(one.name)]
         for source in (*nested, *sources, *beside) if pictures else ():
-            without = [stem for stem in pictures if not _has_reference(source, stem, pictures)]
+            without = _without_reference(source, pictures)
             if len(without) < len(pictures):
                 found.references[place] = source
                 found.lines += list(_tell_unread(place, source, found.media))
@@ -200,11 +200,15 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
     found.lines += [f"{one}: left out. No file there has the name of a picture beside it" for one in unused]
 
 
-def _has_reference(source: Path, stem: str, stems: Sequence[str]) -> bool:
-    try:
-        return bool(ControlFolder(source, {*stems}).for_image(stem, None))
-    except DatasetError:
-        return False
+def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
+    """Return the pictures that have no reference in a folder, which is listed once."""
+    having = set[str]()
+    with contextlib.suppress(DatasetError):  # it cannot be listed
+        folder = ControlFolder(source, {*stems})
+        for stem in stems:
+            with contextlib.suppress(DatasetError):
+                having |= {stem} if folder.for_image(stem, None) else set()
+    return [stem for stem in stems if stem not in having]
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
