@@ -125,7 +125,7 @@ def load_module(
     sizes = {
         name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
     }
-    untrimmed = 0
+    untrimmed, trim_after = 0, max(_TRIM_AFTER, sum(sizes.values()) // _TRIM_PARTS)
     for name in track(
         wanted,
         f"Loading {checkpoint.path.name}",
@@ -140,7 +140,7 @@ def load_module(
         if filled is not None:
             filled(name)
         untrimmed += sizes[name]
-        if device.type == "cpu" and untrimmed > max(_TRIM_AFTER, sum(sizes.values()) // _TRIM_PARTS):
+        if device.type == "cpu" and untrimmed > trim_after:
             release_heap()
             untrimmed = 0
     filling.finish()
