@@ -14,11 +14,11 @@ from generation.prompt_lines import SOLVERS
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.devices import gib, host_peak
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
 from modules.parser import add_options
-from modules.planning.device_memory import MemoryWatch, host_peak
-from modules.planning.memory_plan import gib
+from modules.planning.device_memory import MemoryWatch
 from networks.module_names import read_family
 from networks.names.layouts import TRAINED_ON
 from networks.options import NetworkOptions
