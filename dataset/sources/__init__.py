@@ -6,10 +6,11 @@ cogvideox: clips in CogVideoX form, moments computed before
 colours: pictures that are transparent or have a profile
 columns: read Parquet, CSV, TSV and JSONL row by row
 decoding: turn a source into items to encode
-fetching: make the bytes of a source a file; downloads
+downloads: download files at addresses, each of them once
+fetching: make the bytes of a source a file
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks
-listing: find the sources of a table, of tars too
+listing: find the sources of a table, check their names
 media_source: an image or clip, its names and faults
 parquet: bounded reading of Parquet files, files in columns
 references: reference pictures: which, how large, what is wrong
@@ -17,5 +18,6 @@ rows: turn rows of lists and tables into sources
 sound: the sound of clips: its file, seconds, faults
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
+tars: sources of tars, which are not unpacked
 unread: columns of lists and tables that nothing reads
 """

@@ -1,43 +1,19 @@
-"""Make the bytes of a source a file while it is decoded, and download files at addresses.
-
-Files on disk cost nothing. A file at an address is downloaded once, whatever number of processes ask for it,
-and appears under its name when it is whole: http:// and https:// are read by requests, all others by fsspec.
-Files at addresses count as unchanging: a downloaded one is not asked for again.
-"""
+"""Make the bytes of a source a file while it is decoded. Files on disk cost nothing."""
 
 import contextlib
 import dataclasses
-import functools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
-from dataset.sources.parquet import read_cell
-from modules.atomic_write import atomic_path, check_space
-from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
-from modules.errors import MediaError, OutputError
-from modules.file_locks import only_one
-from modules.limits import MAX_DOWNLOAD_BYTES
-from modules.paths import hide_secrets, protocol_of, short_hash
+from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # of folders of copies
 LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
-TRIES = 3  # in a row that bring nothing
-FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as long
-NUM_LOCKS = 64  # files in a folder by which processes wait for one another
-# of fsspec: they reach for other addresses, or for parts of this machine, by what a file says
-INDIRECT = frozenset(
-    {
-        *("reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive"),
-        *("async_wrapper", "asyncwrapper", "generic", "data", "local", "git", "dbfs", "dask", "jupyter"),
-    }
-)
-HTTP = frozenset({"http", "https"})
 _MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of cells whose suffix counts: they may be animations
 
 
@@ -67,6 +43,8 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 paths.append(copy)
             else:
                 if isinstance(origin, Remote):
+                    from dataset.sources.downloads import download
+
                     download(origin.address, path)
                 paths.append(path)
         try:
@@ -94,6 +72,8 @@ def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
     """Write a part of a file to `copy` with a suffix; returns that path."""
     content, suffix = None, path.suffix
     if isinstance(origin, ParquetCell):
+        from dataset.sources.parquet import read_cell
+
         content = read_cell(origin)
         suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")
     copy = copy.with_name(copy.name + suffix)
@@ -104,136 +84,3 @@ def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from error
     return copy
-
-
-# --- addresses
-# ------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def protocol_problem(protocol: str) -> str | None:
-    """Return why addresses of a protocol cannot be read, and the package to install; None if they can."""
-    if protocol in HTTP:
-        return None
-    try:
-        import fsspec
-        from fsspec.registry import known_implementations
-    except ImportError:
-        return f"{protocol}:// addresses need the package fsspec: pip install fsspec"
-    if protocol in INDIRECT or protocol not in fsspec.available_protocols():
-        return f"{protocol}:// addresses are not read"
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        told = known_implementations.get(protocol, {}).get("err") or str(error)
-        return f"{protocol}:// addresses need another package: {told}"
-    return None
-
-
-def download(address: str, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
-    """Download `address` to `target`, unless it is there. wait: called with seconds before another try.
-
-    Raises MediaError if the file cannot be had, after several tries if that may help; OutputError if the disk
-    is full.
-    """
-    if target.is_file():
-        return
-    protocol, shown = protocol_of(address), hide_secrets(address)
-    problem = protocol_problem(protocol)
-    if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
-    ask = functools.partial(ask_http if protocol in HTTP else _ask_filesystem, address)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # a few locks serve all files; the system frees one even if its process is killed
-    number = int(short_hash(target.name), 16) % NUM_LOCKS
-    with only_one(target.with_name(f".downloads-{number:02d}.lock")):
-        if target.is_file():  # another process has just finished it
-            return
-        with atomic_path(target) as temporary:
-
-            def check(answer: Answer) -> None:
-                if answer.size_bytes is None:
-                    return
-                try:
-                    check_space(temporary, answer.size_bytes - answer.start)
-                except OutputError:  # only said: another file may well have room
-                    size = f"{answer.size_bytes / 1e9:,.1f} GB"
-                    raise RefusedBySite(
-                        f"it says that it has {size}, for which the disk has no room"
-                    ) from None
-
-            try:
-                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MAX_DOWNLOAD_BYTES, check=check)
-            except RefusedBySite as refused:
-                raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
-            except BrokenTry as error:
-                raise MediaError(f"{shown} cannot be downloaded: {error} ({TRIES} tries)") from None
-            if temporary.stat().st_size > MAX_DOWNLOAD_BYTES:
-                raise MediaError(
-                    f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
-                )
-
-
-# --- what fsspec knows
-# ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[Answer]:
-    import fsspec
-
-    with _explain_filesystem():
-        system, path = fsspec.core.url_to_fs(address)
-        info = system.info(path)
-        if info.get("type") == "directory":
-            raise RefusedBySite("it is a folder, not a file")
-        size = info.get("size")
-        now = str([size, *(info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated"))])
-        start = have if now == version else 0
-        file = system.open(path, "rb")
-        file.seek(start)
-    try:
-        yield Answer(start, size, now, _pieces(file))
-    finally:
-        file.close()
-
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    while True:
-        with _explain_filesystem():
-            piece = file.read(PIECE)
-        if not piece:
-            return
-        yield piece
-
-
-@contextlib.contextmanager
-def _explain_filesystem() -> Iterator[None]:
-    try:
-        yield
-    except RefusedBySite:
-        raise
-    except FileNotFoundError:
-        raise RefusedBySite("nothing is there") from None
-    except PermissionError:
-        raise RefusedBySite("not allowed; a login may be missing") from None
-    except Exception as error:  # each storage has its own; their texts may hold secrets
-        raise BrokenTry(f"it could not be read ({type(error).__name__})") from None
-
-
-def find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
-
-    Raises MediaError if they cannot be listed.
-    """
-    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
-    problem = protocol_problem(protocol)
-    if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-    except Exception as error:  # as above
-        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None

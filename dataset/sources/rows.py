@@ -10,7 +10,6 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions, first_and_more
-from dataset.sources.fetching import protocol_problem
 from dataset.sources.media_source import (
     Fault,
     MediaSource,
@@ -128,7 +127,10 @@ class RowReader:
         if refused is None and protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
-        refused = refused or protocol_problem(protocol)
+        if refused is None:
+            from dataset.sources.downloads import protocol_problem
+
+            refused = protocol_problem(protocol)
         if refused is not None:
             raise RefusedAddress(refused, f"{where}: {hide_secrets(text)}")
         return download_folder(table) / local_name(text), Remote(text)

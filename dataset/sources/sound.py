@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dataset.config_keys import AUTO
-from dataset.sources.fetching import download
 from dataset.sources.frames import Span, file_rate
 from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
@@ -47,6 +46,8 @@ def find_sound(source: MediaSource) -> Path:
     if source.sound is not None:
         given, origin = source.sound
         if origin is not None:
+            from dataset.sources.downloads import download
+
             download(origin.address, given)
         return given
     if table.audio_directory is not None:
