@@ -21,7 +21,7 @@ from dataset.batches.items import LiveTable, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
-from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
+from dataset.caching.latents import EncodersOnDemand, Item, batch_media, cut
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.fetching import fetch
@@ -371,21 +371,20 @@ class LiveMedia:
         stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
         if it has changed its size.
         """
-        groups: dict[tuple[object, ...], list[tuple[int, Crop]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
         for place, item in enumerate(items):
             if not item.kind.has_latents:
-                crop = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                key = (item.table.index, *(tensor.shape for tensor in crop.tensors))
-                groups.setdefault(key, []).append((place, crop))
+                read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
+                key = (item.table.index, *(tensor.shape for tensor in read.tensors))
+                groups.setdefault(key, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
-            table = items[pairs[0][0]].table
             # another posterior sample each time, so the names that it is seeded by are others
             keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
-            found |= self._encode([place for place, _ in pairs], [crop for _, crop in pairs], keys, table)
+            found |= self._encode([place for place, _ in pairs], [read for _, read in pairs], keys)
         return found
 
-    def _read(self, item: TrainingItem, numbers: random.Random) -> Crop:
+    def _read(self, item: TrainingItem, numbers: random.Random) -> Item:
         source = self._tables[item.table.index].sources[item.source_stem]
         # an item that is validated on has another table, which changes nothing
         source = replace(source, table=item.table)
@@ -398,15 +397,15 @@ class LiveMedia:
         return cut(media, IMAGE_SPANS[0])
 
     def _encode(
-        self, places: Sequence[int], crops: Sequence[Crop], keys: Sequence[str], table: DatasetTable
+        self, places: Sequence[int], pictures: Sequence[Item], keys: Sequence[str]
     ) -> dict[int, dict[str, Tensor]]:
-        media = batch_media(crops, keys, IMAGE_SPANS * len(crops), table)
+        media = batch_media(pictures, keys)
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders.get(), media)
         found = {}
-        for place, crop, (entry,) in zip(places, crops, encoded, strict=True):
+        for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-            if crop.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(crop.mask, self._family.latent.stride)
+            if picture.mask is not None:
+                tensors[LOSS_MASK] = shrink_mask(picture.mask, self._family.latent.stride)
             found[place] = tensors
         return found

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
-from dataset.caching.existing import describe_embeds, embeds_note
+from dataset.caching.given import describe_embeds, embeds_note
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
 from dataset.config import DatasetTable

@@ -41,7 +41,8 @@ from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.converting import list_shard_faults, other_form
 from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import LatentNames, media_table, names_of, use_moments
+from dataset.caching.existing import LatentNames, media_table, names_of
+from dataset.caching.given import use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork

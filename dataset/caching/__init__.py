@@ -1,7 +1,8 @@
 """The caching loop and its two halves.
 
-existing: places of caches, existing ones, tensors computed before
-latents: from a source to the batches that families encode
+existing: places of caches, existing ones, what is refused
+given: moments and embeddings that others computed before
+latents: from a source to entries: decode, batch, encode, write
 loop: encode media and captions; run the commands
 on_ray: cache on a Ray cluster, by shards of the work
 planning: cache files of a source, and which are valid

@@ -1,30 +1,49 @@
-"""From a source to what a family encodes: decode it, cut its items out, put those of one size together."""
+"""From a source to entries: decode it, cut its items out, encode those of one size together, write."""
 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_key
+from dataset.cache.files import (
+    FLIPPED,
+    FORMAT_VERSION,
+    SUFFIX,
+    LatentName,
+    checksum,
+    grid_in_name,
+    tensor_key,
+    tensor_name,
+)
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
 from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
-from dataset.sources.cogvideox import measure, read_moments
-from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.decoding import DecodedSource, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, frames_wanted
+from dataset.sources.frames import Span, frames_wanted, shrink_mask
+from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import (
+    FPS,
+    LOSS_MASK,
+    CacheEntry,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MomentsBatch,
+)
 from modules.contract.family import Caches
 from modules.devices import free_memory, warn_if_emulated
 from modules.errors import CacheError, MediaError
+from modules.media.buckets import Size
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
@@ -32,130 +51,123 @@ SMALLEST_SIDE = 8  # pixels: one latent
 
 
 @dataclass(frozen=True)
-class Crop:
-    """The frames of one item."""
+class Item:
+    """One item of a source, from its pixels to its entries; it waits until its batch is full."""
 
+    source: MediaSource
+    size: Size  # width, height of the original
+    bucket: Size
+    span: Span
     frames: Tensor  # F H W C uint8
-    control: tuple[Tensor, ...]  # each F H W C uint8
-    alpha: Tensor | None  # H W uint8
+    control: tuple[Tensor, ...] = ()  # each F H W C uint8
+    alpha: Tensor | None = None  # H W uint8
     mask: Tensor | None = None  # F H W uint8: of the loss
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
+    # what the record of its entries says
+    files: tuple[FileIdentity, ...] = ()
+    clip: ClipFacts | None = None
+    rate: float | None = None  # frames in a second, for models that are told
+
+    @property
+    def table(self) -> DatasetTable:
+        """Return the table of its source."""
+        return self.source.table
+
+    @property
+    def name(self) -> LatentName:
+        """Return what the names of its files say, but for sections that the family may make."""
+        if self.table.kind == "image":
+            return LatentName(self.source.stem, self.size)
+        return LatentName(self.source.stem, self.bucket, self.span)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the encoded tensors."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
-
-@dataclass(frozen=True)
-class Pending:
-    """An item to encode, which waits until its batch is full."""
-
-    table: DatasetTable
-    name: LatentName
-    span: Span
-    record: LatentRecord  # without checksums
-    crop: Crop
-    there: Names  # its existing cache files
-    rate: float | None = None  # frames in a second, for models that are told
-
     @property
     def size_bytes(self) -> int:
         """Return the bytes of its frames and of its mask."""
-        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
-        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
+        mask = 0 if self.mask is None else self.mask.nbytes
+        return mask + sum(tensor.nbytes for tensor in self.tensors)
 
 
-def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[Pending]]:
+def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[Item]]:
     """Read the frames of a source, or its moments; return its plan, complete, and its missing items.
 
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
     """
-    source, clip, latent, rate = plan.source, None, recipe.latent, None
+    source, latent, rate = plan.source, recipe.latent, None
+    clip, more = None, dict[str, Any]()
     if source.tensors is not None:
-        paths = [path for path, _ in source.parts]
-        # copies: a file that is mapped can change, and Windows does not replace it
-        moments = tuple(read_moments(path, latent).clone() for path in paths)
-        given = measure(moments[0], latent, paths[0])
-        if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
-            raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
-        span = given.span(latent.frame_step)
-        media = DecodedSource(source, given.size, given.size, NO_FRAMES, (), (span,), None)
-        clip = ClipFacts(given.size, given.frames, complete=True)
-        crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
-        files = tuple(itertools.starmap(identify, source.parts))
+        from dataset.caching.given import decode_moments
+
+        media, frames, more["moments"] = decode_moments(source, latent)
+        clip = ClipFacts(media.size, frames, complete=True)
         rate = kept_rate(source, recipe.fps) if recipe.has_rates else None
-        return plan, list(_missing_items(plan, media, existing, recipe, files, clip, crop, rate))
-    with fetch(source) as here:
-        check_memory(here)
-        rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
-        media = decode_source(
-            here, recipe.fps, latent.pixel_step, latent.frame_step, keeps_alpha=latent.masks_latents
-        )
-    media = dataclasses.replace(media, source=source)
-    if min(media.bucket) < SMALLEST_SIDE:
-        width, height = media.bucket
-        raise MediaError(
-            f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
-            f"{SMALLEST_SIDE}"
-        )
+    else:
+        with fetch(source) as here:
+            check_memory(here)
+            rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
+            steps = latent.pixel_step, latent.frame_step
+            media = decode_source(here, recipe.fps, *steps, keeps_alpha=latent.masks_latents)
+        media = dataclasses.replace(media, source=source)
+        if min(media.bucket) < SMALLEST_SIDE:
+            width, height = media.bucket
+            raise MediaError(
+                f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
+                f"{SMALLEST_SIDE}"
+            )
+        if source.table.kind == "video":
+            enough, length = frames_wanted(source.table), len(media.frames)
+            # decoding stops early where there are enough: then there may be more
+            clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
     plan = complete(plan, media, existing, recipe)
-    if source.table.kind == "video":
-        enough, length = frames_wanted(source.table), len(media.frames)
-        # decoding stops early where there are enough: then there may be more
-        clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
-    files = tuple(itertools.starmap(identify, source.parts)) if plan.missing else ()
-    items = _missing_items(plan, media, existing, recipe, files, clip, rate=rate)
+    missing = plan.missing or ()
+    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
+    items = (cut(media, span, files=files, clip=clip, rate=rate, **more) for span in missing)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
-    overlaps = sum(length for _, length in plan.missing or ()) > len(media.frames)
+    overlaps = sum(length for _, length in missing) > len(media.frames)
     return plan, items if is_large or overlaps else list(items)
 
 
-def _missing_items(
-    plan: SourcePlan,
-    media: DecodedSource,
-    existing: Names,
-    recipe: Recipe,
-    files: tuple[FileIdentity, ...],
-    clip: ClipFacts | None,
-    crop: Crop | None = None,
-    rate: float | None = None,
-) -> Iterator[Pending]:
-    """Yield the items that a plan lacks. crop: of the only one, if it is not cut out of frames. rate: frames
-    in a second, if they are told.
+def cut(media: DecodedSource, span: Span, **facts: Any) -> Item:
+    """Cut a span out of a clip; copy it, to free the rest of the clip, unless it is most of the clip. facts:
+    further fields of the item.
     """
-    source, table = plan.source, plan.source.table
-    of_table = recipe.table_options(source)
-    for span in plan.missing or ():
-        size, of_span = (media.size, None) if table.kind == "image" else (media.bucket, span)
-        options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span], **of_table}
-        options |= source.control_keys
-        yield Pending(
-            table,
-            LatentName(source.stem, size, of_span),
-            span,
-            LatentRecord(recipe.encoder, options, files, clip, parts=0, crc32={}),
-            crop or cut(media, span),
-            {file: one for file, one in existing.items() if (one.size, one.span) == (size, of_span)},
-            rate,
-        )
-
-
-def cut(media: DecodedSource, span: Span) -> Crop:
-    """Cut a span out of a clip; copy it, to free the rest of the clip, unless it is most of the clip."""
     alone = 2 * span[1] < len(media.frames)
     frames, *control = (
         torch.from_numpy(clip.copy() if alone else clip)
         for clip in (media.crop(span), *media.control_crops(span))
     )
-    mask = media.mask_crop(span)
-    return Crop(
-        frames,
-        tuple(control),
-        None if media.alpha is None else torch.from_numpy(media.alpha),
+    alpha, mask = media.alpha, media.mask_crop(span)
+    return Item(
+        *(media.source, media.size, media.bucket, span, frames, tuple(control)),
+        None if alpha is None else torch.from_numpy(alpha),
         None if mask is None else torch.from_numpy(mask.copy()),
+        **facts,
     )
+
+
+def batches(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
+    """Yield items of equal shapes together: when a batch is full, or too many bytes wait. size: of a batch;
+    None: that of its table.
+    """
+    waiting: dict[tuple[object, ...], list[Item]] = {}
+    for item in items:
+        group = (item.table.index, *(tensor.shape for tensor in item.tensors))
+        same = waiting.setdefault(group, [])
+        same.append(item)
+        is_full = len(same) >= (size or item.table.batch_size)
+        del item, same  # frees its frames before waiting for the next source
+        if is_full:
+            yield waiting.pop(group)
+        sizes = {group: sum(item.size_bytes for item in some) for group, some in waiting.items()}
+        if sum(sizes.values()) > PARTIAL_BYTES:
+            yield waiting.pop(max(sizes, key=sizes.__getitem__))
+    while waiting:
+        yield waiting.pop(next(iter(waiting)))
 
 
 class EncodersOnDemand:
@@ -182,27 +194,75 @@ class EncodersOnDemand:
             free_memory(self._device)
 
 
-def batch_media(
-    crops: Sequence[Crop], keys: Sequence[str], spans: Sequence[Span], table: DatasetTable
-) -> MediaBatch:
-    """Return crops of equal shapes as a family encodes them."""
-    alphas = [crop.alpha for crop in crops if crop.alpha is not None]
+def batch_media(items: Sequence[Item], keys: Sequence[str]) -> MediaBatch:
+    """Return items of equal shapes as a family encodes them. keys: their names, without suffix."""
+    alphas = [item.alpha for item in items if item.alpha is not None]
     return MediaBatch(
-        frames=_stack_batch([crop.frames for crop in crops]),
+        frames=_stack_batch([item.frames for item in items]),
         keys=tuple(keys),
-        spans=tuple(spans),
+        spans=tuple(item.span for item in items),
         control=tuple(
-            _stack_batch(controls) for controls in zip(*(crop.control for crop in crops), strict=True)
+            _stack_batch(controls) for controls in zip(*(item.control for item in items), strict=True)
         ),
         alpha=_stack_batch(alphas) if alphas else None,
-        table=media_table(table, bool(crops[0].control)),
+        table=media_table(items[0].table, bool(items[0].control)),
     )
 
 
-def add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
-    """Return an entry with the latents of its mirrored media too."""
+def encode(
+    items: Sequence[Item], family: Caches, encoders: EncodersOnDemand, tag: str
+) -> Sequence[Sequence[CacheEntry]]:
+    """Return the entries of each item of a batch, those of mirrored media with them if its table flips."""
+    keys = [item.name.file_name(tag).removesuffix(SUFFIX) for item in items]
+    if items[0].moments:
+        moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
+        given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
+        return [[entry] for entry in family.latents_from_moments(given)]
+    media = batch_media(items, keys)
+    encoded = family.encode_media(encoders.get(), media)
+    if not items[0].table.augmentation.flip:
+        return encoded
+    mirrored = family.encode_media(encoders.get(), _mirror(media))
+    return [
+        [_add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
+        for sides in zip(encoded, mirrored, strict=True)
+    ]
+
+
+def _mirror(media: MediaBatch) -> MediaBatch:
+    return dataclasses.replace(
+        media,
+        frames=media.frames.flip(3),
+        keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
+        control=tuple(control.flip(3) for control in media.control),
+        alpha=None if media.alpha is None else media.alpha.flip(2),
+    )
+
+
+def _add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
     more = {f"{key}{FLIPPED}": one for key, one in mirrored.tensors.items() if key.startswith("latents")}
     return dataclasses.replace(entry, tensors={**entry.tensors, **more})
+
+
+def name_tensors(item: Item, entry: CacheEntry, spec: LatentSpec) -> dict[str, Tensor]:
+    """Return the tensors of an entry, with the mask of its loss and its frame rate, by their names in the
+    file.
+    """
+    tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+    if item.mask is not None:
+        mask = shrink_mask(item.mask, spec.stride)
+        tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
+    if item.rate is not None:
+        tensors[FPS] = torch.tensor(item.rate)
+    named = {
+        tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
+        for key, tensor in tensors.items()
+    }
+    if not spec.flat_in_caches:
+        return named
+    return {
+        name: tensor if grid_in_name(name) is None else tensor.squeeze(1) for name, tensor in named.items()
+    }
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:

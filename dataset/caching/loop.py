@@ -11,7 +11,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -146,16 +146,14 @@ def _cache(
         finally:
             work.free()
         work.stores.close(config.datasets)
-        done = share.gather(part)
-        reports = [*(one.report for one in done), work.not_listed]
+        report = join_reports([*share.gather(part), work.not_listed])
         removed = 0
         if share.is_main and not shard.is_given:
-            failures = join_reports(reports).failures
             for table in work.whole_tables:
-                failed = {one.stem for one in failures if one.table == table.index}
-                removed += work.remove_stale(table, done, failed, options.keep_cache)
+                failed = {one.stem for one in report.failures if one.table == table.index}
+                removed += work.remove_stale(table, report.right, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
-        return join_reports(reports, sum(share.gather(removed)), share.is_main)
+        return replace(report, removed=sum(share.gather(removed)), is_main=share.is_main)
 
 
 def run_latent_caching(

@@ -74,7 +74,7 @@ class CachingActor:
                 self._begin()
             work: Any = self._work
             shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
-            report = work.encode(shard.of(work.pieces), None).report
+            report = work.encode(shard.of(work.pieces), None)
             work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)

@@ -28,7 +28,6 @@ from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
-from dataset.sources.cogvideox import GivenClip, measure_source
 from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
@@ -79,13 +78,16 @@ class Recipe:
             options[CLOCK] = True
         return options | table.changed(SECTIONS)
 
+    def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
+        """Return the options in the record of an item."""
+        own = {"size": [*size], "bucket": [*bucket], "span": [*span]}
+        return own | self.table_options(source) | source.control_keys
+
     def difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
-        options = {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
-        options |= source.control_keys
-        then = dict(record.options)
+        options, then = self.options(source, size, bucket, span), dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         if CLOCK in options and CLOCK not in then and kept_one_clock(source, self.fps):
@@ -222,6 +224,8 @@ class _Planning:
                 known.append(record.clip)
         clip = max(known, key=lambda one: (one.complete, one.kept_frames), default=None)
         if self.source.tensors is not None:
+            from dataset.sources.cogvideox import GivenClip, measure_source
+
             given = (
                 measure_source(self.source, latent)
                 if clip is None

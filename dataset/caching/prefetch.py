@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,9 +60,11 @@ class CacheReport:
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all
+    # table index and name of each valid entry of latents and of sound
+    right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
 
 
-def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
+def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Join the reports of several processes to one."""
     of_sources = {
         name: tuple(
@@ -76,10 +78,9 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
         written=sum(report.written for report in reports),
         kept=sum(report.kept for report in reports),
         foreign=sum(report.foreign for report in reports),
-        removed=removed,
         share=sum(report.share for report in reports),
         whole=max((report.whole for report in reports), default=0),
-        is_main=is_main,
+        right=frozenset().union(*(report.right for report in reports)),
         **of_sources,
     )
 

@@ -94,10 +94,10 @@ class SoundWork:
 
     def encode(
         self, sources: Sequence[MediaSource], latents: Entries, workers: int, shows: bool
-    ) -> tuple[CacheReport, Entries]:
+    ) -> CacheReport:
         """Encode the sound of all items of some sources that have latents and no valid entry of sound.
 
-        latents: the valid entries of latents. Returns a report, and all valid entries of sound. A clip whose
+        latents: the valid entries of latents. A clip whose
         sound cannot be read, or that has none and needs some, becomes a failure of the report. Raises
         CheckpointError if a network cannot be loaded, OutputError if an entry cannot be written.
         """
@@ -131,7 +131,7 @@ class SoundWork:
                     silent=report.silent + silent,
                 )
                 del read  # frees its samples before waiting for the next source
-        return report, frozenset(valid)
+        return replace(report, right=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
         """Remove the entries of sound of a table that are not among `valid`; return how many there were.

@@ -32,11 +32,11 @@ from dataset.cache.files import (
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
 from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import read_embeds, refuse_changing, remove_caches
+from dataset.caching.existing import refuse_changing, remove_caches
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind
 from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
-from dataset.caching.work import EncodedPart, list_sources, workers_of
+from dataset.caching.work import list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
@@ -106,7 +106,7 @@ class TextWork:
         self._loaded: TextEncoder | None = None
         self._failed: dict[str, Failure] = {}  # by the name of the file: its reference pictures are unusable
 
-    def encode(self, pieces: Sequence[TextBatch], who: str | None) -> EncodedPart:
+    def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
 
         An encoder without work is not loaded. who: which share of the work this is, to show it; None shows
@@ -154,7 +154,7 @@ class TextWork:
                 with bar, torch.no_grad():
                     self._encode(encoder, identity, pieces, to_do, bar, writer)
         changed = sum(bool(plan.missing or plan.in_part) for plan in plans) - len(self._failed)
-        report = CacheReport(
+        return CacheReport(
             written=changed,
             kept=len(files) - changed - len(self._failed),
             foreign=sum(plan.is_foreign for plan in plans),
@@ -162,10 +162,9 @@ class TextWork:
             share=len(files),
             whole=len(self._files),
         )
-        return EncodedPart(report, frozenset())
 
     def remove_stale(
-        self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
+        self, table: DatasetTable, right: object, failed: Collection[str], keep_cache: bool
     ) -> int:
         """Remove the entries of a table that belong to no caption; return how many there were.
 
@@ -196,10 +195,13 @@ class TextWork:
         writer: WriteBehind,
     ) -> None:
         """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
+        given = [file for file in files if file.embeds is not None and file.path in to_do]
+        if not given:
+            return
+        from dataset.caching.given import read_embeds
+
         taken, left = 0, []
-        for file in files:
-            if file.path not in to_do:
-                continue
+        for file in given:
             conditions, why = read_embeds(file, encoder, identity)
             if conditions is not None:
                 self._submit(file, encoder, identity, conditions, to_do.pop(file.path), writer)

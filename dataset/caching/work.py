@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import FLIPPED, SUFFIX, grid_in_name, is_latent_cache, tensor_name
+from dataset.cache.files import is_latent_cache
+from dataset.cache.records import LatentRecord
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import (
     ExistingNames,
@@ -27,15 +27,14 @@ from dataset.caching.existing import (
     refuse_changing,
     refuse_moments,
     remove_caches,
-    use_moments,
 )
 from dataset.caching.latents import (
-    PARTIAL_BYTES,
     EncodersOnDemand,
-    Pending,
-    add_mirrored,
-    batch_media,
+    Item,
+    batches,
     decode,
+    encode,
+    name_tensors,
     write_entry,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
@@ -46,13 +45,13 @@ from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution
-from dataset.sources.frames import find_wrong_rates, shrink_mask
+from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, show_box
-from modules.contract.data import FPS, LOSS_MASK, CacheEntry, MomentsBatch
+from modules.contract.data import FPS
 from modules.contract.family import Caches, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
@@ -60,14 +59,6 @@ from modules.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
-
-
-@dataclass(frozen=True)
-class EncodedPart:
-    """Results for a part of the sources."""
-
-    report: CacheReport
-    right: frozenset[tuple[int, str]]  # table index and name of each valid entry
 
 
 class MediaWork:
@@ -113,7 +104,11 @@ class MediaWork:
         warn_captions(sources)
         warn_unused(config, sources)
         family.check_given_files()
-        self.pieces: Sequence[MediaSource] = use_moments(family, sources)
+        if any(source.tensors is not None for source in sources):
+            from dataset.caching.given import use_moments
+
+            sources = use_moments(family, sources)
+        self.pieces: Sequence[MediaSource] = sources
         require_form(config, family.cache_tag, stores.given)
         self._recipe = Recipe(
             family.cache_tag,
@@ -128,11 +123,8 @@ class MediaWork:
         )
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
-        # items that wait, by what those of a batch must have in common
-        self._pending: dict[tuple[object, ...], list[Pending]] = {}
-        self._written: set[tuple[int, str]] = set()  # table index and name of each file of this `encode`
 
-    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> EncodedPart:
+    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> CacheReport:
         """Encode every item of some sources that has no valid entry.
 
         A source that cannot be read becomes a failure of the report and does not stop the others. who: which
@@ -157,11 +149,12 @@ class MediaWork:
             ]
             show_box("Caching latents", rows)
         finished = [plan for plan in plans if plan.missing == ()]
-        self._pending.clear()
-        self._written.clear()
-        if to_do:
-            more, unreadable = self._encode_all(to_do, workers, shows)
-            finished, failures = finished + more, failures + unreadable
+        written: set[tuple[int, str]] = set()
+        with WriteBehind() as writer, torch.no_grad():
+            items = self._items(to_do, finished, failures, workers, shows) if to_do else ()
+            for batch in batches(items, self._options.batch_size):
+                written |= self._write(batch, writer)
+                del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
         if reasons:  # so that the extra work is explained
             logger.info(
@@ -170,7 +163,7 @@ class MediaWork:
                 reasons[0],
             )
         report = CacheReport(
-            written=len(self._written),
+            written=len(written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
             failures=tuple(failures),
@@ -180,22 +173,25 @@ class MediaWork:
             whole=len(self.pieces),
         )
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        right = frozenset(kept | self._written)
-        if self._sound is not None:
-            sound, right_too = self._sound.encode(pieces, right, workers, shows)
-            report, right = join_reports([report, sound]), right | right_too
-        return EncodedPart(report, right)
+        report = dataclasses.replace(report, right=frozenset(kept | written))
+        if self._sound is None:
+            return report
+        return join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
 
     def remove_stale(
-        self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
+        self,
+        table: DatasetTable,
+        right: Collection[tuple[int, str]],
+        failed: Collection[str],
+        keep_cache: bool,
     ) -> int:
         """Remove the entries of a table that belong to no item; return how many there were.
 
-        done: of all processes. failed: stems of sources that failed: theirs stay.
+        right: of all processes. failed: stems of sources that failed: theirs stay.
         """
         if keep_cache:
             return 0
-        belongs = {name for one in done for index, name in one.right if index == table.index}
+        belongs = {name for index, name in right if index == table.index}
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
@@ -207,16 +203,17 @@ class MediaWork:
         if self._sound is not None:
             self._sound.free()
 
-    def _encode_all(
-        self, plans: Sequence[SourcePlan], workers: int, shows: bool
-    ) -> tuple[list[SourcePlan], list[Failure]]:
-        """Decode and encode the missing entries of the plans; return the finished ones.
-
-        Threads decode ahead, batches hold items of one size, and files are written while later batches are
-        encoded. Sources that cannot be read become failures.
+    def _items(
+        self,
+        plans: Sequence[SourcePlan],
+        finished: list[SourcePlan],
+        failures: list[Failure],
+        workers: int,
+        shows: bool,
+    ) -> Iterator[Item]:
+        """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
+        to `finished`, and sources that cannot be read to `failures`.
         """
-        finished: list[SourcePlan] = []
-        failures: list[Failure] = []
         ahead = read_ahead(
             plans,
             lambda plan: plan.source,
@@ -225,94 +222,40 @@ class MediaWork:
             Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
         )
-        with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
+        with contextlib.closing(ahead):
             for _, result in ahead:
                 if isinstance(result, Failure):
                     failures.append(result)
                 else:
                     finished.append(result[0])
-                    self._add(result[1], writer)
+                    yield from result[1]
                 del result  # frees its frames before waiting for the next source
-            for group in list(self._pending):
-                self._encode(group, writer)
-        return finished, failures
 
-    def _add(self, items: Iterable[Pending], writer: WriteBehind) -> None:
-        """Put the missing items of a source into their batches; encode full batches."""
-        for item in items:
-            group = (item.table.index, *(tensor.shape for tensor in item.crop.tensors))
-            self._pending.setdefault(group, []).append(item)
-            if len(self._pending[group]) >= (self._options.batch_size or item.table.batch_size):
-                self._encode(group, writer)
-        sizes = {group: sum(item.size_bytes for item in some) for group, some in self._pending.items()}
-        if sum(sizes.values()) > PARTIAL_BYTES:
-            self._encode(max(sizes, key=sizes.__getitem__), writer)
-
-    def _encode(self, group: tuple[object, ...], writer: WriteBehind) -> None:
-        items = self._pending.pop(group)
-        table, crops = items[0].table, [item.crop for item in items]
-        # the names of the files, but for the sections that the family may make
-        keys = [item.name.file_name(self._recipe.tag).removesuffix(SUFFIX) for item in items]
-        encoded: Sequence[Sequence[CacheEntry]]
-        if crops[0].moments:
-            moments = [torch.stack(found) for found in zip(*(crop.moments for crop in crops), strict=True)]
-            given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
-            encoded = [[entry] for entry in self._family.latents_from_moments(given)]
-        else:
-            encoders = self._encoders.get()
-            media = batch_media(crops, keys, [item.span for item in items], table)
-            encoded = self._family.encode_media(encoders, media)
-            if table.augmentation.flip:
-                flipped = dataclasses.replace(
-                    media,
-                    frames=media.frames.flip(3),
-                    keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
-                    control=tuple(control.flip(3) for control in media.control),
-                    alpha=None if media.alpha is None else media.alpha.flip(2),
-                )
-                mirrored = self._family.encode_media(encoders, flipped)
-                del flipped  # its frames are not held while the writer is waited for
-                encoded = [
-                    [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
-                    for sides in zip(encoded, mirrored, strict=True)
-                ]
-        for item, entries in zip(items, encoded, strict=True):
-            self._submit(item, entries, writer)
-
-    def _submit(self, item: Pending, entries: Sequence[CacheEntry], writer: WriteBehind) -> None:
-        """Have an item's files written, and then its other files removed: sections that it no longer has."""
-        names, crop, spec = set(), item.crop, self._family.latent
-        store = self._recipe.stores.of(item.table)
-        mask = None if crop.mask is None else shrink_mask(crop.mask, spec.stride)
-        record = dataclasses.replace(item.record, parts=len(entries))
-        facts = {"width": str(item.name.size[0]), "height": str(item.name.size[1])}
-        if item.name.span is not None:
-            facts["frame_count"] = str(item.name.span[1])
-        if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
-            facts[FPS] = repr(item.rate)
-        for entry in entries:
-            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-            if mask is not None:
-                tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
-            if item.rate is not None:
-                tensors[FPS] = torch.tensor(item.rate)
-            named = {
-                tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
-                for key, tensor in tensors.items()
-            }
-            if spec.flat_in_caches:
-                named = {
-                    name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
-                    for name, tensor in named.items()
-                }
-            file = dataclasses.replace(item.name, section=entry.section).file_name(self._recipe.tag)
-            writer.submit(partial(write_entry, store, self._family, file, named, record, facts))
-            names.add(file)
-        self._written |= {(item.table.index, name) for name in names}
-        surplus = [name for name in item.there if name not in names]
-        if surplus:
-            is_ours = partial(is_latent_cache, architecture=self._family.name)
-            writer.submit(partial(remove_caches, store, surplus, is_ours))
+    def _write(self, batch: Sequence[Item], writer: WriteBehind) -> set[tuple[int, str]]:
+        """Encode a batch and have its items' files written, and then their other files removed: sections
+        that an item no longer has. Return table index and name of each file.
+        """
+        family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
+        for item, entries in zip(batch, encode(batch, family, self._encoders, tag), strict=True):
+            store, name = self.stores.of(item.table), item.name
+            options = self._recipe.options(item.source, item.size, item.bucket, item.span)
+            record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
+            facts = {"width": str(name.size[0]), "height": str(name.size[1])}
+            if name.span is not None:
+                facts["frame_count"] = str(name.span[1])
+            if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
+                facts[FPS] = repr(item.rate)
+            files = [dataclasses.replace(name, section=entry.section).file_name(tag) for entry in entries]
+            for file, entry in zip(files, entries, strict=True):
+                named = name_tensors(item, entry, family.latent)
+                writer.submit(partial(write_entry, store, family, file, named, record, facts))
+            written |= {(item.table.index, file) for file in files}
+            there = names_of(self._existing, item.source).items()
+            same = [file for file, one in there if (one.size, one.span) == (name.size, name.span)]
+            if surplus := [file for file in same if file not in files]:
+                is_ours = partial(is_latent_cache, architecture=family.name)
+                writer.submit(partial(remove_caches, store, surplus, is_ours))
+        return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""
