@@ -107,9 +107,9 @@ def measure_floor(folder: Path, what: str) -> float:
 
 def start(path: Path) -> None:
     """Do what training does from its options to its first batch, without a model."""
-    from dataset.batches.items import find_items, require_items
+    from dataset.batches.checks import check_channels
+    from dataset.batches.finding import find_items, require_items
     from dataset.batches.order import BatchOrder, split_validation
-    from dataset.batches.reading import check_channels
     from dataset.config import load_dataset_config
     from tests.dataset.toy_family import LATENT
     from tests.training.toy import toy_options

@@ -25,15 +25,7 @@ from dataset.config_keys import (
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import (
-    KEYS,
-    SOURCE_FIELDS,
-    SOURCES,
-    DatasetConfig,
-    DatasetTable,
-    Table,
-    defaults_of,
-)
+from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
 from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError

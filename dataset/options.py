@@ -290,12 +290,10 @@ class RayOptions(Options, title="cluster"):
 
     @property
     def script(self) -> str:
-        """Return the name of the script's module."""
         return Path(self.command[0]).name.removesuffix(".py")
 
     @property
     def is_latents(self) -> bool:
-        """Return whether the script caches latents, not texts."""
         return self.script in LATENT_SCRIPTS
 
 

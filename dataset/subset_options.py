@@ -104,7 +104,6 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
 
     @property
     def replaces_toml(self) -> bool:
-        """Return whether the options say where the pictures are."""
         return self.train_data_dir is not None
 
     @property

@@ -286,7 +286,6 @@ class DatasetTable:
 
     @property
     def stated_fps(self) -> float | None:
-        """Return source_fps if it is a number."""
         return None if isinstance(self.source_fps, str) else self.source_fps
 
     def changed(self, stale: Stale) -> dict[str, Any]:

@@ -9,17 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dataset.batches.items import (
-    CachingCommands,
-    LiveParts,
-    TrainingItem,
-    find_items,
-    learn_no_references,
-    require_items,
-)
+from dataset.batches.checks import SameEncoders, check_channels
+from dataset.batches.finding import find_items, learn_no_references, require_items
+from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
-from dataset.batches.reading import check_channels
-from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
 from dataset.sources.media_source import NO_REFERENCE

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.batches.items import CachingCommands, find_items, require_items
+from dataset.batches.checks import check_channels
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import CachingCommands
 from dataset.batches.order import split_validation
-from dataset.batches.reading import check_channels
 from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes

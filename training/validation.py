@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from dataset.batches.checks import SameEncoders
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import RunPlace, change_captions
-from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
 from modules.bars import track
 from modules.contract.data import SOUND

@@ -26,18 +26,11 @@ from data_tools.report.findings import (
 )
 from data_tools.report.page import write_check_page
 from data_tools.report.sound import check_sound, is_heard
-from dataset.batches.items import (
-    NO_COMMANDS,
-    CachingCommands,
-    FoundItems,
-    TrainingItem,
-    find_items,
-    group_items,
-    learn_no_references,
-)
+from dataset.batches.checks import SameEncoders, describe_identity
+from dataset.batches.finding import FoundItems, find_items, learn_no_references
+from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.converting import list_shard_faults, other_form
 from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores, npz_names

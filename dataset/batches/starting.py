@@ -7,7 +7,8 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 
-from dataset.batches.items import CachingCommands, FoundItems, LiveParts, TrainingItem
+from dataset.batches.finding import FoundItems
+from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks

@@ -152,7 +152,6 @@ class Catalog:
         ]
 
     def names(self) -> list[str]:
-        """Return the names of all entries."""
         found = self._rows.execute("SELECT name FROM entries WHERE size IS NOT NULL")
         return [name.decode("utf-8", "surrogateescape") for (name,) in found]
 

@@ -263,12 +263,10 @@ class Header:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Keys of the tensors in batches."""
         return frozenset(tensor_key(name) for name in self.names)
 
     @property
     def grids(self) -> frozenset[Grid]:
-        """Sizes in the names of tensors."""
         return frozenset(grid for grid in map(grid_in_name, self.names) if grid is not None)
 
 

@@ -93,7 +93,6 @@ class TextRecord:
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
-    """Return the metadata entries for a record."""
     return _guard({"latents": dataclasses.asdict(record)})
 
 

@@ -72,12 +72,10 @@ class ShardStore:
         return False
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, with the latest ones that other writers have finished."""
         with self._lock:
             return self._look(is_new=True).names()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is an entry of that name, whole or damaged."""
         with self._lock:
             row = self._look().get(name)
             return row is not None and row.size is not None
@@ -103,7 +101,6 @@ class ShardStore:
         return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, in place of one of the same name. Raises OutputError."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
@@ -122,7 +119,6 @@ class ShardStore:
             catalog.put(name, self._writer.put(encode_name(name), generation, data))
 
     def remove(self, name: str) -> None:
-        """Remove an entry, if it is there."""
         with self._lock:
             if name in self:
                 self.write_bytes(name, None)

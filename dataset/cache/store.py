@@ -12,15 +12,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import (
-    Entry,
-    Header,
-    NpzNames,
-    is_cache_name,
-    read_entry,
-    read_header,
-    write_tensors,
-)
+from dataset.cache.files import Entry, Header, NpzNames, is_cache_name, read_entry, read_header, write_tensors
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
@@ -164,7 +156,6 @@ class MemoryStore:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes of the tensors."""
         return sum(tensor.nbytes for entry in self.entries.values() for tensor in entry.named.values())
 
 

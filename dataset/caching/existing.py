@@ -34,7 +34,6 @@ class LatentNames:
             self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
-        """Return those of one source."""
         return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
@@ -52,7 +51,6 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def names_of(existing: ExistingNames, source: MediaSource) -> Names:
-    """Return the existing cache files of one source."""
     return existing[source.table.index].of(source.stem)
 
 

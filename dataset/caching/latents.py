@@ -70,7 +70,6 @@ class Item:
 
     @property
     def table(self) -> DatasetTable:
-        """Return the table of its source."""
         return self.source.table
 
     @property
@@ -82,7 +81,6 @@ class Item:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the encoded tensors."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
     @property

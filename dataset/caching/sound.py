@@ -145,7 +145,6 @@ class SoundWork:
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
-        """Free the networks."""
         if self._networks is not None:
             self._networks = None
             free_memory(self._device)

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
-from dataset.cache.records import (
-    TextRecord,
-    difference,
-    is_unchanged,
-    text_records,
-    verify_tensors,
-)
+from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
@@ -55,7 +49,6 @@ class CaptionFile:
 
     @property
     def path(self) -> Path:
-        """Return the path of the cache file."""
         return self.table.cache_directory / self.file_name
 
 

@@ -181,7 +181,6 @@ class TextWork:
         return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
 
     def free(self) -> None:
-        """Free the encoder that is loaded, if any."""
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None

@@ -28,15 +28,7 @@ from dataset.caching.existing import (
     refuse_moments,
     remove_caches,
 )
-from dataset.caching.latents import (
-    EncodersOnDemand,
-    Item,
-    batches,
-    decode,
-    encode,
-    name_tensors,
-    write_entry,
-)
+from dataset.caching.latents import EncodersOnDemand, Item, batches, decode, encode, name_tensors, write_entry
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, join_reports, read_ahead
 from dataset.caching.sound import HearingFamily, SoundWork
@@ -198,7 +190,6 @@ class MediaWork:
         return of_sound + remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
 
     def free(self) -> None:
-        """Free the encoders."""
         self._encoders.free()
         if self._sound is not None:
             self._sound.free()
@@ -294,5 +285,4 @@ MASKS_HINT = (
 
 
 def workers_of(options: CachingOptions) -> int:
-    """Return how many threads read ahead."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)

@@ -92,7 +92,6 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 
 
 def add_ends(caption: str, table: DatasetTable) -> str:
-    """Return "prefix caption suffix"."""
     if not (table.caption_prefix or table.caption_suffix):
         return caption
     return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)

@@ -15,23 +15,9 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions
-from dataset.sources.columns import (
-    JSONL,
-    TableRow,
-    column_names,
-    read_columns,
-    table_format,
-    table_lines,
-)
+from dataset.sources.columns import JSONL, TableRow, column_names, read_columns, table_format, table_lines
 from dataset.sources.frames import Span
-from dataset.sources.media_source import (
-    EMBEDS,
-    MOMENTS,
-    Fault,
-    GivenTensors,
-    MediaSource,
-    number_repeats,
-)
+from dataset.sources.media_source import EMBEDS, MOMENTS, Fault, GivenTensors, MediaSource, number_repeats
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.checkpoints.containers import load_pickled

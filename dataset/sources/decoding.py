@@ -32,23 +32,9 @@ from dataset.sources.references import fit_reference, read_reference
 from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
-from modules.media.buckets import (
-    Fit,
-    Size,
-    fit_cover,
-    fit_like,
-    fit_without_enlarging,
-    how_to_resize,
-)
+from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
 from modules.media.decoding import is_animation
-from modules.media.reading import (
-    Frame,
-    fit_frame,
-    image_size,
-    read_image,
-    resize_cover,
-    video_info,
-)
+from modules.media.reading import Frame, fit_frame, image_size, read_image, resize_cover, video_info
 
 Clip = NDArray[np.uint8]  # F H W C
 

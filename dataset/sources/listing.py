@@ -10,11 +10,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import explain_captions, read_caption
-from dataset.sources.folders import (
-    describe_entries,
-    list_table_folder,
-    unsearched_folders,
-)
+from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
 from dataset.sources.media_source import (
     LISTED,
     NO_REFERENCE,

@@ -72,7 +72,6 @@ class GivenTensors:
 
     @property
     def moments(self) -> Path:
-        """Return the file of the clip's moments."""
         return self.folder / MOMENTS / f"{self.name}.pt"
 
     @property

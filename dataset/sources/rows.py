@@ -113,7 +113,6 @@ class RowReader:
 
     @property
     def unit(self) -> str:
-        """Return what a source stands in."""
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, where: str) -> tuple[Path, Remote | None]:
@@ -200,7 +199,6 @@ def control_number(name: str) -> int | None:
 
 
 def download_folder(table: DatasetTable) -> Path:
-    """Return a table's folder for downloads."""
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 

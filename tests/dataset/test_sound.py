@@ -9,7 +9,8 @@ from typing import Any
 import av
 import pytest
 
-from dataset.batches.items import FoundItems, find_items, group_items, require_items
+from dataset.batches.finding import FoundItems, find_items, require_items
+from dataset.batches.items import group_items
 from dataset.batches.reading import read_batch
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import read_entry, write_tensors

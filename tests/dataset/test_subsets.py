@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches.items import TrainingItem, find_items, group_items, require_items
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import TrainingItem, group_items
 from dataset.batches.reading import read_batch
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig

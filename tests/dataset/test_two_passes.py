@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data_tools.report.check import check_training
-from dataset.batches.items import CachingCommands, find_items, require_items
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataset.batches.items import find_items
+from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
 from modules.contract.data import Batch

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dataset.batches.items import NO_COMMANDS, TrainingItem, find_items, require_items
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import NO_COMMANDS, TrainingItem
 from dataset.batches.order import split_validation
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import MemoryStore

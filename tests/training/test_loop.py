@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset.batches.items import NO_COMMANDS, find_items
+from dataset.batches.finding import find_items
+from dataset.batches.items import NO_COMMANDS
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.batches.items import find_items
+from dataset.batches.finding import find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch

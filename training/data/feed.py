@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dataset.batches.checks import SameEncoders
 from dataset.batches.items import CachingCommands
 from dataset.batches.order import (
     BatchOrder,
@@ -27,7 +28,6 @@ from dataset.batches.order import (
     choose_sides,
     drops_references,
 )
-from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
 from modules.contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
 from modules.contract.family import FLOW, NoiseSpec

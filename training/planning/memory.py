@@ -11,7 +11,8 @@ from math import prod
 import torch
 from torch import nn
 
-from dataset.batches.items import CachingCommands, TrainingItem, with_reference_sizes
+from dataset.batches.finding import with_reference_sizes
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import count_repeats, repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks

@@ -8,17 +8,11 @@ import torch
 
 from data_tools.report.check import check_training
 from dataset.batches import starting
-from dataset.batches.items import (
-    NO_LIVE_PARTS,
-    CachingCommands,
-    ItemKind,
-    TrainingItem,
-    find_items,
-    require_items,
-)
+from dataset.batches.checks import SameEncoders
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import NO_LIVE_PARTS, CachingCommands, ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
-from dataset.batches.same_encoders import SameEncoders
 from dataset.batches.starting import check_caches, compare_sources
 from dataset.cache.files import write_tensors
 from dataset.cache.store import Stores

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data_tools.report.check import check_training
-from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_items
+from dataset.batches.finding import find_items
+from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
 from dataset.batches.order import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry

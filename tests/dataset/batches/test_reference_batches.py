@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.items import find_items, require_items, with_reference_sizes
+from dataset.batches.finding import find_items, require_items, with_reference_sizes
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches.items import find_items, require_items
+from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache import npz_files
 from dataset.cache.converting import convert_caches

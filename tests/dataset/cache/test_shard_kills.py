@@ -12,16 +12,7 @@ import pytest
 from dataset.cache import catalog
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore, merge_shards, shard_faults
-from tests.dataset.cache.entries import (
-    NAMES,
-    ODD,
-    WHOLE,
-    contents,
-    fill,
-    make_shards,
-    seen,
-    write,
-)
+from tests.dataset.cache.entries import NAMES, ODD, WHOLE, contents, fill, make_shards, seen, write
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
 Step = tuple[str, str, int]

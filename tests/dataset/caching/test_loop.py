@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_tools.report.check import check_caching
-from dataset.batches.items import find_items
+from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record

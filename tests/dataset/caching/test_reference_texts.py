@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.batches.items import find_items, require_items
+from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts

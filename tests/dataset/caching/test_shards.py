@@ -14,7 +14,7 @@ import torch
 
 import cache_on_ray
 from data_tools.report.check import check_caching, check_training
-from dataset.batches.items import find_items, require_items
+from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data_tools.report.check import check_caching
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, find_items
+from dataset.batches.finding import find_items
+from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS
 from dataset.batches.starting import check_caches
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches.items import CachingCommands, find_items
+from dataset.batches.finding import find_items
+from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts

@@ -1,0 +1,291 @@
+"""Whether cached entries are what their table, model and sources ask for now, by the same encoders."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
+from dataset.cache.files import FLIPPED, tensor_key
+from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, difference, options_difference
+from dataset.cache.store import Stores
+from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
+from dataset.sources.frames import bucket_of, has_mask
+from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
+from modules.console import count_of
+from modules.contract.data import CONTROL, FPS, LATENTS_MADE, LOSS_MASK, SOUND, SOUND_MADE, LatentSpec, MadeBy
+from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+def check_channels(
+    items: Iterable[TrainingItem],
+    latent: LatentSpec,
+    commands: CachingCommands,
+    stores: Stores | None = None,
+) -> None:
+    """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
+
+    Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
+    in their sizes. Warns of those that do not say their frame rate. stores: of the run. Items that are
+    encoded while training have no caches.
+    """
+    stores = stores or Stores()
+    unsaid: list[Path] = []  # of other programs
+    for *_, item in group_items(items).values():
+        if not item.kind.has_latents:
+            continue
+        header = stores.of(item.table).read(item.latent_path.name, is_whole=False).header
+        shapes = [header.shapes[name] for name in header.names if tensor_key(name) == "latents"]
+        channels = next((shape[0] for shape in shapes if shape), latent.channels)
+        if channels != latent.channels:
+            raise CacheError(
+                f"{item.latent_path}: {other_space(channels, latent)}.\n"
+                f"  Make them again with: {commands.latents}\n"
+                "  To keep caches for both models, give each a cache_directory of its own."
+            )
+        if latent.unsaid_fps is not None and FPS not in header.keys:
+            unsaid.append(item.latent_path)
+    if unsaid:
+        logger.warning(
+            "%s, and maybe others, was made by another program and does not say how many frames make a "
+            "second: %g are taken. If it was cached at another rate (target_fps), cache it here: %s",
+            unsaid[0],
+            latent.unsaid_fps,
+            commands.latents,
+        )
+
+
+def other_space(channels: int, latent: LatentSpec) -> str:
+    """Return the fault of latents that have another number of channels than the model's."""
+    return (
+        f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
+        "the VAE of another model"
+    )
+
+
+def text_faults(
+    item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield how the table or the caption file has changed since a caption was encoded.
+
+    is_shared: another program may have made the cache, which keeps no record.
+    """
+    table, usual = item.table, {**defaults_of(TEXTS), "captions": 1}
+    now = {**usual, **table.changed(TEXTS), "captions": item.captions}
+    # a file of ours without records was made with the usual keys, or by hand
+    for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
+        changed = difference({**usual, **made_with}, now)
+        if changed is not None:
+            yield f"{changed} in {table.name}"
+    if table.directory is None:
+        return
+    for record in records.values():
+        folders = [table.control_directory] * len(record.references)
+        file = checks.changed_file(folders, record.references)
+        if file is not None:
+            yield f"{file} has changed since its encoder saw it"
+        if record.file is None:
+            continue
+        caption_path = table.directory / record.file.name
+        text_now = checks.changed_caption(caption_path, record.caption, table, number)
+        if text_now is not None:
+            yield f"made from the caption {record.caption!r}, which now is {text_now!r}"
+
+
+def latent_faults(
+    item: TrainingItem,
+    tensors: Mapping[str, Tensor],
+    record: LatentRecord | None,
+    latent: LatentSpec,
+    checks: CacheChecks,
+    is_shared: bool,
+) -> Iterator[str]:
+    """Yield why cached latents are not what the table and the model ask for.
+
+    record: None if it has none. is_shared: another program may have made them.
+    """
+    table, found = item.table, list(tensors["latents"].shape)
+    if found[0] != latent.channels:
+        yield other_space(found[0], latent)
+    if record is not None:
+        made_from = record.options.get("mask")
+    else:  # other programs make no mask but from transparency
+        theirs = is_shared and LOSS_MASK in tensors
+        made_from = FROM_ALPHA if theirs else None
+    if table.alpha_mask:
+        wanted: set[str | None] = {FROM_ALPHA}
+    elif table.mask_directory is not None:
+        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+    else:
+        wanted = {FROM_FILE, None} if table.directory is None else {None}
+    if made_from not in wanted:
+        has = "no mask" if wanted == {None} else "a mask for it"
+        has = "alpha_mask = true" if table.alpha_mask else has
+        yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {has}"
+    if table.augmentation.flip and "latents" + FLIPPED not in tensors:
+        yield "it has no mirrored latents, which flip_aug needs"
+    yield from _reference_faults(item, tensors)
+    if record is not None:
+        options = record.options
+        bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
+        if tuple(options["bucket"]) != bucket:
+            yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
+        control = {key: value for key, value in options.items() if key in defaults_of(REFERENCES)}
+        sections = {key: value for key, value in options.items() if key in defaults_of(SECTIONS)}
+        changed = [options_difference(sections, table.changed(SECTIONS), latent)]
+        if any(key.startswith(CONTROL) for key in tensors):
+            usual = defaults_of(REFERENCES)
+            changed.append(difference(usual | control, usual | table.changed(REFERENCES)))
+        yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+        if record.parts != item.parts:
+            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
+        folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
+        if options.get("mask") == FROM_FILE:
+            folders[-1] = table.mask_directory
+        yield from _source_faults(item, folders, record, checks)
+    width, height, frames = (*item.bucket, 1)[:3]
+    expected = list(latent.shape(frames, height, width)[1:])
+    if found != expected:
+        yield (
+            f"its latents have the shape {as_shape(found)}, {table.name} asks for {as_shape(expected)} "
+            f"({frames} frames of {width}x{height})"
+        )
+    mask = tensors.get(LOSS_MASK)
+    if mask is not None and list(mask.shape) != expected[1:]:
+        yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
+
+
+def sound_faults(
+    item: TrainingItem,
+    tensors: Mapping[str, Tensor],
+    record: LatentRecord | None,
+    latent: LatentSpec,
+    checks: CacheChecks,
+    is_shared: bool,
+) -> Iterator[str]:
+    """Yield the same of latents of sound."""
+    table, found = item.table, tuple(tensors[SOUND].shape)
+    if item.sound and found != item.sound:
+        yield f"its latents have the shape {found}, a clip of its frames and rate has {item.sound}"
+    if record is None:
+        return
+    is_given = len(record.files) > 1
+    if table.directory is not None and is_given != (table.audio_directory is not None):
+        made = "a file of audio_directory" if is_given else "the track of its clip"
+        yield f"it was made from {made}, which {table.name} does not use now"
+    yield from _source_faults(item, [table.directory, table.audio_directory], record, checks)
+
+
+def _source_faults(
+    item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield how the sources of a record differ; lists need not be there. folders: of each file."""
+    table, rate = item.table, record.options.get("source_fps")
+    if table.kind == "video" and rate != table.source_fps:
+        yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+    if table.directory is not None and not checks.knows(table.index, item.key):
+        file = checks.changed_file(folders[: len(record.files)], record.files)
+        if file is not None:
+            yield f"{file} has changed since it was encoded"
+
+
+def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+    """Yield why latents of reference pictures are not what a table asks for. Pictures that are gone are no
+    fault, but those that a list no longer names.
+    """
+    table, rules = item.table, item.table.references
+    if rules is None:
+        return
+    cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)
+    made_with = f"it was made with {count_of(cached, 'reference picture')}"
+    if table.directory is None:
+        from dataset.sources.tables import count_named_references
+
+        named = count_named_references(table, item.source_stem)
+        if named is not None and min(named, rules.most) != cached:
+            yield f"{made_with}, now {table.source} names {named}"
+    elif cached and table.control_directory is None:
+        yield f"it was made with reference pictures, {table.name} has no control_directory"
+    elif cached < rules.most:
+        from dataset.sources.folders import count_references
+
+        there = min(count_references(table, item.source_stem), rules.most)
+        if cached < there:
+            yield f"{made_with}, now its image has {there}"
+
+
+def as_shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# --- encoders
+# ------------------------------------------------------------------------------------------------------------
+
+# of a network's file: `modules.checkpoints.opening.fingerprint`
+_FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
+SHORTENED = r"\1..."
+# key of `Family.media_identity` for the conditions stored with the latents, in which tables may differ
+_BESIDE_LATENTS = frozenset({"image", "sections"})
+
+
+@dataclass
+class SameEncoders:
+    """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
+
+    Never an error: two files with different fingerprints may hold one network, and the small difference of
+    another dtype does no harm. Files of other programs do not record their encoders.
+    """
+
+    commands: CachingCommands = NO_COMMANDS
+    _first: dict[str, MadeBy] = field(default_factory=dict)  # by part
+    _told: set[str] = field(default_factory=set)  # parts
+
+    def warn(self, made_by: Iterable[MadeBy]) -> None:
+        """Warn if caches were made by other encoders than those read before."""
+        said = self.difference(made_by)
+        if said is not None:
+            logger.warning(said)
+
+    def difference(self, made_by: Iterable[MadeBy]) -> str | None:
+        """Return the text of the warning; None if there is nothing new."""
+        files, parts, has_other_networks = list[str](), set[bool](), False
+        for made in made_by:
+            first = self._first.setdefault(made.part, made)
+            keys = made.encoder.keys() | first.encoder.keys()
+            if made.part == LATENTS_MADE:  # without image conditions a file has no image encoder
+                keys = (made.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
+            keys = {key for key in keys if first.encoder.get(key) != made.encoder.get(key)}
+            if made.part in self._told or not keys:
+                continue
+            self._told.add(made.part)
+            parts.add(first.part in (LATENTS_MADE, SOUND_MADE))
+            for one in (first, made):
+                texts = {key: one.encoder.get(key, "none") for key in sorted(keys)}
+                has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
+                said = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
+                files.append(f"{one.path}: {', '.join(said)}")
+        if not files:
+            return None
+        again = ([self.commands.latents] if True in parts else []) + (
+            [self.commands.text] if False in parts else []
+        )
+        consequence = (
+            "Unless the encoders' files hold the same network, the model learns a mixture that fits neither."
+            if has_other_networks
+            else "Their values differ slightly."
+        )
+        remedy = f"{consequence} To make all caches alike, cache again with:"
+        return "\n  ".join(["Not all caches were made by the same encoders:", *files, remedy, *again])
+
+
+def describe_identity(identity: Mapping[str, str]) -> list[str]:
+    """Return the facts that identify an encoder, a line each; fingerprints are shortened."""
+    return [
+        f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
+        for key, value in identity.items()
+    ]

@@ -1,0 +1,359 @@
+"""Find training items by the names of cache files, and say what is missing."""
+
+import contextlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from dataset.batches.items import (
+    CACHED,
+    NO_COMMANDS,
+    CachingCommands,
+    ItemKind,
+    LiveTable,
+    TrainingItem,
+    tables_of,
+    text_name,
+)
+from dataset.cache.files import (
+    EMPTY,
+    FLIPPED,
+    PART,
+    SUFFIX,
+    LatentName,
+    NpzNames,
+    is_empty_text_name,
+    latent_names,
+    parse_more_text_name,
+    sound_file_name,
+    sound_tag,
+    tensor_key,
+    text_file_name,
+)
+from dataset.cache.records import section_frames
+from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.config_keys import IGNORE, REQUIRED
+from dataset.sources.frames import bucket_of
+from dataset.sources.media_source import is_of_shards, pause_collection
+from modules.console import count_of, count_words
+from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
+from modules.errors import CacheError, DatasetError
+from modules.paths import explain_missing
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
+_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+
+
+@dataclass
+class FoundItems:
+    """Result of listing the cache folders; paths are in the order in which they were found."""
+
+    items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
+    # text files that are not there; their items are left out
+    missing_text: dict[Path, None] = field(default_factory=dict)
+    empty_tables: list[DatasetTable] = field(default_factory=list)  # tables without any latent cache
+    # text files that some of the text encoders have yet to add to
+    unfinished_text: dict[Path, None] = field(default_factory=dict)
+    # of tables with caption_dropout_rate: files of the empty prompt
+    missing_empty: list[Path] = field(default_factory=list)
+    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
+    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required"
+    silent: SoundSpec | None = None  # of a run with sound, if no item has any
+    removed: list[Path] = field(default_factory=list)  # sources with caches that no table has; without suffix
+
+
+def find_items(
+    config: DatasetConfig,
+    cache_tag: str,
+    latent: LatentSpec,
+    text_keys: frozenset[str] = frozenset(),
+    stores: Stores | None = None,
+    live: Mapping[int, LiveTable] = MappingProxyType({}),
+    sound: SoundSpec | None = None,
+) -> FoundItems:
+    """Find all items by the names of their files; no more than headers are opened. Where sources are listed
+    (tables encoded while training, npz files beside pictures), caches of others are left out.
+
+    text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
+    say. live: tables encoded while training, by index. sound: of a family that hears.
+    """
+    stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
+    search = _Search(cache_tag, latent, text_keys, stores, sound)
+    for table in config.datasets:
+        search.add_table(table, live.get(table.index, CACHED))
+    found = search.found
+    found.removed = [folder / stem for folder, stem in search.unlisted if stem not in search.listed[folder]]
+    if found.items and not live and not any(item.has_sound for item in found.items):
+        found.silent = sound
+    return found
+
+
+@dataclass
+class _Search:
+    """What `find_items` was given, and what it has found."""
+
+    tag: str
+    latent: LatentSpec
+    text_keys: frozenset[str]
+    stores: Stores
+    sound: SoundSpec | None
+    found: FoundItems = field(default_factory=FoundItems)
+    # by folder, which several tables may share: names of sources
+    listed: dict[Path, set[str]] = field(default_factory=dict)
+    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)  # others that have caches there
+
+    def add_table(self, table: DatasetTable, live: LiveTable) -> None:
+        """Add the items of a table."""
+        store, texts_store, found = self.stores.of(table), self.stores.of_texts(table), self.found
+        names = store.names()
+        if table.index not in self.stores.given:
+            found.unsound += [(table, line) for line in _list_unsound(names, table, self.tag)]
+        end = f"_{self.tag}{SUFFIX}"
+        latent_files = live.latent_names(self.tag) if live.media else names
+        wanted = sorted([name for name in latent_files if name.endswith(end)])
+        stems = _listed_stems(table, store, live, wanted, self.tag)
+        if stems is not None:
+            self.listed.setdefault(table.picture_folder, set()).update(stems)
+        text_names = [] if live.texts else names if texts_store is store else texts_store.names()
+        texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
+        clips = latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
+        # how many files each clip in sections has: all that differ in their section alone
+        parts = Counter(
+            (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
+        )
+        sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
+        with_sound = {name for name in names if sound and name.endswith(f"_{sound_tag(self.tag)}{SUFFIX}")}
+        del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
+        kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
+        has_references = table.references is not None and table.batch_size > 1 and kind.has_latents
+        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
+        is_empty, folder = True, table.cache_directory
+        with pause_collection():
+            for name, stem, what in latent_names(wanted, self.tag, table.kind):
+                if stems is not None and stem not in stems:
+                    self.unlisted[table.picture_folder, stem] = None
+                    continue
+                is_empty = False
+                if texts is not None and not texts.has(stem):
+                    continue
+                if id(what) not in buckets:
+                    buckets[id(what)] = _bucket(table, what, self.latent, folder / name)
+                files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
+                if texts is None:
+                    captions = 1 + len(live.sources[stem].more_captions)
+                else:
+                    captions = texts.captions.get(stem, 1)
+                bucket, shape = buckets[id(what)], tuple[int, ...]()
+                references = _reference_sizes(store, name) if has_references else ()
+                has_sound = sound is not None and sound_file_name(name, self.tag) in with_sound
+                if sound is not None and table.batch_size > 1:
+                    # a cache that does not say how long it lasts is refused when it is read for a batch
+                    rate: float | None = None
+                    with contextlib.suppress(CacheError, KeyError, ValueError):
+                        rate = float(store.read(name, is_whole=False).header.metadata[FPS])
+                    shape = () if rate is None else sound.shape(bucket[2], rate)
+                if sound is not None and not has_sound and table.audio == REQUIRED:
+                    found.missing_sound.append(folder / sound_file_name(name, self.tag))
+                shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
+                found.items.append(
+                    TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
+                )
+        if is_empty:
+            found.empty_tables.append(table)
+
+
+def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
+    """Return items with the sizes of their references, also those whose batches do not depend on them.
+
+    Reads their headers.
+    """
+    return [
+        replace(item, references=_reference_sizes(stores.of(item.table), item.file_name))
+        if item.table.references is not None and item.table.batch_size == 1 and item.kind.has_latents
+        else item
+        for item in items
+    ]
+
+
+def learn_no_references(
+    items: Sequence[TrainingItem], stores: Stores, live: Mapping[int, LiveTable] = MappingProxyType({})
+) -> bool:
+    """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
+    images = [item for item in items if item.table.references is not None and item.table.kind == "image"]
+    for item in images[:: len(images) // LOOKED_AT + 1]:
+        if not item.kind.has_latents:
+            found: Sequence[object] = live[item.table.index].sources[item.source_stem].control
+        else:
+            found = item.references or _reference_sizes(stores.of(item.table), item.file_name)
+        if found:
+            return False
+    return bool(images)
+
+
+def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
+    """Return width and height of an entry's latents of control media, in order, without mirrored ones; none
+    if it is damaged, as reading it for a batch says.
+    """
+    try:
+        shapes = store.read(name, is_whole=False).header.shapes
+    except CacheError:
+        return ()
+    keys = [(tensor_key(name), shape) for name, shape in sorted(shapes.items())]
+    found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
+    return tuple(side for shape in found for side in reversed(shape))
+
+
+class _TextNames:
+    """The text caches of a table among the names of its entries."""
+
+    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
+        """found: gets those that are unfinished or missing."""
+        self._table, self._tag, self._found = table, tag, found
+        self._end = text_file_name("", tag)
+        self._first = {name for name in names if name.endswith(self._end)}
+        unfinished = [name for name in names if name.endswith(PART)]
+        self._unfinished_first = {name for name in unfinished if name.endswith(self._end + PART)}
+        for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
+            whole = name.removesuffix(PART)
+            is_further = table.multi_caption and parse_more_text_name(whole, tag) is not None
+            if is_further or (table.drops_captions and is_empty_text_name(whole, tag)):
+                found.unfinished_text[table.cache_directory / name] = None
+        further: dict[str, set[int]] = {}
+        for name in names if table.multi_caption else ():
+            parsed = parse_more_text_name(name, tag) if ".caption" in name else None
+            if parsed is not None:
+                further.setdefault(parsed[0], set()).add(parsed[1])
+        # the first, and further ones up to a gap in their numbers
+        self.captions = {
+            stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
+            for stem, numbers in further.items()
+        }
+        # of the empty prompt; None: they need not be there, or one that is not has been found
+        self._empty: set[str] | None = None
+        if table.drops_captions:
+            self._empty = {name for name in names if is_empty_text_name(name, tag)}
+
+    def has(self, stem: str) -> bool:
+        """Return whether there is the first text of a source."""
+        text, folder = stem + self._end, self._table.cache_directory
+        if text + PART in self._unfinished_first:
+            self._found.unfinished_text[folder / (text + PART)] = None
+        elif text not in self._first:
+            self._found.missing_text[folder / text] = None
+        if text not in self._first:
+            return False
+        if self._empty is not None:
+            name = text_name(self._table, stem, self._tag, EMPTY)
+            if name not in self._empty:
+                self._found.missing_empty.append(folder / name)
+                self._empty = None
+        return True
+
+
+def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
+
+    names: of the table's store, as they have just been listed.
+    """
+    form = table.cache_format
+    if form == "npz" or (form == "files" and not any(map(is_of_shards, names))):
+        return []
+    from dataset.cache.converting import list_shard_faults, other_form
+
+    return [*other_form(table, tag), *list_shard_faults(table)]
+
+
+def _listed_stems(
+    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str], tag: str
+) -> Collection[str] | None:
+    """Return the names of the sources that a table has now; None if its caches alone decide the items.
+
+    Latents of ours are removed with their source by the caching script; npz files never are.
+    """
+    if live.sources:
+        return live.sources.keys()
+    if (table.directory or table.metadata_file) is None:
+        return None
+    first = next(latent_names(latents, tag, table.kind), None)
+    if first is None or not store.is_shared(first[0]):
+        return None
+    from dataset.sources.listing import find_sources
+
+    try:
+        return {source.stem for source in find_sources(table, captions=False, faults=[])}
+    except DatasetError:  # none at all: the caches were copied without the pictures
+        return None
+
+
+def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
+    """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
+    if table.kind == "image":
+        return bucket_of(table, name.size, latent.pixel_step, path)
+    if name.section is not None:  # of clips of all lengths: what is stacked is equal
+        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+    assert name.span is not None
+    return (*name.size, name.span[1])
+
+
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
+    """Return the items to train on. Items without a text cache are left out with a warning.
+
+    Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
+    finished.
+    """
+    if found.unsound:
+        lines = [line for _, line in found.unsound]
+        if any("convert_cache" not in line for line in lines):
+            lines += ["Shards are made whole by:", commands.latents, commands.text]
+        raise CacheError("\n  ".join(lines))
+    if found.unfinished_text:
+        raise CacheError(
+            f"{count_words(len(found.unfinished_text), 'text caches are unfinished')}, such as "
+            f"{next(iter(found.unfinished_text))}: text caching was stopped before all text encoders had "
+            f"written.\n  Finish it with: {commands.text}"
+        )
+    faults = []
+    for table in found.empty_tables:
+        names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
+        other = next(filter(_LATENTS_OF_ANY.search, names), None)
+        there = f" of {table.kind}s for this model: {other} is for another model, or of something else"
+        lacks = f"{table.name}: no latent cache in {table.cache_directory}"
+        folder = table.directory
+        if folder is not None and not folder.exists() and not table.cache_directory.exists():
+            where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
+            lacks = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
+        faults.append(lacks if other is None else lacks + there)
+    for folder, count in Counter(path.parent for path in found.missing_sound).items():
+        one = next(path.name for path in found.missing_sound if path.parent == folder)
+        lacking = count_words(count, "clips have no sound")
+        faults.append(f'audio = "required", but {lacking} in {folder}, such as {one}')
+    if not faults and not found.items:
+        faults = [
+            f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})
+        ]
+    if found.silent is not None:
+        faults.append(f"no clip of the dataset has cached sound. Give some, or {found.silent.without}")
+    faults += [f"caption_dropout_rate needs the empty prompt's cache, {path}" for path in found.missing_empty]
+    if faults:
+        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
+    if found.missing_text:
+        logger.warning(
+            "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
+            *(len(found.missing_text), next(iter(found.missing_text)), commands.text),
+        )
+    if found.removed:
+        logger.warning(
+            "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
+            *(len(found.removed), found.removed[0]),
+        )
+    counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
+    logger.info("In the caches: %s of %s", *counts)
+    return found.items
