@@ -131,21 +131,11 @@ def latent_faults(
         yield "it has no mirrored latents, which flip_aug needs"
     yield from _reference_faults(item, tensors)
     if record is not None:
-        options = record.options
-        bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
-        if tuple(options["bucket"]) != bucket:
-            yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
-        control = {key: value for key, value in options.items() if key in defaults_of(REFERENCES)}
-        sections = {key: value for key, value in options.items() if key in defaults_of(SECTIONS)}
-        changed = [options_difference(sections, table.changed(SECTIONS), latent)]
-        if any(key.startswith(CONTROL) for key in tensors):
-            usual = defaults_of(REFERENCES)
-            changed.append(difference(usual | control, usual | table.changed(REFERENCES)))
-        yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+        yield from _option_faults(item, tensors, record, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
         folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
-        if options.get("mask") == FROM_FILE:
+        if record.options.get("mask") == FROM_FILE:
             folders[-1] = table.mask_directory
         yield from _source_faults(item, folders, record, checks)
     width, height, frames = (*item.bucket, 1)[:3]
@@ -158,6 +148,23 @@ def latent_faults(
     mask = tensors.get(LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
+
+
+def _option_faults(
+    item: TrainingItem, tensors: Iterable[str], record: LatentRecord, latent: LatentSpec
+) -> Iterator[str]:
+    """Yield which keys of the table have other values than those that latents were made with."""
+    table, options = item.table, record.options
+    bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
+    if tuple(options["bucket"]) != bucket:
+        yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
+    of_sections, usual = defaults_of(SECTIONS), defaults_of(REFERENCES)
+    sections = {key: value for key, value in options.items() if key in of_sections}
+    changed = [options_difference(sections, table.changed(SECTIONS), latent)]
+    if any(key.startswith(CONTROL) for key in tensors):
+        then = usual | {key: value for key, value in options.items() if key in usual}
+        changed.append(difference(then, usual | table.changed(REFERENCES)))
+    yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
 
 
 def sound_faults(

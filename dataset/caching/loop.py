@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -131,7 +131,7 @@ def _cache(
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,
-    stores: Stores | None,
+    stores: Stores | None = None,
 ) -> CacheReport:
     """Do the work of one half, in all processes of a launcher together."""
     shard = options.shard
@@ -171,7 +171,7 @@ def run_latent_caching(
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, False))
     _cache_and_conclude(
-        cache_media, family, config, options, "sources", ("Next, cache the captions", following)
+        MediaWork, family, config, options, "sources", ("Next, cache the captions", following)
     )
 
 
@@ -185,11 +185,11 @@ def run_text_caching(
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, True))
     next_command = "Next, check all before training", following
-    _cache_and_conclude(cache_texts, family, config, options, "captions", next_command)
+    _cache_and_conclude(TextWork, family, config, options, "captions", next_command)
 
 
 def _cache_and_conclude(
-    cache: Callable[[Caches, DatasetConfig, CachingOptions], CacheReport],
+    kind: type[MediaWork] | type[TextWork],
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,
@@ -201,7 +201,7 @@ def _cache_and_conclude(
         leave_cudnn_out()
     start = time.monotonic()
     try:
-        report = cache(family, config, options)
+        report = _cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
     memory = peak_in_words(choose_device(options.device))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import cast
 
@@ -142,11 +142,12 @@ class MediaWork:
             show_box("Caching latents", rows)
         finished = [plan for plan in plans if plan.missing == ()]
         written: set[tuple[int, str]] = set()
-        with WriteBehind() as writer, torch.no_grad():
-            items = self._items(to_do, finished, failures, workers, shows) if to_do else ()
-            for batch in batches(items, self._options.batch_size):
-                written |= self._write(batch, writer)
-                del batch  # frees its frames before waiting for the next source
+        if to_do:
+            items = self._items(to_do, finished, failures, workers, shows)
+            with WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
+                for batch in batches(items, self._options.batch_size):
+                    written |= self._write(batch, writer)
+                    del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
         if reasons:  # so that the extra work is explained
             logger.info(
@@ -201,7 +202,7 @@ class MediaWork:
         failures: list[Failure],
         workers: int,
         shows: bool,
-    ) -> Iterator[Item]:
+    ) -> Generator[Item, None, None]:
         """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
         to `finished`, and sources that cannot be read to `failures`.
         """

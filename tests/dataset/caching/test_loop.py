@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,16 @@ def test_only_run_sees_that_sources_alone_failed(
     with pytest.raises(DatasetError) as caught:
         conclude(CacheReport(failures=(Failure(Path("m.png"), "no", 0, ""),)))
     assert caught.value.exit_code == code
+
+
+class Broken(ToyFamily):
+    def encode_media(self, encoders: Any, media: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+
+def test_an_error_ends_the_threads_that_decode_ahead_at_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9,) * 8)
+    with pytest.raises(RuntimeError, match="out of luck") as held:
+        cache_media(Broken(), config, options())
+    assert held.traceback  # whose frames are those of the caching
+    assert [one.name for one in threading.enumerate() if one.name.startswith(("ahead", "writer"))] == []
