@@ -66,22 +66,22 @@ class CacheReport:
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Join the reports of several processes to one."""
-    of_sources = {
-        name: tuple(
-            sorted(
-                (one for report in reports for one in getattr(report, name)), key=lambda one: str(one.path)
-            )
-        )
-        for name in ("failures", "dropped", "shortened", "silent")
-    }
+
+    def of_sources(name: str) -> tuple[Failure, ...]:
+        found = (one for report in reports for one in getattr(report, name))
+        return tuple(sorted(found, key=lambda one: str(one.path)))
+
     return CacheReport(
         written=sum(report.written for report in reports),
         kept=sum(report.kept for report in reports),
         foreign=sum(report.foreign for report in reports),
+        failures=of_sources("failures"),
+        dropped=of_sources("dropped"),
+        shortened=of_sources("shortened"),
+        silent=of_sources("silent"),
         share=sum(report.share for report in reports),
         whole=max((report.whole for report in reports), default=0),
         right=frozenset().union(*(report.right for report in reports)),
-        **of_sources,
     )
 
 
