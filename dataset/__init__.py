@@ -4,12 +4,11 @@ batches/: cached items in the order of training
 cache/: cache files: names, contents, and what they were made from
 caching/: the caching loop and its two halves
 config: read a dataset configuration to frozen tables
-config_keys: how values of keys are read; keys of subsets
-key_reading: read the keys of a configuration, explain wrong ones
+config_keys: how keys and their values are read, and explained
 options: options of all caching scripts, of Ray too
 scripts: make the caching scripts of a family
 sources/: media and captions on disk
-subset_options: options that describe an image dataset without a file
+subset_options: keys of subsets; options that stand for them
 subsets: the image guides' form of a dataset, as tables
 table: one table: a `[[datasets]]` entry or a subset
 """

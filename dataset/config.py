@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config_keys import (
+    BAD,
     FRAMES,
     MODES,
     NO_KEYS,
-    OTHER_NAMES,
     REFERENCES,
     SECTIONS,
     SOUND_ALONE,
     SPELLINGS,
-    SUBSET,
-    SUBSET_KEYS,
+    parse_config,
+    read_keys,
+    unknown,
+    without_nulls,
 )
-from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
-from dataset.subset_options import SubsetOptions
+from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
 from modules.command import did_you_mean

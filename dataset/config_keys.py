@@ -1,27 +1,38 @@
-"""The keys of dataset configurations: how a value is read, which are allowed, and the keys of subsets.
+"""The keys of dataset configurations: how a file and a value are read, and which are allowed.
 
 A key is declared once: those of a `[[datasets]]` table as fields of `DatasetTable` (dataset/table.py), those
-of the image guides' form in `SUBSET_KEYS` below. Standard library only.
+of the image guides' form in `SUBSET_KEYS` (dataset/subset_options.py). Standard library only.
 """
 
 import dataclasses
+import difflib
 import enum
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from modules.paths import expand_path, explain_path, is_address, path_exists
-from modules.text_files import bad_character
+from modules.command import as_typed, did_you_mean
+from modules.errors import DatasetError
+from modules.paths import (
+    NOTHING as NO_WORDS,
+)
+from modules.paths import (
+    expand_path,
+    explain_missing,
+    explain_path,
+    hide_secrets,
+    is_address,
+    path_exists,
+)
+from modules.text_encodings import guess_encoding
+from modules.text_files import bad_character, parse_json, parse_toml, read_text
 
 # of frame_extraction; what they do: dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 CACHE_FORMATS = ("files", "shards", "npz")
 # of audio: a clip without sound is a fault, or silent; or sound is of no interest
 REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
-INTERPOLATIONS = (
-    *("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
-    *("box", "lanczos4"),  # of configurations; the option has the others
-)
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 # beyond these a number is a slip of the finger, or meant to fill the memory
 FAR = 10_000  # latent frames; places in time stay far below
@@ -30,7 +41,6 @@ MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
 MOST_WEIGHT = 100
 MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
-MOST_ATTRIBUTES = 100
 LONGEST_SIDE = 16_384  # pixels
 MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
@@ -47,7 +57,7 @@ class Form(NamedTuple):
     allowed: str
 
 
-def _form(
+def form_of(
     kinds: type | tuple[type, ...],
     fits: Callable[[Any], bool],
     allowed: str,
@@ -66,15 +76,15 @@ def _form(
 
 def _whole(least: int, most: int, allowed: str = "") -> Form:
     limit = f"{least} or more" + (f", at most {most}" if most < MOST_COUNT else "")
-    return _form(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
+    return form_of(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
 
 
-def _number(fits: Callable[[float], bool], allowed: str) -> Form:
-    return _form((int, float), fits, allowed, float)
+def number(fits: Callable[[float], bool], allowed: str) -> Form:
+    return form_of((int, float), fits, allowed, float)
 
 
-def _one_of(values: tuple[str, ...]) -> Form:
-    return _form(str, lambda value: value in values, "one of " + ", ".join(f'"{one}"' for one in values))
+def one_of(values: tuple[str, ...]) -> Form:
+    return form_of(str, lambda value: value in values, "one of " + ", ".join(f'"{one}"' for one in values))
 
 
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
@@ -110,28 +120,18 @@ def _size(value: Any) -> tuple[int, int]:
     return width, height
 
 
-def _two_numbers(value: Any) -> tuple[float, float]:
-    """Return two ascending numbers of "1.5,4.0" or [1.5, 4.0]."""
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        low, high = (float(part) for part in parts)
-    except (TypeError, ValueError):
-        raise Unfit from None
-    if not 0 < low <= high <= 1000:
-        raise Unfit
-    return low, high
-
-
 def _is_text(value: str) -> bool:
     return bool(value.strip()) and not bad_character(value)
 
 
-def _is_short(value: str) -> bool:
+def is_short(value: str) -> bool:
     return len(value) <= MOST_WORDS and not bad_character(value)
 
 
-YES_NO = _form(bool, lambda _: True, "true or false, without quotes")
-NO_LAYERS = _form(bool, lambda value: not value, "false; the layers of Qwen-Image-Layered are not supported")
+YES_NO = form_of(bool, lambda _: True, "true or false, without quotes")
+NO_LAYERS = form_of(
+    bool, lambda value: not value, "false; the layers of Qwen-Image-Layered are not supported"
+)
 COUNT = _whole(1, MOST_COUNT)
 REPEATS = _whole(1, MOST_REPEATS)
 SAMPLES = _whole(1, MOST_SAMPLES)
@@ -140,11 +140,11 @@ SIDE = _whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
 PLACE = _whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
 COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
-SHARE = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
-WEIGHT = _number(
+SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
+WEIGHT = number(
     lambda value: 0 < value <= MOST_WEIGHT, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5"
 )
-RATE = _number(
+RATE = number(
     lambda value: RATES[0] <= value <= RATES[1],
     f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})',
 )
@@ -154,30 +154,30 @@ SIZE = Form(
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
     f"together at most {MOST_PIXELS:,} pixels",
 )
-MODE, CACHE_FORMAT = _one_of(MODES), _one_of(CACHE_FORMATS)
-AUDIO = _one_of((REQUIRED, IF_PRESENT, IGNORE))
-PATH = _form(str, _is_text, "a path in quotes", _path)
-LIST_PATH = _form(
+MODE, CACHE_FORMAT = one_of(MODES), one_of(CACHE_FORMATS)
+AUDIO = one_of((REQUIRED, IF_PRESENT, IGNORE))
+PATH = form_of(str, _is_text, "a path in quotes", _path)
+LIST_PATH = form_of(
     str,
     lambda value: _is_text(value) and not is_address(value),
     "a path in quotes, not an address: download the list or table itself first",
     _path,
 )
-COLUMN = _form(str, _is_text, "the name of a column in quotes")
+COLUMN = form_of(str, _is_text, "the name of a column in quotes")
 TARS = _list_of(
-    _form(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
+    form_of(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
 )
-EXTENSION = _form(
+EXTENSION = form_of(
     str, lambda value: _is_text(value) and "." in value, 'an extension with its dot, such as ".txt"'
 )
 # an empty one overrides [general]
-WORDS = _form(
+WORDS = form_of(
     str,
-    lambda value: _is_short(value) and len(value.splitlines()) < 2,
+    lambda value: is_short(value) and len(value.splitlines()) < 2,
     f"text in quotes, one line of at most {MOST_WORDS} characters",
     str.strip,
 )
-TEXT = _form(str, _is_short, f"text in quotes, at most {MOST_WORDS} characters")
+TEXT = form_of(str, is_short, f"text in quotes, at most {MOST_WORDS} characters")
 
 
 # --- keys of a [[datasets]] table
@@ -267,91 +267,134 @@ NO_KEYS: Mapping[str, str] = {
 }
 
 
-# --- keys of the image guides' form
+# --- reading them, and explaining wrong ones
 # ------------------------------------------------------------------------------------------------------------
 
-# where a key may stand: in a subset alone, in all of them, in [general] and [[datasets]]
-SUBSET, ANYWHERE, DATASET = "subset", "anywhere", "dataset"
-SAME = "same"  # the table's field has the name of the key
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a table",
+}
 
 
-class SubsetKey(NamedTuple):
-    """One key.
+class HasForm(Protocol):
+    """A key of any form of files."""
 
-    field: where its value goes: of the table, or `changes.`, `augmentation.` or `buckets.` and its name;
-    "": nowhere as it is. option: of the command line, whose value counts if no table has the key; None: that
-    of its name, "": there is none.
+    @property
+    def form(self) -> Form: ...
+
+
+BAD = object()  # marks a value that has been reported
+
+
+def parse_config(path: Path) -> dict[str, Any]:
+    """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
+    if path.is_dir():
+        there, makes = path / "dataset.toml", as_typed(["python", "new_project.py", str(path)])
+        give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
+        raise DatasetError(f"{path} is a folder. {give}")
+    if path.suffix.lower() not in {".toml", ".json"}:
+        raise DatasetError(
+            f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"
+        )
+    try:
+        text = read_text(path)
+    except UnicodeDecodeError as error:
+        guess = guess_encoding(error.object)
+        seems = "" if guess is None else f"; it looks like {guess.name}"
+        raise DatasetError(
+            f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
+        ) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be read: {error.strerror}.{explain_missing(path)} Give --dataset_config the "
+            "file's path."
+        ) from error
+    try:
+        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
+    except ValueError as error:  # both parsers' errors are ValueErrors with line and column
+        raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(f'{path}: the top level must be an object with "datasets"')
+    return content
+
+
+def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
+    """Return a table without the keys whose value is null, which JSON has; {} if it is no table."""
+    if isinstance(table, dict):
+        return {key: value for key, value in table.items() if value is not None}
+    if table is not None:
+        is_doubled = name == "[general]" and isinstance(table, list)
+        problems.append(
+            "[[general]] needs one pair of brackets: write [general]"
+            if is_doubled
+            else f"{name} = {show(table)} is not a table of keys"
+        )
+    return {}
+
+
+def read_keys(
+    keys: Mapping[str, HasForm],
+    table: Mapping[str, Any],
+    where: str,
+    problems: list[str],
+    misplaced: Mapping[str, str],
+    names: Mapping[str, str] | None = None,
+    more: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
+
+    Each mistake adds a line to `problems`.
+
+    misplaced: keys that cannot stand in this table, and why, which is said behind the value. names: other
+    names of keys. more: keys that are read elsewhere.
     """
+    values: dict[str, Any] = {}
+    spelt: dict[str, str] = {}  # the name that each key has in the table
+    for name, value in table.items():
+        real = (names or {}).get(name, name)
+        if name in more:
+            continue
+        if real not in keys:
+            allowed = [one for one in keys if one not in misplaced]
+            problems.append(f"{where}: {unknown(name, value, [*more, *allowed])}")
+        elif real in misplaced:
+            problems.append(f"{where}: {name} = {show(value)} {misplaced[real]}")
+        elif spelt.setdefault(real, name) != name:
+            both = " and ".join(sorted((spelt[real], name), key=real.__eq__))  # its own name last
+            problems.append(f"{where}: {both} are the same key; leave out one")
+        else:
+            try:
+                values[real] = keys[real].form.read(value)
+            except Unfit as unfit:
+                values[real] = BAD
+                problems.append(f"{where}: {_explain(real, value, keys[real].form.allowed, str(unfit))}")
+    return values
 
-    form: Form
-    default: Any
-    place: str = ANYWHERE
-    field: str = ""
-    option: str | None = None
+
+def _explain(name: str, value: Any, allowed: str, why: str) -> str:
+    hint = f"; but {why}" if why else ""
+    if not why and name == "frame_extraction" and isinstance(value, str):
+        near = difflib.get_close_matches(value, MODES, 1)
+        hint = f'. Did you mean "{near[0]}"?' if near else ""
+    if not hint and str(value).strip().lower() in NO_WORDS:
+        hint = ". For nothing, leave the key out"
+    kind = KINDS.get(type(value), type(value).__name__)
+    return f"{name} = {show(value)} ({kind}); allowed: {allowed}{hint}"
 
 
-_INTERPOLATION = _one_of(INTERPOLATIONS)
-_SEPARATOR = _form(str, lambda value: bool(value) and _is_short(value), TEXT.allowed)
-_SEED = _form(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
-_LOSS_WEIGHT = _number(lambda value: 0 <= value <= MOST_WEIGHT, f"a number from 0 to {MOST_WEIGHT}")
-_UNTIL = _number(lambda value: 0 <= value < 10**9, "a number of steps, or below 1 a share of all steps")
-_STRENGTH = _number(
-    lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
-)
-_ATTRIBUTES = _form(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
-FACES = Form(_two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces')
+def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return the line that reports an unknown key, with the nearest known one, or why it is not supported."""
+    if name in NO_KEYS:
+        return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
+    allowed = list(allowed)
+    return f"unknown key {name} = {show(value)}.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}"
 
-SUBSET_KEYS: Mapping[str, SubsetKey] = {
-    # where pictures are
-    "image_dir": SubsetKey(PATH, None, SUBSET, "", ""),
-    "metadata_file": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "conditioning_data_dir": SubsetKey(PATH, None, SUBSET, "conditioning_directory"),
-    "mask_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "cache_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "cache_format": SubsetKey(CACHE_FORMAT, "files", ANYWHERE, SAME, ""),
-    "is_reg": SubsetKey(YES_NO, False, SUBSET, SAME, ""),
-    "class_tokens": SubsetKey(TEXT, None, SUBSET, SAME, ""),
-    "cache_info": SubsetKey(YES_NO, False),
-    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, SAME, ""),
-    "num_repeats": SubsetKey(REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
-    # sizes
-    "resolution": SubsetKey(SIZE, None, DATASET, SAME),
-    "batch_size": SubsetKey(COUNT, 1, DATASET, SAME, "train_batch_size"),
-    "enable_bucket": SubsetKey(YES_NO, False, DATASET, SAME),
-    "min_bucket_reso": SubsetKey(SIDE, 256, DATASET, "buckets.minimum"),
-    "max_bucket_reso": SubsetKey(SIDE, 1024, DATASET, "buckets.maximum"),
-    "bucket_reso_steps": SubsetKey(SIDE, 64, DATASET, "buckets.step"),
-    "bucket_no_upscale": SubsetKey(YES_NO, False, DATASET, SAME),
-    "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
-    "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, "", ""),
-    # losses and validation
-    "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
-    "alpha_mask": SubsetKey(YES_NO, False, ANYWHERE, SAME),
-    "validation_split": SubsetKey(SHARE, None, ANYWHERE, SAME, ""),
-    "validation_seed": SubsetKey(_SEED, None, ANYWHERE, SAME, ""),
-    # captions
-    "caption_extension": SubsetKey(EXTENSION, ".caption", ANYWHERE, SAME),
-    "shuffle_caption": SubsetKey(YES_NO, False, ANYWHERE, "changes.shuffle"),
-    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "changes.separator"),
-    "keep_tokens": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
-    "keep_tokens_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
-    "secondary_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.secondary_separator"),
-    "enable_wildcard": SubsetKey(YES_NO, False, ANYWHERE, "changes.wildcards"),
-    "caption_prefix": SubsetKey(WORDS, "", ANYWHERE, SAME),
-    "caption_suffix": SubsetKey(WORDS, "", ANYWHERE, SAME),
-    "caption_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, SAME),
-    "caption_dropout_every_n_epochs": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"),
-    "caption_tag_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
-    "token_warmup_min": SubsetKey(FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
-    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
-    # pictures that change
-    "flip_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.flip"),
-    "color_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.color"),
-    "random_crop": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.random_crop"),
-    "face_crop_aug_range": SubsetKey(FACES, None, ANYWHERE, "augmentation.face_crop_range"),
-}
-# other names of keys, as the guides, or their scripts, spell them
-OTHER_NAMES: Mapping[str, str] = {
-    "interpolation_type": "resize_interpolation",
-    "caption_extention": "caption_extension",
-}
+
+def show(value: Any) -> str:
+    """Return a value as a line reports it: short, without passwords."""
+    text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 80 else text[:77] + "..."

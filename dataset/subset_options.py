@@ -1,8 +1,30 @@
-"""Options of image trainers that describe a data set without a TOML file, or complete one."""
+"""Keys of the image guides' form of data sets, and the options that stand for them or for a whole file."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from dataset.config_keys import FACES, Unfit
+from dataset.config_keys import (
+    CACHE_FORMAT,
+    COUNT,
+    EXTENSION,
+    FROM_ZERO,
+    MOST_WEIGHT,
+    PATH,
+    REPEATS,
+    SHARE,
+    SIDE,
+    SIZE,
+    TEXT,
+    WORDS,
+    YES_NO,
+    Form,
+    Unfit,
+    form_of,
+    is_short,
+    number,
+    one_of,
+)
 from modules.errors import OptionError
 from modules.option_values import JOINED, require
 from modules.options import Options, option, unsupported
@@ -10,6 +32,111 @@ from modules.options import Options, option, unsupported
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MOST_SIDE = 65_536  # pixels
 A_SHARE = "a share from 0 to 1"
+MOST_ATTRIBUTES = 100
+
+
+def _two_numbers(value: Any) -> tuple[float, float]:
+    """Return two ascending numbers of "1.5,4.0" or [1.5, 4.0]."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise Unfit from None
+    if not 0 < low <= high <= 1000:
+        raise Unfit
+    return low, high
+
+
+# where a key may stand: in a subset alone, in all of them, in [general] and [[datasets]]
+SUBSET, ANYWHERE, DATASET = "subset", "anywhere", "dataset"
+SAME = "same"  # the table's field has the name of the key
+
+
+class SubsetKey(NamedTuple):
+    """One key.
+
+    field: where its value goes: of the table, or `changes.`, `augmentation.` or `buckets.` and its name;
+    "": nowhere as it is. option: of the command line, whose value counts if no table has the key; None: that
+    of its name, "": there is none.
+    """
+
+    form: Form
+    default: Any
+    place: str = ANYWHERE
+    field: str = ""
+    option: str | None = None
+
+
+# configurations have more of them than the option
+_INTERPOLATION = one_of((*INTERPOLATIONS, "box", "lanczos4"))
+_SEPARATOR = form_of(str, lambda value: bool(value) and is_short(value), TEXT.allowed)
+_SEED = form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
+_LOSS_WEIGHT = number(lambda value: 0 <= value <= MOST_WEIGHT, f"a number from 0 to {MOST_WEIGHT}")
+_UNTIL = number(lambda value: 0 <= value < 10**9, "a number of steps, or below 1 a share of all steps")
+_STRENGTH = number(
+    lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
+)
+_ATTRIBUTES = form_of(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
+FACES = Form(_two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces')
+
+SUBSET_KEYS: Mapping[str, SubsetKey] = {
+    # where pictures are
+    "image_dir": SubsetKey(PATH, None, SUBSET, "", ""),
+    "metadata_file": SubsetKey(PATH, None, SUBSET, SAME, ""),
+    "conditioning_data_dir": SubsetKey(PATH, None, SUBSET, "conditioning_directory"),
+    "mask_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
+    "cache_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
+    "cache_format": SubsetKey(CACHE_FORMAT, "files", ANYWHERE, SAME, ""),
+    "is_reg": SubsetKey(YES_NO, False, SUBSET, SAME, ""),
+    "class_tokens": SubsetKey(TEXT, None, SUBSET, SAME, ""),
+    "cache_info": SubsetKey(YES_NO, False),
+    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, SAME, ""),
+    "num_repeats": SubsetKey(REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
+    # sizes
+    "resolution": SubsetKey(SIZE, None, DATASET, SAME),
+    "batch_size": SubsetKey(COUNT, 1, DATASET, SAME, "train_batch_size"),
+    "enable_bucket": SubsetKey(YES_NO, False, DATASET, SAME),
+    "min_bucket_reso": SubsetKey(SIDE, 256, DATASET, "buckets.minimum"),
+    "max_bucket_reso": SubsetKey(SIDE, 1024, DATASET, "buckets.maximum"),
+    "bucket_reso_steps": SubsetKey(SIDE, 64, DATASET, "buckets.step"),
+    "bucket_no_upscale": SubsetKey(YES_NO, False, DATASET, SAME),
+    "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
+    "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, "", ""),
+    # losses and validation
+    "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
+    "alpha_mask": SubsetKey(YES_NO, False, ANYWHERE, SAME),
+    "validation_split": SubsetKey(SHARE, None, ANYWHERE, SAME, ""),
+    "validation_seed": SubsetKey(_SEED, None, ANYWHERE, SAME, ""),
+    # captions
+    "caption_extension": SubsetKey(EXTENSION, ".caption", ANYWHERE, SAME),
+    "shuffle_caption": SubsetKey(YES_NO, False, ANYWHERE, "changes.shuffle"),
+    "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "changes.separator"),
+    "keep_tokens": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
+    "keep_tokens_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
+    "secondary_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.secondary_separator"),
+    "enable_wildcard": SubsetKey(YES_NO, False, ANYWHERE, "changes.wildcards"),
+    "caption_prefix": SubsetKey(WORDS, "", ANYWHERE, SAME),
+    "caption_suffix": SubsetKey(WORDS, "", ANYWHERE, SAME),
+    "caption_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, SAME),
+    "caption_dropout_every_n_epochs": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"),
+    "caption_tag_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
+    "token_warmup_min": SubsetKey(FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
+    "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
+    # pictures that change
+    "flip_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.flip"),
+    "color_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.color"),
+    "random_crop": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.random_crop"),
+    "face_crop_aug_range": SubsetKey(FACES, None, ANYWHERE, "augmentation.face_crop_range"),
+}
+# other names of keys, as the guides, or their scripts, spell them
+OTHER_NAMES: Mapping[str, str] = {
+    "interpolation_type": "resize_interpolation",
+    "caption_extention": "caption_extension",
+}
+
+
+# --- options
+# ------------------------------------------------------------------------------------------------------------
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):

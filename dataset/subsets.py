@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.config_keys import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS
-from dataset.key_reading import BAD, read_keys, without_nulls
-from dataset.subset_options import SubsetOptions
+from dataset.config_keys import BAD, read_keys, without_nulls
+from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
 from modules.text_files import real_path

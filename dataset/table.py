@@ -35,7 +35,6 @@ from dataset.config_keys import (
     SHARE,
     SIZE,
     SOURCE_FPS,
-    SUBSET_KEYS,
     TARS,
     TEXTS,
     WEIGHT,
@@ -47,6 +46,7 @@ from dataset.config_keys import (
     key,
     of_kind,
 )
+from dataset.subset_options import SUBSET_KEYS
 from modules.contract.rules import ReferenceRules
 from modules.paths import hide_secrets
 

@@ -59,7 +59,8 @@ FLOORS = {
     ),
     "dataset": (
         {"config_keys", "options"},
-        {"key_reading", "subset_options", "table"},
+        {"subset_options"},
+        {"table"},
         {"subsets"},
         {"config"},
         {"sources"},

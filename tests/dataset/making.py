@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DatasetConfig, DatasetTable, load_dataset_config
-from dataset.config_keys import DATASET, SUBSET_KEYS
-from dataset.subset_options import SubsetOptions
+from dataset.subset_options import DATASET, SUBSET_KEYS, SubsetOptions
 from modules.media.writing import write_video
 from modules.parser import parse_options
 

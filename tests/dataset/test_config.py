@@ -11,20 +11,10 @@ import pytest
 from dataset.cache.store import Stores
 from dataset.caching.planning import Recipe
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
-from dataset.config_keys import (
-    ANYWHERE,
-    DATASET,
-    FRAMES,
-    LATENTS,
-    LEARNING,
-    REFERENCES,
-    SECTIONS,
-    SUBSET,
-    SUBSET_KEYS,
-    TEXTS,
-)
+from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
 from dataset.sources.frames import bucket_of, spans
 from dataset.sources.media_source import GivenTensors, MediaSource
+from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import SOURCES, Augmentation, CaptionChanges
 from modules.errors import DatasetError
 from tests.commands import ROOT
