@@ -10,20 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import (
-    BAD,
-    FRAMES,
-    MODES,
-    NO_KEYS,
-    REFERENCES,
-    SECTIONS,
-    SOUND_ALONE,
-    SPELLINGS,
-    parse_config,
-    read_keys,
-    unknown,
-    without_nulls,
-)
+from dataset import config_keys as forms
+from dataset.config_keys import MODES
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
@@ -36,7 +24,7 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
-KNOWN_KEYS = {*KEYS, *SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
+KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 
 def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
@@ -48,8 +36,10 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
     problems: list[str] = []
-    content = _with_keys_in_general(path, parse_config(path), problems)
-    problems += [unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL]
+    content = _with_keys_in_general(path, forms.parse_config(path), problems)
+    problems += [
+        forms.unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL
+    ]
     datasets = content.get("datasets")
     entries = [
         one for one in (datasets if isinstance(datasets, list) else [datasets]) if isinstance(one, dict)
@@ -59,11 +49,11 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     else:
         if unused := sorted(set(typed_options(given).values())):
             logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
-        general = without_nulls(content.get("general"), "[general]", problems)
+        general = forms.without_nulls(content.get("general"), "[general]", problems)
         entries = _entries(content, problems)
         elsewhere = "is allowed only in a [[datasets]] table; move it there"
         misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
-        general = read_keys(KEYS, general, "[general]", problems, misplaced, SPELLINGS)
+        general = forms.read_keys(KEYS, general, "[general]", problems, misplaced, forms.SPELLINGS)
         read = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
         tables = tuple(table for table in read if table is not None)
     users: dict[str, DatasetTable] = {}  # of cache directories
@@ -94,7 +84,9 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
     """Return a file's content with the keys above all tables in [general], where some guides mean them."""
     of_subsets = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
-    known = of_subsets | {name for name, key in KEYS.items() if key.in_general} | {*OTHER_NAMES, *SPELLINGS}
+    known = (
+        of_subsets | {name for name, key in KEYS.items() if key.in_general} | {*OTHER_NAMES, *forms.SPELLINGS}
+    )
     general = content.get("general", {})
     below = [name for name in content if name in KEYS and not KEYS[name].in_general]
     problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in below]
@@ -117,7 +109,7 @@ def for_family(
     in_sections: whether its latents depend on the keys of sections; else a warning names those that are set.
     """
     for table in config.datasets:
-        of_sections = table.changed(SECTIONS)
+        of_sections = table.changed(forms.SECTIONS)
         if of_sections and not in_sections:
             keys = " and ".join(of_sections)
             logger.warning("%s: %s: ignored, as only FramePack takes clips in sections", table.name, keys)
@@ -166,7 +158,7 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
         if table.reference_dropout_rate:
             why = "this model takes no reference pictures. Leave it out"
             problems.append(f"{table.name}: reference_dropout_rate: {why}")
-        if of_references := table.changed(REFERENCES):
+        if of_references := table.changed(forms.REFERENCES):
             why = "this model fits control images to the size of their picture; the keys are for models that"
             keys = " and ".join(of_references)
             problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
@@ -195,16 +187,16 @@ def _read_table(
 ) -> DatasetTable | None:
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
-    entry = without_nulls(entry, where, problems)
+    entry = forms.without_nulls(entry, where, problems)
     given = [name for name in SOURCES if name in entry]
     if len(given) > 1:
         names = " and ".join(given)
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
     if not given:
-        refused = [unknown(key, value, ()) for key, value in entry.items() if key in NO_KEYS]
+        refused = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
         hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
-        hint = f" {SOUND_ALONE.capitalize()}" if "audio_directory" in entry else hint
+        hint = f" {forms.SOUND_ALONE.capitalize()}" if "audio_directory" in entry else hint
         needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
         problems += [f"{where}: {line}" for line in refused or [needs]]
         return None
@@ -219,8 +211,8 @@ def _read_table(
             sources = [one for one in SOURCES if kind in KEYS[one].kinds and one.endswith(key.only_with)]
             misplaced[name] = f"is for tables with {' or '.join(sources)}, not {source_key}"
     values = {name: key.default for name, key in KEYS.items()}
-    values |= general | read_keys(KEYS, entry, where, problems, misplaced, SPELLINGS)
-    if len(problems) > before or any(value is BAD for value in values.values()):
+    values |= general | forms.read_keys(KEYS, entry, where, problems, misplaced, forms.SPELLINGS)
+    if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in SOURCES}
     fields |= {name: values[f"{kind}_{name}"] for name in SOURCE_FIELDS}
@@ -250,7 +242,7 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
     if found is not None:
         problems.append(f"{place}: {found}")
         return False
-    of_frames = defaults_of(FRAMES) if fields["load_tensors"] else {}
+    of_frames = defaults_of(forms.FRAMES) if fields["load_tensors"] else {}
     unused = [name for name, default in of_frames.items() if fields[name] != default]
     if unused:
         logger.warning(

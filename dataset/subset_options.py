@@ -4,27 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.config_keys import (
-    CACHE_FORMAT,
-    COUNT,
-    EXTENSION,
-    FROM_ZERO,
-    MOST_WEIGHT,
-    PATH,
-    REPEATS,
-    SHARE,
-    SIDE,
-    SIZE,
-    TEXT,
-    WORDS,
-    YES_NO,
-    Form,
-    Unfit,
-    form_of,
-    is_short,
-    number,
-    one_of,
-)
+from dataset import config_keys as forms
 from modules.errors import OptionError
 from modules.option_values import JOINED, require
 from modules.options import Options, option, unsupported
@@ -41,9 +21,9 @@ def _two_numbers(value: Any) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in parts)
     except (TypeError, ValueError):
-        raise Unfit from None
+        raise forms.Unfit from None
     if not 0 < low <= high <= 1000:
-        raise Unfit
+        raise forms.Unfit
     return low, high
 
 
@@ -60,7 +40,7 @@ class SubsetKey(NamedTuple):
     of its name, "": there is none.
     """
 
-    form: Form
+    form: forms.Form
     default: Any
     place: str = ANYWHERE
     field: str = ""
@@ -68,64 +48,70 @@ class SubsetKey(NamedTuple):
 
 
 # configurations have more of them than the option
-_INTERPOLATION = one_of((*INTERPOLATIONS, "box", "lanczos4"))
-_SEPARATOR = form_of(str, lambda value: bool(value) and is_short(value), TEXT.allowed)
-_SEED = form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
-_LOSS_WEIGHT = number(lambda value: 0 <= value <= MOST_WEIGHT, f"a number from 0 to {MOST_WEIGHT}")
-_UNTIL = number(lambda value: 0 <= value < 10**9, "a number of steps, or below 1 a share of all steps")
-_STRENGTH = number(
+_INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
+_SEPARATOR = forms.form_of(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
+_SEED = forms.form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
+_LOSS_WEIGHT = forms.number(
+    lambda value: 0 <= value <= forms.MOST_WEIGHT, f"a number from 0 to {forms.MOST_WEIGHT}"
+)
+_UNTIL = forms.number(lambda value: 0 <= value < 10**9, "a number of steps, or below 1 a share of all steps")
+_STRENGTH = forms.number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
-_ATTRIBUTES = form_of(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
-FACES = Form(_two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces')
+_ATTRIBUTES = forms.form_of(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
+FACES = forms.Form(
+    _two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces'
+)
 
 SUBSET_KEYS: Mapping[str, SubsetKey] = {
     # where pictures are
-    "image_dir": SubsetKey(PATH, None, SUBSET, "", ""),
-    "metadata_file": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "conditioning_data_dir": SubsetKey(PATH, None, SUBSET, "conditioning_directory"),
-    "mask_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "cache_directory": SubsetKey(PATH, None, SUBSET, SAME, ""),
-    "cache_format": SubsetKey(CACHE_FORMAT, "files", ANYWHERE, SAME, ""),
-    "is_reg": SubsetKey(YES_NO, False, SUBSET, SAME, ""),
-    "class_tokens": SubsetKey(TEXT, None, SUBSET, SAME, ""),
-    "cache_info": SubsetKey(YES_NO, False),
+    "image_dir": SubsetKey(forms.PATH, None, SUBSET, "", ""),
+    "metadata_file": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
+    "conditioning_data_dir": SubsetKey(forms.PATH, None, SUBSET, "conditioning_directory"),
+    "mask_directory": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
+    "cache_directory": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
+    "cache_format": SubsetKey(forms.CACHE_FORMAT, "files", ANYWHERE, SAME, ""),
+    "is_reg": SubsetKey(forms.YES_NO, False, SUBSET, SAME, ""),
+    "class_tokens": SubsetKey(forms.TEXT, None, SUBSET, SAME, ""),
+    "cache_info": SubsetKey(forms.YES_NO, False),
     "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, SAME, ""),
-    "num_repeats": SubsetKey(REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
+    "num_repeats": SubsetKey(forms.REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
     # sizes
-    "resolution": SubsetKey(SIZE, None, DATASET, SAME),
-    "batch_size": SubsetKey(COUNT, 1, DATASET, SAME, "train_batch_size"),
-    "enable_bucket": SubsetKey(YES_NO, False, DATASET, SAME),
-    "min_bucket_reso": SubsetKey(SIDE, 256, DATASET, "buckets.minimum"),
-    "max_bucket_reso": SubsetKey(SIDE, 1024, DATASET, "buckets.maximum"),
-    "bucket_reso_steps": SubsetKey(SIDE, 64, DATASET, "buckets.step"),
-    "bucket_no_upscale": SubsetKey(YES_NO, False, DATASET, SAME),
+    "resolution": SubsetKey(forms.SIZE, None, DATASET, SAME),
+    "batch_size": SubsetKey(forms.COUNT, 1, DATASET, SAME, "train_batch_size"),
+    "enable_bucket": SubsetKey(forms.YES_NO, False, DATASET, SAME),
+    "min_bucket_reso": SubsetKey(forms.SIDE, 256, DATASET, "buckets.minimum"),
+    "max_bucket_reso": SubsetKey(forms.SIDE, 1024, DATASET, "buckets.maximum"),
+    "bucket_reso_steps": SubsetKey(forms.SIDE, 64, DATASET, "buckets.step"),
+    "bucket_no_upscale": SubsetKey(forms.YES_NO, False, DATASET, SAME),
     "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
     "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, "", ""),
     # losses and validation
     "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
-    "alpha_mask": SubsetKey(YES_NO, False, ANYWHERE, SAME),
-    "validation_split": SubsetKey(SHARE, None, ANYWHERE, SAME, ""),
+    "alpha_mask": SubsetKey(forms.YES_NO, False, ANYWHERE, SAME),
+    "validation_split": SubsetKey(forms.SHARE, None, ANYWHERE, SAME, ""),
     "validation_seed": SubsetKey(_SEED, None, ANYWHERE, SAME, ""),
     # captions
-    "caption_extension": SubsetKey(EXTENSION, ".caption", ANYWHERE, SAME),
-    "shuffle_caption": SubsetKey(YES_NO, False, ANYWHERE, "changes.shuffle"),
+    "caption_extension": SubsetKey(forms.EXTENSION, ".caption", ANYWHERE, SAME),
+    "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.shuffle"),
     "caption_separator": SubsetKey(_SEPARATOR, ",", ANYWHERE, "changes.separator"),
-    "keep_tokens": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
-    "keep_tokens_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
-    "secondary_separator": SubsetKey(TEXT, "", ANYWHERE, "changes.secondary_separator"),
-    "enable_wildcard": SubsetKey(YES_NO, False, ANYWHERE, "changes.wildcards"),
-    "caption_prefix": SubsetKey(WORDS, "", ANYWHERE, SAME),
-    "caption_suffix": SubsetKey(WORDS, "", ANYWHERE, SAME),
-    "caption_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, SAME),
-    "caption_dropout_every_n_epochs": SubsetKey(FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"),
-    "caption_tag_dropout_rate": SubsetKey(SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
-    "token_warmup_min": SubsetKey(FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
+    "keep_tokens": SubsetKey(forms.FROM_ZERO, 0, ANYWHERE, "changes.keep_tokens"),
+    "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
+    "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.secondary_separator"),
+    "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.wildcards"),
+    "caption_prefix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
+    "caption_suffix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
+    "caption_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, SAME),
+    "caption_dropout_every_n_epochs": SubsetKey(
+        forms.FROM_ZERO, 0, ANYWHERE, "changes.dropout_every_n_epochs"
+    ),
+    "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
+    "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
     "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
     # pictures that change
-    "flip_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.flip"),
-    "color_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.color"),
-    "random_crop": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.random_crop"),
+    "flip_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.flip"),
+    "color_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.color"),
+    "random_crop": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.random_crop"),
     "face_crop_aug_range": SubsetKey(FACES, None, ANYWHERE, "augmentation.face_crop_range"),
 }
 # other names of keys, as the guides, or their scripts, spell them
@@ -221,7 +207,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         try:
             if self.face_crop_aug_range is not None:
                 FACES.read(self.face_crop_aug_range)
-        except Unfit:
+        except forms.Unfit:
             raise OptionError(
                 f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
                 "as 2.0,4.0"

@@ -9,43 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import (
-    AUDIO,
-    BOTH,
-    CACHE_FORMAT,
-    COLUMN,
-    COUNT,
-    COUNTS,
-    EXTENSION,
-    FRAMES,
-    IF_PRESENT,
-    LATENTS,
-    LEARNING,
-    LIST_PATH,
-    MODE,
-    NO_LAYERS,
-    NOTHING,
-    PATH,
-    PLACE,
-    PLACES,
-    REFERENCES,
-    REPEATS,
-    SAMPLES,
-    SECTIONS,
-    SHARE,
-    SIZE,
-    SOURCE_FPS,
-    TARS,
-    TEXTS,
-    WEIGHT,
-    WORDS,
-    YES_NO,
-    Form,
-    Stale,
-    TableKey,
-    key,
-    of_kind,
-)
+from dataset import config_keys as forms
+from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
 from modules.contract.rules import ReferenceRules
 from modules.paths import hide_secrets
@@ -133,73 +98,82 @@ class DatasetTable:
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
     # exactly one of these five is set, or metadata_file
-    directory: Path | None = of_kind(PATH)
-    jsonl_file: Path | None = of_kind(LIST_PATH)
-    table_file: Path | None = of_kind(LIST_PATH)
-    tars: tuple[str, ...] | None = of_kind(TARS)  # paths, globs or addresses
-    cogvideox_root: Path | None = key(PATH, kinds=VIDEO, stale=NOTHING)
-    resolution: tuple[int, int] = key(SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
-    caption_extension: str | None = key(EXTENSION, in_general=True, stale=NOTHING)
+    directory: Path | None = forms.of_kind(forms.PATH)
+    jsonl_file: Path | None = forms.of_kind(forms.LIST_PATH)
+    table_file: Path | None = forms.of_kind(forms.LIST_PATH)
+    tars: tuple[str, ...] | None = forms.of_kind(forms.TARS)  # paths, globs or addresses
+    cogvideox_root: Path | None = key(forms.PATH, kinds=VIDEO, stale=NOTHING)
+    resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
+    caption_extension: str | None = key(forms.EXTENSION, in_general=True, stale=NOTHING)
     # these three: "" for none
-    trigger_word: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
-    caption_prefix: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
-    caption_suffix: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
+    trigger_word: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
+    caption_prefix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
+    caption_suffix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     # caption of media without a caption file; None: they need one
-    class_tokens: str | None = key(WORDS, only_with=("directory",), stale=NOTHING)
+    class_tokens: str | None = key(forms.WORDS, only_with=("directory",), stale=NOTHING)
     # each line of a caption file is a caption
-    multi_caption: bool = key(YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
-    caption_dropout_rate: float = key(SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
-    batch_size: int = key(COUNT, 1, in_general=True, stale=NOTHING)
-    num_repeats: int = key(REPEATS, 1, in_general=True, stale=NOTHING)
-    enable_bucket: bool = key(YES_NO, False, in_general=True, stale=LATENTS)
+    multi_caption: bool = key(forms.YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
+    caption_dropout_rate: float = key(forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
+    batch_size: int = key(forms.COUNT, 1, in_general=True, stale=NOTHING)
+    num_repeats: int = key(forms.REPEATS, 1, in_general=True, stale=NOTHING)
+    enable_bucket: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
     # never without enable_bucket
-    bucket_no_upscale: bool = key(YES_NO, False, in_general=True, stale=LATENTS)
+    bucket_no_upscale: bool = key(forms.YES_NO, False, in_general=True, stale=LATENTS)
     cache_format: Literal["files", "shards", "npz"] = key(
-        CACHE_FORMAT, "files", in_general=True, stale=NOTHING
+        forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
     )
-    cache_directory: Path = key(PATH, stale=NOTHING)  # None only while the file is read
-    dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
-    path_column: str | None = key(COLUMN, only_with=("table_file",), stale=NOTHING)  # None: the usual names
-    # beside control_path and control_path_1, ...
-    control_column: str | None = key(COLUMN, only_with=("table_file", "jsonl_file"), stale=NOTHING)
+    cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
+    dataset_file: Path | None = key(forms.PATH, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
     # None: the usual names
-    caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX), stale=NOTHING)
-    video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
-    id_token: str = key(WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)  # "" for none
+    path_column: str | None = key(forms.COLUMN, only_with=("table_file",), stale=NOTHING)
+    # beside control_path and control_path_1, ...
+    control_column: str | None = key(forms.COLUMN, only_with=("table_file", "jsonl_file"), stale=NOTHING)
+    # None: the usual names
+    caption_column: str | None = key(
+        forms.COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX), stale=NOTHING
+    )
+    video_column: str | None = key(forms.COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
+    id_token: str = key(forms.WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)  # "" for none
     # latents are computed already
-    load_tensors: bool = key(YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=LATENTS)
-    allow_urls: bool = key(YES_NO, False, only_with=OF_TABLES, stale=NOTHING)  # sources may lie elsewhere
+    load_tensors: bool = key(forms.YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=LATENTS)
+    allow_urls: bool = key(
+        forms.YES_NO, False, only_with=OF_TABLES, stale=NOTHING
+    )  # sources may lie elsewhere
     # where these are kept; None: in the cache directory
-    download_directory: Path | None = key(PATH, only_with=OF_TABLES, stale=NOTHING)
-    control_directory: Path | None = key(PATH, only_with=OF_FOLDERS, stale=NOTHING)
-    mask_directory: Path | None = key(PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
+    download_directory: Path | None = key(forms.PATH, only_with=OF_TABLES, stale=NOTHING)
+    control_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=NOTHING)
+    mask_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
     # of models that hear: whether clips have sound, and where it is instead of in the clips
-    audio: str = key(AUDIO, IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
-    audio_directory: Path | None = key(PATH, kinds=VIDEO, only_with=("directory",), stale=LEARNING, rank=6)
+    audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
+    audio_directory: Path | None = key(
+        forms.PATH, kinds=VIDEO, only_with=("directory",), stale=LEARNING, rank=6
+    )
     # transparent parts are not learned
-    alpha_mask: bool = key(YES_NO, False, stale=LATENTS | LEARNING, rank=4)
-    validation: bool = key(YES_NO, False, stale=NOTHING)  # not trained on
+    alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
+    validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on
     # factor on the loss of its items in training
-    prior_loss_weight: float = key(WEIGHT, 1.0, stale=LEARNING, rank=3)
+    prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
     # ascending; see `with_lengths`
-    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
-    frame_extraction: str = key(MODE, "head", kinds=VIDEO, stale=FRAMES)
-    frame_stride: int = key(COUNT, 1, kinds=VIDEO, stale=FRAMES)
-    frame_sample: int = key(SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
-    max_frames: int = key(COUNT, 129, kinds=VIDEO, stale=FRAMES)
+    target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
+    frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
+    frame_stride: int = key(forms.COUNT, 1, kinds=VIDEO, stale=FRAMES)
+    frame_sample: int = key(forms.SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
+    max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
     # AUTO: by the times in each file
-    source_fps: float | str | None = key(SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
-    fp_latent_window_size: int = key(COUNT, 9, stale=SECTIONS)
-    fp_1f_clean_indices: tuple[int, ...] | None = key(PLACES, kinds=IMAGE, stale=SECTIONS)
-    fp_1f_target_index: int | None = key(PLACE, kinds=IMAGE, stale=SECTIONS)
-    fp_1f_no_post: bool = key(YES_NO, False, kinds=IMAGE, stale=SECTIONS)
+    source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
+    fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
+    fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
+    fp_1f_target_index: int | None = key(forms.PLACE, kinds=IMAGE, stale=SECTIONS)
+    fp_1f_no_post: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=SECTIONS)
     # of reference pictures; with both, only larger ones are resized
-    no_resize_control: bool = key(YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
+    no_resize_control: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
     # None: that of the picture
-    control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
+    control_resolution: tuple[int, int] | None = key(
+        forms.SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1
+    )
     # of batches, trained without them
-    reference_dropout_rate: float = key(SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
-    multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
+    reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
+    multiple_target: bool = key(forms.NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
@@ -353,14 +327,18 @@ class DatasetConfig:
     datasets: tuple[DatasetTable, ...]
 
 
-_FORMS: dict[str, Form] = {
+_FORMS: dict[str, forms.Form] = {
     one.name: one.metadata["source"] for one in fields(DatasetTable) if "source" in one.metadata
 }
 SOURCE_FIELDS = tuple(_FORMS)
 # of these a table has one; it says what kind of source the others of the table must fit
-SOURCES = (*(f"{kind}_{name}" for kind in BOTH for name in SOURCE_FIELDS), "cogvideox_root")
-KEYS: Mapping[str, TableKey] = {
-    **{f"{kind}_{name}": TableKey(form, None, (kind,)) for kind in BOTH for name, form in _FORMS.items()},
+SOURCES = (*(f"{kind}_{name}" for kind in forms.BOTH for name in SOURCE_FIELDS), "cogvideox_root")
+KEYS: Mapping[str, forms.TableKey] = {
+    **{
+        f"{kind}_{name}": forms.TableKey(form, None, (kind,))
+        for kind in forms.BOTH
+        for name, form in _FORMS.items()
+    },
     **{one.name: one.metadata["key"] for one in fields(DatasetTable) if "key" in one.metadata},
 }
 # `mask` of a latent record: where the mask of its loss is from

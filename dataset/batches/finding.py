@@ -19,21 +19,7 @@ from dataset.batches.items import (
     tables_of,
     text_name,
 )
-from dataset.cache.files import (
-    EMPTY,
-    FLIPPED,
-    PART,
-    SUFFIX,
-    LatentName,
-    NpzNames,
-    is_empty_text_name,
-    latent_names,
-    parse_more_text_name,
-    sound_file_name,
-    sound_tag,
-    tensor_key,
-    text_file_name,
-)
+from dataset.cache import files as cache_files
 from dataset.cache.records import section_frames
 from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
@@ -84,7 +70,7 @@ def find_items(
     text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: of a family that hears.
     """
-    stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
+    stores = stores or Stores(cache_files.NpzNames(cache_tag, latent, text_keys))
     search = _Search(cache_tag, latent, text_keys, stores, sound)
     for table in config.datasets:
         search.add_table(table, live.get(table.index, CACHED))
@@ -115,7 +101,7 @@ class _Search:
         names = store.names()
         if table.index not in self.stores.given:
             found.unsound += [(table, line) for line in _list_unsound(names, table, self.tag)]
-        end = f"_{self.tag}{SUFFIX}"
+        end = f"_{self.tag}{cache_files.SUFFIX}"
         latent_files = live.latent_names(self.tag) if live.media else names
         wanted = sorted([name for name in latent_files if name.endswith(end)])
         stems = _listed_stems(table, store, live, wanted, self.tag)
@@ -123,13 +109,17 @@ class _Search:
             self.listed.setdefault(table.picture_folder, set()).update(stems)
         text_names = [] if live.texts else names if texts_store is store else texts_store.names()
         texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
-        clips = latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
+        clips = cache_files.latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
         # how many files each clip in sections has: all that differ in their section alone
         parts = Counter(
             (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
         )
         sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
-        with_sound = {name for name in names if sound and name.endswith(f"_{sound_tag(self.tag)}{SUFFIX}")}
+        with_sound = {
+            name
+            for name in names
+            if sound and name.endswith(f"_{cache_files.sound_tag(self.tag)}{cache_files.SUFFIX}")
+        }
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
         has_references = table.references is not None and table.batch_size > 1 and kind.has_latents
@@ -137,7 +127,7 @@ class _Search:
         sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
         is_empty, folder = True, table.cache_directory
         with pause_collection():
-            for name, stem, what in latent_names(wanted, self.tag, table.kind):
+            for name, stem, what in cache_files.latent_names(wanted, self.tag, table.kind):
                 if stems is not None and stem not in stems:
                     self.unlisted[table.picture_folder, stem] = None
                     continue
@@ -153,7 +143,7 @@ class _Search:
                     captions = texts.captions.get(stem, 1)
                 bucket, shape = buckets[id(what)], tuple[int, ...]()
                 references = _reference_sizes(store, name) if has_references else ()
-                has_sound = sound is not None and sound_file_name(name, self.tag) in with_sound
+                has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
                 if sound is not None and table.batch_size > 1:
                     # a cache that does not say how long it lasts is refused when it is read for a batch
                     rate: float | None = None
@@ -161,7 +151,7 @@ class _Search:
                         rate = float(store.read(name, is_whole=False).header.metadata[FPS])
                     shape = () if rate is None else sound.shape(bucket[2], rate)
                 if sound is not None and not has_sound and table.audio == REQUIRED:
-                    found.missing_sound.append(folder / sound_file_name(name, self.tag))
+                    found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
                 shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
                 found.items.append(
                     TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
@@ -206,8 +196,10 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         shapes = store.read(name, is_whole=False).header.shapes
     except CacheError:
         return ()
-    keys = [(tensor_key(name), shape) for name, shape in sorted(shapes.items())]
-    found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
+    keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]
+    found = [
+        shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(cache_files.FLIPPED)
+    ]
     return tuple(side for shape in found for side in reversed(shape))
 
 
@@ -217,18 +209,18 @@ class _TextNames:
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
         """found: gets those that are unfinished or missing."""
         self._table, self._tag, self._found = table, tag, found
-        self._end = text_file_name("", tag)
+        self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}
-        unfinished = [name for name in names if name.endswith(PART)]
-        self._unfinished_first = {name for name in unfinished if name.endswith(self._end + PART)}
+        unfinished = [name for name in names if name.endswith(cache_files.PART)]
+        self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
         for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
-            whole = name.removesuffix(PART)
-            is_further = table.multi_caption and parse_more_text_name(whole, tag) is not None
-            if is_further or (table.drops_captions and is_empty_text_name(whole, tag)):
+            whole = name.removesuffix(cache_files.PART)
+            is_further = table.multi_caption and cache_files.parse_more_text_name(whole, tag) is not None
+            if is_further or (table.drops_captions and cache_files.is_empty_text_name(whole, tag)):
                 found.unfinished_text[table.cache_directory / name] = None
         further: dict[str, set[int]] = {}
         for name in names if table.multi_caption else ():
-            parsed = parse_more_text_name(name, tag) if ".caption" in name else None
+            parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
             if parsed is not None:
                 further.setdefault(parsed[0], set()).add(parsed[1])
         # the first, and further ones up to a gap in their numbers
@@ -239,19 +231,19 @@ class _TextNames:
         # of the empty prompt; None: they need not be there, or one that is not has been found
         self._empty: set[str] | None = None
         if table.drops_captions:
-            self._empty = {name for name in names if is_empty_text_name(name, tag)}
+            self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def has(self, stem: str) -> bool:
         """Return whether there is the first text of a source."""
         text, folder = stem + self._end, self._table.cache_directory
-        if text + PART in self._unfinished_first:
-            self._found.unfinished_text[folder / (text + PART)] = None
+        if text + cache_files.PART in self._unfinished_first:
+            self._found.unfinished_text[folder / (text + cache_files.PART)] = None
         elif text not in self._first:
             self._found.missing_text[folder / text] = None
         if text not in self._first:
             return False
         if self._empty is not None:
-            name = text_name(self._table, stem, self._tag, EMPTY)
+            name = text_name(self._table, stem, self._tag, cache_files.EMPTY)
             if name not in self._empty:
                 self._found.missing_empty.append(folder / name)
                 self._empty = None
@@ -282,7 +274,7 @@ def _listed_stems(
         return live.sources.keys()
     if (table.directory or table.metadata_file) is None:
         return None
-    first = next(latent_names(latents, tag, table.kind), None)
+    first = next(cache_files.latent_names(latents, tag, table.kind), None)
     if first is None or not store.is_shared(first[0]):
         return None
     from dataset.sources.listing import find_sources
@@ -293,7 +285,9 @@ def _listed_stems(
         return None
 
 
-def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
+def _bucket(
+    table: DatasetTable, name: cache_files.LatentName, latent: LatentSpec, path: Path
+) -> tuple[int, ...]:
     """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)

@@ -15,18 +15,7 @@ from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, CachingCommands, L
 from dataset.cache.files import EMPTY, FLIPPED, NpzNames
 from dataset.cache.records import CLOCK, CacheChecks, latent_record, text_records, verify_tensors
 from dataset.cache.store import CacheStore, Stores
-from modules.contract.data import (
-    CONTROL,
-    FPS,
-    HAS_SOUND,
-    LATENTS_MADE,
-    LOSS_MASK,
-    SOUND,
-    SOUND_MADE,
-    Batch,
-    LatentSpec,
-    MadeBy,
-)
+from modules.contract import data
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def read_batch(
     items: Sequence[TrainingItem],
-    latent: LatentSpec,
+    latent: data.LatentSpec,
     commands: CachingCommands = NO_COMMANDS,
     checks: CacheChecks | None = None,
     captions: Sequence[int] | None = None,
@@ -42,7 +31,7 @@ def read_batch(
     flips: Sequence[bool] = (),
     live: LiveParts = NO_LIVE_PARTS,
     undropped: Sequence[int] = (),
-) -> Batch:
+) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
 
@@ -62,27 +51,29 @@ def read_batch(
         for place, (item, side) in enumerate(zip(items, sides, strict=True))
     ]
     texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
-    has_sound = [SOUND in one.tensors for one in media]
+    has_sound = [data.SOUND in one.tensors for one in media]
     for one in media:
         if any(has_sound):  # of the others it is not learned
-            like = media[has_sound.index(True)].tensors[SOUND]
-            one.tensors.setdefault(SOUND, torch.zeros_like(like))
-    if any(LOSS_MASK in one.tensors for one in media):  # one without a mask gets ones, which change nothing
+            like = media[has_sound.index(True)].tensors[data.SOUND]
+            one.tensors.setdefault(data.SOUND, torch.zeros_like(like))
+    if any(
+        data.LOSS_MASK in one.tensors for one in media
+    ):  # one without a mask gets ones, which change nothing
         for one in media:
             ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
-            one.tensors.setdefault(LOSS_MASK, ones)
+            one.tensors.setdefault(data.LOSS_MASK, ones)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
     if any(has_sound):
-        tensors[HAS_SOUND] = torch.tensor(has_sound)
-    if isinstance(rates := tensors.get(FPS), Tensor):
-        tensors[FPS] = (1000 * rates.double()).round().long()
+        tensors[data.HAS_SOUND] = torch.tensor(has_sound)
+    if isinstance(rates := tensors.get(data.FPS), Tensor):
+        tensors[data.FPS] = (1000 * rates.double()).round().long()
     read, full = [part for pair in zip(media, texts, strict=True) for part in pair], dict[str, Any]()
     if undropped and tuple(undropped) != tuple(numbers):
         whole_texts = [reader.read_text(*pair) for pair in zip(items, undropped, strict=True)]
         full, read = _stack(whole_texts, commands.text), [*read, *whole_texts]
     weights = tuple(item.table.prior_loss_weight for item in items)
     preserved = tuple(item.table.preserves_output for item in items)
-    return Batch(
+    return data.Batch(
         tensors,
         tuple(one.caption for one in texts),
         tuple(item.key for item in items),
@@ -101,7 +92,7 @@ class _Part:
     tensors: dict[str, Tensor]
     variable: frozenset[str] = frozenset()
     caption: str = ""
-    made_by: tuple[MadeBy, ...] = ()
+    made_by: tuple[data.MadeBy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class _Reader:
     """Read the parts of the items of a batch; the arguments are those of `read_batch`."""
 
     stores: Stores
-    latent: LatentSpec
+    latent: data.LatentSpec
     commands: CachingCommands
     checks: CacheChecks
     live: LiveParts
@@ -120,19 +111,19 @@ class _Reader:
         if encoded is not None:
             part = _Part(path, dict(encoded))
         else:
-            part = self._read_entry(item, path, LATENTS_MADE, "latents", latent_faults)
+            part = self._read_entry(item, path, data.LATENTS_MADE, "latents", latent_faults)
             if item.has_sound:
-                sound = self._read_entry(item, item.sound_path, SOUND_MADE, SOUND, sound_faults)
-                part.tensors[SOUND] = sound.tensors[SOUND]
+                sound = self._read_entry(item, item.sound_path, data.SOUND_MADE, data.SOUND, sound_faults)
+                part.tensors[data.SOUND] = sound.tensors[data.SOUND]
                 part.made_by += sound.made_by
-            if self.latent.unsaid_fps is not None and FPS not in part.tensors:
-                part.tensors[FPS] = torch.tensor(self.latent.unsaid_fps)
+            if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
+                part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
         self.checks.add(item.table.index, item.key)
         sides = {key.removesuffix(FLIPPED): one for key, one in part.tensors.items() if key.endswith(FLIPPED)}
         part.tensors = {key: one for key, one in part.tensors.items() if not key.endswith(FLIPPED)}
         if flip:
-            if LOSS_MASK in part.tensors:
-                sides[LOSS_MASK] = part.tensors[LOSS_MASK].flip(-1)
+            if data.LOSS_MASK in part.tensors:
+                sides[data.LOSS_MASK] = part.tensors[data.LOSS_MASK].flip(-1)
             part.tensors |= sides
         return part
 
@@ -162,7 +153,7 @@ class _Reader:
                 if fault is not None:
                     raise CacheError(f"{entry.header.path}: {fault}")
         self.checks.add(table.index, path.name)
-        made_by = tuple(MadeBy(path, name, record.encoder) for name, record in records.items())
+        made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
         # a cache of another program does not say its caption
         stored = next((record.caption for record in records.values()), None)
         cached = entry.header.metadata.get("caption1", "") if stored is None else stored
@@ -197,13 +188,13 @@ class _Reader:
             record is not None
             and item.table.kind == "video"
             and CLOCK not in record.options
-            and any(name.startswith((CONTROL, LOSS_MASK)) for name in tensors)
+            and any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         )
-        made_by = () if record is None else (MadeBy(path, part, record.encoder, own_clocks),)
+        made_by = () if record is None else (data.MadeBy(path, part, record.encoder, own_clocks),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
 
-def stores_for(item: TrainingItem, latent: LatentSpec) -> Stores:
+def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return the stores of a run whose tables say where their caches are."""
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 

@@ -9,18 +9,8 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dataset.cache import files as cache_files
 from dataset.cache.catalog import Catalog, list_shards
-from dataset.cache.files import (
-    PART,
-    is_cache_name,
-    is_latent_cache,
-    is_safe_name,
-    is_text_cache,
-    is_text_name,
-    parse_latent_name,
-    read_header,
-    sound_tag,
-)
 from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig, DatasetTable
@@ -81,8 +71,10 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    latents = (parse_latent_name(name, one, kind) for one in (tag, sound_tag(tag)))
-    return any(one is not None for one in latents) or is_text_name(name.removesuffix(PART), tag)
+    latents = (cache_files.parse_latent_name(name, one, kind) for one in (tag, cache_files.sound_tag(tag)))
+    return any(one is not None for one in latents) or cache_files.is_text_name(
+        name.removesuffix(cache_files.PART), tag
+    )
 
 
 def _single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
@@ -91,11 +83,11 @@ def _single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = read_header(folder / name)
+            header = cache_files.read_header(folder / name)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")
-        if is_latent_cache(header, maker) or is_text_cache(header, maker):
+        if cache_files.is_latent_cache(header, maker) or cache_files.is_text_cache(header, maker):
             yield name
 
 
@@ -136,7 +128,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     Shards of earlier versions, in tars, are made anew. keep: leave the files too. dry_run: change nothing.
     Raises CacheError, OutputError.
     """
-    names = list(_single_files(folder, is_cache_name))
+    names = list(_single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
     faults = list[str]()
     counts = _copy(names, files, shards, "file", dry_run, faults)
@@ -163,8 +155,8 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     if not dry_run:
         shards.close(is_last=True)  # what a killed run left is whole after it
         if folder.is_dir():
-            remove_leftovers(folder, is_cache_name, older_seconds=0)
-    names = sorted(filter(is_safe_name, shards.names()))
+            remove_leftovers(folder, cache_files.is_cache_name, older_seconds=0)
+    names = sorted(filter(cache_files.is_safe_name, shards.names()))
     damaged = [] if dry_run else shard_faults(folder)
     counts = _copy(names, shards, SingleFiles(folder), "entry of the shard", dry_run, damaged)
     if damaged:

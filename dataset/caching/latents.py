@@ -31,15 +31,7 @@ from dataset.sources.frames import Span, frames_wanted, shrink_mask
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import kept_rate
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import (
-    FPS,
-    LOSS_MASK,
-    CacheEntry,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MomentsBatch,
-)
+from modules.contract import data
 from modules.contract.family import Caches
 from modules.devices import free_memory, warn_if_emulated
 from modules.errors import CacheError, MediaError
@@ -173,9 +165,9 @@ class EncodersOnDemand:
 
     def __init__(self, family: Caches, device: torch.device) -> None:
         self._family, self._device = family, device
-        self._loaded: MediaEncoders | None = None
+        self._loaded: data.MediaEncoders | None = None
 
-    def get(self) -> MediaEncoders:
+    def get(self) -> data.MediaEncoders:
         """Return the encoders. Raises CheckpointError if they cannot be loaded."""
         if self._loaded is None:
             self._loaded = self._family.media_encoders(self._device)
@@ -192,10 +184,10 @@ class EncodersOnDemand:
             free_memory(self._device)
 
 
-def batch_media(items: Sequence[Item], keys: Sequence[str]) -> MediaBatch:
+def batch_media(items: Sequence[Item], keys: Sequence[str]) -> data.MediaBatch:
     """Return items of equal shapes as a family encodes them. keys: their names, without suffix."""
     alphas = [item.alpha for item in items if item.alpha is not None]
-    return MediaBatch(
+    return data.MediaBatch(
         frames=_stack_batch([item.frames for item in items]),
         keys=tuple(keys),
         spans=tuple(item.span for item in items),
@@ -209,12 +201,12 @@ def batch_media(items: Sequence[Item], keys: Sequence[str]) -> MediaBatch:
 
 def encode(
     items: Sequence[Item], family: Caches, encoders: EncodersOnDemand, tag: str
-) -> Sequence[Sequence[CacheEntry]]:
+) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item of a batch, those of mirrored media with them if its table flips."""
     keys = [item.name.file_name(tag).removesuffix(SUFFIX) for item in items]
     if items[0].moments:
         moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
-        given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
+        given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])
         return [[entry] for entry in family.latents_from_moments(given)]
     media = batch_media(items, keys)
     encoded = family.encode_media(encoders.get(), media)
@@ -227,7 +219,7 @@ def encode(
     ]
 
 
-def _mirror(media: MediaBatch) -> MediaBatch:
+def _mirror(media: data.MediaBatch) -> data.MediaBatch:
     return dataclasses.replace(
         media,
         frames=media.frames.flip(3),
@@ -237,21 +229,21 @@ def _mirror(media: MediaBatch) -> MediaBatch:
     )
 
 
-def _add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
+def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
     more = {f"{key}{FLIPPED}": one for key, one in mirrored.tensors.items() if key.startswith("latents")}
     return dataclasses.replace(entry, tensors={**entry.tensors, **more})
 
 
-def name_tensors(item: Item, entry: CacheEntry, spec: LatentSpec) -> dict[str, Tensor]:
+def name_tensors(item: Item, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
     """Return the tensors of an entry, with the mask of its loss and its frame rate, by their names in the
     file.
     """
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
         mask = shrink_mask(item.mask, spec.stride)
-        tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
+        tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
     if item.rate is not None:
-        tensors[FPS] = torch.tensor(item.rate)
+        tensors[data.FPS] = torch.tensor(item.rate)
     named = {
         tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
         for key, tensor in tensors.items()

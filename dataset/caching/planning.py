@@ -9,20 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataset.cache import records
 from dataset.cache.files import Header, LatentName
-from dataset.cache.records import (
-    CLOCK,
-    ClipFacts,
-    FileIdentity,
-    LatentRecord,
-    difference,
-    is_unchanged,
-    latent_record,
-    options_difference,
-    section_frames,
-    shared_part,
-    verify_tensors,
-)
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
@@ -75,7 +63,7 @@ class Recipe:
         if self.has_rates:
             options["frame_rate"] = True
         if has_beside(source):
-            options[CLOCK] = True
+            options[records.CLOCK] = True
         return options | table.changed(SECTIONS)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
@@ -84,15 +72,17 @@ class Recipe:
         return own | self.table_options(source) | source.control_keys
 
     def difference(
-        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
+        self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
         options, then = self.options(source, size, bucket, span), dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
-        if CLOCK in options and CLOCK not in then and kept_one_clock(source, self.fps):
-            then[CLOCK] = True
-        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
+        if records.CLOCK in options and records.CLOCK not in then and kept_one_clock(source, self.fps):
+            then[records.CLOCK] = True
+        return records.difference(record.encoder, self.encoder) or records.options_difference(
+            then, options, self.latent
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +141,10 @@ class _Planning:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
         self.store, self.reads_values = recipe.stores.of(source.table), reads_values
         self._headers: dict[str, Header] = {}  # that were read
-        self._records: dict[str, LatentRecord | None] = {}
-        self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
+        self._records: dict[str, records.LatentRecord | None] = {}
+        self._same: dict[
+            int, records.FileIdentity
+        ] = {}  # parts of the source that were found unchanged, by number
         self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
         self._by_header = False  # what is wanted was told by the source's header, not by its caches
 
@@ -181,12 +173,12 @@ class _Planning:
         ]
         for file in self.existing:
             try:
-                found = shared_part(self._header(file))
+                found = records.shared_part(self._header(file))
             except CacheError:
                 return None
             if found is None or self._find_change(found[1]) is not None:
                 return None
-            if has_beside(source) and not any(CLOCK in text for text in found[0]):
+            if has_beside(source) and not any(records.CLOCK in text for text in found[0]):
                 return None  # headers tell
             if not self._is_as_shown(found[0]):
                 return None  # of an earlier version: it depends on the pictures
@@ -211,7 +203,7 @@ class _Planning:
             size = self._image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
         # what earlier runs found by decoding the source, if it has not changed since
-        rate, known = recipe.table_options(self.source), list[ClipFacts]()
+        rate, known = recipe.table_options(self.source), list[records.ClipFacts]()
         for file in self.existing:
             record = self._record_of(file)
             if record is None or record.clip is None:
@@ -271,7 +263,7 @@ class _Planning:
             sections = recipe.sections(media_table(table), span[1])
             # what training sees: the whole item, or each of its sections
             whole = (
-                section_frames(table.fp_latent_window_size, recipe.latent)
+                records.section_frames(table.fp_latent_window_size, recipe.latent)
                 if sections is not None
                 else span[1]
             )
@@ -310,7 +302,7 @@ class _Planning:
         recipe, path = self.recipe, self.table.cache_directory / file
         is_shared, entry = self.store.is_shared(file), self.store.read(file) if self.reads_values else None
         header = self._header(file) if entry is None else entry.header
-        record = self._record(file) if entry is None else latent_record(header)
+        record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
@@ -322,7 +314,7 @@ class _Planning:
             if not (recipe.skip_existing or is_shared):
                 raise CacheError(f"{path}: it has no record of what it was made from")
             window = self.table.fp_latent_window_size
-            length = span[1] if files[file].section is None else section_frames(window, recipe.latent)
+            length = span[1] if files[file].section is None else records.section_frames(window, recipe.latent)
             shape = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
             if shape not in header.grids:
                 grids = ", ".join("x".join(map(str, grid)) for grid in sorted(header.grids))
@@ -338,7 +330,7 @@ class _Planning:
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         if entry is not None:
-            verify_tensors(entry, record.crc32)
+            records.verify_tensors(entry, record.crc32)
         return False
 
     def _header(self, file: str) -> Header:
@@ -346,18 +338,18 @@ class _Planning:
             self._headers[file] = self.store.read(file, is_whole=False).header
         return self._headers[file]
 
-    def _record(self, file: str) -> LatentRecord | None:
+    def _record(self, file: str) -> records.LatentRecord | None:
         if file not in self._records:
-            self._records[file] = latent_record(self._header(file))
+            self._records[file] = records.latent_record(self._header(file))
         return self._records[file]
 
-    def _read_otherwise(self, record: LatentRecord) -> str | None:
+    def _read_otherwise(self, record: records.LatentRecord) -> str | None:
         mark = record.as_shown
         if mark not in self._otherwise:
             self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.masks_latents, mark)
         return self._otherwise[mark]
 
-    def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
+    def _find_change(self, files: Sequence[records.FileIdentity]) -> str | None:
         parts = self.source.parts
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
@@ -368,15 +360,15 @@ class _Planning:
         ]
         return f"{', '.join(changed)} changed since" if changed else None
 
-    def _is_unchanged(self, number: int, then: FileIdentity) -> bool:
+    def _is_unchanged(self, number: int, then: records.FileIdentity) -> bool:
         """Return whether a part of the source is what it was; each is looked at once."""
         if self._same.get(number) != then:
-            if not is_unchanged(then, *self.source.parts[number]):
+            if not records.is_unchanged(then, *self.source.parts[number]):
                 return False
             self._same[number] = then
         return True
 
-    def _record_of(self, file: str) -> LatentRecord | None:
+    def _record_of(self, file: str) -> records.LatentRecord | None:
         """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
             return self._record(file)

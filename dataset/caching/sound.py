@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dataset.cache import records
 from dataset.cache.files import (
     SOUND_LENGTH,
     LatentName,
@@ -21,15 +22,6 @@ from dataset.cache.files import (
     latent_names,
     sound_tag,
     tensor_name,
-)
-from dataset.cache.records import (
-    FileIdentity,
-    LatentRecord,
-    difference,
-    identify,
-    is_unchanged,
-    latent_record,
-    verify_tensors,
 )
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, LatentNames, names_of, remove_caches
@@ -61,7 +53,7 @@ class SoundPlan:
     kept: tuple[str, ...]  # names of valid files
     foreign: int  # how many of them have no record
     missing: tuple[LatentName, ...]  # items without a valid file
-    files: tuple[FileIdentity, ...] = ()  # that the sound is from
+    files: tuple[records.FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
     silent: str | None = None  # why there is none
@@ -185,20 +177,20 @@ class SoundWork:
     def _check(self, file: str, source: MediaSource, name: LatentName, verifies: bool) -> bool:
         """Check an entry; return whether it has no record. Raises CacheError if it is to be made again."""
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
-        record = latent_record(entry.header)
+        record = records.latent_record(entry.header)
         if record is None:
             if not self._skip_existing or SOUND not in entry.header.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
-        changed = difference(record.encoder, self._family.sound_identity)
-        changed = changed or difference(record.options, self._options(source, name))
+        changed = records.difference(record.encoder, self._family.sound_identity)
+        changed = changed or records.difference(record.options, self._options(source, name))
         parts = _parts(source)
         if changed is not None or len(parts) != len(record.files):
             raise CacheError(f"{file}: {changed}")
-        if not all(is_unchanged(then, *part) for then, part in zip(record.files, parts, strict=True)):
+        if not all(records.is_unchanged(then, *part) for then, part in zip(record.files, parts, strict=True)):
             raise CacheError(f"{file}: its clip or its sound changed since")
         if verifies:
-            verify_tensors(entry, record.crc32)
+            records.verify_tensors(entry, record.crc32)
         return False
 
     def _options(self, source: MediaSource, name: LatentName) -> dict[str, Any]:
@@ -219,7 +211,7 @@ class SoundWork:
             if plan.source.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
             return replace(plan, silent=str(reason))
-        files = tuple(itertools.starmap(identify, _parts(plan.source)))
+        files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
         return replace(plan, files=files, rate=rate, samples=tuple(samples))
 
     def _encode(self, file: str, name: LatentName, samples: Tensor, read: SoundPlan) -> Callable[[], None]:
@@ -236,7 +228,7 @@ class SoundWork:
         tensors = {SOUND: latents.detach().cpu().contiguous(), SOUND_LENGTH: length}
         named = {tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
         identity, options = self._family.sound_identity, self._options(source, name)
-        record = LatentRecord(identity, options, read.files, None, parts=1, crc32={})
+        record = records.LatentRecord(identity, options, read.files, None, parts=1, crc32={})
         store, facts = self._stores.of(source.table), {"frame_count": str(frames)}
         return partial(write_entry, store, self._family, file, named, record, facts)
 

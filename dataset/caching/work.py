@@ -19,15 +19,7 @@ from dataset.cache.converting import require_form
 from dataset.cache.files import is_latent_cache
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import (
-    ExistingNames,
-    LatentNames,
-    media_table,
-    names_of,
-    refuse_changing,
-    refuse_moments,
-    remove_caches,
-)
+from dataset.caching import existing
 from dataset.caching.latents import EncodersOnDemand, Item, batches, decode, encode, name_tensors, write_entry
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, join_reports, read_ahead
@@ -69,8 +61,8 @@ class MediaWork:
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
         self.stores = stores = stores or Stores(npz_names(family))
-        self._existing: ExistingNames = {
-            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+        self._existing: existing.ExistingNames = {
+            table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
@@ -83,11 +75,11 @@ class MediaWork:
         for table in config.datasets:
             has_control = table.index in controlled
             try:
-                refuse_changing(table, table.augmentation.varying_keys, "latents")
+                existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
                 # first: load_tensors ignores the keys that a family's own check would have changed
-                refuse_moments(family, table)
+                existing.refuse_moments(family, table)
                 check_resolution(table, family.latent.pixel_step)
-                family.check_table(media_table(table, has_control))
+                family.check_table(existing.media_table(table, has_control))
             except DatasetError as error:
                 is_hint = has_control and table.conditioning_directory is not None
                 problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
@@ -188,7 +180,9 @@ class MediaWork:
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
-        return of_sound + remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
+        return of_sound + existing.remove_caches(
+            store, stale, partial(is_latent_cache, architecture=family.name)
+        )
 
     def free(self) -> None:
         self._encoders.free()
@@ -209,7 +203,7 @@ class MediaWork:
         ahead = read_ahead(
             plans,
             lambda plan: plan.source,
-            lambda plan: decode(plan, names_of(self._existing, plan.source), self._recipe),
+            lambda plan: decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
             workers,
             Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
@@ -242,11 +236,11 @@ class MediaWork:
                 named = name_tensors(item, entry, family.latent)
                 writer.submit(partial(write_entry, store, family, file, named, record, facts))
             written |= {(item.table.index, file) for file in files}
-            there = names_of(self._existing, item.source).items()
+            there = existing.names_of(self._existing, item.source).items()
             same = [file for file, one in there if (one.size, one.span) == (name.size, name.span)]
             if surplus := [file for file in same if file not in files]:
                 is_ours = partial(is_latent_cache, architecture=family.name)
-                writer.submit(partial(remove_caches, store, surplus, is_ours))
+                writer.submit(partial(existing.remove_caches, store, surplus, is_ours))
         return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:

@@ -17,19 +17,12 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import LOOKED_AT, TOLERANCE, frames_wanted, is_still, keep_pattern
 from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import MediaError
+from modules.media import reading
 from modules.media.decoding import animation_durations, is_animation
-from modules.media.reading import (
-    PLACE_IN_FRAME,
-    Frame,
-    count_frames,
-    frames_at,
-    slots,
-    timed_frames,
-    video_frames,
-    video_info,
-)
 
-Kept = tuple[Frame, int, float]  # its number in the file; the second at which others show the same moment
+Kept = tuple[
+    reading.Frame, int, float
+]  # its number in the file; the second at which others show the same moment
 SAME_RATE = 1e-4  # by how much equal rates of two files differ
 UNEVEN = 0.011  # seconds by which durations of frames differ that are not only rounded
 MANY_FRAMES = 1000  # of a clip whose header does not say how many
@@ -45,9 +38,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     rate = table.stated_fps or fps
     frames: Iterable[Kept]
     if _is_timed(path, table):
-        frames = frames_at(path, slots(rate), alpha)
+        frames = reading.frames_at(path, reading.slots(rate), alpha)
     elif path.is_dir():
-        frames = zip(video_frames(path, alpha), itertools.count(), slots(rate), strict=False)
+        frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
     kept = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
@@ -56,9 +49,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:
     begin = None
-    for number, (frame, start, end) in enumerate(timed_frames(path, alpha)):
+    for number, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         begin = start if begin is None else begin
-        yield frame, number, start - begin + PLACE_IN_FRAME * (end - start)
+        yield frame, number, start - begin + reading.PLACE_IN_FRAME * (end - start)
 
 
 def frames_beside(
@@ -68,7 +61,7 @@ def frames_beside(
     fps: float,
     kept: Sequence[tuple[int, float]],
     alpha: bool = False,
-) -> Iterator[Frame]:
+) -> Iterator[reading.Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip; if it ends before, fewer, but
     one at least.
 
@@ -78,12 +71,12 @@ def frames_beside(
     numbers = [number for number, _ in kept]
     if not _Pair(path, clip, table, fps).is_numbered:
         if not path.is_dir():
-            return (frame for frame, _, _ in frames_at(path, [second for _, second in kept], alpha))
+            return (frame for frame, _, _ in reading.frames_at(path, [second for _, second in kept], alpha))
         numbers = [int(second * (table.stated_fps or fps)) for _, second in kept]
-    return _numbered(video_frames(path, alpha), numbers)
+    return _numbered(reading.video_frames(path, alpha), numbers)
 
 
-def _numbered(frames: Iterator[Frame], numbers: Sequence[int]) -> Iterator[Frame]:
+def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
     """Yield the frames of these numbers, which do not fall; the last frame if it comes before all of them."""
     done, frame = 0, None
     for number, frame in enumerate(frames):
@@ -125,7 +118,7 @@ class _Pair:
         self.clip, self.beside = self._measure(clip), self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
-        info = video_info(path)
+        info = reading.video_info(path)
         rate = info.fps or self._usual
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
         if is_animation(path):
@@ -140,7 +133,7 @@ class _Pair:
         if self._in_step or abs(self.beside.rate / self.clip.rate - 1) < near:
             return True
         pair = (self.beside, self._path), (self.clip, self._clip)
-        ours, theirs = (timing.frames or count_frames(path) for timing, path in pair)
+        ours, theirs = (timing.frames or reading.count_frames(path) for timing, path in pair)
         return ours == theirs
 
     @property
@@ -153,7 +146,7 @@ class _Pair:
             for timing, is_timed in zip((self.beside, self.clip), self._is_timed, strict=True)
         )
         now = 1.0 if self.is_numbered else self.beside.rate / self.clip.rate
-        return abs(beside / clip / now - 1) * (self.clip.likely or MANY_FRAMES) < PLACE_IN_FRAME
+        return abs(beside / clip / now - 1) * (self.clip.likely or MANY_FRAMES) < reading.PLACE_IN_FRAME
 
     @property
     def differs(self) -> bool:

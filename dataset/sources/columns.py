@@ -12,24 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataset.sources import parquet
 from dataset.sources.captions import not_utf8
-from dataset.sources.parquet import (
-    ROW_BYTES,
-    SUFFIXES,
-    VALUE_BYTES,
-    Unpacking,
-    cell_column,
-    largest_value,
-    open_parquet,
-    parquet_parts,
-)
 from modules.errors import DatasetError
 from modules.limits import MAX_CELL_CHARACTERS, MAX_COLUMNS
 from modules.text_files import parse_json, read_lines
 
 PARQUET, CSV, TSV, JSONL = "Parquet", "CSV", "TSV", "JSONL"
 FORMATS: Mapping[str, str] = {
-    **dict.fromkeys(SUFFIXES, PARQUET),
+    **dict.fromkeys(parquet.SUFFIXES, PARQUET),
     ".csv": CSV,
     **dict.fromkeys((".tsv", ".tab"), TSV),
     **dict.fromkeys((".jsonl", ".ndjson"), JSONL),
@@ -75,7 +66,7 @@ def column_names(path: Path) -> tuple[str, ...]:
     """
     kind = table_format(path)
     if kind == PARQUET:
-        return _parquet_columns(parquet_parts(path)[0], None)[0]
+        return _parquet_columns(parquet.parquet_parts(path)[0], None)[0]
     if kind == JSONL:
         found: dict[str, None] = {}
         for row, _ in zip(read_jsonl(path, None), range(FIRST_LINES), strict=False):
@@ -93,7 +84,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     """
     kind = table_format(path)
     if kind == PARQUET:
-        for part in parquet_parts(path):
+        for part in parquet.parquet_parts(path):
             yield from _parquet_rows(part, wanted)
     elif kind == JSONL:
         yield from read_jsonl(path, wanted)
@@ -201,17 +192,17 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )
     number = 0
-    with open_parquet(path, lists) as file:
-        limit = Unpacking.of(path)
+    with parquet.open_parquet(path, lists) as file:
+        limit = parquet.Unpacking.of(path)
         if not columns:
-            limit.add(ROW_BYTES * file.metadata.num_rows)
+            limit.add(parquet.ROW_BYTES * file.metadata.num_rows)
             yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
             return
         for group in range(file.metadata.num_row_groups):
-            largest = largest_value(file, Unpacking.of(path), group, columns)
+            largest = parquet.largest_value(file, parquet.Unpacking.of(path), group, columns)
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
             for batch in file.iter_batches(rows, [group], columns, use_threads=False):
-                limit.add(ROW_BYTES * len(batch))
+                limit.add(parquet.ROW_BYTES * len(batch))
                 cells = [_values(batch.column(name), limit) for name in columns]
                 for row in zip(*cells, strict=True):
                     number += 1
@@ -227,7 +218,7 @@ def _parquet_columns(
     """Return the wanted columns; those of them that hold nested values, with their types; and of lists of
     texts the names of their texts, whose equal ones are then held once.
     """
-    with open_parquet(path) as file:
+    with parquet.open_parquet(path) as file:
         schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
     from pyarrow import types
 
@@ -248,20 +239,20 @@ def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[s
     """Return those columns whose values can be read cheaply, and those that hold whole files."""
     if table_format(path) != PARQUET:
         return [*names], []
-    part = parquet_parts(path)[0]
-    held = [name for name in names if cell_column(part, name) is not None]
+    part = parquet.parquet_parts(path)[0]
+    held = [name for name in names if parquet.cell_column(part, name) is not None]
     nested = _parquet_columns(part, names)[1]
     return [name for name in names if name not in nested and name not in held], held
 
 
-def _values(array: Any, limit: Unpacking) -> list[Any]:
+def _values(array: Any, limit: parquet.Unpacking) -> list[Any]:
     """Return the values of a batch's column."""
     from pyarrow import compute, types
 
     if types.is_list(array.type) or types.is_large_list(array.type):
         array.validate(full=True)  # places in a dictionary are not looked at else
         inner = array.flatten()
-        limit.add(VALUE_BYTES * len(inner))
+        limit.add(parquet.VALUE_BYTES * len(inner))
         if types.is_dictionary(inner.type):
             sizes = compute.binary_length(inner.dictionary)
             limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)

@@ -9,17 +9,8 @@ from typing import Any
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
+from dataset.sources import media_source
 from dataset.sources.captions import caption_lines, complete_captions, first_and_more
-from dataset.sources.media_source import (
-    Fault,
-    MediaSource,
-    Origin,
-    Remote,
-    local_name,
-    number_repeats,
-    split_name,
-    unique_stems,
-)
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
@@ -29,7 +20,7 @@ from modules.text_files import bad_character
 MOST_SHOWN = 80  # characters of a path in a message
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
-Part = tuple[Path, Origin | None]  # a file, and where its bytes are if they are not there
+Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
 
 
 class RefusedAddress(DatasetError):
@@ -54,7 +45,7 @@ class RowReader:
 
     def read(
         self, values: Mapping[str, Any], where: str, held: tuple[str, Part] | None = None
-    ) -> MediaSource:
+    ) -> media_source.MediaSource:
         """Return the source of a row. where: `list.jsonl, line 3`. held: name and place of a file in the row.
 
         Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
@@ -69,8 +60,8 @@ class RowReader:
             check_text(text, f"{where}: {self.path_column}")
             media: Part = self._locate(text, where)
             stem, identity = media[0].stem, text
-            if isinstance(media[1], Remote):
-                stem, identity = split_name(text)[0], address_identity(text)
+            if isinstance(media[1], media_source.Remote):
+                stem, identity = media_source.split_name(text)[0], address_identity(text)
         else:
             (stem, media), identity = held, held[0]
         found = self._captions(values, where)
@@ -97,25 +88,29 @@ class RowReader:
         self._identities.append(identity)
         return source
 
-    def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+    def finish(
+        self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
+    ) -> list[media_source.MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
 
         sources: all that `read` made, in order.
         """
-        stems = unique_stems([source.stem for source in sources], self._identities)
+        stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = [
             source
             if stem == source.stem or (self.is_list and not source.origins)
             else replace(source, stem=stem)
             for source, stem in zip(sources, stems, strict=True)
         ]
-        return check_controls(self.table, number_repeats(named), faults, f"{self.unit}s of {self.file}")
+        return check_controls(
+            self.table, media_source.number_repeats(named), faults, f"{self.unit}s of {self.file}"
+        )
 
     @property
     def unit(self) -> str:
         return "line" if self.is_list else "row"
 
-    def _locate(self, text: str, where: str) -> tuple[Path, Remote | None]:
+    def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
         """Return the path of a file, and where its bytes are if they are not there."""
         if not is_address(text):
             return locate(text, self.base, where), None
@@ -132,7 +127,7 @@ class RowReader:
             refused = protocol_problem(protocol)
         if refused is not None:
             raise RefusedAddress(refused, f"{where}: {hide_secrets(text)}")
-        return download_folder(table) / local_name(text), Remote(text)
+        return download_folder(table) / media_source.local_name(text), media_source.Remote(text)
 
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the caption, and with multi_caption the texts of the list `captions` behind it."""
@@ -170,14 +165,14 @@ def make_source(
     captions: tuple[str, ...] | None,
     controls: Sequence[Part] = (),
     mask: Part | None = None,
-) -> MediaSource:
+) -> media_source.MediaSource:
     """Return the source of what stands in one row, or is one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     first, more = first_and_more(captions, where)
     parts = (media, *controls, *(() if mask is None else (mask,)))
     origins = tuple(origin for _, origin in parts)
-    return MediaSource(
+    return media_source.MediaSource(
         media[0],
         stem,
         first,
@@ -222,15 +217,15 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_controls(
-    table: DatasetTable, sources: list[MediaSource], faults: list[Fault], where: str
-) -> list[MediaSource]:
+    table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
+) -> list[media_source.MediaSource]:
     """Add a fault for each source with too few control media, if any source has one. Returns `sources`."""
     count = table.control_count
     if count is not None and any(source.control for source in sources):
         lacking = [source for source in sources if len(source.control) < count]
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{where} have no {needed}, while others have"
-        faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources
 
 
