@@ -244,6 +244,24 @@ def test_a_training_of_caches_reads_neither_sources_nor_shards() -> None:
     assert sum(path.read_bytes().count(b"\n") for path in read) <= MOST_READ
 
 
+def test_caching_a_folder_reads_nothing_of_lists_tars_and_addresses() -> None:
+    read = _reached_from("dataset/scripts.py", "dataset/caching/loop.py", at_start=True)
+    of_others = (
+        "columns",
+        "cogvideox",
+        "downloads",
+        "parquet",
+        "rows",
+        "tables",
+        "tar_index",
+        "tars",
+        "unread",
+    )
+    others = {ROOT / "dataset" / "sources" / f"{name}.py" for name in of_others}
+    others |= {ROOT / "modules" / "downloading.py", *(ROOT / "modules" / "planning").glob("*.py")}
+    assert read & others == set()
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     files = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in _sources()}
     graph = {name: _imported(path) & set(files) for name, path in files.items()}

@@ -31,8 +31,8 @@ from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.cache.converting import list_shard_faults, other_form
 from dataset.cache.files import EMPTY
+from dataset.cache.form import list_shard_faults, other_form
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import LatentNames, media_table, names_of
 from dataset.caching.given import use_moments

@@ -258,7 +258,7 @@ def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list
     form = table.cache_format
     if form == "npz" or (form == "files" and not any(map(is_of_shards, names))):
         return []
-    from dataset.cache.converting import list_shard_faults, other_form
+    from dataset.cache.form import list_shard_faults, other_form
 
     return [*other_form(table, tag), *list_shard_faults(table)]
 

@@ -1,8 +1,9 @@
 """Cache files: names, contents, and what they were made from.
 
 catalog: the entries of shards, and writing a shard
-converting: convert cache folders between single files and shards
+converting: convert cache folders: single files to shards, and back
 files: cache files: names, tensor names, reading and writing
+form: whether caches are in the form of their table
 npz: caches in npz files beside the pictures
 npz_files: read npz files without trust, write them completely
 old_shards: read the tars of earlier versions

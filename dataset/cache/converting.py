@@ -1,94 +1,29 @@
-"""Compare the form of a cache folder, single files or shards, with `cache_format`, and convert it.
+"""Convert a cache folder: single files to shards, and back.
 
 Entries are copied byte for byte, whoever made them; the originals go when all copies have been read again.
 """
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.cache import files as cache_files
-from dataset.cache.catalog import Catalog, list_shards
+from dataset.cache.catalog import Catalog
+from dataset.cache.form import single_files
 from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig
 from dataset.options import ConvertCacheOptions
 from dataset.sources.media_source import OLD_INDEXES
 from modules.atomic_write import explain_errors, remove_leftovers
 from modules.bars import track
-from modules.command import as_typed
 from modules.console import as_size
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, OptionError
 
 logger = logging.getLogger(__name__)
 
 Converted = tuple[int, int, int]  # entries copied, entries that were there already, bytes copied
-
-
-def require_form(config: DatasetConfig, tag: str, elsewhere: Container[int] = ()) -> None:
-    """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
-    its `cache_format` does not say.
-
-    tag: of the family, in the names of its caches. elsewhere: indices of tables whose cache_format says
-    nothing.
-    """
-    tables = [table for table in config.datasets if table.index not in elsewhere]
-    said = [line for table in tables for line in other_form(table, tag)]
-    if said:
-        raise DatasetError("\n".join(said))
-
-
-def list_shard_faults(table: DatasetTable) -> list[str]:
-    """Return what is wrong with the shards of a table, if it has any."""
-    return shard_faults(table.cache_directory) if table.cache_format == "shards" else []
-
-
-def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield a fault if a table has caches of a family in another form than `cache_format`.
-
-    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
-    """
-    folder, form = table.cache_directory, table.cache_format
-    if form == "npz":  # beside files of other forms, which other trainings may use
-        return
-    shards = ShardStore(folder) if list_shards(folder) else None
-    names: Iterable[str]
-    if form == "shards":
-        names = _single_files(folder, lambda name: _is_of(name, tag, table.kind))
-        found = next((name for name in names if shards is None or name not in shards), None)
-    else:
-        names = [name for name in shards.names() if _is_of(name, tag, table.kind)] if shards else ()
-        found = next((name for name in names if not (folder / name).exists()), None)
-    if found is not None:
-        words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
-        is_in = "a file of its own" if form == "shards" else "a shard"
-        yield (
-            f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'
-            f"  Convert what is there: {as_typed(words)}"
-        )
-
-
-def _is_of(name: str, tag: str, kind: str) -> bool:
-    latents = (cache_files.parse_latent_name(name, one, kind) for one in (tag, cache_files.sound_tag(tag)))
-    return any(one is not None for one in latents) or cache_files.is_text_name(
-        name.removesuffix(cache_files.PART), tag
-    )
-
-
-def _single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
-    """Yield the names of a folder's files for which `of` holds and whose tensors are those of a cache."""
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if not of(name):
-            continue
-        try:
-            header = cache_files.read_header(folder / name)
-        except CacheError:
-            continue
-        maker = header.metadata.get("architecture", "")
-        if cache_files.is_latent_cache(header, maker) or cache_files.is_text_cache(header, maker):
-            yield name
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
@@ -128,7 +63,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     Shards of earlier versions, in tars, are made anew. keep: leave the files too. dry_run: change nothing.
     Raises CacheError, OutputError.
     """
-    names = list(_single_files(folder, cache_files.is_cache_name))
+    names = list(single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
     faults = list[str]()
     counts = _copy(names, files, shards, "file", dry_run, faults)

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.converting import require_form
 from dataset.cache.files import (
     FORMAT_VERSION,
     PART,
@@ -30,6 +29,7 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
+from dataset.cache.form import require_form
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import refuse_changing, remove_caches

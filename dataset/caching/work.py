@@ -15,8 +15,8 @@ from typing import cast
 
 import torch
 
-from dataset.cache.converting import require_form
 from dataset.cache.files import is_latent_cache
+from dataset.cache.form import require_form
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import Stores, npz_names
 from dataset.caching import existing

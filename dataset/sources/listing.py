@@ -21,7 +21,6 @@ from dataset.sources.media_source import (
     raise_faults,
 )
 from dataset.sources.references import lack_references, limit_references
-from dataset.sources.tables import list_metadata, list_rows
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -98,6 +97,7 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
         from dataset.sources.cogvideox import list_cogvideox
 
         return list_cogvideox
+    from dataset.sources.tables import list_metadata, list_rows
 
     return list_rows if table.metadata_file is None else list_metadata
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.cache.catalog import list_shards
-from dataset.cache.converting import files_to_shards, other_form, shards_to_files
+from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import (
     LatentName,
     checksum,
@@ -20,6 +20,7 @@ from dataset.cache.files import (
     tensor_name,
     write_tensors,
 )
+from dataset.cache.form import other_form
 from dataset.cache.shards import ShardStore
 from dataset.sources.media_source import is_of_shards
 from modules.errors import CacheError

@@ -1,0 +1,90 @@
+"""Compare the form of a cache folder, single files or shards, with `cache_format`."""
+
+import os
+from collections.abc import Callable, Container, Iterable, Iterator
+from pathlib import Path
+
+from dataset.cache.files import (
+    PART,
+    is_latent_cache,
+    is_text_cache,
+    is_text_name,
+    parse_latent_name,
+    read_header,
+    sound_tag,
+)
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.media_source import is_of_shards
+from modules.command import as_typed
+from modules.errors import CacheError, DatasetError
+
+
+def require_form(config: DatasetConfig, tag: str, elsewhere: Container[int] = ()) -> None:
+    """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
+    its `cache_format` does not say.
+
+    tag: of the family, in the names of its caches. elsewhere: indices of tables whose cache_format says
+    nothing.
+    """
+    tables = [table for table in config.datasets if table.index not in elsewhere]
+    said = [line for table in tables for line in other_form(table, tag)]
+    if said:
+        raise DatasetError("\n".join(said))
+
+
+def list_shard_faults(table: DatasetTable) -> list[str]:
+    """Return what is wrong with the shards of a table, if it has any."""
+    if table.cache_format != "shards":
+        return []
+    from dataset.cache.shards import shard_faults
+
+    return shard_faults(table.cache_directory)
+
+
+def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
+    """Yield a fault if a table has caches of a family in another form than `cache_format`.
+
+    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
+    """
+    folder, form = table.cache_directory, table.cache_format
+    if form == "npz":  # beside files of other forms, which other trainings may use
+        return
+    if form == "files" and not (folder.is_dir() and any(map(is_of_shards, os.listdir(folder)))):
+        return
+    from dataset.cache.catalog import list_shards
+    from dataset.cache.shards import ShardStore
+
+    shards = ShardStore(folder) if list_shards(folder) else None
+    names: Iterable[str]
+    if form == "shards":
+        names = single_files(folder, lambda name: _is_of(name, tag, table.kind))
+        found = next((name for name in names if shards is None or name not in shards), None)
+    else:
+        names = [name for name in shards.names() if _is_of(name, tag, table.kind)] if shards else ()
+        found = next((name for name in names if not (folder / name).exists()), None)
+    if found is not None:
+        words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
+        is_in = "a file of its own" if form == "shards" else "a shard"
+        yield (
+            f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'
+            f"  Convert what is there: {as_typed(words)}"
+        )
+
+
+def _is_of(name: str, tag: str, kind: str) -> bool:
+    latents = (parse_latent_name(name, one, kind) for one in (tag, sound_tag(tag)))
+    return any(one is not None for one in latents) or is_text_name(name.removesuffix(PART), tag)
+
+
+def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the names of a folder's files for which `of` holds and whose tensors are those of a cache."""
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if not of(name):
+            continue
+        try:
+            header = read_header(folder / name)
+        except CacheError:
+            continue
+        maker = header.metadata.get("architecture", "")
+        if is_latent_cache(header, maker) or is_text_cache(header, maker):
+            yield name
