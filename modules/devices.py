@@ -17,6 +17,7 @@ from modules.errors import OptionError, UserError, is_of_compiler
 from modules.private_torch import release_host_cache
 
 logger = logging.getLogger(__name__)
+GIB = 1 << 30
 
 Usual = TypeVar("Usual", torch.dtype, None)
 
@@ -344,12 +345,6 @@ class Failures:
         if len(self._codes) == 1 and max(self._codes) > OptionError.exit_code:
             (error.exit_code,) = self._codes
         raise error
-
-
-# --- how much memory
-# ------------------------------------------------------------------------------------------------------------
-
-GIB = 1 << 30
 
 
 def gib(size: int) -> str:

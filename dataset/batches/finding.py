@@ -145,11 +145,7 @@ class _Search:
                 references = _reference_sizes(store, name) if has_references else ()
                 has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
                 if sound is not None and table.batch_size > 1:
-                    # a cache that does not say how long it lasts is refused when it is read for a batch
-                    rate: float | None = None
-                    with contextlib.suppress(CacheError, KeyError, ValueError):
-                        rate = float(store.read(name, is_whole=False).header.metadata[FPS])
-                    shape = () if rate is None else sound.shape(bucket[2], rate)
+                    shape = _sound_shape(store, name, sound, bucket[2])
                 if sound is not None and not has_sound and table.audio == REQUIRED:
                     found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
                 shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
@@ -158,6 +154,16 @@ class _Search:
                 )
         if is_empty:
             found.empty_tables.append(table)
+
+
+def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
+    """Return the shape that the sound of an item has; of latents that do not say their rate, which reading
+    them for a batch refuses, none.
+    """
+    rate: float | None = None
+    with contextlib.suppress(CacheError, KeyError, ValueError):
+        rate = float(store.read(latents, is_whole=False).header.metadata[FPS])
+    return () if rate is None else sound.shape(frames, rate)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:

@@ -56,10 +56,8 @@ def read_batch(
         if any(has_sound):  # of the others it is not learned
             like = media[has_sound.index(True)].tensors[data.SOUND]
             one.tensors.setdefault(data.SOUND, torch.zeros_like(like))
-    if any(
-        data.LOSS_MASK in one.tensors for one in media
-    ):  # one without a mask gets ones, which change nothing
-        for one in media:
+    if any(data.LOSS_MASK in one.tensors for one in media):
+        for one in media:  # one without a mask gets ones, which change nothing
             ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
             one.tensors.setdefault(data.LOSS_MASK, ones)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}

@@ -18,20 +18,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from torch import Tensor
 
-from dataset.cache.files import (
-    FLIPPED,
-    PART,
-    SUFFIX,
-    Entry,
-    Header,
-    NpzNames,
-    is_text_name,
-    parse_latent_name,
-    parse_more_text_name,
-    parse_text_name,
-    tensor_key,
-    tensor_name,
-)
+from dataset.cache import files as cache_files
 from dataset.cache.npz_files import (
     OURS,
     Array,
@@ -61,7 +48,7 @@ T = TypeVar("T")
 
 NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
-ALPHA, MIRRORED = "alpha_mask", "latents" + FLIPPED
+ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED
 _KNOWN = ("latents", MIRRORED)
 
 
@@ -72,7 +59,7 @@ class NpzStore:
     """
 
     table: DatasetTable
-    family: NpzNames
+    family: cache_files.NpzNames
     folder: Path
     # pictures that a list names, which may be in many folders: stem -> path without suffix
     beside: Mapping[str, Path] = field(default_factory=dict)
@@ -93,7 +80,7 @@ class NpzStore:
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
 
-    def read(self, name: str, is_whole: bool = True) -> Entry:
+    def read(self, name: str, is_whole: bool = True) -> cache_files.Entry:
         """Read an entry, always whole: most of the time goes into opening the file."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
@@ -123,12 +110,12 @@ class NpzStore:
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
-        return is_text_name(name.removesuffix(PART), self.family.tag)
+        return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.family.tag)
 
     def _path(self, name: str) -> Path:
         """Return the file of an entry."""
-        whole = name.removesuffix(PART)
-        part, stem = name[len(whole) :], whole.removesuffix(SUFFIX)
+        whole = name.removesuffix(cache_files.PART)
+        part, stem = name[len(whole) :], whole.removesuffix(cache_files.SUFFIX)
         for ours, theirs in self._ends():
             if stem.endswith(ours):
                 stem = stem.removesuffix(ours) + theirs
@@ -142,25 +129,30 @@ class NpzStore:
 
     def _source_stem(self, name: str) -> str:
         """Return the beginning of an entry's name that its source has; "" of the empty prompt."""
-        whole, tag = name.removesuffix(PART), self.family.tag
-        latents, further = parse_latent_name(whole, tag, "image"), parse_more_text_name(whole, tag)
+        whole, tag = name.removesuffix(cache_files.PART), self.family.tag
+        latents, further = (
+            cache_files.parse_latent_name(whole, tag, "image"),
+            cache_files.parse_more_text_name(whole, tag),
+        )
         if latents is not None:
             return latents.stem
-        return (further[0] if further is not None else parse_text_name(whole, tag)) or ""
+        return (further[0] if further is not None else cache_files.parse_text_name(whole, tag)) or ""
 
     def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
         stems: of pictures that a list names, by their paths without suffix.
         """
-        whole = file.removesuffix(PART)
+        whole = file.removesuffix(cache_files.PART)
         part, stem = file[len(whole) :], whole.removesuffix(NPZ)
         for ours, theirs in self._ends():
             if stem.endswith(theirs):
                 stem = stem.removesuffix(theirs) + ours
                 break
-        name = stem + SUFFIX
-        is_one = self._is_text(name) or parse_latent_name(name, self.family.tag, "image") is not None
+        name = stem + cache_files.SUFFIX
+        is_one = (
+            self._is_text(name) or cache_files.parse_latent_name(name, self.family.tag, "image") is not None
+        )
         if not (is_one and whole.endswith(NPZ)):
             return None
         source = self._source_stem(name)
@@ -179,7 +171,7 @@ class NpzStore:
 
     def _bucket(self, name: str) -> tuple[Size, Size]:
         """Return the size of a picture, and its size in the table's bucket."""
-        parsed = parse_latent_name(name, self.family.tag, "image")
+        parsed = cache_files.parse_latent_name(name, self.family.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
         step = self.family.latent.pixel_step
@@ -195,7 +187,7 @@ class NpzStore:
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
-    def _read_latents(self, name: str) -> Entry:
+    def _read_latents(self, name: str) -> cache_files.Entry:
         path, grid, latent = self._path(name), self._grid(name), self.family.latent
         end = "_{}x{}".format(*grid)
         found = read_arrays(path, lambda one: one.endswith(end))
@@ -213,7 +205,9 @@ class NpzStore:
 
         return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, grid)
 
-    def _foreign_latents(self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]) -> Entry:
+    def _foreign_latents(
+        self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
+    ) -> cache_files.Entry:
         """Return another program's latents, if they fit the table."""
         latent, wanted = self.family.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
@@ -242,14 +236,14 @@ class NpzStore:
                     f"model's are floating-point numbers of shape {(latent.channels, *grid)}"
                 )
             tensors[key] = array[:, None]
-        return _foreign_entry(path, {tensor_name(key, one): one for key, one in tensors.items()})
+        return _foreign_entry(path, {cache_files.tensor_name(key, one): one for key, one in tensors.items()})
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         (size, bucket), end = self._bucket(name), self._suffix(name)
         arrays: dict[str, Array] = {}
         sources: dict[str, str] = {}  # array -> name of its tensor
         for named, tensor in tensors.items():
-            key = tensor_key(named)
+            key = cache_files.tensor_key(named)
             array, place = as_array(tensor, keep_half=False), f"{OURS}_{key}"
             if key in _KNOWN and tensor.shape[1] == 1:
                 array, place = array[:, 0], key
@@ -281,10 +275,10 @@ class NpzStore:
 
     # --- texts ---
 
-    def _read_text(self, name: str) -> Entry:
+    def _read_text(self, name: str) -> cache_files.Entry:
         path, form, keys = self._path(name), self.family.format, self.family.text_keys
         arrays = read_arrays(path, lambda one: one in keys or one in form.constants or one == OURS)
-        is_part = name.endswith(PART)
+        is_part = name.endswith(cache_files.PART)
         for constant, expected in {} if is_part else form.constants.items():
             there = arrays.get(constant)
             found = there.tensor.item() if there is not None and there.tensor.numel() == 1 else None
@@ -298,11 +292,13 @@ class NpzStore:
         if missing or is_part:
             raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
         pairs = sorted((key, arrays[key].tensor) for key in keys)
-        named = {tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs}
+        named = {
+            cache_files.tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs
+        }
         return _foreign_entry(path, named)
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        form, sources = self.family.format, {tensor_key(named): named for named in tensors}
+        form, sources = self.family.format, {cache_files.tensor_key(named): named for named in tensors}
         arrays = {key: as_array(tensors[named], keep_half=True) for key, named in sources.items()}
         members = {key: format_array(array) for key, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
@@ -316,7 +312,7 @@ class NpzStore:
         write_members(self._path(name), members | more)
 
 
-def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
+def open_npz(table: DatasetTable, family: cache_files.NpzNames, folder: Path) -> NpzStore:
     """Return the npz files of a table. folder: of its pictures; those that a list names may be elsewhere."""
     if table.metadata_file is None:
         return NpzStore(table, family, folder)
@@ -324,6 +320,6 @@ def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
     return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
 
 
-def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> Entry:
+def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> cache_files.Entry:
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return Entry(Header(path, {}, tuple(named), shapes), named)
+    return cache_files.Entry(cache_files.Header(path, {}, tuple(named), shapes), named)

@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.cache.files import (
-    FLIPPED,
-    FORMAT_VERSION,
-    SUFFIX,
-    LatentName,
-    checksum,
-    grid_in_name,
-    tensor_key,
-    tensor_name,
-)
+from dataset.cache import files as cache_files
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import Names, media_table
@@ -65,11 +56,11 @@ class Item:
         return self.source.table
 
     @property
-    def name(self) -> LatentName:
+    def name(self) -> cache_files.LatentName:
         """Return what the names of its files say, but for sections that the family may make."""
         if self.table.kind == "image":
-            return LatentName(self.source.stem, self.size)
-        return LatentName(self.source.stem, self.bucket, self.span)
+            return cache_files.LatentName(self.source.stem, self.size)
+        return cache_files.LatentName(self.source.stem, self.bucket, self.span)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -203,7 +194,7 @@ def encode(
     items: Sequence[Item], family: Caches, encoders: EncodersOnDemand, tag: str
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item of a batch, those of mirrored media with them if its table flips."""
-    keys = [item.name.file_name(tag).removesuffix(SUFFIX) for item in items]
+    keys = [item.name.file_name(tag).removesuffix(cache_files.SUFFIX) for item in items]
     if items[0].moments:
         moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
         given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])
@@ -223,14 +214,18 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
     return dataclasses.replace(
         media,
         frames=media.frames.flip(3),
-        keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
+        keys=tuple(f"{key}{cache_files.FLIPPED}" for key in media.keys),
         control=tuple(control.flip(3) for control in media.control),
         alpha=None if media.alpha is None else media.alpha.flip(2),
     )
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
-    more = {f"{key}{FLIPPED}": one for key, one in mirrored.tensors.items() if key.startswith("latents")}
+    more = {
+        f"{key}{cache_files.FLIPPED}": one
+        for key, one in mirrored.tensors.items()
+        if key.startswith("latents")
+    }
     return dataclasses.replace(entry, tensors={**entry.tensors, **more})
 
 
@@ -245,13 +240,14 @@ def name_tensors(item: Item, entry: data.CacheEntry, spec: data.LatentSpec) -> d
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
     named = {
-        tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
+        cache_files.tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
         for key, tensor in tensors.items()
     }
     if not spec.flat_in_caches:
         return named
     return {
-        name: tensor if grid_in_name(name) is None else tensor.squeeze(1) for name, tensor in named.items()
+        name: tensor if cache_files.grid_in_name(name) is None else tensor.squeeze(1)
+        for name, tensor in named.items()
     }
 
 
@@ -281,9 +277,9 @@ def write_entry(
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """
     for name, tensor in named.items():
-        require_finite(tensor, file, tensor_key(name))
-    sums = {name: checksum(name, tensor) for name, tensor in named.items()}
-    metadata = {"architecture": family.name, "format_version": FORMAT_VERSION, **facts}
+        require_finite(tensor, file, cache_files.tensor_key(name))
+    sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
+    metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
     store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 

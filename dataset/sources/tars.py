@@ -10,19 +10,11 @@ from typing import Any
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
+from dataset.sources import media_source
 from dataset.sources.captions import captions_in
 from dataset.sources.downloads import HTTP, download, find_remote
 from dataset.sources.folders import media_suffixes
 from dataset.sources.frames import mask_suffixes
-from dataset.sources.media_source import (
-    Fault,
-    MediaSource,
-    TarMember,
-    is_of_shards,
-    local_name,
-    readable_stem,
-    unique_stems,
-)
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
 from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
@@ -37,7 +29,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
 
 
-def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[media_source.MediaSource]:
     """Return the sources of the table, in any order; add errors to `faults`.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
@@ -59,16 +51,19 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         try:
             index = read_index(tar, rules, table.cache_directory)
         except DatasetError as error:
-            faults.append(Fault(f"tars of {table.name} cannot be used", str(error)))
+            faults.append(media_source.Fault(f"tars of {table.name} cannot be used", str(error)))
             continue
         except OSError as error:
-            faults.append(Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
+            faults.append(media_source.Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
             continue
         samples += [(tar, sample) for sample in index.samples]
         kind_of_sample = f"samples of {table.name} cannot be used"
-        faults += [Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.") for key, text in index.faults]
+        faults += [
+            media_source.Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.")
+            for key, text in index.faults
+        ]
         if index.damage is not None:
-            faults.append(Fault(kind, f"{tar}: {index.damage}", ends_run=False))
+            faults.append(media_source.Fault(kind, f"{tar}: {index.damage}", ends_run=False))
         num_others += index.num_others
         example = example or next((str(name_parts(tar, key)) for key in index.others), "")
     if num_others:
@@ -83,18 +78,18 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _sources(
-    table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[Fault]
-) -> list[MediaSource]:
+    table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
+) -> list[media_source.MediaSource]:
     """Return the sources of samples; the stem of one is its key, with a hash where two tars have it."""
     names = Counter(tar.name for tar in {tar for tar, _ in samples})
     labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
-    stems = unique_stems(
-        [readable_stem(sample.key) for _, sample in samples],
+    stems = media_source.unique_stems(
+        [media_source.readable_stem(sample.key) for _, sample in samples],
         [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
     )
 
     def part(tar: Path, member: Member) -> Part:
-        origin = TarMember(tar, member.offset, member.size_bytes)
+        origin = media_source.TarMember(tar, member.offset, member.size_bytes)
         return name_parts(tar, readable_path(member.name)), origin
 
     sources = []
@@ -108,7 +103,7 @@ def _sources(
             controls, mask = controls[: table.control_count], next(iter(masks), None)
             sources.append(make_source(table, media[0], stem, media, captions, controls, mask))
         except DatasetError as error:
-            faults.append(Fault(f"samples of {table.name} cannot be used", str(error), stem))
+            faults.append(media_source.Fault(f"samples of {table.name} cannot be used", str(error), stem))
     return sources
 
 
@@ -121,16 +116,16 @@ def readable_path(name: str) -> str:
     """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
     folder, mark, base = name.rpartition("/")
     if mark:
-        folder = "/".join(map(readable_stem, folder.split("/")))
+        folder = "/".join(map(media_source.readable_stem, folder.split("/")))
     stem, dot, suffix = base.rpartition(".")
-    return f"{folder}{mark}{readable_stem(stem)}{dot}{suffix}"
+    return f"{folder}{mark}{media_source.readable_stem(stem)}{dot}{suffix}"
 
 
 # --- which tars
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+def _find_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[Path]:
     """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
     assert table.tars is not None
     found: dict[Path, None] = {}
@@ -138,14 +133,16 @@ def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         for name in expand_braces(pattern, table.name):
             if is_address(name) and not table.allow_urls:
                 kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"
-                faults.append(Fault(kind, hide_secrets(name)))
+                faults.append(media_source.Fault(kind, hide_secrets(name)))
                 continue
             try:
                 found |= dict.fromkeys(_tars_of(table, name))
             except MediaError as error:
-                faults.append(Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False))
+                faults.append(
+                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
+                )
             except DatasetError as error:
-                faults.append(Fault(f"names in {table.name} are of no tar", str(error)))
+                faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
     return list(found)
 
 
@@ -161,7 +158,7 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
         if not addresses:
             raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
         for address in addresses:
-            target = download_folder(table) / local_name(address)
+            target = download_folder(table) / media_source.local_name(address)
             if not target.is_file():
                 logger.info("downloading %s", hide_secrets(address))
             download(address, target)
@@ -179,7 +176,7 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     has_pattern = any(mark in name for mark in "*?[")
     matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
     # the caches may lie beside the sources
-    matches = [name for name in matches if not is_of_shards(Path(name).name)]
+    matches = [name for name in matches if not media_source.is_of_shards(Path(name).name)]
     if not matches:
         looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
         raise DatasetError(f"{path}: no such file{looked}. Correct the path.")

@@ -40,9 +40,8 @@ def spare_bytes(device: torch.device) -> int:
 def bytes_on(network: nn.Module, device: torch.device) -> int:
     """Return the bytes of a network's weights and buffers on devices of that type, in this process."""
     tensors = chain(network.parameters(), network.buffers())
-    here = (
-        each.to_local() if hasattr(each, "to_local") else each for each in tensors
-    )  # of one that is split
+    # of one that is split
+    here = (each.to_local() if hasattr(each, "to_local") else each for each in tensors)
     return sum(each.nbytes for each in here if each.device.type == device.type)
 
 
