@@ -11,7 +11,7 @@ console: show a summary as a box; silence the log
 console_options: options of log lines: how many, and where they go
 contract/: what a model family tells the shared loops
 control_codes: text for a console
-devices: choose a device, name dtypes, send tensors, free and measure memory
+devices: choose devices, name dtypes, send tensors, free and measure memory
 doctor: tell what is installed, and what is missing
 downloading: receive a file from a site, continued and bounded
 dressing: put features around a loaded transformer, in order
