@@ -306,14 +306,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             group, shown = rows[first : first + use.at_once], pictures[first : first + use.at_once]
             length = max(map(len, group)) if use.pad is None else dropped + use.most
             ids, mask = fill_rows(group, length, pad, use.pads_left)
-            tokens, places = embeddings(ids.to(weight.device)), None
+            tokens, places, added = embeddings(ids.to(weight.device)), None, list[Tensor]()
             if use.pad is None and use.pads_left:
                 places = torch.arange(use.most - length, use.most)[None]
             if any(one.sides for one in shown):
                 assert use.pictures is not None
                 token = self.find_token(tokenizer, use.pictures.token)
-                tokens, places = embed_pictures(network.get_submodule("visual"), tokens, ids, shown, token)
-            states = language_states(network, tokens, mask.to(weight.device), use.numbers, places)
+                tower = network.get_submodule("visual")
+                tokens, places, added = embed_pictures(tower, tokens, ids, shown, token)
+            states = language_states(network, tokens, mask.to(weight.device), use.numbers, places, added)
             if use.stacked:
                 states = states.unflatten(-1, (len(use.stacked), -1))
             for state, real, row in zip(states[:, dropped:].cpu(), mask[:, dropped:], group, strict=True):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.vision_towers import PLACES as TOWER_PLACES
+from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, VisionTower
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
 from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
@@ -35,7 +37,7 @@ Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
 # tensors of a layer that some kinds of models have
 _MARKS = (Q_BIAS, Q_NORM, FEED_NORM)
-PLACES = "visual.pos_embed.weight"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
+PLACES = f"visual.{TOWER_PLACES}"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
 _PARTS = ("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
@@ -66,6 +68,7 @@ class LanguageModel:
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; None: text only
     grid_shares: tuple[int, int, int] | None = None
+    tower: VisionTower | None = None  # that sees pictures in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
     # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, and
@@ -99,6 +102,7 @@ QWEN25_VL = LanguageModel(
     marks=(Q_BIAS,),
     rope_types=("default", "mrope"),
     grid_shares=(4, 6, 6),
+    tower=QWEN25_TOWER,
     settings={"use_sliding_window": False},
 )
 QWEN3 = LanguageModel(
@@ -125,6 +129,7 @@ QWEN3_VL = LanguageModel(
     marks=(Q_NORM, PLACES),
     rope_types=("default", "mrope"),
     grid_shares=(6, 5, 5),
+    tower=QWEN3_TOWER,
 )
 MISTRAL3 = LanguageModel(
     what="the language model of Mistral Small 3",

@@ -169,10 +169,17 @@ def test_published_files_fit_at_full_size(
     assert sum(weight.numel() for weight in network.parameters()) == sum(sizes)
     cut = load_language_model(path, model, meta, torch.bfloat16, (9, 18, 27))
     assert len(cut.layers) == 27  # type: ignore[arg-type]
-    if model is QWEN25_VL:
+    if model.tower is not None:
         tower: Any = load_vision_tower(path, model, meta, torch.bfloat16)
         told = tower.config
-        assert (told.num_heads, told.window_size, told.out_hidden_size) == (16, 112, config.dim)
+        assert (told.num_heads, told.out_hidden_size) == (16, config.dim)
+    if model is QWEN3_VL:
+        rope: Any = network.config
+        assert list(rope.rope_parameters["mrope_section"]) == [24, 20, 20]
+        assert list(told.deepstack_visual_indexes) == [5, 11, 17]
+        assert (told.depth, told.patch_size, tower.num_grid_per_side) == (24, 16, 48)
+    if model is QWEN25_VL:
+        assert told.window_size == 112
         assert list(told.fullatt_block_indexes) == [7, 15, 23, 31]
 
 
@@ -205,6 +212,7 @@ def test_a_prompt_is_cut_before_the_text_that_stays(tmp_path: Path) -> None:
         states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     expected_one = torch.stack([states[index][0, len(before) :] for index in STACKED.stacked], 1)
     assert expected_one.shape == (128, 3, DIM)
+    assert len(encoder.network.layers) == 3  # type: ignore[arg-type]
     assert_close(found[-1]["krea2_vl_embed"], expected_one)
     for prompt, together in zip(prompts, found, strict=True):
         (alone,) = encoded(encoder, prompt)
