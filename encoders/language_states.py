@@ -17,12 +17,14 @@ def language_states(
     mask: Tensor,
     states: Sequence[int] = (-1,),
     places: Tensor | None = None,
+    added: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the states that are read, joined: B L nC.
 
     tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
     tokens before them, as in the released pipelines. states: as the network was loaded with. places: of the
-    tokens, on the CPU, 3 B L; None: one after the other.
+    tokens, on the CPU, 3 B L; None: one after the other. added: each B L C, behind the first layers; a state
+    that is read is that before it.
     """
     length = tokens.shape[1]
     places = torch.arange(length)[None] if places is None else places
@@ -43,6 +45,11 @@ def language_states(
         layers[state - 1].register_forward_hook(functools.partial(_keep, kept))
         for state in states[len(kept) : -1]
     ]
+    behind = layers if states[-1] == -1 else layers[:-1]  # nothing follows the last state that is read
+    hooks += [
+        layer.register_forward_hook(functools.partial(_add, more))
+        for layer, more in zip(behind, added, strict=False)
+    ]
     try:
         found = network(
             inputs_embeds=tokens,
@@ -55,6 +62,10 @@ def language_states(
             hook.remove()
     last: Tensor = found.last_hidden_state
     return torch.cat([*kept, last], dim=-1) if kept else last
+
+
+def _add(more: Tensor, layer: nn.Module, inputs: Any, output: Any) -> Any:
+    return output + more if isinstance(output, Tensor) else (output[0] + more, *output[1:])
 
 
 def _keep(kept: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:

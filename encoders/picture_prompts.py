@@ -1,12 +1,12 @@
-"""Pictures in the prompts of Qwen2.5-VL: its vision tower, what it is given, and where its tokens stand.
+"""Pictures in prompts: the vision tower of a language model, what it is given, and where its tokens stand.
 
-The tower is the class of transformers; its files are those of the language model beside it. Source: Bai et
-al. 2025, arXiv 2502.13923, and the released configuration.
+The tower is the class of transformers; its files are those of the language model beside it.
 """
 # Letters: B prompts, L tokens, P patches of all pictures, K numbers of a patch, C width of the language model
 
+import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from encoders.language_models import LanguageModel
+from encoders.vision_towers import PATCHES, VisionTower
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
 from modules.checkpoints.encoders import told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError, MediaError
 from modules.media.buckets import Size
-from modules.media.reading import read_image, resize_cover
+from modules.media.reading import read_image, resize_cover, resize_stretched
 
-PATCHES = "patch_embed.proj.weight"
-HEAD_WIDTH = 80  # as released; cannot be read from the tensors
-WINDOW = 112  # pixels that layers attend within, likewise
-FULL_EVERY = 8  # each eighth layer attends to the whole picture, likewise
-MOST_TOLD = 1 << 16  # of these in a config.json
+LEAST_SIDE = 28  # pixels that reducing leaves of a side
 MOST_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
@@ -35,6 +32,17 @@ def read_rgb(path: Path, size: Size | None = None) -> Tensor:
     """Read a picture in its own size, or covering `size`: H W 3 uint8. Raises MediaError if it cannot."""
     frame = read_image(path)
     return torch.from_numpy(frame if size is None else resize_cover(frame, size))
+
+
+def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
+    """Read a picture as `read_rgb` does, and reduce it to at most so many pixels in its shape, bicubic."""
+    frame = read_rgb(path, size).numpy()
+    sides = frame.shape[1], frame.shape[0]
+    scale = math.sqrt(area / math.prod(sides))
+    if scale < 1:
+        width, height = (max(round(side * scale), LEAST_SIDE) for side in sides)
+        frame = resize_stretched(frame, (width, height))
+    return torch.from_numpy(frame)
 
 
 @dataclass(frozen=True)
@@ -73,28 +81,20 @@ class ReadPictures:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Dimensions of the vision tower."""
+    """A kind of vision towers, and the settings of its configuration in transformers."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    patch: int  # pixels
-    frames: int  # of a patch
-    merge: int  # patches that become a token, in each direction
-    out_dim: int
-    window: int
-    full_layers: tuple[int, ...]  # that attend to the whole picture
+    tower: VisionTower
+    settings: Mapping[str, Any]
 
 
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
-    """Plan how to load the vision tower of Qwen2.5-VL, which may stand under any prefix.
+    """Plan how to load the vision tower of a model, which may stand under any prefix.
 
     Raises CheckpointError if the file has none, or one of another model.
     """
-    path, mark = checkpoint.path, f"visual.{PATCHES}"
+    path, mark, tower = checkpoint.path, f"visual.{PATCHES}", model.tower
     prefix = next((name.removesuffix(PATCHES) for name in checkpoint.tensors if name.endswith(mark)), None)
-    if prefix is None:
+    if prefix is None or tower is None:
         raise CheckpointError(
             f"{path} has no vision tower, which prompts with pictures need. Give {model.files} to "
             f"{model.option}.",
@@ -102,61 +102,44 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
         )
     own = checkpoint.without_prefix(prefix, others=("",))
     sources = plain_sources(own)
-    wrong = CheckpointError(f"{path}: its vision tower is not that of Qwen2.5-VL. Give {model.files}.", path)
+    what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
+    wrong = CheckpointError(f"{path}: {what}", path)
     shape = shapes_of(own, sources, wrong)
     dim, _, frames, patch, columns = shape(PATCHES, 5)
-    wide, out_dim = shape("merger.mlp.0.weight", 2)[1], shape("merger.mlp.2.weight", 2)[0]
-    told = told_beside(path, "vision_config", "qwen2_5_vl", dim, {})
-    num_layers, merge = count(sources, r"blocks\.\d+"), math.isqrt(wide // dim)
-    heads = told.get("num_heads", dim // HEAD_WIDTH or 1)
-    window = told.get("window_size", WINDOW)
-    full = told.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, num_layers, FULL_EVERY)))
-    sizes = (heads, window, *(full if isinstance(full, list) else [None]))
-    told_fits = all(type(size) is int and 0 <= size < MOST_TOLD for size in sizes)
-    is_square = patch == columns and merge >= 1 and merge**2 * dim == wide
-    if not told_fits or not is_square or heads < 1 or dim % (4 * heads) or window < patch * merge:
+    (_, wide), (out_dim, _) = (shape(name, 2) for name in tower.merger)
+    merge = math.isqrt(wide // dim)
+    if patch != columns or merge < 1 or merge**2 * dim != wide:
         raise wrong
-    config = VisionConfig(
-        dim=dim,
-        ffn_dim=shape("blocks.0.mlp.gate_proj.weight", 2)[0],
-        num_heads=heads,
-        num_layers=num_layers,
-        patch=patch,
-        frames=frames,
-        merge=merge,
-        out_dim=out_dim,
-        window=window,
-        full_layers=tuple(full),
-    )
-    return LoadPlan(config, own, sources)
+    sizes = {
+        "depth": count(sources, r"blocks\.\d+"),
+        "hidden_size": dim,
+        "intermediate_size": shape(tower.feed, 2)[0],
+        "patch_size": patch,
+        "temporal_patch_size": frames,
+        "spatial_merge_size": merge,
+        "out_hidden_size": out_dim,
+    }
+    told = told_beside(path, "vision_config", tower.kind, dim, {})
+    settings = tower.read(sizes, told, {name: info.shape for name, info in own.tensors.items()})
+    if settings is None:
+        raise wrong
+    return LoadPlan(VisionConfig(tower, {**sizes, **settings}), own, sources)
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
     """Build the network, a class of transformers, for `on_meta_device`."""
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-    told = Qwen2_5_VLVisionConfig(
-        depth=config.num_layers,
-        hidden_size=config.dim,
-        intermediate_size=config.ffn_dim,
-        num_heads=config.num_heads,
-        patch_size=config.patch,
-        temporal_patch_size=config.frames,
-        spatial_merge_size=config.merge,
-        window_size=config.window,
-        fullatt_block_indexes=list(config.full_layers),
-        out_hidden_size=config.out_dim,
-        **attention,
-    )
-    tower: Any = Qwen2_5_VisionTransformerPretrainedModel(told)
+    kind = config.tower
+    module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
+    classes = (getattr(module, name) for name in kind.classes)
+    told = next(classes)(**config.settings, attn_implementation="sdpa")
+    tower: Any = next(classes)(told)
     angles = type(tower.rotary_pos_emb)
     with torch.device("cpu"):  # files do not hold the frequencies
         try:
             tower.rotary_pos_emb = angles(told)
         except TypeError:  # transformers 4
-            tower.rotary_pos_emb = angles(config.dim // config.num_heads // 2)
+            tower.rotary_pos_emb = angles(told.hidden_size // told.num_heads // 2)
+    tower.colours = kind.colours
     built: nn.Module = tower
     return built
 
@@ -199,12 +182,14 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
+    colours: Any = tower.colours
     cut = processor(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
         max_pixels=use.most,
+        **colours,
     )
     found = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in found["image_grid_thw"]]
@@ -213,22 +198,26 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
 
 def embed_pictures(
     tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadPictures], token: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Put pictures in place of the tokens that stand for them: B L C. And return their places: 3 B L int64.
 
-    tokens: embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: that stands for them.
+    Also what is added behind the first layers of the language model, each B L C, 0 for words. tokens:
+    embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: that stands for them.
     """
     shown, weight = [one for one in pictures if one.sides], tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
     grids = [(1, rows * merge, columns * merge) for one in shown for rows, columns in one.sides]
     patches = torch.cat([one.patches for one in shown]).to(weight)
     found = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
-    states = getattr(found, "pooler_output", found)  # transformers 4: the states alone
+    # transformers 4: the states alone, or a tuple of them and those that are added later
+    states, deep = found if isinstance(found, tuple) else (getattr(found, "pooler_output", found), None)
+    deep = getattr(found, "deepstack_features", deep) or ()
     has_pictures = torch.tensor([bool(one.sides) for one in pictures])
     ids = ids.masked_fill(~has_pictures[:, None], -1)  # elsewhere the token is a word like others
     places = [place_tokens(row, one.sides, token) for row, one in zip(ids.tolist(), pictures, strict=True)]
     where = (ids == token).to(tokens.device)[..., None]
-    return tokens.masked_scatter(where, states.to(tokens)), torch.stack(places, dim=1)
+    added = [torch.zeros_like(tokens).masked_scatter(where, one.to(tokens)) for one in deep]
+    return tokens.masked_scatter(where, states.to(tokens)), torch.stack(places, dim=1), added
 
 
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:

@@ -1,26 +1,38 @@
-"""Pictures in prompts against the whole Qwen2.5-VL of transformers: patches, places, states, bad pictures."""
+"""Pictures in prompts against the whole Qwen2.5-VL and Qwen3-VL of transformers: patches, places, states, bad
+pictures.
+"""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
-from encoders.picture_prompts import PictureUse, load_vision_tower, place_tokens, read_pictures, read_rgb
+from encoders.language_models import QWEN3_VL
+from encoders.picture_prompts import (
+    PictureUse,
+    load_vision_tower,
+    place_tokens,
+    read_pictures,
+    read_rgb,
+    read_within,
+)
 from generation.memory import META, rehearsing
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, MediaError
-from tests.encoders.test_language_models import QWEN_IMAGE, TOLERANCE, assert_close
+from tests.encoders.test_language_models import QWEN_IMAGE, STACKED, TOLERANCE, assert_close
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import (
     config_json,
     layouts,
     qwen3,
+    qwen3_vl,
     qwen25_vl,
     write_model,
     write_qwen_tokenizer,
@@ -29,6 +41,7 @@ from tests.tiny.language_models import (
 CPU = torch.device("cpu")
 PICTURES = PictureUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
 USE = replace(QWEN_IMAGE, pictures=PICTURES)
+DEEP = replace(STACKED, states_key="vl_embed", pictures=PICTURES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
 
 
@@ -37,39 +50,45 @@ def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-def processor() -> Any:
+def use_of(model: Any) -> LanguageUse:
+    return USE if model.config.model_type == "qwen2_5_vl" else DEEP
+
+
+def processor(use: LanguageUse) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(min_pixels=PICTURES.fewest, max_pixels=PICTURES.most)
+    grey = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    own = grey if use.model is QWEN3_VL else {}
+    return Qwen2VLImageProcessorPil(min_pixels=PICTURES.fewest, max_pixels=PICTURES.most, **own)
 
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
-    """The normed last states of the whole network."""
-    tokenizer = encoder._loaded.get()[1]
+    """The states of the whole network that are read."""
+    tokenizer, use = encoder._loaded.get()[1], encoder.use
     inputs: dict[str, Any] = {}
     text = ""
     if shown:
-        inputs = dict(processor()([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt"))
+        inputs = dict(processor(use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt"))
         counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
         text = "".join(PICTURES.write(index, count) for index, count in enumerate(counts, 1))
-    ids = torch.tensor([tokenizer.read(f"{USE.before}{text}{prompt}{USE.after}").ids])
+    ids = torch.tensor([tokenizer.read(f"{use.before}{text}{prompt}{use.after}").ids])
     kinds = (ids == tokenizer.number("<|image_pad|>")).int()
     with torch.no_grad():
         found = model(input_ids=ids, mm_token_type_ids=kinds, output_hidden_states=True, **inputs)
-    states: Tensor = found.hidden_states[-1][0, encoder.count_dropped(tokenizer) :]
-    return states
+    states = [found.hidden_states[index][0, encoder.count_dropped(tokenizer) :] for index in use.numbers]
+    return torch.stack(states, 1) if use.stacked else states[0]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return qwen25_vl()
+@pytest.fixture(scope="module", params=[qwen25_vl, qwen3_vl], ids=["qwen25_vl", "qwen3_vl"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.param()
 
 
 def load(
-    folder: Path, model: Any, use: LanguageUse = USE, layout: str = "transformers 4"
+    folder: Path, model: Any, use: LanguageUse | None = None, layout: str = "transformers 4"
 ) -> LanguageModelEncoder:
     path = write_model(write_qwen_tokenizer(folder) / "model.safetensors", model, layout)
-    made = LanguageModelEncoder(use, path, torch.float32)
+    made = LanguageModelEncoder(use or use_of(model), path, torch.float32)
     made.load(CPU)
     return made
 
@@ -115,6 +134,24 @@ def test_frequencies_are_divided_as_the_configuration_says(tmp_path: Path) -> No
     assert_near(ours, expected(model, encoder, "a rabbit", shown))
 
 
+def test_features_are_added_behind_the_first_layers_and_before_the_norm(tmp_path: Path) -> None:
+    model, shown = qwen3_vl(3), pictures(*SIZES[:2])
+    encoder = load(tmp_path, model, replace(DEEP, stacked=(1, 2, -1)))
+    (ours,) = encode(encoder, ("a rabbit", shown))
+    assert_near(ours, expected(model, encoder, "a rabbit", shown))
+
+
+def test_a_picture_is_reduced_in_its_shape_and_never_enlarged(tmp_path: Path) -> None:
+    large, small = pictures((600, 900), (40, 50))
+    paths = pictured(tmp_path, "", [large, small]).pictures
+    reduced = read_within(paths[0], area=384 * 384)
+    theirs = Image.fromarray(large.numpy()).resize((470, 314), Image.Resampling.BICUBIC)
+    assert torch.equal(reduced, torch.from_numpy(np.array(theirs)))
+    assert torch.equal(read_within(paths[1], area=384 * 384), small)
+    (long,) = pictured(tmp_path, "", pictures((4, 60000))).pictures
+    assert read_within(long, area=384 * 384).shape == (28, 47030, 3)
+
+
 def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
     prompts = [(f"{index} rabbits", shown[: index % 4]) for index in range(10)]
@@ -123,22 +160,22 @@ def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
 
 
 def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
-    without = LanguageModelEncoder(QWEN_IMAGE, encoder.path, torch.float32)
+    without = LanguageModelEncoder(replace(encoder.use, pictures=None), encoder.path, torch.float32)
     assert dict(without.identity) != dict(encoder.identity)
 
 
 def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -> None:
-    shown = pictures((196, 196), (196, 196))
+    shown = pictures((196, 196), (196, 196))  # 7 x 7 tokens of 28 pixels, or 6 x 6 of 32
     long = "rabbit grass " * 100
     text, pictured = encode(encoder, (long, []), (long, shown))
     assert len(text) == USE.most
-    assert len(pictured) == USE.most + 2 * 49
+    assert len(pictured) == USE.most + 2 * (36 if encoder.use.stacked else 49)
 
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
     ours = read_pictures(encoder.network.get_submodule("visual"), shown, PICTURES)
-    theirs = processor()([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
+    theirs = processor(encoder.use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
     assert torch.equal(ours.patches, theirs["pixel_values"])
     assert (2 * torch.tensor(ours.sides)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()
 
@@ -175,7 +212,7 @@ def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
     half = replace(PICTURES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), shown=1)
-    encoder = load(tmp_path, model, replace(USE, pictures=half))
+    encoder = load(tmp_path, model, replace(use_of(model), pictures=half))
     shown = pictures((180, 120), (90, 60))
     (ours,) = encode(encoder, ("a rabbit", shown))
     assert_near(ours, expected(model, encoder, "a rabbit", [shown[0][::2, ::2].contiguous()]))
@@ -191,30 +228,40 @@ def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_pat
         ("visual.merger.mlp.0.weight", torch.ones(320, 300), "not that of Qwen2.5-VL"),
         ("visual.merger.mlp.0.bias", torch.ones(3), "the file has 3, 320 is needed"),
         ("visual.surplus", torch.ones(3), "unexpected: surplus"),
+        ("visual.pos_embed.weight", torch.ones(24, 64), "not that of Qwen3-VL"),
+        ("visual.merger.linear_fc1.weight", torch.ones(256, 250), "not that of Qwen3-VL"),
+        ("visual.deepstack_merger_list.3.norm.bias", torch.ones(256), "not that of Qwen3-VL"),
+        ("visual.deepstack_merger_list.1.norm.bias", None, "missing: deepstack_merger_list.1.norm.bias"),
     ],
 )
 def test_a_vision_tower_that_does_not_fit_is_one_message(
-    name: str, tensor: Tensor | None, message: str, model: Any, tmp_path: Path
+    name: str, tensor: Tensor | None, message: str, tmp_path: Path
 ) -> None:
-    path = write_model(tmp_path / "model.safetensors", model, change={name: tensor})
+    is_deep = "Qwen3" in message or "deepstack" in name
+    path = write_model(
+        tmp_path / "model.safetensors", qwen3_vl() if is_deep else qwen25_vl(), change={name: tensor}
+    )
     with pytest.raises(CheckpointError, match=message):
-        load_vision_tower(path, USE.model, CPU, torch.float32)
+        load_vision_tower(path, (DEEP if is_deep else USE).model, CPU, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "told", [{"num_heads": 3}, {"num_heads": True}, {"window_size": 0}, {"fullatt_block_indexes": [-1]}]
-)
-def test_a_configuration_without_sense_is_refused(told: dict[str, Any], model: Any, tmp_path: Path) -> None:
+TOLD: list[dict[str, Any]] = [{"num_heads": 3}, {"num_heads": True}, {"window_size": 0}]
+DEEP_TOLD = [{"deepstack_visual_indexes": layers} for layers in ([0, 2, 4], [0, 0, 2], [0, 2], "0, 2, 3")]
+
+
+@pytest.mark.parametrize("told", [*TOLD, {"fullatt_block_indexes": [-1]}, *DEEP_TOLD])
+def test_a_configuration_without_sense_is_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    model = qwen3_vl() if told in DEEP_TOLD else qwen25_vl()
     path = write_model(tmp_path / "model.safetensors", model)
     config = config_json(model)
     config["vision_config"] |= told
     path.with_name("config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="not that of Qwen2.5-VL"):
-        load_vision_tower(path, USE.model, CPU, torch.float32)
+    with pytest.raises(CheckpointError, match=r"not that of Qwen.*-VL. Give .* with its config.json"):
+        load_vision_tower(path, use_of(model).model, CPU, torch.float32)
 
 
-def test_without_a_configuration_the_tower_is_the_released_one(model: Any, tmp_path: Path) -> None:
-    path = save(tmp_path / "model.safetensors", layouts(model)["comfy"])
+def test_without_a_configuration_the_tower_is_the_released_one(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", layouts(qwen25_vl())["comfy"])
     tower: Any = load_vision_tower(path, USE.model, torch.device("meta"), torch.bfloat16)
     config = tower.config
     assert (config.num_heads, config.window_size, list(config.fullatt_block_indexes)) == (1, 112, [])
@@ -223,7 +270,7 @@ def test_without_a_configuration_the_tower_is_the_released_one(model: Any, tmp_p
 
 
 def test_a_memory_plan_rehearses_prompts_with_pictures(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
-    planned = LanguageModelEncoder(USE, encoder.path, torch.float32)
+    planned = LanguageModelEncoder(encoder.use, encoder.path, torch.float32)
     planned.load(META)
     prompt = pictured(tmp_path, "a rabbit", pictures(*SIZES[:2]))
     with rehearsing(planned) as ledger:

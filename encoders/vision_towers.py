@@ -1,0 +1,93 @@
+"""Vision towers of language models as values: their classes in transformers, and settings by their files.
+
+Source: Bai et al. 2025, arXiv 2502.13923 (Qwen2.5-VL), the report of Qwen3-VL, and the released
+configurations.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modules.checkpoints.dialects import count
+
+PATCHES, PLACES = "patch_embed.proj.weight", "pos_embed.weight"
+MOST_TOLD = 1 << 16  # of these in a config.json
+# as released, not to be read from the tensors. Of Qwen2.5-VL:
+HEAD_WIDTH = 80
+WINDOW = 112  # pixels that layers attend within
+FULL_EVERY = 8  # each eighth layer attends to the whole picture
+# of Qwen3-VL: heads, and by the number of layers those whose states reach the language model's first layers
+HEADS = 16
+DEEP_LAYERS = {24: [5, 11, 17], 27: [8, 16, 24]}
+
+Sizes = Mapping[str, int]  # settings of transformers' configuration
+Told = Mapping[str, Any]  # a config.json's values, {} if there is none
+Shapes = Mapping[str, tuple[int, ...]]  # of its tensors
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A kind of vision towers."""
+
+    name: str  # of the whole model, for messages
+    kind: str  # prefix of `model_type` in a config.json
+    module: str  # of transformers
+    classes: tuple[str, str]  # there: its configuration and its network
+    feed: str  # tensor with a row for each number between the layers of a feed-forward
+    merger: tuple[str, str]  # the two of the layers that make tokens of patches
+    # further settings; None: the tensors or the config.json are those of another tower
+    read: Callable[[Sizes, Told, Shapes], Mapping[str, Any] | None]
+    # mean and deviation of the colours, as transformers' image processor calls them; {}: CLIP's
+    colours: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def _are_sizes(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < MOST_TOLD for value in values)
+
+
+def _read_windows(sizes: Sizes, told: Told, shapes: Shapes) -> Mapping[str, Any] | None:
+    dim, patch = sizes["hidden_size"], sizes["patch_size"]
+    heads = told.get("num_heads", dim // HEAD_WIDTH or 1)
+    window = told.get("window_size", WINDOW)
+    full = told.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY)))
+    if not isinstance(full, list) or not _are_sizes(heads, window, *full) or heads < 1 or dim % (4 * heads):
+        return None
+    if window < patch * sizes["spatial_merge_size"]:
+        return None
+    return {"num_heads": heads, "window_size": window, "fullatt_block_indexes": full}
+
+
+def _read_deep(sizes: Sizes, told: Told, shapes: Shapes) -> Mapping[str, Any] | None:
+    dim, layers = sizes["hidden_size"], sizes["depth"]
+    places, mergers = shapes.get(PLACES, (0,))[0], count(shapes, r"deepstack_merger_list\.\d+")
+    heads = told.get("num_heads", HEADS)
+    deep = told.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
+    if not isinstance(deep, list) or not _are_sizes(heads, *deep) or heads < 1 or dim % (4 * heads):
+        return None
+    if not len(deep) == len({*deep} & {*range(layers)}) == mergers or places < 1:
+        return None
+    if math.isqrt(places) ** 2 != places:
+        return None
+    return {"num_heads": heads, "deepstack_visual_indexes": deep, "num_position_embeddings": places}
+
+
+QWEN25_TOWER = VisionTower(
+    name="Qwen2.5-VL",
+    kind="qwen2_5_vl",
+    module="qwen2_5_vl",
+    classes=("Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
+    feed="blocks.0.mlp.gate_proj.weight",
+    merger=("merger.mlp.0.weight", "merger.mlp.2.weight"),
+    read=_read_windows,
+)
+QWEN3_TOWER = VisionTower(
+    name="Qwen3-VL",
+    kind="qwen3_vl",
+    module="qwen3_vl",
+    classes=("Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
+    feed="blocks.0.mlp.linear_fc1.weight",
+    merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
+    read=_read_deep,
+    colours={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+)
