@@ -24,10 +24,8 @@ from networks.deltas import LORA
 from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
-from networks.module_names import alias, choose_family, replace_dots
-from networks.names.image import FLUX_2, QWEN_IMAGE
+from networks.module_names import alias, choose_family, family_named, replace_dots
 from networks.names.layouts import FamilyNames
-from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import ExtractOptions
 
@@ -65,6 +63,8 @@ class BlockWeights(NamedTuple):
         ]
 
 
+FLUX_2, QWEN_IMAGE = family_named("flux_2"), family_named("qwen_image")
+SD1, SD2, SDXL = map(family_named, ("sd1", "sd2", "sdxl"))
 FLUX = BlockWeights(
     "FLUX.1, FLUX.2 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
 )

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
+from modules.families import read_names
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
-from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
-FAMILIES = (
-    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, LTX_2, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
-    *(SD1, SDXL, SD2),
-)
+FAMILIES: tuple[FamilyNames, ...] = tuple(family for names in read_names() for family in names.LORA)
 _DIGITS = re.compile(r"\d+")
+
+
+def family_named(name: str) -> FamilyNames:
+    """Return a family by its `name`, which must be known."""
+    return next(one for one in FAMILIES if one.name == name)
 
 
 def replace_dots(path: str) -> str:

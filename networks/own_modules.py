@@ -21,7 +21,7 @@ from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.module_names import replace_dots
-from networks.names.stable_diffusion import published_path
+from networks.names.texts import published_path
 from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
 from networks.parts import for_model
 

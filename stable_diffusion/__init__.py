@@ -16,6 +16,7 @@ loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
+names: what it is called everywhere, from scripts to tensors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 regions: parts of a prompt, each in its own region

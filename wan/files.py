@@ -21,10 +21,10 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
-from networks.names.video import WAN
 from wan.checkpoints import FORMAT, check_task, read_dit_header
 from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
+from wan.names import WAN
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.spec import latent_of
 from wan.t5 import TOKENIZER, WanTextEncoder

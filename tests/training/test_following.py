@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
+from ltx_2.names import LTX_2
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.families import FAMILIES
 from modules.options import read_options
 from modules.parser import add_options
-from networks.names.video import LTX_2
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.learning_options import WholeDitOptions

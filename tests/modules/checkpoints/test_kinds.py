@@ -106,6 +106,27 @@ def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> Non
     assert kind_of(state_of(network, settings), OF_OTHERS) is None
 
 
+def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() -> None:
+    marks = families.family_marks()
+    assert len(marks) >= 41
+    assert {mark: kind_of([mark]) for mark, _ in marks} == dict(marks)
+    hunyuan, flux = (
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+    )
+    for words, *names in (
+        ("Z-Image", "context_refiner.0.attention.qkv.weight", "cap_pad_token"),  # in ComfyUI's layout
+        ("HunyuanVideo", flux, hunyuan),
+        ("HunyuanImage", flux, hunyuan, "byt5_in.fc1.weight"),
+        ("FLUX.2", flux, "double_stream_modulation_img.lin.weight"),
+        ("Chroma", flux, "distilled_guidance_layer.in_proj.weight"),
+        ("ControlNet", "transformer_blocks.0.img_mod.1.weight", "controlnet_x_embedder.weight"),
+        ("Qwen-Image", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.img_mod.1.weight"),
+        ("the autoencoder of FLUX.2", "quant_conv.weight", "bn.running_mean"),
+    ):
+        assert words in str(kind_of(names)), names
+
+
 @pytest.mark.parametrize("family", FORMATS)
 @pytest.mark.parametrize(
     "case",
