@@ -19,9 +19,8 @@ from markupsafe import Markup
 from browser.jobs import WAITING, JobQueue
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError, UserError
-from modules.families import with_scripts
+from modules.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story

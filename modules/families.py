@@ -19,6 +19,7 @@ from modules.parser import parse_options
 
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts that Wan2.2 has
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from modules.checkpoints.opening import checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, show_box
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.output_files import refuse_replacing
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms

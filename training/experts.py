@@ -14,9 +14,10 @@ from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec, Family, knows_few_steps
 from modules.contract.loading import Placement
-from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation

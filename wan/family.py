@@ -28,18 +28,9 @@ from modules.contract.data import (
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import (
-    HIGH_NOISE,
-    IMAGE,
-    LATENTS,
-    LOW_NOISE,
-    ONE_EXPERT,
-    VIDEO,
-    Expert,
-    ModelRelease,
-    SourceRules,
-)
+from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.caching import (

@@ -16,9 +16,10 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import LatentSpec
 from modules.contract.family import TextEncoder
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
+from modules.contract.rules import expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, check_task, read_dit_header

@@ -10,8 +10,7 @@ import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
-from modules.families import FAMILIES
+from modules.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS

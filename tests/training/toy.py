@@ -18,18 +18,10 @@ from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaE
 from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
-from modules.contract.rules import (
-    HIGH_NOISE,
-    LOW_NOISE,
-    ONE_EXPERT,
-    CountTokens,
-    Expert,
-    ModelRelease,
-    ReferenceRules,
-    TokenCount,
-)
+from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions

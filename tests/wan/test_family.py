@@ -17,8 +17,9 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.contract.data import Batch, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
+from modules.contract.rules import expert_of_file
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
