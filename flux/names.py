@@ -3,7 +3,14 @@
 from hunyuan_model.names import LINEAR1_PARTS
 from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, WeightPart, renamed_parts, stacked_parts
+from networks.names.layouts import (
+    FamilyNames,
+    Numbering,
+    WeightPart,
+    in_both_streams,
+    renamed_parts,
+    stacked_parts,
+)
 
 ENTRY = FamilyEntry(
     "flux",
@@ -55,6 +62,10 @@ FLUX_QKV = (
     *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
     *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
 )
+FLUX_NUMBERS: Numbering = (
+    ("double_blocks.{n}.", in_both_streams("{x}_mod.lin {x}_attn.qkv {x}_attn.proj {x}_mlp.0 {x}_mlp.2")),
+    ("single_blocks.{n}.", "linear1 linear2 modulation.lin"),
+)
 
 FLUX = FamilyNames(
     "flux",
@@ -82,6 +93,12 @@ FLUX = FamilyNames(
         *(("_mod.lin", 6, 1), (".modulation.lin", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),
     ),
     released=((3072, (("double_blocks", 19), ("single_blocks", 38))),),
+    numbered=(
+        *FLUX_NUMBERS,
+        ("", "img_in"),
+        *((f"{name}.", "in_layer out_layer") for name in ("time_in", "vector_in", "guidance_in")),
+        ("", "txt_in"),
+    ),
 )
 
 LORA = (FLUX,)

@@ -1,6 +1,6 @@
 """What FLUX.2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from flux.names import FLUX_NORMS, FLUX_QKV
+from flux.names import FLUX_NORMS, FLUX_NUMBERS, FLUX_QKV
 from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
@@ -63,6 +63,7 @@ FLUX_2 = FamilyNames(
         (width, (("double_blocks", double), ("single_blocks", single)))
         for width, double, single in ((6144, 8, 48), (4096, 8, 24), (3072, 5, 20))
     ),
+    numbered=FLUX_NUMBERS,
 )
 
 LORA = (FLUX_2,)

@@ -35,6 +35,14 @@ FRAMEPACK = FamilyNames(
         *((".proj_mlp", 4, 1), (".proj_out", 1, 5)),
     ),
     released=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
+    numbered=(
+        (
+            "transformer_blocks.{n}.",
+            f"norm1.linear norm1_context.linear {layouts.NUMBERED_ATTENTION} attn.to_add_out ff.net.0.proj "
+            "ff.net.2 ff_context.net.0.proj ff_context.net.2",
+        ),
+        ("single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v norm.linear proj_mlp proj_out"),
+    ),
 )
 
 LORA = (FRAMEPACK,)

@@ -1,6 +1,6 @@
 """What HunyuanImage-2.1 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_PARTS, BLOCK_SIDES
+from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES
 from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts
 
@@ -49,6 +49,7 @@ HUNYUAN_IMAGE = FamilyNames(
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
     sides=BLOCK_SIDES,
     released=((3584, BLOCK_DEPTHS),),
+    numbered=BLOCK_NUMBERS,
 )
 
 LORA = (HUNYUAN_IMAGE,)

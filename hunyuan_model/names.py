@@ -2,7 +2,16 @@
 
 from modules.families import FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, Sides, WeightPart, each, renamed_parts, stacked_parts
+from networks.names.layouts import (
+    FamilyNames,
+    Numbering,
+    Sides,
+    WeightPart,
+    each,
+    in_both_streams,
+    renamed_parts,
+    stacked_parts,
+)
 
 ENTRY = FamilyEntry(
     "hunyuan_model",
@@ -113,6 +122,13 @@ COMFYUI_TENSORS = (
     (r"(.+\.(?:img_|txt_|)mlp)\.2\.(\w+)", r"\1.fc2.\2"),
     (r"(.+\.(?:img_mod|txt_mod|modulation))\.lin\.(\w+)", r"\1.linear.\2"),
 )
+BLOCK_NUMBERS: Numbering = (
+    (
+        "double_blocks.{n}.",
+        in_both_streams("{x}_mod.linear {x}_attn_qkv {x}_attn_proj {x}_mlp.fc1 {x}_mlp.fc2"),
+    ),
+    ("single_blocks.{n}.", "linear1 linear2 modulation.linear"),
+)
 
 HUNYUAN_VIDEO = FamilyNames(
     "hunyuan_video",
@@ -123,6 +139,7 @@ HUNYUAN_VIDEO = FamilyNames(
     converted_for="ComfyUI",
     sides=BLOCK_SIDES,
     released=((3072, BLOCK_DEPTHS),),
+    numbered=BLOCK_NUMBERS,
 )
 
 LORA = (HUNYUAN_VIDEO,)

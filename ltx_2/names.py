@@ -96,6 +96,10 @@ _LTX_PARAMETERS = (
     *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
     *_LTX_REGISTERS,
 )
+_LTX_NUMBERED = (
+    *("attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff"),
+    *("audio_to_video_attn", "video_to_audio_attn"),
+)
 
 LTX_2 = FamilyNames(
     "ltx_2",
@@ -109,6 +113,18 @@ LTX_2 = FamilyNames(
     text_side=(*(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS), "text_embedding_projection."),
     text_side_words="the text connectors",
     unprefixed=("connectors.", "text_embedding_projection."),
+    numbered=(
+        *((f"{prefix}caption_projection.", "linear_1 linear_2") for prefix in ("", "audio_")),
+        (
+            "transformer_blocks.{n}.",
+            " ".join(
+                f"{part}.net.0.proj {part}.net.2"
+                if part.endswith("ff")
+                else "{x}.to_q {x}.to_k {x}.to_v {x}.to_gate_logits {x}.to_out.0".replace("{x}", part)
+                for part in _LTX_NUMBERED
+            ),
+        ),
+    ),
 )
 
 LORA = (LTX_2,)

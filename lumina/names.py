@@ -54,6 +54,18 @@ LUMINA = FamilyNames(
     encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
     sides=((".qkv", 5 / 3, 1), (".out", 1, 1), *LUMINA_SIDES),
     released=((2304, (("layers", 26),)),),
+    numbered=(
+        *(
+            (
+                f"{name}.{{n}}.",
+                "attention.qkv attention.out "
+                "feed_forward.w1 feed_forward.w2 feed_forward.w3 adaLN_modulation.1",
+            )
+            for name in ("context_refiner", "noise_refiner", "layers")
+        ),
+        ("final_layer.", "linear adaLN_modulation.1"),
+        *(("", "x_embedder"), ("t_embedder.", "mlp.0 mlp.2"), ("cap_embedder.", "1")),
+    ),
 )
 
 LORA = (LUMINA,)

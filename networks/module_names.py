@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from modules.families import read_names
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
-from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
+from networks.names.texts import TEXTS_NUMBERED
 
 FAMILIES: tuple[FamilyNames, ...] = tuple(family for names in read_names() for family in names.LORA)
 _DIGITS = re.compile(r"\d+")
@@ -388,12 +388,12 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
 
 
 @cache
-def _places(family: str) -> _Table:
+def _places(family: FamilyNames | None) -> _Table:
     """Return the places of modules, "list.number of the block.place in it", by underscored names.
 
     Those of a transformer begin with `lora_unet_`.
     """
-    of_dit = ((f"lora_unet_{start}", endings) for start, endings in NUMBERED.get(family, ()))
+    of_dit = ((f"lora_unet_{start}", endings) for start, endings in (family.numbered if family else ()))
     return _Table(
         (start + ending, f"{index}.{'{n}' if '{n}' in start else 0}.{place}")
         for index, (start, endings) in enumerate((*TEXTS_NUMBERED, *of_dit))
@@ -403,7 +403,7 @@ def _places(family: str) -> _Table:
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
     """Return names of modules with our prefixes in the order of known trainers; None if it is not known."""
-    table, places = _places("" if family is None else family.name), dict[str, tuple[int, ...]]()
+    table, places = _places(family), dict[str, tuple[int, ...]]()
     for name in names:
         found = table.find(name)
         if found is None:

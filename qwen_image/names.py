@@ -35,6 +35,13 @@ QWEN_IMAGE = FamilyNames(
     versions=("qwen_image", "qwen-image", "qwenimage"),
     sides=(*layouts.IN_TWO_STREAMS, ("_mod.1", 6, 1)),
     released=((3072, (("transformer_blocks", 60),)),),
+    numbered=(
+        (
+            "transformer_blocks.{n}.",
+            f"img_mod.1 {layouts.NUMBERED_ATTENTION} attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 "
+            "txt_mod.1 txt_mlp.net.0.proj txt_mlp.net.2",
+        ),
+    ),
 )
 
 LORA = (QWEN_IMAGE,)

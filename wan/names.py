@@ -67,6 +67,13 @@ WAN = FamilyNames(
         ("scale_shift_table", "head.modulation"),
         ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),
+    numbered=(
+        (
+            "blocks.{n}.",
+            "self_attn.q self_attn.k self_attn.v self_attn.o cross_attn.q cross_attn.k cross_attn.v "
+            "cross_attn.o cross_attn.k_img cross_attn.v_img ffn.0 ffn.2",
+        ),
+    ),
 )
 
 LORA = (WAN,)

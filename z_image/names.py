@@ -54,6 +54,14 @@ Z_IMAGE = FamilyNames(
     versions=("z_image", "z-image", "zimage"),
     sides=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *LUMINA_SIDES),
     released=((3840, (("layers", 30),)),),
+    numbered=tuple(
+        (
+            block,
+            "attention.to_q attention.to_k attention.to_v attention.to_out.0 "
+            "feed_forward.w1 feed_forward.w2 feed_forward.w3 adaLN_modulation.0",
+        )
+        for block in LUMINA_BLOCKS
+    ),
 )
 
 LORA = (Z_IMAGE,)

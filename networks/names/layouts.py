@@ -39,6 +39,11 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
+# The order in which known trainers number the modules of a LoRA, as states of their optimizers do: (start,
+# endings), all blocks of the first start, one after the other, then those of the next. It is the order in
+# which the trainer's network registers its layers. Source: lists of modules recorded with the trainers
+# (`tests/golden`), the published model code
+Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
 # (width of a block, {list of blocks in our layout: how many it has}) of published models
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
@@ -47,6 +52,10 @@ IN_TWO_STREAMS: Sides = (
     *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
     *((".net.0.proj", 4, 1), (".net.2", 1, 4)),
+)
+# of `Numbering`, in blocks with two streams in diffusers' layout
+NUMBERED_ATTENTION = (
+    "attn.to_q attn.to_k attn.to_v attn.add_k_proj attn.add_v_proj attn.add_q_proj attn.to_out.0"
 )
 
 
@@ -92,6 +101,7 @@ class FamilyNames:
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them
     further: tuple[str, ...] = ()  # our paths that no other layout has
+    numbered: Numbering = ()
     # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
     text_side: tuple[str, ...] = ()
     text_side_words: str = ""
@@ -108,6 +118,11 @@ class FamilyNames:
 def each(start: str, endings: str) -> tuple[str, ...]:
     """Return `start` + each of `endings`, which are separated by blanks."""
     return tuple(start + ending for ending in endings.split())
+
+
+def in_both_streams(endings: str) -> str:
+    """Return the endings for the streams of picture and text, `{x}`, one after the other."""
+    return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:

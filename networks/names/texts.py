@@ -2,6 +2,8 @@
 
 import re
 
+from networks.names.layouts import Numbering
+
 Pairs = tuple[tuple[str, str], ...]  # (a pattern, the name that it stands for)
 # the paths of our own classes -> the published ones; a class of transformers has the published ones already
 _PUBLISHED = (
@@ -70,3 +72,22 @@ _IN_DIFFUSERS = (
 def diffusers_path_of_text(name: str) -> str | None:
     """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
     return _translated(_IN_DIFFUSERS, name)
+
+
+# order of the modules, which come before the transformer's: CLIP-L, T5, Gemma 2
+TEXTS_NUMBERED: Numbering = (
+    (
+        "lora_te1.text_model.encoder.layers.{n}.",
+        "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj mlp.fc1 mlp.fc2",
+    ),
+    (
+        "lora_te3.encoder.block.{n}.",
+        "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v layer.0.SelfAttention.o "
+        "layer.1.DenseReluDense.wi_0 layer.1.DenseReluDense.wi_1 layer.1.DenseReluDense.wo",
+    ),
+    (
+        "lora_te.layers.{n}.",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    ),
+)
