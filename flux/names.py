@@ -5,6 +5,7 @@ from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import (
     FamilyNames,
+    LoraRules,
     Numbering,
     WeightPart,
     in_both_streams,
@@ -67,6 +68,25 @@ FLUX_NUMBERS: Numbering = (
     ("single_blocks.{n}.", "linear1 linear2 modulation.lin"),
 )
 
+_IN_BLOCKS = ("double_blocks.", "single_blocks.")
+_RULES = LoraRules(
+    types=(
+        *(
+            (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
+            for kind in ("attn", "mlp", "mod")
+            for stream in ("img", "txt")
+        ),
+        ("single_dim", (("single_blocks", "linear"),)),
+        ("single_mod_dim", (("single_blocks", "modulation"),)),
+    ),
+    choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
+    indices={"train_double_block_indices": "double_blocks", "train_single_block_indices": "single_blocks"},
+    outside="in_dims",
+    outside_paths=("img_in", "time_in", "vector_in", "guidance_in", "txt_in"),
+    fused={"attn.qkv": 3, "linear1": 4},
+    encoders={"train_t5xxl": "lora_te3"},
+)
+
 FLUX = FamilyNames(
     "flux",
     "flux-1-dev",
@@ -99,6 +119,8 @@ FLUX = FamilyNames(
         *((f"{name}.", "in_layer out_layer") for name in ("time_in", "vector_in", "guidance_in")),
         ("", "txt_in"),
     ),
+    network_module="networks.lora_flux",
+    rules=_RULES,
 )
 
 LORA = (FLUX,)

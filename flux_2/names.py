@@ -64,6 +64,7 @@ FLUX_2 = FamilyNames(
         for width, double, single in ((6144, 8, 48), (4096, 8, 24), (3072, 5, 20))
     ),
     numbered=FLUX_NUMBERS,
+    network_module="networks.lora_flux_2",
 )
 
 LORA = (FLUX_2,)

@@ -43,6 +43,7 @@ FRAMEPACK = FamilyNames(
         ),
         ("single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v norm.linear proj_mlp proj_out"),
     ),
+    network_module="networks.lora_framepack",
 )
 
 LORA = (FRAMEPACK,)

@@ -2,7 +2,7 @@
 
 from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES
 from modules.families import PICTURES, FamilyEntry, Marks
-from networks.names.layouts import FamilyNames, renamed_parts
+from networks.names.layouts import FamilyNames, LoraRules, renamed_parts
 
 ENTRY = FamilyEntry(
     "hunyuan_image",
@@ -50,6 +50,8 @@ HUNYUAN_IMAGE = FamilyNames(
     sides=BLOCK_SIDES,
     released=((3584, BLOCK_DEPTHS),),
     numbered=BLOCK_NUMBERS,
+    network_module="networks.lora_hunyuan_image",
+    rules=LoraRules(fused={"attn_qkv": 3, "linear1": 4}),
 )
 
 LORA = (HUNYUAN_IMAGE,)

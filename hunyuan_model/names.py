@@ -140,6 +140,7 @@ HUNYUAN_VIDEO = FamilyNames(
     sides=BLOCK_SIDES,
     released=((3072, BLOCK_DEPTHS),),
     numbered=BLOCK_NUMBERS,
+    network_module="networks.lora_hunyuan",
 )
 
 LORA = (HUNYUAN_VIDEO,)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from encoders.files import OneTransformer
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.names import LORA
 from ltx_2.options import (
     AUDIO,
     NAME,
@@ -102,7 +103,7 @@ class Ltx2(OneTransformer):
         "--training_adapter with a LoRA that undoes the distillation"
     )
     cache_tag: str = field(default="ltx2", init=False)
-    lora_module: str = field(default="networks.lora_ltx2", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
 
     @property
     def version(self) -> str:

@@ -125,6 +125,7 @@ LTX_2 = FamilyNames(
             ),
         ),
     ),
+    network_module="networks.lora_ltx2",
 )
 
 LORA = (LTX_2,)

@@ -2,7 +2,7 @@
 
 from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, Sides, WeightPart, renamed_parts
+from networks.names.layouts import FamilyNames, LoraRules, Sides, WeightPart, renamed_parts
 
 ENTRY = FamilyEntry(
     "lumina",
@@ -11,6 +11,7 @@ ENTRY = FamilyEntry(
     record="Lumina",
     encoders=(("vae", "--ae", PICTURES),),
     texts="--gemma2 GEMMA2",
+    same_latents="flux",
 )
 
 # Lumina-Image-2.0 (NextDiT)
@@ -32,6 +33,26 @@ _LUMINA_REST = (
     ),
     *((f"time_caption_embed.caption_embedder.{layer}", f"cap_embedder.{layer}") for layer in (0, 1)),
     *(("norm_out.linear_1", "final_layer.adaLN_modulation.1"), ("norm_out.linear_2", "final_layer.linear")),
+)
+
+_REFINERS = ("context_refiner.", "noise_refiner.")
+_RULES = LoraRules(
+    types=(
+        ("attn_dim", (("attention",),)),
+        ("mlp_dim", (("mlp",), ("feed_forward",))),
+        ("mod_dim", (("modulation",),)),
+        ("refiner_dim", (("refiner",),)),
+    ),
+    choices={
+        "all": (*_REFINERS, "layers.", "final_layer."),
+        "transformer": ("layers.",),
+        "refiners": _REFINERS,
+        "noise_refiner": _REFINERS[1:],
+        "context_refiner": _REFINERS[:1],
+    },
+    outside="embedder_dims",
+    outside_paths=("x_embedder", "t_embedder", "cap_embedder"),
+    fused={"attention.qkv": 3},
 )
 
 LUMINA = FamilyNames(
@@ -66,6 +87,8 @@ LUMINA = FamilyNames(
         ("final_layer.", "linear adaLN_modulation.1"),
         *(("", "x_embedder"), ("t_embedder.", "mlp.0 mlp.2"), ("cap_embedder.", "1")),
     ),
+    network_module="networks.lora_lumina",
+    rules=_RULES,
 )
 
 LORA = (LUMINA,)

@@ -39,6 +39,7 @@ class FamilyEntry:
     training: tuple[str, ...] = ()  # likewise, of its training script
     repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
     others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
+    same_latents: str = ""  # the family whose autoencoder it has too
 
     @property
     def generation_script(self) -> str:
@@ -131,6 +132,13 @@ def with_scripts() -> Mapping[str, FamilyEntry]:
 def read_names() -> list[ModuleType]:
     """Return names.py of each family, imported."""
     return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
+
+
+def share_latents(name: str) -> frozenset[str]:
+    """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
+    known = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
+    base = {model: FAMILIES[family].same_latents or family for model, family in known.items()}
+    return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
 
 
 @cache

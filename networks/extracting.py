@@ -76,7 +76,7 @@ def extract_flux(options: ExtractOptions) -> None:
 
     def names_of(original: Checkpoint) -> tuple[str, str, str]:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
-            return ("networks.lora_flux_2", FLUX_2.name, FLUX_2.architecture)
+            return (FLUX_2.network_module, FLUX_2.name, FLUX_2.architecture)
         is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
         return ("networks.lora_flux", *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
 
@@ -85,7 +85,7 @@ def extract_flux(options: ExtractOptions) -> None:
 
 def extract_qwen(options: ExtractOptions) -> None:
     """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
-    names = ("networks.lora_qwen_image", QWEN_IMAGE.name, QWEN_IMAGE.architecture)
+    names = (QWEN_IMAGE.network_module, QWEN_IMAGE.name, QWEN_IMAGE.architecture)
     _extract_blocks(options, QWEN, lambda _: names)
 
 

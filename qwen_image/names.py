@@ -42,6 +42,7 @@ QWEN_IMAGE = FamilyNames(
             "txt_mod.1 txt_mlp.net.0.proj txt_mlp.net.2",
         ),
     ),
+    network_module="networks.lora_qwen_image",
 )
 
 LORA = (QWEN_IMAGE,)

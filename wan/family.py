@@ -51,6 +51,7 @@ from wan.inputs import (
     prepare_request,
     take_inputs,
 )
+from wan.names import LORA
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -81,7 +82,7 @@ class Wan(OneTransformer):
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
-    lora_module: str = field(default="networks.lora_wan", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 

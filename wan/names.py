@@ -74,6 +74,7 @@ WAN = FamilyNames(
             "cross_attn.o cross_attn.k_img cross_attn.v_img ffn.0 ffn.2",
         ),
     ),
+    network_module="networks.lora_wan",
 )
 
 LORA = (WAN,)

@@ -12,6 +12,7 @@ ENTRY = FamilyEntry(
     record="ZImage",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN3_FILE",
+    same_latents="flux",
 )
 
 # Z-Image, whose own layout is that of diffusers; ComfyUI has queries, keys and values in one
@@ -62,6 +63,7 @@ Z_IMAGE = FamilyNames(
         )
         for block in LUMINA_BLOCKS
     ),
+    network_module="networks.lora_zimage",
 )
 
 LORA = (Z_IMAGE,)

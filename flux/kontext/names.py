@@ -11,6 +11,7 @@ ENTRY = FamilyEntry(
     record="Kontext",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
+    same_latents="flux",
 )
 
 LORA: tuple[FamilyNames, ...] = ()

@@ -5,8 +5,8 @@ the path.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from modules.families import HIGH_NOISE, LOW_NOISE
@@ -59,6 +59,24 @@ NUMBERED_ATTENTION = (
 )
 
 
+@dataclass(frozen=True)
+class LoraRules:
+    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
+
+    Paths are those of modules in the network; the values of `choices` are their beginnings.
+    """
+
+    # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
+    types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
+    indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
+    outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
+    outside_paths: tuple[str, ...] = ()
+    # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_heights`
+    fused: Mapping[str, int] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
@@ -69,6 +87,8 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     # of a layout that stacks some of our modules: `theirs` is ours here, `ours` the module that has its rows
     joined: tuple[WeightPart, ...] = ()
+    network_module: str = ""  # ours that trains its LoRAs, as --network_module names it
+    rules: LoraRules | None = None  # of that module's own arguments
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
     # the tools that read LoRAs whole only once they are converted; "": all read them as they are saved
