@@ -15,7 +15,6 @@ from networks.names.layouts import (
 
 ENTRY = FamilyEntry(
     "hunyuan_model",
-    files="checkpoints",
     script="hv",
     cache="cache",
     makes="video",

@@ -7,7 +7,6 @@ from networks.names.layouts import FamilyNames, each
 
 ENTRY = FamilyEntry(
     "ltx_2",
-    files="checkpoints",
     script="ltx2",
     cache="ltx2_cache",
     makes="video",

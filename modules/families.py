@@ -28,7 +28,7 @@ class FamilyEntry:
     """Name the folder, scripts and option records of a family."""
 
     room: str  # its folder; functions and records of its options.py have the same names in each
-    files: str = "files"  # the module in it with `identify`; "": its files are another family's
+    own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
     makes: str = "image"  # end of its generation script's name
@@ -163,8 +163,8 @@ def identify(path: Path) -> str | None:
         except CheckpointError:
             return None
     # Wan's, the last, recognises files of no family too
-    for entry in filter(lambda one: one.files, reversed(list(FAMILIES.values()))):
-        found: str | None = import_own(f"{entry.room}.{entry.files}").identify(path)
+    for entry in filter(lambda one: one.own_files, reversed(list(FAMILIES.values()))):
+        found: str | None = import_own(f"{entry.room}.files").identify(path)
         if found is not None:
             return found
     return None

@@ -28,7 +28,7 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, ModelKind
-from stable_diffusion.kinds import GIVE, VAE
+from stable_diffusion.files import GIVE, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 
 

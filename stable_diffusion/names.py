@@ -11,7 +11,7 @@ from dataclasses import replace
 from modules.families import FamilyEntry, Marks
 from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, each
 
-ENTRY = FamilyEntry("stable_diffusion", files="kinds")
+ENTRY = FamilyEntry("stable_diffusion")
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)

@@ -20,7 +20,7 @@ from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.texts import open_clip_names
 from stable_diffusion.contract import SD1, SD2, ModelKind
-from stable_diffusion.kinds import GIVE
+from stable_diffusion.files import GIVE
 
 CLIP_L = "conditioner.embedders.0.transformer."
 OPEN_CLIP = "conditioner.embedders.1.model."

@@ -23,6 +23,7 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, check_task, read_dit_header
+from wan.checkpoints import identify as identify  # files.py has it in every family's folder
 from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.names import WAN

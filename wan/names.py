@@ -5,7 +5,6 @@ from networks.names.layouts import FamilyNames, each
 
 ENTRY = FamilyEntry(
     "wan",
-    files="checkpoints",
     script="wan",
     cache="wan_cache",
     makes="video",

@@ -31,8 +31,8 @@ from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
-from z_image.checkpoints import FORMAT, OPTION
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
+from z_image.files import FORMAT, OPTION
 from z_image.names import LORA
 from z_image.options import (
     CFG_TRUNC_RATIO,

@@ -6,7 +6,6 @@ from networks.names.layouts import FamilyNames, each, stacked_parts
 
 ENTRY = FamilyEntry(
     "z_image",
-    files="checkpoints",
     script="zimage",
     cache="zimage_cache",
     record="ZImage",

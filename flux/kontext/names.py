@@ -5,7 +5,7 @@ from networks.names.layouts import FamilyNames
 
 ENTRY = FamilyEntry(
     "flux.kontext",
-    files="",
+    own_files=False,
     script="flux_kontext",
     cache="flux_kontext_cache",
     record="Kontext",

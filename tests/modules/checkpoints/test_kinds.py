@@ -62,7 +62,7 @@ RELEASED = {
     "model.diffusion_model.txtfusion.projector.weight": "Krea 2",
     "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",
 }
-FORMATS = [name for name, entry in families.FAMILIES.items() if entry.files == "checkpoints"]
+FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 
 
 def state_of(network: str, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -127,17 +127,17 @@ def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() ->
         assert words in str(kind_of(names)), names
 
 
-@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize("folder", FORMATS)
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case[2] in {"LTX-2.5", "Nucleus-Image", "HunyuanVideo 1.5"}],
     ids=lambda case: case[2],
 )
 def test_every_family_refuses_another_model_by_its_name(
-    tmp_path: Path, family: str, case: tuple[str, dict[str, Any], str]
+    tmp_path: Path, folder: str, case: tuple[str, dict[str, Any], str]
 ) -> None:
     path = write_network(tmp_path / "model.safetensors", *case[:2])
-    module = import_own(f"{families.FAMILIES[family].room}.checkpoints")
+    module = import_own(f"{folder}.files")
 
     assert module.FORMAT.identify(path) is None
     with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Give .*--"):
