@@ -1,9 +1,10 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
-class ModelOfPictures(OneTransformer, Protocol):
+class ModelOfPictures(OneTransformer):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
     moments: MomentsRules = NO_MOMENTS
@@ -143,15 +144,19 @@ class ModelOfPictures(OneTransformer, Protocol):
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
+        @abstractmethod
         def name(self) -> str: ...
 
         @property
+        @abstractmethod
         def called(self) -> str: ...  # in messages
 
         @property
+        @abstractmethod
         def latent(self) -> LatentSpec: ...
 
         @property
+        @abstractmethod
         def defaults(self) -> SamplingDefaults: ...
 
     # encoding

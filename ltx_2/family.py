@@ -43,7 +43,7 @@ from modules.contract.data import (
     SoundSpec,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from modules.contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.requests import (
@@ -97,6 +97,7 @@ class Ltx2(OneTransformer):
     makes_sound: bool = True  # False: samples of a training with sound are silent
     options: Any = NO_OPTIONS  # of a training
 
+    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
         "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "

@@ -20,6 +20,7 @@ from modules.errors import OptionError
 from modules.families import HIGH_NOISE
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
+from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
@@ -289,7 +290,7 @@ def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) ->
     autocast = AUTOCAST.get(precision)
     if autocast is None or dtype in {autocast, torch.float32}:
         return
-    casts = f", or --dit_dtype {precision}" if hasattr(family.options, "dit_dtype") else ""
+    casts = f", or --dit_dtype {precision}" if "dit_dtype" in option_values(family.options) else ""
     raise OptionError(
         f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or the "
         f"model's dtype{casts}."

@@ -15,7 +15,16 @@ from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
-from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import (
+    FLOW,
+    Abilities,
+    DitSpec,
+    EncoderAbilities,
+    Generates,
+    NoiseSource,
+    NoiseSpec,
+    TextEncoder,
+)
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
 from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
@@ -82,6 +91,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
+    can = EncoderAbilities()
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
@@ -108,6 +118,7 @@ class ToyFamily:
     on_decode: Callable[[Tensor], None] = lambda _: None
     dtype: torch.dtype = torch.float32
     name: str = "toy"
+    can: Abilities = Abilities()
     references: ReferenceRules | None = None
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
