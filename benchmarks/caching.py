@@ -24,7 +24,8 @@ import torch  # noqa: E402
 from dataset.caching.loop import cache_media  # noqa: E402
 from dataset.config import load_dataset_config  # noqa: E402
 from dataset.options import CachingOptions, CheckPageOptions, ShardOptions  # noqa: E402
-from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders, SamplingDefaults  # noqa: E402  # noqa: E402
+from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders, SamplingDefaults  # noqa: E402
+from modules.contract.family import Abilities  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 
 CONFIG = """[[datasets]]
@@ -42,6 +43,7 @@ class WaitingFamily:
 
     seconds: float  # per clip
     name: str = "waiting"
+    can: Abilities = Abilities()
     cache_tag: str = "waiting"
     latent: LatentSpec = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
     defaults: SamplingDefaults = SamplingDefaults(50, 16.0, 5.0, None, 5.0, "unipc", 832, 480, 81)

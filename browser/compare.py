@@ -19,9 +19,8 @@ from markupsafe import Markup
 from browser.jobs import WAITING, JobQueue
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError, UserError
-from modules.families import WITH_SCRIPTS
+from modules.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
@@ -30,7 +29,6 @@ from training.reports.sample_files import FOLDER as SAMPLES
 
 MOST_COLUMNS, MOST_ROWS, USUAL_ROWS = 24, 40, 8
 SCRIPT = ["python", "tools/compare.py"]
-FAMILIES = {entry.generation_script: name for name, entry in WITH_SCRIPTS.items()}
 LORA = "--lora_weight"
 # options of a generation that a comparison has others for, or that would write elsewhere
 REPLACED = {
@@ -164,7 +162,9 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
         except ValueError:  # an edited history
             continue
         words = words[1:] if words[:1] == ["python"] else words
-        family = FAMILIES.get(re.split(r"[\\/]", "".join(words[:1]))[-1].removesuffix(".py"))
+        script = re.split(r"[\\/]", "".join(words[:1]))[-1].removesuffix(".py")
+        known = with_scripts().items()
+        family = next((name for name, entry in known if entry.generation_script == script), None)
         if family is not None:
             return ComparableRun(run, story, family, group_options(words[1:]))
     return None

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.families import WITH_SCRIPTS
+from modules.families import with_scripts
 from modules.options import Options, option, read_options
 from modules.parser import Parser, add_options, parse_options
 
@@ -231,8 +231,13 @@ def read_text_caching(
     return caching, own
 
 
-LATENT_SCRIPTS = tuple(f"{entry.cache}_latents" for entry in WITH_SCRIPTS.values())
-SCRIPTS = (*LATENT_SCRIPTS, *(f"{entry.cache}_text_encoder_outputs" for entry in WITH_SCRIPTS.values()))
+def caching_scripts() -> tuple[str, ...]:
+    """Return the scripts of all families that cache: those of latents, then those of texts."""
+    return tuple(
+        f"{entry.cache}_{what}"
+        for what in ("latents", "text_encoder_outputs")
+        for entry in with_scripts().values()
+    )
 
 
 class RayOptions(Options, title="cluster"):
@@ -282,10 +287,11 @@ class RayOptions(Options, title="cluster"):
                 "which command is to run on the cluster? Add it behind the options, such as "
                 "wan_cache_latents.py --dataset_config data.toml --vae VAE"
             )
-        if self.script not in SCRIPTS:
+        scripts = caching_scripts()
+        if self.script not in scripts:
             raise OptionError(
-                f"{self.command[0]} is none of the scripts that cache: {', '.join(SCRIPTS)}."
-                + did_you_mean(self.script, SCRIPTS)
+                f"{self.command[0]} is none of the scripts that cache: {', '.join(scripts)}."
+                + did_you_mean(self.script, scripts)
             )
 
     @property
@@ -294,7 +300,7 @@ class RayOptions(Options, title="cluster"):
 
     @property
     def is_latents(self) -> bool:
-        return self.script in LATENT_SCRIPTS
+        return self.script.endswith("_latents")
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
@@ -306,7 +312,7 @@ def read_ray_options(description: str | None, argv: Sequence[str] | None) -> Ray
     places = (
         index
         for index, word in enumerate(words)
-        if not word.startswith("-") and (word.endswith(".py") or word in SCRIPTS)
+        if not word.startswith("-") and (word.endswith(".py") or word in caching_scripts())
     )
     place = next(places, len(words))
     args = parser.parse_args(words[:place])

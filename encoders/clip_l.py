@@ -27,6 +27,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import EncoderAbilities
 from modules.contract.requests import Prompt
 from modules.devices import dtype_name
 
@@ -171,4 +172,5 @@ class PooledClip(FileTextEncoder[ClipText]):
 class ClipTextEncoder(PooledClip):
     """CLIP-L, into which a LoRA can be put."""
 
+    can = EncoderAbilities(learn=True)
     lora_prefix = LORA_PREFIX

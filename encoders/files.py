@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dt
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
-from modules.contract.family import DitSpec, TextEncoder
+from modules.contract.family import Abilities, DitSpec, TextEncoder
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
@@ -109,18 +109,21 @@ class TransformerFiles(ABC):
         self.check_texts(config, "texts" in needed)
 
 
-class OneTransformer(Protocol):
+class OneTransformer:
     """The part of a family that follows from the files of its one transformer; families derive from it."""
 
+    can: ClassVar[Abilities] = Abilities(tell_few_steps=True)
     named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same
     few_steps: ClassVar[FewSteps] = FewSteps()  # its releases of few steps
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
+        @abstractmethod
         def files(self) -> TransformerFiles: ...
 
         @property
+        @abstractmethod
         def dit(self) -> DitSpec: ...
 
     @property
@@ -131,6 +134,11 @@ class OneTransformer(Protocol):
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return the text encoders; their files are opened when they are loaded."""
         return self.files.text_encoders()
+
+    @property
+    def caching_switches(self) -> tuple[str, ...]:
+        """Return no options: caches do not depend on the checkpoint."""
+        return ()
 
     @property
     def experts(self) -> tuple[Expert, ...]:

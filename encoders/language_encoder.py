@@ -52,7 +52,7 @@ from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
-from modules.contract.family import TextEncoder
+from modules.contract.family import EncoderAbilities, TextEncoder
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt
 from modules.devices import choose_compute_dtype, dtype_name
@@ -174,6 +174,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
 
+    can = EncoderAbilities(wait=True, divide=True)
     tells_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 

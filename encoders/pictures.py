@@ -1,9 +1,10 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,13 +41,12 @@ from modules.contract.steps import EncodedPrompts, Section
 from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.families import share_latents
 from modules.media.pixels import byte_clips
 
 logger = logging.getLogger(__name__)
 
 GUIDANCE = "guidance"  # the guidance that is built in, in conditions
-# models with FLUX.1's autoencoder
-SAME_AUTOENCODER = frozenset({"flux", "flux_kontext", "chroma", "lumina", "z_image"})
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.0346, 0.0244, 0.0681),
@@ -135,26 +135,28 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
-class ModelOfPictures(OneTransformer, Protocol):
+class ModelOfPictures(OneTransformer):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
     moments: MomentsRules = NO_MOMENTS
-    # models whose latents it can start from, by name; empty: its own alone
-    same_latents: ClassVar[frozenset[str]] = frozenset()
     noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
+        @abstractmethod
         def name(self) -> str: ...
 
         @property
+        @abstractmethod
         def called(self) -> str: ...  # in messages
 
         @property
+        @abstractmethod
         def latent(self) -> LatentSpec: ...
 
         @property
+        @abstractmethod
         def defaults(self) -> SamplingDefaults: ...
 
     # encoding
@@ -243,9 +245,14 @@ class ModelOfPictures(OneTransformer, Protocol):
         return {0: {}}
 
     @property
+    def same_latents(self) -> frozenset[str]:
+        """Return the models, as outputs name them, whose latents it can start from."""
+        return share_latents(self.name)
+
+    @property
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising."""
-        return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents or frozenset({self.name}))
+        return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""

@@ -32,6 +32,7 @@ from modules.checkpoints.model_files import inside, read_once
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import EncoderAbilities
 from modules.contract.loading import BlockPlace
 from modules.devices import dtype_name
 
@@ -94,6 +95,7 @@ USE = T5Use()
 class T5TextEncoder(FileTextEncoder[T5Network]):
     """T5. Each prompt gives a fixed number of states. Texts are not cleaned, as in the release."""
 
+    can = EncoderAbilities(learn=True, divide=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"

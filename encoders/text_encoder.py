@@ -22,6 +22,7 @@ from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
 from modules.contract.data import Conditions, weigh_rows
+from modules.contract.family import EncoderAbilities
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.errors import CheckpointError
@@ -237,6 +238,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     Families derive theirs and say what is written around a prompt, and what becomes of rows of tokens.
     """
 
+    can: ClassVar[EncoderAbilities] = EncoderAbilities()
     name: str  # in messages and cache records
     keys: frozenset[str]  # of the results of `encode`
     variable_length: frozenset[str] = frozenset()

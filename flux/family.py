@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from encoders.pictures import (
     GUIDANCE,
-    SAME_AUTOENCODER,
     ModelOfPictures,
     guidance_in,
     picture_defaults,
@@ -30,6 +29,7 @@ from flux.configs import (
 )
 from flux.files import FluxFiles
 from flux.model import FluxModel, unpack
+from flux.names import LORA
 from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
     CONTROL_NET,
@@ -92,8 +92,7 @@ class Flux(ModelOfPictures):
 
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
-    same_latents: ClassVar = SAME_AUTOENCODER
-    lora_module: str = field(default="networks.lora_flux", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
     few_steps: ClassVar = FewSteps(

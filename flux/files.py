@@ -15,6 +15,7 @@ from encoders.pictures import AutoencoderFiles
 from encoders.t5 import USE, T5TextEncoder
 from flux.configs import CHROMA, DEV, PATCH, SCHNELL, T5_TOKENS, ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
+from flux.names import FLUX
 from flux.options import FluxTextOptions
 from modules.checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
@@ -25,7 +26,6 @@ from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
-from networks.names.image import FLUX
 from networks.names.layouts import tensor_patterns
 
 WHAT = "a FLUX.1 or Chroma transformer"

@@ -20,6 +20,7 @@ from encoders.pictures import (
 )
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
+from flux_2.names import LORA
 from flux_2.options import (
     NAME,
     Flux2GenerationOptions,
@@ -67,9 +68,7 @@ class Flux2(ModelOfPictures):
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
     options: Any = NO_OPTIONS  # of a training
 
-    # all releases have the same autoencoder
-    same_latents: ClassVar = frozenset(one.name for one in VERSIONS.values())
-    lora_module: str = field(default="networks.lora_flux_2", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
@@ -93,6 +92,11 @@ class Flux2(ModelOfPictures):
     def name(self) -> str:
         """Name of the release's size in caches and LoRAs."""
         return self.files.version.name
+
+    @property
+    def same_latents(self) -> frozenset[str]:
+        """All releases, which have the same autoencoder."""
+        return frozenset(one.name for one in VERSIONS.values())
 
     @property
     def cache_tag(self) -> str:

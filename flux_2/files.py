@@ -12,6 +12,7 @@ import torch
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from flux_2.configs import AXES, Flux2Config
 from flux_2.model import Flux2Model
+from flux_2.names import FLUX_2
 from flux_2.options import NAME, Flux2GenerationOptions, Flux2TrainingOptions
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
@@ -21,7 +22,6 @@ from modules.checkpoints.model_files import read_once
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
-from networks.names.image import FLUX_2
 from networks.names.layouts import swapped_tensors, tensor_patterns
 
 WHAT = f"a {NAME} transformer"

@@ -17,6 +17,7 @@ from frame_pack.generating import decode_video, one_frame_section, video_section
 from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.model import position_scale
+from frame_pack.names import LORA
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
@@ -99,7 +100,7 @@ class FramePack(OneTransformer):
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
-    lora_module: str = field(default="networks.lora_framepack", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)

@@ -12,10 +12,11 @@ from generation.experts import Check
 from generation.options import GenerationOptions
 from modules.contract.family import Family
 from modules.contract.loading import Placement
-from modules.contract.rules import HIGH_NOISE, Expert
+from modules.contract.rules import Expert
 from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE
 from modules.fp8.products import add_product
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy

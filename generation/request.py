@@ -20,8 +20,9 @@ from generation.prompt_lines import SEED_BITS, SOLVERS, read_seed
 from generation.script_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
-from modules.contract.rules import HIGH_NOISE, SOURCES, Source
+from modules.contract.rules import SOURCES, Source
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE
 from modules.layers.rope import Slow
 from modules.option_values import to_path
 

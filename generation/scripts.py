@@ -9,6 +9,7 @@ from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.command import tell_loading
 from modules.families import FAMILIES, Script
+from modules.options import option_values
 
 
 def generation_script(
@@ -37,7 +38,7 @@ def generation_script(
         from generation.run import generate  # torch loads here, after every option has been read
         from modules.devices import make_deterministic
 
-        if getattr(own, "reproduce", False):
+        if option_values(own).get("reproduce"):
             make_deterministic()
         bell: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if options.output.bell and not options.interactive:

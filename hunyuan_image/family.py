@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from encoders.pictures import ModelOfPictures, picture_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
+from hunyuan_image.names import LORA
 from hunyuan_image.options import (
     AS_RELEASED,
     NAME,
@@ -72,7 +73,7 @@ class HunyuanImage(ModelOfPictures):
     }
     cache_tag: str = field(default="hi", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.bfloat16, init=False)  # as released
-    lora_module: str = field(default="networks.lora_hunyuan_image", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)

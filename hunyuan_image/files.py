@@ -13,9 +13,11 @@ from encoders.language_models import read_language_model
 from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
+from hunyuan_image.names import HUNYUAN_IMAGE
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
 from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder
 from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
+from hunyuan_model.names import COMFYUI_TENSORS
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.encoders import check_state_width
@@ -25,9 +27,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
-from networks.names.image import HUNYUAN_IMAGE
 from networks.names.layouts import swapped_tensors, tensor_patterns
-from networks.names.video import COMFYUI_TENSORS
 
 WHAT = "a HunyuanImage-2.1 transformer"
 RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"

@@ -23,6 +23,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import EncoderAbilities
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount
 from modules.devices import dtype_name
@@ -111,6 +112,7 @@ class GlyphTextEncoder:
 
     name = "byt5"
     keys = frozenset({"byt5_embed", "byt5_mask", "ocr_mask"})
+    can = EncoderAbilities()
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, on_cpu: bool = False) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_model.names import COMFYUI_TENSORS, HUNYUAN_VIDEO
 from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
@@ -20,7 +21,6 @@ from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
 from networks.names.layouts import swapped_tensors, tensor_patterns
-from networks.names.video import COMFYUI_TENSORS, HUNYUAN_VIDEO
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 

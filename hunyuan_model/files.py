@@ -12,6 +12,7 @@ from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
 from encoders.language_models import LLAMA, read_language_model
 from hunyuan_model.checkpoints import FORMAT
+from hunyuan_model.checkpoints import identify as identify  # files.py has it in every family's folder
 from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
 from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, template_of
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text

@@ -7,6 +7,7 @@ connectors: from Gemma's states to texts of both streams
 family: LTX-2 and 2.3, described for the shared loops
 files: paths of a run, parts of a released file
 model: the transformer around the blocks
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings

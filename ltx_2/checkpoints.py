@@ -7,6 +7,7 @@ from typing import Any
 
 from ltx_2.configs import LATENT, OF_SOUND, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.model import LtxModel
+from ltx_2.names import LTX_2
 from ltx_2.options import NAME
 from ltx_2.released import CONFIG, read_settings
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
@@ -14,7 +15,6 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
-from networks.names.video import LTX_2
 
 FILES = (
     "ltx-2-19b-dev.safetensors, ltx-2.3-22b-dev.safetensors, or the folder transformer of its release in "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from encoders.files import OneTransformer
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.names import LORA
 from ltx_2.options import (
     AUDIO,
     NAME,
@@ -42,7 +43,7 @@ from modules.contract.data import (
     SoundSpec,
     name_texts,
 )
-from modules.contract.family import DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from modules.contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.requests import (
@@ -96,13 +97,14 @@ class Ltx2(OneTransformer):
     makes_sound: bool = True  # False: samples of a training with sound are silent
     options: Any = NO_OPTIONS  # of a training
 
+    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
         "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
         "--training_adapter with a LoRA that undoes the distillation"
     )
     cache_tag: str = field(default="ltx2", init=False)
-    lora_module: str = field(default="networks.lora_ltx2", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
 
     @property
     def version(self) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from encoders.files import TransformerFiles
 from ltx_2.checkpoints import FORMAT, SILENT
+from ltx_2.checkpoints import identify as identify  # files.py has it in every family's folder
 from ltx_2.configs import LATENT, LtxConfig
 from ltx_2.connectors import FILES, read_connectors
 from ltx_2.model import LtxModel

@@ -34,6 +34,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions, weigh_rows
+from modules.contract.family import EncoderAbilities
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 
@@ -133,6 +134,8 @@ def prompt_key(stream: str) -> str:
 
 class Ltx2TextEncoder(LanguageModelEncoder):
     """Gemma 3 and the connectors. Each prompt gives 1024 rows for each stream."""
+
+    can = EncoderAbilities(wait=True, divide=True, have_side=True)
 
     def __init__(
         self,

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from encoders.pictures import SAME_AUTOENCODER, ModelOfPictures, picture_defaults
+from encoders.pictures import ModelOfPictures, picture_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
+from lumina.names import LORA
 from lumina.options import (
     CFG_TRUNC_RATIO,
     RENORM_CFG,
@@ -65,8 +66,7 @@ class Lumina(ModelOfPictures):
         "base_model_version": "lumina2",
     }
     cache_tag: str = field(default="lumina", init=False)
-    same_latents: ClassVar = SAME_AUTOENCODER
-    lora_module: str = field(default="networks.lora_lumina", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)

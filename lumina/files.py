@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from encoders.pictures import AutoencoderFiles
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
+from lumina.names import LUMINA
 from lumina.options import MAX_TOKENS, LuminaTextOptions
 from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTextEncoder, read_gemma
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
@@ -21,7 +22,6 @@ from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
-from networks.names.image import LUMINA
 from networks.names.layouts import tensor_patterns
 
 WHAT = "a Lumina-Image-2.0 transformer"

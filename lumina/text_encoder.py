@@ -28,6 +28,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import EncoderAbilities
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt
 from modules.devices import dtype_name
@@ -103,6 +104,7 @@ PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     """Gemma 2 up to its last but one state. Rows behind a text's end are zeros and masked."""
 
+    can = EncoderAbilities(learn=True, divide=True)
     name = "gemma2"
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"

@@ -1,10 +1,11 @@
-"""The list of families by name: where each lies, how its scripts are called, and how to identify its files.
+"""The list of families by name: where each lies, and what its names.py says for all others.
 
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,9 @@ from modules.option_values import option_words
 from modules.options import Options, option_values
 from modules.parser import parse_options
 
+Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
+
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts that Wan2.2 has
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
 
@@ -24,7 +28,7 @@ class FamilyEntry:
     """Name the folder, scripts and option records of a family."""
 
     room: str  # its folder; functions and records of its options.py have the same names in each
-    files: str = "files"  # the module in it with `identify`; "": its files are another family's
+    own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
     makes: str = "image"  # end of its generation script's name
@@ -35,6 +39,7 @@ class FamilyEntry:
     training: tuple[str, ...] = ()  # likewise, of its training script
     repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
     others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
+    same_latents: str = ""  # the family whose autoencoder it has too
 
     @property
     def generation_script(self) -> str:
@@ -83,113 +88,65 @@ class FamilyEntry:
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
 
 
-# Wan's is last: it also recognises files of no family
-FAMILIES = {
-    "stable_diffusion": FamilyEntry("stable_diffusion", files="kinds"),
-    "lumina": FamilyEntry(
-        "lumina",
-        script="lumina",
-        cache="lumina_cache",
-        record="Lumina",
-        encoders=(("vae", "--ae", PICTURES),),
-        texts="--gemma2 GEMMA2",
-    ),
-    "flux": FamilyEntry(
-        "flux",
-        script="flux",
-        cache="flux_cache",
-        record="Flux",
-        encoders=(("vae", "--ae", PICTURES),),
-        texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
-        others=("chroma",),
-    ),
-    "flux_kontext": FamilyEntry(
-        "flux.kontext",
-        files="",
-        script="flux_kontext",
-        cache="flux_kontext_cache",
-        record="Kontext",
-        encoders=(("vae", "--vae", PICTURES),),
-        texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
-    ),
-    "flux_2": FamilyEntry(
-        "flux_2",
-        script="flux_2",
-        cache="flux_2_cache",
-        record="Flux2",
-        encoders=(("vae", "--vae", PICTURES),),
-        texts="--text_encoder TEXT_ENCODER",
-        repeated=("model_version",),
-    ),
-    "framepack": FamilyEntry(
-        "frame_pack",
-        script="fpack",
-        cache="fpack_cache",
-        makes="video",
-        record="FramePack",
-        encoders=(("vae", "--vae", CLIPS), ("image_encoder", "--image_encoder", "it encodes first frames")),
-        texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
-    ),
-    "hunyuan_image": FamilyEntry(
-        "hunyuan_image",
-        script="hunyuan_image",
-        cache="hunyuan_image_cache",
-        record="HunyuanImage",
-        encoders=(("vae", "--vae", PICTURES),),
-        texts="--text_encoder QWEN_FILE --byt5 BYT5_FILE",
-        training=("--network_train_unet_only",),
-    ),
-    "qwen_image": FamilyEntry(
-        "qwen_image",
-        script="qwen_image",
-        cache="qwen_image_cache",
-        record="QwenImage",
-        encoders=(("vae", "--vae", PICTURES),),
-        texts="--text_encoder QWEN_FILE",
-        repeated=("model_version", "edit", "edit_plus"),
-    ),
-    "z_image": FamilyEntry(
-        "z_image",
-        files="checkpoints",
-        script="zimage",
-        cache="zimage_cache",
-        record="ZImage",
-        encoders=(("vae", "--vae", PICTURES),),
-        texts="--text_encoder QWEN3_FILE",
-    ),
-    "hunyuan_video": FamilyEntry(
-        "hunyuan_model",
-        files="checkpoints",
-        script="hv",
-        cache="cache",
-        makes="video",
-        record="Hunyuan",
-        texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
-    ),
-    "ltx_2": FamilyEntry(
-        "ltx_2",
-        files="checkpoints",
-        script="ltx2",
-        cache="ltx2_cache",
-        makes="video",
-        record="Ltx2",
-        encoders=(("ltx2_checkpoint", "--ltx2_checkpoint", CLIPS),),
-        texts="--gemma_root GEMMA_FOLDER",
-        repeated=("ltx2_checkpoint", "ltx_mode"),
-        others=("ltx2_v1",),
-    ),
-    "wan": FamilyEntry(
-        "wan",
-        files="checkpoints",
-        script="wan",
-        cache="wan_cache",
-        makes="video",
-        record="Wan",
-        texts="--t5 T5",
-    ),
+# family -> its folder, where names.py has `ENTRY`, `LORA` and `MARKS`. A family whose layers another has too
+# stands before it: of equal names of LoRA modules, and of `SHARED_MARKS`, the first family's count
+FOLDERS: Mapping[str, str] = {
+    "wan": "wan",
+    "hunyuan_video": "hunyuan_model",
+    "framepack": "frame_pack",
+    "ltx_2": "ltx_2",
+    "flux": "flux",
+    "flux_kontext": "flux.kontext",
+    "flux_2": "flux_2",
+    "hunyuan_image": "hunyuan_image",
+    "lumina": "lumina",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "stable_diffusion": "stable_diffusion",
 }
-# those with scripts of their own for caching, training and generation; gen_img.py has files of its own
-WITH_SCRIPTS = {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+class Families(Mapping[str, FamilyEntry]):
+    """The entries of all families by name; each is read when it is asked for."""
+
+    def __getitem__(self, name: str) -> FamilyEntry:
+        entry: FamilyEntry = import_own(f"{FOLDERS[name]}.names").ENTRY
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FOLDERS)
+
+    def __len__(self) -> int:
+        return len(FOLDERS)
+
+
+FAMILIES = Families()
+
+
+@cache
+def with_scripts() -> Mapping[str, FamilyEntry]:
+    """Return those with scripts for caching, training and generation; gen_img.py has files of its own."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+def read_names() -> list[ModuleType]:
+    """Return names.py of each family, imported."""
+    return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
+
+
+def share_latents(name: str) -> frozenset[str]:
+    """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
+    known = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
+    base = {model: FAMILIES[family].same_latents or family for model, family in known.items()}
+    return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
+
+
+@cache
+def family_marks() -> Marks:
+    """Return the marks of all families: tensors that only one has, then those that others may have too."""
+    read = read_names()
+    own = (mark for names in read for mark in names.MARKS)
+    return (*own, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 
 
 def identify(path: Path) -> str | None:
@@ -205,8 +162,9 @@ def identify(path: Path) -> str | None:
             import_own("modules.checkpoints.containers").open_file(path).close()
         except CheckpointError:
             return None
-    for entry in filter(lambda one: one.files, FAMILIES.values()):
-        found: str | None = import_own(f"{entry.room}.{entry.files}").identify(path)
+    # Wan's, the last, recognises files of no family too
+    for entry in filter(lambda one: one.own_files, reversed(list(FAMILIES.values()))):
+        found: str | None = import_own(f"{entry.room}.files").identify(path)
         if found is not None:
             return found
     return None

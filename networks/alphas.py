@@ -17,7 +17,7 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, group_by_module, rank_of
 from networks.key_formats import EXPERT_STARTS, NativeTensors, start_of
 from networks.names.layouts import UNET_IN_DIFFUSERS
-from networks.names.stable_diffusion import diffusers_path_of_text
+from networks.names.texts import diffusers_path_of_text
 
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"

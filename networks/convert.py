@@ -11,9 +11,9 @@ from torch import Tensor
 from modules.checkpoints.opening import checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, show_box
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.output_files import refuse_replacing
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
@@ -21,8 +21,15 @@ from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
-from networks.module_names import FAMILIES, alias, have_same_names, is_stacked, read_family, to_alias
-from networks.names.image import FLUX, HUNYUAN_IMAGE, Z_IMAGE
+from networks.module_names import (
+    FAMILIES,
+    alias,
+    family_named,
+    have_same_names,
+    is_stacked,
+    read_family,
+    to_alias,
+)
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.tool_options import (
@@ -34,6 +41,7 @@ from networks.tool_options import (
 from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
+FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(family_named, ("flux", "hunyuan_image", "z_image"))
 
 
 @dataclass(frozen=True)

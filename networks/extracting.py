@@ -24,10 +24,8 @@ from networks.deltas import LORA
 from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
-from networks.module_names import alias, choose_family, replace_dots
-from networks.names.image import FLUX_2, QWEN_IMAGE
+from networks.module_names import alias, choose_family, family_named, replace_dots
 from networks.names.layouts import FamilyNames
-from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import ExtractOptions
 
@@ -65,6 +63,8 @@ class BlockWeights(NamedTuple):
         ]
 
 
+FLUX_2, QWEN_IMAGE = family_named("flux_2"), family_named("qwen_image")
+SD1, SD2, SDXL = map(family_named, ("sd1", "sd2", "sdxl"))
 FLUX = BlockWeights(
     "FLUX.1, FLUX.2 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
 )
@@ -76,7 +76,7 @@ def extract_flux(options: ExtractOptions) -> None:
 
     def names_of(original: Checkpoint) -> tuple[str, str, str]:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
-            return ("networks.lora_flux_2", FLUX_2.name, FLUX_2.architecture)
+            return (FLUX_2.network_module, FLUX_2.name, FLUX_2.architecture)
         is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
         return ("networks.lora_flux", *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
 
@@ -85,7 +85,7 @@ def extract_flux(options: ExtractOptions) -> None:
 
 def extract_qwen(options: ExtractOptions) -> None:
     """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
-    names = ("networks.lora_qwen_image", QWEN_IMAGE.name, QWEN_IMAGE.architecture)
+    names = (QWEN_IMAGE.network_module, QWEN_IMAGE.name, QWEN_IMAGE.architecture)
     _extract_blocks(options, QWEN, lambda _: names)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
-from networks.lora_products import fused_heights
+from networks.names.layouts import LoraRules
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
@@ -28,46 +28,17 @@ ByPattern = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 
-@dataclass(frozen=True)
-class LoraRules:
-    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
-
-    Paths are those of modules in the network; the values of `choices` are their beginnings.
-    """
-
-    # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
-    types: tuple[tuple[str, tuple[Words, ...]], ...] = ()
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
-    indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
-    outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
-    outside_paths: tuple[str, ...] = ()
-    # endings of paths of fused layers -> how many parts, see `fused_heights`
-    fused: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
-
-    @property
-    def readers(self) -> dict[str, Reader]:
-        """Return how the arguments are read that the family's module has of its own."""
-        found: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in self.types}
-        if self.choices:
-            found["train_blocks"] = partial(_read_choice, self.choices)
-        found |= dict.fromkeys(self.indices, read_block_numbers)
-        if self.outside:
-            found[self.outside] = partial(read_ranks, self.outside_paths)
-        if self.fused:
-            found["split_qkv"] = _read_switch
-        return found | dict.fromkeys(self.encoders, _read_switch)
-
-    def heights(self, path: str, rows: int, columns: int) -> tuple[int, ...]:
-        """Return the rows of each part of a fused layer, () for other layers.
-
-        rows, columns: of the layer's weight.
-        """
-        name = path.replace(".", "_")
-        parts = next(
-            (count for ending, count in self.fused.items() if name.endswith(ending.replace(".", "_"))), 0
-        )
-        return fused_heights(parts, rows, columns)
+def readers_of(rules: LoraRules) -> dict[str, Reader]:
+    """Return how the arguments are read that a family's module has of its own."""
+    found: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
+    if rules.choices:
+        found["train_blocks"] = partial(_read_choice, rules.choices)
+    found |= dict.fromkeys(rules.indices, read_block_numbers)
+    if rules.outside:
+        found[rules.outside] = partial(read_ranks, rules.outside_paths)
+    if rules.fused:
+        found["split_qkv"] = _read_switch
+    return found | dict.fromkeys(rules.encoders, _read_switch)
 
 
 def read_block_numbers(argument: str, given: Any) -> BlockNumbers:
@@ -139,7 +110,7 @@ def read_settings(
 
     rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
-    readers = {**_READERS, **({} if rules is None else rules.readers)}
+    readers = {**_READERS, **({} if rules is None else readers_of(rules))}
     texts = {key: text for key, text in arguments.items() if text is not None}
     given = {key: read(key, texts[key]) for key, read in readers.items() if key in texts}
     if unknown := [key for key in texts if key not in readers]:

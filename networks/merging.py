@@ -28,14 +28,14 @@ from networks.deltas import CPU, LORA, Factors, group_by_module, hollow, strengt
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
-from networks.module_names import read_family
-from networks.names.image import FLUX
+from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.writing import in_own_form, rename_to_aliases
 
 logger = getLogger(__name__)
+FLUX = family_named("flux")
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # option -> prefix of its part of a LoRA
 ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}

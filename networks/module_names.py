@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
+from modules.families import read_names
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
-from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
-from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
+from networks.names.texts import TEXTS_NUMBERED
 
-FAMILIES = (
-    *(WAN, HUNYUAN_VIDEO, FRAMEPACK, LTX_2, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
-    *(SD1, SDXL, SD2),
-)
+FAMILIES: tuple[FamilyNames, ...] = tuple(family for names in read_names() for family in names.LORA)
 _DIGITS = re.compile(r"\d+")
+
+
+def family_named(name: str) -> FamilyNames:
+    """Return a family by its `name`, which must be known."""
+    return next(one for one in FAMILIES if one.name == name)
 
 
 def replace_dots(path: str) -> str:
@@ -388,12 +388,12 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
 
 
 @cache
-def _places(family: str) -> _Table:
+def _places(family: FamilyNames | None) -> _Table:
     """Return the places of modules, "list.number of the block.place in it", by underscored names.
 
     Those of a transformer begin with `lora_unet_`.
     """
-    of_dit = ((f"lora_unet_{start}", endings) for start, endings in NUMBERED.get(family, ()))
+    of_dit = ((f"lora_unet_{start}", endings) for start, endings in (family.numbered if family else ()))
     return _Table(
         (start + ending, f"{index}.{'{n}' if '{n}' in start else 0}.{place}")
         for index, (start, endings) in enumerate((*TEXTS_NUMBERED, *of_dit))
@@ -403,7 +403,7 @@ def _places(family: str) -> _Table:
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
     """Return names of modules with our prefixes in the order of known trainers; None if it is not known."""
-    table, places = _places("" if family is None else family.name), dict[str, tuple[int, ...]]()
+    table, places = _places(family), dict[str, tuple[int, ...]]()
     for name in names:
         found = table.find(name)
         if found is None:

@@ -1,4 +1,4 @@
-"""Our network modules by name: their kinds, what families' arguments choose, and their settings."""
+"""Our network modules by name: their kinds and settings."""
 
 import functools
 from collections.abc import Mapping
@@ -8,47 +8,9 @@ from typing import Any
 from modules.errors import OptionError
 from networks.deltas import LORA
 from networks.factored import MakeShapes, loha_shapes, lokr_shapes
-from networks.lora_settings import LoraRules, LoraSettings, read_settings
-
-_IN_BLOCKS = ("double_blocks.", "single_blocks.")
-_REFINERS = ("context_refiner.", "noise_refiner.")
-# FLUX.1 and Chroma
-FLUX_RULES = LoraRules(
-    types=(
-        *(
-            (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
-            for kind in ("attn", "mlp", "mod")
-            for stream in ("img", "txt")
-        ),
-        ("single_dim", (("single_blocks", "linear"),)),
-        ("single_mod_dim", (("single_blocks", "modulation"),)),
-    ),
-    choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
-    indices={"train_double_block_indices": "double_blocks", "train_single_block_indices": "single_blocks"},
-    outside="in_dims",
-    outside_paths=("img_in", "time_in", "vector_in", "guidance_in", "txt_in"),
-    fused={"attn.qkv": 3, "linear1": 4},
-    encoders={"train_t5xxl": "lora_te3"},
-)
-HUNYUAN_IMAGE_RULES = LoraRules(fused={"attn_qkv": 3, "linear1": 4})
-LUMINA_RULES = LoraRules(
-    types=(
-        ("attn_dim", (("attention",),)),
-        ("mlp_dim", (("mlp",), ("feed_forward",))),
-        ("mod_dim", (("modulation",),)),
-        ("refiner_dim", (("refiner",),)),
-    ),
-    choices={
-        "all": (*_REFINERS, "layers.", "final_layer."),
-        "transformer": ("layers.",),
-        "refiners": _REFINERS,
-        "noise_refiner": _REFINERS[1:],
-        "context_refiner": _REFINERS[:1],
-    },
-    outside="embedder_dims",
-    outside_paths=("x_embedder", "t_embedder", "cap_embedder"),
-    fused={"attention.qkv": 3},
-)
+from networks.lora_settings import LoraSettings, read_settings
+from networks.module_names import FAMILIES
+from networks.names.layouts import LoraRules
 
 
 @dataclass(frozen=True)
@@ -64,18 +26,8 @@ OWN_MODULES = {
     "networks.lora": OwnModule(),
     "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
-    # plain LoRAs under the names that other LoRA tuners have
-    **dict.fromkeys(
-        (
-            *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-            *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
-            "networks.lora_ltx2",
-        ),
-        OwnModule(),
-    ),
-    "networks.lora_flux": OwnModule(FLUX_RULES),
-    "networks.lora_hunyuan_image": OwnModule(HUNYUAN_IMAGE_RULES),
-    "networks.lora_lumina": OwnModule(LUMINA_RULES),
+    # LoRAs under the names that other LoRA tuners have
+    **{one.network_module: OwnModule(one.rules) for one in FAMILIES if one.network_module},
 }
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 # settings that go beside what a file says with --dim_from_weights

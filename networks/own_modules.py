@@ -18,10 +18,10 @@ from networks.key_formats import OURS
 from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
-from networks.lora_products import diagonal_blocks
+from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.module_names import replace_dots
-from networks.names.stable_diffusion import published_path
+from networks.names.texts import published_path
 from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
 from networks.parts import for_model
 
@@ -343,7 +343,10 @@ def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int
     """Return the rows of each part of a fused layer if parts get factors of their own; () otherwise."""
     if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
         return ()
-    return settings.rules.heights(path, module.out_features, module.in_features)
+    name = replace_dots(path)
+    fused = settings.rules.fused.items()
+    parts = next((count for ending, count in fused if name.endswith(replace_dots(ending))), 0)
+    return fused_heights(parts, module.out_features, module.in_features)
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:

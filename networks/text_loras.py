@@ -15,7 +15,7 @@ from networks.key_formats import OURS
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, list_some, on_side
 from networks.lora_network import prefix_of, rename_texts
-from networks.names.stable_diffusion import open_clip_names, published_parameter
+from networks.names.texts import open_clip_names, published_parameter
 
 logger = getLogger(__name__)
 

@@ -14,7 +14,7 @@ from networks.key_formats import OTHER, OURS
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, replace_dots, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.stable_diffusion import diffusers_path_of_text
+from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse
 
 logger = getLogger(__name__)

@@ -15,7 +15,7 @@ from downloads.listing import gigabytes, in_columns, total_bytes
 from modules.command import did_you_mean
 from modules.contract.family import hears_sound, knows_few_steps
 from modules.errors import OptionError, UserError
-from modules.families import WITH_SCRIPTS
+from modules.families import with_scripts
 from modules.output_files import ask_on_terminal, has_terminal
 from project.options import NewOptions, check_trigger, find_models
 
@@ -39,7 +39,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     """
     words = shlex.split(model.commands["latents"])
     name = script_family(words)
-    entry = WITH_SCRIPTS[name]
+    entry = with_scripts()[name]
     for _, option, _ in entry.encoders:  # what is asked here needs none
         place = words.index(option) if option in words else len(words)
         del words[place : place + 2]
@@ -62,7 +62,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
 
 def script_family(words: Sequence[str]) -> str:
     """Return the family of a command that caches latents. Raises KeyError if it is none."""
-    scripts = {f"{entry.cache}_latents.py": name for name, entry in WITH_SCRIPTS.items()}
+    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     return scripts[words[1]]
 
 
@@ -173,7 +173,7 @@ def _plain(text: str) -> str:
 def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None]:
     """Return family and task, if that is named too, of any spelling. Raises OptionError."""
     known = list(dict.fromkeys(one.family for one in models))
-    spelled = {_plain(entry.script): name for name, entry in WITH_SCRIPTS.items() if name in known}
+    spelled = {_plain(entry.script): name for name, entry in with_scripts().items() if name in known}
     spelled |= {_plain(title): name for name in known if (title := family_title(name))}
     spelled |= {_plain(name): name for name in known}
     plain = _plain(text)

@@ -15,7 +15,7 @@ from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.command import INTERRUPTED, as_typed
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.families import WITH_SCRIPTS
+from modules.families import with_scripts
 from modules.installation import (
     PREFIX,
     ROOT,
@@ -250,7 +250,7 @@ def _require_script(words: Sequence[str]) -> Path:
     """
     script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
     known = {find_script("download")}
-    for entry in WITH_SCRIPTS.values():
+    for entry in with_scripts().values():
         names = f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script
         known |= {Path(f"{name}.py") for name in (*names, f"{entry.script}_train_network")}
         known |= {Path(f"{entry.script}_train.py")}

@@ -4,6 +4,7 @@ configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
 files: releases as data; transformer files; paths, each checked
 model: double blocks over picture and text tokens
+names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 references: pictures to edit: sizes, masks, what of them stays
 """

@@ -46,6 +46,7 @@ from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, Version, files_of
+from qwen_image.names import LORA
 from qwen_image.options import (
     ORIGINAL,
     QwenImageGenerationOptions,
@@ -76,7 +77,7 @@ class QwenImage(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
     edit: QwenImageReferenceOptions = AS_TRAINED
 
-    lora_module: str = field(default="networks.lora_qwen_image", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)

@@ -6,16 +6,17 @@ checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
+files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
 guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
-kinds: which Stable Diffusion a checkpoint is, by tensor names
 lines: lines of prompts: options, variants, where they come from
 lllites: ControlNet-LLLites in the U-Net during a batch
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
+names: what it is called everywhere, from scripts to tensors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 regions: parts of a prompt, each in its own region

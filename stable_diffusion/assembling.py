@@ -11,7 +11,6 @@ from torch import Tensor
 
 from modules.checkpoints.dialects import count
 from modules.errors import OptionError
-from networks.names.stable_diffusion import unet_blocks
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
@@ -19,6 +18,7 @@ from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
+from stable_diffusion.names import unet_blocks
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling

@@ -27,9 +27,9 @@ from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from networks.names.stable_diffusion import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 from stable_diffusion.contract import SD1, SDXL, ModelKind
-from stable_diffusion.kinds import GIVE, VAE
+from stable_diffusion.files import GIVE, VAE
+from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:

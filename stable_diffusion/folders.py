@@ -19,7 +19,7 @@ from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
-from stable_diffusion.kinds import GIVE, Marks
+from stable_diffusion.files import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
 
 logger = logging.getLogger(__name__)

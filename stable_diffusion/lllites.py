@@ -15,9 +15,9 @@ from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
-from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net import BatchGuides, is_active
+from stable_diffusion.names import SDXL as SDXL_NAMES
 from stable_diffusion.network_options import ControlOptions, ControlUse
 
 logger = logging.getLogger(__name__)

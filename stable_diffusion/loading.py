@@ -37,6 +37,7 @@ from stable_diffusion.checkpoints import (
     read_vae,
 )
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
+from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_told, read_marks
 from stable_diffusion.folders import (
     PATTERNS,
     read_folder_marks,
@@ -44,7 +45,6 @@ from stable_diffusion.folders import (
     read_folder_unet,
     read_folder_vae,
 )
-from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_marks
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers

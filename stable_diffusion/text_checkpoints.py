@@ -18,9 +18,9 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from networks.names.stable_diffusion import open_clip_names
+from networks.names.texts import open_clip_names
 from stable_diffusion.contract import SD1, SD2, ModelKind
-from stable_diffusion.kinds import GIVE
+from stable_diffusion.files import GIVE
 
 CLIP_L = "conditioner.embedders.0.transformer."
 OPEN_CLIP = "conditioner.embedders.1.model."

@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,7 +23,7 @@ from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from modules.command import command_line
 from modules.contract.data import Conditions, Joint, Sound, SoundSpec
-from modules.contract.family import Family, HearsSound, NoiseSource
+from modules.contract.family import Abilities, Family, HearsSound, NoiseSource
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -64,6 +64,7 @@ class Speaker(nn.Module):
 class SoundWan(Wan):
     """Wan with sound, made by `with_sound`."""
 
+    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     sound: SoundSpec | None = SoundSpec(RATE, CHANNELS, sound_shape)
     rules: GuidanceRules = AS_PLAIN
     levels: tuple[float, ...] = ()

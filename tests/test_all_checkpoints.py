@@ -28,7 +28,7 @@ import tests.tiny.lumina as tiny_lumina
 import tests.tiny.qwen_image as tiny_qwen_image
 import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
-import z_image.checkpoints
+import z_image.files
 from flux_2.model import Flux2Model
 from modules import families
 from modules.checkpoints.model_files import read_once
@@ -78,7 +78,7 @@ def dit(what: str, option: str = "--dit") -> str:
 
 
 GIVEN, ALIKE = "--pretrained_model_name_or_path", "(their files have the same tensors)"
-Z_IMAGE = (z_image.checkpoints, tiny_z_image, dit("a Z-Image"))
+Z_IMAGE = (z_image.files, tiny_z_image, dit("a Z-Image"))
 KINDS = {
     kind.name: kind
     for kind in (

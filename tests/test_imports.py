@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from modules.families import FOLDERS
+
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "modules": set(),
@@ -21,7 +23,7 @@ MAY_IMPORT = {
     "hunyuan_model": {"modules", "networks.names", "encoders"},
     "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
-    "flux_2": {"modules", "networks.names", "encoders", "hunyuan_model"},
+    "flux_2": {"modules", "networks.names", "encoders", "hunyuan_model", "flux.names"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "ltx_2": {"modules", "networks.names", "encoders"},
     "lumina": {"modules", "networks.names", "encoders"},
@@ -114,9 +116,11 @@ _LIGHT = {
     "downloads": ("catalogue",),
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
+    "networks": ("names/layouts",),
     "post": ("chain_options",),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
+LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}
 HEAVY = (
     *("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops"),
     *("jinja2", "matplotlib", "rich", "tqdm"),

@@ -19,7 +19,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from generation.grid_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
-from modules.families import WITH_SCRIPTS, identify
+from modules.families import identify, with_scripts
 from modules.installation import import_own
 from modules.options import read_options
 from modules.parser import Parser, add_options
@@ -27,7 +27,7 @@ from modules.parser import Parser, add_options
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    families = {name: entry.others for name, entry in WITH_SCRIPTS.items()}
+    families = {name: entry.others for name, entry in with_scripts().items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))  # before all options
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
         )
-    script = import_own(WITH_SCRIPTS[asked.family or family_of(loras[0], families)].generation_script)
+    script = import_own(with_scripts()[asked.family or family_of(loras[0], families)].generation_script)
     others += ["--lora_weight", *map(str, loras)]
     others += ["--lora_weight_high_noise", *map(str, high)] if high else []
 

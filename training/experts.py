@@ -14,11 +14,13 @@ from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec, Family, knows_few_steps
 from modules.contract.loading import Placement
-from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
+from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
@@ -288,7 +290,7 @@ def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) ->
     autocast = AUTOCAST.get(precision)
     if autocast is None or dtype in {autocast, torch.float32}:
         return
-    casts = f", or --dit_dtype {precision}" if hasattr(family.options, "dit_dtype") else ""
+    casts = f", or --dit_dtype {precision}" if "dit_dtype" in option_values(family.options) else ""
     raise OptionError(
         f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or the "
         f"model's dtype{casts}."

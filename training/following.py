@@ -13,8 +13,9 @@ import torch
 from generation.prompt_lines import SOLVERS
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
-from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import gib, host_peak
+from modules.families import HIGH_NOISE
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
 from modules.parser import add_options

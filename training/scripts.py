@@ -53,8 +53,7 @@ def training_script(
 
         made = entry.make_family("training", own)
         # options of the caching script that follow from the checkpoint
-        switches = getattr(made, "caching_switches", ())
-        commands = entry.caching_commands(own, options.loop.dataset_config, switches)
+        commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
             (record, *more),

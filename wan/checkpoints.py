@@ -14,9 +14,9 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
-from networks.names.video import WAN
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, WanConfig, WanTask
 from wan.model import WanModel
+from wan.names import WAN
 
 logger = logging.getLogger(__name__)
 

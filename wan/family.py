@@ -28,18 +28,9 @@ from modules.contract.data import (
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import (
-    HIGH_NOISE,
-    IMAGE,
-    LATENTS,
-    LOW_NOISE,
-    ONE_EXPERT,
-    VIDEO,
-    Expert,
-    ModelRelease,
-    SourceRules,
-)
+from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.caching import (
@@ -60,6 +51,7 @@ from wan.inputs import (
     prepare_request,
     take_inputs,
 )
+from wan.names import LORA
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -90,7 +82,7 @@ class Wan(OneTransformer):
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
-    lora_module: str = field(default="networks.lora_wan", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 

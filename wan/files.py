@@ -16,15 +16,17 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import LatentSpec
 from modules.contract.family import TextEncoder
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
+from modules.contract.rules import expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
-from networks.names.video import WAN
 from wan.checkpoints import FORMAT, check_task, read_dit_header
+from wan.checkpoints import identify as identify  # files.py has it in every family's folder
 from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
+from wan.names import WAN
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.spec import latent_of
 from wan.t5 import TOKENIZER, WanTextEncoder

@@ -17,6 +17,7 @@ from encoders.t5_network import T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
+from modules.contract.family import EncoderAbilities
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
@@ -77,6 +78,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
 class WanTextEncoder(FileTextEncoder[T5Network]):
     """umT5. Each prompt gives a state for each of its tokens, at most 512 with the end token."""
 
+    can = EncoderAbilities(divide=True)
     name = "t5"
     keys = frozenset({"t5"})
     variable_length = keys

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
-from encoders.pictures import SAME_AUTOENCODER, AutoencoderFiles, ModelOfPictures, picture_defaults
+from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
 from modules.attention.attend import BACKENDS
 from modules.contract.data import (
@@ -31,8 +31,9 @@ from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
-from z_image.checkpoints import FORMAT, OPTION
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
+from z_image.files import FORMAT, OPTION
+from z_image.names import LORA
 from z_image.options import (
     CFG_TRUNC_RATIO,
     NAME,
@@ -110,9 +111,8 @@ class ZImage(ModelOfPictures):
         words="zit",
     )
     cache_tag: str = field(default="zi", init=False)
-    same_latents: ClassVar = SAME_AUTOENCODER
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
-    lora_module: str = field(default="networks.lora_zimage", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)

@@ -13,7 +13,7 @@ from modules.checkpoints.model_files import find_model_folder
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import first_line
 from modules.contract.data import Conditions, LatentSpec
-from modules.contract.family import TextEncoder
+from modules.contract.family import EncoderAbilities, TextEncoder
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
@@ -175,6 +175,7 @@ class CogTextEncoder:
 
     name = "t5_xxl"
     keys = frozenset({KEY})
+    can = EncoderAbilities()
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, dtype: torch.dtype, max_tokens: int) -> None:

@@ -55,7 +55,7 @@ from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
-from modules.contract.family import Caches, Described, TextEncoder, has_frame_rates, hears_sound
+from modules.contract.family import Caches, Described, TextEncoder, hears_sound
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_CAPTION_BYTES
@@ -139,7 +139,7 @@ def check_caching(
 
     latent, stores, tables = family.latent, Stores(npz_names(family)), []
     given = latent, family.defaults.fps, skip_existing, sections, stores, verify
-    recipe = Recipe(family.cache_tag, identity, *given, has_rates=has_frame_rates(family))
+    recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate)
     of_texts = TextRecipe(encoders, skip_existing, stores, verify)
     for table in config.datasets:
         found = find_table(config, table)

@@ -46,7 +46,7 @@ class Recipe:
     verify: bool = False  # read all values, however many entries there are
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    has_rates: bool = False  # each file says how many frames make a second (`has_frame_rates`)
+    has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return the options of a source that are the same for most sources of its table."""

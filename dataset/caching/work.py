@@ -36,7 +36,7 @@ from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, show_box
 from modules.contract.data import FPS
-from modules.contract.family import Caches, has_frame_rates, hears_sound
+from modules.contract.family import Caches, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -103,7 +103,7 @@ class MediaWork:
             family.sections_of,
             self.stores,
             options.verify,
-            has_rates=has_frame_rates(family),
+            has_rates=family.can.rate,
         )
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)

@@ -1,20 +1,17 @@
 """Recognise a model file by the names of its tensors, for messages about a file of another kind."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
+from modules.families import Marks, family_marks
 
 # what trainers and exporters put before the names of one network
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
-_CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
 
 _NOT_YET = "which is not supported yet"
 _FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
 _KREA_2 = f"the transformer of Krea 2, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
-_LTX_09 = "the transformer of LTX-Video 0.9, another network than LTX-2's, which is not supported yet"
-_OF_LTX_2 = "the connectors of LTX-2, a part of its text encoder"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
@@ -73,69 +70,12 @@ OF_OTHERS: Marks = (
     ),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )
-OF_FAMILIES: Marks = (
-    (
-        "decoder.upsamples.0.upsamples.0.residual.2.weight",
-        "the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
-    ),
-    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
-    (
-        "encoder.down_blocks.0.downsampler.resample.1.weight",
-        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
-    ),
-    ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
-    ("zero_convs.0.0.weight", _CONTROL_NET),
-    ("controlnet_down_blocks.0.weight", _CONTROL_NET),
-    (
-        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
-        "a ControlNet-LLLite (gen_img.py --control_net_lllite_models)",
-    ),
-    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
-    ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
-    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
-    ("encoder.down.4.downsample.conv.weight", "the VAE of HunyuanImage-2.1 (--vae)"),
-    ("bn.running_mean", "the autoencoder of FLUX.2 (--vae)"),
+# parts that several families have, and layouts that many have: behind the families' own marks
+OF_PARTS: Marks = (
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
-    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
-    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
-    ("clean_x_embedder.proj.weight", "a FramePack transformer (--dit)"),
-    ("byt5_in.fc1.weight", "a HunyuanImage 2.1 transformer"),
-    ("double_stream_modulation_img.lin.weight", "a FLUX.2 transformer (--dit)"),
-    ("double_stream_modulation_img.linear.weight", "a FLUX.2 transformer in diffusers layout (--dit)"),
-    ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
-    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
-    ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),
-    ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
-    ("siglip_embedder.0.weight", "the transformer of Z-Image-Omni, which is not supported yet"),
-    (
-        "control_all_x_embedder.2-1.weight",
-        "a ControlNet of Z-Image, such as Z-Image-Turbo-Fun-Controlnet-Union, which is not supported yet",
-    ),
-    ("control_layers.0.before_proj.weight", "a ControlNet of Z-Image, which is not supported yet"),
-    ("cap_pad_token", "a Z-Image transformer (--dit)"),
-    ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
-    ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
-    (
-        "controlnet_x_embedder.weight",
-        "a ControlNet in diffusers layout; one of FLUX.1 is for flux_train_network.py",
-    ),
-    ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),
-    ("audio_time_embed.linear.weight", "an LTX-2 transformer in diffusers layout (--dit)"),
-    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
-    ("audio_connector.learnable_registers", _OF_LTX_2),
-    ("patchify_proj.weight", _LTX_09),
-    ("time_embed.linear.weight", f"{_LTX_09}, in diffusers layout"),
-    ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
-    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5, --t5xxl)"),
-    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
-    ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
-    # CLIP's has none
-    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
-    ("embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
-    ("head.probe", "a SigLIP image encoder (--image_encoder)"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
     ("model.layers.0.self_attn.q_proj.bias", "a Qwen2.5 language model (HunyuanImage's --text_encoder)"),
     (
@@ -190,14 +130,15 @@ OF_TOOLS: Marks = (
 )
 
 
-def kind_of(names: Iterable[str], marks: Marks = (*OF_OTHERS, *OF_FAMILIES, *OF_TOOLS)) -> str | None:
+def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
     """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
 
-    marks: the kinds to recognise; the first that fits counts.
+    marks: the kinds to recognise, None: all; the first that fits counts.
     """
     bare = set()
     for name in names:
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         bare.add(name)
+    marks = (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS) if marks is None else marks
     return next((what for mark, what in marks if mark in bare), None)

@@ -10,7 +10,7 @@ loop asks for its name.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,21 @@ class NoiseSource(Protocol):
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class EncoderAbilities:
+    """What a text encoder can do beside what all can."""
+
+    learn: bool = False  # it is a `LearningEncoder`
+    have_side: bool = False  # an `EncoderWithSide`
+    wait: bool = False  # a `LayeredEncoder`
+    divide: bool = False  # a `DividedEncoder`
+
+
 class TextEncoder(Protocol):
     """One of a family's text encoders; loaded, used and freed one after the other."""
+
+    @property
+    def can(self) -> EncoderAbilities: ...  # known without loading
 
     @property
     def name(self) -> str: ...  # "t5": for messages and cache records
@@ -164,11 +177,8 @@ class LearningEncoder(TextEncoder, Protocol):
 
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
-    """Return whether a text encoder, loaded or not, is a `LearningEncoder`.
-
-    `isinstance` would read its properties: `identity` opens files, `network` needs a loaded one.
-    """
-    return hasattr(encoder, "lora_prefix")
+    """Return whether a text encoder, loaded or not, is a `LearningEncoder`."""
+    return encoder.can.learn
 
 
 class EncoderWithSide(TextEncoder, Protocol):
@@ -179,8 +189,8 @@ class EncoderWithSide(TextEncoder, Protocol):
 
 
 def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
-    """Return whether a text encoder is an `EncoderWithSide`; like `can_learn` it opens no file."""
-    return hasattr(type(encoder), "text_side")
+    """Return whether a text encoder is an `EncoderWithSide`."""
+    return encoder.can.have_side
 
 
 class LayeredEncoder(TextEncoder, Protocol):
@@ -190,8 +200,8 @@ class LayeredEncoder(TextEncoder, Protocol):
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
-    """Return whether a text encoder is a `LayeredEncoder`; like `can_learn` it opens no file."""
-    return hasattr(encoder, "waiting_bytes")
+    """Return whether a text encoder is a `LayeredEncoder`."""
+    return encoder.can.wait
 
 
 class DividedEncoder(TextEncoder, Protocol):
@@ -204,12 +214,24 @@ class DividedEncoder(TextEncoder, Protocol):
 
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
-    """Return whether a text encoder is a `DividedEncoder`; like `can_learn` it opens no file."""
-    return hasattr(encoder, "blocks")
+    """Return whether a text encoder is a `DividedEncoder`."""
+    return encoder.can.divide
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a family can do beside what all can."""
+
+    hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
+    rate: bool = False  # the model is told how many frames make a second, in runs without sound too
+    tell_few_steps: bool = False  # it is a `KnowsFewSteps`
 
 
 class Described(Protocol):
-    """What a family is: names, latent space, network, defaults."""
+    """What a family is: names, abilities, latent space, network, defaults."""
+
+    @property
+    def can(self) -> Abilities: ...
 
     @property
     def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
@@ -228,6 +250,10 @@ class Described(Protocol):
 
     @property
     def defaults(self) -> SamplingDefaults: ...
+
+    @property
+    # options of the script that caches latents, which follow from the checkpoint of a training
+    def caching_switches(self) -> tuple[str, ...]: ...
 
     @property
     # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME, REFERENCE
@@ -295,9 +321,9 @@ class KnowsFewSteps(Protocol):
     def why_few_steps(self) -> str | None: ...  # what says so of a file of this run; None: nothing does
 
 
-def knows_few_steps(family: object) -> TypeGuard[KnowsFewSteps]:
+def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
     """Return whether a family is a `KnowsFewSteps`."""
-    return hasattr(family, "why_few_steps")
+    return family.can.tell_few_steps
 
 
 class HearsSound(Protocol):
@@ -323,19 +349,14 @@ class HearsSound(Protocol):
     def decode_sound(self, networks: Any, latents: Tensor) -> Sound: ...
 
 
-def hears_sound(family: object) -> TypeGuard[HearsSound]:
+def hears_sound(family: Described) -> TypeGuard[HearsSound]:
     """Return whether clips of this run can have sound."""
-    return getattr(family, "sound", None) is not None
+    return sound_of(family) is not None
 
 
-def sound_of(family: object) -> SoundSpec | None:
+def sound_of(family: Described) -> SoundSpec | None:
     """Return what a family's sound is made from; None if clips of this run can have none."""
-    return family.sound if hears_sound(family) else None
-
-
-def has_frame_rates(family: object) -> bool:
-    """Return whether the model is told how many frames make a second, in runs without sound too."""
-    return hasattr(family, "sound")
+    return cast("HearsSound", family).sound if family.can.hear else None
 
 
 class Passes(Protocol):

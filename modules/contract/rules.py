@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modules.families import HIGH_NOISE, LOW_NOISE
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -19,9 +21,6 @@ class Expert:
     def words(self) -> str:
         """Return how messages call it: `high-noise transformer`."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
-
-
-LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two that Wan2.2 has
 
 
 ONE_EXPERT = (Expert("", 0.0),)

@@ -1,8 +1,5 @@
-"""Module names of each family's network in every layout: data, which checkpoints and LoRA files share.
+"""How families write down the names of their network's modules in every layout: each has them in names.py.
 
-image: FLUX.1, Chroma, HunyuanImage-2.1, Lumina: published and diffusers' layout
-layouts: how names are written down, and renaming tensors
-numbering: order in which known trainers number a LoRA's modules
-stable_diffusion: U-Nets, whose names in diffusers are ours; text encoders
-video: Wan, HunyuanVideo, FramePack, LTX-2: published, ComfyUI's and diffusers' layout
+layouts: how names and their order are written down, renaming tensors
+texts: published paths of text encoders' modules, and diffusers' ones
 """

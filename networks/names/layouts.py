@@ -5,11 +5,11 @@ the path.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
+from modules.families import HIGH_NOISE, LOW_NOISE
 
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
@@ -39,6 +39,11 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
+# The order in which known trainers number the modules of a LoRA, as states of their optimizers do: (start,
+# endings), all blocks of the first start, one after the other, then those of the next. It is the order in
+# which the trainer's network registers its layers. Source: lists of modules recorded with the trainers
+# (`tests/golden`), the published model code
+Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
 # (width of a block, {list of blocks in our layout: how many it has}) of published models
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
@@ -48,6 +53,28 @@ IN_TWO_STREAMS: Sides = (
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
     *((".net.0.proj", 4, 1), (".net.2", 1, 4)),
 )
+# of `Numbering`, in blocks with two streams in diffusers' layout
+NUMBERED_ATTENTION = (
+    "attn.to_q attn.to_k attn.to_v attn.add_k_proj attn.add_v_proj attn.add_q_proj attn.to_out.0"
+)
+
+
+@dataclass(frozen=True)
+class LoraRules:
+    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
+
+    Paths are those of modules in the network; the values of `choices` are their beginnings.
+    """
+
+    # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
+    types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
+    indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
+    outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
+    outside_paths: tuple[str, ...] = ()
+    # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_heights`
+    fused: Mapping[str, int] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
@@ -60,6 +87,8 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     # of a layout that stacks some of our modules: `theirs` is ours here, `ours` the module that has its rows
     joined: tuple[WeightPart, ...] = ()
+    network_module: str = ""  # ours that trains its LoRAs, as --network_module names it
+    rules: LoraRules | None = None  # of that module's own arguments
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
     # the tools that read LoRAs whole only once they are converted; "": all read them as they are saved
@@ -92,6 +121,7 @@ class FamilyNames:
     experts: tuple[tuple[str, str], ...] = ()
     more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them
     further: tuple[str, ...] = ()  # our paths that no other layout has
+    numbered: Numbering = ()
     # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
     text_side: tuple[str, ...] = ()
     text_side_words: str = ""
@@ -108,6 +138,11 @@ class FamilyNames:
 def each(start: str, endings: str) -> tuple[str, ...]:
     """Return `start` + each of `endings`, which are separated by blanks."""
     return tuple(start + ending for ending in endings.split())
+
+
+def in_both_streams(endings: str) -> str:
+    """Return the endings for the streams of picture and text, `{x}`, one after the other."""
+    return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:

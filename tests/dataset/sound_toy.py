@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.contract.data import Sound, SoundSpec
+from modules.contract.family import Abilities
 from tests.dataset.toy_family import ToyFamily
 
 RATE = 1600  # samples in a second
@@ -50,6 +51,7 @@ class ToySound:
 class HearingToy(ToySound, ToyFamily):
     """The toy family with sound; `heard` has the samples of each item."""
 
+    can: Abilities = Abilities(hear=True, rate=True)
     sound: SoundSpec | None = ToySound.sound
     sound_identity: Mapping[str, str] = field(default_factory=lambda: {"audio_vae": "first"})
     heard: list[Tensor] = field(default_factory=list)

@@ -21,6 +21,7 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
+from modules.contract.family import Abilities, EncoderAbilities
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
@@ -38,6 +39,7 @@ class ToyText:
     """A prompt becomes as many rows as it has words."""
 
     name: str = "t5"
+    can: EncoderAbilities = EncoderAbilities()
     variable_length: frozenset[str] = frozenset({"t5"})
     identity: Mapping[str, str] = field(default_factory=lambda: {"t5": "first"})
     calls: list[str] = field(default_factory=list)
@@ -78,6 +80,7 @@ class ToyFamily:
     """
 
     name: str = "toy"
+    can: Abilities = Abilities()
     references: ReferenceRules | None = None
     cache_tag: str = "toy"
     latent: LatentSpec = LATENT

@@ -26,7 +26,7 @@ from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
 from modules.errors import UserError
-from modules.families import WITH_SCRIPTS
+from modules.families import with_scripts
 from modules.parser import parse_options
 from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
@@ -52,7 +52,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
     found: dict[str, Callable[[list[str]], Any]] = {"gen_img.py": lambda argv: read_gen_img("", argv)}
     for tool in TOOLS_ON_VIDEOS:
         found[f"blissful_tuner/{tool.name}.py"] = functools.partial(read_chain, tool.name, "")
-    for entry in WITH_SCRIPTS.values():
+    for entry in with_scripts().values():
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
         found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(read_text_caching, "", texts)

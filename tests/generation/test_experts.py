@@ -18,8 +18,9 @@ from torch import nn
 from generation.expert_memory import ExpertTurns
 from generation.experts import Check, DitTurns, TurnRules
 from modules.contract.loading import Placement
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
+from modules.contract.rules import Expert
 from modules.errors import CheckpointError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.offload.host_memory import Transfer
 from modules.offload.turns import HostCopy
 from modules.planning.dry_run import WEIGHTS

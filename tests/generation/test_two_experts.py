@@ -13,8 +13,9 @@ from torch import Tensor
 
 import wan_generate_video
 from generation.dressing import expert_loras
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.reading import read_tags
 from modules.media.writing import write_video
 from networks.apply import LoraPatch

@@ -17,7 +17,16 @@ from modules.contract.data import (
     MediaEncoders,
     SamplingDefaults,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import (
+    FLOW,
+    Abilities,
+    DitSpec,
+    EncoderAbilities,
+    Family,
+    NoiseSource,
+    NoiseSpec,
+    TextEncoder,
+)
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
 from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
@@ -33,6 +42,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
+    can = EncoderAbilities()
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
@@ -121,6 +131,7 @@ class ToyFamily:
 
     diary: list[str] = field(default_factory=list)
     name: str = "toy"
+    can: Abilities = Abilities()
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT

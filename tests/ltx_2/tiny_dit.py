@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltx_2.configs import LtxConfig, StreamConfig
 from ltx_2.model import LtxModel
-from networks.names.video import LTX_2
+from ltx_2.names import LTX_2
 from tests.tiny.dit_files import draw, write_dialect
 
 _VIDEO, _SOUND = StreamConfig(56, 224, 8, 20), StreamConfig(32, 128, 32, 20)

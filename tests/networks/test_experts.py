@@ -14,17 +14,17 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.metadata import STALE, expert_of, save_network
-from networks.names.video import WAN
 from tests.networks.making import add_lora, inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_key_formats import TOLERANCE, run_there
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
+from wan.names import WAN
 
 EXPERTS = (HIGH_NOISE, LOW_NOISE)
 

@@ -10,6 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flux.names import FLUX
+from flux_2.names import FLUX_2
+from hunyuan_model.names import HUNYUAN_VIDEO
 from modules.errors import CheckpointError, OptionError
 from networks import (
     convert_flux_lora,
@@ -21,8 +24,6 @@ from networks.apply import LoraPatch
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
 from networks.loading import LoraUse, read_lora
-from networks.names.image import FLUX, FLUX_2
-from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
 from tests.tiny.flux_2 import tiny_state

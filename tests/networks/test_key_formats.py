@@ -14,7 +14,6 @@ from networks.deltas import add_missing_alphas
 from networks.key_formats import split_names, to_native
 from networks.loading import read_lora
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.video import WAN
 from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case
 from tests.hunyuan_model import making as hunyuan
@@ -31,6 +30,7 @@ from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
+from wan.names import WAN
 
 
 def factors(name: str, rank: int = 2) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
 from frame_pack.files import load_dit
+from frame_pack.names import FRAMEPACK
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
@@ -19,7 +20,6 @@ from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
 from networks.module_names import module_path, replace_dots
-from networks.names.video import FRAMEPACK
 from networks.parts import cut
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case

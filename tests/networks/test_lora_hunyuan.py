@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.names import HUNYUAN_VIDEO
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
@@ -22,7 +23,6 @@ from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import module_path, relatives, replace_dots
-from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model

@@ -16,16 +16,23 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
+from flux.names import FLUX
+from flux_2.names import FLUX_2
+from frame_pack.names import FRAMEPACK
+from hunyuan_image.names import HUNYUAN_IMAGE
+from hunyuan_model.names import HUNYUAN_VIDEO
+from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, module_of_tensor, to_native
 from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
-from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import FamilyNames, tensor_patterns
-from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
+from qwen_image.names import QWEN_IMAGE
+from stable_diffusion.names import SD1, SD2, SDXL
 from tests.manifests import tensor_list
 from tests.tiny.stable_diffusion import RELEASED_UNETS
+from wan.names import WAN
+from z_image.names import Z_IMAGE
 
 UNUSED = {"norm_final.weight"}  # of Lumina's published file: no code reads it
 Shapes = dict[str, tuple[int, ...]]

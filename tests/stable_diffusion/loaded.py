@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from encoders.clip_layers import ClipText
 from modules.parser import parse_options
 from networks.module_names import to_alias
-from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import (
     SD1,
     SD2,
@@ -35,6 +34,7 @@ from stable_diffusion.contract import (
 )
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, load_networks
+from stable_diffusion.names import SDXL as SDXL_NAMES
 from stable_diffusion.options import GenImgOptions, ModelOptions, read_gen_img
 from tests.faults.messages import run_here
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, unet_state, vocabulary

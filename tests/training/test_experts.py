@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
+from modules.contract.rules import Expert
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.offload.turns import HostCopy
 from networks.adapter import make_network
 from tests.modules.fake_device import FakeDevice

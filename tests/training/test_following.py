@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE
-from modules.families import FAMILIES
+from ltx_2.names import LTX_2
+from modules.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options
-from networks.names.video import LTX_2
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.learning_options import WholeDitOptions

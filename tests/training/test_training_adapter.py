@@ -13,6 +13,7 @@ from torch import Tensor
 from flux.family import Flux, FluxFiles
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
+from modules.contract.family import Abilities
 from modules.contract.few_steps import FewSteps
 from modules.errors import OptionError
 from networks.added import add_loras
@@ -255,6 +256,7 @@ def test_families_know_their_releases_of_few_steps(tmp_path: Path) -> None:
 class Turbo(toy.ToyFamily):
     """Says that its transformer is distilled."""
 
+    can: Abilities = Abilities(tell_few_steps=True)
     few_steps: FewSteps = FewSteps("Give another")
 
     def why_few_steps(self) -> str:

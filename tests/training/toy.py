@@ -15,21 +15,22 @@ from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
-from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
+from modules.contract.family import (
+    FLOW,
+    Abilities,
+    DitSpec,
+    EncoderAbilities,
+    Generates,
+    NoiseSource,
+    NoiseSpec,
+    TextEncoder,
+)
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
-from modules.contract.rules import (
-    HIGH_NOISE,
-    LOW_NOISE,
-    ONE_EXPERT,
-    CountTokens,
-    Expert,
-    ModelRelease,
-    ReferenceRules,
-    TokenCount,
-)
+from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
@@ -90,6 +91,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
+    can = EncoderAbilities()
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
@@ -116,6 +118,7 @@ class ToyFamily:
     on_decode: Callable[[Tensor], None] = lambda _: None
     dtype: torch.dtype = torch.float32
     name: str = "toy"
+    can: Abilities = Abilities()
     references: ReferenceRules | None = None
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"

@@ -21,7 +21,7 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import Caches, DitSpec, NoiseSpec, TextEncoder
+from modules.contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount
@@ -164,6 +164,7 @@ class TinyTextEncoder:
     key: str
     lora_prefix: str
     seed: int
+    can: EncoderAbilities = EncoderAbilities(learn=True)
     asked: list[str] = field(default_factory=list)
     made: TinyText | None = None
     variable_length: frozenset[str] = frozenset()

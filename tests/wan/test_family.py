@@ -17,9 +17,9 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.contract.data import Batch, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
-from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
+from modules.contract.rules import expert_of_file
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
-from networks.names.video import WAN
+from modules.families import HIGH_NOISE, LOW_NOISE
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -28,6 +28,7 @@ from wan.family import Wan
 from wan.files import WanFiles, add_release, check_names, files_and_boundary, read_release
 from wan.inputs import appends_end
 from wan.model import WanModel
+from wan.names import WAN
 from wan.options import WanGenerationOptions
 from wan.spec import LATENT, LATENT_5B
 from wan_generate_video import DEFAULTS

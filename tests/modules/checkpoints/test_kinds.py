@@ -62,7 +62,7 @@ RELEASED = {
     "model.diffusion_model.txtfusion.projector.weight": "Krea 2",
     "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",
 }
-FORMATS = [name for name, entry in families.FAMILIES.items() if entry.files == "checkpoints"]
+FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 
 
 def state_of(network: str, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -106,17 +106,38 @@ def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> Non
     assert kind_of(state_of(network, settings), OF_OTHERS) is None
 
 
-@pytest.mark.parametrize("family", FORMATS)
+def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() -> None:
+    marks = families.family_marks()
+    assert len(marks) >= 41
+    assert {mark: kind_of([mark]) for mark, _ in marks} == dict(marks)
+    hunyuan, flux = (
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+    )
+    for words, *names in (
+        ("Z-Image", "context_refiner.0.attention.qkv.weight", "cap_pad_token"),  # in ComfyUI's layout
+        ("HunyuanVideo", flux, hunyuan),
+        ("HunyuanImage", flux, hunyuan, "byt5_in.fc1.weight"),
+        ("FLUX.2", flux, "double_stream_modulation_img.lin.weight"),
+        ("Chroma", flux, "distilled_guidance_layer.in_proj.weight"),
+        ("ControlNet", "transformer_blocks.0.img_mod.1.weight", "controlnet_x_embedder.weight"),
+        ("Qwen-Image", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.img_mod.1.weight"),
+        ("the autoencoder of FLUX.2", "quant_conv.weight", "bn.running_mean"),
+    ):
+        assert words in str(kind_of(names)), names
+
+
+@pytest.mark.parametrize("folder", FORMATS)
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case[2] in {"LTX-2.5", "Nucleus-Image", "HunyuanVideo 1.5"}],
     ids=lambda case: case[2],
 )
 def test_every_family_refuses_another_model_by_its_name(
-    tmp_path: Path, family: str, case: tuple[str, dict[str, Any], str]
+    tmp_path: Path, folder: str, case: tuple[str, dict[str, Any], str]
 ) -> None:
     path = write_network(tmp_path / "model.safetensors", *case[:2])
-    module = import_own(f"{families.FAMILIES[family].room}.checkpoints")
+    module = import_own(f"{folder}.files")
 
     assert module.FORMAT.identify(path) is None
     with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Give .*--"):

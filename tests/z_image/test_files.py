@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from tests.manifests import write_hollow
 from tests.tiny.z_image import CONFIG, comfy_state, tiny_state, write_dit
-from z_image.checkpoints import load_dit
+from z_image.files import load_dit
 
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 

@@ -15,10 +15,10 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from networks.names.image import Z_IMAGE
 from networks.names.layouts import joined_tensors, tensor_patterns
 from z_image.configs import PATCH, ZImageConfig
 from z_image.model import PART, ZImageModel
+from z_image.names import Z_IMAGE
 from z_image.options import NAME
 
 WHAT = f"a {NAME} transformer"

@@ -1,16 +1,17 @@
-"""Module names of the U-Nets of Stable Diffusion 1.x, 2.x and XL: ours are those of diffusers.
+"""What Stable Diffusion 1.x, 2.x and XL are called: our names of U-Nets are those of diffusers.
 
 Their aliases are the names of the released single files (LDM), by which sd-scripts names the modules of LoRAs
 for SDXL. Blocks are listed one by one, because LDM counts residual blocks through all levels; `{n}` is the
-transformer block: SDXL has several in a row. At the end text encoders, of all models: LoRA files name their
-modules by published paths.
+transformer block: SDXL has several in a row.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from modules.families import FamilyEntry, Marks
 from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, each
+
+ENTRY = FamilyEntry("stable_diffusion")
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
@@ -127,70 +128,16 @@ SDXL = FamilyNames(
     released=((2048, ()),),
     versions=("sdxl", "stable-diffusion-xl"),
 )
-# the paths of our own classes -> the published ones; a class of transformers has the published ones already
-_PUBLISHED = (
-    (r"encoder\.layers\.(\d+)\.(.+)", r"text_model.encoder.layers.\1.\2"),  # CLIP
-    (r"blocks\.(\d+)\.attn\.([qkvo])", r"encoder.block.\1.layer.0.SelfAttention.\2"),  # T5
-    (r"blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
-    (r"blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
-    (r"blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
-)
 
-
-def _translated(table: Pairs, name: str) -> str | None:
-    """Return a name by the first pattern of a table that is all of it; None if there is none."""
-    found = ((re.fullmatch(pattern, name), target) for pattern, target in table)
-    return next((match.expand(target) for match, target in found if match is not None), None)
-
-
-def published_path(path: str) -> str:
-    """Return the published path of a module of a text encoder; an unknown path is one already."""
-    return _translated(_PUBLISHED, path) or path
-
-
-def published_parameter(name: str) -> str:
-    """Return the published name of a parameter of a text encoder."""
-    path, _, leaf = name.rpartition(".")
-    return f"{published_path(path)}.{leaf}".lstrip(".")
-
-
-# OpenCLIP's names -> Hugging Face's, below `text_model.`
-_OPEN_CLIP = (
-    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
-    (r"positional_embedding", "embeddings.position_embedding.weight"),
-    (r"ln_final\.(\w+)", r"final_layer_norm.\1"),
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"encoder.layers.\1.mlp.fc1.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
-    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
-)
-_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
-
-
-def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return Hugging Face's names, below `text_model.`, of what a tensor of OpenCLIP's text encoder holds.
-
-    Each with the third of the rows that it is, None: all. Nothing for a tensor that it does not have.
-    """
-    if fused := _FUSED.fullmatch(name):
-        layer = f"encoder.layers.{fused[1]}.self_attn."
-        return [(f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
-    found = _translated(_OPEN_CLIP, name)
-    return [] if found is None else [(found, None)]
-
-
-# names of modules in LoRA files -> their paths in diffusers' pipelines
-_CLIP_LAYER = r"_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)"
-_IN_DIFFUSERS = (
-    (f"lora_te1?{_CLIP_LAYER}", r"text_encoder.text_model.encoder.layers.\1.\2.\3"),
-    (f"lora_te2{_CLIP_LAYER}", r"text_encoder_2.text_model.encoder.layers.\1.\2.\3"),
+LORA = (SD1, SDXL, SD2)
+_CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
+MARKS: Marks = (
+    ("zero_convs.0.0.weight", _CONTROL_NET),
+    ("controlnet_down_blocks.0.weight", _CONTROL_NET),
     (
-        r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",
-        r"text_encoder_2.encoder.block.\1.layer.\2.\3.\4",
+        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
+        "a ControlNet-LLLite (gen_img.py --control_net_lllite_models)",
     ),
+    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
+    ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
 )
-
-
-def diffusers_path_of_text(name: str) -> str | None:
-    """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
-    return _translated(_IN_DIFFUSERS, name)

@@ -1,0 +1,19 @@
+"""What FLUX.1 Kontext is called everywhere; its LoRAs and files are FLUX.1's."""
+
+from modules.families import PICTURES, FamilyEntry, Marks
+from networks.names.layouts import FamilyNames
+
+ENTRY = FamilyEntry(
+    "flux.kontext",
+    own_files=False,
+    script="flux_kontext",
+    cache="flux_kontext_cache",
+    record="Kontext",
+    encoders=(("vae", "--vae", PICTURES),),
+    texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
+    same_latents="flux",
+)
+
+LORA: tuple[FamilyNames, ...] = ()
+
+MARKS: Marks = ()

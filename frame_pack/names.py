@@ -1,0 +1,61 @@
+"""What FramePack is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+
+from hunyuan_model.names import HUNYUAN_VIDEO
+from modules.families import CLIPS, FamilyEntry, Marks
+from networks.names import layouts
+from networks.names.layouts import FamilyNames, each
+
+ENTRY = FamilyEntry(
+    "frame_pack",
+    script="fpack",
+    cache="fpack_cache",
+    makes="video",
+    record="FramePack",
+    encoders=(("vae", "--vae", CLIPS), ("image_encoder", "--image_encoder", "it encodes first frames")),
+    texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
+)
+
+# whose own layout is that of diffusers
+FRAMEPACK = FamilyNames(
+    "framepack",
+    "framepack",
+    further=(
+        *(part.theirs for part in HUNYUAN_VIDEO.parts),
+        *each("clean_x_embedder.", "proj proj_2x proj_4x"),
+        *each("image_projection.", "up down"),
+    ),
+    takes=("hunyuan_video",),
+    # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
+    start=layouts.IN_DIFFUSERS,
+    converted_for="diffusers",
+    is_as_in_diffusers=True,
+    sides=(
+        *layouts.IN_TWO_STREAMS,
+        *((".norm1.linear", 6, 1), (".norm1_context.linear", 6, 1), (".norm.linear", 3, 1)),
+        *((".proj_mlp", 4, 1), (".proj_out", 1, 5)),
+    ),
+    released=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
+    numbered=(
+        (
+            "transformer_blocks.{n}.",
+            f"norm1.linear norm1_context.linear {layouts.NUMBERED_ATTENTION} attn.to_add_out ff.net.0.proj "
+            "ff.net.2 ff_context.net.0.proj ff_context.net.2",
+        ),
+        ("single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v norm.linear proj_mlp proj_out"),
+    ),
+    network_module="networks.lora_framepack",
+)
+
+LORA = (FRAMEPACK,)
+MARKS: Marks = (
+    ("clean_x_embedder.proj.weight", "a FramePack transformer (--dit)"),
+    *(
+        (mark, "a SigLIP image encoder (--image_encoder)")
+        for mark in (
+            "vision_model.head.probe",
+            "vision_model.embeddings.patch_embedding.bias",  # CLIP's has none
+            "embeddings.patch_embedding.bias",
+            "head.probe",
+        )
+    ),
+)

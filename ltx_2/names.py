@@ -1,0 +1,140 @@
+"""What LTX-2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+
+import re
+
+from modules.families import CLIPS, FamilyEntry, Marks
+from networks.names.layouts import FamilyNames, each
+
+ENTRY = FamilyEntry(
+    "ltx_2",
+    script="ltx2",
+    cache="ltx2_cache",
+    makes="video",
+    record="Ltx2",
+    encoders=(("ltx2_checkpoint", "--ltx2_checkpoint", CLIPS),),
+    texts="--gemma_root GEMMA_FOLDER",
+    repeated=("ltx2_checkpoint", "ltx_mode"),
+    others=("ltx2_v1",),
+)
+
+# LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms
+_LTX_ATTENTIONS = (
+    *("attn1", "attn2", "audio_attn1", "audio_attn2"),
+    *("audio_to_video_attn", "video_to_audio_attn"),
+)
+_LTX_LAYERS = (
+    *(
+        (layer, layer)
+        for name in _LTX_ATTENTIONS
+        for layer in each(f"{name}.", "to_q to_k to_v to_out.0 to_gate_logits")
+    ),
+    *((f"{name}.norm_{x}", f"{name}.{x}_norm") for name in _LTX_ATTENTIONS for x in "qk"),
+    *((f"{name}.net.{layer}",) * 2 for name in ("ff", "audio_ff") for layer in ("0.proj", "2")),
+)
+_LTX_TIMES = (
+    *((f"{prefix}time_embed", f"{prefix}adaln_single") for prefix in ("", "audio_")),
+    *((f"{prefix}prompt_adaln", f"{prefix}prompt_adaln_single") for prefix in ("", "audio_")),
+    ("av_cross_attn_video_scale_shift", "av_ca_video_scale_shift_adaln_single"),
+    ("av_cross_attn_audio_scale_shift", "av_ca_audio_scale_shift_adaln_single"),
+    ("av_cross_attn_video_a2v_gate", "av_ca_a2v_gate_adaln_single"),
+    ("av_cross_attn_audio_v2a_gate", "av_ca_v2a_gate_adaln_single"),
+)
+_LTX_TABLES = ("scale_shift_table", "prompt_scale_shift_table")
+_LTX_STREAMS = ("video", "audio")
+# between the text encoder and the transformer. diffusers has them in a part `connectors` of the pipeline,
+# whose own file does without that word
+_LTX_CONNECTORS = tuple(
+    (start + theirs, ours)
+    for start in ("connectors.", "")
+    for theirs, ours in (
+        *(
+            (
+                f"{stream}_connector.transformer_blocks.{{n}}.{one}",
+                f"{stream}_embeddings_connector.transformer_1d_blocks.{{n}}.{two}",
+            )
+            for stream in _LTX_STREAMS
+            for one, two in _LTX_LAYERS
+            if one.startswith(("attn1.", "ff."))
+        ),
+        ("text_proj_in", "text_embedding_projection.aggregate_embed"),
+        *(
+            (f"{stream}_text_proj_in", f"text_embedding_projection.{stream}_aggregate_embed")
+            for stream in _LTX_STREAMS
+        ),
+    )
+)
+_LTX_REGISTERS = tuple(
+    (f"{start}{stream}_connector.learnable_registers", f"{stream}_embeddings_connector.learnable_registers")
+    for start in ("connectors.", "")
+    for stream in _LTX_STREAMS
+)
+# of sound, and between sound and picture
+_LTX_SOUND = re.compile(r"audio|a2v|v2a|av_ca")
+
+_LTX_ALIASES = (  # diffusers layout
+    *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
+    *(
+        (f"{theirs}.{layer}", f"{ours}.{layer}")
+        for theirs, ours in _LTX_TIMES
+        for layer in each("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
+    ),
+    *((f"{prefix}proj_in", f"{prefix}patchify_proj") for prefix in ("", "audio_")),
+    *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),
+    *((f"{prefix}caption_projection.linear_{n}",) * 2 for prefix in ("", "audio_") for n in (1, 2)),
+    *_LTX_CONNECTORS,
+)
+_LTX_PARAMETERS = (
+    *((f"transformer_blocks.{{n}}.{prefix}{one}",) * 2 for prefix in ("", "audio_") for one in _LTX_TABLES),
+    *(
+        (
+            f"transformer_blocks.{{n}}.{one}_a2v_cross_attn_scale_shift_table",
+            f"transformer_blocks.{{n}}.scale_shift_table_a2v_ca_{one}",
+        )
+        for one in _LTX_STREAMS
+    ),
+    *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
+    *_LTX_REGISTERS,
+)
+_LTX_NUMBERED = (
+    *("attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff"),
+    *("audio_to_video_attn", "video_to_audio_attn"),
+)
+
+LTX_2 = FamilyNames(
+    "ltx_2",
+    "ltx-2",
+    _LTX_ALIASES,
+    converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
+    versions=("ltx2", "ltx-2", "ltx_2"),
+    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
+    optional_words="sound (it was trained with --ltx2_mode av or audio), which this run is without",
+    parameters=_LTX_PARAMETERS,
+    text_side=(*(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS), "text_embedding_projection."),
+    text_side_words="the text connectors",
+    unprefixed=("connectors.", "text_embedding_projection."),
+    numbered=(
+        *((f"{prefix}caption_projection.", "linear_1 linear_2") for prefix in ("", "audio_")),
+        (
+            "transformer_blocks.{n}.",
+            " ".join(
+                f"{part}.net.0.proj {part}.net.2"
+                if part.endswith("ff")
+                else "{x}.to_q {x}.to_k {x}.to_v {x}.to_gate_logits {x}.to_out.0".replace("{x}", part)
+                for part in _LTX_NUMBERED
+            ),
+        ),
+    ),
+    network_module="networks.lora_ltx2",
+)
+
+LORA = (LTX_2,)
+_LTX_09 = "the transformer of LTX-Video 0.9, another network than LTX-2's, which is not supported yet"
+_OF_LTX_2 = "the connectors of LTX-2, a part of its text encoder"
+MARKS: Marks = (
+    ("audio_patchify_proj.weight", "an LTX-2 transformer (--dit)"),
+    ("audio_time_embed.linear.weight", "an LTX-2 transformer in diffusers layout (--dit)"),
+    ("audio_embeddings_connector.learnable_registers", _OF_LTX_2),
+    ("audio_connector.learnable_registers", _OF_LTX_2),
+    ("patchify_proj.weight", _LTX_09),
+    ("time_embed.linear.weight", f"{_LTX_09}, in diffusers layout"),
+)

@@ -1,0 +1,93 @@
+"""Names of the modules and parameters of text encoders: LoRA files have published paths."""
+
+import re
+
+from networks.names.layouts import Numbering
+
+Pairs = tuple[tuple[str, str], ...]  # (a pattern, the name that it stands for)
+# the paths of our own classes -> the published ones; a class of transformers has the published ones already
+_PUBLISHED = (
+    (r"encoder\.layers\.(\d+)\.(.+)", r"text_model.encoder.layers.\1.\2"),  # CLIP
+    (r"blocks\.(\d+)\.attn\.([qkvo])", r"encoder.block.\1.layer.0.SelfAttention.\2"),  # T5
+    (r"blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
+    (r"blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
+    (r"blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
+)
+
+
+def _translated(table: Pairs, name: str) -> str | None:
+    """Return a name by the first pattern of a table that is all of it; None if there is none."""
+    found = ((re.fullmatch(pattern, name), target) for pattern, target in table)
+    return next((match.expand(target) for match, target in found if match is not None), None)
+
+
+def published_path(path: str) -> str:
+    """Return the published path of a module of a text encoder; an unknown path is one already."""
+    return _translated(_PUBLISHED, path) or path
+
+
+def published_parameter(name: str) -> str:
+    """Return the published name of a parameter of a text encoder."""
+    path, _, leaf = name.rpartition(".")
+    return f"{published_path(path)}.{leaf}".lstrip(".")
+
+
+# OpenCLIP's names -> Hugging Face's, below `text_model.`
+_OPEN_CLIP = (
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_final\.(\w+)", r"final_layer_norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+)
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
+
+
+def open_clip_names(name: str) -> list[tuple[str, int | None]]:
+    """Return Hugging Face's names, below `text_model.`, of what a tensor of OpenCLIP's text encoder holds.
+
+    Each with the third of the rows that it is, None: all. Nothing for a tensor that it does not have.
+    """
+    if fused := _FUSED.fullmatch(name):
+        layer = f"encoder.layers.{fused[1]}.self_attn."
+        return [(f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
+    found = _translated(_OPEN_CLIP, name)
+    return [] if found is None else [(found, None)]
+
+
+# names of modules in LoRA files -> their paths in diffusers' pipelines
+_CLIP_LAYER = r"_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)"
+_IN_DIFFUSERS = (
+    (f"lora_te1?{_CLIP_LAYER}", r"text_encoder.text_model.encoder.layers.\1.\2.\3"),
+    (f"lora_te2{_CLIP_LAYER}", r"text_encoder_2.text_model.encoder.layers.\1.\2.\3"),
+    (
+        r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",
+        r"text_encoder_2.encoder.block.\1.layer.\2.\3.\4",
+    ),
+)
+
+
+def diffusers_path_of_text(name: str) -> str | None:
+    """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
+    return _translated(_IN_DIFFUSERS, name)
+
+
+# order of the modules, which come before the transformer's: CLIP-L, T5, Gemma 2
+TEXTS_NUMBERED: Numbering = (
+    (
+        "lora_te1.text_model.encoder.layers.{n}.",
+        "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj mlp.fc1 mlp.fc2",
+    ),
+    (
+        "lora_te3.encoder.block.{n}.",
+        "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v layer.0.SelfAttention.o "
+        "layer.1.DenseReluDense.wi_0 layer.1.DenseReluDense.wi_1 layer.1.DenseReluDense.wo",
+    ),
+    (
+        "lora_te.layers.{n}.",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    ),
+)

@@ -1,0 +1,50 @@
+"""What Qwen-Image is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+
+from modules.families import PICTURES, FamilyEntry, Marks
+from networks.names import layouts
+from networks.names.layouts import FamilyNames, each
+
+ENTRY = FamilyEntry(
+    "qwen_image",
+    script="qwen_image",
+    cache="qwen_image_cache",
+    record="QwenImage",
+    encoders=(("vae", "--vae", PICTURES),),
+    texts="--text_encoder QWEN_FILE",
+    repeated=("model_version", "edit", "edit_plus"),
+)
+
+# Qwen-Image, whose own layout is that of diffusers
+QWEN_IMAGE = FamilyNames(
+    "qwen_image",
+    "Qwen-Image",
+    further=(
+        *each(
+            "transformer_blocks.{n}.attn.",
+            "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
+        ),
+        *each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
+        *each(
+            "transformer_blocks.{n}.",
+            "img_mod.1 txt_mod.1 img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2",
+        ),
+        *each("", "img_in txt_in txt_norm norm_out.linear proj_out"),
+        *each("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
+    ),
+    is_as_in_diffusers=True,
+    versions=("qwen_image", "qwen-image", "qwenimage"),
+    sides=(*layouts.IN_TWO_STREAMS, ("_mod.1", 6, 1)),
+    released=((3072, (("transformer_blocks", 60),)),),
+    numbered=(
+        (
+            "transformer_blocks.{n}.",
+            f"img_mod.1 {layouts.NUMBERED_ATTENTION} attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 "
+            "txt_mod.1 txt_mlp.net.0.proj txt_mlp.net.2",
+        ),
+    ),
+    network_module="networks.lora_qwen_image",
+)
+
+LORA = (QWEN_IMAGE,)
+MARKS: Marks = ()
+SHARED_MARKS: Marks = (("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),)
