@@ -15,7 +15,7 @@ from modules.dressing import shared_blocks
 from modules.installation import import_own
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
-from training.following import NO_SCRIPTS, FamilyScripts, make_reporter, plan_next_steps
+from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
 from training.learning import load_model
 from training.loop import train
 from training.options import TrainingOptions
@@ -28,7 +28,7 @@ from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
 from training.saving.hub import make_uploads
 from training.saving.states import SavedState
-from training.summary import count_pauses, show_end, show_start, watch_run
+from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts

@@ -33,7 +33,7 @@ from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
-from modules.contract.rules import expert_at
+from modules.contract.rules import HIGH_NOISE, expert_at
 from modules.contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from modules.control_codes import shorten
 from modules.errors import OptionError
@@ -80,6 +80,12 @@ class Sampler:
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
     writes: bool = True  # else another process does, and this one only helps to make them
+
+    @property
+    def first_values(self) -> dict[str, Any]:
+        """Return the values of the first sample, as `sample_values` does; empty if there is none."""
+        first = self.samples[0] if self.samples else None
+        return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 
     def make(
         self,
@@ -357,3 +363,19 @@ def _solver_of(values: Mapping[str, Any]) -> str | None:
 
 def _no_dit(expert: int) -> nn.Module:
     raise AssertionError("training samples use the network that is being trained")
+
+
+def sample_values(made: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+    """Return the values of a sample, by the names of `Request`: see `training.following.Generation`."""
+    values = vars(made.asked) | {
+        name: getattr(made, name) for name in ("frames", "steps", "embedded_guidance")
+    }
+    # the one of streams that have their own is said only if the sample says it: it replaces theirs
+    values["guidance_scale"] = made.asked.guidance_scale if made.rules.streams else made.guidance_scale[0]
+    for expert, scale in zip(family.experts, made.guidance_scale, strict=True):
+        if expert.name == HIGH_NOISE:
+            values[f"guidance_scale_{HIGH_NOISE}"] = scale
+    values["seed"] = made.seed if is_seeded else None
+    values["flow_shift"] = made.flow_shift if family.defaults.flow_shift is not None else None
+    values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
+    return values

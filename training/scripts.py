@@ -10,10 +10,10 @@ from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
-from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
+from training.image_options import ImageTrainerDefaults, read_image_training
 from training.learning_options import WholeDitOptions
 from training.noise_options import SAMPLERS
-from training.options import read_training, training_parser
+from training.options import read_training
 
 
 def training_script(
@@ -39,9 +39,9 @@ def training_script(
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, own = read_training(about, record, argv, learner, more, settings=settings)
+            options, own, given = read_training(about, record, argv, learner, more, settings=settings)
         else:
-            options, own = read_image_training(about, record, images, argv)
+            options, own, given = read_image_training(about, record, images, argv)
         if whole:
             refuse_for_whole(option_values(own).get("dit_dtype"))
         check(own)
@@ -57,12 +57,8 @@ def training_script(
         commands = entry.caching_commands(own, options.loop.dataset_config, switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
-            (record, *more),
+            given,
             partial(entry.generation_words, own),
-            learner,
-            partial(training_parser, None, learner, settings=settings)
-            if images is None
-            else partial(image_training_parser, None, images),
         )
         make_sampling = getattr(import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None)
         code = train_network(made, options, CachingCommands(*commands), scripts, make_sampling(own))

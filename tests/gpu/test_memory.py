@@ -184,7 +184,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     """The bytes that the plan predicts for the device, and a step."""
     words = ["--task", "t2v-1.3B", "--dit", str(path), "--mixed_precision", "bf16", "--network_dim", "32"]
     words += ["--dataset_config", "-", "--output_dir", "-", "--output_name", "-", *case.options]
-    options, own = read_training(None, WanTrainingOptions, words)
+    options, own, _ = read_training(None, WanTrainingOptions, words)
     family = family_for_training(own)
     config = family.files.dit_header().config
     shape, one = family.latent.shape(case.frames, 480, 832), torch.ones(1)

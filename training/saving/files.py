@@ -105,7 +105,7 @@ class Saver:
 
     def save_final(self) -> None:
         """Save under the plain name."""
-        self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
+        self._save(self.names.name, self.options.saves_state_at_end)
 
     def tidy_steps(self, step: int) -> None:
         """Remove files that a save at `step` no longer keeps: every 5, last 5, at step 25 those up to 15."""

@@ -90,6 +90,10 @@ class SavingOptions(Options, title="saving"):
         """Return the file that a finished run leaves."""
         return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
+    @property
+    def saves_state_at_end(self) -> bool:
+        return self.save_state or self.save_state_on_train_end
+
     def spread(self, num_epochs: int) -> "SavingOptions":
         """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
         if self.save_n_epoch_ratio is None:
