@@ -1,8 +1,8 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,10 +42,20 @@ from training.reports.logs import check_trackers
 from training.resuming import check_resumable, find_state, first_progress, settings_of, take_over
 from training.run_options import StartOptions
 from training.saving.files import Names, hold_name
+from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinedProcesses:
+    """Hold the processes of a run, once its options are known to fit their device."""
+
+    accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
+    others: Any  # `OtherProcesses` of several processes; None of one
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,11 @@ class TrainingPlan:
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     sampled: Family  # the model that samples are made with: may have transformers that are not trained
     commands: CachingCommands
-    accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
+    processes: JoinedProcesses
     saved: SavedState | ForeignState | None
     progress: Progress
     names: Names  # of the run's files
+    saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
     network_module: str  # empty if the model itself is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
@@ -74,7 +84,10 @@ class TrainingPlan:
     identity: dict[str, Any]
     habits: dict[str, Any]
     changes: Mapping[str, str]
-    others: Any  # `OtherProcesses` of several processes; None of one
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
     @property
     def splits_model(self) -> bool:
@@ -86,16 +99,15 @@ def make_plan(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands,
-    held: ExitStack,
+    config: DatasetConfig,
+    processes: JoinedProcesses,
     sampling: Family | None = None,
 ) -> TrainingPlan:
-    """Join the processes, find state, items and steps, and check all that can be known before loading.
+    """Find state, items and steps, and check all that can be known before loading.
 
-    held: until it is closed, no other run has the name of this one. sampling: the model of samples, if it has
-    transformers that are not trained.
+    sampling: the model of samples, if it has transformers that are not trained.
     """
-    config = read_config(options, family)  # a fault in it is told before anything is started
-    accelerator, fp8, others = _join_processes(family, options, held)
+    accelerator, fp8 = processes.accelerator, processes.fp8
     is_main, device = accelerator.is_main_process, accelerator.device
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
@@ -124,10 +136,9 @@ def make_plan(
         logger.warning(
             "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
-    order, processes = BatchOrder(training, progress.seed), accelerator.num_processes
-    steps = _plan_steps(options, order, processes, progress)
+    order, count = BatchOrder(training, progress.seed), accelerator.num_processes
+    steps = _plan_steps(options, order, count, progress)
     check_before_loading(family, options, steps.total_steps, sampling)
-    options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
         warn_of_few_steps(family, options)
@@ -135,7 +146,8 @@ def make_plan(
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, progress.seed, order, steps, module)
-    changes = check_resumable(saved, identity, habits, options)
+    saving = options.saving.spread(steps.num_epochs)
+    changes = check_resumable(saved, identity, habits, options, saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
     if options.start is not None:
@@ -145,33 +157,31 @@ def make_plan(
         options=options,
         sampled=sampling or family,
         commands=commands,
-        accelerator=accelerator,
-        fp8=fp8,
+        processes=processes,
         saved=saved,
         progress=progress,
         names=Names(*options.saving.place, parts),
+        saving=saving,
         network_module=module,
         config=config,
         training=training,
         validation=validation,
         order=order,
-        steps=_plan_steps(options, order, processes, progress),  # changes may have begun them anew
+        steps=_plan_steps(options, order, count, progress),  # changes may have begun them anew
         sources=sources,
         encoders=SameEncoders(commands),
         texts=texts,
         identity=identity,
         habits=habits,
         changes=changes,
-        others=others,
     )
 
 
-def _join_processes(
-    family: Family, options: TrainingOptions, held: ExitStack
-) -> tuple[Accelerator, Quantisation | None, Any]:
-    """Start trackers and processes, check the options against the device, and hold the name of the run.
+@contextmanager
+def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedProcesses]:
+    """Start trackers and processes, and check the options against the device.
 
-    Returns the processes, with what multiplies on the device, and what watches the others if there are some.
+    During the block no other run has the name of this one, and the processes watch each other.
     """
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs)
@@ -192,24 +202,25 @@ def _join_processes(
         check_split(options.optimizer.optimizer_type)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
-    others = None
-    if accelerator.num_processes > 1:
-        watch = import_own("modules.lost_processes").OtherProcesses
-        others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
-        held.enter_context(others.explain())
-    # the main process holds the name; if it cannot be had, that one tells, and all end
-    error: OutputError | None = None
-    if accelerator.is_main_process:
-        try:
-            held.enter_context(hold_name(*options.saving.place))
-        except OutputError as refusal:
-            error = refusal
-    (code,) = broadcast_object_list([None if error is None else error.exit_code])
-    if error is not None:
-        raise error
-    if code is not None:
-        raise SystemExit(code)
-    return accelerator, fp8, others
+    with ExitStack() as held:
+        others = None
+        if accelerator.num_processes > 1:
+            watch = import_own("modules.lost_processes").OtherProcesses
+            others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
+            held.enter_context(others.explain())
+        # the main process holds the name; if it cannot be had, that one tells, and all end
+        error: OutputError | None = None
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(hold_name(*options.saving.place))
+            except OutputError as refusal:
+                error = refusal
+        (code,) = broadcast_object_list([None if error is None else error.exit_code])
+        if error is not None:
+            raise error
+        if code is not None:
+            raise SystemExit(code)
+        yield JoinedProcesses(accelerator, fp8, others)
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:

@@ -26,7 +26,7 @@ from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving.files import find_set_aside
 from training.saving.hub import download_state
-from training.saving.options import LATEST, LATEST_ONLY
+from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.saving.states import (
     FRESH_START,
     ForeignState,
@@ -179,8 +179,11 @@ def check_resumable(
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
+    saving: SavingOptions,
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn of changes.
+
+    saving: see `TrainingPlan.saving`.
 
     Settings that the saved run did not record are not compared. Returns what --resume_changed changes, if
     given, in words by the name of the setting. Call it before anything large is loaded.
@@ -225,7 +228,7 @@ def check_resumable(
         )
     changed = _differences(habits_before, habits)
     if may_change:
-        found |= changed | _differences(saved.settings, listed_settings(options))
+        found |= changed | _differences(saved.settings, listed_settings(options, saving))
         return {name: f"{name}: {then} -> {now}" for name, (then, now) in found.items()}
     for name, (then, now) in changed.items():
         logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
@@ -241,9 +244,9 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
     }
 
 
-def listed_settings(options: TrainingOptions) -> dict[str, Any]:
+def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
     """Return the settings that a resumed run may always change, to list a change."""
-    config = public_config(options)
+    config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 
 

@@ -89,11 +89,11 @@ def saved_bytes(
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
-    plan, options, steps, parameters = run.plan, run.options, run.steps, run.trainable.weights
-    network, whole, saving, samples = options.network, options.whole_dit, options.saving, options.samples
+    plan, options, steps, parameters = run.plan, run.options, run.steps, run.model.trainable.weights
+    network, whole, saving, samples = options.network, options.whole_dit, plan.saving, options.samples
     if network is not None:
-        continued = any(continued_sizes(run, part) for part in run.trainable.writes)
-        sizes = run.trainable.sizes() if continued else None
+        continued = any(continued_sizes(run.model, part) for part in run.model.trainable.writes)
+        sizes = run.model.trainable.sizes() if continued else None
         rank = (
             f"rank {network.network_dim or DEFAULT_RANK}" if sizes is None else of_numbers("rank", sizes[0])
         )
@@ -216,10 +216,10 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 
 
 def count_pauses(
-    options: TrainingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
+    options: TrainingOptions, saving: SavingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
     """Return how many pauses of each kind come after a step. epoch: whole epochs done by then."""
-    samples, asked, saving = options.samples, options.validation, options.saving
+    samples, asked = options.samples, options.validation
     total, epochs = plan.total_steps, plan.num_epochs
 
     def of_steps(every: int | None) -> int:
