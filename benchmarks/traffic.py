@@ -37,7 +37,8 @@ from benchmarks.traffic_count import (  # noqa: E402
     Operation,
     fused,
 )
-from modules.planning.dry_run import Counts, dry_run, keep_blocks, place, quiet, watch_blocks  # noqa: E402
+from modules.console import quiet  # noqa: E402
+from modules.planning.dry_run import Counts, dry_run, keep_blocks, place, watch_blocks  # noqa: E402
 
 META = torch.device("meta")
 FEWEST = 2  # blocks of a list that are run; one more tells what each further block adds

@@ -1,10 +1,11 @@
 """Count the files and functions of ours on two ways: a clip to a LoRA, and a prompt with that LoRA to a clip.
 
     python benchmarks/way.py
+    python benchmarks/way.py --records      # also which kinds of records are made
 
 Runs the pocket model's commands in this process under a profiler, without workers, and prints what was
 called: plain functions of product files (no comprehension, lambda or class body) and the lines of their
-bodies.
+bodies; and how many kinds of records of ours (dataclasses and named tuples) were made.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MAKERS: dict[str, Callable[[Any], type]] = {"__init__": type, "__new__": lambda kind: kind}
 NOT_PRODUCT = {"benchmarks", "tests", "docs", "pocket", ".venv"}
 MODEL = ["--task", "t2v-1.3B", "--dit", str(ROOT / "pocket/dit.safetensors")]
 VAE = ["--vae", str(ROOT / "pocket/vae.safetensors")]
@@ -75,13 +78,28 @@ def commands(folder: Path) -> dict[str, list[Command]]:
     }
 
 
-def count(way: Sequence[Command]) -> tuple[int, int, int]:
-    """Run commands; return how many files and functions of ours were called, and their lines."""
+@dataclass(frozen=True)
+class Counts:
+    """What was called, and which kinds of records were made."""
+
+    files: int
+    functions: int
+    lines: int
+    records: tuple[str, ...]
+
+
+def count(way: Sequence[Command]) -> Counts:
+    """Run commands; return how many files and functions of ours were called, their lines, and records."""
     called: set[CodeType] = set()
+    made: set[type] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
-            called.add(frame.f_code)
+            code = frame.f_code
+            called.add(code)
+            # what dataclasses and named tuples make of their fields is of no file
+            if code.co_name in MAKERS and code.co_filename.startswith("<"):
+                made.add(MAKERS[code.co_name](frame.f_locals[code.co_varnames[0]]))
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -93,7 +111,15 @@ def count(way: Sequence[Command]) -> tuple[int, int, int]:
         threading.setprofile(None)  # type: ignore[arg-type]
     ours = {code for code in called if code.co_flags & inspect.CO_OPTIMIZED and _is_product(code)}
     lines = sum(max(line or 0 for *_, line in code.co_lines()) - code.co_firstlineno + 1 for code in ours)
-    return len({code.co_filename for code in ours}), len(ours), lines
+    records = sorted(f"{one.__module__}.{one.__qualname__}" for one in made if _is_record(one))
+    return Counts(len({code.co_filename for code in ours}), len(ours), lines, tuple(records))
+
+
+def _is_record(kind: type) -> bool:
+    if not is_dataclass(kind) and not hasattr(kind, "_fields"):
+        return False
+    path = Path(getattr(sys.modules[kind.__module__], "__file__", None) or "/")
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in NOT_PRODUCT
 
 
 def _is_product(code: CodeType) -> bool:
@@ -103,19 +129,24 @@ def _is_product(code: CodeType) -> bool:
     return path.relative_to(ROOT).parts[0] not in NOT_PRODUCT
 
 
-def measure() -> dict[str, tuple[int, int, int]]:
-    """Return files, functions and lines of each way."""
+def measure() -> dict[str, Counts]:
+    """Return the counts of each way."""
     logging.disable()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         return {name: count(way) for name, way in commands(Path(folder)).items()}
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    for name, (files, functions, lines) in measure().items():
-        print(f"{name}: {files} files, {functions} functions, {lines:,} lines of bodies")
+    )
+    parser.add_argument("--records", action="store_true", help="also list the kinds of records")
+    shows_records = parser.parse_args().records
+    for name, found in measure().items():
+        records = f"{len(found.records)} kinds of records"
+        print(f"{name}: {found.files} files, {found.functions} functions, {records}, {found.lines:,} lines")
+        if shows_records:
+            print("\n".join(f"  {one}" for one in found.records))
 
 
 if __name__ == "__main__":

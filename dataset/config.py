@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config_keys import (
+    FRAMES,
     MODES,
     NO_KEYS,
     OTHER_NAMES,
+    REFERENCES,
+    SECTIONS,
     SOUND_ALONE,
     SPELLINGS,
     SUBSET,
@@ -22,7 +25,15 @@ from dataset.config_keys import (
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
+from dataset.table import (
+    KEYS,
+    SOURCE_FIELDS,
+    SOURCES,
+    DatasetConfig,
+    DatasetTable,
+    Table,
+    defaults_of,
+)
 from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError
@@ -113,8 +124,9 @@ def for_family(
     in_sections: whether its latents depend on the keys of sections; else a warning names those that are set.
     """
     for table in config.datasets:
-        if table.section_keys and not in_sections:
-            keys = " and ".join(table.section_keys)
+        of_sections = table.changed(SECTIONS)
+        if of_sections and not in_sections:
+            keys = " and ".join(of_sections)
             logger.warning("%s: %s: ignored, as only FramePack takes clips in sections", table.name, keys)
     return with_references(with_lengths(config, frame_step), rules)
 
@@ -161,9 +173,9 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
         if table.reference_dropout_rate:
             why = "this model takes no reference pictures. Leave it out"
             problems.append(f"{table.name}: reference_dropout_rate: {why}")
-        if table.control_keys:
+        if of_references := table.changed(REFERENCES):
             why = "this model fits control images to the size of their picture; the keys are for models that"
-            keys = " and ".join(table.control_keys)
+            keys = " and ".join(of_references)
             problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
     if problems:
         raise DatasetError("\n".join(problems))
@@ -245,7 +257,8 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
     if found is not None:
         problems.append(f"{place}: {found}")
         return False
-    unused = [name for name in FRAME_KEYS if fields["load_tensors"] and fields[name] != KEYS[name].default]
+    of_frames = defaults_of(FRAMES) if fields["load_tensors"] else {}
+    unused = [name for name, default in of_frames.items() if fields[name] != default]
     if unused:
         logger.warning(
             "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",

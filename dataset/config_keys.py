@@ -5,6 +5,7 @@ of the image guides' form in `SUBSET_KEYS` below. Standard library only.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,10 +186,29 @@ TEXT = _form(str, _is_short, f"text in quotes, at most {MOST_WORDS} characters")
 BOTH = ("image", "video")
 
 
+class Stale(enum.Flag):
+    """What another value of a key makes stale. Each key says it: none keeps old caches by being forgotten.
+
+    What a caption or a picture says is not meant: that is compared itself.
+    """
+
+    NOTHING = 0
+    FRAMES = enum.auto()  # latents: other frames of a clip are taken
+    LATENTS = enum.auto()  # by their size, their mask, or what they are made from
+    SECTIONS = enum.auto()  # latents of a family with sections
+    REFERENCES = enum.auto()  # latents of pictures that have references
+    TEXTS = enum.auto()  # the embeddings of captions
+    LEARNING = enum.auto()  # no cache, but a run that goes on from a state
+
+
+NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS, Stale.SECTIONS
+REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
+
+
 @dataclasses.dataclass(frozen=True)
 class TableKey:
     """One key of a table. kinds: of tables that may have it. only_with: ends of the keys of sources that its
-    table has to have; (): any.
+    table has to have; (): any. rank: of LEARNING, lower ones stand first in states and in metadata.
     """
 
     form: Form
@@ -196,11 +216,13 @@ class TableKey:
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
     only_with: tuple[str, ...] = ()
+    stale: Stale = NOTHING
+    rank: int = 0
 
 
-def key(form: Form, default: Any = None, **facts: Any) -> Any:
+def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
     """Return a field of `DatasetTable` that is a key of its own name. facts: of `TableKey`."""
-    return dataclasses.field(default=default, metadata={"key": TableKey(form, default, **facts)})
+    return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
 
 
 def of_kind(form: Form) -> Any:

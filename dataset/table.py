@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,24 +17,32 @@ from dataset.config_keys import (
     COUNT,
     COUNTS,
     EXTENSION,
+    FRAMES,
     IF_PRESENT,
+    LATENTS,
+    LEARNING,
     LIST_PATH,
     MODE,
     NO_LAYERS,
+    NOTHING,
     PATH,
     PLACE,
     PLACES,
+    REFERENCES,
     REPEATS,
     SAMPLES,
+    SECTIONS,
     SHARE,
     SIZE,
     SOURCE_FPS,
     SUBSET_KEYS,
     TARS,
+    TEXTS,
     WEIGHT,
     WORDS,
     YES_NO,
     Form,
+    Stale,
     TableKey,
     key,
     of_kind,
@@ -128,59 +137,69 @@ class DatasetTable:
     jsonl_file: Path | None = of_kind(LIST_PATH)
     table_file: Path | None = of_kind(LIST_PATH)
     tars: tuple[str, ...] | None = of_kind(TARS)  # paths, globs or addresses
-    cogvideox_root: Path | None = key(PATH, kinds=VIDEO)
-    resolution: tuple[int, int] = key(SIZE, (960, 544), in_general=True)  # width, height
-    caption_extension: str | None = key(EXTENSION, in_general=True)
+    cogvideox_root: Path | None = key(PATH, kinds=VIDEO, stale=NOTHING)
+    resolution: tuple[int, int] = key(SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
+    caption_extension: str | None = key(EXTENSION, in_general=True, stale=NOTHING)
     # these three: "" for none
-    trigger_word: str = key(WORDS, "", in_general=True)
-    caption_prefix: str = key(WORDS, "", in_general=True)
-    caption_suffix: str = key(WORDS, "", in_general=True)
+    trigger_word: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
+    caption_prefix: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
+    caption_suffix: str = key(WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     # caption of media without a caption file; None: they need one
-    class_tokens: str | None = key(WORDS, only_with=("directory",))
-    multi_caption: bool = key(YES_NO, False, in_general=True)  # each line of a caption file is a caption
-    caption_dropout_rate: float = key(SHARE, 0.0, in_general=True)
-    batch_size: int = key(COUNT, 1, in_general=True)
-    num_repeats: int = key(REPEATS, 1, in_general=True)
-    enable_bucket: bool = key(YES_NO, False, in_general=True)
-    bucket_no_upscale: bool = key(YES_NO, False, in_general=True)  # never without enable_bucket
-    cache_format: Literal["files", "shards", "npz"] = key(CACHE_FORMAT, "files", in_general=True)
-    cache_directory: Path = key(PATH)  # None only while the file is read
-    dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX)
-    path_column: str | None = key(COLUMN, only_with=("table_file",))  # None: the usual names
+    class_tokens: str | None = key(WORDS, only_with=("directory",), stale=NOTHING)
+    # each line of a caption file is a caption
+    multi_caption: bool = key(YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
+    caption_dropout_rate: float = key(SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
+    batch_size: int = key(COUNT, 1, in_general=True, stale=NOTHING)
+    num_repeats: int = key(REPEATS, 1, in_general=True, stale=NOTHING)
+    enable_bucket: bool = key(YES_NO, False, in_general=True, stale=LATENTS)
+    # never without enable_bucket
+    bucket_no_upscale: bool = key(YES_NO, False, in_general=True, stale=LATENTS)
+    cache_format: Literal["files", "shards", "npz"] = key(
+        CACHE_FORMAT, "files", in_general=True, stale=NOTHING
+    )
+    cache_directory: Path = key(PATH, stale=NOTHING)  # None only while the file is read
+    dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
+    path_column: str | None = key(COLUMN, only_with=("table_file",), stale=NOTHING)  # None: the usual names
     # beside control_path and control_path_1, ...
-    control_column: str | None = key(COLUMN, only_with=("table_file", "jsonl_file"))
+    control_column: str | None = key(COLUMN, only_with=("table_file", "jsonl_file"), stale=NOTHING)
     # None: the usual names
-    caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX))
-    video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX)
-    id_token: str = key(WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX)  # "" for none
+    caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX), stale=NOTHING)
+    video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
+    id_token: str = key(WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)  # "" for none
     # latents are computed already
-    load_tensors: bool = key(YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX)
-    allow_urls: bool = key(YES_NO, False, only_with=OF_TABLES)  # sources may lie elsewhere
+    load_tensors: bool = key(YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=LATENTS)
+    allow_urls: bool = key(YES_NO, False, only_with=OF_TABLES, stale=NOTHING)  # sources may lie elsewhere
     # where these are kept; None: in the cache directory
-    download_directory: Path | None = key(PATH, only_with=OF_TABLES)
-    control_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
-    mask_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
+    download_directory: Path | None = key(PATH, only_with=OF_TABLES, stale=NOTHING)
+    control_directory: Path | None = key(PATH, only_with=OF_FOLDERS, stale=NOTHING)
+    mask_directory: Path | None = key(PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
     # of models that hear: whether clips have sound, and where it is instead of in the clips
-    audio: str = key(AUDIO, IF_PRESENT, kinds=VIDEO)
-    audio_directory: Path | None = key(PATH, kinds=VIDEO, only_with=("directory",))
-    alpha_mask: bool = key(YES_NO, False)  # transparent parts are not learned
-    validation: bool = key(YES_NO, False)  # not trained on
-    prior_loss_weight: float = key(WEIGHT, 1.0)  # factor on the loss of its items in training
-    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending; see `with_lengths`
-    frame_extraction: str = key(MODE, "head", kinds=VIDEO)
-    frame_stride: int = key(COUNT, 1, kinds=VIDEO)
-    frame_sample: int = key(SAMPLES, 1, kinds=VIDEO)
-    max_frames: int = key(COUNT, 129, kinds=VIDEO)
-    source_fps: float | str | None = key(SOURCE_FPS, kinds=VIDEO)  # AUTO: by the times in each file
-    fp_latent_window_size: int = key(COUNT, 9)
-    fp_1f_clean_indices: tuple[int, ...] | None = key(PLACES, kinds=IMAGE)
-    fp_1f_target_index: int | None = key(PLACE, kinds=IMAGE)
-    fp_1f_no_post: bool = key(YES_NO, False, kinds=IMAGE)
+    audio: str = key(AUDIO, IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
+    audio_directory: Path | None = key(PATH, kinds=VIDEO, only_with=("directory",), stale=LEARNING, rank=6)
+    # transparent parts are not learned
+    alpha_mask: bool = key(YES_NO, False, stale=LATENTS | LEARNING, rank=4)
+    validation: bool = key(YES_NO, False, stale=NOTHING)  # not trained on
+    # factor on the loss of its items in training
+    prior_loss_weight: float = key(WEIGHT, 1.0, stale=LEARNING, rank=3)
+    # ascending; see `with_lengths`
+    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
+    frame_extraction: str = key(MODE, "head", kinds=VIDEO, stale=FRAMES)
+    frame_stride: int = key(COUNT, 1, kinds=VIDEO, stale=FRAMES)
+    frame_sample: int = key(SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
+    max_frames: int = key(COUNT, 129, kinds=VIDEO, stale=FRAMES)
+    # AUTO: by the times in each file
+    source_fps: float | str | None = key(SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
+    fp_latent_window_size: int = key(COUNT, 9, stale=SECTIONS)
+    fp_1f_clean_indices: tuple[int, ...] | None = key(PLACES, kinds=IMAGE, stale=SECTIONS)
+    fp_1f_target_index: int | None = key(PLACE, kinds=IMAGE, stale=SECTIONS)
+    fp_1f_no_post: bool = key(YES_NO, False, kinds=IMAGE, stale=SECTIONS)
     # of reference pictures; with both, only larger ones are resized
-    no_resize_control: bool = key(YES_NO, False, kinds=IMAGE)
-    control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE)  # None: that of the picture
-    reference_dropout_rate: float = key(SHARE, 0.0, kinds=IMAGE)  # of batches, trained without them
-    multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE)
+    no_resize_control: bool = key(YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
+    # None: that of the picture
+    control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
+    # of batches, trained without them
+    reference_dropout_rate: float = key(SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
+    multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
@@ -270,28 +289,18 @@ class DatasetTable:
         """Return source_fps if it is a number."""
         return None if isinstance(self.source_fps, str) else self.source_fps
 
-    @property
-    def section_keys(self) -> dict[str, Any]:
-        """Return the keys of SECTION_DEFAULTS that are set to another value, as JSON values."""
-        return self._changed(SECTION_DEFAULTS)
-
-    @property
-    def control_keys(self) -> dict[str, Any]:
-        """Return the keys of CONTROL_DEFAULTS that are set to another value, as JSON values."""
-        return self._changed(CONTROL_DEFAULTS)
-
-    @property
-    def caption_settings(self) -> dict[str, Any]:
-        """Return the keys of CAPTION_DEFAULTS that are set to another value."""
-        return self._changed(CAPTION_DEFAULTS)
+    def changed(self, stale: Stale) -> dict[str, Any]:
+        """Return those keys that make such things stale and are set to another value than their default, as
+        JSON values; of folders the names.
+        """
+        values = {name: getattr(self, name) for name in defaults_of(stale)}
+        return {name: _as_json(value) for name, value in values.items() if value != KEYS[name].default}
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
-        folders = {name: getattr(self, name) for name in ("mask_directory", "audio_directory")}
-        named = {name: folder.name for name, folder in folders.items() if folder is not None}
+        """Return what makes a run another one, besides names, sizes and order of its items."""
         reg = {"is_reg": True} if self.is_reg else {}
-        return self._changed(LEARNING_DEFAULTS) | named | reg | self.changing_keys
+        return self.changed(LEARNING) | reg | self.changing_keys
 
     @property
     def changing_keys(self) -> dict[str, Any]:
@@ -302,12 +311,8 @@ class DatasetTable:
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)
                 if value != one.default:
-                    found[name] = list(value) if isinstance(value, tuple) else value
+                    found[name] = _as_json(value)
         return found
-
-    def _changed(self, defaults: Table) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
@@ -337,9 +342,8 @@ class DatasetTable:
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
-            names = ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
-            entry |= {name: getattr(self, name) for name in names}
-        return entry | self.section_keys | self.learning_keys
+            entry |= {name: getattr(self, name) for name in defaults_of(FRAMES) if name != "target_frames"}
+        return entry | self.changed(SECTIONS) | self.learning_keys
 
 
 @dataclass(frozen=True)
@@ -360,26 +364,16 @@ KEYS: Mapping[str, TableKey] = {
     **{f"{kind}_{name}": TableKey(form, None, (kind,)) for kind in BOTH for name, form in _FORMS.items()},
     **{one.name: one.metadata["key"] for one in fields(DatasetTable) if "key" in one.metadata},
 }
-# what the latents of a family with sections depend on besides the frames
-SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
-# what the latents of reference pictures depend on besides these and the picture's bucket
-CONTROL_DEFAULTS = {name: KEYS[name].default for name in ("no_resize_control", "control_resolution")}
-# which frames of a clip are taken
-FRAME_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
-# what text caches depend on besides the caption files
-CAPTION_DEFAULTS = {
-    name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")
-}
-# what a run depends on besides names, sizes and order of its items
-LEARNING_DEFAULTS = {
-    **CAPTION_DEFAULTS,
-    **CONTROL_DEFAULTS,
-    **{
-        name: KEYS[name].default
-        for name in (
-            *("caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight", "alpha_mask", "audio"),
-        )
-    },
-}
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
+
+
+@functools.cache
+def defaults_of(stale: Stale) -> dict[str, Any]:
+    """Return the defaults of the keys that make such things stale, by name."""
+    found = [(name, one) for name, one in KEYS.items() if one.stale & stale]
+    return {name: one.default for name, one in sorted(found, key=lambda pair: pair[1].rank)}
+
+
+def _as_json(value: Any) -> Any:
+    return value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -45,10 +45,9 @@ from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.rules import Expert
-from modules.devices import Failures, allow_fp16_accumulation, choose_device
+from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_tags
-from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side

@@ -14,11 +14,13 @@ from generation.options import GenerationOptions
 from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
 from generation.session import needs_media
+from modules.console import quiet
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
+from modules.devices import gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
-from modules.planning.dry_run import WEIGHTS, quiet
+from modules.planning.dry_run import WEIGHTS
 from modules.planning.memory_plan import (
     NAMES,
     MemoryPart,
@@ -26,7 +28,6 @@ from modules.planning.memory_plan import (
     Phase,
     Room,
     Swapped,
-    gib,
     sharing_processes,
 )
 

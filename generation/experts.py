@@ -21,13 +21,12 @@ from torch import nn
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.contract.rules import Expert, expert_at, noisiest
-from modules.devices import free_memory
+from modules.devices import free_memory, gib
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
 from modules.offload.block_swap import move_network
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import bytes_on
-from modules.planning.memory_plan import gib
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,14 @@ from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
+from modules.console import quiet
 from modules.contract.data import Conditions
 from modules.contract.family import Family, can_divide, hears_sound, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
+from modules.devices import gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
 from modules.options import override_options
@@ -38,7 +40,6 @@ from modules.planning.dry_run import (
     modules_in,
     place,
     plainly,
-    quiet,
     watch_blocks,
 )
 from modules.planning.memory_plan import (
@@ -50,7 +51,6 @@ from modules.planning.memory_plan import (
     Swapped,
     advise,
     dtypes_of,
-    gib,
     parts_of,
     print_plan,
     resolve_swap,

@@ -25,11 +25,10 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.contract.steps import Piece
-from modules.devices import is_out_of_memory
+from modules.devices import is_out_of_memory, peak_in_words
 from modules.errors import OutputError
 from modules.media.pixels import cross_fade, frames_of
 from modules.media.writing import encode_segment, join_segments
-from modules.planning.device_memory import peak_in_words
 
 logger = logging.getLogger(__name__)
 

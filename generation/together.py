@@ -23,6 +23,7 @@ from generation.expert_memory import all_requests
 from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
 from generation.script_options import NOTHING
+from modules.console import quiet
 from modules.contract.family import Family
 from modules.contract.steps import Predict, Section, Tweaks
 from modules.devices import choose_device
@@ -32,7 +33,6 @@ from modules.offload.context import ProcessGrid, device_mesh
 from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
 from modules.options import override_options
 from modules.planning.communication import Division, WorkCounter, divide_tokens
-from modules.planning.dry_run import quiet
 from modules.planning.memory_plan import Room
 from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from modules.speed_options import ShardingOptions

@@ -7,11 +7,11 @@ checkpoints/: open, recognise, load and write files of weights
 command: what every script shares: logging, clean error output, exit codes
 compile: torch.compile for blocks, applied from outside
 compile_options: options for compiling the blocks of the transformer with torch
-console: show a summary as a box
+console: show a summary as a box; silence the log
 console_options: options of log lines: how many, and where they go
 contract/: what a model family tells the shared loops
 control_codes: text for a console
-devices: choose a device, name dtypes, send tensors, free memory
+devices: choose a device, name dtypes, send tensors, free and measure memory
 doctor: tell what is installed, and what is missing
 downloading: receive a file from a site, continued and bounded
 dressing: put features around a loaded transformer, in order

@@ -4,12 +4,13 @@ On a terminal the box is drawn with borders; anywhere else it is aligned lines. 
 INFO, so other processes than the main one stay silent, and a progress bar moves out of its way.
 """
 
+import contextlib
 import io
 import logging
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from modules.control_codes import escape_control_codes
@@ -148,3 +149,14 @@ def count_words(number: int, words: str) -> str:
     nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
     nouns = re.sub(r"^(text \w+?)s\b", r"\1", nouns)
     return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}{colon}{tail}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the log inside: the real run would repeat every line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

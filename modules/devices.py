@@ -344,3 +344,32 @@ class Failures:
         if len(self._codes) == 1 and max(self._codes) > OptionError.exit_code:
             (error.exit_code,) = self._codes
         raise error
+
+
+# --- how much memory
+# ------------------------------------------------------------------------------------------------------------
+
+GIB = 1 << 30
+
+
+def gib(size: int) -> str:
+    """Return bytes as GiB with two decimals."""
+    return f"{size / GIB:.2f}"
+
+
+def host_peak() -> int:
+    """Return the most host memory that this process has held, in bytes."""
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_in_words(device: torch.device) -> str:
+    """Return the most memory used so far: of a CUDA device, else of this process."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
+    return f"{gib(used)} GiB"

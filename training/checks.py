@@ -9,12 +9,12 @@ import torch
 from torch.nn import Parameter
 
 from modules.atomic_write import check_space
+from modules.console import quiet
 from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name
-from modules.planning.dry_run import quiet
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.added import refuse_dora

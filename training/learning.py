@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
 from modules.contract.rules import Expert, SoundLearning
-from modules.devices import dtype_of, keep_heap_small, warn_if_emulated
+from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
-from modules.planning.memory_plan import gib
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras

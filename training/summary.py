@@ -12,9 +12,9 @@ from torch import Tensor
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
+from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
-from modules.planning.device_memory import MemoryWatch, host_peak, peak_in_words
-from modules.planning.memory_plan import gib
+from modules.planning.device_memory import MemoryWatch
 from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions

@@ -31,8 +31,9 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
+from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
 from dataset.sources.frames import bucket_of, has_mask
-from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
+from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
 from modules.contract.data import (
     CONTROL,
@@ -239,8 +240,8 @@ class _Reader:
 
         is_shared: another program may have made the cache, which keeps no record.
         """
-        table, usual = item.table, {**CAPTION_DEFAULTS, "captions": 1}
-        now = {**usual, **table.caption_settings, "captions": item.captions}
+        table, usual = item.table, {**defaults_of(TEXTS), "captions": 1}
+        now = {**usual, **table.changed(TEXTS), "captions": item.captions}
         # a file of ours without records was made with the usual keys, or by hand
         for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
             changed = difference({**usual, **made_with}, now)
@@ -322,12 +323,12 @@ class _Reader:
             bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
             if tuple(options["bucket"]) != bucket:
                 yield f"made for {_sides(options['bucket'])} pixels, {table.name} asks for {_sides(bucket)}"
-            control = {key: value for key, value in options.items() if key in CONTROL_DEFAULTS}
-            sections = {key: value for key, value in options.items() if key in SECTION_DEFAULTS}
-            changed = [options_difference(sections, table.section_keys, latent)]
+            control = {key: value for key, value in options.items() if key in defaults_of(REFERENCES)}
+            sections = {key: value for key, value in options.items() if key in defaults_of(SECTIONS)}
+            changed = [options_difference(sections, table.changed(SECTIONS), latent)]
             if any(key.startswith(CONTROL) for key in tensors):
-                now = {**CONTROL_DEFAULTS, **table.control_keys}
-                changed.append(difference({**CONTROL_DEFAULTS, **control}, now))
+                usual = defaults_of(REFERENCES)
+                changed.append(difference(usual | control, usual | table.changed(REFERENCES)))
             yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
             if record.parts != item.parts:
                 yield f"{record.parts} files of its clip belong together, {item.parts} are there"

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config import DatasetTable
+from dataset.config_keys import SECTIONS
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, member_pieces
-from dataset.table import SECTION_DEFAULTS
+from dataset.table import defaults_of
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
@@ -297,13 +298,11 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
     Records leave out the default values of the keys of sections. If latents do not depend on these keys they
     are ignored: one dataset may serve several models.
     """
+    usual = defaults_of(SECTIONS)
     if latent.in_sections:
-        return difference({**SECTION_DEFAULTS, **then}, {**SECTION_DEFAULTS, **now})
+        return difference({**usual, **then}, {**usual, **now})
     return difference(
-        *(
-            {key: value for key, value in options.items() if key not in SECTION_DEFAULTS}
-            for options in (then, now)
-        )
+        *({key: value for key, value in options.items() if key not in usual} for options in (then, now))
     )
 
 

@@ -26,10 +26,9 @@ from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK
 from modules.console import Row, in_words
 from modules.contract.family import Caches
-from modules.devices import choose_device, leave_cudnn_out
+from modules.devices import choose_device, leave_cudnn_out, peak_in_words
 from modules.errors import OptionError
 from modules.installation import import_own
-from modules.planning.device_memory import peak_in_words
 
 T = TypeVar("T")
 

@@ -26,6 +26,7 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
+from dataset.config_keys import SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.cogvideox import GivenClip, measure_source
 from dataset.sources.colours import has_codes, shown_otherwise
@@ -76,7 +77,7 @@ class Recipe:
             options["frame_rate"] = True
         if has_beside(source):
             options[CLOCK] = True
-        return options | table.section_keys
+        return options | table.changed(SECTIONS)
 
     def difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span

@@ -21,6 +21,7 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
+from dataset.config_keys import TEXTS
 from dataset.sources.colours import references_otherwise
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
@@ -71,7 +72,7 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
         for found in of_tables.values():
             # first captions, further ones, empty prompts
             table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
-            of_table = table.caption_settings
+            of_table = table.changed(TEXTS)
             for source in found:
                 seen = source if source.control and table.texts_see_references else None
                 captions = (source.caption, *source.more_captions)

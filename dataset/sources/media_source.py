@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetTable
+from dataset.config_keys import REFERENCES
 from dataset.table import FROM_ALPHA, FROM_FILE
 from modules.console import count_words
 from modules.errors import DatasetError
@@ -120,7 +121,7 @@ class MediaSource:
     @property
     def control_keys(self) -> dict[str, Any]:
         """Return the options of a record by which its reference pictures, if it has any, are resized."""
-        return self.table.control_keys if self.control else {}
+        return self.table.changed(REFERENCES) if self.control else {}
 
     @property
     def mask_from(self) -> str | None:

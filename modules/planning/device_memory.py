@@ -1,8 +1,7 @@
-"""Measure a CUDA device's memory: the peak, and whether the driver has started to use host memory instead."""
+"""Measure a CUDA device's memory: what is free, a step's peak, and whether the driver uses the host's."""
 
 import logging
 import re
-import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modules.planning.memory_plan import MARGIN, comparison, gib
+from modules.devices import gib
+from modules.planning.memory_plan import MARGIN, comparison
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +53,6 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     except OSError:
         return None
     return None if found is None else int(found[1]) * 1024
-
-
-def host_peak() -> int:
-    """Return the most host memory that this process has held, in bytes."""
-    if sys.platform == "win32":
-        import psutil  # comes with accelerate
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_in_words(device: torch.device) -> str:
-    """Return the most memory used so far: of a CUDA device, else of this process."""
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
-    return f"{gib(used)} GiB"
 
 
 EVERY = 50  # steps between two checks of the driver

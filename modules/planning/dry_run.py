@@ -5,7 +5,6 @@ a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stan
 for the host. Small integer tensors (text masks, lengths) do have values, so that code may read them.
 """
 
-import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -355,14 +354,3 @@ def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
     """Return the place at which the device holds most, and its bytes by kind."""
     name = max(moments, key=lambda each: sum(moments[each].values()))
     return name, moments[name]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log inside: the real run would repeat every line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -12,6 +12,7 @@ from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
+from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.sharding import launched_processes
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
@@ -37,7 +38,6 @@ from modules.speed_options import (
     set_blocks_to_swap,
 )
 
-GIB = 1 << 30
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
 # For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
@@ -257,11 +257,6 @@ def dtypes_of(dit: nn.Module) -> str:
     return ", ".join(
         f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
     )
-
-
-def gib(size: int) -> str:
-    """Return bytes as GiB with two decimals."""
-    return f"{size / GIB:.2f}"
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
+from modules.devices import GIB, gib
 from modules.errors import OptionError
 from modules.installation import find_script
 from modules.offload.sharding import LAUNCH
@@ -19,7 +20,7 @@ from modules.planning.communication import (
     Work,
     estimate_time,
 )
-from modules.planning.memory_plan import GIB, MemoryPlan, Room, Swappable, Swapped, gib, show, smallest_swap
+from modules.planning.memory_plan import MemoryPlan, Room, Swappable, Swapped, show, smallest_swap
 from modules.speed_options import Speed
 
 # options that a way decides -> how many words follow; --plan may have one

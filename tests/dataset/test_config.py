@@ -1,5 +1,6 @@
 """Dataset configurations: defaults, look-up order, and errors that say what to change."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -7,11 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from dataset.cache.store import Stores
+from dataset.caching.planning import Recipe
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
-from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
-from dataset.table import Augmentation, CaptionChanges
+from dataset.config_keys import (
+    ANYWHERE,
+    DATASET,
+    FRAMES,
+    LATENTS,
+    LEARNING,
+    REFERENCES,
+    SECTIONS,
+    SUBSET,
+    SUBSET_KEYS,
+    TEXTS,
+)
+from dataset.sources.frames import bucket_of, spans
+from dataset.sources.media_source import GivenTensors, MediaSource
+from dataset.table import SOURCES, Augmentation, CaptionChanges
 from modules.errors import DatasetError
 from tests.commands import ROOT
+from tests.dataset.making import make_table
+from tests.dataset.toy_family import LATENT
 
 
 def write(folder: Path, text: str, name: str = "data.toml") -> Path:
@@ -249,3 +267,64 @@ def test_keys_of_sections_are_told_to_families_that_take_clips_whole(
     assert not caplog.text
     for_family(config, None, 1, False)
     assert "fp_1f_target_index and fp_1f_no_post: ignored, as only FramePack" in caplog.text
+
+
+OTHER = {  # another value, as a table holds it, of each key that makes caches stale
+    "resolution": (64, 32),
+    "enable_bucket": True,
+    "bucket_no_upscale": True,
+    "load_tensors": True,
+    "mask_directory": Path("masks"),
+    "alpha_mask": True,
+    "target_frames": (1, 5),
+    "frame_extraction": "chunk",
+    "frame_stride": 2,
+    "frame_sample": 3,
+    "max_frames": 7,
+    "source_fps": 30.0,
+    "fp_latent_window_size": 4,
+    "fp_1f_clean_indices": (0, 3),
+    "fp_1f_target_index": 2,
+    "fp_1f_no_post": True,
+    "no_resize_control": True,
+    "control_resolution": (64, 32),
+    "trigger_word": "cat",
+    "caption_prefix": "a",
+    "caption_suffix": "b",
+    "multi_caption": True,
+}
+RANKED = [  # as states and LoRA files have them since the keys exist
+    *("trigger_word", "caption_prefix", "caption_suffix", "multi_caption", "no_resize_control"),
+    *("control_resolution", "caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight"),
+    *("alpha_mask", "audio", "mask_directory", "audio_directory"),
+]
+
+
+def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
+    """What is compared of latents and of texts, of a source with whatever the table may ask for."""
+    tensors = GivenTensors(Path(), "a", False) if table.load_tensors else None
+    mask = None if table.mask_directory is None else table.mask_directory / "a.png"
+    picture = Path("a.png")
+    source = MediaSource(picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors)
+    recipe = Recipe("toy", {}, LATENT, 24.0, False, lambda *_: None, Stores())
+    modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
+    taken = [spans(one, 29, 4) for one in (table, *modes)]
+    boxes = [bucket_of(table, size, 16, picture) for size in ((640, 480), (16, 48))]
+    return (recipe.table_options(source), source.control_keys, taken, boxes), table.changed(TEXTS)
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if name not in SOURCES])
+def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name: str) -> None:
+    usual = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
+    stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
+    other = dataclasses.replace(usual, **{name: OTHER.get(name, "other")})
+    (before, texts), (now, texts_now) = map(what_caches_tell, (usual, other))
+
+    assert (now != before, texts_now != texts) == (bool(stale & latents), bool(stale & TEXTS))
+    assert (name in other.learning_keys) == bool(stale & LEARNING)
+    assert (name in OTHER) == bool(stale & (latents | TEXTS))
+
+
+def test_settings_of_a_state_stand_in_the_order_that_states_have(tmp_path: Path) -> None:
+    changed = {name: OTHER.get(name, Path("x/other")) for name in reversed(RANKED)}
+    assert list(make_table(tmp_path, **changed).learning_keys) == RANKED

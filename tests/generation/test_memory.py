@@ -27,12 +27,13 @@ from modules.contract.loading import Placement
 from modules.contract.requests import Request
 from modules.contract.rules import MagCache, TeaCache
 from modules.contract.steps import DitAt, EncodedPrompts, Step
+from modules.devices import GIB
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.parser import add_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import GIB, MemoryPart, Room
+from modules.planning.memory_plan import MemoryPart, Room
 from tests.commands import run_script
 from tests.preparing import prepare
 from tests.tiny import wan_dit

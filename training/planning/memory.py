@@ -15,8 +15,10 @@ from dataset.batches.items import CachingCommands, TrainingItem, with_reference_
 from dataset.batches.order import count_repeats, repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
+from modules.console import quiet
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
+from modules.devices import gib
 from modules.installation import import_own
 from modules.options import override_options
 from modules.planning.device_memory import MemoryWatch, host_room
@@ -32,7 +34,6 @@ from modules.planning.dry_run import (
     Moment,
     largest,
     plainly,
-    quiet,
 )
 from modules.planning.memory_plan import (
     BlockWeights,
@@ -43,7 +44,6 @@ from modules.planning.memory_plan import (
     Swapped,
     advise,
     dtypes_of,
-    gib,
     parts_of,
     print_plan,
     resolve_swap,

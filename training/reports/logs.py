@@ -30,12 +30,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.atomic_write import make_folder
 from modules.bars import LINE_EVERY
-from modules.console import in_words
+from modules.console import in_words, quiet
 from modules.devices import empty_pinned
 from modules.errors import OptionError, UserError
 from modules.installation import describe_missing
 from modules.options import option_name, record_of
-from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.history import SHOWN

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from modules.devices import GIB
 from modules.layers.convolution import compute_piece
 from modules.planning.device_memory import MemoryWatch, bytes_on, host_room, spills
 from modules.planning.dry_run import (
@@ -25,7 +26,6 @@ from modules.planning.dry_run import (
     place,
     watch_blocks,
 )
-from modules.planning.memory_plan import GIB
 
 SIZE = 1 << 20  # elements
 

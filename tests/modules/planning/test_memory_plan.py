@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from modules.contract.family import DitSpec
+from modules.devices import GIB
 from modules.errors import MemoryPlanError, OptionError
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
     CONTEXT,
-    GIB,
     MARGIN,
     MemoryPart,
     MemoryPlan,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from modules.devices import GIB
 from modules.errors import OptionError
 from modules.planning.communication import (
     ALL_GATHER,
@@ -18,7 +19,7 @@ from modules.planning.communication import (
     count_traffic,
     estimate_time,
 )
-from modules.planning.memory_plan import GIB, MemoryPart, MemoryPlan, Phase, Room, Swapped, share_blocks
+from modules.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Room, Swapped, share_blocks
 from modules.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
 from modules.speed_options import PlanOptions, cards_or_size
 

@@ -15,11 +15,11 @@ from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
+from modules.devices import GIB
 from modules.options import Options, read_options
 from modules.parser import add_options
 from modules.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
 from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import GIB
 from networks.adapter import make_network
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
