@@ -16,6 +16,7 @@ from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
@@ -25,7 +26,6 @@ from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving.files import find_set_aside
-from training.saving.hub import download_state
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.saving.states import (
     FRESH_START,
@@ -69,7 +69,8 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
             _explain_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
-        folder = download_state(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
+        fetch = import_own("training.saving.hub").download_state
+        folder = fetch(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
         folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)

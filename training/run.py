@@ -15,20 +15,18 @@ from modules.contract.family import Family
 from modules.dressing import shared_blocks
 from modules.installation import import_own
 from modules.options import option_values
-from modules.planning.memory_plan import too_little
+from modules.planning.device_memory import MemoryWatch, too_little
 from modules.speed_options import SwapOptions
 from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
-from training.planning.memory import prepare_memory
 from training.reports.history import read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.pauses import Pauses
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
-from training.saving.hub import make_uploads
 from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
@@ -85,7 +83,7 @@ def prepare_run(
         following = plan_next_steps(plan, scripts, sampler)
         if processes.others is not None:
             processes.others.advice = following.after_loss
-        swap, memory = prepare_memory(plan)
+        swap, memory = _prepare_memory(plan)
         texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
         held.callback(texts.free)
         logs = _make_logs(plan, swap)
@@ -94,18 +92,31 @@ def prepare_run(
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        uploads = make_uploads(options.hub)
+        has_hub = options.hub.huggingface_repo_id is not None
+        uploads = import_own("training.saving.hub").make_uploads(options.hub) if has_hub else None
         prompts = () if sampler is None else sampler.prompts
         saver = make_saver(model, uploads, prompts, reporter.note_saved)
         saver.tidy(progress.step, progress.epoch)
         run = make_run(model, sampler, memory, logs, reporter, saver)
-        with contextlib.closing(uploads), logs, reporter:
+        closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
+        with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
             with contextlib.nullcontext() if processes.others is None else processes.others.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.events_told, following)
+
+
+def _prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
+    """Resolve --blocks_to_swap auto and watch a CUDA device, without loading the planner for others."""
+    swap = plan.options.speed.swap
+    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
+        return swap, None
+    found: tuple[SwapOptions, MemoryWatch | None] = import_own("training.planning.memory").prepare_memory(
+        plan
+    )
+    return found
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from blissful_tuner.options import PreviewOptions
 from dataset.options import CheckPageOptions
-from generation.prompt_lines import text_to_seed
 from modules.errors import OptionError
+from modules.option_values import text_to_seed
 from modules.options import FREE, HABIT, SECRET, Options, not_needed, option
 from networks.options import require_files
 

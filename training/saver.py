@@ -4,18 +4,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from training.averages import PART as AVERAGE
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
-from training.optimizers.foreign import renumber
 from training.optimizers.optimizer import (
     finished_weights,
     optimizer_state,
@@ -26,9 +27,11 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.resuming import listed_settings
 from training.saving.files import NoSaver, Saver
-from training.saving.hub import Uploads, write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainedModel
+
+if TYPE_CHECKING:  # it is loaded only if files are uploaded
+    from training.saving.hub import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +39,15 @@ RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
 def make_saver(
-    model: TrainedModel, uploads: Uploads, prompts: Sequence[str], note_saved: Callable[[Path, int], None]
+    model: TrainedModel,
+    uploads: "Uploads | None",
+    prompts: Sequence[str],
+    note_saved: Callable[[Path, int], None],
 ) -> Saver | NoSaver:
     """Make the saver in the main process; the others save nothing.
 
-    prompts: of the samples, for the card. note_saved: gets each file that is saved, and the step.
+    uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets each file that
+    is saved, and the step.
     """
     plan, trainable = model.plan, model.trainable
     options, progress = plan.options, plan.progress
@@ -69,9 +76,9 @@ def make_saver(
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
     card = None
-    if options.hub.huggingface_repo_id is not None and is_first:
+    if uploads is not None and is_first:
         is_lora = options.network is not None
-        card = write_card(
+        card = import_own("training.saving.hub").write_card(
             plan.names.name,
             is_lora,
             family.release,
@@ -85,7 +92,8 @@ def make_saver(
         write = write_split_state
 
     def publish(path: Path) -> None:
-        uploads.publish(path, card)
+        if uploads is not None:
+            uploads.publish(path, card)
         note_saved(path, progress.step)
 
     return Saver(
@@ -94,7 +102,7 @@ def make_saver(
         write_file,
         lambda folder: write(folder, take_state(model)),
         publish,
-        uploads.publish_state,
+        (lambda _: None) if uploads is None else uploads.publish_state,
         write_average if model.average.values else None,
         is_first,
     )
@@ -166,7 +174,7 @@ def _restore_foreign(model: TrainedModel, saved: ForeignState) -> None:
     load_module(module, saved.network)
     model.average.begin()
     family = model.plan.family
-    found = renumber(
+    found = import_own("training.optimizers.foreign").renumber(
         saved.optimizer,
         [group["params"] for group in model.optimizer.param_groups],
         model.trainable.names,

@@ -24,8 +24,9 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
 from modules.offload.swap_plan import SwapPlan, host_weights
+from modules.planning.device_memory import TOLERANCE
 from modules.planning.dry_run import ACCELERATOR, dry_run
-from modules.planning.memory_plan import TOLERANCE, workspace
+from modules.planning.memory_plan import workspace
 from networks.adapter import make_network
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
