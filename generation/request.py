@@ -84,12 +84,6 @@ def make_request(
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
-    extra = {}  # settings that only the family reads, as text; of a list an entry a line
-    for name, (key, given) in options.extras.items():
-        value = line.get(name, given)
-        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        if value is not None and text:
-            extra[key] = text
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     request = Request(
         prompt=texts["prompt"] or "",
@@ -113,12 +107,23 @@ def make_request(
         control_path=path("control_path"),
         control_images=tuple(to_path("--control_image_path", str(one)) for one in controls if str(one)),
         source=_source(options.source, line),
-        extra=extra,
+        extra=_extra_settings(options, line),
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
+
+
+def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings that only the family reads, as text; of a list an entry a line."""
+    extra = {}
+    for name, (key, given) in options.extras.items():
+        value = line.get(name, given)
+        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if value is not None and text:
+            extra[key] = text
+    return extra
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:

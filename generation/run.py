@@ -239,16 +239,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if room is not None or options.speed.swap.is_auto:
         options, predicted = import_own("generation.memory").resolve_options(family, options, device, room)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    post: FrameTools | None = None
-    if options.post.tools:  # by name, as PostOptions explains
-        post = import_own("post.stages").PostTools(options.post.tools, device)
-    if post is not None:
-        post.check()
-        if post.hides and options.output.keeps_latents:
-            logger.warning(
-                "The latents of --output_type %s hold the video as it is before %s.",
-                *(options.output.output_type, " and ".join(options.post.tools.labels)),
-            )
+    post = make_post(options, device) if options.post.tools else None
     rewriter, asked = None, options.rewriting
     if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
         rewriting = import_own("blissful_tuner.prompt_rewrite")
@@ -274,6 +265,18 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         make_lines(run)
     else:
         make_prompt(run)
+
+
+def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
+    """Return the tools of --post, checked. They are imported by name, as PostOptions explains."""
+    post: FrameTools = import_own("post.stages").PostTools(options.post.tools, device)
+    post.check()
+    if post.hides and options.output.keeps_latents:
+        logger.warning(
+            "The latents of --output_type %s hold the video as it is before %s.",
+            *(options.output.output_type, " and ".join(options.post.tools.labels)),
+        )
+    return post
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -107,51 +108,30 @@ def make_plan(
 
     sampling: the model of samples, if it has transformers that are not trained.
     """
-    accelerator, fp8 = processes.accelerator, processes.fp8
+    accelerator, network = processes.accelerator, options.network
     is_main, device = accelerator.is_main_process, accelerator.device
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, fp8)
+    check_computing(family, options, device, processes.fp8)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    tables = config.datasets
-    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in tables)
-    if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
-        from training.caching_inside import find_live_texts, prepare_sources
-
-        texts = find_live_texts(family, options, config)
-        check_teacher(family, options, texts)
-        sources = prepare_sources(family, config, options.caching, device, texts.keys)
-    else:
-        texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
-        check_teacher(family, options, texts)
-    process = accelerator.process_index, accelerator.num_processes
-    training, validation = _find_items(
-        family, options, config, sources, texts, commands, progress.seed, process
-    )
-    if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
-        logger.warning("%s", NO_REFERENCE)
-    takes_masks = is_main and options.subset is not None and options.subset.masked_loss
-    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in tables):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
-    order, count = BatchOrder(training, progress.seed), accelerator.num_processes
-    steps = _plan_steps(options, order, count, progress)
+    texts, sources = _find_sources(family, options, config, device)
+    process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
+    training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)
+    if is_main:
+        _warn_of_data(options, config, [*training, *validation], sources)
+    order = BatchOrder(training, seed)
+    steps = _plan_steps(options, order, process[1], progress)
     check_before_loading(family, options, steps.total_steps, sampling)
     if is_main:
         note_experts(family, options, sampling is not None)
         warn_of_few_steps(family, options)
-    network = options.network
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    identity, habits = settings_of(family, options, progress.seed, order, steps, module)
+    identity, habits = settings_of(family, options, seed, order, steps, module)
     saving = options.saving.spread(steps.num_epochs)
     changes = check_resumable(saved, identity, habits, options, saving)
-    if changes and isinstance(saved, SavedState):
-        take_over(changes, progress, saved)
-    if options.start is not None:
-        begin_later(options.start, progress, steps, saved is not None)
+    _set_progress(progress, saved, changes, options, steps)
     return TrainingPlan(
         family=family,
         options=options,
@@ -167,7 +147,7 @@ def make_plan(
         training=training,
         validation=validation,
         order=order,
-        steps=_plan_steps(options, order, count, progress),  # changes may have begun them anew
+        steps=_plan_steps(options, order, process[1], progress),  # changes may have begun them anew
         sources=sources,
         encoders=SameEncoders(commands),
         texts=texts,
@@ -175,6 +155,47 @@ def make_plan(
         habits=habits,
         changes=changes,
     )
+
+
+def _set_progress(
+    progress: Progress,
+    saved: SavedState | ForeignState | None,
+    changes: Mapping[str, str],
+    options: TrainingOptions,
+    steps: StepPlan,
+) -> None:
+    """Put the progress to where the run begins: by what --resume_changed changes, and by --initial_step."""
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, progress, saved)
+    if options.start is not None:
+        begin_later(options.start, progress, steps, saved is not None)
+
+
+def _find_sources(
+    family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
+) -> tuple[LiveTexts, BatchSources]:
+    """Return what encodes while training, and where the rest is read from. Checks --teacher."""
+    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in config.datasets)
+    if not (is_changing or options.is_for_images or options.caching is not None):
+        check_teacher(family, options, NO_TEXTS)
+        return NO_TEXTS, BatchSources(Stores(npz_names(family)))
+    from training.caching_inside import find_live_texts, prepare_sources  # maybe it encodes by itself
+
+    texts = find_live_texts(family, options, config)
+    check_teacher(family, options, texts)
+    return texts, prepare_sources(family, config, options.caching, device, texts.keys)
+
+
+def _warn_of_data(
+    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
+) -> None:
+    if learn_no_references(items, sources.stores, sources.tables):
+        logger.warning("%s", NO_REFERENCE)
+    takes_masks = options.subset is not None and options.subset.masked_loss
+    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
+        )
 
 
 @contextmanager

@@ -210,27 +210,14 @@ def prepare_samples(
     used.
     """
     entries, all_prepared = read_requests(family, prompt_file)
-    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
-    if process == 0 and has_shift and family.defaults.flow_shift is None:
-        logger.warning(
-            "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
-        )
-    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
-    if process == 0 and has_embedded and family.defaults.embedded_guidance is None:
-        logger.warning(
-            "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
-            prompt_file,
-        )
+    if process == 0:
+        _warn_of_unread(entries, family, prompt_file)
+        _remove_unfinished(folder, name)
     chosen = [
         (index, prepared, entry.get("seed") is not None)
         for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
     ]
     chosen = chosen if together else chosen[process::processes]
-    if process == 0:  # unfinished samples that a killed run of this name left behind
-        pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
-        for path in list(folder.iterdir()) if folder.is_dir() else []:
-            if pattern.fullmatch(path.name):
-                path.unlink(missing_ok=True)
     requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
@@ -252,6 +239,29 @@ def prepare_samples(
         previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
     sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
     return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
+
+
+def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
+    """Warn of settings of samples that the model has no use for."""
+    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
+    if has_shift and family.defaults.flow_shift is None:
+        logger.warning(
+            "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
+        )
+    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
+    if has_embedded and family.defaults.embedded_guidance is None:
+        logger.warning(
+            "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
+            prompt_file,
+        )
+
+
+def _remove_unfinished(folder: Path, name: str) -> None:
+    """Remove unfinished samples that a killed run of this name left behind."""
+    pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def draw_together() -> int:

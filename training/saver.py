@@ -54,16 +54,7 @@ def make_saver(
     is_first = plan.accelerator.is_main_process
     if not (is_first or plan.splits_model):
         return NoSaver()
-    family = plan.family
-    run_values = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    sizes = {part: continued_sizes(model, part) for part in trainable.writes}
-    dtype = file_dtype(options, model.dits.networks[0])
-
-    def metadata_now(part: str) -> dict[str, str]:
-        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        own = run_values | sizes[part] | expert_metadata(family, options, part)
-        licence = family.release.licence
-        return file_metadata(own, options, family.metadata, progress.step, epoch, datetime.now(), licence)
+    dtype, metadata_now = file_dtype(options, model.dits.networks[0]), _metadata_of(model)
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
@@ -77,19 +68,14 @@ def make_saver(
 
     card = None
     if uploads is not None and is_first:
-        is_lora = options.network is not None
-        card = import_own("training.saving.hub").write_card(
-            plan.names.name,
-            is_lora,
-            family.release,
-            metadata_now(next(iter(trainable.writes))),
-            [*filter(None, prompts)],
-        )
-    write: Callable[[Path, SavedState], None] = write_state
-    if plan.splits_model:
-        from training.saving.split_model import write_split_state
+        now, told = metadata_now(next(iter(trainable.writes))), [*filter(None, prompts)]
+        write_card, is_lora = import_own("training.saving.hub").write_card, options.network is not None
+        card = write_card(plan.names.name, is_lora, plan.family.release, now, told)
 
-        write = write_split_state
+    def write_own(folder: Path) -> None:
+        split = plan.splits_model
+        write = import_own("training.saving.split_model").write_split_state if split else write_state
+        write(folder, take_state(model))
 
     def publish(path: Path) -> None:
         if uploads is not None:
@@ -100,12 +86,27 @@ def make_saver(
         plan.saving,
         plan.names,
         write_file,
-        lambda folder: write(folder, take_state(model)),
+        write_own,
         publish,
         (lambda _: None) if uploads is None else uploads.publish_state,
         write_average if model.average.values else None,
         is_first,
     )
+
+
+def _metadata_of(model: TrainedModel) -> Callable[[str], dict[str, str]]:
+    """Return a maker of the metadata that a file has when it is saved; given the part that it is for."""
+    plan, progress, family = model.plan, model.plan.progress, model.plan.family
+    run_values = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    sizes = {part: continued_sizes(model, part) for part in model.trainable.writes}
+
+    def metadata_now(part: str) -> dict[str, str]:
+        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+        own = run_values | sizes[part] | expert_metadata(family, plan.options, part)
+        facts, licence = family.metadata, family.release.licence
+        return file_metadata(own, plan.options, facts, progress.step, epoch, datetime.now(), licence)
+
+    return metadata_now
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
