@@ -206,7 +206,7 @@ class Options:
 
 
 class NoOptions(Options):
-    """Of a family that has no options of its own."""
+    """The option record of a family that has no options of its own."""
 
 
 NO_OPTIONS = NoOptions()
@@ -326,8 +326,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     hints = hints_of(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint = hints[field.name]
-        record = record_of(hint)
+        record = record_of(hint := hints[field.name])
         if record is not None:
             is_there = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_there else None

@@ -254,10 +254,7 @@ def write_shown(
     """
     kind = choose_codec(path, codec)
     remaining = iter(frames)
-    first = next(remaining, None)
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
-    check_picture(path, codec, first.pixels)
+    first = _first_of(path, codec, remaining)
     rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
@@ -267,15 +264,8 @@ def write_shown(
         name_write_errors(),
         _open_others(made, companions_of, section_of, suffix, rate, covers) as others,
     ):
-        given = tags or {}
-        replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
-        old = others.tags if isinstance(others, Companions) else {}
-        all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
-        options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
-        if suffix != ".mkv":
-            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
-            options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
-        with create_container(temporary, suffix, all_tags, options) as container:
+        all_tags = _replace_tags(others.tags if isinstance(others, Companions) else {}, tags or {})
+        with create_container(temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)) as container:
             stream = add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
@@ -294,6 +284,29 @@ def write_shown(
             if others is not None:
                 others.write(container, None)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
+
+
+def _first_of(path: Path, codec: str, frames: Iterator[Picture]) -> Picture:
+    """Return the first frame. Raises MediaError if there is none, or if it does not fit the codec."""
+    first = next(frames, None)
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    check_picture(path, codec, first.pixels)
+    return first
+
+
+def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    replaced = {name.lower() for name in new}  # whatever their case, which .mkv does not keep
+    return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
+
+
+def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of a container."""
+    options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
+    if suffix != ".mkv":
+        options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
+        options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
+    return options
 
 
 @contextlib.contextmanager
