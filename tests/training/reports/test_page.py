@@ -145,6 +145,17 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
     assert "secret" not in file.read_text(encoding="utf-8")
 
 
+def test_the_page_lists_the_options_that_were_typed(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_n_epoch_ratio", 2, "--max_train_epochs", 4, has_page=True)
+
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    (changed,) = [dict(row["started"]["changed"]) for row in map(json.loads, lines) if "started" in row]
+    assert changed["save_n_epoch_ratio"] == "2"
+    assert "save_every_n_epochs" not in changed
+    assert [path.name for path in (tmp_path / "output").glob("x-00*.safetensors")] == ["x-000002.safetensors"]
+
+
 def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path: Path) -> None:
     clock, written = [0.0], list[float]()
     history, start = History(tmp_path / "x-history.jsonl", 1), Start("toy", 4)
