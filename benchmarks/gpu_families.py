@@ -74,9 +74,9 @@ def training_family(row: Row, path: Path) -> tuple[Any, Any]:
     if entry.train:
         defaults = import_module(entry.train).DEFAULTS
         words = [*given, "--network_train_unet_only", "--model_prediction_type", "raw"]
-        read, own = read_image_training(None, record, defaults, words)
+        read, own, _ = read_image_training(None, record, defaults, words)
     else:
-        read, own = read_training(None, record, given)
+        read, own, _ = read_training(None, record, given)
     return read, import_module(f"{entry.room}.family").family_for_training(own)
 
 

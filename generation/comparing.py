@@ -48,7 +48,7 @@ from modules.contract.rules import Expert
 from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_tags
-from modules.planning.memory_plan import room_on
+from modules.planning.device_memory import room_on
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
 from networks.text_loras import TextLoras

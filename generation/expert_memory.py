@@ -20,16 +20,9 @@ from modules.contract.requests import Prepared
 from modules.devices import gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
+from modules.planning.device_memory import Room
 from modules.planning.dry_run import WEIGHTS
-from modules.planning.memory_plan import (
-    NAMES,
-    MemoryPart,
-    MemoryPlan,
-    Phase,
-    Room,
-    Swapped,
-    sharing_processes,
-)
+from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,18 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
-from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_tags, output_metadata
-from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
-from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -64,12 +61,25 @@ from modules.contract.rules import SOURCES
 from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import CheckpointError, UserError
+from modules.installation import import_own
 from modules.media.tracks import Track
-from modules.planning.memory_plan import comparison
+from modules.planning.device_memory import comparison
+
+if TYPE_CHECKING:  # they are loaded only if options ask for them
+    from blissful_tuner.latent_preview import LatentPreviews
+    from blissful_tuner.prompt_rewrite import PromptRewriter
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Expected peaks of device memory for tensors, in bytes."""
+
+    most: int  # of all phases
+    decoding: int  # while latents become pixels
 
 
 @dataclass(frozen=True)
@@ -106,8 +116,8 @@ class GenerationRun:
     options: GenerationOptions
     session: Session
     predicted: Peaks | None = None  # where it is known
-    rewriter: PromptRewriter | None = None
-    previews: LatentPreviews | None = None
+    rewriter: "PromptRewriter | None" = None
+    previews: "LatentPreviews | None" = None
     post: FrameTools | None = None  # what decoded frames go through
     fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
     run_passes: RunPasses = run_passes  # of a step
@@ -117,7 +127,7 @@ class GenerationRun:
     def with_previews(self) -> "GenerationRun":
         """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
         session, options = self.session, self.options
-        made = make_previews(
+        made = import_own("blissful_tuner.latent_preview").make_previews(
             options.preview,
             self.family.latent,
             options.output.save_path,
@@ -220,7 +230,8 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if run.rewriter is not None:  # freed before anything else loads
         run.rewriter.load(run.session.device)
         try:
-            jobs = [replace(job, prepared=rewrite_prompts(job.prepared, run.rewriter)) for job in jobs]
+            rewrite = import_own("blissful_tuner.prompt_rewrite").rewrite_prompts
+            jobs = [replace(job, prepared=rewrite(job.prepared, run.rewriter)) for job in jobs]
         finally:
             if run.options.interactive:
                 run.rewriter.load(CPU)  # it moves
@@ -347,7 +358,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         show: list[OnSection] = []  # sections in latent previews
         if run.previews is not None:
             shown_from = run.options.guidance.scaled_steps
-            watchers, on_made = opened.enter_context(preview_clip(run.previews, prepared.fps, shown_from))
+            shows = import_own("blissful_tuner.latent_preview").preview_clip
+            watchers, on_made = opened.enter_context(shows(run.previews, prepared.fps, shown_from))
             show.append(on_made)
         bar: list[Bar] = []  # over the steps of each section
 

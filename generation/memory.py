@@ -12,6 +12,7 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
+from generation.making import Peaks
 from generation.options import GenerationOptions
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
@@ -25,7 +26,7 @@ from modules.devices import gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
 from modules.options import override_options
-from modules.planning.device_memory import host_room
+from modules.planning.device_memory import Room, host_room, room_on
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
@@ -47,14 +48,12 @@ from modules.planning.memory_plan import (
     MemoryPart,
     MemoryPlan,
     Phase,
-    Room,
     Swapped,
     advise,
     dtypes_of,
     parts_of,
     print_plan,
     resolve_swap,
-    room_on,
     sharing_processes,
     swaps_of,
     weights_by_block,
@@ -67,14 +66,6 @@ META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
 # frames of a video: after these a VAE that decodes four frames at a time has reached its peak
 DECODED = 13
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Expected peaks of device memory for tensors, in bytes."""
-
-    most: int  # of all phases
-    decoding: int  # while latents become pixels
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the generation scripts, by its name on the command line. Unknown options are ign
 """
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import JOINED, height_width
+from modules.option_values import JOINED, few_digits, height_width, read_whole, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
 
@@ -22,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
-SEED_BITS = 32
 # what is meant as an option with a number, behind one dash or those of word processors
 _ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
@@ -32,7 +30,6 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "dpm++sde": "dpm++sde",
     "lcm": "lcm",
 }
-MOST_DIGITS = 100  # of a whole number
 MOST_FPS = 1000  # more is a slip of the finger
 
 
@@ -47,20 +44,6 @@ class LineOption:
     instead_of: str | None = None
 
 
-def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """The seed that a text stands for: a whole number is itself, any other text is hashed to `bits` bits.
-
-    Raises ValueError for a number of more digits than any seed has.
-    Source: the known tools; the measured values are in tests/golden/string_seeds.json.
-    """
-    if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
-        return read_whole(text.strip())
-    import hashlib  # here: it loads OpenSSL, which --help need not wait for
-
-    digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
-    return abs(digest - _walk(text)) % 2**bits
-
-
 def read_seed(text: str) -> int:
     """Return the seed that a text stands for; which one is logged if it is no number. Raises ValueError."""
     seed = text_to_seed(text)
@@ -69,40 +52,6 @@ def read_seed(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         logger.info("Seed of the text %r: %d", text, seed)
     return seed
-
-
-def _walk(text: str) -> int:
-    """Hash the characters in order: add, subtract, divide or multiply their codes by position."""
-    total: float = 0
-    try:
-        for position, code in enumerate(map(ord, text)):
-            if position % 2 == 0:
-                total += code
-            elif position % 3 == 0:
-                total -= code
-            elif position % 5 == 0:
-                total /= code
-            else:
-                for digit in map(int, str(code)):
-                    total *= digit or 0.31415
-        if math.isfinite(total):
-            return int(total)
-    except (OverflowError, ZeroDivisionError):
-        pass
-    return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
-
-
-def read_whole(text: str) -> int:
-    """Read a whole number. Raises ValueError."""
-    if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise ValueError(f"{text!r} is not a whole number")
-    return few_digits(text)
-
-
-def few_digits(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
-    return int(text)
 
 
 def read_number(text: str) -> float:

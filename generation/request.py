@@ -11,20 +11,20 @@ from torch import distributed
 
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
-from blissful_tuner.prompt_syntax import expand_texts, weigh_all
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
-from generation.prompt_lines import SEED_BITS, SOLVERS, read_seed
+from generation.prompt_lines import SOLVERS, read_seed
 from generation.script_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import SOURCES, Source
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
+from modules.installation import import_own
 from modules.layers.rope import Slow
-from modules.option_values import to_path
+from modules.option_values import SEED_BITS, to_path
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +79,12 @@ def make_request(
 
     controls = line.get("control_image_path", options.control_image_path) or ()
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
-    texts = expand_texts(typed, prompts, seed) if prompts.draws else typed
+    texts = typed
+    if prompts.draws:
+        texts = import_own("blissful_tuner.prompt_syntax").expand_texts(typed, prompts, seed)
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
-    extra = {}  # settings that only the family reads, as text; of a list an entry a line
-    for name, (key, given) in options.extras.items():
-        value = line.get(name, given)
-        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        if value is not None and text:
-            extra[key] = text
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     request = Request(
         prompt=texts["prompt"] or "",
@@ -112,12 +108,23 @@ def make_request(
         control_path=path("control_path"),
         control_images=tuple(to_path("--control_image_path", str(one)) for one in controls if str(one)),
         source=_source(options.source, line),
-        extra=extra,
+        extra=_extra_settings(options, line),
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
+
+
+def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings that only the family reads, as text; of a list an entry a line."""
+    extra = {}
+    for name, (key, given) in options.extras.items():
+        value = line.get(name, given)
+        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if value is not None and text:
+            extra[key] = text
+    return extra
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
@@ -159,7 +166,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     if prepared.asked.source is not None:
         prepared = begin_late(prepared, prepared.asked.source, family)
     if options.prompts.prompt_weighting:
-        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
+        prepared = replace(
+            prepared, prompts=import_own("blissful_tuner.prompt_syntax").weigh_all(prepared.prompts)
+        )
     check_guidance(prepared, options.guidance)
     if request.step_cache is not None:
         check_step_cache(request.step_cache, prepared, family.dit)

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
-from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.asking import line_reader, ring_after
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
 from generation.experts import TurnRules
@@ -27,7 +25,6 @@ from generation.making import (
     make_tracks,
     of_each_line,
 )
-from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
@@ -35,7 +32,6 @@ from generation.prompt_lines import is_blank, lines_of
 from generation.request import seed_of
 from generation.script_options import as_typed
 from generation.session import Session
-from generation.sheets import make_sheets
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.checkpoints.model_files import SavedLatents, load_latents
@@ -52,11 +48,10 @@ from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
 from modules.options import override_options
 from modules.output_files import refuse_replacing
-from modules.planning.memory_plan import room_on, too_little
+from modules.planning.device_memory import room_on, too_little
 from modules.speed_options import GenerationSpeedOptions
 from networks.apply import check_loras_fit
-from networks.merging import merge_into_file
-from networks.text_loras import TextLoras
+from networks.loading import on_side
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
@@ -238,23 +233,17 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.speed.plan.is_asked:
         if options.post.tools:
             logger.warning("--plan does not count what the networks of --post take beside the VAE")
-        plan_generation(family, options, device)
+        import_own("generation.memory").plan_generation(family, options, device)
         return
-    options, predicted = resolve_options(family, options, device, room_on(device))
+    room, predicted = room_on(device), None
+    if room is not None or options.speed.swap.is_auto:
+        options, predicted = import_own("generation.memory").resolve_options(family, options, device, room)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    post: FrameTools | None = None
-    if options.post.tools:  # by name, as PostOptions explains
-        post = import_own("post.stages").PostTools(options.post.tools, device)
-    if post is not None:
-        post.check()
-        if post.hides and options.output.keeps_latents:
-            logger.warning(
-                "The latents of --output_type %s hold the video as it is before %s.",
-                *(options.output.output_type, " and ".join(options.post.tools.labels)),
-            )
+    post = make_post(options, device) if options.post.tools else None
     rewriter, asked = None, options.rewriting
     if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
-        rewriter = PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
+        rewriting = import_own("blissful_tuner.prompt_rewrite")
+        rewriter = rewriting.PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted, rewriter, post=post)
     if options.speed.shared_by:
         # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
@@ -276,6 +265,18 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         make_lines(run)
     else:
         make_prompt(run)
+
+
+def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
+    """Return the tools of --post, checked. They are imported by name, as PostOptions explains."""
+    post: FrameTools = import_own("post.stages").PostTools(options.post.tools, device)
+    post.check()
+    if post.hides and options.output.keeps_latents:
+        logger.warning(
+            "The latents of --output_type %s hold the video as it is before %s.",
+            *(options.output.output_type, " and ".join(options.post.tools.labels)),
+        )
+    return post
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
@@ -316,7 +317,9 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
     aside = loader.aside if blocks is None else None
     if blocks is not None:
         rules = replace(rules, together=True)
-    texts = TextLoras(loader.uses[0] if loader.uses else ())
+    uses, texts = loader.uses[0] if loader.uses else (), None
+    if any(use.lora.text_tensors for use in uses) or on_side(uses, True):
+        texts = import_own("networks.text_loras").TextLoras(uses)
     return Session(
         family,
         loader.device,
@@ -360,7 +363,8 @@ def check_models(run: GenerationRun) -> None:
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
     if run.options.preview.preview_latent_every is not None:
-        check_preview(run.options.preview, run.family.latent)
+        previews = import_own("blissful_tuner.latent_preview")
+        previews.check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.decodes)
     run.family.check_given_files()
     counts = run.family.block_counts()
@@ -391,7 +395,7 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
         check_loras_fit(files[index], uses[index])
     for index, expert in enumerate(experts):
         if index in changed:
-            merge_into_file(files[index], uses[index], targets[index], device)
+            import_own("networks.merging").merge_into_file(files[index], uses[index], targets[index], device)
         else:
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 
@@ -402,7 +406,7 @@ def make_lines(run: GenerationRun) -> None:
     lines = lines_of(path)
     count = len(lines)
     if run.options.sheet.is_asked:
-        count = make_sheets(run, lines, failures)
+        count = import_own("generation.sheets").make_sheets(run, lines, failures)
     else:
         jobs = [*of_each_line(run, lines, failures, make_job).values()]
         if jobs:
@@ -431,7 +435,7 @@ def converse(run: GenerationRun) -> None:
             failures = Failures()
             with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
                 if run.options.sheet.is_asked:
-                    make_sheets(run, {"the prompt": line}, failures)
+                    import_own("generation.sheets").make_sheets(run, {"the prompt": line}, failures)
                     continue
                 values = dict(run.read_line(line))
                 values = {**said, **values} if remembers else values

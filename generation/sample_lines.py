@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from generation.prompt_lines import (
     LineOption,
-    few_digits,
     numbered_lines,
     parse_words,
     read_path,
@@ -16,6 +15,7 @@ from generation.prompt_lines import (
     read_seed,
 )
 from modules.errors import OptionError
+from modules.option_values import few_digits
 from modules.text_files import parse_json, parse_toml
 
 logger = logging.getLogger(__name__)

@@ -301,22 +301,6 @@ class ScriptDefaults:
     def declared(self) -> dict[str, Any]:
         """Return the settings of `GenerationOptions` for `add_options` in the script."""
         source, pictures = self.source.declared(), self.pictures
-        absent = {
-            "prompt_2": not self.has_second_prompt,
-            "video_length": not self.has_length and not pictures,
-            "guidance_scale_high_noise": not self.has_experts,
-            "embedded_cfg_scale": self.embedded_guidance is None,
-            "disable_embedded_for_cfg": self.embedded_guidance is None,
-            "riflex_index": self.riflex_frequencies is None,
-            "no_progressive_save": not self.in_sections,
-            "split_attn": not self.splits_attention,
-            "split_uncond": not self.joins_guidance,
-            "cpu_noise": self.noise_on_cpu,
-            "scheduler": not self.solver_names,
-            "save_audio": not self.has_sound,
-            **{name: name not in self.media for name in MEDIA},
-            **dict.fromkeys(EXPERTS, not self.has_experts),
-        }
         defaults = {
             "video_size": list(self.size),
             "video_length": 1 if pictures else self.video_length,
@@ -355,7 +339,7 @@ class ScriptDefaults:
             **{name: {"help": about} for name, about in self.by_model.items()},
         }
         return {
-            "without": {*source["without"], *(name for name, is_absent in absent.items() if is_absent)},
+            "without": {*source["without"], *self._absent()},
             "defaults": defaults,
             "settings": {
                 **choices,
@@ -364,3 +348,23 @@ class ScriptDefaults:
             },
             "refused": {**source["refused"], **(dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if pictures else {})},
         }
+
+    def _absent(self) -> list[str]:
+        """Return the shared options that the script does not have."""
+        found = {
+            "prompt_2": not self.has_second_prompt,
+            "video_length": not self.has_length and not self.pictures,
+            "guidance_scale_high_noise": not self.has_experts,
+            "embedded_cfg_scale": self.embedded_guidance is None,
+            "disable_embedded_for_cfg": self.embedded_guidance is None,
+            "riflex_index": self.riflex_frequencies is None,
+            "no_progressive_save": not self.in_sections,
+            "split_attn": not self.splits_attention,
+            "split_uncond": not self.joins_guidance,
+            "cpu_noise": self.noise_on_cpu,
+            "scheduler": not self.solver_names,
+            "save_audio": not self.has_sound,
+            **{name: name not in self.media for name in MEDIA},
+            **dict.fromkeys(EXPERTS, not self.has_experts),
+        }
+        return [name for name, is_absent in found.items() if is_absent]

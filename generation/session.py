@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from modules.devices import free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
 from modules.planning.device_memory import host_room, spare_bytes
-from networks.text_loras import TextLoras
+
+if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
+    from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Session:
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     load_aside: LoadAside | None = None  # loads an expert into host memory, ahead of its time
-    text_loras: TextLoras | None = None
+    text_loras: "TextLoras | None" = None
     rules: TurnRules = TurnRules()  # how experts share the device; `keep` says whether they stay
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
     # bytes of the device, where something was let in beside the DiT
@@ -121,7 +123,7 @@ class Session:
         ]
 
     def texts_with(
-        self, loras: TextLoras, wanted: Sequence[Mapping[int, Prompts]]
+        self, loras: "TextLoras", wanted: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
         assert not self.keep, "kept encoders have the LoRAs of before in their weights"

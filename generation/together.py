@@ -33,7 +33,7 @@ from modules.offload.context import ProcessGrid, device_mesh
 from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
 from modules.options import override_options
 from modules.planning.communication import Division, WorkCounter, divide_tokens
-from modules.planning.memory_plan import Room
+from modules.planning.device_memory import Room
 from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from modules.speed_options import ShardingOptions
 

@@ -34,6 +34,7 @@ COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MOST_DIGITS = 10  # of such a number
+PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 _LAUNCH = "Unset it, or start several processes with accelerate launch or torchrun"
 
 
@@ -250,6 +251,16 @@ def as_typed(words: Sequence[str]) -> str:
     import subprocess  # only there
 
     return subprocess.list2cmdline(words)
+
+
+def quote_for_powershell(words: Sequence[str]) -> str:
+    """Return a command as it is typed into PowerShell: in single quotes nothing but these has a meaning."""
+    return " ".join(
+        word
+        if PLAIN_IN_POWERSHELL.fullmatch(word)
+        else "'" + re.sub("(['\u2018-\u201b])", r"\1\1", word) + "'"
+        for word in words
+    )
 
 
 class _LineFormatter(logging.Formatter):

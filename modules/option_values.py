@@ -22,6 +22,8 @@ MOST = 10**9  # of any number but a seed; no count, size or factor that is meant
 UNBOUNDED = {"seed"}
 JOINED = re.compile(r"([0-9]+)( *[x*×] *|[,: ]+)([0-9]+)", re.IGNORECASE)  # 832x480: two numbers in one word
 HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options that take a size
+SEED_BITS = 32
+MOST_DIGITS = 100  # of a whole number
 MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
@@ -188,6 +190,54 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
         return text
+
+
+def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
+    """The seed that a text stands for: a whole number is itself, any other text is hashed to `bits` bits.
+
+    Raises ValueError for a number of more digits than any seed has.
+    Source: the known tools; the measured values are in tests/golden/string_seeds.json.
+    """
+    if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
+        return read_whole(text.strip())
+    import hashlib  # here: it loads OpenSSL, which --help need not wait for
+
+    digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
+    return abs(digest - _walk(text)) % 2**bits
+
+
+def _walk(text: str) -> int:
+    """Hash the characters in order: add, subtract, divide or multiply their codes by position."""
+    total: float = 0
+    try:
+        for position, code in enumerate(map(ord, text)):
+            if position % 2 == 0:
+                total += code
+            elif position % 3 == 0:
+                total -= code
+            elif position % 5 == 0:
+                total /= code
+            else:
+                for digit in map(int, str(code)):
+                    total *= digit or 0.31415
+        if math.isfinite(total):
+            return int(total)
+    except (OverflowError, ZeroDivisionError):
+        pass
+    return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
+
+
+def read_whole(text: str) -> int:
+    """Read a whole number. Raises ValueError."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return few_digits(text)
+
+
+def few_digits(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
+    return int(text)
 
 
 def option_words(values: Mapping[str, Any], joined: bool = False) -> list[str]:

@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
@@ -65,6 +65,7 @@ def option(
     needs: str | tuple[str, ...] = (),
     excludes: str | tuple[str, ...] = (),
     only_with: str | tuple[str, ...] = (),
+    acts_if: Mapping[str, Callable[[Any], bool]] | None = None,
     refused: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -72,23 +73,23 @@ def option(
     """Return a field of an `Options` record, with the facts of its option.
 
     default: False for a switch, else None, when not given. name: the public name if the field has another;
-    flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
-    by_place: taken also from words that belong to no option, if its flag is not given.
+    flags: further spellings. often: -h shows it. positional: given by its place, without a flag. by_place:
+    taken also from words that belong to no option, if its flag is not given.
     title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
     or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
     be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
     replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
     excludes: options that cannot stand beside it. only_with: likewise as `needs`, but without it this one is
-    ignored, with a warning. hint: follows the message on a wrong value, or on `needs` or `excludes` if
-    nothing else limits the value; of a `place` the text behind "Give".
-    refused: values of `choices` -> why they are refused. facts: FREE, NO_PIXELS and the like. settings:
-    further ones of `add_argument`. In front of a record, `facts` hold for all its options, and settings are
-    those of `add_options`.
+    ignored, with a warning. acts_if: why it may do nothing -> whether the record lets it act. hint: follows
+    the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value; of a `place`
+    the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE, NO_PIXELS and
+    the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its
+    options, and settings are those of `add_options`.
     """
     names = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
     said = {
         **{"least": least, "most": most, "above": above, "below": below},
-        **{"one_of": tuple(one_of), "place": place, "hint": hint, "option": name},
+        **{"one_of": tuple(one_of), "place": place, "hint": hint, "option": name, "acts_if": acts_if},
         **{fact: (value,) if isinstance(value, str) else value for fact, value in names.items()},
     }
     found = {fact: value for fact, value in said.items() if value not in (None, "", ())}
@@ -325,8 +326,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     hints = hints_of(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint = hints[field.name]
-        record = record_of(hint)
+        record = record_of(hint := hints[field.name])
         if record is not None:
             is_there = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_there else None

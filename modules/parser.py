@@ -328,6 +328,7 @@ def add_options(
                     parser.set_defaults(**{name.replace("-", "_"): default})
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
+                    action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
                     if name in reasons:
                         action.refusal = Refusal(action.help or "", reasons[name], "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):

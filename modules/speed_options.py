@@ -212,7 +212,9 @@ class TrainingFp8Options(Options):
         "with --fp8_base: " + _FAST.format(when=", both forward and for the gradient of their input"),
         needs="fp8_base",
     )
-    upcast_quantization: bool = option(_UPCAST)
+    upcast_quantization: bool = option(
+        _UPCAST, acts_if={"it needs --fp8_base --fp8_scaled": lambda own: own.fp8_scaled}
+    )
 
     @property
     def quantisation(self) -> Quantisation | None:

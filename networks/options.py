@@ -69,7 +69,12 @@ class NetworkOptions(Options, title="network"):
         facts=IDENTITY,
     )
     network_dim: int | None = option(
-        "rank of the network; default 4", least=1, hint="the rank", often=True, facts=IDENTITY
+        "rank of the network; default 4",
+        least=1,
+        hint="the rank",
+        acts_if={"--dim_from_weights takes ranks from the file": lambda own: not own.dim_from_weights},
+        often=True,
+        facts=IDENTITY,
     )
     network_alpha: float = option(
         "strength is alpha / rank; 0 means alpha = rank",
@@ -77,6 +82,9 @@ class NetworkOptions(Options, title="network"):
         least=0,
         most=1_000_000,
         hint="0 means alpha = rank",
+        acts_if={
+            "the alphas in the file of --network_weights count": lambda own: own.network_weights is None
+        },
         often=True,
         facts=IDENTITY,
     )

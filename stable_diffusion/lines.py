@@ -22,13 +22,13 @@ from generation.prompt_lines import (
     parse_line,
     read_generation_lines,
     read_number,
-    read_whole,
 )
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
+from modules.option_values import read_whole
 from modules.options import option_values
 from modules.paths import MOST_OF_NAME
 from stable_diffusion.options import GenImgOptions, PictureInputOptions

@@ -87,7 +87,7 @@ def test_recipes_of_trainings_give_options_that_torchrun_and_the_script_have(
     assert (launch.rdzv_backend, launch.max_restarts, launch.nproc_per_node) == ("c10d", 3, "gpu")
     assert launch.training_script == "wan_train_network.py"
     monkeypatch.chdir(lay_out_files(tmp_path))
-    options, _ = read_training(
+    options, *_ = read_training(
         None, WAN.options_record("Training"), launch.training_script_args, NetworkOptions, ()
     )
     assert (options.saving.resume, options.saving.save_state) == ("latest", True)

@@ -74,7 +74,7 @@ def test_a_run_sends_what_the_plan_counts(project: Shared, row: str) -> None:
     division, words = ROWS[row]
     command = (*project.family.train, *RUN, "--output_dir", row, *words, "--max_train_steps", "2")
     entry, counter = FAMILIES["wan"], WorkCounter()
-    options, own = read_training(None, entry.options_record("Training"), command[1:], NetworkOptions)
+    options, own, _ = read_training(None, entry.options_record("Training"), command[1:], NetworkOptions)
     # as the clips of the project, 5 frames of 32 x 32; a text of as many tokens would pass for one of them
     batch = noisy({"latents": torch.zeros(1, 16, 2, 4, 4), "t5": [torch.zeros(20, 32)]})
     family, cpu = entry.make_family("training", own), torch.device("cpu")

@@ -31,7 +31,7 @@ from training.experts import (
     read_adapter,
     read_lora_for,
 )
-from training.noise_options import MIXTURES, NOTHING, SIZE_SHIFTS, WEIGHTS_OF_LOSS
+from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
@@ -149,138 +149,50 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
     return sum(smallest_lora_bytes(file, network.network_dim or DEFAULT_RANK) for file in files)
 
 
-WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
-CURVES_OF = {  # options that some curves alone use
-    "lr_decay_steps": WITH_CYCLES[2:],
-    "lr_scheduler_num_cycles": WITH_CYCLES,
-    "lr_scheduler_power": ("polynomial",),
-    "lr_scheduler_timescale": ("inverse_sqrt",),
-    "lr_scheduler_min_lr_ratio": WITH_CYCLES[1:],
-}
-
-
 def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
     """Return one line for each given option that has no effect beside the others.
 
+    Most say so by themselves (`acts_if`); here are those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`.
     """
-    times, saving, logs, hub = options.timesteps, options.saving, options.logs, options.hub
-    loss, network, own_defaults = options.loss, options.network, options.is_for_images
-    sampler, weighting = times.timestep_sampling, times.weighting_scheme
+    times, parts, own_defaults = options.timesteps, options.parts, options.is_for_images
+    sampler, weighting = times.drawn_by
     shifts = sampler == "shift" or (sampler == "sigma" and shifts_table)
-    draws = sampler in {"logsnr", "qinglong_flux"} or (sampler, weighting) == ("sigma", "logit_normal")
-    class_is_given, curve = bool(options.lr_schedule.lr_scheduler_type), options.lr_schedule.lr_scheduler
-    by_epoch = saving.save_every_n_epochs is not None or saving.save_n_epoch_ratio is not None
-    by_step = saving.save_every_n_steps is not None or saving.save_every_n_minutes is not None
-    uses_wandb, uploads = "wandb" in logs.trackers, hub.huggingface_repo_id is not None
-    without_samples = not options.samples.are_made, "no samples are made"
-    without_tracker = not logs.trackers, "nothing is logged without --logging_dir or --log_with"
-    without_wandb = not uses_wandb, "wandb is not used without --log_with wandb"
-    not_uploaded = "nothing is uploaded without --huggingface_repo_id"
-    kept_alpha = network is not None and network.network_weights is not None
-    parts = options.parts
     trains = (parts is None or parts.trains_dit), (parts is not None and parts.trains_texts)
     rates = (None, None) if parts is None else (parts.unet_lr, parts.text_encoder_lr)
     replaced = all(rate is not None for rate, learns in zip(rates, trains, strict=True) if learns)
-    no_guidance = not takes_guidance and not own_defaults  # image families' defaults have one, and a shift
-    # names of options -> whether they do nothing, and why
-    rules: list[tuple[str, bool, str]] = [
-        ("discrete_flow_shift", not (shifts or own_defaults), "only --timestep_sampling shift uses it"),
-        (
-            "sigmoid_scale",
-            sampler not in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES},
-            "only --timestep_sampling sigmoid and shift use it",
-        ),
-        (
-            "logit_mean logit_std",
-            not draws,
-            "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it",
-        ),
-        (
-            "preserve_distribution_shape",
-            times.min_timestep is None and times.max_timestep is None,
-            "there is neither --min_timestep nor --max_timestep",
-        ),
-        ("guidance_scale", no_guidance, "this model has no input for embedded guidance"),
-        (
-            "huber_schedule huber_c huber_scale",
-            not loss.has_threshold,
-            "only --loss_type huber and smooth_l1 use it",
-        ),
-        (
-            "huber_scale",
-            loss.has_threshold and loss.huber_schedule == "snr",
-            "--huber_schedule snr does not use it",
-        ),
-        ("upcast_quantization", not options.speed.fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"),
-        (
-            "network_dim",
-            network is not None and network.dim_from_weights,
-            "--dim_from_weights takes ranks from the file",
-        ),
-        ("network_alpha", kept_alpha, "the alphas in the file of --network_weights count"),
-        ("learning_rate", replaced, "--unet_lr and --text_encoder_lr replace it"),
-        ("unet_lr", not trains[0], "the transformer does not learn"),
-        ("text_encoder_lr", not trains[1], "the text encoders do not learn"),
-        ("mode_scale", (sampler, weighting) != ("sigma", "mode"), "only --weighting_scheme mode uses it"),
-        ("training_comment", options.metadata.no_metadata, "--no_metadata leaves it out"),
-        ("lr_scheduler lr_warmup_steps", class_is_given, "--lr_scheduler_type replaces it"),
-        (
-            "lr_warmup_steps",
-            curve == "piecewise_constant" and not class_is_given,
-            "piecewise_constant has no warm-up",
-        ),
-        *(
-            (name, class_is_given or curve not in by, f"only --lr_scheduler {', '.join(by)} uses it")
-            for name, by in CURVES_OF.items()
-        ),
-        ("resume_changed", saving.resume is None, "there is no --resume"),
-        ("sample_lora preview_latent_every sample_ema", *without_samples),
-        ("ema_update_every", options.average.ema_decay is None, "there is no --ema_decay"),
-        ("log_prefix", logs.logging_dir is None, "there is no --logging_dir"),
-        ("log_tracker_name log_tracker_config log_config", *without_tracker),
-        ("wandb_run_name wandb_api_key", *without_wandb),
-        (
-            "wandb_run_name",
-            uses_wandb and logs.log_tracker_config is not None,
-            "--log_tracker_config replaces it",
-        ),
-        (
-            "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility",
-            not uploads,
-            not_uploaded,
-        ),
-        ("huggingface_token", not (uploads or hub.resume_from_huggingface), not_uploaded),
-    ]
-    for kind, is_saved in (("epochs", by_epoch), ("steps", by_step)):
-        needed = f"--save_every_n_{kind}"
-        has_states = is_saved and saving.save_state
-        rules.append((f"save_last_n_{kind}", not is_saved, f"there is no {needed}"))
-        rules.append((f"save_last_n_{kind}_state", not has_states, f"it needs --save_state and {needed}"))
-    shown = f"weighting_scheme {weighting}"
-    is_of_loss, is_of_sigma = weighting in WEIGHTS_OF_LOSS, weighting in {"logit_normal", "mode"}
-    lines = []
-    if is_of_loss and options.weighted_by == NOTHING:
-        lines = [
-            f"--{shown} has no effect: it weights the loss only with --model_prediction_type sigma_scaled."
-        ]
-    elif is_of_sigma and sampler != "sigma":
-        lines = [f"--{shown} has no effect: it shapes the draws of --timestep_sampling sigma only."]
-    given = set(_given_names(options))
-    for names, is_idle, why in rules:
-        lines += [f"--{name} has no effect: {why}." for name in names.split() if is_idle and name in given]
+    reasons: dict[str, str] = {}  # image families' defaults have a shift and a guidance
+    if not (shifts or own_defaults):
+        reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
+    if not (takes_guidance or own_defaults):
+        reasons["guidance_scale"] = "this model has no input for embedded guidance"
+    if replaced:
+        reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
+    if not options.samples.are_made:
+        reasons |= dict.fromkeys(("sample_lora", "preview_latent_every", "sample_ema"), "no samples are made")
+    shown, lines = f"--weighting_scheme {weighting} has no effect: it", []
+    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+        lines = [f"{shown} weights the loss only with --model_prediction_type sigma_scaled."]
+    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
+        lines = [f"{shown} shapes the draws of --timestep_sampling sigma only."]
+    lines += _list_idle(options, reasons)
     attention = options.speed.attention
     for flag in attention.ignored:
         lines.append(f"{flag} has no effect: {TRAINING_FLAGS[attention.choice.mode]} comes first.")
     return lines
 
 
-def _given_names(record: Any) -> Iterator[str]:
-    """Yield the public names of the options that have another value than their default."""
+def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each given option of a record that does nothing, those of the records in it too.
+
+    more: public name -> why, of options for which facts beyond their record say so.
+    """
     for field in fields(record):
-        value = getattr(record, field.name)
+        name, value, facts = option_name(field), getattr(record, field.name), field.metadata
         if is_dataclass(value):
-            yield from _given_names(value)
-        elif is_given(record, field):
-            yield option_name(field)
+            yield from _list_idle(value, more)
+        elif (name in more or "acts_if" in facts) and is_given(record, field):
+            reasons = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
+            reasons = [more[name]] if name in more else reasons
+            yield from (f"--{name} has no effect: {why}." for why in reasons[:1])

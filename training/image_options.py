@@ -20,7 +20,7 @@ from modules.parser import add_options
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
-from training.options import TrainingOptions, read_arguments, training_parser
+from training.options import GivenOption, TrainingOptions, given_options, read_arguments, training_parser
 from training.run_options import StartOptions
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def read_image_training(
     record: type[R],
     defaults: ImageTrainerDefaults,
     argv: Sequence[str] | None,
-) -> tuple[TrainingOptions, R]:
-    """Read the options of a script that trains an image model.
+) -> tuple[TrainingOptions, R, list[GivenOption]]:
+    """Read the options of a script that trains an image model; return what `read_training` does.
 
     record: the family's own options. --pretrained_model_name_or_path and --vae are declared
     here, and are read by a field of the record with that option name. Ends the program after --output_config.
@@ -78,7 +78,8 @@ def read_image_training(
             "known trainers do. Use raw, unless you go on with what was trained so.",
             options.predicted,
         )
-    return options, read_options(record, args)
+    own = read_options(record, args)
+    return options, own, given_options(parser, own, options)
 
 
 class ImageModelOptions(Options, title="model"):

@@ -50,10 +50,10 @@ from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
-from training.saving.files import MinuteClock
+from training.saving.files import MinuteClock, NoSaver, Saver
 from training.saving.states import SavedState
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
-from training.training_run import TrainingRun, TriggerFiles, trigger_paths
+from training.training_run import TrainedModel, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -62,25 +62,20 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 logger = logging.getLogger(__name__)
 
 
-def load_model(
-    plan: TrainingPlan,
-    swap: SwapOptions,
-    sampler: "Sampler | None",
-    memory: MemoryWatch | None,
-    logs: Logs,
-    reporter: RunReporter,
-) -> TrainingRun:
+def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> TrainedModel:
     """Load the networks, add the trained part, dress them, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
     """
     options, family, accelerator = plan.options, plan.family, plan.accelerator
-    samples_with_others = sampler is not None and plan.sampled is not family
+    samples_with_others = has_samples and plan.sampled is not family
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
-    loading = Loading(plan, swap, sampler is not None, takes_turns or samples_with_others)
-    learners: list[Trainable] = []
-    networks = [loading.load(family, index, learners) for index in range(len(family.experts))]
+    loading = Loading(plan, swap, has_samples, takes_turns or samples_with_others)
+    networks, learners = list[nn.Module](), tuple[Trainable, ...]()
+    for index in range(len(family.experts)):
+        dit, learners = loading.load(family, index, learners)
+        networks.append(dit)
     if len(learners) == 1:
         trainable = learners[0]
     else:
@@ -90,7 +85,7 @@ def load_model(
     if samples_with_others:  # networks beside those that are trained
         known = dict(zip(family.dit_files, networks, strict=True))
         sampled = [
-            known[file] if file in known else loading.load(plan.sampled, index).eval()
+            known[file] if file in known else loading.load(plan.sampled, index)[0].eval()
             for index, file in enumerate(plan.sampled.dit_files)
         ]
         sample_dits = ExpertNetworks(sampled, loading.copies)
@@ -98,21 +93,13 @@ def load_model(
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     set_training(optimizer, True)
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    preserves = any(table.preserves_output for table in plan.config.datasets)
-    in_lockstep = plan.steps.in_lockstep and preserves
-    rule = LossRule(options.loss, options.predicted, trainable.as_base, always_as_base=in_lockstep)
-    adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     keeps_average = accelerator.is_main_process or plan.splits_model
-    watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
-    triggers = TriggerFiles(watched, sampler is not None)
-    if sampler is not None and plan.texts.learning:
-        sampler = replace(sampler, renew=plan.texts.renew)
-    run = TrainingRun(
+    model = TrainedModel(
         plan=plan,
         dits=dits,
         sample_dits=sample_dits,
         sample_loras=loading.sample_loras,
-        adapter=adapter,
+        adapter=AddedLoras([layer for loras in loading.adapters for layer in loras.layers]),
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -120,7 +107,28 @@ def load_model(
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
         average=make_average(options.average, networks, trainable, optimizer, keeps_average),
-        texts=plan.texts,
+    )
+    model.adapter.place_on(accelerator.device, model.compute_dtype)
+    restore(model)
+    return model
+
+
+def make_run(
+    model: TrainedModel,
+    sampler: "Sampler | None",
+    memory: MemoryWatch | None,
+    logs: Logs,
+    reporter: RunReporter,
+    saver: Saver | NoSaver,
+) -> TrainingRun:
+    """Put together what the loop works with."""
+    plan, options, accelerator = model.plan, model.plan.options, model.plan.accelerator
+    preserves = any(table.preserves_output for table in plan.config.datasets)
+    in_lockstep = plan.steps.in_lockstep and preserves
+    rule = LossRule(options.loss, options.predicted, model.trainable.as_base, always_as_base=in_lockstep)
+    watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
+    return TrainingRun(
+        model=model,
         feed=_make_feed(plan),
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
         validation=_make_validation(plan, rule),
@@ -128,12 +136,10 @@ def load_model(
         memory=memory,
         logs=logs,
         reporter=reporter,
-        triggers=triggers,
-        clock=MinuteClock(options.saving.save_every_n_minutes if accelerator.is_main_process else None),
+        triggers=TriggerFiles(watched, sampler is not None),
+        clock=MinuteClock(plan.saving.save_every_n_minutes if accelerator.is_main_process else None),
+        saver=saver,
     )
-    adapter.place_on(run.device, run.compute_dtype)
-    restore(run)
-    return run
 
 
 @dataclass
@@ -148,11 +154,14 @@ class Loading:
     adapters: list[AddedLoras] = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
-    def load(self, family: Family, index: int, learners: list[Trainable] | None = None) -> nn.Module:
+    def load(
+        self, family: Family, index: int, learners: tuple[Trainable, ...] | None = None
+    ) -> tuple[nn.Module, tuple[Trainable, ...]]:
         """Load the network of an expert, frozen, merging --base_weights while loading, and dress it.
 
-        One that is to be trained gets the training dtype. learners: see `_add_learner`; None: the network is
-        for samples only. Raises MemoryPlanError if the device has no room for the next network.
+        One that is to be trained gets the training dtype. learners: of the networks before this one; None:
+        the network is for samples only. Returns it, and what learns by now. Raises MemoryPlanError if the
+        device has no room for the next network.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert, sharding = family.experts[index], options.speed.sharding
@@ -162,7 +171,7 @@ class Loading:
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
         merged = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
         patch = LoraPatch(merged) if merged else None
-        placement = placement_of(options, device, plan.fp8)
+        placement = placement_of(options, device, plan.processes.fp8)
         dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
         if patch is not None:
             patch.check()
@@ -174,7 +183,7 @@ class Loading:
         if shares is not None and plan.splits_model:
             shares.split(dit)
         if learners is not None:
-            _add_learner(plan, dit, expert, learners)
+            learners = _add_learner(plan, dit, expert, learners)
         is_compiled = options.speed.compilation.choice is not None
         given = read_adapter(options, expert, family.experts) if family is plan.family else None
         if given is not None:
@@ -184,7 +193,7 @@ class Loading:
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
-        if plan.fp8 is not None and device.type == "cpu":
+        if plan.processes.fp8 is not None and device.type == "cpu":
             keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
@@ -196,14 +205,16 @@ class Loading:
                     "are left beside it. Use --offload_inactive_dit, so that they take turns, or "
                     "--blocks_to_swap"
                 )
-        return dit
+        return dit, learners or ()
 
 
-def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:
+def _add_learner(
+    plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: tuple[Trainable, ...]
+) -> tuple[Trainable, ...]:
     """Put the network into a DiT, or choose the trained parameters of the DiT itself.
 
     learners: of the DiTs before this one; a network that is there already is shared, unless each expert has
-    its own (--lora_per_expert).
+    its own (--lora_per_expert). Returns all that learn by now.
     """
     options, device = plan.options, plan.accelerator.device
     if options.network is None:
@@ -211,8 +222,7 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
         train = train_dit
         if plan.splits_model:
             from training.saving.split_model import train_split_dit as train
-        learners.append(train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
-        return
+        return (*learners, train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
     given = network_for(options, expert) or options.network
     texts = plan.texts
     in_dit = options.parts is None or options.parts.trains_dit
@@ -226,8 +236,7 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
         _saved_network(plan, expert),
     )
     if learners and not options.by_expert.lora_per_expert:
-        learners[0] = share_network(learners[0], network, device)
-        return
+        return (share_network(learners[0], network, device),)
     rate, parts = options.optimizer.learning_rate, options.parts
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None:
@@ -236,7 +245,7 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
             found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
             of_texts = [found[each.lora_prefix] for each in texts.learning]
         rates = (rate, parts.unet_lr, of_texts)
-    learners.append(train_network(network, rates, given.scale_weight_norms, device))
+    return (*learners, train_network(network, rates, given.scale_weight_norms, device))
 
 
 def _saved_network(plan: TrainingPlan, expert: Expert) -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ Standard library only. Those of a single network are in networks/options.py.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,7 @@ class AverageOptions(Options, title="average of the weights (EMA)"):
         "lies in host memory",
         default=1,
         least=1,
+        acts_if={"there is no --ema_decay": lambda own: own.ema_decay is not None},
     )
     sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
 
@@ -208,6 +210,7 @@ class PartsOptions(Options, title="what is trained"):
     )
     unet_lr: float | None = option(
         "learning rate of the transformer's network; default: --learning_rate",
+        acts_if={"the transformer does not learn": lambda own: own.trains_dit},
         least=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
@@ -216,6 +219,7 @@ class PartsOptions(Options, title="what is trained"):
     text_encoder_lr: tuple[float, ...] | None = option(
         "learning rates of the text encoders' networks, one for all or one for each; default: "
         "--learning_rate",
+        acts_if={"the text encoders do not learn": lambda own: own.trains_texts},
         least=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
@@ -267,19 +271,34 @@ CURVES = (
 ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps, shown as a schedule
 
 
+_WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda own: not own.lr_scheduler_type}
+
+
+def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
+    """Return when an option acts that these curves alone use."""
+    why = f"only --lr_scheduler {', '.join(curves)} uses it"
+    return {why: lambda own: not own.lr_scheduler_type and own.lr_scheduler in curves}
+
+
 OF_STEPS = "steps, or a fraction of the run such as 0.05 or 5%"
 
 
 class LrScheduleOptions(Options, title="learning-rate schedule"):
     """Options of the learning rate over the run. Steps below 1 are fractions of the run."""
 
-    lr_scheduler: str = option(", ".join((*CURVES, ADAFACTOR)), default="constant", often=True)
+    lr_scheduler: str = option(
+        ", ".join((*CURVES, ADAFACTOR)), default="constant", often=True, acts_if=_WITHOUT_CLASS
+    )
     lr_warmup_steps: int | float = option(
         "rise from 0 during these steps; 0.05 or 5%% are fractions of the run",
         default=0,
         type=int_or_float,
         least=0,
         hint=OF_STEPS,
+        acts_if={
+            **_WITHOUT_CLASS,
+            "piecewise_constant has no warm-up": lambda own: own.lr_scheduler != "piecewise_constant",
+        },
     )
     lr_decay_steps: int | float = option(
         "length of the decay of warmup_stable_decay; fractions as for --lr_warmup_steps",
@@ -287,16 +306,27 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         type=int_or_float,
         least=0,
         hint=OF_STEPS,
+        acts_if=_of_curves("warmup_stable_decay"),
     )
     lr_scheduler_num_cycles: int = option(
-        "cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay", default=1, least=1
+        "cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay",
+        default=1,
+        least=1,
+        acts_if=_of_curves("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     )
-    lr_scheduler_power: float = option("power of polynomial", default=1, least=0, below=1000)
+    lr_scheduler_power: float = option(
+        "power of polynomial", default=1, least=0, below=1000, acts_if=_of_curves("polynomial")
+    )
     lr_scheduler_timescale: int | None = option(
-        "time scale of inverse_sqrt; the warm-up steps when not given", least=1
+        "time scale of inverse_sqrt; the warm-up steps when not given",
+        least=1,
+        acts_if=_of_curves("inverse_sqrt"),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
-        "lowest factor of cosine_with_min_lr and warmup_stable_decay", least=0, below=1000
+        "lowest factor of cosine_with_min_lr and warmup_stable_decay",
+        least=0,
+        below=1000,
+        acts_if=_of_curves("cosine_with_min_lr", "warmup_stable_decay"),
     )
     lr_scheduler_type: str = option(
         "a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler", default=""

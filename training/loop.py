@@ -55,7 +55,7 @@ def train(run: TrainingRun) -> bool:
         _restart_clock(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
-                run.trainable.start_epoch()
+                run.model.trainable.start_epoch()
                 first_step = progress.step
                 for group in plan.groups(epoch, progress.position):
                     if advance(run, group, micro_batches):
@@ -88,22 +88,22 @@ def is_ending(run: TrainingRun) -> bool:
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     progress, batches = run.progress, run.feed.batches
-    for network in run.trainable.all_networks:
+    for network in run.model.trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
     # before any weight is stepped
-    rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
+    rates = name_rates(run.model.schedule.get_last_lr(), run.model.trainable.group_names, run.model.optimizer)
     # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
     # if no clip has any. It depends on the whole group, not on this process' share of it, and costs no wait
     # for the device.
     reached, places = run.parameters, [(progress.epoch, index) for index in group]
-    if run.trainable.by_expert:
-        reached = run.trainable.reached({batches.expert_of(place) for place in places})
+    if run.model.trainable.by_expert:
+        reached = run.model.trainable.reached({batches.expert_of(place) for place in places})
     if run.of_sound and not any(map(batches.has_sound, places)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
-    with run.adapter.turned(is_on=True):
+    with run.model.adapter.turned(is_on=True):
         row, keys = _accumulate(run, group, micro_batches)
-    run.stepping.begin(reached)
+    run.model.stepping.begin(reached)
     is_alone = run.steps.everyone == 1
     if run.triggers.asks_for(STOP):
         run.triggers.finish(STOP)  # at once: the run that goes on from here was not asked
@@ -112,12 +112,12 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     if not is_alone:
         wishes = [run.stop.asked, *here]
         row[WISHES] = numbers_on(run.device, wishes, torch.float32)
-        row = sum_over_processes(run.trainable.whole(reached), row)
-    norm = run.stepping.finish().detach().float()  # of the gradients before clipping
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    norms = run.trainable.limit_norms(run.device)
-    run.average.after_step()
+        row = sum_over_processes(run.model.trainable.whole(reached), row)
+    norm = run.model.stepping.finish().detach().float()  # of the gradients before clipping
+    run.model.schedule.step()
+    run.model.optimizer.zero_grad(set_to_none=True)
+    norms = run.model.trainable.limit_norms(run.device)
+    run.model.average.after_step()
     items = batches.order.epoch(progress.epoch)
     sizes = tuple(sorted(item.bucket for index in group for item in items[index]))
     step = StepReport(progress.step + 1, rates, keys, sizes)
@@ -144,12 +144,12 @@ def _accumulate(
     keys: tuple[str, ...] = ()
     parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
-    run.scaler.scale(row)
+    run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         micro_batch = next(micro_batches)
         # dropout is a function of the seed and the micro-batch
         seed = derive_seed(progress.seed, "dropout", micro_batch.number)
-        for network in run.trainable.all_networks:
+        for network in run.model.trainable.all_networks:
             network.set_dropout_seed(seed)
         # the global generators are for networks that use them; torch.manual_seed itself would record the call
         # for every kind of device that is not in use
@@ -171,14 +171,14 @@ def _accumulate(
             now = [steps.share(group, process)[place] for process in range(steps.processes)]
             experts = sorted({run.feed.batches.expert_of((progress.epoch, other)) for other in now})
         for which in experts:
-            dit = run.dits.at(which)
+            dit = run.model.dits.at(which)
             losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
             loss = sum_streams(losses) / parts
             if is_repeat or which != expert:
                 # for the others, which gather the blocks from this process
-                run.scaler.scale(0 * loss).backward()
+                run.model.scaler.scale(0 * loss).backward()
                 continue
-            run.scaler.scale(loss).backward()
+            run.model.scaler.scale(loss).backward()
             row[0] += loss.detach()
             by_part = {expert: loss * parts} if len(run.experts) > 1 else dict(enumerate(losses))
             for part, value in by_part.items() if count else ():
@@ -194,7 +194,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
     loss, norm = step.row[0], step.row[-1]
-    if not (math.isfinite(loss) and math.isfinite(norm)) and not run.scaler.is_enabled():
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not run.model.scaler.is_enabled():
         keys = ", ".join(step.keys)
         items = f" The items of this process in that step: {keys}." if keys else ""
         raise UserError(
@@ -217,7 +217,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
-        norms=None if run.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
+        norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
         by_part={name: total / batches for name, total, batches in parts if batches},
     )
     run.logs.step(report)
@@ -246,7 +246,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     """
     progress, options = run.progress, run.options
     asks_to_save, asks_to_sample = asked
-    every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
+    every, validate_every = run.plan.saving.save_every_n_steps, options.validation.validate_every_n_steps
     saves = asks_to_save or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = validate_every is not None and progress.step % validate_every == 0
     sample_every = options.samples.sample_every_n_steps
@@ -287,7 +287,7 @@ def _after_epoch(run: TrainingRun) -> None:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
         progress.epoch, progress.position = epoch, 0
-    every, is_last = options.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
+    every, is_last = run.plan.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
     saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
     if saves:
         with run.logs.pauses.of(SAVING):
@@ -332,10 +332,11 @@ def _sample(run: TrainingRun) -> None:
                 raise SamplingStopped
 
         mark, tell = progress.sample_pending, run.reporter.note_doing
-        timed, ready = run.logs.pauses.of(SAMPLES), evaluation(run.modules, run.optimizer, run.parameters)
+        timed, model = run.logs.pauses.of(SAMPLES), run.model
+        ready = evaluation(model.modules, model.optimizer, run.parameters)
         try:
             with timed, ready, _as_sampled(run):
-                sampler.make(run.sample_dits.at, run.autocast, mark, check, tell)
+                sampler.make(model.sample_dits.at, run.autocast, mark, check, tell)
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.steps.everyone, run.device):
@@ -350,17 +351,17 @@ def _sample(run: TrainingRun) -> None:
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
     """Turn the network into that of samples: with LoRAs of their own, with the average of the weights."""
     with contextlib.ExitStack() as stack:
-        for loras in run.sample_loras:
-            stack.enter_context(loras.switched_on(run.device, run.compute_dtype))
+        for loras in run.model.sample_loras:
+            stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
         if run.options.average.sample_ema:
-            stack.enter_context(run.average.in_place())
+            stack.enter_context(run.model.average.in_place())
         yield
 
 
 def _validate(run: TrainingRun, occasion: str) -> None:
-    ready = evaluation(run.modules, run.optimizer, run.parameters)
+    ready = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     with run.logs.pauses.of(VALIDATION), ready:
-        losses = run.validation.measure(run.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
     run.logs.values(run.validation.rule.logged(losses, occasion, running), step)

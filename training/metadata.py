@@ -23,7 +23,7 @@ from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, own_values
-from training.training_run import TrainingRun
+from training.training_run import TrainedModel
 
 MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
 # of files of the known tuners of video and of image models; `Family.metadata` has that of others
@@ -31,18 +31,17 @@ RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
-def continued_sizes(run: TrainingRun, part: str) -> dict[str, str]:
+def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     """Return rank and alpha of a network that goes on from a file or a state, if they are not the options'.
 
     part: whose file it is, see `Trainable.writes`.
     """
-    network = run.options.network
-    starts = network is not None and (
-        network.network_weights or run.options.by_expert.network_weights_high_noise
-    )
-    if network is None or not (starts or run.plan.saved):
+    options = model.plan.options
+    network = options.network
+    starts = network is not None and (network.network_weights or options.by_expert.network_weights_high_noise)
+    if network is None or not (starts or model.plan.saved):
         return {}
-    ranks, alphas = run.trainable.sizes(part)
+    ranks, alphas = model.trainable.sizes(part)
     rank = network.network_dim or DEFAULT_RANK
     if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
         return {}

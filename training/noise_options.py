@@ -31,6 +31,13 @@ NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 MOST_LOGIT = 16  # a sigmoid of it is 1 to seven digits
 
 
+_OF_LOGIT = {
+    "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it": lambda own: (
+        own.timestep_sampling in {"logsnr", "qinglong_flux"} or own.drawn_by == ("sigma", "logit_normal")
+    )
+}
+
+
 class TimestepOptions(Options, title="timesteps and loss weights"):
     """Options of the distribution of timesteps and of the loss weights."""
 
@@ -57,6 +64,11 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         least=0,
         most=100,
         hint="1 is usual",
+        acts_if={
+            "only --timestep_sampling sigmoid and shift use it": lambda own: (
+                own.timestep_sampling in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}
+            )
+        },
     )
     weighting_scheme: str = option(
         "logit_normal and mode shape the draws of --timestep_sampling sigma; cosmap and sigma_sqrt "
@@ -70,6 +82,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         least=-MOST_LOGIT,
         most=MOST_LOGIT,
         hint="0 is usual",
+        acts_if=_OF_LOGIT,
     )
     logit_std: float = option(
         "width of logit_normal, logsnr, qinglong_flux",
@@ -77,6 +90,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         least=0,
         most=MOST_LOGIT,
         hint="1 is usual",
+        acts_if=_OF_LOGIT,
     )
     mode_scale: float = option(
         "scale of the weighting scheme mode",
@@ -84,6 +98,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         least=-MOST_LOGIT,
         most=MOST_LOGIT,
         hint="1.29 is usual",
+        acts_if={"only --weighting_scheme mode uses it": lambda own: own.drawn_by == ("sigma", "mode")},
     )
     min_timestep: int | None = option(
         "lower bound, 0 to 999; with --timestep_sampling sigma it counts from the noisy end"
@@ -92,7 +107,12 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
     )
     preserve_distribution_shape: bool = option(
-        "draw again outside min_timestep..max_timestep instead of squeezing the range"
+        "draw again outside min_timestep..max_timestep instead of squeezing the range",
+        acts_if={
+            "there is neither --min_timestep nor --max_timestep": lambda own: (
+                own.min_timestep is not None or own.max_timestep is not None
+            )
+        },
     )
     num_timestep_buckets: int | None = option(
         "spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",
@@ -110,6 +130,11 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
                 f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "
                 f"{NUM_TIMESTEPS}"
             )
+
+    @property
+    def drawn_by(self) -> tuple[str, str]:
+        """Return the sampler, and the weighting scheme that shapes the draws of some."""
+        return self.timestep_sampling, self.weighting_scheme
 
     @property
     def follows_size(self) -> bool:
@@ -150,6 +175,7 @@ PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 # by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise
 TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 WITH_THRESHOLD = ("huber", "smooth_l1")
+_OF_HUBER = {"only --loss_type huber and smooth_l1 use it": lambda own: own.has_threshold}
 
 
 class LossOptions(Options, title="loss"):
@@ -165,9 +191,20 @@ class LossOptions(Options, title="loss"):
         "threshold of huber and smooth_l1: constant, or smaller the more noise there is",
         default="snr",
         choices=("constant", "exponential", "snr"),
+        acts_if=_OF_HUBER,
     )
-    huber_c: float = option("threshold of huber and smooth_l1 in pure noise", default=0.1, above=0)
-    huber_scale: float = option("factor on the thresholds of constant and exponential", default=1.0, above=0)
+    huber_c: float = option(
+        "threshold of huber and smooth_l1 in pure noise", default=0.1, above=0, acts_if=_OF_HUBER
+    )
+    huber_scale: float = option(
+        "factor on the thresholds of constant and exponential",
+        default=1.0,
+        above=0,
+        acts_if={
+            **_OF_HUBER,
+            "--huber_schedule snr does not use it": lambda own: own.huber_schedule != "snr",
+        },
+    )
 
     @property
     def has_threshold(self) -> bool:

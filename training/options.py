@@ -4,13 +4,13 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.errors import OptionError
 from modules.option_values import require
-from modules.options import FREE, HABIT, Options, option, read_options
+from modules.options import FREE, HABIT, Options, option, option_values, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
@@ -200,6 +200,48 @@ class TrainingOptions(Options):
             )
 
 
+class GivenOption(NamedTuple):
+    """Hold an option of a run, with the words to type for it."""
+
+    name: str
+    text: str
+    words: Sequence[str]
+    is_changed: bool  # it differs from its default
+
+
+def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[GivenOption]:
+    """Return the options that a parser read, in its order. Keys and tokens are left out."""
+    values = {name: value for record in records for name, value in option_values(record).items()}
+    found = []
+    for action in parser._actions:
+        if action.dest not in values or vars(action).get("is_secret") or not action.option_strings:
+            continue
+        # the value that needs no typing: the default, or the one of an option that is not given
+        value, usual = values[action.dest], getattr(action, "not_given", action.default)
+        texts = value_words(value)
+        are_numbers = isinstance(value, (int, float)) and isinstance(usual, (int, float))
+        is_changed = value != usual if are_numbers else texts != value_words(usual)
+        name = next(each for each in action.option_strings if each.startswith("--"))
+        words = [name] if action.nargs == 0 else type_option(name, *texts)
+        found.append(GivenOption(action.dest, " ".join(texts), words, is_changed))
+    return found
+
+
+def type_option(name: str, *texts: str) -> list[str]:
+    """Return the words of an option; a text that begins with - goes behind an equals sign."""
+    is_dashed = len(texts) == 1 and texts[0].startswith("-")
+    return [f"{name}={texts[0]}"] if is_dashed else [name, *texts]
+
+
+def value_words(value: Any) -> list[str]:
+    """Return an option's value as the words of a command line."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [text for each in value for text in value_words(each)]
+    return [repr(value) if isinstance(value, float) else str(value)]
+
+
 def read_training(
     doc: str | None,
     record: type[R],
@@ -207,8 +249,8 @@ def read_training(
     learner: type[Options] = NetworkOptions,
     more: Sequence[type[Options]] = (),
     **settings: Any,
-) -> tuple[TrainingOptions, R]:
-    """Read the options of a script that trains.
+) -> tuple[TrainingOptions, R, list[GivenOption]]:
+    """Read the options of a script that trains: the shared ones, the family's, and both as words.
 
     record: the family's own. doc, learner, settings: see `training_parser`. more: further records of shared
     options.
@@ -216,7 +258,8 @@ def read_training(
     parser = training_parser(doc, learner, **settings)
     add_options(parser, record, *more)
     args = read_arguments(parser, argv)
-    return read_options(TrainingOptions, args), read_options(record, args)
+    options, own = read_options(TrainingOptions, args), read_options(record, args)
+    return options, own, given_options(parser, own, options)
 
 
 def training_parser(

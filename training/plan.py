@@ -1,11 +1,12 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -35,10 +36,20 @@ from training.reports.logs import check_trackers
 from training.resuming import check_resumable, find_state, first_progress, settings_of, take_over
 from training.run_options import StartOptions
 from training.saving.files import Names, hold_name
+from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinedProcesses:
+    """Hold the processes of a run, once its options are known to fit their device."""
+
+    accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
+    others: Any  # `OtherProcesses` of several processes; None of one
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,11 @@ class TrainingPlan:
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     sampled: Family  # the model that samples are made with: may have transformers that are not trained
     commands: CachingCommands
-    accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
+    processes: JoinedProcesses
     saved: SavedState | ForeignState | None
     progress: Progress
     names: Names  # of the run's files
+    saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
     network_module: str  # empty if the model itself is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
@@ -67,7 +78,10 @@ class TrainingPlan:
     identity: dict[str, Any]
     habits: dict[str, Any]
     changes: Mapping[str, str]
-    others: Any  # `OtherProcesses` of several processes; None of one
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
     @property
     def splits_model(self) -> bool:
@@ -79,92 +93,109 @@ def make_plan(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands,
-    held: ExitStack,
+    config: DatasetConfig,
+    processes: JoinedProcesses,
     sampling: Family | None = None,
 ) -> TrainingPlan:
-    """Join the processes, find state, items and steps, and check all that can be known before loading.
+    """Find state, items and steps, and check all that can be known before loading.
 
-    held: until it is closed, no other run has the name of this one. sampling: the model of samples, if it has
-    transformers that are not trained.
+    sampling: the model of samples, if it has transformers that are not trained.
     """
-    config = read_config(options, family)  # a fault in it is told before anything is started
-    accelerator, fp8, others = _join_processes(family, options, held)
+    accelerator, network = processes.accelerator, options.network
     is_main, device = accelerator.is_main_process, accelerator.device
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, fp8)
+    check_computing(family, options, device, processes.fp8)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    tables = config.datasets
-    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in tables)
-    if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
-        from training.caching_inside import find_live_texts, prepare_sources
-
-        texts = find_live_texts(family, options, config)
-        check_teacher(family, options, texts)
-        sources = prepare_sources(family, config, options.caching, device, texts.keys)
-    else:
-        texts, sources = NO_TEXTS, BatchSources(Stores(npz_names(family)))
-        check_teacher(family, options, texts)
-    process = accelerator.process_index, accelerator.num_processes
-    training, validation = _find_items(
-        family, options, config, sources, texts, commands, progress.seed, process
-    )
-    if is_main and learn_no_references([*training, *validation], sources.stores, sources.tables):
-        logger.warning("%s", NO_REFERENCE)
-    takes_masks = is_main and options.subset is not None and options.subset.masked_loss
-    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in tables):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
-    order, processes = BatchOrder(training, progress.seed), accelerator.num_processes
-    steps = _plan_steps(options, order, processes, progress)
+    texts, sources = _find_sources(family, options, config, device)
+    process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
+    training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)
+    if is_main:
+        _warn_of_data(options, config, [*training, *validation], sources)
+    order = BatchOrder(training, seed)
+    steps = _plan_steps(options, order, process[1], progress)
     check_before_loading(family, options, steps.total_steps, sampling)
-    options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
         warn_of_few_steps(family, options)
-    network = options.network
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    identity, habits = settings_of(family, options, progress.seed, order, steps, module)
-    changes = check_resumable(saved, identity, habits, options)
-    if changes and isinstance(saved, SavedState):
-        take_over(changes, progress, saved)
-    if options.start is not None:
-        begin_later(options.start, progress, steps, saved is not None)
+    identity, habits = settings_of(family, options, seed, order, steps, module)
+    saving = options.saving.spread(steps.num_epochs)
+    changes = check_resumable(saved, identity, habits, options, saving)
+    _set_progress(progress, saved, changes, options, steps)
     return TrainingPlan(
         family=family,
         options=options,
         sampled=sampling or family,
         commands=commands,
-        accelerator=accelerator,
-        fp8=fp8,
+        processes=processes,
         saved=saved,
         progress=progress,
         names=Names(*options.saving.place, parts),
+        saving=saving,
         network_module=module,
         config=config,
         training=training,
         validation=validation,
         order=order,
-        steps=_plan_steps(options, order, processes, progress),  # changes may have begun them anew
+        steps=_plan_steps(options, order, process[1], progress),  # changes may have begun them anew
         sources=sources,
         encoders=SameEncoders(commands),
         texts=texts,
         identity=identity,
         habits=habits,
         changes=changes,
-        others=others,
     )
 
 
-def _join_processes(
-    family: Family, options: TrainingOptions, held: ExitStack
-) -> tuple[Accelerator, Quantisation | None, Any]:
-    """Start trackers and processes, check the options against the device, and hold the name of the run.
+def _set_progress(
+    progress: Progress,
+    saved: SavedState | ForeignState | None,
+    changes: Mapping[str, str],
+    options: TrainingOptions,
+    steps: StepPlan,
+) -> None:
+    """Put the progress to where the run begins: by what --resume_changed changes, and by --initial_step."""
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, progress, saved)
+    if options.start is not None:
+        begin_later(options.start, progress, steps, saved is not None)
 
-    Returns the processes, with what multiplies on the device, and what watches the others if there are some.
+
+def _find_sources(
+    family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
+) -> tuple[LiveTexts, BatchSources]:
+    """Return what encodes while training, and where the rest is read from. Checks --teacher."""
+    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in config.datasets)
+    if not (is_changing or options.is_for_images or options.caching is not None):
+        check_teacher(family, options, NO_TEXTS)
+        return NO_TEXTS, BatchSources(Stores(npz_names(family)))
+    from training.caching_inside import find_live_texts, prepare_sources  # maybe it encodes by itself
+
+    texts = find_live_texts(family, options, config)
+    check_teacher(family, options, texts)
+    return texts, prepare_sources(family, config, options.caching, device, texts.keys)
+
+
+def _warn_of_data(
+    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
+) -> None:
+    if learn_no_references(items, sources.stores, sources.tables):
+        logger.warning("%s", NO_REFERENCE)
+    takes_masks = options.subset is not None and options.subset.masked_loss
+    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
+        )
+
+
+@contextmanager
+def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedProcesses]:
+    """Start trackers and processes, and check the options against the device.
+
+    During the block no other run has the name of this one, and the processes watch each other.
     """
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs)
@@ -185,24 +216,25 @@ def _join_processes(
         check_split(options.optimizer.optimizer_type)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
-    others = None
-    if accelerator.num_processes > 1:
-        watch = import_own("modules.lost_processes").OtherProcesses
-        others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
-        held.enter_context(others.explain())
-    # the main process holds the name; if it cannot be had, that one tells, and all end
-    error: OutputError | None = None
-    if accelerator.is_main_process:
-        try:
-            held.enter_context(hold_name(*options.saving.place))
-        except OutputError as refusal:
-            error = refusal
-    (code,) = broadcast_object_list([None if error is None else error.exit_code])
-    if error is not None:
-        raise error
-    if code is not None:
-        raise SystemExit(code)
-    return accelerator, fp8, others
+    with ExitStack() as held:
+        others = None
+        if accelerator.num_processes > 1:
+            watch = import_own("modules.lost_processes").OtherProcesses
+            others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
+            held.enter_context(others.explain())
+        # the main process holds the name; if it cannot be had, that one tells, and all end
+        error: OutputError | None = None
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(hold_name(*options.saving.place))
+            except OutputError as refusal:
+                error = refusal
+        (code,) = broadcast_object_list([None if error is None else error.exit_code])
+        if error is not None:
+            raise error
+        if code is not None:
+            raise SystemExit(code)
+        yield JoinedProcesses(accelerator, fp8, others)
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:

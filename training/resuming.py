@@ -16,6 +16,7 @@ from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
@@ -25,8 +26,7 @@ from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving.files import find_set_aside
-from training.saving.hub import download_state
-from training.saving.options import LATEST, LATEST_ONLY
+from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.saving.states import (
     FRESH_START,
     ForeignState,
@@ -69,7 +69,8 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
             _explain_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
-        folder = download_state(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
+        fetch = import_own("training.saving.hub").download_state
+        folder = fetch(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
         folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)
@@ -179,8 +180,11 @@ def check_resumable(
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
+    saving: SavingOptions,
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn of changes.
+
+    saving: see `TrainingPlan.saving`.
 
     Settings that the saved run did not record are not compared. Returns what --resume_changed changes, if
     given, in words by the name of the setting. Call it before anything large is loaded.
@@ -225,7 +229,7 @@ def check_resumable(
         )
     changed = _differences(habits_before, habits)
     if may_change:
-        found |= changed | _differences(saved.settings, listed_settings(options))
+        found |= changed | _differences(saved.settings, listed_settings(options, saving))
         return {name: f"{name}: {then} -> {now}" for name, (then, now) in found.items()}
     for name, (then, now) in changed.items():
         logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
@@ -241,9 +245,9 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
     }
 
 
-def listed_settings(options: TrainingOptions) -> dict[str, Any]:
+def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
     """Return the settings that a resumed run may always change, to list a change."""
-    config = public_config(options)
+    config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,21 +15,20 @@ from modules.contract.family import Family
 from modules.dressing import shared_blocks
 from modules.installation import import_own
 from modules.options import option_values
-from modules.planning.memory_plan import too_little
-from training.following import NO_SCRIPTS, FamilyScripts, make_reporter, plan_next_steps
-from training.learning import load_model
+from modules.planning.device_memory import MemoryWatch, too_little
+from modules.speed_options import SwapOptions
+from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
+from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
-from training.plan import TrainingPlan, make_plan
-from training.planning.memory import prepare_memory
+from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.pauses import Pauses
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
-from training.saving.hub import make_uploads
 from training.saving.states import SavedState
-from training.summary import count_pauses, show_end, show_start, watch_run
+from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -74,51 +74,81 @@ def prepare_run(
     sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
+    config = read_config(options, family)  # a fault in it is told before anything is started
     with contextlib.ExitStack() as held:
-        plan = make_plan(family, options, commands, held, sampling)
+        processes = held.enter_context(join_processes(family, options))
+        plan = make_plan(family, options, commands, config, processes, sampling)
         accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
         sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
         following = plan_next_steps(plan, scripts, sampler)
-        if plan.others is not None:
-            plan.others.advice = following.after_loss
-        swap, memory = prepare_memory(plan)
+        if processes.others is not None:
+            processes.others.advice = following.after_loss
+        swap, memory = _prepare_memory(plan)
         texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
         held.callback(texts.free)
-        logs = Logs(
-            accelerator,
-            options.logs,
-            plan.steps.total_steps,
-            progress.step,
-            public_config(plan.options, swap) if options.logs.log_config else {},
-            TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft",
-            extras=watch_run(plan),
-            pauses=Pauses(
-                lambda step: count_pauses(
-                    plan.options, plan.steps, bool(plan.validation), step, progress.epoch
-                )
-            ),
-        )
+        logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, sampler, memory)
-        run = load_model(plan, swap, sampler, memory, logs, reporter)
-        # When nothing can be missing any more, the files of an earlier run of this name are set aside.
-        if accelerator.is_main_process and not options.saving.overwrite:
-            is_new, history = not isinstance(plan.saved, SavedState), reporter.history.path
-            if is_new or read_session(history) not in (None, progress.session_id):
-                given = option_values(plan.options) | option_values(family.options)
-                lists = (value if isinstance(value, (list, tuple)) else (value,) for value in given.values())
-                inputs = [value for each in lists for value in each if isinstance(value, Path)]
-                inputs += [plan.saved.folder] if plan.saved else []
-                set_aside(plan.names, inputs, datetime.now(), options.saving.resume is not None)
+        model = load_model(plan, swap, sampler is not None)
+        # nothing can be missing any more
+        _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        uploads = make_uploads(options.hub)
-        run.saver = make_saver(run, uploads)
-        with contextlib.closing(uploads), logs, reporter:
-            show_start(run, file_dtype(options, run.dits.networks[0]))
-            with contextlib.nullcontext() if plan.others is None else plan.others.explain():
+        has_hub = options.hub.huggingface_repo_id is not None
+        uploads = import_own("training.saving.hub").make_uploads(options.hub) if has_hub else None
+        prompts = () if sampler is None else sampler.prompts
+        saver = make_saver(model, uploads, prompts, reporter.note_saved)
+        saver.tidy(progress.step, progress.epoch)
+        run = make_run(model, sampler, memory, logs, reporter, saver)
+        closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
+        with closing, logs, reporter:
+            show_start(run, file_dtype(options, model.dits.networks[0]))
+            with contextlib.nullcontext() if processes.others is None else processes.others.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.events_told, following)
+
+
+def _prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
+    """Resolve --blocks_to_swap auto and watch a CUDA device, without loading the planner for others."""
+    swap = plan.options.speed.swap
+    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
+        return swap, None
+    found: tuple[SwapOptions, MemoryWatch | None] = import_own("training.planning.memory").prepare_memory(
+        plan
+    )
+    return found
+
+
+def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+    options, progress = plan.options, plan.progress
+    return Logs(
+        plan.accelerator,
+        options.logs,
+        plan.steps.total_steps,
+        progress.step,
+        public_config(options, plan.saving, swap) if options.logs.log_config else {},
+        TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        extras=watch_run(plan),
+        pauses=Pauses(
+            lambda step: count_pauses(
+                options, plan.saving, plan.steps, bool(plan.validation), step, progress.epoch
+            )
+        ),
+    )
+
+
+def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
+    """Set aside the files of an earlier run of this name, unless this one goes on or replaces them."""
+    saving = plan.saving
+    if saving.overwrite or not plan.accelerator.is_main_process:
+        return
+    is_new = not isinstance(plan.saved, SavedState)
+    if is_new or read_session(history) not in (None, plan.progress.session_id):
+        given = option_values(plan.options) | option_values(plan.family.options)
+        lists = (value if isinstance(value, (list, tuple)) else (value,) for value in given.values())
+        inputs = [value for each in lists for value in each if isinstance(value, Path)]
+        inputs += [plan.saved.folder] if plan.saved else []
+        set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
 def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
@@ -153,4 +183,4 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         plan.steps.works_together,
         shared_blocks(plan.options.speed.sharding, accelerator.device),
     )
-    return sampler
+    return replace(sampler, renew=plan.texts.renew) if plan.texts.learning else sampler

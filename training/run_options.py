@@ -8,8 +8,8 @@ from pathlib import Path
 
 from blissful_tuner.options import PreviewOptions
 from dataset.options import CheckPageOptions
-from generation.prompt_lines import text_to_seed
 from modules.errors import OptionError
+from modules.option_values import text_to_seed
 from modules.options import FREE, HABIT, SECRET, Options, not_needed, option
 from networks.options import require_files
 
@@ -236,6 +236,10 @@ NEEDS_FOLDER = ("tensorboard", "aim")  # trackers that write into --logging_dir
 TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
 
 
+_IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda own: bool(own.trackers)}
+_IF_WANDB = {"wandb is not used without --log_with wandb": lambda own: "wandb" in own.trackers}
+
+
 class LogOptions(Options, title="logs"):
     """Options of where loss curves go."""
 
@@ -246,20 +250,31 @@ class LogOptions(Options, title="logs"):
         "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
         choices=(*TRACKERS, "all"),
     )
-    log_prefix: str | None = option("start of the run folder's name, before its date")
-    log_tracker_name: str | None = option(
-        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given"
+    log_prefix: str | None = option(
+        "start of the run folder's name, before its date",
+        acts_if={"there is no --logging_dir": lambda own: own.logging_dir is not None},
     )
-    wandb_run_name: str | None = option("name of the run in wandb")
+    log_tracker_name: str | None = option(
+        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
+        acts_if=_IF_LOGGED,
+    )
+    wandb_run_name: str | None = option(
+        "name of the run in wandb",
+        acts_if={
+            **_IF_WANDB,
+            "--log_tracker_config replaces it": lambda own: own.log_tracker_config is None,
+        },
+    )
     log_tracker_config: Path | None = option(
         "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
+        acts_if=_IF_LOGGED,
     )
     wandb_api_key: str | None = option(
-        "log in to wandb with this key; it is never written anywhere", facts=SECRET
+        "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET
     )
-    log_config: bool = option("send the options, without keys and paths, to the trackers")
+    log_config: bool = option("send the options, without keys and paths, to the trackers", acts_if=_IF_LOGGED)
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
         "each time that samples are made"

@@ -33,7 +33,7 @@ from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
-from modules.contract.rules import expert_at
+from modules.contract.rules import HIGH_NOISE, expert_at
 from modules.contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from modules.control_codes import shorten
 from modules.errors import OptionError
@@ -80,6 +80,12 @@ class Sampler:
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
     writes: bool = True  # else another process does, and this one only helps to make them
+
+    @property
+    def first_values(self) -> dict[str, Any]:
+        """Return the values of the first sample, as `sample_values` does; empty if there is none."""
+        first = self.samples[0] if self.samples else None
+        return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 
     def make(
         self,
@@ -204,27 +210,14 @@ def prepare_samples(
     used.
     """
     entries, all_prepared = read_requests(family, prompt_file)
-    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
-    if process == 0 and has_shift and family.defaults.flow_shift is None:
-        logger.warning(
-            "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
-        )
-    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
-    if process == 0 and has_embedded and family.defaults.embedded_guidance is None:
-        logger.warning(
-            "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
-            prompt_file,
-        )
+    if process == 0:
+        _warn_of_unread(entries, family, prompt_file)
+        _remove_unfinished(folder, name)
     chosen = [
         (index, prepared, entry.get("seed") is not None)
         for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
     ]
     chosen = chosen if together else chosen[process::processes]
-    if process == 0:  # unfinished samples that a killed run of this name left behind
-        pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
-        for path in list(folder.iterdir()) if folder.is_dir() else []:
-            if pattern.fullmatch(path.name):
-                path.unlink(missing_ok=True)
     requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False, blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
@@ -246,6 +239,29 @@ def prepare_samples(
         previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
     sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
     return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
+
+
+def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
+    """Warn of settings of samples that the model has no use for."""
+    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
+    if has_shift and family.defaults.flow_shift is None:
+        logger.warning(
+            "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
+        )
+    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
+    if has_embedded and family.defaults.embedded_guidance is None:
+        logger.warning(
+            "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
+            prompt_file,
+        )
+
+
+def _remove_unfinished(folder: Path, name: str) -> None:
+    """Remove unfinished samples that a killed run of this name left behind."""
+    pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def draw_together() -> int:
@@ -357,3 +373,19 @@ def _solver_of(values: Mapping[str, Any]) -> str | None:
 
 def _no_dit(expert: int) -> nn.Module:
     raise AssertionError("training samples use the network that is being trained")
+
+
+def sample_values(made: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+    """Return the values of a sample, by the names of `Request`: see `training.following.Generation`."""
+    values = vars(made.asked) | {
+        name: getattr(made, name) for name in ("frames", "steps", "embedded_guidance")
+    }
+    # the one of streams that have their own is said only if the sample says it: it replaces theirs
+    values["guidance_scale"] = made.asked.guidance_scale if made.rules.streams else made.guidance_scale[0]
+    for expert, scale in zip(family.experts, made.guidance_scale, strict=True):
+        if expert.name == HIGH_NOISE:
+            values[f"guidance_scale_{HIGH_NOISE}"] = scale
+    values["seed"] = made.seed if is_seeded else None
+    values["flow_shift"] = made.flow_shift if family.defaults.flow_shift is not None else None
+    values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
+    return values

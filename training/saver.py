@@ -1,21 +1,22 @@
 """Make the saver of a run: files, averages, states and the card; restore a state."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from training.averages import PART as AVERAGE
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
-from training.optimizers.foreign import renumber
 from training.optimizers.optimizer import (
     finished_weights,
     optimizer_state,
@@ -26,73 +27,86 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.resuming import listed_settings
 from training.saving.files import NoSaver, Saver
-from training.saving.hub import Uploads, write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
-from training.training_run import TrainingRun
+from training.training_run import TrainedModel
+
+if TYPE_CHECKING:  # it is loaded only if files are uploaded
+    from training.saving.hub import Uploads
 
 logger = logging.getLogger(__name__)
 
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
-def make_saver(run: TrainingRun, uploads: Uploads) -> Saver | NoSaver:
-    """Make the saver in the main process; the others save nothing."""
-    plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
+def make_saver(
+    model: TrainedModel,
+    uploads: "Uploads | None",
+    prompts: Sequence[str],
+    note_saved: Callable[[Path, int], None],
+) -> Saver | NoSaver:
+    """Make the saver in the main process; the others save nothing.
+
+    uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets each file that
+    is saved, and the step.
+    """
+    plan, trainable = model.plan, model.trainable
+    options, progress = plan.options, plan.progress
     is_first = plan.accelerator.is_main_process
     if not (is_first or plan.splits_model):
         return NoSaver()
-    family = plan.family
-    run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
-    sizes = {part: continued_sizes(run, part) for part in trainable.writes}
-    dtype = file_dtype(options, run.dits.networks[0])
-
-    def metadata_now(part: str) -> dict[str, str]:
-        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        own = run_values | sizes[part] | expert_metadata(family, options, part)
-        licence = family.release.licence
-        return file_metadata(own, options, family.metadata, progress.step, epoch, datetime.now(), licence)
+    dtype, metadata_now = file_dtype(options, model.dits.networks[0]), _metadata_of(model)
 
     def write_file(part: str, path: Path) -> None:
-        settle_all(run.dits.networks)
-        with finished_weights(run.optimizer, trainable.parameters):
+        settle_all(model.dits.networks)
+        with finished_weights(model.optimizer, trainable.parameters):
             trainable.writes[part](path, dtype, metadata_now(part))
 
     def write_average(part: str, path: Path) -> None:
-        with run.average.in_place():
-            own = {} if options.metadata.no_metadata else run.average.metadata
+        with model.average.in_place():
+            own = {} if options.metadata.no_metadata else model.average.metadata
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
     card = None
-    if options.hub.huggingface_repo_id is not None and is_first:
-        prompts = [prompt for prompt in run.sampler.prompts if prompt] if run.sampler else []
-        is_lora = options.network is not None
-        card = write_card(
-            plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
-        )
-    write: Callable[[Path, SavedState], None] = write_state
-    if plan.splits_model:
-        from training.saving.split_model import write_split_state
+    if uploads is not None and is_first:
+        now, told = metadata_now(next(iter(trainable.writes))), [*filter(None, prompts)]
+        write_card, is_lora = import_own("training.saving.hub").write_card, options.network is not None
+        card = write_card(plan.names.name, is_lora, plan.family.release, now, told)
 
-        write = write_split_state
+    def write_own(folder: Path) -> None:
+        split = plan.splits_model
+        write = import_own("training.saving.split_model").write_split_state if split else write_state
+        write(folder, take_state(model))
 
     def publish(path: Path) -> None:
-        uploads.publish(path, card)
-        run.reporter.note_saved(path, progress.step)
+        if uploads is not None:
+            uploads.publish(path, card)
+        note_saved(path, progress.step)
 
-    saver = Saver(
-        options.saving,
+    return Saver(
+        plan.saving,
         plan.names,
         write_file,
-        lambda folder: write(folder, take_state(run)),
+        write_own,
         publish,
-        uploads.publish_state,
-        write_average if run.average.values else None,
+        (lambda _: None) if uploads is None else uploads.publish_state,
+        write_average if model.average.values else None,
         is_first,
     )
-    saver.remove_leftovers()
-    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
-    saver.tidy_epochs(progress.epoch)
-    return saver
+
+
+def _metadata_of(model: TrainedModel) -> Callable[[str], dict[str, str]]:
+    """Return a maker of the metadata that a file has when it is saved; given the part that it is for."""
+    plan, progress, family = model.plan, model.plan.progress, model.plan.family
+    run_values = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    sizes = {part: continued_sizes(model, part) for part in model.trainable.writes}
+
+    def metadata_now(part: str) -> dict[str, str]:
+        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+        own = run_values | sizes[part] | expert_metadata(family, plan.options, part)
+        facts, licence = family.metadata, family.release.licence
+        return file_metadata(own, plan.options, facts, progress.step, epoch, datetime.now(), licence)
+
+    return metadata_now
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
@@ -103,20 +117,20 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     return None if options.network is None else dtype_of(dit)
 
 
-def take_state(run: TrainingRun) -> SavedState:
+def take_state(model: TrainedModel) -> SavedState:
     """Return everything that resuming needs, not copied.
 
     Call between steps, while the training weights are loaded.
     """
-    settle_all(run.dits.networks)
-    plan = run.plan
+    settle_all(model.dits.networks)
+    plan = model.plan
     parts: dict[str, Mapping[str, Tensor]] = {
-        name: module.state_dict() for name, module in run.trainable.modules.items()
+        name: module.state_dict() for name, module in model.trainable.modules.items()
     }
-    if average := run.average.tensors():
+    if average := model.average.tensors():
         parts[AVERAGE] = average
-    kept = optimizer_state(run.optimizer, run.trainable.names)
-    for name, weight in _stepped_rows(run).items():
+    kept = optimizer_state(model.optimizer, model.trainable.names)
+    for name, weight in _stepped_rows(model).items():
         values = kept["states"].get(name, {})
         rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
         values |= {key: as_split(weight, value) for key, value in rows.items()}
@@ -127,44 +141,44 @@ def take_state(run: TrainingRun) -> SavedState:
         plan.habits,
         parts,
         kept,
-        run.schedule.state_dict(),
-        run.scaler.state_dict(),
-        run.average.described(),
-        listed_settings(plan.options),
+        model.schedule.state_dict(),
+        model.scaler.state_dict(),
+        model.average.described(),
+        listed_settings(plan.options, plan.saving),
     )
 
 
-def restore(run: TrainingRun) -> None:
+def restore(model: TrainedModel) -> None:
     """Bring the run into the state that its plan names. Raises CheckpointError if something does not fit."""
-    saved, step = run.plan.saved, run.progress.step
+    saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
         if step:  # begun later
-            run.schedule.go_to(step)
+            model.schedule.go_to(step)
         return
     with one_error(saved.folder):
         if isinstance(saved, SavedState):
-            _restore_own(run, saved)
-            logger.info("Continuing at step %d, epoch %d.", step, run.progress.epoch + 1)
-        elif run.plan.splits_model:
+            _restore_own(model, saved)
+            logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
+        elif model.plan.splits_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
                 "it without --shard_base and save a state, which can be split"
             )
         else:
-            _restore_foreign(run, saved)
+            _restore_foreign(model, saved)
     saved.release()
 
 
-def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+def _restore_foreign(model: TrainedModel, saved: ForeignState) -> None:
     """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
-    module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
+    module = next(iter(model.trainable.modules.values()))  # beside it may be what no file holds
     load_module(module, saved.network)
-    run.average.begin()
-    family = run.plan.family
-    found = renumber(
+    model.average.begin()
+    family = model.plan.family
+    found = import_own("training.optimizers.foreign").renumber(
         saved.optimizer,
-        [group["params"] for group in run.optimizer.param_groups],
-        run.trainable.names,
+        [group["params"] for group in model.optimizer.param_groups],
+        model.trainable.names,
         family.metadata.get("base_model_version", family.name),
         list(saved.network) if saved.is_ordered else (),
     )
@@ -172,7 +186,7 @@ def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
     if isinstance(found, str):
         restored = f"the weights alone are restored, not the state of the optimizer: {found}"
     else:
-        restore_foreign_optimizer(run.optimizer, found, run.device)
+        restore_foreign_optimizer(model.optimizer, found, model.device)
     logger.warning(
         "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
         "learning-rate schedule start from 0.",
@@ -180,34 +194,39 @@ def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
     )
 
 
-def _restore_own(run: TrainingRun, saved: SavedState) -> None:
-    if saved.files or run.plan.splits_model:
+def _restore_own(model: TrainedModel, saved: SavedState) -> None:
+    if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state
 
-        own = {name: module.state_dict() for name, module in run.trainable.modules.items()}
-        fill_state(saved, own | {AVERAGE: run.average.tensors()}, _stepped_rows(run), run.device)
-    for name, module in run.trainable.modules.items():
+        own = {name: module.state_dict() for name, module in model.trainable.modules.items()}
+        fill_state(
+            saved,
+            own | {AVERAGE: model.average.tensors()},
+            _stepped_rows(model),
+            model.device,
+        )
+    for name, module in model.trainable.modules.items():
         load_module(module, saved.parts[name])
-    kept, is_changed = saved.optimizer, bool(run.plan.changes)
+    kept, is_changed = saved.optimizer, bool(model.plan.changes)
     if is_changed:  # learning rates follow from the settings of now
         groups = [
             {**group, **{name: own[name] for name in RATES if name in own and name in group}}
-            for group, own in zip(kept["groups"], run.optimizer.param_groups, strict=False)
+            for group, own in zip(kept["groups"], model.optimizer.param_groups, strict=False)
         ]
         kept = {**kept, "groups": groups}
-    restore_optimizer(run.optimizer, run.trainable.names, kept, run.device)
+    restore_optimizer(model.optimizer, model.trainable.names, kept, model.device)
     if is_changed:
-        run.schedule.go_to(run.progress.step)
+        model.schedule.go_to(model.plan.progress.step)
     else:
-        run.schedule.load_state_dict(saved.schedule)
+        model.schedule.load_state_dict(saved.schedule)
     if saved.scaler:
-        run.scaler.load_state_dict(saved.scaler)
-    run.average.restore(saved)
+        model.scaler.load_state_dict(saved.scaler)
+    model.average.restore(saved)
 
 
-def _stepped_rows(run: TrainingRun) -> dict[str, Tensor]:
+def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
     """Return the split weights, by name, of which the optimizer keeps what belongs to their rows here."""
-    if not steps_numbers(type(run.optimizer)):
+    if not steps_numbers(type(model.optimizer)):
         return {}
-    names = run.trainable.names
-    return {names[parameter]: weight for parameter, weight in run.trainable.split.items()}
+    names = model.trainable.names
+    return {names[parameter]: weight for parameter, weight in model.trainable.split.items()}

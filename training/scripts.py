@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.command import tell_loading
 from modules.families import FAMILIES, Script
@@ -10,10 +10,12 @@ from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
-from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 from training.learning_options import WholeDitOptions
 from training.noise_options import SAMPLERS
-from training.options import read_training, training_parser
+from training.options import read_training
+
+if TYPE_CHECKING:
+    from training.image_options import ImageTrainerDefaults
 
 
 def training_script(
@@ -21,7 +23,7 @@ def training_script(
     about: str | None,
     *,
     whole: bool = False,
-    images: ImageTrainerDefaults | None = None,
+    images: "ImageTrainerDefaults | None" = None,
     more: Sequence[type[Options]] = (),
     check: Callable[[Any], None] = lambda own: None,
     samplers: Sequence[str] = SAMPLERS,
@@ -39,9 +41,11 @@ def training_script(
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, own = read_training(about, record, argv, learner, more, settings=settings)
+            options, own, given = read_training(about, record, argv, learner, more, settings=settings)
         else:
-            options, own = read_image_training(about, record, images, argv)
+            from training.image_options import read_image_training
+
+            options, own, given = read_image_training(about, record, images, argv)
         if whole:
             refuse_for_whole(option_values(own).get("dit_dtype"))
         check(own)
@@ -56,12 +60,8 @@ def training_script(
         commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
-            (record, *more),
+            given,
             partial(entry.generation_words, own),
-            learner,
-            partial(training_parser, None, learner, settings=settings)
-            if images is None
-            else partial(image_training_parser, None, images),
         )
         make_sampling = getattr(import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None)
         code = train_network(made, options, CachingCommands(*commands), scripts, make_sampling(own))

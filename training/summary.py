@@ -1,9 +1,10 @@
-"""The boxes of a training run: its plan, and its result."""
+"""The boxes of a training run, its plan and its result; what its page is given."""
 
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.devices import gib, peak_in_words
+from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
+from modules.planning.device_memory import MemoryWatch
 from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
@@ -21,14 +23,26 @@ from training.learning_options import FIND_RATE
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import Story
+from training.reports.history import (
+    HIGHEST,
+    PREDICTED,
+    History,
+    Start,
+    Story,
+    describe_process,
+    history_path,
+)
 from training.reports.page import page_path
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.reports.reporter import RunReporter
 from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
@@ -58,8 +72,7 @@ def count_saves(
         if options.save_last_n_epochs is not None:
             kept = min(kept, options.save_last_n_epochs)
         models += max(0, kept)
-    is_last = options.save_state or options.save_state_on_train_end
-    return models + 1, (models if options.save_state else 0) + is_last
+    return models + 1, (models if options.save_state else 0) + options.saves_state_at_end
 
 
 def saved_bytes(
@@ -76,11 +89,11 @@ def saved_bytes(
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
-    plan, options, steps, parameters = run.plan, run.options, run.steps, run.trainable.weights
-    network, whole, saving, samples = options.network, options.whole_dit, options.saving, options.samples
+    plan, options, steps, parameters = run.plan, run.options, run.steps, run.model.trainable.weights
+    network, whole, saving, samples = options.network, options.whole_dit, plan.saving, options.samples
     if network is not None:
-        continued = any(continued_sizes(run, part) for part in run.trainable.writes)
-        sizes = run.trainable.sizes() if continued else None
+        continued = any(continued_sizes(run.model, part) for part in run.model.trainable.writes)
+        sizes = run.model.trainable.sizes() if continued else None
         rank = (
             f"rank {network.network_dim or DEFAULT_RANK}" if sizes is None else of_numbers("rank", sizes[0])
         )
@@ -203,10 +216,10 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 
 
 def count_pauses(
-    options: TrainingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
+    options: TrainingOptions, saving: SavingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
     """Return how many pauses of each kind come after a step. epoch: whole epochs done by then."""
-    samples, asked, saving = options.samples, options.validation, options.saving
+    samples, asked = options.samples, options.validation
     total, epochs = plan.total_steps, plan.num_epochs
 
     def of_steps(every: int | None) -> int:
@@ -259,3 +272,46 @@ def judge_rate(options: TrainingOptions) -> str:
         return text
     what = "a whole model" if is_whole else "a LoRA"
     return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"
+
+
+def make_reporter(
+    plan: TrainingPlan,
+    following: NextSteps,
+    sampler: "Sampler | None",
+    memory: MemoryWatch | None,
+) -> RunReporter:
+    """Return the reporter of the run. With --no_page it keeps the last box."""
+    progress, device, given = plan.progress, plan.accelerator.device, following.scripts.given
+    is_main = plan.accelerator.is_main_process
+    is_written = is_main and not plan.options.logs.no_page
+    path = history_path(plan.names.folder, plan.names.name)
+    return RunReporter(
+        # other processes read nothing of it
+        History(path, progress.session_id, progress.step if is_main else 0, is_written),
+        Start(
+            plan.family.name,
+            following.total_steps,
+            [(option.name, option.text) for option in given if option.is_changed],
+            [(option.name, option.text) for option in given if not option.is_changed],
+            True,
+            describe_process(),
+        ),
+        {} if sampler is None else dict(enumerate(sampler.prompts)),
+        progress.step,
+        lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
+        lambda: list_memory(device, memory),
+        lambda: plan.accelerator.trackers if is_main else (),  # they start later
+    )
+
+
+def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
+    """Return the page's lines on memory: names and values."""
+    host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
+    if device.type != "cuda":
+        return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]
+    sizes: tuple[int | None, ...] = (None, None, None)
+    if watch is not None:
+        sizes = watch.predicted, watch.measured, watch.highest
+    labels = PREDICTED, "a training step, measured", HIGHEST
+    shown = ["not known" if size is None else f"{gib(size)} GiB" for size in sizes]
+    return [("device", torch.cuda.get_device_name(device)), *zip(labels, shown, strict=True), host]

@@ -151,12 +151,9 @@ class TriggerFiles:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
 
-@dataclass
-class TrainingRun:
-    """Hold everything that the loop works with.
-
-    The plan's progress, the network, the optimizer and the schedule change while training.
-    """
+@dataclass(frozen=True)
+class TrainedModel:
+    """Hold the loaded networks of a plan, and what steps the trained weights."""
 
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
@@ -170,7 +167,32 @@ class TrainingRun:
     scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
     stepping: StepAfterBackward | FusedBackward
     average: WeightAverage  # of the trained weights
-    texts: LiveTexts  # encoded in each step
+
+    @property
+    def device(self) -> torch.device:
+        """Return where steps are computed; swapped weights may be elsewhere."""
+        return self.plan.accelerator.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype that the DiT computes in."""
+        precision = self.plan.options.accelerator.mixed_precision
+        return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Return all modules that are in training mode or in evaluation mode together."""
+        return (*self.dits.networks, *self.trainable.all_modules)
+
+
+@dataclass
+class TrainingRun:
+    """Hold everything that the loop works with.
+
+    The plan's progress, the network, the optimizer and the schedule change while training.
+    """
+
+    model: TrainedModel
     feed: Feed
     rule: LossRule
     validation: Validation  # without items: none is made
@@ -180,10 +202,12 @@ class TrainingRun:
     reporter: RunReporter  # to the page
     triggers: TriggerFiles  # watched by the main process only
     clock: MinuteClock  # ticks in the main process only
-    saver: Saver | NoSaver = NoSaver()
+    saver: Saver | NoSaver
     stop: StopRequest = field(default_factory=StopRequest)
     readings: Readings = field(default_factory=Readings)
-    # of the plan
+    # of the model and its plan
+    plan: TrainingPlan = field(init=False)
+    texts: LiveTexts = field(init=False)  # encoded in each step
     options: TrainingOptions = field(init=False)
     family: Family = field(init=False)
     steps: StepPlan = field(init=False)
@@ -195,19 +219,15 @@ class TrainingRun:
     of_sound: frozenset[Tensor] = field(init=False)  # those of them that only clips with sound reach
 
     def __post_init__(self) -> None:
-        plan, accelerator = self.plan, self.plan.accelerator
+        plan, accelerator, trainable = self.model.plan, self.model.plan.accelerator, self.model.trainable
+        self.plan, self.texts = plan, plan.texts
         self.options, self.family, self.experts = plan.options, plan.family, plan.family.experts
         self.steps, self.progress = plan.steps, plan.progress
         self.device, self.autocast = accelerator.device, accelerator.autocast
-        self.parameters = self.trainable.parameters
+        self.parameters = trainable.parameters
         sound = sound_of(plan.family)
-        names = {} if sound is None else self.trainable.names
+        names = {} if sound is None else trainable.names
         self.of_sound = frozenset(one for one, name in names.items() if sound and sound.modules in name)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Return the dtype that the DiT computes in."""
-        return AUTOCAST.get(self.options.accelerator.mixed_precision, dtype_of(self.dits.networks[0]))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -215,8 +235,3 @@ class TrainingRun:
         if len(self.experts) > 1:
             return tuple(expert.name for expert in self.experts)
         return (PICTURE_STREAM, SOUND_STREAM) if hears_sound(self.family) else ()
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Return all modules that are in training mode or in evaluation mode together."""
-        return (*self.dits.networks, *self.trainable.all_modules)

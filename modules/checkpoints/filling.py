@@ -144,22 +144,29 @@ def load_module(
             release_heap()
             untrimmed = 0
     filling.finish()
-    if fp8 is not None and fp8.kept:
-        logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
-    if fp8 is not None and filling.errors:
-        how = "cast to fp8" if fp8.quantisation.kind == "cast" else "in fp8 with a scale per row"
-        errors = torch.stack([error.cpu() for error in filling.errors.values()])
-        wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
-        if wrong:  # the file's own are finite: a LoRA made them so
-            name = list(filling.errors)[wrong[0]]
-            raise CheckpointError(
-                f"{what}: {name} has NaN or infinite values, which fp8 cannot hold. Copy the file again."
-            )
-        mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
-        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
-        logger.info(text, what, len(errors), how, mean, low, high)
+    if fp8 is not None:
+        _tell_errors(fp8, filling.errors, what)
     if filling.held and host is not None:
         host.finish()
+
+
+def _tell_errors(fp8: Fp8Loading, by_name: Mapping[str, Tensor], what: str) -> None:
+    """Log the errors of rounding to fp8. Raises CheckpointError if one is NaN or infinite."""
+    if fp8.kept:
+        logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
+    if not by_name:
+        return
+    how = "cast to fp8" if fp8.quantisation.kind == "cast" else "in fp8 with a scale per row"
+    errors = torch.stack([error.cpu() for error in by_name.values()])
+    wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
+    if wrong:  # the file's own are finite: a LoRA made them so
+        raise CheckpointError(
+            f"{what}: {list(by_name)[wrong[0]]} has NaN or infinite values, which fp8 cannot hold. Copy the "
+            "file again."
+        )
+    mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
+    text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
+    logger.info(text, what, len(errors), how, mean, low, high)
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading

@@ -4,7 +4,6 @@ Packets are copied as they are. Streams that the new file's format cannot hold a
 logged by name and reason.
 """
 
-import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,8 +14,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from modules.media.decoding import is_sideways, time_origin
-from modules.media.encoding import MUXERS
+from modules.media.decoding import time_origin
+from modules.media.encoding import MUXERS, keep_proportions, needs_own_tags
 from modules.media.opening import av, is_cover, open_container
 from modules.media.reading import without_pictures
 from modules.media.sound import add_aac, add_text, is_text, open_delayed
@@ -32,14 +31,6 @@ _NOISE = re.compile(
 _NO_NAMES = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
 # sound that the format can hold by its letter, but that few programs play from it
 _UNPLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
-# tags that MP4 has fields of its own for; any other needs `use_metadata_tags`
-_MP4_TAGS = frozenset(
-    {
-        *("title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright"),
-        *("grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
-        "creation_time",
-    }
-)
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
 _DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
@@ -271,24 +262,6 @@ class Companions:
         logger.warning(
             "%s: %s is left out: %s%s", self._path, name, reason, "" if self._suffix == ".mkv" else remedy
         )
-
-
-def keep_proportions(path: Path, source: Any, video: Any) -> None:
-    """Let pixels that are not square, as those of DVDs, stay so.
-
-    source: the stream of pictures of the file at `path`. video: that of a new file.
-    """
-    ratio = source.sample_aspect_ratio
-    if not ratio or ratio == 1:
-        return
-    with open_container(path) as again, contextlib.suppress(av.FFmpegError):
-        first = next(again.decode(again.streams[source.index]))
-        video.codec_context.sample_aspect_ratio = 1 / ratio if is_sideways(first) else ratio
-
-
-def needs_own_tags(tags: Iterable[str]) -> bool:
-    """Return whether MP4 has no fields of its own for some of these tags."""
-    return any(name.lower() not in _MP4_TAGS for name in tags)
 
 
 def _copy(packet: Any) -> list[Any]:

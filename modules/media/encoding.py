@@ -17,9 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import MediaError
-from modules.media.opening import av, file_url
+from modules.media.decoding import is_sideways
+from modules.media.opening import av, file_url, open_container
 
 logger = getLogger(__name__)
+
+# tags that MP4 has fields of its own for; any other needs `use_metadata_tags`
+_MP4_TAGS = frozenset(
+    {
+        *("title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright"),
+        *("grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
+        "creation_time",
+    }
+)
 
 
 # Pixels of 8 and of 16 bits a channel. FFmpeg's own conversions are off by up to 3 of 255, or add noise.
@@ -244,3 +254,21 @@ def name_write_errors() -> Iterator[None]:
     except av.FFmpegError as error:
         number = error.errno if error.errno in errno.errorcode else errno.EIO
         raise OSError(number, error.strerror) from error
+
+
+def keep_proportions(path: Path, source: Any, video: Any) -> None:
+    """Let pixels that are not square, as those of DVDs, stay so.
+
+    source: the stream of pictures of the file at `path`. video: that of a new file.
+    """
+    ratio = source.sample_aspect_ratio
+    if not ratio or ratio == 1:
+        return
+    with open_container(path) as again, contextlib.suppress(av.FFmpegError):
+        first = next(again.decode(again.streams[source.index]))
+        video.codec_context.sample_aspect_ratio = 1 / ratio if is_sideways(first) else ratio
+
+
+def needs_own_tags(tags: Iterable[str]) -> bool:
+    """Return whether MP4 has no fields of its own for some of these tags."""
+    return any(name.lower() not in _MP4_TAGS for name in tags)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.companions import Companions, keep_proportions, needs_own_tags
+from modules.installation import import_own
 from modules.media.decoding import is_animation, time_origin
 from modules.media.encoding import (
     Picture,
@@ -28,13 +28,18 @@ from modules.media.encoding import (
     choose_codec,
     create_container,
     encode_pictures,
+    keep_proportions,
     name_write_errors,
+    needs_own_tags,
 )
 from modules.media.opening import av, open_container, reading
 from modules.media.reading import Frame
 from modules.media.samples import filled
 from modules.media.sound import add_aac_stream
 from modules.media.tracks import Track, TrackSound
+
+if TYPE_CHECKING:  # it is loaded only if streams of another video go along
+    from modules.media.companions import Companions
 
 
 @dataclass(frozen=True)
@@ -254,10 +259,7 @@ def write_shown(
     """
     kind = choose_codec(path, codec)
     remaining = iter(frames)
-    first = next(remaining, None)
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
-    check_picture(path, codec, first.pixels)
+    first = _first_of(path, codec, remaining)
     rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
@@ -265,17 +267,10 @@ def write_shown(
     with (
         atomic_path(path) as temporary,
         name_write_errors(),
-        _open_others(made, companions_of, section_of, suffix, rate, covers) as others,
+        _open_others(made, companions_of, section_of, suffix, rate, covers) as (others, whole),
     ):
-        given = tags or {}
-        replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
-        old = others.tags if isinstance(others, Companions) else {}
-        all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
-        options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
-        if suffix != ".mkv":
-            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
-            options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
-        with create_container(temporary, suffix, all_tags, options) as container:
+        all_tags = _replace_tags({} if whole is None else whole.tags, tags or {})
+        with create_container(temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)) as container:
             stream = add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
@@ -287,13 +282,36 @@ def write_shown(
             for packet in timing.timed(encode_pictures(stream, pictures)):
                 if others is not None:
                     others.write(container, packet.dts * packet.time_base)
-                if isinstance(others, Companions):
-                    others.mux(container, packet)
+                if whole is not None:
+                    whole.mux(container, packet)
                 else:
                     container.mux(packet)
             if others is not None:
                 others.write(container, None)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
+
+
+def _first_of(path: Path, codec: str, frames: Iterator[Picture]) -> Picture:
+    """Return the first frame. Raises MediaError if there is none, or if it does not fit the codec."""
+    first = next(frames, None)
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    check_picture(path, codec, first.pixels)
+    return first
+
+
+def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    replaced = {name.lower() for name in new}  # whatever their case, which .mkv does not keep
+    return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
+
+
+def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of a container."""
+    options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
+    if suffix != ".mkv":
+        options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
+        options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
+    return options
 
 
 @contextlib.contextmanager
@@ -304,24 +322,25 @@ def _open_others(
     suffix: str,
     rate: Fraction,
     covers: bool,
-) -> Iterator[TrackSound | Companions | SectionSound | None]:
+) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
     """Yield a track that was made, or open a video, for what goes beside the new pictures; None if there is
-    none, or it is a GIF or WebP.
+    none, or it is a GIF or WebP. The second one is there if all of a video does.
     """
     path = whole if section is None else section.path
     if made is not None:
-        yield made
+        yield made, None
         return
     if path is None or is_animation(path):
-        yield None
+        yield None, None
         return
     with reading(path):
         source = open_container(path)
     with source:
         if section is None:
-            yield Companions(path, source, suffix, rate, covers)
+            companions = import_own("modules.media.companions").Companions(path, source, suffix, rate, covers)
+            yield companions, companions
         else:
-            yield SectionSound(section, source)
+            yield SectionSound(section, source), None
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:

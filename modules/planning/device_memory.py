@@ -9,12 +9,42 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modules.devices import gib
-from modules.planning.memory_plan import MARGIN, comparison
+from modules.devices import GIB, gib
+from modules.errors import MemoryPlanError
 
 logger = logging.getLogger(__name__)
 
+# Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
+CONTEXT = 600 << 20
+# For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
+MARGIN = 0.03
+TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
 FULL = 0.97  # of the device's memory; from here on the driver may spill to host memory
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of a device."""
+
+    name: str
+    total: int
+    free: int
+
+    @property
+    def usable(self) -> int:
+        """Return the bytes that tensors may take: the free memory minus the CUDA context and a margin."""
+        return max(0, round(self.free * (1 - MARGIN)) - CONTEXT)
+
+
+def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
+    """Return the room to plan for: `planned_gib` if given, else the CUDA device's; None if there is none."""
+    if planned_gib:
+        size = round(planned_gib * GIB)
+        return Room(f"a card of {planned_gib:g} GiB", size, size)
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return Room(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
 
 
 def spills(total: int, free: int, reserved: int) -> bool:
@@ -52,6 +82,25 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     except OSError:
         return None
     return None if found is None else int(found[1]) * 1024
+
+
+def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
+    """Return the error for a device that ran out of memory during a run. afterwards: the state left."""
+    return MemoryPlanError(
+        f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
+        "  Run the same command with --plan to see what to change: fp8, --blocks_to_swap auto, smaller "
+        "clips,\n"
+        f"  and in training --gradient_checkpointing. {afterwards}"
+    )
+
+
+def comparison(predicted: int, measured: int) -> str:
+    """Return a line for the log: the predicted and the measured peak, and by how much they differ."""
+    difference = (predicted - measured) / measured
+    line = f"Memory: predicted {gib(predicted)} GiB, measured {gib(measured)} GiB ({difference:+.1%})."
+    if abs(difference) > TOLERANCE:
+        line += f" That is more than {TOLERANCE:.0%} off: please report it with this line and your options."
+    return line
 
 
 EVERY = 50  # steps between two checks of the driver

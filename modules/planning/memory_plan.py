@@ -16,6 +16,7 @@ from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.sharding import launched_processes
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
+from modules.planning.device_memory import CONTEXT, Room
 from modules.planning.dry_run import (
     ADAPTER,
     ATTENTION,
@@ -38,15 +39,10 @@ from modules.speed_options import (
     set_blocks_to_swap,
 )
 
-# Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
-CONTEXT = 600 << 20
-# For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
-MARGIN = 0.03
 # cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
 # CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
 WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # from Hopper on, and before it
-TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
 
 
 @dataclass(frozen=True)
@@ -95,31 +91,6 @@ class MemoryPlan:
     @property
     def host(self) -> int:
         return max(phase.host for phase in self.phases)
-
-
-@dataclass(frozen=True)
-class Room:
-    """The memory of a device."""
-
-    name: str
-    total: int
-    free: int
-
-    @property
-    def usable(self) -> int:
-        """Return the bytes that tensors may take: the free memory minus the CUDA context and a margin."""
-        return max(0, round(self.free * (1 - MARGIN)) - CONTEXT)
-
-
-def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
-    """Return the room to plan for: `planned_gib` if given, else the CUDA device's; None if there is none."""
-    if planned_gib:
-        size = round(planned_gib * GIB)
-        return Room(f"a card of {planned_gib:g} GiB", size, size)
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return Room(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
 
 
 def workspace(device: torch.device, is_training: bool) -> MemoryPart:
@@ -354,25 +325,6 @@ def print_plan(
     plan = plan_of(blocks, [] if reason is None else [reason])
     fits = room is None or plan.device <= room.usable
     show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
-
-
-def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """Return the error for a device that ran out of memory during a run. afterwards: the state left."""
-    return MemoryPlanError(
-        f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
-        "  Run the same command with --plan to see what to change: fp8, --blocks_to_swap auto, smaller "
-        "clips,\n"
-        f"  and in training --gradient_checkpointing. {afterwards}"
-    )
-
-
-def comparison(predicted: int, measured: int) -> str:
-    """Return a line for the log: the predicted and the measured peak, and by how much they differ."""
-    difference = (predicted - measured) / measured
-    line = f"Memory: predicted {gib(predicted)} GiB, measured {gib(measured)} GiB ({difference:+.1%})."
-    if abs(difference) > TOLERANCE:
-        line += f" That is more than {TOLERANCE:.0%} off: please report it with this line and your options."
-    return line
 
 
 logger = logging.getLogger(__name__)

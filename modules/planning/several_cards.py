@@ -20,7 +20,8 @@ from modules.planning.communication import (
     Work,
     estimate_time,
 )
-from modules.planning.memory_plan import MemoryPlan, Room, Swappable, Swapped, show, smallest_swap
+from modules.planning.device_memory import Room
+from modules.planning.memory_plan import MemoryPlan, Swappable, Swapped, show, smallest_swap
 from modules.speed_options import Speed
 
 # options that a way decides -> how many words follow; --plan may have one

@@ -23,8 +23,9 @@ from modules.errors import CheckpointError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.offload.host_memory import Transfer
 from modules.offload.turns import HostCopy
+from modules.planning.device_memory import Room
 from modules.planning.dry_run import WEIGHTS
-from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room
+from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.test_model import tiny_inputs

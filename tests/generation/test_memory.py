@@ -31,9 +31,10 @@ from modules.devices import GIB
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.parser import add_options
+from modules.planning.device_memory import Room
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import MemoryPart, Room
+from modules.planning.memory_plan import MemoryPart
 from tests.commands import run_script
 from tests.preparing import prepare
 from tests.tiny import wan_dit

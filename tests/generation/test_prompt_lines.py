@@ -14,10 +14,10 @@ from generation.prompt_lines import (
     LineOption,
     parse_generation_line,
     read_generation_lines,
-    text_to_seed,
 )
 from generation.sample_lines import parse_sample_line, read_sample_prompts
 from modules.errors import OptionError
+from modules.option_values import text_to_seed
 from tests.golden_cases import read_case
 
 CASE, _ = read_case("prompt_lines")

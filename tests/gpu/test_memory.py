@@ -24,8 +24,9 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
 from modules.offload.swap_plan import SwapPlan, host_weights
+from modules.planning.device_memory import TOLERANCE
 from modules.planning.dry_run import ACCELERATOR, dry_run
-from modules.planning.memory_plan import TOLERANCE, workspace
+from modules.planning.memory_plan import workspace
 from networks.adapter import make_network
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
@@ -184,7 +185,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     """The bytes that the plan predicts for the device, and a step."""
     words = ["--task", "t2v-1.3B", "--dit", str(path), "--mixed_precision", "bf16", "--network_dim", "32"]
     words += ["--dataset_config", "-", "--output_dir", "-", "--output_name", "-", *case.options]
-    options, own = read_training(None, WanTrainingOptions, words)
+    options, own, _ = read_training(None, WanTrainingOptions, words)
     family = family_for_training(own)
     config = family.files.dit_header().config
     shape, one = family.latent.shape(case.frames, 480, 832), torch.ones(1)

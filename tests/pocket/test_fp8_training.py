@@ -96,8 +96,8 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
         found = []
         for step in (lambda: None, lambda: train(run)):
             step()
-            run.dits.at(0).eval()
-            found.append(run.validation.measure(run.dits.at, run.autocast)["validation/loss"])
+            run.model.dits.at(0).eval()
+            found.append(run.validation.measure(run.model.dits.at, run.autocast)["validation/loss"])
     return found[0], found[1]
 
 

@@ -103,9 +103,9 @@ def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(tmp_
     with prepare_run(BOTH, toy.toy_options(tmp_path, APART, "--optimizer_args", "weight_decay=0.1")) as run:
         feed = run.feed.start(0, 0)
         for index, expert in enumerate(order[: run.steps.num_batches]):
-            before = [[one.detach().clone() for one in part] for part in run.trainable.by_expert]
+            before = [[one.detach().clone() for one in part] for part in run.model.trainable.by_expert]
             take_step(run, range(index, index + 1), feed)
-            for part, (now, kept) in enumerate(zip(run.trainable.by_expert, before, strict=True)):
+            for part, (now, kept) in enumerate(zip(run.model.trainable.by_expert, before, strict=True)):
                 are_equal = [torch.equal(one, was) for one, was in zip(now, kept, strict=True)]
                 assert all(are_equal) if part != expert else not all(are_equal)
 
@@ -167,11 +167,11 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
 
         def note(expert: int) -> nn.Module:
             asked.append(expert)
-            return run.dits.at(expert)
+            return run.model.dits.at(expert)
 
         both, low, high = (
             {name[-3:]: loss for name, loss in run.validation.measure(at, run.autocast).items()}
-            for at in (note, lambda _: run.dits.at(0), lambda _: run.dits.at(1))
+            for at in (note, lambda _: run.model.dits.at(0), lambda _: run.model.dits.at(1))
         )
         assert len(run.validation.items) > 1
     assert asked == [0, 1], "a network is brought once for all items"
@@ -179,7 +179,7 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
     assert [both[band] for band in ("700", "900")] == [high[band] for band in ("700", "900")]
     assert low["900"] != high["900"]
     with prepare_run(toy.ToyFamily(experts=toy.TWO_EXPERTS[1:]), options) as run:
-        losses = run.validation.measure(run.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.at, run.autocast)
     assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
 
 
@@ -192,8 +192,9 @@ def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[obje
         with prepare_run(BOTH, options) as run:
             copies: dict[nn.Module, HostCopy] = {}
             if takes_turns:
-                copies = {dit: taking_turns(dit, FakeDevice()) for dit in run.dits.networks}
-                run = replace(run, dits=ExpertNetworks(run.dits.networks, copies))
+                copies = {dit: taking_turns(dit, FakeDevice()) for dit in run.model.dits.networks}
+                dits = ExpertNetworks(run.model.dits.networks, copies)
+                run = replace(run, model=replace(run.model, dits=dits))
             feed = run.feed.start(0, 0)
             for index in range(4):
                 take_step(run, range(index, index + 1), feed)

@@ -10,19 +10,26 @@ import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
+from modules.command import quote_for_powershell
 from modules.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS
-from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
+from training.following import FamilyScripts, NextSteps
 from training.learning_options import WholeDitOptions
-from training.options import TrainingOptions, read_arguments, read_training, training_parser
+from training.options import (
+    GivenOption,
+    TrainingOptions,
+    given_options,
+    read_arguments,
+    read_training,
+    training_parser,
+)
 from training.reports.history import PageCommand
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
 
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
-SCRIPTS = FamilyScripts("wan_train_network.py", (WanTrainingOptions,))
 EVERY_KIND = [
     *("--task", "i2v-14B", "--dit", "mo dels/dit.safetensors", "--vae", "v.pth", "--vae_tiling"),
     *("--network_args", "exclude_patterns=[r'.*ffn.*']", "rank_dropout=0.1", "--network_alpha", "16"),
@@ -33,18 +40,15 @@ EVERY_KIND = [
 ]
 
 
-def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions]:
+def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[GivenOption]]:
     return read_training(None, WanTrainingOptions, words)
 
 
 def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
-    options, own = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
-    scripts = FamilyScripts(
-        "wan_train_network.py", (WanTrainingOptions,), partial(FAMILIES["wan"].generation_words, own)
-    )
-    given = given_options(options, own, scripts)
+    options, own, given = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
+    scripts = FamilyScripts("wan_train_network.py", given, partial(FAMILIES["wan"].generation_words, own))
     names = Names(folder, "x")
-    return NextSteps(given, scripts, options, names, 40, processes, sample, converted_for="ComfyUI")
+    return NextSteps(scripts, options, names, 40, processes, sample, converted_for="ComfyUI")
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -53,15 +57,13 @@ def words_of(command: PageCommand) -> list[str]:
 
 @pytest.mark.parametrize("more", [[], EVERY_KIND], ids=["few", "many"])
 def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
-    options = read([*NEEDED, *more])
+    *options, given = read([*NEEDED, *more])
 
-    given = given_options(*options, SCRIPTS)
-
-    assert read([word for option in given if option.is_changed for word in option.words]) == options
+    assert read([word for option in given if option.is_changed for word in option.words]) == (*options, given)
 
 
 def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> None:
-    given = given_options(*read([*NEEDED, "--network_alpha", "1", "--learning_rate", "3e-5"]), SCRIPTS)
+    *_, given = read([*NEEDED, "--network_alpha", "1", "--learning_rate", "3e-5"])
 
     changed = {option.name: option.text for option in given if option.is_changed}
     unchanged = {option.name for option in given if not option.is_changed}
@@ -71,7 +73,7 @@ def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> N
 
 def test_keys_and_tokens_are_never_told() -> None:
     secrets = ["--huggingface_token", "a_secret", "--wandb_api_key=a_secret"]
-    assert "a_secret" not in str(given_options(*read([*NEEDED, *secrets]), SCRIPTS))
+    assert "a_secret" not in str(read([*NEEDED, *secrets])[-1])
 
 
 def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -> None:
@@ -203,10 +205,9 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
-    scripts = FamilyScripts("hv_train.py", (HunyuanTrainingOptions,), generation, WholeDitOptions)
-    given = given_options(options, own, scripts)
+    scripts = FamilyScripts("hv_train.py", given_options(parser, own, options), generation)
 
-    steps = NextSteps(given, scripts, options, Names(tmp_path, "x"), 9, 1, {})
+    steps = NextSteps(scripts, options, Names(tmp_path, "x"), 9, 1, {})
     resume, generate = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]

@@ -51,7 +51,7 @@ def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> 
     words += ["--weighting_scheme", "sigma_sqrt", "--ip_noise_gamma", 0.1]
     family = TextFamily()
     with prepare_run(family, image_toy_options(tmp_path, *words, prediction=prediction)) as run:
-        state = run.trainable.modules["network"].state_dict()
+        state = run.model.trainable.modules["network"].state_dict()
         factors = {name: tensor.clone().requires_grad_("lora" in name) for name, tensor in state.items()}
         batches = run.feed.batches
     dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
@@ -117,7 +117,7 @@ def test_validation_is_at_four_levels_under_its_own_names(option: str, occasion:
     words = ["--validation_split", 0.5, "--max_validation_steps", 1, option, 2, "--min_timestep", 500]
 
     with prepare_run(TextFamily(), image_toy_options(tmp_path, ONLY, *words)) as run:
-        losses = run.validation.measure(run.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.at, run.autocast)
         logged = run.validation.rule.logged(losses, occasion, 0.25)
 
     assert list(losses) == ["validation/loss", *(f"validation/loss_{at}" for at in (600, 700, 800, 900))]
@@ -326,13 +326,30 @@ def test_what_is_not_needed_is_answered_in_a_line(option: str, caplog: pytest.Lo
 def test_folders_of_pictures_replace_the_toml_file(tmp_path: Path) -> None:
     argv = ["--train_data_dir", str(tmp_path), "--resolution", "768,1024", "--output_dir", "o"]
     argv += ["--output_name", "x"]
-    made, _ = read_image_training(None, NoOptions, DEFAULTS, argv)
+    made, *_ = read_image_training(None, NoOptions, DEFAULTS, argv)
 
     assert made.loop.dataset_config is None
     assert made.subset is not None
     assert made.subset.size == (768, 1024)
     with pytest.raises(OptionError, match="--dataset_config is missing"):
         read_image_training(None, NoOptions, DEFAULTS, argv[4:])
+
+
+def test_other_names_of_options_are_told_by_those_that_a_run_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    words = ["--use_8bit_adam", "--torch_compile", "--save_n_epoch_ratio", "3", "--unet_lr", "1e-5"]
+
+    options, _, given = read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *words])
+
+    changed = {option.name: option.text for option in given if option.is_changed}
+    needed = {"dataset_config", "output_dir", "output_name"}
+    assert {name: text for name, text in changed.items() if name not in needed} == {
+        "optimizer_type": "AdamW8bit",
+        "dynamo_backend": "inductor",
+        "save_n_epoch_ratio": "3",
+        "unet_lr": "1e-05",
+    }
+    assert read(*(word for option in given if option.is_changed for word in option.words)) == options
 
 
 def test_options_are_written_to_a_file_that_gives_them_again(tmp_path: Path) -> None:
@@ -342,7 +359,7 @@ def test_options_are_written_to_a_file_that_gives_them_again(tmp_path: Path) -> 
         read(*argv, "--output_config", "--config_file", str(path))
 
     assert ended.value.code == 0
-    again, _ = read_image_training(None, NoOptions, DEFAULTS, ["--config_file", str(path)])
+    again, *_ = read_image_training(None, NoOptions, DEFAULTS, ["--config_file", str(path)])
     assert again == read(*argv)
     with pytest.raises(OptionError, match="exists already"):
         read("--output_config", "--config_file", str(path))
@@ -382,6 +399,6 @@ def test_texts_are_encoded_as_precisely_as_the_rest_is_computed(
 ) -> None:
     record = next(value for name, value in vars(family).items() if name.endswith("TrainingOptions"))
 
-    _, own = read_image_training(None, record, replace(DEFAULTS, refused={}), [*NEEDED, *argv])
+    _, own, _ = read_image_training(None, record, replace(DEFAULTS, refused={}), [*NEEDED, *argv])
 
     assert own.text.text_encoder_dtype == dtype

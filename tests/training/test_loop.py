@@ -214,11 +214,12 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
         with prepare_run(toy.ToyFamily(), options) as run:
             if scale is not None:
                 scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-                assert isinstance(run.stepping, StepAfterBackward)
-                run = replace(run, scaler=scaler, stepping=replace(run.stepping, scaler=scaler))
+                assert isinstance(run.model.stepping, StepAfterBackward)
+                stepping = replace(run.model.stepping, scaler=scaler)
+                run = replace(run, model=replace(run.model, scaler=scaler, stepping=stepping))
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(2), micro_batches)
-            state = run.trainable.modules["network"].state_dict()
+            state = run.model.trainable.modules["network"].state_dict()
             weights[scale] = {name: tensor.clone() for name, tensor in state.items()}
     initial = make_network(options.network, "networks.lora_wan", toy.ToyDit(), seed=3).module.state_dict()
 

@@ -16,10 +16,10 @@ from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.project import write_image
-from training.following import sample_values, say_sample
+from training.following import say_sample
 from training.image_options import read_image_training
 from training.options import read_training
-from training.samples import read_requests
+from training.samples import read_requests, sample_values
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
 BASE, TURBO = ("model/Z_Image_BF16.safetensors", "model/my_z_image_turbo.safetensors")
@@ -97,9 +97,9 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     record = entry.options_record("Training")
     module = import_module(script.removesuffix(".py"))
     if hasattr(module, "DEFAULTS"):
-        _, own = read_image_training(None, record, module.DEFAULTS, argv)
+        _, own, _ = read_image_training(None, record, module.DEFAULTS, argv)
     else:
-        _, own = read_training(None, record, argv, NetworkOptions)
+        _, own, _ = read_training(None, record, argv, NetworkOptions)
     return entry, entry.make_family("training", own), own
 
 

@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
     with prepare_run(
         family, toy.toy_options(tmp_path, "--teacher", "base", "--teacher_weight", weight)
     ) as run:
-        dit = run.dits.at(0)
+        dit = run.model.dits.at(0)
         for parameter in run.parameters:  # a network that has an effect
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
         for index, batch in enumerate(plain):
@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
             latents = toy.LATENT.to_model(batch.batch.tensor("latents"))
             share = batch.sigmas.view(-1, 1, 1, 1, 1)
             noisy = (1 - share) * latents + share * batch.noise
-            with torch.no_grad(), run.trainable.as_base():
+            with torch.no_grad(), run.model.trainable.as_base():
                 taught = dit(noisy, batch.timesteps, texts)
             with torch.no_grad():
                 output = dit(noisy, batch.timesteps, dropped)
@@ -88,9 +88,9 @@ def test_the_validation_loss_is_measured_without_the_teacher(tmp_path: Path) -> 
     toy.write_caches(tmp_path)
     words = ["--validation_split", 0.2]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
-        usual = run.validation.measure(run.dits.at, run.autocast)
+        usual = run.validation.measure(run.model.dits.at, run.autocast)
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, "--teacher", "base")) as run:
-        assert run.validation.measure(run.dits.at, run.autocast) == usual
+        assert run.validation.measure(run.model.dits.at, run.autocast) == usual
 
 
 def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
     words = ["--training_adapter", write_file(tmp_path, KINDS["LoRA"]), *ALONE]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         batch = run.feed.batches[0, 0].data
-        with torch.no_grad(), run.adapter.turned(is_on=True):
-            assert training_loss(toy.ToyFamily(), run.dits.at(0), batch, run.autocast, run.rule) == 0
+        with torch.no_grad(), run.model.adapter.turned(is_on=True):
+            assert training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, run.autocast, run.rule) == 0
 
 
 STATES = ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]

@@ -1,5 +1,6 @@
 """A toy family that trains in milliseconds, its caches on disk, and runs of the whole training on them."""
 
+import argparse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,9 +34,11 @@ from modules.errors import OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
+from networks.options import NetworkOptions
+from training.following import FamilyScripts
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
-from training.options import TrainingOptions, read_arguments, training_parser
+from training.options import TrainingOptions, given_options, read_arguments, training_parser
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
@@ -272,10 +275,14 @@ def toy_options(
     # those that are given again would be warned of
     usual = [word for name, value in values.items() if name not in arguments for word in (name, value)]
     usual += [] if has_page else ["--no_page"]
-    parser = training_parser("", WholeDitOptions) if whole_dit else training_parser("")
-    add_options(parser, ExpertTrainingOptions)
     argv = [str(one) for one in (*usual, *arguments)]
-    return read_options(TrainingOptions, read_arguments(parser, argv, {}))
+    return read_options(TrainingOptions, read_arguments(toy_parser(whole_dit), argv, {}))
+
+
+def toy_parser(whole_dit: bool) -> argparse.ArgumentParser:
+    parser = training_parser("", WholeDitOptions if whole_dit else NetworkOptions)
+    add_options(parser, ExpertTrainingOptions)
+    return parser
 
 
 def train_toy(
@@ -283,7 +290,8 @@ def train_toy(
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
-    assert train_network(family or ToyFamily(), options) == 0
+    scripts = FamilyScripts(given=given_options(toy_parser(whole_dit), options) if has_page else ())
+    assert train_network(family or ToyFamily(), options, scripts=scripts) == 0
     path = options.saving.result
     return load_file(path) if path.exists() else {}
 

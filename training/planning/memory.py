@@ -22,7 +22,7 @@ from modules.contract.family import Described
 from modules.devices import gib
 from modules.installation import import_own
 from modules.options import override_options
-from modules.planning.device_memory import MemoryWatch, host_room
+from modules.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from modules.planning.dry_run import (
     BATCH,
     GRADIENTS,
@@ -41,14 +41,12 @@ from modules.planning.memory_plan import (
     MemoryPart,
     MemoryPlan,
     Phase,
-    Room,
     Swapped,
     advise,
     dtypes_of,
     parts_of,
     print_plan,
     resolve_swap,
-    room_on,
     sharing_processes,
     swaps_of,
     weights_by_block,

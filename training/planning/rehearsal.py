@@ -196,6 +196,22 @@ def rehearse(
         return found, rehearsal.waiting, sum(parameter.nbytes for parameter in rehearsal.parameters)
 
 
+def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
+    """Add --training_adapter of each expert: the first is switched on for good, the others stand for the
+    factors in further transformers.
+    """
+    with disable_modes():  # the file has real tensors
+        uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
+    is_compiled = options.speed.compilation.choice is not None
+    adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
+    with ledger.allocating(ADAPTER):
+        computed = AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit))
+        for adapter in adapters:
+            adapter.place_on(ledger.device, computed)
+    for layer in adapters[0].layers if adapters else ():
+        layer.is_on = True
+
+
 def dress_trainable(
     family: Trains,
     options: TrainingOptions,
@@ -216,17 +232,7 @@ def dress_trainable(
         in_dit = options.parts is None or options.parts.trains_dit
         network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
         place(network.module, ledger, NETWORK)
-        with disable_modes():  # the file has real tensors
-            uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
-        is_compiled = options.speed.compilation.choice is not None
-        adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
-        with ledger.allocating(ADAPTER):
-            computed = AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit))
-            for adapter in adapters:
-                adapter.place_on(ledger.device, computed)
-        # the first is switched on for good; the others stand for the factors in further transformers
-        for layer in adapters[0].layers if adapters else ():
-            layer.is_on = True
+        _add_adapters(family, options, dit, ledger)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
         assert options.whole_dit is not None

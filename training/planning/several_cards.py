@@ -7,7 +7,8 @@ import torch
 
 from modules.contract.family import Family
 from modules.planning.communication import Division, Work, WorkCounter, divide_tokens
-from modules.planning.memory_plan import Room, share_blocks
+from modules.planning.device_memory import Room
+from modules.planning.memory_plan import share_blocks
 from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from training.checks import check_networks
 from training.data.live import LiveTexts

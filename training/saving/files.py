@@ -105,7 +105,7 @@ class Saver:
 
     def save_final(self) -> None:
         """Save under the plain name."""
-        self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
+        self._save(self.names.name, self.options.saves_state_at_end)
 
     def tidy_steps(self, step: int) -> None:
         """Remove files that a save at `step` no longer keeps: every 5, last 5, at step 25 those up to 15."""
@@ -149,6 +149,12 @@ class Saver:
                 else:
                     logger.info("Removed %s", entry)
 
+    def tidy(self, step: int, epoch: int) -> None:
+        """Remove what a killed run of this name left behind, and what it had no time to remove."""
+        self.remove_leftovers()
+        self.tidy_steps(step)
+        self.tidy_epochs(epoch)
+
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
         start = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?"
@@ -178,6 +184,8 @@ class Saver:
 
 class NoSaver:
     """Save nothing, in processes that are not the main one."""
+
+    def tidy(self, step: int, epoch: int) -> None: ...
 
     def save_step(self, step: int, with_state: bool | None = None) -> None: ...
 

@@ -1,8 +1,10 @@
 """Options of saving: content, time, name, and the state to continue from."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import require
@@ -15,6 +17,14 @@ LATEST = "latest"  # --resume latest: the newest complete state of this output n
 LATEST_ONLY = "latest-or-fail"  # the same, an error without one: what commands that are printed say
 AT_THE_END = "leave it out to save at the end only"
 KEEP_ALL = "leave it out to keep all"
+
+
+def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
+    """Return when an option acts that thins out what is saved every so many epochs, or steps."""
+    needed = f"--save_every_n_{kind}"
+    if with_states:
+        return {f"it needs --save_state and {needed}": lambda own: own.save_state and own.saves_by(kind)}
+    return {f"there is no {needed}": lambda own: own.saves_by(kind)}
 
 
 class SavingOptions(Options, title="saving"):
@@ -51,18 +61,28 @@ class SavingOptions(Options, title="saving"):
         "save after the first step past this time, under the step's name", above=0, hint=AT_THE_END
     )
     save_last_n_epochs: int | None = option(
-        "keep the files of the last N epochs only", least=1, hint=KEEP_ALL
+        "keep the files of the last N epochs only",
+        least=1,
+        hint=KEEP_ALL,
+        acts_if=_if_saved("epochs"),
     )
     save_last_n_epochs_state: int | None = option(
-        "the same for state folders; --save_last_n_epochs when not given", least=1, hint=KEEP_ALL
+        "the same for state folders; --save_last_n_epochs when not given",
+        least=1,
+        hint=KEEP_ALL,
+        acts_if=_if_saved("epochs", with_states=True),
     )
     save_last_n_steps: int | None = option(
-        "keep the files of the last N steps only", least=0, hint=f"0 keeps the newest; {KEEP_ALL}"
+        "keep the files of the last N steps only",
+        least=0,
+        hint=f"0 keeps the newest; {KEEP_ALL}",
+        acts_if=_if_saved("steps"),
     )
     save_last_n_steps_state: int | None = option(
         "the same for state folders; --save_last_n_steps when not given",
         least=0,
         hint=f"0 keeps the newest; {KEEP_ALL}",
+        acts_if=_if_saved("steps", with_states=True),
     )
     save_state: bool = option("save everything that resuming needs with each file", often=True)
     save_state_on_train_end: bool = option("save it at the end only")
@@ -74,8 +94,15 @@ class SavingOptions(Options, title="saving"):
     )
     resume_changed: bool = option(
         "go on from --resume with another learning rate, other clips or more accumulation: lists what "
-        "differs, old -> new; the network and the optimizer have to stay"
+        "differs, old -> new; the network and the optimizer have to stay",
+        acts_if={"there is no --resume": lambda own: own.resume is not None},
     )
+
+    def saves_by(self, kind: str) -> bool:
+        """Return whether files are saved between the first and the last step. kind: epochs or steps."""
+        epochs = self.save_every_n_epochs, self.save_n_epoch_ratio
+        steps = self.save_every_n_steps, self.save_every_n_minutes
+        return any(every is not None for every in (epochs if kind == "epochs" else steps))
 
     @property
     def place(self) -> tuple[Path, str]:
@@ -90,6 +117,10 @@ class SavingOptions(Options, title="saving"):
         """Return the file that a finished run leaves."""
         return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
+    @property
+    def saves_state_at_end(self) -> bool:
+        return self.save_state or self.save_state_on_train_end
+
     def spread(self, num_epochs: int) -> "SavingOptions":
         """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
         if self.save_n_epoch_ratio is None:
@@ -102,6 +133,10 @@ class SavingOptions(Options, title="saving"):
             check_output_name("--output_name", self.output_name)
 
 
+_NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
+_IF_UPLOADED = {_NOT_UPLOADED: lambda own: own.huggingface_repo_id is not None}
+
+
 class HubOptions(Options, title="Hugging Face hub"):
     """Options of upload to and resume from the Hugging Face hub."""
 
@@ -109,14 +144,20 @@ class HubOptions(Options, title="Hugging Face hub"):
         "upload each saved file to this repository (owner/name); it gets a model card if it has none"
     )
     huggingface_repo_type: str | None = option(
-        "model (when not given), dataset or space", one_of=("model", "dataset", "space")
+        "model (when not given), dataset or space",
+        one_of=("model", "dataset", "space"),
+        acts_if=_IF_UPLOADED,
     )
-    huggingface_path_in_repo: str | None = option("folder in the repository")
+    huggingface_path_in_repo: str | None = option("folder in the repository", acts_if=_IF_UPLOADED)
     huggingface_token: str | None = option(
-        "access token; the one stored on this machine when not given", facts=SECRET
+        "access token; the one stored on this machine when not given",
+        acts_if={
+            _NOT_UPLOADED: lambda own: own.huggingface_repo_id is not None or own.resume_from_huggingface
+        },
+        facts=SECRET,
     )
     huggingface_repo_visibility: str | None = option(
-        "public, else a new repository is private", one_of=("public", "private")
+        "public, else a new repository is private", one_of=("public", "private"), acts_if=_IF_UPLOADED
     )
     save_state_to_huggingface: bool = option("upload state folders as well", needs="huggingface_repo_id")
     resume_from_huggingface: bool = option("--resume names owner/repo/path[:revision[:type]]")
@@ -129,7 +170,9 @@ class MetadataOptions(Options, title="metadata of saved files"):
     """Options of the metadata of saved files."""
 
     no_metadata: bool = option("keep only what loading the file needs")
-    training_comment: str | None = option("free text")
+    training_comment: str | None = option(
+        "free text", acts_if={"--no_metadata leaves it out": lambda own: not own.no_metadata}
+    )
     title: str | None = option("title; --output_name when not given", name="metadata_title")
     author: str | None = option("who made the model", name="metadata_author")
     description: str | None = option("what the model is for, in a sentence", name="metadata_description")

@@ -13,17 +13,14 @@ from modules.contract.family import DitSpec
 from modules.devices import GIB
 from modules.errors import MemoryPlanError, OptionError
 from modules.offload.swap_plan import SwapPlan
+from modules.planning.device_memory import CONTEXT, MARGIN, Room, comparison
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
-    CONTEXT,
-    MARGIN,
     MemoryPart,
     MemoryPlan,
     Phase,
-    Room,
     Swapped,
     advise,
-    comparison,
     parts_of,
     plan_swapped_bytes,
     print_plan,

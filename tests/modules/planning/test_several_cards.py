@@ -19,7 +19,8 @@ from modules.planning.communication import (
     count_traffic,
     estimate_time,
 )
-from modules.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Room, Swapped, share_blocks
+from modules.planning.device_memory import Room
+from modules.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Swapped, share_blocks
 from modules.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
 from modules.speed_options import PlanOptions, cards_or_size
 

@@ -13,8 +13,9 @@ from dataset.batches.items import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
 from modules.contract.family import Family
 from modules.devices import GIB
+from modules.planning.device_memory import CONTEXT, Room
 from modules.planning.dry_run import largest
-from modules.planning.memory_plan import CONTEXT, Phase, Room
+from modules.planning.memory_plan import Phase
 from tests.tiny import wan_dit
 from tests.tiny.project import write_lora
 from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, counted, read_family, wan, wan_batch

@@ -272,9 +272,8 @@ def test_pauses_to_come_are_counted_by_kind(
     """Epochs of 4 steps, and 13 steps in all: the fourth epoch is cut short."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat")
-    found = count_pauses(
-        options(words.replace("p.txt", str(prompts))), StepPlan(4, 1, 1, 13), True, step, epoch
-    )
+    given = options(words.replace("p.txt", str(prompts)))
+    found = count_pauses(given, given.saving, StepPlan(4, 1, 1, 13), True, step, epoch)
     assert tuple(found[kind] for kind in (SAMPLES, VALIDATION, SAVING)) == expected
 
 

@@ -20,8 +20,9 @@ from modules.media.reading import read_image, video_frames
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
-from training.reports.history import History, SampleRow, Start
+from training.reports.history import History, PageCommand, SampleRow, Start
 from training.reports.page import ClipStore, Standing, choose_columns, write_training_page
+from training.reports.reporter import RunReporter
 from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
@@ -142,6 +143,38 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
     assert links
     assert all(link.startswith(here) and Path(unquote(urlparse(link).path)).is_file() for link in links)
     assert "secret" not in file.read_text(encoding="utf-8")
+
+
+def test_the_page_lists_the_options_that_were_typed(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_n_epoch_ratio", 2, "--max_train_epochs", 4, has_page=True)
+
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    (changed,) = [dict(row["started"]["changed"]) for row in map(json.loads, lines) if "started" in row]
+    assert changed["save_n_epoch_ratio"] == "2"
+    assert "save_every_n_epochs" not in changed
+    assert [path.name for path in (tmp_path / "output").glob("x-00*.safetensors")] == ["x-000002.safetensors"]
+
+
+def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path: Path) -> None:
+    clock, written = [0.0], list[float]()
+    history, start = History(tmp_path / "x-history.jsonl", 1), Start("toy", 4)
+
+    def commands(best: Path | None, is_finished: bool) -> list[PageCommand]:
+        written.append(clock[0])  # asked for by each page
+        return []
+
+    reporter = RunReporter(history, start, {}, 0, commands, list, now=lambda: clock[0])
+    with reporter:
+        for moment, step, name in [(1, 2, "a"), (2, 2, "a-ema"), (3, 3, "b"), (5, 4, "x"), (6, 4, "x-ema")]:
+            clock[0] = 1000.0 * moment  # late enough for another one
+            reporter.note_saved(tmp_path / f"{name}.safetensors", step)
+            if step == 3:
+                clock[0] += 1000
+                reporter.note_samples(step, "000003")
+        clock[0] = 7000.0
+
+    assert written == [0, 1000, 3000, 4000, 7000]
 
 
 def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
