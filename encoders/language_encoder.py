@@ -6,7 +6,7 @@
 
 Source of the chat templates: the released tokenizers of Qwen3.
 """
-# Letters: B prompts, L tokens, T tokens after padding, C width of the model, n states that are joined
+# Letters: B prompts, L tokens, T tokens after padding, C width of the model, n states that are read
 
 import functools
 import hashlib
@@ -134,7 +134,9 @@ class LanguageUse:
     # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
     # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
     states: tuple[int, ...] = (-1,)
+    stacked: tuple[int, ...] = ()  # the same numbers, of states that are stacked instead: L n C
     final_norm: bool = False  # norm the last state that is read even if layers follow it
+    keeps_after: bool = False  # the text behind the prompt stays if that is cut
     # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
     pads_left: bool = False  # without a pad: the last token stands where it would if there were one
@@ -142,6 +144,11 @@ class LanguageUse:
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
     record: str = ""  # what its facts in cache records begin with; "": the name
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Return the numbers of layers before the states that are read, in either form."""
+        return self.stacked or self.states
 
     @property
     def keys(self) -> frozenset[str]:
@@ -196,13 +203,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     @property
     def state(self) -> str | None:
         """What the identity says of the states that are read."""
-        return f"{', '.join(map(str, self.use.states)) or 'all'}{', normed' if self.use.final_norm else ''}"
+        return f"{', '.join(map(str, self.use.numbers)) or 'all'}{', normed' if self.use.final_norm else ''}"
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
-            config = read_language_model(checkpoint, self.use.model, self.use.states).config
+            config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
         return self.identify(
             self.use.record or self.name,
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.further}",
@@ -214,7 +221,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def write(self, prompt: Prompt) -> Written:
         """Return the prompt in its template."""
-        return Written(prompt.text, prompt.spans, self.use.before, self.use.after)
+        use = self.use
+        return Written(prompt.text, prompt.spans, use.before, use.after, keeps_after=use.keeps_after)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
         """Return the number of tokens before the prompt, as of the model's own tokenizer."""
@@ -250,7 +258,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             room = spare_bytes(device)
         network = load_language_model(
             *(self.path, use.model, device, self.dtype),
-            *(use.states, use.final_norm, self.in_fp8, room),
+            *(use.numbers, use.final_norm, self.in_fp8, room),
             blocks=blocks,
         )
         if tower is not None:
@@ -263,7 +271,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
-            plan = read_language_model(checkpoint, self.use.model, self.use.states, self.use.final_norm)
+            plan = read_language_model(checkpoint, self.use.model, self.use.numbers, self.use.final_norm)
             layers, size = streamed_layers(plan, self.dtype, self.in_fp8, room)
         return layers * size
 
@@ -286,7 +294,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadPictures] = (),
     ) -> list[Conditions]:
-        """Return the states for each prompt, [L nC] or T nC if padded, and their mask.
+        """Return the states for each prompt, [L nC] or T nC if padded (n C if stacked), and their mask.
 
         L: number of the prompt's tokens with those of the template behind it. pictures: of each prompt.
         """
@@ -305,7 +313,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 assert use.pictures is not None
                 token = self.find_token(tokenizer, use.pictures.token)
                 tokens, places = embed_pictures(network.get_submodule("visual"), tokens, ids, shown, token)
-            states = language_states(network, tokens, mask.to(weight.device), use.states, places)
+            states = language_states(network, tokens, mask.to(weight.device), use.numbers, places)
+            if use.stacked:
+                states = states.unflatten(-1, (len(use.stacked), -1))
             for state, real, row in zip(states[:, dropped:].cpu(), mask[:, dropped:], group, strict=True):
                 kept = slice(len(row) - dropped) if use.pad is None else slice(None)
                 found = {use.states_key: state[kept].clone(), **self._mask(real[kept])}
@@ -387,8 +397,8 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return how many numbers the joined states of the text encoder have."""
-        return read_once(self.language_model().path, _joined_width, self.text_use)
+        """Return how many numbers a token's states have: all of them, or each if they are stacked."""
+        return read_once(self.language_model().path, _state_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoder: `TransformerFiles.check_texts`."""
@@ -402,10 +412,9 @@ class LanguageModelFiles(TransformerFiles):
             use.source.files.check_given(self.text_encoder_tokenizer)
 
 
-def _joined_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
-    """Return how many numbers the joined states of a text encoder have."""
-    config = read_language_model(checkpoint, use.model, use.states).config
-    return len(use.states or all_states(config.num_layers)) * config.dim
+def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
+    config = read_language_model(checkpoint, use.model, use.numbers).config
+    return config.dim if use.stacked else len(use.states or all_states(config.num_layers)) * config.dim
 
 
 def _tower_of(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed

@@ -35,6 +35,7 @@ Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
 # tensors of a layer that some kinds of models have
 _MARKS = (Q_BIAS, Q_NORM, FEED_NORM)
+PLACES = "visual.pos_embed.weight"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
 _PARTS = ("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
@@ -61,9 +62,10 @@ class LanguageModel:
     theta: float  # base of the rotary frequencies, if there is no config.json
     eps: float  # likewise
     head_width: int = 128  # likewise, if the tensors do not show it
-    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have
+    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES beside them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
-    grid_shares: tuple[int, int, int] | None = None  # shares of the frequencies for time, rows and columns
+    # sixteenths of the frequencies that are for time, rows and columns; None: text only
+    grid_shares: tuple[int, int, int] | None = None
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
     # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, and
@@ -96,7 +98,7 @@ QWEN25_VL = LanguageModel(
     eps=1e-6,
     marks=(Q_BIAS,),
     rope_types=("default", "mrope"),
-    grid_shares=(2, 3, 3),
+    grid_shares=(4, 6, 6),
     settings={"use_sliding_window": False},
 )
 QWEN3 = LanguageModel(
@@ -110,6 +112,19 @@ QWEN3 = LanguageModel(
     eps=1e-6,
     marks=(Q_NORM,),
     settings={"use_sliding_window": False},
+)
+QWEN3_VL = LanguageModel(
+    what="the language model of Qwen3-VL",
+    option="--text_encoder",
+    files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
+    classes="Qwen3VLText",
+    kind="qwen3_vl",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6},
+    theta=5e6,
+    eps=1e-6,
+    marks=(Q_NORM, PLACES),
+    rope_types=("default", "mrope"),
+    grid_shares=(6, 5, 5),
 )
 MISTRAL3 = LanguageModel(
     what="the language model of Mistral Small 3",
@@ -160,7 +175,7 @@ def read_language_model(
     layers.
     """
     own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
-    if own is None or model.marks != tuple(mark for mark in _MARKS if f"layers.0.{mark}" in own.tensors):
+    if own is None or model.marks != _marks_of(own, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(own)
     damaged = f"{checkpoint.path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
@@ -185,7 +200,7 @@ def read_language_model(
     )
     # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
     is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)
-    if is_uneven or (rows // width) % max(1, key_rows // width) or (model.grid_shares and rows != dim):
+    if is_uneven or (rows // width) % max(1, key_rows // width) or (Q_BIAS in model.marks and rows != dim):
         raise CheckpointError(
             f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
             f"of {width} channels. "
@@ -216,6 +231,11 @@ def read_language_model(
         *(() if is_normed else ("norm.weight",)),
     )
     return LoadPlan(config, own, sources, unused)
+
+
+def _marks_of(own: Checkpoint, whole: Checkpoint) -> tuple[str, ...]:
+    found = [mark for mark in _MARKS if f"layers.0.{mark}" in own.tensors]
+    return (*found, *([PLACES] if any(name.endswith(PLACES) for name in whole.tensors) else []))
 
 
 def _read_constants(
@@ -296,7 +316,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     }
     if config.model.grid_shares is not None:
         half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
-        shares = half * time // 8, half * rows // 8
+        shares = half * time // 16, half * rows // 16
         sections = config.sections or (*shares, half - sum(shares))
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": list(sections)}
     classes = config.model.classes

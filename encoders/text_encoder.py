@@ -41,17 +41,16 @@ class Tokens(NamedTuple):
     ids: list[int]
     places: list[Place]  # in the text; one that the tokenizer adds has none
 
-    @property
-    def behind(self) -> int:
-        """How many tokens the tokenizer adds behind a text."""
-        return sum(1 for _ in itertools.takewhile(lambda place: place is None, reversed(self.places)))
+    def behind(self, end: int) -> int:
+        """Return how many stay when a text is cut: those from character `end` on, and those added behind."""
+        rest = itertools.takewhile(lambda place: place is None or place[0] >= end, reversed(self.places))
+        return sum(1 for _ in rest)
 
-    def cut(self, most: int) -> "Tokens":
-        """Return at most so many of them; those that are added behind the text stay."""
+    def cut(self, most: int, behind: int) -> "Tokens":
+        """Return at most so many of them, with the last ones. behind: how many these are."""
         if len(self.ids) <= most:
             return self
-        end = len(self.ids) - self.behind
-        first = most - self.behind
+        end, first = len(self.ids) - behind, most - behind
         return Tokens(self.ids[:first] + self.ids[end:], self.places[:first] + self.places[end:])
 
 
@@ -217,6 +216,12 @@ class Written(NamedTuple):
     before: str = ""  # what a template puts in front
     after: str = ""
     uncounted: int = 0  # tokens in front that stand for pictures: they do not count towards the most
+    keeps_after: bool = False  # what is behind the prompt stays if that is cut
+
+    @property
+    def end(self) -> int:
+        """Return the place of the first character that stays when the prompt is cut."""
+        return len(self.before) + len(self.own) if self.keeps_after else len(self.text) + 1
 
     @property
     def text(self) -> str:
@@ -285,9 +290,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         def count(text: str) -> TokenCount:
             written = self.write(Prompt(text))
             tokens, own = tokenizer.read(written.text), written.own
-            inside = tokens.places[: len(tokens.places) - tokens.behind]
+            behind = tokens.behind(written.end)
+            inside = tokens.places[: len(tokens.places) - behind]
             ends = [0 if place is None else place[1] - len(written.before) for place in inside]
-            kept = kept_characters(ends, dropped + self.most - tokens.behind, len(own))
+            kept = kept_characters(ends, dropped + self.most - behind, len(own))
             counted = max(len(tokens.ids) - dropped, 0)
             return TokenCount(own, counted, self.most, min(max(kept, 0), len(own)))
 
@@ -335,7 +341,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         dropped = self.count_dropped(tokenizer)
         read = [tokenizer.read(one.text) for one in written]
         kept = [
-            tokens.cut(dropped + one.uncounted + self.most) for tokens, one in zip(read, written, strict=True)
+            tokens.cut(dropped + one.uncounted + self.most, tokens.behind(one.end))
+            for tokens, one in zip(read, written, strict=True)
         ]
         for whole, cut, one in zip(read, kept, written, strict=True):
             if self.tells_cuts and len(cut.ids) < len(whole.ids):

@@ -149,6 +149,7 @@ OF_FAMILIES: Marks = (
         )
         for start in ("model.", "", "language_model.model.", "model.language_model.")
     ),
+    *((f"{start}visual.pos_embed.weight", "a Qwen3-VL model (--text_encoder)") for start in ("model.", "")),
     ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
     ("embed_tokens.weight", "a language model (--text_encoder1)"),

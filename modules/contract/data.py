@@ -359,11 +359,12 @@ class SamplingDefaults:
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
     """Multiply the first rows by their weights; the others stay as they are.
 
-    rows: L C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in float32
-    and rounded once, so that rows of weight 1 keep every bit.
+    rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
+    float32 and rounded once, so that rows of weight 1 keep every bit.
     """
     assert isinstance(rows, Tensor)
     weighed = rows.clone()
-    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)[:, None]
+    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
+    factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
     weighed[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
     return weighed

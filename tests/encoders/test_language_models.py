@@ -16,6 +16,7 @@ from encoders.language_models import (
     LLAMA,
     MISTRAL3,
     QWEN3,
+    QWEN3_VL,
     QWEN25_VL,
     SPEC,
     WORKING,
@@ -38,9 +39,11 @@ from tests.tiny.language_models import (
     DIM,
     LAYERS,
     QWEN3_TEMPLATE,
+    config_json,
     layouts,
     mistral3,
     qwen3,
+    qwen3_vl,
     qwen25_vl,
     write_mistral_tokenizer,
     write_model,
@@ -56,6 +59,12 @@ BEFORE, AFTER = qwen3_chat(thinks=True)
 Z_IMAGE = LanguageUse("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
 QWEN_IMAGE = LanguageUse("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
 KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask")
+STACKED = LanguageUse(
+    *("vl", "krea2_vl_embed", QWEN3_VL, SOURCE, 128, BEFORE, AFTER, None),
+    stacked=(0, 1, 3),
+    keeps_after=True,
+    at_once=1,
+)
 MISTRAL_SOURCE = TokenizerSource(
     TokenizerFiles("--text_encoder_tokenizer", ("tokenizer.json",), "", "mistralai/Mistral", (".",)),
     adds_own=False,
@@ -68,8 +77,14 @@ FLUX2 = LanguageUse(
     pad="<pad>",
     pads_left=True,
 )
-WHOLE = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "mistral3": mistral3}
-USES = {"qwen3": Z_IMAGE, "qwen3 padded": KLEIN, "qwen25_vl": QWEN_IMAGE, "mistral3": FLUX2}
+WHOLE = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "qwen3_vl": qwen3_vl, "mistral3": mistral3}
+USES = {
+    "qwen3_vl": STACKED,
+    "qwen3": Z_IMAGE,
+    "qwen3 padded": KLEIN,
+    "qwen25_vl": QWEN_IMAGE,
+    "mistral3": FLUX2,
+}
 
 
 def encoded(encoder: LanguageModelEncoder, *prompts: str) -> list[dict[str, Tensor]]:
@@ -101,7 +116,8 @@ def expected(
             states = model(
                 input_ids=torch.tensor([ids]), attention_mask=mask, output_hidden_states=True, use_cache=False
             ).hidden_states
-        found.append((torch.cat([states[index] for index in use.states], -1)[0, dropped:], mask[0, dropped:]))
+        read = [states[index][0, dropped:] for index in use.stacked or use.states]
+        found.append((torch.stack(read, 1) if use.stacked else torch.cat(read, -1), mask[0, dropped:]))
     return found
 
 
@@ -134,6 +150,7 @@ def test_states_are_those_of_the_whole_network(name: str, layout: str, tmp_path:
         ("qwen3-4b", QWEN3, 36, (32, 8, 128)),
         ("qwen3-8b", QWEN3, 36, (32, 8, 128)),
         ("qwen2.5-vl-7b", QWEN25_VL, 28, (28, 4, 128)),
+        ("qwen3-vl-4b", QWEN3_VL, 36, (32, 8, 128)),
     ],
 )
 def test_published_files_fit_at_full_size(
@@ -145,9 +162,10 @@ def test_published_files_fit_at_full_size(
     with open_checkpoint(path) as checkpoint:
         config = read_language_model(checkpoint, model).config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (layers, *heads)
-    assert (config.theta, config.eps) == (1e6, 1e-6)
+    assert (config.theta, config.eps) == (5e6 if model is QWEN3_VL else 1e6, 1e-6)
     network = load_language_model(path, model, meta, torch.bfloat16)
-    sizes = [math.prod(one) for name, (_, one) in tensors.items() if name[:7] not in ("lm_head", "visual.")]
+    others = ("lm_head", "visual.", "model.visual.")
+    sizes = [math.prod(one) for name, (_, one) in tensors.items() if not name.startswith(others)]
     assert sum(weight.numel() for weight in network.parameters()) == sum(sizes)
     cut = load_language_model(path, model, meta, torch.bfloat16, (9, 18, 27))
     assert len(cut.layers) == 27  # type: ignore[arg-type]
@@ -174,6 +192,29 @@ def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path
         load_language_model(path, QWEN3, CPU, torch.float32, (2, 4))
 
 
+def test_a_prompt_is_cut_before_the_text_that_stays(tmp_path: Path) -> None:
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model := qwen3_vl())
+    encoder = LanguageModelEncoder(STACKED, path, torch.float32)
+    prompts = [*PROMPTS, long := "the rabbit runs through tall grass " * 40]
+    found = encoded(encoder, *prompts)
+
+    read = encoder._loaded.get()[1].read
+    before, after = read(BEFORE).ids, read(AFTER).ids
+    ids = [*read(f"{BEFORE}{long}").ids[: len(before) + 128 - len(after)], *after]
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    expected_one = torch.stack([states[index][0, len(before) :] for index in STACKED.stacked], 1)
+    assert expected_one.shape == (128, 3, DIM)
+    assert_close(found[-1]["krea2_vl_embed"], expected_one)
+    for prompt, together in zip(prompts, found, strict=True):
+        (alone,) = encoded(encoder, prompt)
+        assert torch.equal(alone["krea2_vl_embed"], together["krea2_vl_embed"])
+    counted, end = encoder.token_counter()(long), len(read(f"{BEFORE}{long}").ids) - len(before)
+    assert (counted.tokens, counted.is_cut) == (end + len(after), True)
+    own = read(f"{BEFORE}{long[: counted.kept]}").ids
+    assert len(own) == len(before) + 128 - len(after)
+
+
 def test_a_folder_of_shards_and_that_of_a_release_load(tmp_path: Path) -> None:
     model = qwen3()
     write_model(tmp_path / "one" / "model.safetensors", model)
@@ -187,20 +228,41 @@ def test_a_folder_of_shards_and_that_of_a_release_load(tmp_path: Path) -> None:
     assert torch.equal(one[0]["llm_embed"], release[0]["llm_embed"])
 
 
-@pytest.mark.parametrize("ending", [".scale_weight", ".weight_scale"])
-def test_a_scaled_fp8_file_is_multiplied_out_or_stays(ending: str, tmp_path: Path) -> None:
-    model = qwen3()
-    stored, meant = scaled_fp8(layouts(model)["transformers 4"])
+def test_without_its_configuration_qwen3_vl_is_the_released_one(tmp_path: Path) -> None:
+    model = qwen3_vl()
+    tensors = layouts(model)
+    save_sharded(tmp_path / "whole", tensors["transformers 5"])
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config_json(model)), encoding="utf-8")
+    file = save(tmp_path / "one" / "qwen3vl_4b_bf16.safetensors", tensors["comfy"])
+    uses = [LanguageModelEncoder(STACKED, path, torch.float32) for path in (tmp_path / "whole", file)]
+    for encoder in uses:
+        write_qwen_tokenizer(encoder.path if encoder.path.is_dir() else encoder.path.parent)
+    whole, one = (encoded(encoder, "a rabbit")[0]["krea2_vl_embed"] for encoder in uses)
+    assert torch.equal(whole, one)
+
+
+@pytest.mark.parametrize(
+    ("ending", "name", "layout"),
+    [
+        *((end, "qwen3", "transformers 4") for end in (".scale_weight", ".weight_scale")),
+        (".scale_weight", "qwen3_vl", "transformers 5"),
+    ],
+)
+def test_a_scaled_fp8_file_is_multiplied_out_or_stays(
+    ending: str, name: str, layout: str, tmp_path: Path
+) -> None:
+    model, use = WHOLE[name](), USES[name]
+    stored, meant = scaled_fp8(layouts(model)[layout])
     stored = {name.replace(".scale_weight", ending): tensor for name, tensor in stored.items()}
     model.load_state_dict(meant)
     path = save(write_qwen_tokenizer(tmp_path) / "fp8.safetensors", stored)
-    encoder = LanguageModelEncoder(Z_IMAGE, path, torch.float32)
-    ours = encoded(encoder, "a rabbit")[0]["llm_embed"]
+    encoder = LanguageModelEncoder(use, path, torch.float32)
+    ours = encoded(encoder, "a rabbit")[0][use.states_key]
 
     (states, _), *_ = expected(model, encoder, ["a rabbit"])
     assert_close(ours, states)
-    kept = LanguageModelEncoder(Z_IMAGE, path, torch.float32, in_fp8=True)
-    assert_close(encoded(kept, "a rabbit")[0]["llm_embed"], states)
+    kept = LanguageModelEncoder(use, path, torch.float32, in_fp8=True)
+    assert_close(encoded(kept, "a rabbit")[0][use.states_key], states)
     assert kept.network.get_parameter("layers.0.mlp.up_proj.weight").dtype == torch.float8_e4m3fn
     assert kept.identity != encoder.identity
 
@@ -269,7 +331,10 @@ def test_a_quantised_file_is_called_so(
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("qwen3", QWEN25_VL), ("qwen25_vl", QWEN3), ("mistral3", QWEN3), ("qwen3", MISTRAL3)],
+    [
+        *[("qwen3", QWEN25_VL), ("qwen25_vl", QWEN3), ("mistral3", QWEN3), ("qwen3", MISTRAL3)],
+        *[("qwen3", QWEN3_VL), ("qwen3_vl", QWEN3), ("qwen25_vl", QWEN3_VL)],
+    ],
 )
 def test_another_language_model_is_refused_by_name(given: str, wanted: LanguageModel, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", WHOLE[given]())

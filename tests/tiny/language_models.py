@@ -1,4 +1,4 @@
-"""Tiny random language models in every file layout: Qwen2.5-VL, Qwen3 and Mistral Small 3."""
+"""Tiny random language models in every file layout: Qwen2.5-VL, Qwen3, Qwen3-VL and Mistral Small 3."""
 
 import json
 from collections.abc import Mapping
@@ -56,6 +56,15 @@ VISION: dict[str, Any] = {
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
+QWEN3_VISION: dict[str, Any] = {
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": DIM,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2, 3],
+}
 QWEN25_VL_TEXT = {**_TEXT, "rms_norm_eps": 1e-6}
 QWEN3_CONFIG = {**_TEXT, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_parameters": _ROPE}
 MISTRAL_CONFIG = {
@@ -96,6 +105,21 @@ def qwen25_vl(**rope: Any) -> Any:
         video_token_id=ids["video_pad"],
     )
     return filled(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen3_vl(layers: int = LAYERS) -> Any:
+    """The whole network with its vision tower and head; token ids are those of `qwen_tokenizer`."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    ids = {name: qwen_tokenizer().token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    rope = {**_ROPE, "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**QWEN3_CONFIG, "num_hidden_layers": layers, "rope_parameters": rope},
+        vision_config=dict(QWEN3_VISION),
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+    )
+    return filled(Qwen3VLForConditionalGeneration(config))
 
 
 def mistral3(layers: int = LAYERS) -> Any:

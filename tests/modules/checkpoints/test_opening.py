@@ -152,6 +152,7 @@ KINDS = {
     "qwen-image": "Qwen-Image transformer",
     "z-image": "Z-Image transformer",
     "qwen2.5-vl": "Qwen2.5 language model",
+    "qwen3-vl": "Qwen3-VL model",
     "qwen3": "Qwen3 language model",
     "gemma2": "Gemma language model",
     "gemma3": "Gemma language model",

@@ -272,3 +272,5 @@ def test_rows_of_weight_one_keep_every_bit(dtype: torch.dtype) -> None:
 
     assert weighed.dtype == dtype
     assert torch.equal(weighed, expected)
+    stacked = weigh_rows(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
+    assert torch.equal(stacked, expected.unflatten(-1, (2, 4)))
