@@ -157,6 +157,14 @@ FAMILIES = {
         encoders=(("vae", "--vae", PICTURES),),
         texts="--text_encoder QWEN3_FILE",
     ),
+    "krea2": FamilyEntry(
+        "krea2",
+        script="krea2",
+        cache="krea2_cache",
+        record="Krea2",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder QWEN3_VL_FILE",
+    ),
     "hunyuan_video": FamilyEntry(
         "hunyuan_model",
         files="checkpoints",

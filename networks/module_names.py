@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from modules.installation import import_own
 from networks.names.image import FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.numbering import NUMBERED, TEXTS_NUMBERED
@@ -15,6 +16,7 @@ from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, LTX_2, WAN
 
 FAMILIES = (
     *(WAN, HUNYUAN_VIDEO, FRAMEPACK, LTX_2, FLUX, FLUX_2, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, Z_IMAGE),
+    *import_own("krea2.names").LORA,
     *(SD1, SDXL, SD2),
 )
 _DIGITS = re.compile(r"\d+")

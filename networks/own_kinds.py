@@ -69,7 +69,7 @@ OWN_MODULES = {
         (
             *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
             *("networks.lora_flux_2", "networks.lora_qwen_image", "networks.lora_zimage"),
-            "networks.lora_ltx2",
+            *("networks.lora_krea2", "networks.lora_ltx2"),
         ),
         OwnModule(),
     ),

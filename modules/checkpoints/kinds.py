@@ -10,7 +10,6 @@ _CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
 
 _NOT_YET = "which is not supported yet"
 _FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
-_KREA_2 = f"the transformer of Krea 2, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
 _LTX_09 = "the transformer of LTX-Video 0.9, another network than LTX-2's, which is not supported yet"
@@ -25,8 +24,6 @@ OF_OTHERS: Marks = (
     ("early_stream_modulations.image.lin.weight", _FLUX_3),
     ("early_stream_modulations.image.linear.weight", _FLUX_3),
     ("ref_time_in.in_layer.weight", _FLUX_3),
-    ("txtfusion.projector.weight", _KREA_2),
-    ("text_fusion.projector.weight", _KREA_2),
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (
@@ -114,6 +111,8 @@ OF_FAMILIES: Marks = (
     ),
     ("control_layers.0.before_proj.weight", "a ControlNet of Z-Image, which is not supported yet"),
     ("cap_pad_token", "a Z-Image transformer (--dit)"),
+    ("txtfusion.projector.weight", "a Krea 2 transformer (--dit)"),
+    ("text_fusion.projector.weight", "a Krea 2 transformer in diffusers layout (--dit)"),
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
     (
