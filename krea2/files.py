@@ -115,7 +115,7 @@ def is_turbo(dit: Path | None) -> bool:
     """Return whether a transformer is Turbo: as the release's model_index.json says, else by its name."""
     if dit is None:
         return False
-    folder = dit.absolute() if dit.is_dir() else dit.absolute().parent
+    folder = dit.absolute().parent if dit.suffix else dit.absolute()
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():
         try:

@@ -22,6 +22,7 @@ from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import NoOptions
 from networks.module_names import read_family
+from krea2.family import Krea2, Krea2Files
 from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageFiles
 from tests.training.toy import metadata_of, same
@@ -195,6 +196,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
             "1024x1024",
             "qwen_image",
         ),
+        (Krea2(Krea2Files()), "krea2", "1024x1024", "krea2"),
         (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
         (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
         (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),
