@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
 from krea2.configs import DIT, KREA_2, LATENT, NOISE
-from krea2.files import KEY, KREA_2_USE, Krea2Files, is_turbo
+from krea2.files import KEY, KREA_2_USE, Krea2Files, is_raw, is_turbo
 from krea2.options import (
     MU_OF_FEW,
     MU_OF_MANY,
@@ -38,7 +38,7 @@ from modules.contract.few_steps import FewSteps
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.errors import CacheError
+from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
@@ -55,6 +55,7 @@ class Krea2(ModelOfPictures):
 
     files: Krea2Files
     options: Any = NO_OPTIONS  # of a training
+    samples_on_turbo: bool = False  # the transformer is that of --turbo_dit
 
     name: str = field(default="krea2", init=False)
     named: ClassVar = {
@@ -79,7 +80,7 @@ class Krea2(ModelOfPictures):
     @property
     def is_turbo(self) -> bool:
         """Whether the transformer is Turbo."""
-        return is_turbo(self.files.dit)
+        return self.samples_on_turbo or is_turbo(self.files.dit)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -175,6 +176,22 @@ def family_for_text_caching(options: Krea2TextCachingOptions) -> Krea2:
 def family_for_training(options: Krea2TrainingOptions) -> Krea2:
     """Describe the family for krea2_train_network.py."""
     return Krea2(_files(options), options)
+
+
+def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
+    """Describe the family for samples made on Turbo (--turbo_dit); None without.
+
+    Raises OptionError for a file that says it is raw.
+    """
+    turbo = options.turbo_dit
+    if turbo is None:
+        return None
+    if is_raw(turbo):
+        raise OptionError(
+            f"--turbo_dit {turbo}: it says that it is raw, which makes no picture in eight steps. Give "
+            "turbo.safetensors, or leave the option out"
+        )
+    return Krea2(_files(replace(options, dit=turbo, turbo_dit=None)), options, samples_on_turbo=True)
 
 
 def family_for_generation(options: Krea2GenerationOptions) -> Krea2:

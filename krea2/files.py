@@ -108,24 +108,31 @@ FORMAT = DitFormat(
     _header, lambda _: WHAT, Krea2Model, _sources, OPTION, ("last.down.weight", "last.up.weight")
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
-TURBO = re.compile(r"turbo", re.IGNORECASE)
 
 
 def is_turbo(dit: Path | None) -> bool:
     """Return whether a transformer is Turbo: as the release's model_index.json says, else by its name."""
-    if dit is None:
-        return False
+    return dit is not None and _says(dit, "turbo", is_distilled=True)
+
+
+def is_raw(dit: Path) -> bool:
+    """Return whether a transformer says that it is raw, as for `is_turbo`."""
+    return not is_turbo(dit) and _says(dit, "raw", is_distilled=False)
+
+
+def _says(dit: Path, word: str, is_distilled: bool) -> bool:
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
-    index = folder.parent / "model_index.json"
-    if folder.name == "transformer" and index.is_file():
-        try:
-            told = json.loads(read_text(index)).get("is_distilled")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
-        if isinstance(told, bool):
-            return told
-    names = [dit.stem, *folder.parts[-5:]] if folder.name == "transformer" else [dit.stem]
-    return any(TURBO.search(name) for name in names)
+    index, names = folder.parent / "model_index.json", [dit.stem]
+    if folder.name == "transformer":
+        names += folder.parts[-5:]
+        if index.is_file():
+            try:
+                told = json.loads(read_text(index)).get("is_distilled")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+            if isinstance(told, bool):
+                return told is is_distilled
+    return any(re.search(rf"(?<![a-z]){word}(?![a-z])", name.lower()) for name in names)
 
 
 @dataclass(frozen=True)

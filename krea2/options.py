@@ -64,6 +64,20 @@ class Krea2ModelOptions(Options, title=NAME):
 class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
     """Options of krea2_train_network.py besides the shared ones."""
 
+    turbo_dit: Path | None = option(
+        "transformer of Turbo, to make samples with in place of --dit, under what is trained: eight steps "
+        "without guidance. Both wait in host memory while the other one works",
+        facts=FREE,
+    )
+    turbo_dit_cache = not_needed("the transformer of --turbo_dit is kept in host memory anyway.")
+
+    def __post_init__(self) -> None:
+        if self.turbo_dit is not None and self.turbo_dit == self.dit:
+            raise OptionError(
+                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Give the file of Turbo, or leave "
+                "the option out"
+            )
+
 
 class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
     """Options of krea2_generate_image.py besides the shared ones."""
@@ -126,7 +140,8 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
-        "--dit": options.dit or "DIT_FILE",
+        "--dit": options.turbo_dit or options.dit or "DIT_FILE",
+        "--mu": None if options.turbo_dit is None else MU_OF_TURBO,
         "--vae": options.vae.file.vae or "VAE_FILE",
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,

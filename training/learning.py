@@ -82,19 +82,21 @@ def load_model(
     loading = Loading(plan, swap, sampler is not None, takes_turns or samples_with_others)
     learners: list[Trainable] = []
     networks = [loading.load(family, index, learners) for index in range(len(family.experts))]
+    dits = sample_dits = ExpertNetworks(networks, loading.copies)
+    if samples_with_others:  # networks beside those that are trained
+        known = dict(zip(family.dit_files, networks, strict=True))
+        # in place of all that are trained: what learns is in them too
+        into = None if known.keys() & set(plan.sampled.dit_files) else learners
+        sampled = [
+            known[file] if file in known else loading.load(plan.sampled, index, into).eval()
+            for index, file in enumerate(plan.sampled.dit_files)
+        ]
+        sample_dits = ExpertNetworks(sampled, loading.copies)
     if len(learners) == 1:
         trainable = learners[0]
     else:
         names = [expert.name for expert in family.experts]
         trainable = train_apart(dict(zip(names, learners, strict=True)))
-    dits = sample_dits = ExpertNetworks(networks, loading.copies)
-    if samples_with_others:  # networks beside those that are trained
-        known = dict(zip(family.dit_files, networks, strict=True))
-        sampled = [
-            known[file] if file in known else loading.load(plan.sampled, index).eval()
-            for index, file in enumerate(plan.sampled.dit_files)
-        ]
-        sample_dits = ExpertNetworks(sampled, loading.copies)
     optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     set_training(optimizer, True)
