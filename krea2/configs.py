@@ -10,7 +10,7 @@ KREA_2 = ModelRelease(
     ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
     "Krea 2 Community License",
     "other",
-    "https://huggingface.co/krea/Krea-2-Raw",
+    "https://github.com/krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE",
 )
 PATCH = 2  # latent pixels along each side of a token
 STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is read

@@ -6,11 +6,11 @@ Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from encoders.language_encoder import LanguageUse, qwen_tokenizer
+from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from krea2.configs import PATCH, STATES, Krea2Config, StreamConfig
 from krea2.model import ROWS, Krea2Model
@@ -23,21 +23,20 @@ from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import read_text
 from networks.names.layouts import tensor_patterns
-from qwen_image.files import QWEN_USE, QwenImageFiles
+from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
 
 KEY = "krea2_vl_embed"
-KREA_2_USE = LanguageUse(
-    name="vl",
+BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
+FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", beside=BESIDE)
+# the template is Qwen-Image's
+KREA_2_USE = replace(
+    QWEN_USE,
     states_key=KEY,
     model=QWEN3_VL,
-    source=qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct", folder=""),
-    most=512,  # with those of the template behind the prompt
-    before=QWEN_USE.before,
-    after=QWEN_USE.after,
-    dropped=QWEN_USE.dropped,
-    stacked=STATES,
+    source=replace(QWEN_USE.source, files=FROM),
+    most=512,  # with the tokens of the template behind the prompt, which stay if that is cut
     keeps_after=True,
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    stacked=STATES,
 )
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
