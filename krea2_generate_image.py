@@ -13,12 +13,15 @@ from krea2.options import EXTRAS, SIDE, settle_generation
 def _one(text: str) -> int:
     """Read --i of a prompt line, which is a number of pictures in the known tuner."""
     if text != "1":
-        raise ValueError(f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)")
+        raise ValueError(
+            f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
+        )
     return 1
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Have the prompt stand without its flag too, as in the known tuner."""
+    """Have the prompt stand without its flag too, and the negative one be empty, as in the known tuner."""
+    parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":
             action.by_place = True  # type: ignore[attr-defined]

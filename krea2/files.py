@@ -1,6 +1,6 @@
 """Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
 
-Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have the same tensors: see `is_turbo`.
+Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have the same tensors: `is_turbo`.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import ClassVar
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from krea2.configs import PATCH, STATES, Krea2Config, StreamConfig
-from krea2.model import ROWS, Krea2Model
+from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME
 from modules.checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
@@ -41,7 +41,7 @@ KREA_2_USE = replace(
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (
-    "raw.safetensors or turbo.safetensors of krea/Krea-2-Raw and krea/Krea-2-Turbo, the folder transformer of "
+    "raw.safetensors of krea/Krea-2-Raw, turbo.safetensors of krea/Krea-2-Turbo, the folder transformer of "
     "either, or krea2_raw_bf16.safetensors of Comfy-Org"
 )
 # dialect -> a tensor that only it has
@@ -57,8 +57,8 @@ def _stream(found: DitShapes, start: str) -> StreamConfig:
     heads, kv_heads = rows // width, key_rows // width
     if rows != dim or dim % width or width % 16 or key_rows % width or not kv_heads or heads % kv_heads:
         raise CheckpointError(
-            f"{found.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with heads "
-            f"of {width} are not those of {WHAT}. Copy the file again.",
+            f"{found.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
+            f"heads of {width} are not those of {WHAT}. Copy the file again.",
             found.path,
         )
     return StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)

@@ -55,7 +55,8 @@ class GatedAttention(GroupedAttention):
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
         query, key, value = (
-            in_own_dtype(layer, x).unflatten(-1, (-1, self.head_width)) for layer in (self.wq, self.wk, self.wv)
+            in_own_dtype(layer, x).unflatten(-1, (-1, self.head_width))
+            for layer in (self.wq, self.wk, self.wv)
         )
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 

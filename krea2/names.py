@@ -1,4 +1,4 @@
-"""What Krea 2 is called everywhere: its scripts, its modules in every layout, the tensors that tell its files."""
+"""What Krea 2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
 from modules.families import PICTURES, FamilyEntry
 from networks.names.layouts import FamilyNames, renamed_parts

@@ -122,7 +122,7 @@ def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, K
     """Put --width and --height into the size. Raises OptionError if --image_size says another one."""
     size, usual = (own.height, own.width), (SIDE, SIDE)
     asked = tuple(options.request.video_size)
-    if size == usual or size == asked:
+    if size in (usual, asked):
         return options, own
     if asked != usual:
         raise OptionError(

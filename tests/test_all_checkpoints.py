@@ -20,19 +20,19 @@ import frame_pack.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
 import krea2.files
-from krea2.configs import StreamConfig
 import lumina.files
 import qwen_image.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.qwen_image as tiny_qwen_image
-import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.checkpoints
 from flux_2.model import Flux2Model
+from krea2.configs import StreamConfig
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement

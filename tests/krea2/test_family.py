@@ -45,7 +45,12 @@ def test_noise_levels_of_raw_follow_the_size_and_those_of_turbo_do_not(family: K
     usual = prepare(family)
     assert (usual.width, usual.height, usual.steps) == (1024, 1024, 28)
     assert (usual.guidance_scale, usual.negative_prompt) == ((5.5,), "")
-    for side, mu in ((256, 0.5), (1280, 1.15), (1024, 0.5 + 0.65 * 3840 / 6144), (2048, 0.5 + 0.65 * 16128 / 6144)):
+    for side, mu in (
+        (256, 0.5),
+        (1280, 1.15),
+        (1024, 0.5 + 0.65 * 3840 / 6144),
+        (2048, 0.5 + 0.65 * 16128 / 6144),
+    ):
         prepared = prepare(family, width=side, height=side, steps=4)
         assert prepared.flow_shift == pytest.approx(math.exp(mu))
         sigmas = solver_for(prepared.solver, 4, prepared.flow_shift).schedule.sigmas
@@ -91,7 +96,9 @@ def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -
 def test_a_release_says_it_in_its_own_words_and_training_is_warned(family: Krea2, tmp_path: Path) -> None:
     for name, told in (("A-Turbo", False), ("B", True)):
         folder = write_dit(tmp_path / name, tiny_state(), "diffusers_sharded")
-        (tmp_path / name / "model_index.json").write_text(json.dumps({"is_distilled": told}), encoding="utf-8")
+        (tmp_path / name / "model_index.json").write_text(
+            json.dumps({"is_distilled": told}), encoding="utf-8"
+        )
         one = replace(family, files=replace(family.files, dit=folder))
         assert one.defaults.steps == (8 if told else 28)
         if told:
@@ -139,7 +146,11 @@ def test_states_of_another_encoder_are_refused_with_what_to_do(family: Krea2) ->
         return family.batch_conditions(latents, Batch(given, ("a cat",), ("a.png",)))
 
     assert conditions(3, 12, CONFIG.text_dim)["krea2_vl_embed"][0].shape == (3, 12, CONFIG.text_dim)
-    for shape, words in (((3, 12, 8), "8 numbers wide"), ((3, 4, 64), "is 3x4x64, not 12"), ((3, 64), "is 3x64")):
+    for shape, words in (
+        ((3, 12, 8), "8 numbers wide"),
+        ((3, 4, 64), "is 3x4x64, not 12"),
+        ((3, 64), "is 3x64"),
+    ):
         with pytest.raises(CacheError, match=f"{words}.*krea2_cache_text_encoder_outputs.py"):
             conditions(*shape)
 

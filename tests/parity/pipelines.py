@@ -28,6 +28,7 @@ import tests.lumina.making as lumina_making
 import tests.qwen_image.making as qwen_image_making
 import tests.z_image.making as z_image_making
 from encoders.autoencoder import SCALE, SHIFT
+from krea2.configs import STATES
 from tests.encoders.test_autoencoder import diffusers_autoencoder
 from tests.encoders.their_t5 import their_t5
 from tests.parity.hunyuan import load_clip
@@ -36,7 +37,6 @@ from tests.tiny import picture_encoders
 from tests.tiny.flux import TinyFlux
 from tests.tiny.flux_2 import TEXT_LAYERS, TinyFlux2
 from tests.tiny.hunyuan_encoders import clip_config_json
-from krea2.configs import STATES
 from tests.tiny.krea2 import TinyKrea2
 from tests.tiny.language_models import QWEN3_TEMPLATE, mistral3, qwen3, qwen3_vl
 from tests.tiny.lumina import GEMMA, TinyLumina, gemma_state
@@ -222,5 +222,7 @@ def krea2(files: TinyKrea2, is_distilled: bool = False) -> Krea2Pipeline:
         is_distilled=is_distilled,
     )
     # of the tiny tokenizer
-    pipe.prompt_template_encode_num_suffix_tokens = len(tokenizer.tokenize(pipe.prompt_template_encode_suffix))
+    pipe.prompt_template_encode_num_suffix_tokens = len(
+        tokenizer.tokenize(pipe.prompt_template_encode_suffix)
+    )
     return quiet(pipe)

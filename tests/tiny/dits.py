@@ -14,8 +14,8 @@ from flux_2.model import Flux2Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
-from ltx_2.model import LtxModel
 from krea2.model import Krea2Model
+from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork

@@ -14,7 +14,17 @@ from stable_diffusion.assembling import list_cross_attentions
 from tests.flux.making import tiny_control_net
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
-from tests.tiny import flux, flux_2, guides, hunyuan_image, krea2, lumina, qwen_image, stable_diffusion, z_image
+from tests.tiny import (
+    flux,
+    flux_2,
+    guides,
+    hunyuan_image,
+    krea2,
+    lumina,
+    qwen_image,
+    stable_diffusion,
+    z_image,
+)
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save

@@ -17,12 +17,12 @@ from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from hunyuan_image import options as hunyuan_image
+from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import NoOptions
 from networks.module_names import read_family
-from krea2.family import Krea2, Krea2Files
 from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageFiles
 from tests.training.toy import metadata_of, same

@@ -124,7 +124,12 @@ def test_every_family_refuses_another_model_by_its_name(
 @pytest.mark.parametrize(
     ("network", "script", "option", "words"),
     [
-        ("NucleusMoEImageTransformer2DModel", "qwen_image_generate_image.py", "--dit", "is the transformer of Nucleus"),
+        (
+            "NucleusMoEImageTransformer2DModel",
+            "qwen_image_generate_image.py",
+            "--dit",
+            "is the transformer of Nucleus",
+        ),
         ("AutoencoderKLQwenImage21", "wan_cache_latents.py", "--vae", "the VAE of Qwen-Image-2.1"),
     ],
 )
