@@ -27,6 +27,8 @@ WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
 # at the size that the others have the model makes no usable picture
 OUR_DEFAULTS = {
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
+    # the best device that there is; strengths that are not given are 1
+    *(("krea2_generate_image.py", f"--{name}") for name in ("device", "lora_multiplier")),
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
     ("flux_2_generate_image.py", "--guidance_scale"),
