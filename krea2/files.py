@@ -141,3 +141,4 @@ class Krea2Files(QwenImageFiles):
     text_use: LanguageUse = KREA_2_USE
 
     format: ClassVar = FORMAT
+    called: ClassVar[str] = NAME

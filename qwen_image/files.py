@@ -152,6 +152,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
+    called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE."""
@@ -159,7 +160,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""
-        check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, NAME)
+        check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, self.called)
 
 
 def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:
