@@ -40,7 +40,6 @@ DEFAULTS = ScriptDefaults(
     media=frozenset(),
     source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
     splits_attention=True,
-    joins_guidance=True,
     size=(SIDE, SIDE),
     pictures=True,
     spellings={"infer_steps": "--steps", "num_videos": "--num-images"},
