@@ -7,7 +7,7 @@ the released code has the text first. Attention does not depend on the order: al
 # Letters: B batch, L picture tokens, T text tokens, n states of each, N heads, D head width, C = N * D
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -253,7 +253,12 @@ class Krea2Model(nn.Module):
         rotary = self._rotary.of(Krea2Layout(grid, x.shape[1] - picture.shape[1]), device)
         (states, lengths), *others = embedded
         count = picture.shape[1] + states.shape[1]
-        inputs = {"grid": grid, "time": self.embed_time(timesteps), "dtype": dtype, "lengths": lengths}
+        inputs: dict[str, Any] = {
+            "grid": grid,
+            "time": self.embed_time(timesteps),
+            "dtype": dtype,
+            "lengths": lengths,
+        }
         inputs |= {"attention": self.attention, "rotary": rotary[:count]}
         for second, behind in others:
             assert tweaks.steer is not None  # it comes with a second text

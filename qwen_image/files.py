@@ -7,7 +7,7 @@ those of the releases; the name of the states is that of the known caches.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -150,7 +150,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     text_use: LanguageUse = QWEN_USE
 
-    format: ClassVar = FORMAT
+    format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
     called: ClassVar[str] = NAME
 
