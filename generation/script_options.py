@@ -318,7 +318,8 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else self.spellings
+        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
+        spelled |= self.spellings
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)

@@ -97,14 +97,18 @@ class GroupedAttention(nn.Module):
         """Return the attention of tokens, B L N D, from heads whose queries and keys are not rotated yet."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
-        return attend(query, *_serve(query, key, value), tokens.attention, lengths)
+        return attend(query, *serve(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
+        return self.project(self.see(x, tokens))
+
+    def see(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the attention of the tokens among each other, heads side by side: B L C."""
         heads: tuple[Tensor, ...] = self.heads(x)
         second, part = tokens.second, tokens.part
         if part is not None:
-            heads = part.gather_tokens(heads[0], *_serve(*heads))
+            heads = part.gather_tokens(heads[0], *serve(*heads))
         if second is None:
             seen = self.look(heads, tokens.rotary, tokens, tokens.lengths)
             seen = seen if part is None else part.gather_heads(seen)
@@ -113,15 +117,15 @@ class GroupedAttention(nn.Module):
             seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
             other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
             seen = second.combine(seen, other) if part is None else part.combine(seen, other, second)
-        return self.project(seen.flatten(2))
+        return seen.flatten(2)
 
     def project(self, seen: Tensor) -> Tensor:
         """Return the output, B L C, of the heads' attention side by side, B L C."""
         return in_own_dtype(self.out, seen)
 
 
-def _serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return heads of keys and values for each head of queries, B L N D, of B L K D."""
+def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a head of keys and values for each head of queries, B L N D, of B L K D."""
     served = query.shape[2] // key.shape[2]
     if served == 1:
         return key, value

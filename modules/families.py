@@ -102,6 +102,7 @@ FOLDERS: Mapping[str, str] = {
     "lumina": "lumina",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
+    "krea2": "krea2",
     "stable_diffusion": "stable_diffusion",
 }
 

@@ -103,7 +103,7 @@ def _is_excluded(path: str, settings: LoraSettings, is_unasked: bool = False) ->
 def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[tuple[str, LoraModule]]:
     """Yield (path, module) of each Linear and Conv2d whose path begins so, in the model's order."""
     for path, module in unet.named_modules():
-        if path.startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
+        if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield path, module
 
 

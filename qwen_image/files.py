@@ -7,7 +7,7 @@ those of the releases; the name of the states is that of the known caches.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -150,8 +150,9 @@ class QwenImageFiles(LanguageModelFiles):
 
     text_use: LanguageUse = QWEN_USE
 
-    format: ClassVar = FORMAT
+    format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
+    called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE."""
@@ -159,7 +160,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""
-        check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, NAME)
+        check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, self.called)
 
 
 def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:

@@ -19,17 +19,20 @@ import flux_2.files
 import frame_pack.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
+import krea2.files
 import lumina.files
 import qwen_image.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.qwen_image as tiny_qwen_image
 import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.files
 from flux_2.model import Flux2Model
+from krea2.configs import StreamConfig
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
@@ -115,6 +118,7 @@ KINDS = {
         ),
         Kind("lumina", lumina.files, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
         Kind("qwen_image", qwen_image.files, tiny_qwen_image, dit("a Qwen-Image")),
+        Kind("krea2", krea2.files, tiny_krea2, dit("a Krea 2"), NAMED_THERE),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -144,7 +148,7 @@ FP8_FILES = {
     "wan t2v": wan_dit.FP8_DIALECTS,
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
-    **dict.fromkeys(("flux_2 dev", "qwen_image", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
+    **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
 }
 
 
@@ -315,6 +319,7 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("qwen_image", ("transformer_blocks.",)),
             {"attn.to_q.weight", "img_mlp.net.0.proj.weight", "attn.to_add_out.weight"},
         ),
+        ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
             {"attention.to_q.weight", "attention.to_out.0.weight", "feed_forward.w2.weight"},
@@ -348,6 +353,10 @@ FLUX_2 = {
     "dev": {"dim": 6144, "double_blocks": 8, "single_blocks": 48, "text_dim": 15360},
 }
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
+KREA = {
+    **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
+    **{"rotary_widths": (32, 48, 48), "text": StreamConfig(2560, 6912, 20, 20)},
+}
 # manifest -> name of KINDS, dimensions of the released model
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
@@ -367,6 +376,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         for layout in ("dit", "dit-diffusers")
     },
     "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
+    **dict.fromkeys(("krea2-dit", "krea2-dit-diffusers"), ("krea2", KREA)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -398,6 +408,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(("hunyuan t2v", name) for name in ("img_in.proj", "vector_in.in_layer", "final_layer.linear")),
         *(("flux_2 klein", name) for name in ("txt_in", "single_blocks.0.linear1")),
         *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
+        *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
     ],
@@ -430,6 +441,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("layers.0.attention.norm_q.weight", (40,)),
         ("all_x_embedder.2-1.weight", (0, 64)),
         ("layers.0.attention.to_q.weight", (95, 96)),
+    ],
+    "krea2": [
+        ("blocks.0.attn.qknorm.qnorm.scale", (0,)),
+        ("blocks.0.attn.qknorm.qnorm.scale", (24,)),
+        ("blocks.0.attn.wk.weight", (33, 64)),
+        ("txtfusion.projector.weight", (12,)),
+        ("first.weight", (64, 63)),
     ],
     "z_image comfy": [("layers.0.attention.qkv.weight", ()), ("layers.0.attention.qkv.weight", (95, 96))],
 }

@@ -27,6 +27,8 @@ WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
 # at the size that the others have the model makes no usable picture
 OUR_DEFAULTS = {
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
+    # the best device that there is; strengths that are not given are 1
+    *(("krea2_generate_image.py", f"--{name}") for name in ("device", "lora_multiplier")),
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
     ("flux_2_generate_image.py", "--guidance_scale"),
@@ -42,7 +44,12 @@ OUR_DEFAULTS = {
 }
 # what one record reads for pictures and videos; the other spelling is an option of LTX-2
 OTHER_DESTS = {"--image_size": "video_size", "--from_file": "from_file"}
-SPELLINGS = {("ltx2_generate_video.py", "--output_dir"): "save_path"}
+KREA = "krea2_generate_image.py"
+SPELLINGS = {
+    ("ltx2_generate_video.py", "--output_dir"): "save_path",
+    **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
+}
+PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -74,12 +81,16 @@ def test_every_known_option_is_there_and_in_the_help(manifest: Path, monkeypatch
     parser = _parser_of(description["script"], monkeypatch)
     actions, text = parser._option_string_actions, parser.format_help()
     for option in description["options"]:
-        for flag in option["flags"]:
+        for word in option["flags"]:
+            place = description["script"], word
+            flag = PLACED.get(place, word)
             assert flag in actions, f"{flag} is missing"
             assert flag in text, f"{flag} is not in the help"
-            place = description["script"], flag
             more = {"default": actions[flag].default} if place in OUR_DEFAULTS else {}
             more |= {"dest": SPELLINGS[place]} if place in SPELLINGS else {}
+            if place in PLACED:
+                assert getattr(actions[flag], "by_place", False)
+                more |= {"nargs": None}
             _compare(flag, option | more, actions[flag])
 
 

@@ -42,7 +42,15 @@ RAY = "tools/cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
-OF_PICTURES = ("flux", "flux_2", "hunyuan_image", "lumina", "qwen_image", "zimage")  # how scripts begin
+OF_PICTURES = (
+    "flux",
+    "flux_2",
+    "hunyuan_image",
+    "krea2",
+    "lumina",
+    "qwen_image",
+    "zimage",
+)  # how scripts begin
 NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
 # appended to a script's words, so that the last value of an option wins
 GENERATION = "--video_size 32 32 --video_length 5 --infer_steps 2"
@@ -144,7 +152,10 @@ OWN_PROCESS = {
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "hunyuan_image")},
-    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("lumina", "qwen_image", "z_image")},
+    **{
+        name: getattr(picture_project, f"lay_out_{name}")
+        for name in ("krea2", "lumina", "qwen_image", "z_image")
+    },
     "flux_kontext": picture_project.lay_out_kontext,
     "gen_img": picture_project.lay_out_stable_diffusion,
     "image_datasets": lay_out_flux,

@@ -37,6 +37,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "hunyuan_image": ("--fp8_vl", "vlm_embed"),
     "qwen_image": ("--fp8_vl", "vl_embed"),
     "qwen_image edit-2511": ("--fp8_vl", "vl_embed"),
+    "krea2": ("--fp8_vl", "krea2_vl_embed"),
     "z_image": ("--fp8_llm", "llm_embed"),
     "flux": ("--fp8_t5", "t5_out"),
     "kontext": ("--fp8_t5", "t5_vec"),
@@ -45,7 +46,7 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
 }
 # of the first tests/frame_pack has what is its own
 SLOW = {"framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
-SLOW |= {"qwen_image edit-2511", "z_image", "ltx_2 with sound"}
+SLOW |= {"qwen_image edit-2511", "krea2", "z_image", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
@@ -202,5 +203,5 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(proje
         change = difference(
             *({part: t for part, t in found.items() if key in part} for found in (tensors, before[name]))
         )
-        # T5's attention is not scaled: of random weights it is sharp
-        assert 1e-4 < change < (0.3 if option == "--fp8_t5" else 0.15)
+        # T5's attention is not scaled: of random weights it is sharp; Krea 2 reads 35 layers
+        assert 1e-4 < change < (0.3 if option == "--fp8_t5" or key == "krea2_vl_embed" else 0.15)

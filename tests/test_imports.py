@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "ltx_2": {"modules", "networks.names", "encoders"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
+    "krea2": {"modules", "networks.names", "encoders", "lumina", "qwen_image"},
     "z_image": {"modules", "networks.names", "encoders", "lumina"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},

@@ -76,19 +76,23 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     for index in range(len(family.experts)):
         dit, learners = loading.load(family, index, learners)
         networks.append(dit)
+    dits = sample_dits = ExpertNetworks(networks, loading.copies)
+    if samples_with_others:  # networks beside those that are trained
+        known = dict(zip(family.dit_files, networks, strict=True))
+        # in place of all that are trained: what learns is in them too
+        in_place = not known.keys() & set(plan.sampled.dit_files)
+        sampled = []
+        for index, file in enumerate(plan.sampled.dit_files):
+            if file not in known:
+                known[file], given = loading.load(plan.sampled, index, learners if in_place else None)
+                learners = given if in_place else learners
+            sampled.append(known[file].eval())
+        sample_dits = ExpertNetworks(sampled, loading.copies)
     if len(learners) == 1:
         trainable = learners[0]
     else:
         names = [expert.name for expert in family.experts]
         trainable = train_apart(dict(zip(names, learners, strict=True)))
-    dits = sample_dits = ExpertNetworks(networks, loading.copies)
-    if samples_with_others:  # networks beside those that are trained
-        known = dict(zip(family.dit_files, networks, strict=True))
-        sampled = [
-            known[file] if file in known else loading.load(plan.sampled, index)[0].eval()
-            for index, file in enumerate(plan.sampled.dit_files)
-        ]
-        sample_dits = ExpertNetworks(sampled, loading.copies)
     optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     set_training(optimizer, True)

@@ -33,10 +33,11 @@ from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompts, Request, check_values
-from modules.contract.rules import HIGH_NOISE, expert_at
+from modules.contract.rules import expert_at
 from modules.contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.families import HIGH_NOISE
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track
 from modules.media.writing import write_png, write_video

@@ -9,7 +9,6 @@ _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module
 
 _NOT_YET = "which is not supported yet"
 _FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
-_KREA_2 = f"the transformer of Krea 2, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
@@ -22,8 +21,6 @@ OF_OTHERS: Marks = (
     ("early_stream_modulations.image.lin.weight", _FLUX_3),
     ("early_stream_modulations.image.linear.weight", _FLUX_3),
     ("ref_time_in.in_layer.weight", _FLUX_3),
-    ("txtfusion.projector.weight", _KREA_2),
-    ("text_fusion.projector.weight", _KREA_2),
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (

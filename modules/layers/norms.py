@@ -80,6 +80,17 @@ class ScaleNorm(nn.Module):
         return rms_norm(x, self.scale, self.eps)
 
 
+class CentredNorm(ScaleNorm):
+    """`ScaleNorm` whose files hold how far the scale is from 1. Computes in float32: 16 bits would cut it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        nn.init.zeros_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), 1 + self.scale.float(), self.eps).to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x. weight: C."""
     # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it

@@ -110,6 +110,8 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("ltx23", " ".join(f"ltx2.3-{part}" for part in LTX_PARTS), None),
         ("qwen_image", "qwen-image-dit", None),
         ("z_image", "z-image-dit-comfy", None),
+        ("krea2_raw", "krea2-dit", None),
+        ("qwen3_vl_4b", "qwen3-vl-4b", None),
         ("qwen3_4b", "qwen3-4b", None),
         ("flux_dev", "flux1-dev-dit", None),
         ("flux_2_dev", "flux2-dev-dit", None),

@@ -43,6 +43,10 @@ LEARNING = {
     "{noise_refiner.0,layers.0,layers.1,final_layer}.adaLN_modulation.1 final_layer.linear",
     "qwen_image": OF_QWEN,
     "z_image": "layers.{0,1}.attention.{to_q,to_k,to_v,to_out.0} layers.{0,1}.feed_forward.{w1,w2,w3}",
+    "krea2": "blocks.{0,1}.attn.{wq,wk,wv,gate,wo} blocks.{0,1}.mlp.{gate,up,down} "
+    "txtfusion.{layerwise,refiner}_blocks.{0,1}.attn.{wq,wk,wv,gate,wo} "
+    "txtfusion.{layerwise,refiner}_blocks.{0,1}.mlp.{gate,up,down} "
+    "txtfusion.projector first last.linear tmlp.{0,2} txtmlp.{1,3} tproj.1",
     "ltx_2 with sound": "transformer_blocks.{0,1}.{attn1,attn2,audio_attn1,audio_attn2,audio_to_video_attn,"
     "video_to_audio_attn}.{to_q,to_k,to_v,to_out.0}",
 }

@@ -253,6 +253,7 @@ RELEASED = {
     "framepack": "framepack-dit",
     "lumina": "lumina2-dit",
     "qwen_image": "qwen-image-dit",
+    "krea2": "krea2-dit krea2-dit-diffusers",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",
     "ltx_2": "ltx2.3-dit-diffusers",

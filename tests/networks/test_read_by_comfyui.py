@@ -13,7 +13,7 @@ import convert_lora
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.ltx_2.tiny_dit import dit_state
-from tests.tiny import flux, flux_2, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit, z_image
+from tests.tiny import flux, flux_2, hunyuan_dit, hunyuan_image, krea2, lumina, qwen_image, wan_dit, z_image
 
 # Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI
 
@@ -174,6 +174,7 @@ MODELS = {
     "flux_2": Model(flux_2.tiny_state()),
     "ltx_2": Model(dit_state()),
     "qwen_image": Model(qwen_image.tiny_state()),
+    "krea2": Model(krea2.tiny_state()),
     "z_image": Model(z_image.tiny_state(), z_image.comfy_state, parts=z_image_parts),
 }
 

@@ -12,6 +12,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
+    Krea2Pipeline,
     Lumina2Pipeline,
     QwenImagePipeline,
     ZImagePipeline,
@@ -22,10 +23,12 @@ from transformers import CLIPTokenizer, Gemma2Model, PreTrainedTokenizerFast
 
 import tests.flux.making as flux_making
 import tests.flux_2.making as flux_2_making
+import tests.krea2.making as krea2_making
 import tests.lumina.making as lumina_making
 import tests.qwen_image.making as qwen_image_making
 import tests.z_image.making as z_image_making
 from encoders.autoencoder import SCALE, SHIFT
+from krea2.configs import STATES
 from tests.encoders.test_autoencoder import diffusers_autoencoder
 from tests.encoders.their_t5 import their_t5
 from tests.parity.hunyuan import load_clip
@@ -34,7 +37,8 @@ from tests.tiny import picture_encoders
 from tests.tiny.flux import TinyFlux
 from tests.tiny.flux_2 import TEXT_LAYERS, TinyFlux2
 from tests.tiny.hunyuan_encoders import clip_config_json
-from tests.tiny.language_models import QWEN3_TEMPLATE, mistral3, qwen3
+from tests.tiny.krea2 import TinyKrea2
+from tests.tiny.language_models import QWEN3_TEMPLATE, mistral3, qwen3, qwen3_vl
 from tests.tiny.lumina import GEMMA, TinyLumina, gemma_state
 from tests.tiny.qwen_image import TinyQwenImage
 from tests.tiny.wan_encoders import vae_diffusers_tensors
@@ -192,5 +196,33 @@ def qwen_image(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler)
         text_encoder=language_model(files.text_encoder),
         tokenizer=tokenizer,
         transformer=qwen_image_making.in_diffusers(load_file(files.dit)),
+    )
+    return quiet(pipe)
+
+
+def krea2(files: TinyKrea2, is_distilled: bool = False) -> Krea2Pipeline:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(files.text_encoder / "tokenizer.json"),
+        pad_token="<|endoftext|>",
+        padding_side="right",
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=6400,
+    )
+    pipe = Krea2Pipeline(
+        scheduler=scheduler,
+        vae=qwen_image_vae(files.vae),
+        text_encoder=qwen3_vl(STATES[-1] + 1).model,
+        tokenizer=tokenizer,
+        transformer=krea2_making.in_diffusers(load_file(files.dit)),
+        is_distilled=is_distilled,
+    )
+    # of the tiny tokenizer
+    pipe.prompt_template_encode_num_suffix_tokens = len(
+        tokenizer.tokenize(pipe.prompt_template_encode_suffix)
     )
     return quiet(pipe)

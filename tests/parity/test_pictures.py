@@ -29,6 +29,7 @@ import flux_kontext_generate_image
 import flux_minimal_inference
 import hunyuan_image_generate_image
 import hunyuan_image_minimal_inference
+import krea2_generate_image
 import lumina_generate_image
 import qwen_image_generate_image
 import zimage_generate_image
@@ -42,6 +43,7 @@ from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.flux import TinyFlux, write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.krea2 import TinyKrea2, write_dit, write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import write_image
 from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
@@ -183,11 +185,16 @@ def qwen_latents(pipe: Any, found: Tensor) -> Tensor:
 
 
 def qwen_picture(pipe: Any, found: Tensor) -> Tensor:
+    return picture_of_wan(pipe, qwen_latents(pipe, found)[None])
+
+
+def picture_of_wan(pipe: Any, latents: Tensor) -> Tensor:
+    """Decoded by Wan2.1's VAE for single frames."""
     mean, std = (
         torch.tensor(getattr(pipe.vae.config, name)).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    return pipe.vae.decode(qwen_latents(pipe, found)[None] * std + mean).sample[:, :, 0]
+    return pipe.vae.decode(latents * std + mean).sample[:, :, 0]
 
 
 def qwen_image(lora: bool = False, **settings: Any) -> Model:
@@ -212,6 +219,29 @@ def qwen_image(lora: bool = False, **settings: Any) -> Model:
         return [*files.models, *more]
 
     return Model(write, qwen_image_generate_image.main, pipe, qwen_latents, qwen_picture, models)
+
+
+def krea2(turbo: str = "", dialect: str = "") -> Model:
+    """turbo: in the name of the file. dialect: the layout of the transformer."""
+
+    def write(folder: Path) -> TinyKrea2:
+        files = write_tiny_krea2(folder, name=f"dit{turbo}")
+        if dialect:
+            write_dit(folder, load_file(files.dit), dialect)
+        return files
+
+    def models(files: TinyKrea2) -> list[str]:
+        dit = files.dit.parent / "transformer" if dialect else files.dit
+        return [*files.models, "--dit", str(dit)]
+
+    return Model(
+        write,
+        krea2_generate_image.main,
+        partial(pipelines.krea2, is_distilled=bool(turbo)),
+        lambda pipe, found: pipe._unpack_latents(found, HEIGHT, WIDTH)[0],
+        lambda pipe, found: picture_of_wan(pipe, pipe._unpack_latents(found, HEIGHT, WIDTH)),
+        models,
+    )
 
 
 def write_lightning(files: TinyQwenImage, path: Path) -> Path:
@@ -275,6 +305,7 @@ TUNER = numpy.linspace(1, 0.001, STEPS + 1)[:-1].tolist()
 # of the distilled LoRAs for four and eight steps: one shift for all sizes, and no last level
 PLAIN = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
 SHIFT_3 = ("--flow_shift", 3)
+LONG = " ".join(["a cat"] * 400)
 EDITED = ((48, 80),)  # larger than the picture, in another shape; sizes of references in width and height
 TWO = ((75, 90), (110, 66))  # no multiples of 16
 # options, what the pipeline is asked, sizes of references
@@ -346,6 +377,19 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
         qwen_image(lora=True, **PLAIN),
         ("--guidance_scale", 1, *SHIFT_3),
         {"true_cfg_scale": 1.0},
+        (),
+    ),
+    # guidance scales count from 1 here, from 0 there
+    "krea2 raw": (
+        krea2(dialect="diffusers_sharded"),
+        ("--guidance_scale", 5.5, *AVOID),
+        guided("guidance_scale", 4.5),
+        (),
+    ),
+    "krea2 turbo, a long prompt": (
+        krea2("_turbo"),
+        ("--prompt", LONG),
+        {"guidance_scale": 0.0, "prompt": LONG},
         (),
     ),
     "hunyuan_image": (

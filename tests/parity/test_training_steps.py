@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
+import tests.krea2.making as krea2
 import tests.lumina.making as lumina
 import tests.parity.framepack as framepack
 import tests.parity.hunyuan as hunyuan
@@ -30,6 +31,7 @@ import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_dit as tiny_hunyuan
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
+import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
@@ -141,6 +143,15 @@ def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Ten
     return found - qwen_image.pack(wanted)
 
 
+def error_of_krea2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = by_size(batch, step, many=6400, shift=1.15)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    timesteps = 1000 * sigmas + 1  # as the known tuner's
+    given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask}
+    return krea2.predict_with(dit, given) - qwen_image.pack(wanted)
+
+
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     sigmas = shifted(normal_share(batch, step), 2.2)
     noisy, wanted = mixed(batch, step, sigmas)
@@ -215,6 +226,16 @@ def linears_in(*starts: str) -> Callable[[Path], Parts]:
         return {path.replace(".", "_"): [path] for path in chosen}
 
     return parts
+
+
+def krea2_parts(dit_file: Path) -> Parts:
+    """All Linear layers, those of the texts too."""
+    state = {name: weight for name, weight in load_file(dit_file).items() if name.endswith(".weight")}
+    there = {name: [*tiny_krea2.in_diffusers_names({name: weight})] for name, weight in state.items()}
+    return {
+        name.removesuffix(".weight").replace(".", "_"): [part.removesuffix(".weight") for part in parts]
+        for name, parts in there.items()
+    }
 
 
 def lumina_parts(dit_file: Path) -> Parts:
@@ -372,6 +393,14 @@ CASES: dict[str, Training] = {
         **QWEN,
         network=partial(qwen_image.in_diffusers, clean_references=True),
         change=two_references_of_other_sizes,
+    ),
+    "krea2": Training(
+        *("kr2", "krea2_vl_embed", 20.0),
+        options=("--timestep_sampling", "krea2_shift"),
+        network=krea2.in_diffusers,
+        parts=krea2_parts,
+        error=error_of_krea2,
+        change=partial(write_caption, "picture 1", LONG),  # so that rows of padding are masked
     ),
     "z_image": Training(
         *("zi", "llm_embed", 20.0),

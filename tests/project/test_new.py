@@ -164,6 +164,7 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
     write_photos(tmp_path / "set")
     expected = {
         "zimage base": "--s 28 --l 4",
+        "krea2 turbo": "--s 8 --l 1",
         "hunyuan_image 2.1": "--s 50",
         "chroma hd": "--n blurry, low quality",
     }

@@ -14,6 +14,7 @@ from flux_2.model import Flux2Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
+from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
@@ -27,6 +28,7 @@ from tests.tiny import (
     framepack_dit,
     hunyuan_dit,
     hunyuan_image,
+    krea2,
     lumina,
     qwen_image,
     wan_dit,
@@ -260,6 +262,22 @@ def _qwen_image(edits: bool = False) -> TinyDit:
     return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", with_reference if edits else inputs)
 
 
+def _krea2() -> TinyDit:
+    config = krea2.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.states, config.text_dim),
+            "text_mask": _mask(batch, text),
+        }
+
+    make = _maker(Krea2Model, config, krea2.tiny_state, "num_layers")
+    return TinyDit("krea2", Krea2Model.spec, make, "lora_krea2", inputs)
+
+
 class FlatLtx(LtxModel):
     """With the velocities of both streams as one tensor, B n, as the others have one."""
 
@@ -277,7 +295,7 @@ Z_IMAGE = _single_stream("z_image", ZImageModel, z_image, "lora_zimage")
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), Z_IMAGE, _ltx("2.0"), _ltx("2.3")),
+    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _ltx("2.0"), _ltx("2.3")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 

@@ -15,6 +15,7 @@ from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import (
     write_clips,
@@ -320,6 +321,14 @@ def _z_image() -> TinyFamily:
     )
 
 
+def _krea2() -> TinyFamily:
+    return _pictures(
+        *("krea2", "krea2", "lora_krea2", lambda folder: write_tiny_krea2(folder / "model")),
+        vae=VAE,
+        texts=TEXTS,
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _pictures(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -379,6 +388,7 @@ FAMILIES = (
     _qwen_image(),
     _qwen_image("edit-2511"),
     _z_image(),
+    _krea2(),
     _ltx_2("ltx_2", "v"),
     _ltx_2("ltx_2 with sound", "av"),
 )
@@ -403,6 +413,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "flux_2": write_tiny_flux_2,
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
+        "krea2": write_tiny_krea2,
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": write_release,

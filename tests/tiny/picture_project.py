@@ -14,7 +14,17 @@ from stable_diffusion.assembling import list_cross_attentions
 from tests.flux.making import tiny_control_net
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
-from tests.tiny import flux, flux_2, guides, hunyuan_image, lumina, qwen_image, stable_diffusion, z_image
+from tests.tiny import (
+    flux,
+    flux_2,
+    guides,
+    hunyuan_image,
+    krea2,
+    lumina,
+    qwen_image,
+    stable_diffusion,
+    z_image,
+)
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
@@ -107,6 +117,17 @@ def lay_out_z_image(folder: Path) -> None:
     (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     z_image.write_adapter(folder / "zimage_turbo_training_adapter_v2.safetensors")
+
+
+def lay_out_krea2(folder: Path) -> None:
+    """Krea 2, raw and Turbo, and what they need; beside the folder prompts for samples."""
+    for seed, name in enumerate(("raw", "turbo")):
+        krea2.write_dit(folder, krea2.tiny_state(seed, torch.bfloat16), name=name)
+    files = krea2.write_tiny_krea2(folder / "whole")
+    files.vae.rename(folder / "qwen_image_vae.safetensors")
+    (files.text_encoder / "model.safetensors").rename(folder / "qwen3vl_4b_bf16.safetensors")
+    files.text_encoder.rename(folder / "qwen_3_vl")
+    (folder.parent / "samples.txt").write_text("a cat --w 32 --h 32 --d 1 --s 1", encoding="utf-8")
 
 
 def lay_out_qwen_image(folder: Path) -> None:

@@ -17,6 +17,7 @@ from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from hunyuan_image import options as hunyuan_image
+from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
 from modules.contract.loading import Placement
 from modules.errors import OptionError
@@ -195,6 +196,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
             "1024x1024",
             "qwen_image",
         ),
+        (Krea2(Krea2Files()), "krea2", "1024x1024", "krea2"),
         (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
         (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
         (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),

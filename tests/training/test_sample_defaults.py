@@ -1,6 +1,7 @@
 """A sample's line that says nothing is made as the family's generation script makes the same prompt."""
 
 import contextlib
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +68,11 @@ CASES |= {
     "lumina": ("lumina", [], {}, {"steps": 36, "guidance_scale": (3.5,), "flow_shift": 6.0}),
     "hunyuan_image": ("hunyuan_image", [], {}, {"steps": 50, "guidance_scale": (3.5,), "height": 2048}),
     "qwen_image": ("qwen_image", [], {}, {"steps": 25, "guidance_scale": (4.0,), "negative_prompt": " "}),
+    "krea2": ("krea2", [], {}, {"steps": 28, "guidance_scale": (5.5,), "negative_prompt": ""}),
+    "krea2 turbo": (
+        *("krea2", [], {"model/dit.safetensors": TURBO}),
+        {"steps": 8, "guidance_scale": (1.0,), "flow_shift": math.exp(1.15)},
+    ),
     "z_image": ("z_image", [], {}, {"steps": 25, "guidance_scale": (0.0,), "flow_shift": 3.0}),
     "z_image base": (
         *("z_image", [], {"model/dit.safetensors": BASE}),

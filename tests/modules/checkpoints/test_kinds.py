@@ -39,7 +39,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 5"),
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
-    ("Krea2Transformer2DModel", ONE, "Krea 2"),
     ("LTX2VideoTransformer3DModel", {**ONE, "use_keyframes_abs_pos_embedding": True}, "LTX-2.5"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
@@ -59,7 +58,6 @@ RELEASED = {
     "model.diffusion_model.ref_time_in.in_layer.weight": "FLUX.3",
     "net.x_embedder.proj.1.weight": "Cosmos or Anima",
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
-    "model.diffusion_model.txtfusion.projector.weight": "Krea 2",
     "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
@@ -147,7 +145,12 @@ def test_every_family_refuses_another_model_by_its_name(
 @pytest.mark.parametrize(
     ("network", "script", "option", "words"),
     [
-        ("Krea2Transformer2DModel", "qwen_image_generate_image.py", "--dit", "is the transformer of Krea 2"),
+        (
+            "NucleusMoEImageTransformer2DModel",
+            "qwen_image_generate_image.py",
+            "--dit",
+            "is the transformer of Nucleus",
+        ),
         ("AutoencoderKLQwenImage21", "wan_cache_latents.py", "--vae", "the VAE of Qwen-Image-2.1"),
     ],
 )

@@ -1,0 +1,71 @@
+"""Krea 2 as data: dimensions of its transformer, its source, latents, noise, names of parts."""
+
+from dataclasses import dataclass
+
+from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from modules.contract.rules import ModelRelease
+from qwen_image.configs import LATENT as QWEN_LATENT
+
+KREA_2 = ModelRelease(
+    ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
+    "Krea 2 Community License",
+    "other",
+    "https://github.com/krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE",
+)
+PATCH = 2  # latent pixels along each side of a token
+STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is read
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Dimensions of the blocks of a stream."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads heads of queries
+    eps: float = 1e-5
+
+    @property
+    def head_width(self) -> int:
+        """Return the channels of a head."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class Krea2Config(StreamConfig):
+    """Dimensions of a Krea 2 transformer, read from a checkpoint's tensors."""
+
+    text: StreamConfig = StreamConfig(2560, 6912, 20, 20)  # the blocks over the language model's states
+    num_layers: int = 28
+    layerwise_blocks: int = 2
+    refiner_blocks: int = 2
+    states: int = len(STATES)  # of the language model for each token
+    channels: int = 16  # of the latents
+    freq_dim: int = 256
+    rope_theta: float = 1000.0
+
+    kind = "t2i"
+
+    @property
+    def text_dim(self) -> int:
+        """Return the width of the language model's states."""
+        return self.text.dim
+
+    @property
+    def rotary_widths(self) -> tuple[int, int, int]:
+        """Return the channels of a head that encode the picture's number, rows and columns."""
+        side = 6 * (self.head_width // 16)
+        return self.head_width - 2 * side, side, side
+
+
+LATENT = QWEN_LATENT  # of the same VAE
+NOISE = NoiseSpec(tokens=count_picture_tokens)
+DIT = DitSpec(
+    block_lists=("blocks",),
+    lora_lists=("txtfusion", "first", "last", "tmlp", "txtmlp", "tproj"),  # all layers, as the known trainer
+    input_layers=("first", "txtfusion", "txtmlp"),
+    token_wise=("feed",),
+    modulated_input="modulated_input",
+    keep_float32=("tmlp.",),  # as it computes so; under 1 % of the model
+)

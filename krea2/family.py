@@ -1,0 +1,208 @@
+"""Krea 2, described for the shared loops."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
+from krea2.configs import DIT, KREA_2, LATENT, NOISE
+from krea2.files import KEY, KREA_2_USE, Krea2Files, is_raw, is_turbo
+from krea2.names import LORA
+from krea2.options import (
+    MU_OF_FEW,
+    MU_OF_MANY,
+    MU_OF_TURBO,
+    NAME,
+    SIDE,
+    Krea2GenerationOptions,
+    Krea2LatentCachingOptions,
+    Krea2ModelOptions,
+    Krea2TextCachingOptions,
+    Krea2TrainingOptions,
+    check_mu,
+)
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
+from modules.contract.few_steps import FewSteps
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import ModelRelease
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.errors import CacheError, OptionError
+from modules.flow.schedule import size_shift
+from modules.media.pixels import to_pixels
+from modules.options import NO_OPTIONS
+
+TEXTS_AGAIN = "krea2_cache_text_encoder_outputs.py"
+DEFAULTS = picture_defaults(28, 5.5, SIDE)
+TURBO = replace(DEFAULTS, steps=8, guidance_scale=1.0)
+FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
+
+
+@dataclass(frozen=True)
+class Krea2(ModelOfPictures):
+    """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
+
+    files: Krea2Files
+    options: Any = NO_OPTIONS  # of a training
+    samples_on_turbo: bool = False  # the transformer is that of --turbo_dit
+
+    name: str = field(default="krea2", init=False)
+    named: ClassVar = {
+        "architecture": "krea2",
+        "resolution": f"{SIDE}x{SIDE}",
+        "implementation": "https://github.com/krea-ai/krea-2",
+        "model_type": "krea2",
+    }
+    few_steps: ClassVar = FewSteps(
+        "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a "
+        "LoRA that undoes the distillation"
+    )
+    cache_tag: str = field(default="kr2", init=False)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    release: ModelRelease = field(default=KREA_2, init=False)
+    text_keys: frozenset[str] = field(default=KREA_2_USE.keys, init=False)
+    called: str = field(default=NAME, init=False)
+
+    @property
+    def is_turbo(self) -> bool:
+        """Whether the transformer is Turbo."""
+        return self.samples_on_turbo or is_turbo(self.files.dit)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation: of Turbo, or of raw."""
+        return TURBO if self.is_turbo else DEFAULTS
+
+    def why_few_steps(self) -> str | None:
+        """Return what says that a transformer is Turbo."""
+        told = f"{self.files.dit} is {NAME} Turbo, as its folder says"
+        return super().why_few_steps() or (told if self.is_turbo else None)
+
+    # encoding
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: normalised means, in the VAE's dtype."""
+        vae = encoders.vae
+        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: the captions' states.
+
+        Raises CacheError for states of another encoder, or of another number of its layers.
+        """
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        config, remedy = self.files.dit_header().config, f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
+        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        for states in batch.tensors[KEY]:
+            if states.shape[1:-1] != (config.states,):
+                raise CacheError(
+                    f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
+                    f"{config.states} states of each token. Cache again with {remedy}."
+                )
+        return {KEY: batch.tensors[KEY]}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity, B C 1 H W in float32.
+
+        cond: krea2_vl_embed, T n D of each sample.
+        """
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
+
+        Without a flow shift the noise levels are the release's: Turbo's are always the same, raw's follow the
+        size. Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of
+        another kind.
+        """
+        prepared = self.settle_picture(request, 1.0)
+        if request.flow_shift is not None:
+            return prepared
+        told = {name: float(text) for name, text in request.extra.items() if name in {"mu", "y1", "y2"}}
+        for name, value in told.items():
+            check_mu(value, f"--{name}")
+        ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
+        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and ends == (MU_OF_FEW, MU_OF_MANY) else None)
+        tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
+        by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
+        return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        latents: Tensor = encoders.vae.encode(to_pixels(frames))
+        return latents
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield from encoders.vae.decode(latents)
+
+
+def family_for_latent_caching(options: Krea2LatentCachingOptions) -> Krea2:
+    """Describe the family for krea2_cache_latents.py."""
+    return Krea2(Krea2Files().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: Krea2TextCachingOptions) -> Krea2:
+    """Describe the family for krea2_cache_text_encoder_outputs.py."""
+    return Krea2(Krea2Files().add_text(options.text))
+
+
+def family_for_training(options: Krea2TrainingOptions) -> Krea2:
+    """Describe the family for krea2_train_network.py."""
+    return Krea2(_files(options), options)
+
+
+def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
+    """Describe the family for samples made on Turbo (--turbo_dit); None without.
+
+    Raises OptionError for a file that says it is raw.
+    """
+    turbo = options.turbo_dit
+    if turbo is None:
+        return None
+    if is_raw(turbo):
+        raise OptionError(
+            f"--turbo_dit {turbo}: it says that it is raw, which makes no picture in eight steps. Give "
+            "turbo.safetensors, or leave the option out"
+        )
+    return Krea2(_files(replace(options, dit=turbo, turbo_dit=None)), options, samples_on_turbo=True)
+
+
+def family_for_generation(options: Krea2GenerationOptions) -> Krea2:
+    """Describe the family for krea2_generate_image.py."""
+    return Krea2(_files(options))
+
+
+def _files(options: Krea2ModelOptions) -> Krea2Files:
+    files = Krea2Files().add_dit(options.dit, options.dit_dtype)
+    return files.add_vae(options.vae.file).add_text(options.text)
+
+
+_: type[Family] = Krea2

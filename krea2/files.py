@@ -1,0 +1,144 @@
+"""Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
+
+Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have the same tensors: `is_turbo`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from encoders.language_encoder import LanguageUse
+from encoders.language_models import QWEN3_VL
+from krea2.configs import PATCH, STATES, Krea2Config, StreamConfig
+from krea2.model import Krea2Model
+from krea2.names import KREA_2
+from krea2.options import NAME
+from modules.checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from modules.checkpoints.dits import DitFormat, DitHeader
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.loading import TensorSource
+from modules.errors import CheckpointError
+from modules.text_files import read_text
+from networks.names.layouts import tensor_patterns
+from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
+
+KEY = "krea2_vl_embed"
+BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
+FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", beside=BESIDE)
+# the template is Qwen-Image's
+KREA_2_USE = replace(
+    QWEN_USE,
+    states_key=KEY,
+    model=QWEN3_VL,
+    source=replace(QWEN_USE.source, files=FROM),
+    most=512,  # with the tokens of the template behind the prompt, which stay if that is cut
+    keeps_after=True,
+    stacked=STATES,
+)
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = (
+    "raw.safetensors of krea/Krea-2-Raw, turbo.safetensors of krea/Krea-2-Turbo, the folder transformer of "
+    "either, or krea2_raw_bf16.safetensors of Comfy-Org"
+)
+# dialect -> a tensor that only it has
+DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
+PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
+
+
+def _stream(found: DitShapes, start: str) -> StreamConfig:
+    """Return the dimensions of blocks. Raises CheckpointError if they do not go together."""
+    rows, dim = found.of(f"{start}.0.attn.wq.weight")
+    key_rows, _ = found.of(f"{start}.0.attn.wk.weight")
+    (width,) = found.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
+    heads, kv_heads = rows // width, key_rows // width
+    if rows != dim or dim % width or width % 16 or key_rows % width or not kv_heads or heads % kv_heads:
+        raise CheckpointError(
+            f"{found.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
+            f"heads of {width} are not those of {WHAT}. Copy the file again.",
+            found.path,
+        )
+    return StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
+    names = checkpoint.tensors
+    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    if dialect is None:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    shapes = joined_shapes({name: info.shape for name, info in names.items()}, PATTERNS[dialect])
+    found = DitShapes(checkpoint.path, shapes, NAME)
+    blocks, text = _stream(found, "blocks"), _stream(found, "txtfusion.layerwise_blocks")
+    numbers = found.of("first.weight")[1]
+    if numbers % PATCH**2:
+        raise CheckpointError(
+            f"{found.path}: patches of {numbers} numbers are not those of {WHAT}. Copy the file again.",
+            found.path,
+        )
+    config = Krea2Config(
+        dim=blocks.dim,
+        ffn_dim=blocks.ffn_dim,
+        num_heads=blocks.num_heads,
+        num_kv_heads=blocks.num_kv_heads,
+        text=text,
+        num_layers=found.blocks("blocks"),
+        layerwise_blocks=found.blocks("txtfusion.layerwise_blocks"),
+        refiner_blocks=found.blocks("txtfusion.refiner_blocks"),
+        states=found.of("txtfusion.projector.weight")[1],
+        channels=numbers // PATCH**2,
+        freq_dim=found.of("tmlp.0.weight")[1],
+    )
+    query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"
+    return DitHeader(config, dialect, names[query].dtype)
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
+    sources = join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
+    flat = [name for name in sources if re.fullmatch(r"blocks\.\d+\.mod\.lin", name)]
+    # diffusers has a row for each of what modulates a block
+    return sources | {name: sources[name].then(lambda rows: rows.flatten()) for name in flat}
+
+
+# the last two are in files of the first days; no tool uses them
+FORMAT = DitFormat(
+    _header, lambda _: WHAT, Krea2Model, _sources, OPTION, ("last.down.weight", "last.up.weight")
+)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+def is_turbo(dit: Path | None) -> bool:
+    """Return whether a transformer is Turbo: as the release's model_index.json says, else by its name."""
+    return dit is not None and _says(dit, "turbo", is_distilled=True)
+
+
+def is_raw(dit: Path) -> bool:
+    """Return whether a transformer says that it is raw, as for `is_turbo`."""
+    return not is_turbo(dit) and _says(dit, "raw", is_distilled=False)
+
+
+def _says(dit: Path, word: str, is_distilled: bool) -> bool:
+    folder = dit.absolute().parent if dit.suffix else dit.absolute()
+    index, names = folder.parent / "model_index.json", [dit.stem]
+    if folder.name == "transformer":
+        names += folder.parts[-5:]
+        if index.is_file():
+            try:
+                told = json.loads(read_text(index)).get("is_distilled")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+            if isinstance(told, bool):
+                return told is is_distilled
+    return any(re.search(rf"(?<![a-z]){word}(?![a-z])", name.lower()) for name in names)
+
+
+@dataclass(frozen=True)
+class Krea2Files(QwenImageFiles):
+    """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
+
+    text_use: LanguageUse = KREA_2_USE
+
+    format: ClassVar = FORMAT
+    called: ClassVar[str] = NAME

@@ -1,0 +1,300 @@
+"""The transformer of Krea 2: single-stream blocks over a picture and the fused states of a language model.
+
+Names of modules are the released ones. Source: the released code (krea-ai/krea-2). Always float32: the
+embedding of time, modulation, norms, rotary angles. Attention is Lumina's, gated; the picture stands first,
+the released code has the text first. Attention does not depend on the order: all texts stand at position 0.
+"""
+# Letters: B batch, L picture tokens, T text tokens, n states of each, N heads, D head width, C = N * D
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from krea2.configs import DIT, PATCH, Krea2Config, StreamConfig
+from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
+from lumina.model import real_tokens
+from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.layers.modulation import add_gated, modulate
+from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, exact_table, sinusoid
+from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
+
+ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return GELU in its form with tanh, as trained."""
+    return functional.gelu(x, approximate="tanh")
+
+
+class PairNorm(nn.Module):
+    """Norms of queries and keys, of each head by itself."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__()
+        self.qnorm, self.knorm = (CentredNorm(config.head_width, config.eps) for _ in range(2))
+
+
+class GatedAttention(GroupedAttention):
+    """Self-attention whose result is gated by the tokens themselves."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        nn.Module.__init__(self)
+        dim, rows = config.dim, config.num_kv_heads * config.head_width
+        self.wq, self.gate, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.wk, self.wv = (nn.Linear(dim, rows, bias=False) for _ in range(2))
+        self.qknorm = PairNorm(config)
+        self.head_width = config.head_width
+
+    def heads(self, x: Tensor) -> Heads:
+        """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
+        query, key, value = (
+            in_own_dtype(layer, x).unflatten(-1, (-1, self.head_width))
+            for layer in (self.wq, self.wk, self.wv)
+        )
+        return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
+
+    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        return self.gated(x, self.see(x, tokens))
+
+    def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+        """Return the attention of text tokens, B T C, which have no positions: their output."""
+        query, key, value = self.heads(x)
+        return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
+
+    def gated(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return the output for tokens x and what they see, each B L C."""
+        return in_own_dtype(self.wo, seen * in_own_dtype(self.gate, x).sigmoid())
+
+
+class SwiGlu(nn.Module):
+    """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(config.dim, config.ffn_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.gate, x)) * in_own_dtype(self.up, x))
+
+
+class StreamBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__()
+        self.prenorm, self.postnorm = (CentredNorm(config.dim, config.eps) for _ in range(2))
+        self.attn, self.mlp = GatedAttention(config), SwiGlu(config)
+
+
+class TextBlock(StreamBlock):
+    """Block over a language model's states, without positions or time."""
+
+    def forward(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None = None) -> Tensor:
+        # x: B T C
+        x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
+        output: Tensor = x + self.mlp(self.postnorm(x))
+        return output
+
+
+class TextFusion(nn.Module):
+    """Make one state of each token's several, then let tokens attend to each other."""
+
+    def __init__(self, config: Krea2Config) -> None:
+        super().__init__()
+        self.layerwise_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.layerwise_blocks))
+        self.projector = nn.Linear(config.states, 1, bias=False)
+        self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
+
+    def forward(self, states: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+        # states: B T n C -> B T C
+        x = states.flatten(0, 1)
+        for block in self.layerwise_blocks:
+            x = block(x, replace(choice, split=False))
+        x = in_own_dtype(self.projector, x.transpose(1, 2)).squeeze(-1).unflatten(0, states.shape[:2])
+        for block in self.refiner_blocks:
+            x = block(x, choice, lengths)
+        return x
+
+
+class Table(nn.Module):
+    """What a layer of its own adds to the modulation that all share."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.lin = nn.Parameter(torch.zeros(shape))
+
+
+class Krea2Block(StreamBlock):
+    """Block in which picture and text attend to each other, modulated by the time."""
+
+    def __init__(self, config: Krea2Config) -> None:
+        super().__init__(config)
+        self.mod = Table(ROWS * config.dim)
+
+    def rows(self, tokens: LuminaTokens) -> tuple[Tensor, ...]:
+        """Return scale, shift and gate of attention and of feed-forward, each B 1 C float32."""
+        own = self.mod.lin.float().unflatten(0, (ROWS, 1, -1))
+        return (tokens.time[:, :ROWS, None] + own).unbind(1)
+
+    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        # x: B L+T C
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.rows(tokens)
+        branch = self.attn(modulate(self.prenorm(x), shift1, scale1, tokens.dtype), tokens)
+        x = add_gated(x, gate1, branch)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        return self.feed(x, scale2, shift2, gate2, tokens.dtype)
+
+    def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B L+T C -> B L C."""
+        scale, shift, *_ = self.rows(tokens)
+        return modulate(self.prenorm(x[:, : tokens.image]), shift, scale, tokens.dtype)
+
+    def feed(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        return add_gated(x, gate, self.mlp(modulate(self.postnorm(x), shift, scale, dtype)))
+
+
+class LastLayer(nn.Module):
+    """Final norm, modulated by the embedded time itself, and projection to patches."""
+
+    def __init__(self, config: Krea2Config) -> None:
+        super().__init__()
+        self.norm = CentredNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, config.channels * PATCH**2)
+        self.modulation = Table(2, config.dim)
+
+    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        scale, shift = (tokens.time[:, ROWS:] + self.modulation.lin.float()).chunk(2, dim=1)
+        return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
+
+
+class Krea2Layout(NamedTuple):
+    """The key of a table of rotations."""
+
+    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    texts: int  # tokens of the texts
+
+
+class Krea2Model(nn.Module):
+    """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token."""
+
+    spec = DIT
+
+    def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim, text_dim = config.dim, config.text_dim
+        self.first = nn.Linear(config.channels * PATCH**2, dim)
+        self.tmlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim))
+        self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
+        self.txtfusion = TextFusion(config)
+        self.txtmlp = nn.Sequential(
+            *(CentredNorm(text_dim, config.eps), nn.Linear(text_dim, dim)),
+            *(nn.Identity(), nn.Linear(dim, dim)),
+        )
+        self.blocks = nn.ModuleList(Krea2Block(config) for _ in range(config.num_layers))
+        self.last = LastLayer(config)
+        self._rotary = GridTable[Krea2Layout](self._make_table)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("blocks.0.mod.lin").dtype  # weights may be in 8 bits, norms in float32
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Velocity B Z 1 H W in float32.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
+        their second text has the names text and text_mask. Raises ValueError if sizes do not fit.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> tuple[Tensor, LuminaTokens]:
+        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+
+        A second text comes behind the first one.
+        """
+        if noisy.shape[1] != self.config.channels or any(size % PATCH for size in noisy.shape[-2:]):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[1:])}: {self.config.channels} channels, even sides"
+            )
+        if text_mask.shape != text.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
+        dtype, device = activation_dtype(noisy.device, self.compute_dtype), noisy.device
+        grid = noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH
+        patches = rearrange(noisy, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+        picture = in_own_dtype(self.first, patches).to(dtype)
+        embedded = []
+        for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            longest, counts = real_tokens(given["text_mask"])
+            equal = len(set(counts)) == 1  # then there is no padding, and attention gets no mask
+            alone = None if equal else lengths_on(counts, device)
+            behind = None if equal else lengths_on([picture.shape[1] + one for one in counts], device)
+            states = self.embed_text(given["text"][:, :longest].to(dtype), alone)
+            embedded.append((states.to(dtype), behind))
+        x = torch.cat([picture, *(states for states, _ in embedded)], dim=1)
+        rotary = self._rotary.of(Krea2Layout(grid, x.shape[1] - picture.shape[1]), device)
+        (states, lengths), *others = embedded
+        count = picture.shape[1] + states.shape[1]
+        inputs: dict[str, Any] = {
+            "grid": grid,
+            "time": self.embed_time(timesteps),
+            "dtype": dtype,
+            "lengths": lengths,
+        }
+        inputs |= {"attention": self.attention, "rotary": rotary[:count]}
+        for second, behind in others:
+            assert tweaks.steer is not None  # it comes with a second text
+            length = second.shape[1]
+            inputs["second"] = SecondText(picture.shape[1], length, behind, tweaks.steer)
+            inputs["second_rotary"] = rotary[: picture.shape[1] + length]
+        return x, LuminaTokens(**inputs)
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return the rows that modulate all blocks, and the embedded time behind them: B -> B 7 C float32."""
+        waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
+        time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
+        rows = in_own_dtype(self.tproj[1], gelu(time)).float()
+        return torch.cat([rows, time], dim=1).unflatten(1, (ROWS + 1, -1))
+
+    def embed_text(self, states: Tensor, lengths: Lengths | None) -> Tensor:
+        """Return text tokens B T C of a language model's states B T n text_dim."""
+        norm, first, _, second = self.txtmlp
+        fused = self.txtfusion(states, self.attention, lengths)
+        return in_own_dtype(second, gelu(in_own_dtype(first, norm(fused))))
+
+    def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
+        (rows, columns), patch = tokens.grid, PATCH
+        patches = self.last(x[:, : tokens.image], tokens).float()
+        return rearrange(
+            patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
+        )
+
+    def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
+
+        A picture's token stands at (0, row, column), each token of a text at (0, 0, 0).
+        """
+        widths, theta = self.config.rotary_widths, self.config.rope_theta
+        picture, still = (
+            exact_table(sizes, widths, theta, device) for sizes in ((1, *layout.grid), (1, 1, 1))
+        )
+        return torch.cat([picture, still.expand(layout.texts, -1, -1, -1)])

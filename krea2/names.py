@@ -1,0 +1,63 @@
+"""What Krea 2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+
+from modules.families import PICTURES, FamilyEntry, Marks
+from networks.names.layouts import FamilyNames, renamed_parts
+
+ENTRY = FamilyEntry(
+    "krea2",
+    script="krea2",
+    cache="krea2_cache",
+    record="Krea2",
+    encoders=(("vae", "--vae", PICTURES),),
+    texts="--text_encoder QWEN3_VL_FILE",
+    same_latents="qwen_image",
+)
+_TEXT_BLOCKS = ("layerwise_blocks.{n}.", "refiner_blocks.{n}.")
+# beginnings of blocks, diffusers' and the released
+_BLOCKS = (
+    ("transformer_blocks.{n}.", "blocks.{n}."),
+    *((f"text_fusion.{block}", f"txtfusion.{block}") for block in _TEXT_BLOCKS),
+)
+_LAYERS = (
+    *((f"attn.to_{theirs}", f"attn.{ours}") for theirs, ours in (("q", "wq"), ("k", "wk"), ("v", "wv"))),
+    *(("attn.to_gate", "attn.gate"), ("attn.to_out.0", "attn.wo")),
+    *((f"ff.{name}", f"mlp.{name}") for name in ("gate", "up", "down")),
+)
+_NORMS = (
+    *((f"norm{number}.weight", f"{ours}norm.scale") for number, ours in ((1, "pre"), (2, "post"))),
+    *((f"attn.norm_{letter}.weight", f"attn.qknorm.{letter}norm.scale") for letter in "qk"),
+)
+_OUTSIDE = (
+    *(("img_in", "first"), ("final_layer.linear", "last.linear"), ("time_mod_proj", "tproj.1")),
+    *((f"time_embed.linear_{number}", f"tmlp.{layer}") for number, layer in ((1, 0), (2, 2))),
+    *((f"txt_in.linear_{number}", f"txtmlp.{layer}") for number, layer in ((1, 1), (2, 3))),
+    ("text_fusion.projector", "txtfusion.projector"),
+)
+KREA_2 = FamilyNames(
+    "krea2",
+    "krea2",
+    parts=(
+        *(part for theirs, ours in _BLOCKS for part in renamed_parts(theirs, ours, _LAYERS)),
+        *renamed_parts("", "", _OUTSIDE),
+    ),
+    parameters=(
+        *((theirs + one, ours + other) for theirs, ours in _BLOCKS for one, other in _NORMS),
+        *(("txt_in.norm.weight", "txtmlp.0.scale"), ("final_layer.norm.weight", "last.norm.scale")),
+        ("transformer_blocks.{n}.scale_shift_table", "blocks.{n}.mod.lin"),
+        ("final_layer.scale_shift_table", "last.modulation.lin"),
+    ),
+    versions=("krea2", "krea-2", "krea_2"),
+    sides=(
+        *((f".attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
+        *((f".attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),
+        *((f".mlp.{name}", 8 / 3, 1) for name in ("gate", "up")),
+        (".mlp.down", 1, 8 / 3),
+    ),
+    released=((6144, (("blocks", 28),)),),
+    network_module="networks.lora_krea2",
+)
+LORA = (KREA_2,)
+MARKS: Marks = (
+    ("txtfusion.projector.weight", "a Krea 2 transformer (--dit)"),
+    ("text_fusion.projector.weight", "a Krea 2 transformer in diffusers layout (--dit)"),
+)

@@ -1,0 +1,148 @@
+"""Krea 2's own options for caching, training and generation. Standard library only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
+
+NAME = "Krea 2"
+SIDE = 1024  # of pictures, where nothing is said
+MOST_SIDE = 16384
+MOST_MU = 20.0  # e^20: all steps at pure noise
+# mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
+MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
+# options of a generation -> their names in Request.extra
+EXTRAS = {name: name for name in ("mu", "y1", "y2")}
+_VAE: Mapping[str, Any] = {"vae": {"help": "Qwen-Image's VAE: file or folder"}}
+
+
+class Krea2VaeOptions(Options):
+    """Path of the VAE and how it runs."""
+
+    file: VaeOptions = option(facts=OF_DECODING, settings=_VAE)
+    vae_chunk_size = not_needed(
+        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+    )
+
+
+class Krea2TextOptions(TextEncoderOptions):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3-VL (4B) text encoder: file or folder", often=True)
+    in_fp8: bool = option(
+        "keep the linear layers of Qwen3-VL in fp8: half the memory, slightly different states",
+        name="fp8_vl",
+    )
+
+
+class Krea2LatentCachingOptions(Options, title=NAME):
+    """Options of krea2_cache_latents.py besides the shared ones."""
+
+    vae: Krea2VaeOptions
+
+
+class Krea2TextCachingOptions(Options, title=NAME):
+    """Options of krea2_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: Krea2TextOptions = option(settings={"text_encoder": {"required": True}})
+
+
+class Krea2ModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Krea2VaeOptions = option(facts=FREE)
+    text: Krea2TextOptions = option(facts=FREE)
+
+
+class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
+    """Options of krea2_train_network.py besides the shared ones."""
+
+    turbo_dit: Path | None = option(
+        "transformer of Turbo, to make samples with in place of --dit, under what is trained: eight steps "
+        "without guidance. Both wait in host memory while the other one works",
+        facts=FREE,
+    )
+    turbo_dit_cache = not_needed("the transformer of --turbo_dit is kept in host memory anyway.")
+
+    def __post_init__(self) -> None:
+        if self.turbo_dit is not None and self.turbo_dit == self.dit:
+            raise OptionError(
+                f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Give the file of Turbo, or leave "
+                "the option out"
+            )
+
+
+class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
+    """Options of krea2_generate_image.py besides the shared ones."""
+
+    width: int = option(
+        "width in pixels, another spelling of the second number of --image_size",
+        default=SIDE,
+        least=16,
+        most=MOST_SIDE,
+        facts=OF_REQUEST,
+    )
+    height: int = option("height in pixels", default=SIDE, least=16, most=MOST_SIDE, facts=OF_REQUEST)
+    mu: float | None = option(
+        "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
+        f"default: {MU_OF_TURBO} for Turbo, else by the size",
+        facts=OF_REQUEST,
+    )
+    y1: float = option(
+        "mu of a picture of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
+        default=MU_OF_FEW,
+        facts=OF_REQUEST,
+    )
+    y2: float = option(
+        "mu of a picture of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
+        default=MU_OF_MANY,
+        facts=OF_REQUEST,
+    )
+
+    def __post_init__(self) -> None:
+        for name in EXTRAS:
+            if getattr(self, name) is not None:
+                check_mu(getattr(self, name), f"--{name}")
+
+
+def check_mu(mu: float, option: str) -> None:
+    """Raise OptionError for a mu that makes no noise levels."""
+    if not math.isfinite(mu) or abs(mu) > MOST_MU:
+        raise OptionError(f"{option} {mu:g}: give a number from -{MOST_MU:g} to {MOST_MU:g}; 1.15 is usual")
+
+
+def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
+    """Put --width and --height into the size. Raises OptionError if --image_size says another one."""
+    size, usual = (own.height, own.width), (SIDE, SIDE)
+    asked = tuple(options.request.video_size)
+    if size in (usual, asked):
+        return options, own
+    if asked != usual:
+        raise OptionError(
+            f"--width {own.width} --height {own.height} and --image_size {' '.join(map(str, asked))} differ: "
+            "give one of them (--image_size has the height first)"
+        )
+    return replace(options, request=replace(options.request, video_size=size)), own
+
+
+def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return {"--vae": options.vae.file.vae or "VAE_FILE"}, options.text.words("QWEN3_VL_FILE")
+
+
+def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
+        "--dit": options.turbo_dit or options.dit or "DIT_FILE",
+        "--mu": None if options.turbo_dit is None else MU_OF_TURBO,
+        "--vae": options.vae.file.vae or "VAE_FILE",
+        **options.text.words("QWEN3_VL_FILE"),
+        "--dit_dtype": options.dit_dtype,
+    }

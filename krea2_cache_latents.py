@@ -1,0 +1,13 @@
+"""Encode the pictures of a dataset with Krea 2's VAE, that of Qwen-Image, for training.
+
+All options: python krea2_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("krea2", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,13 @@
+"""Encode the captions of a dataset with Krea 2's text encoder (Qwen3-VL), for training.
+
+All options: python krea2_cache_text_encoder_outputs.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("krea2", "texts", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

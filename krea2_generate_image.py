@@ -1,0 +1,58 @@
+"""Generate images with Krea 2, raw and Turbo. All options: python krea2_generate_image.py --help"""
+
+import argparse
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_number
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.scripts import generation_script
+from krea2.options import EXTRAS, SIDE, settle_generation
+
+
+def _one(text: str) -> int:
+    """Read --i of a prompt line, which is a number of pictures in the known tuner."""
+    if text != "1":
+        raise ValueError(
+            f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
+        )
+    return 1
+
+
+def _take_prompt(parser: argparse.ArgumentParser) -> None:
+    """Have the prompt stand without its flag too, and the negative one be empty, as in the known tuner."""
+    parser.set_defaults(negative_prompt="")
+    for action in parser._actions:
+        if action.dest == "prompt":
+            action.by_place = True  # type: ignore[attr-defined]
+
+
+DEFAULTS = ScriptDefaults(
+    fps=PICTURE_FPS,
+    guidance_scale=5.5,
+    infer_steps=28,
+    by_model={
+        "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
+        "off. Others count it from 0, one less; default: 1 for Turbo, else 5.5",
+        "infer_steps": "number of denoising steps; default: 8 for Turbo, else 28",
+    },
+    sample_solver="vanilla",
+    media=frozenset(),
+    source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
+    splits_attention=True,
+    size=(SIDE, SIDE),
+    pictures=True,
+    spellings={"infer_steps": "--steps", "num_videos": "--num-images"},
+    extras=EXTRAS,
+    line_options={
+        **IMAGE_GENERATION_OPTIONS,
+        **{name: LineOption(name, read_number) for name in EXTRAS},
+        "i": LineOption("pictures_of_line", _one),
+    },
+    output_types=PICTURE_OUTPUTS,
+)
+main = generation_script("krea2", DEFAULTS, __doc__, settle=settle_generation, add_more=_take_prompt)
+
+
+if __name__ == "__main__":
+    main.run()

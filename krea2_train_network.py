@@ -1,0 +1,10 @@
+"""Train a LoRA for Krea 2. All options: python krea2_train_network.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("krea2", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,165 @@
+"""What Krea 2 settles for a request, which files are Turbo, and what it refuses."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import krea2_generate_image
+from generation.prompt_lines import parse_generation_line
+from generation.request import prepare_line
+from krea2.family import Krea2
+from krea2.files import Krea2Files, load_dit
+from modules.contract.data import Batch
+from modules.contract.loading import Placement
+from modules.contract.requests import Prepared, Request
+from modules.errors import CacheError, CheckpointError, OptionError
+from modules.flow.solvers import solver_for
+from tests.tiny.krea2 import CONFIG, tiny_state, write_dit, write_tiny_krea2
+
+CPU = Placement(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Krea2:
+    files = write_tiny_krea2(tmp_path_factory.mktemp("models"))
+    return Krea2(Krea2Files(files.dit, vae=files.vae, text_encoder=files.text_encoder))
+
+
+@pytest.fixture
+def turbo(family: Krea2, tmp_path: Path) -> Krea2:
+    return replace(family, files=replace(family.files, dit=write_dit(tmp_path, tiny_state(), name="turbo")))
+
+
+def prepare(family: Krea2, **asked: Any) -> Prepared:
+    return family.prepare(Request("a cat", 1, **asked))
+
+
+def test_noise_levels_of_raw_follow_the_size_and_those_of_turbo_do_not(family: Krea2, turbo: Krea2) -> None:
+    """mu is 0.5 at 256 x 256 and 1.15 at 1280 x 1280, and goes on along the line."""
+    usual = prepare(family)
+    assert (usual.width, usual.height, usual.steps) == (1024, 1024, 28)
+    assert (usual.guidance_scale, usual.negative_prompt) == ((5.5,), "")
+    for side, mu in (
+        (256, 0.5),
+        (1280, 1.15),
+        (1024, 0.5 + 0.65 * 3840 / 6144),
+        (2048, 0.5 + 0.65 * 16128 / 6144),
+    ):
+        prepared = prepare(family, width=side, height=side, steps=4)
+        assert prepared.flow_shift == pytest.approx(math.exp(mu))
+        sigmas = solver_for(prepared.solver, 4, prepared.flow_shift).schedule.sigmas
+        expected = [math.exp(mu) / (math.exp(mu) + 1 / sigma - 1) for sigma in (1, 0.75, 0.5, 0.25)]
+        torch.testing.assert_close(sigmas, torch.tensor([*expected, 0.0]), rtol=1e-5, atol=1e-6)
+        assert prepare(turbo, width=side, height=side).flow_shift == pytest.approx(math.exp(1.15))
+    made = prepare(turbo)
+    assert (made.steps, made.guidance_scale) == (8, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("extra", "mu"),
+    [
+        ({"mu": "0.8"}, 0.8),
+        ({"mu": "0"}, 0.0),
+        ({"y1": "1", "y2": "1"}, 1.0),
+        ({"y2": "2"}, 0.5 + 1.5 * 3840 / 6144),
+    ],
+)
+def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[str, str], mu: float) -> None:
+    for one in (family, turbo):
+        assert prepare(one, extra=extra).flow_shift == pytest.approx(math.exp(mu))
+        assert prepare(one, extra=extra, flow_shift=3.0).flow_shift == 3.0
+    with pytest.raises(OptionError, match="--mu 99: give a number from -20 to 20"):
+        prepare(family, extra={"mu": "99"})
+
+
+@pytest.mark.parametrize(
+    ("path", "is_turbo"),
+    [
+        ("models/turbo.safetensors", True),
+        ("krea2_Turbo_fp8_scaled.safetensors", True),
+        ("models--krea--Krea-2-Turbo/snapshots/1a/transformer", True),
+        ("Krea-2-Raw/transformer", False),
+        ("turbo/raw.safetensors", False),
+    ],
+)
+def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -> None:
+    named = replace(family, files=replace(family.files, dit=Path(path)))
+    assert named.defaults.steps == (8 if is_turbo else 28)
+
+
+def test_a_release_says_it_in_its_own_words_and_training_is_warned(family: Krea2, tmp_path: Path) -> None:
+    for name, told in (("A-Turbo", False), ("B", True)):
+        folder = write_dit(tmp_path / name, tiny_state(), "diffusers_sharded")
+        (tmp_path / name / "model_index.json").write_text(
+            json.dumps({"is_distilled": told}), encoding="utf-8"
+        )
+        one = replace(family, files=replace(family.files, dit=folder))
+        assert one.defaults.steps == (8 if told else 28)
+        if told:
+            assert "is Krea 2 Turbo" in str(one.why_few_steps())
+    (tmp_path / "B" / "model_index.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="model_index.json cannot be read"):
+        _ = one.defaults
+
+
+def options_of(*words: str) -> Any:
+    found: list[Any] = []
+    files = ["--dit", "raw.safetensors", "--save_path", "out"]
+    krea2_generate_image.main([*files, *words], lambda family, options: found.append(options))
+    return found[0]
+
+
+def test_the_words_of_the_known_tuner_are_read() -> None:
+    size = ("--width", "832", "--height", "480")
+    options = options_of("a cat", "--steps", "8", *size, "--num-images", "3", "--mu", "1.15")
+
+    request = options.request
+    assert (request.prompt, request.infer_steps, tuple(request.video_size)) == ("a cat", 8, (480, 832))
+    assert options.num_videos == 3
+    assert request.extras["mu"] == ("mu", 1.15)
+    assert options_of("--prompt", "a cat", "--num_images", "2").num_videos == 2
+    with pytest.raises(OptionError, match="--width 832 --height 480 and --image_size 64 64 differ"):
+        options_of("a cat", *size, "--image_size", "64", "64")
+
+
+def test_a_prompt_line_has_noise_levels_and_makes_one_picture(family: Krea2) -> None:
+    options = options_of("a cat")
+    line = parse_generation_line("a dog --mu 0.3 --y1 1 --g 2 --i 1", options.line_options)
+    prepared = prepare_line(family, options, line)
+
+    assert (prepared.flow_shift, prepared.guidance_scale) == (pytest.approx(math.exp(0.3)), (2.0,))
+    with pytest.raises(OptionError, match="--i: a line makes one picture, not 3"):
+        parse_generation_line("a dog --i 3", options.line_options)
+
+
+def test_states_of_another_encoder_are_refused_with_what_to_do(family: Krea2) -> None:
+    latents = torch.zeros(1, 16, 1, 4, 4)
+
+    def conditions(*shape: int) -> Any:
+        given: dict[str, Any] = {"latents": latents, "krea2_vl_embed": [torch.zeros(shape)]}
+        return family.batch_conditions(latents, Batch(given, ("a cat",), ("a.png",)))
+
+    assert conditions(3, 12, CONFIG.text_dim)["krea2_vl_embed"][0].shape == (3, 12, CONFIG.text_dim)
+    for shape, words in (
+        ((3, 12, 8), "8 numbers wide"),
+        ((3, 4, 64), "is 3x4x64, not 12"),
+        ((3, 64), "is 3x64"),
+    ):
+        with pytest.raises(CacheError, match=f"{words}.*krea2_cache_text_encoder_outputs.py"):
+            conditions(*shape)
+
+
+def test_tensors_of_the_first_days_are_left_out(tmp_path: Path) -> None:
+    more = {f"last.{name}.weight": torch.zeros(8, 64) for name in ("down", "up")}
+    path = write_dit(tmp_path, {**tiny_state(), **more})
+
+    assert not more.keys() & load_dit(path, CPU).state_dict().keys()
+    save_file({**load_file(path), "last.over.weight": torch.zeros(8)}, path)
+    with pytest.raises(CheckpointError, match="last.over.weight"):
+        load_dit(path, CPU)
