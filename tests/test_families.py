@@ -23,7 +23,7 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
 from tests.tiny.runs import make_project
 
-# families whose saved LoRAs a tool reads only once they are converted, as their names say in networks/names
+# families whose saved LoRAs a tool reads only once they are converted, as their names say in names.py
 CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
     **{"framepack": "diffusers", "ltx_2": "converted"},
