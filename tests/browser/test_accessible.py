@@ -35,8 +35,8 @@ FILES = ("run", "check", "report", "sheet", "quickstart")  # pages that need no 
 FAULTS = "axe.run().then(({violations}) => violations.map(({id, impact, nodes}) => "
 FAULTS += "[impact, id, nodes.map(({html, failureSummary}) => [html.slice(0, 300), failureSummary])]))"
 # what a finger has to meet, and does not: too low, beyond the screen, or under something else
-MISSED = """[...document.querySelectorAll('button, summary, select, nav a')].filter(one => one.checkVisibility())
-  .filter(one => {
+MISSED = """[...document.querySelectorAll('button, summary, select, nav a')]
+  .filter(one => one.checkVisibility()).filter(one => {
     one.scrollIntoView({block: 'center'});
     const {x, y, width, height} = one.getBoundingClientRect();
     const there = document.elementFromPoint(x + width / 2, y + height / 2);
