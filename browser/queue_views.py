@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -28,6 +29,7 @@ from browser.views import HERE, POLICY, FileNotes
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.console import in_words
+from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
 
@@ -60,6 +62,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
             "others": others,
             "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
             "commands": [as_typed(words) for words, *_ in plan_jobs(comparison, cells)],
+            "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not queue.read_only,
             "said": said,
         }
@@ -98,6 +101,19 @@ def is_of(run: Glance, job: Job) -> bool:
     return False
 
 
+def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None]:
+    """Return a command of a run for the user to read and change, and the run; empty if none is asked for.
+
+    asked: `run`, and `command`, its place among those of the run.
+    """
+    place = asked.get("command", "")
+    run = runs.find(asked.get("run", "")) if NUMBER.fullmatch(place) else None
+    with contextlib.suppress(OSError):
+        for command in runs.open(run).story.commands[int(place) :] if run else ():
+            return escape_control_codes(command.bash), run
+    return "", None
+
+
 def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
     """Return the routes of the queue."""
     changes = {
@@ -106,8 +122,8 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
         **{"stop": queue.stop, "retry": queue.retry, "remove": queue.remove},
     }
 
-    def answer(said: str) -> Response:
-        """Return the page of the queue. said: what went wrong."""
+    def answer(said: str, asked: Mapping[str, str] | None = None) -> Response:
+        """Return the page of the queue. said: what went wrong. asked: of an address, see `find_draft`."""
         try:
             jobs = queue.jobs()
             ended = [job for job in jobs if job.state in ENDED]
@@ -115,6 +131,7 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
             running = [job for job in jobs if job.state == RUNNING]
             with runs.lock:
                 trainings = {job.id: run for run in runs.look() for job in running if is_of(run, job)}
+                draft, draft_of = find_draft(runs, asked or {})
             values = {
                 "running": running,
                 "trainings": trainings,
@@ -125,14 +142,16 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
                 "said": said or queue.problem,
                 "file": queue.folder / QUEUE,
                 "in_words": in_words,
+                "draft": draft,
+                "draft_of": draft_of,
             }
             page = render_page(HERE / "queue.html", "Queue", values, POLICY)
             return answer_page(page, 422 if said else 200)
         except UserError as error:
             return PlainTextResponse(str(error), 500)
 
-    def show(_: Request) -> Response:
-        return answer("")
+    def show(request: Request) -> Response:
+        return answer("", request.query_params)
 
     def change(request: Request, form: Form) -> Response:
         what = request.path_params["what"]

@@ -108,6 +108,17 @@ class Glance:
         return tell_left(self.total_steps - self.step, self.step_seconds) if self.state == RUNNING else ""
 
     @property
+    def is_of_here(self) -> bool:
+        """Return whether this machine wrote the history, since its boot, into the folder where it lies.
+
+        The commands of another one were written by somebody else, or name files that lie elsewhere.
+        """
+        if self.start is None or is_living(self.start.process) is None:
+            return False
+        typed = Path(dict(self.start.changed).get("output_dir", "")).parts
+        return self.history.parent.parts[-len(typed) :] == typed
+
+    @property
     def network(self) -> str:
         """Return the name of the model's file; empty if it is not told."""
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name

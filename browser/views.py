@@ -151,6 +151,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
         "can_sample": bool(dict(now.shown.start.changed).get("sample_prompts")),
         "can_queue": can_write,
+        "is_of_here": run.is_of_here,
         "others": [(one.id, label) for one, label in label_runs(runs.look()) if one.id != run.id],
         "messages": story.messages[-MOST_MESSAGES:],
     }

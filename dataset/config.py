@@ -24,6 +24,7 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
+MOST_TOLD = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 
@@ -77,7 +78,8 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
     if problems:
-        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
+        more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems[:MOST_TOLD], *more]))
     return DatasetConfig(path, tables)
 
 

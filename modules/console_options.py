@@ -1,11 +1,14 @@
 """Options of log lines: how many, and where they go."""
 
 import logging
+import sys
 from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.text_files import require_regular_file
 
+logger = logging.getLogger(__name__)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -23,13 +26,12 @@ class ConsoleOptions(Options, title="log lines"):
             root.setLevel(self.console_log_level)
         if self.console_log_file is None and not self.console_log_simple:
             return
-        handler: logging.Handler
+        handler: logging.Handler = logging.StreamHandler()
         try:
-            handler = (
-                logging.StreamHandler()
-                if self.console_log_file is None
-                else logging.FileHandler(self.console_log_file, encoding="utf-8")
-            )
+            if self.console_log_file is not None:
+                if self.console_log_file.is_fifo():
+                    require_regular_file(self.console_log_file)  # to open it waits for who reads it
+                handler = _LogFile(self.console_log_file, encoding="utf-8")
         except OSError as error:
             raise OptionError(f"--console_log_file {self.console_log_file}: {error.strerror}") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -37,3 +39,22 @@ class ConsoleOptions(Options, title="log lines"):
             if type(old) is logging.StreamHandler:
                 root.removeHandler(old)
         root.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A file of log lines. Those that it cannot take, as on a full disk, go to the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error, root, console = sys.exc_info()[1], logging.getLogger(), logging.StreamHandler()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        console.setFormatter(self.formatter)
+        root.addHandler(console)
+        root.removeHandler(self)
+        logger.warning(
+            "--console_log_file %s: %s. This and all further lines are written here",
+            self.baseFilename,
+            error.strerror,
+        )
+        console.handle(record)

@@ -138,7 +138,7 @@ class InterpolationOptions(Options, title="interpolation"):
     def __post_init__(self) -> None:
         if (WITH_RAFT in self.mode.lower()) == (WITH_FLOWFORMER in self.mode.lower()):
             raise OptionError(f"--mode {self.mode}: use {WITH_RAFT} or {WITH_FLOWFORMER}")
-        if abs(float(self.part) - self.ds_factor) > ROUNDED:
+        if not self.part or abs(float(self.part) - self.ds_factor) > ROUNDED:
             raise OptionError(
                 f"--ds_factor {self.ds_factor}: give a simple part, such as 1, 0.75, 0.5 or 0.25"
             )

@@ -34,6 +34,14 @@ WIDTHS = (360, 390, 768, 1024, 1280, 1920, 2560)
 FILES = ("run", "check", "report", "sheet", "quickstart")  # pages that need no server
 FAULTS = "axe.run().then(({violations}) => violations.map(({id, impact, nodes}) => "
 FAULTS += "[impact, id, nodes.map(({html, failureSummary}) => [html.slice(0, 300), failureSummary])]))"
+# what a finger has to meet, and does not: too low, beyond the screen, or under something else
+MISSED = """[...document.querySelectorAll('button, summary, select, nav a')]
+  .filter(one => one.checkVisibility()).filter(one => {
+    one.scrollIntoView({block: 'center'});
+    const {x, y, width, height} = one.getBoundingClientRect();
+    const there = document.elementFromPoint(x + width / 2, y + height / 2);
+    return height < 24 || x < 0 || x + width > innerWidth || !(there && one.contains(there));
+  }).map(one => one.outerHTML)"""
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 17 --d 12 --s 2\n"
 
 
@@ -118,13 +126,17 @@ def list_faults(page: Any) -> list[Any]:
 
 
 def assert_fits(page: Any) -> None:
-    """A page is no wider than any screen and no text of it is small; all controls have names."""
+    """A page is no wider than any screen and no text of it is small; all controls can be tapped and have
+    names.
+    """
     texts = "[...document.querySelectorAll('body *')].filter(one => one.innerText?.trim())"
     smallest = f"Math.min(...{texts}.map(one => parseFloat(getComputedStyle(one).fontSize)))"
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate(smallest) >= 12
+    page.set_viewport_size({"width": WIDTHS[0], "height": 740})
+    assert page.evaluate(MISSED) == []
     unnamed = (
         "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
         "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "

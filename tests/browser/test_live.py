@@ -167,7 +167,7 @@ def test_no_chart_lies_over_another_at_any_width_and_a_curve_keeps_its_colour(tm
         wait_until(page, "plots.length > 1")
         inks = "plots[0].plot.series.slice(1).map(one => one.stroke())"
         alone = page.evaluate(inks)
-        for width in (1440, 360, 768, 860, 1024, 1920, 2560):
+        for width in (1440, 360, 412, 768, 860, 1024, 1280, 1920, 2560):
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(100)
             for left, right, canvas_left, canvas_right, room in page.evaluate(figures):
@@ -182,7 +182,7 @@ def test_no_chart_lies_over_another_at_any_width_and_a_curve_keeps_its_colour(tm
 
 
 def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp_path: Path) -> None:
-    history = write_run(tmp_path / "output", "x", 6, "")
+    history = write_run(tmp_path / "output", "x", 6, "", changed=[["output_dir", "output"]])
     line = "python wan_train_network.py --output_dir output --output_name x"
     with history.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 6, "commands": [["Go on", line, line, ""]]}) + "\n")
@@ -201,6 +201,37 @@ def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp
         page.wait_for_selector("text=It is in the queue")
         jobs = open_queue(served.runs, read_only=True).jobs()
         assert [(job.line, job.folder) for job in jobs] == [(f"{line} --help", str(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"process": {"machine": 1, "number": 2, "born": 3}},
+        {"changed": [["output_dir", "another"]]},
+        {"changed": [["output_dir", "/output"]]},
+        {"changed": []},
+    ],
+)
+def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_queued(
+    tmp_path: Path, told: dict[str, Any]
+) -> None:
+    history = write_run(tmp_path / "output", "x", 6, "", **{"changed": [["output_dir", "output"]], **told})
+    line = "python convert_lora.py --input \u202ea --help"
+    with history.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, "commands": [["Go on", line, line, ""]]}) + "\n")
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}", width=360) as page:
+        queue = open_queue(served.runs, read_only=False)
+        assert page.get_by_text("Put it into the queue", exact=True).count() == 0
+        page.click("text=Read it, then put it into the queue")
+        page.wait_for_selector("#words")
+        assert page.input_value("#words") == line.replace("\u202e", r"\u202e")
+        assert "x in" in page.inner_text("form.add .note >> nth=0")
+        assert queue.jobs() == []
+        page.fill("#words", "python convert_lora.py --help")
+        page.click("text=/^Add$/")
+        page.wait_for_selector("text=Added: it waits above.")
+        assert [job.line for job in queue.jobs()] == ["python convert_lora.py --help"]
+        assert page.problems == []
 
 
 def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:

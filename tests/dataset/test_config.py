@@ -80,6 +80,16 @@ def test_the_table_goes_before_general_before_the_default(tmp_path: Path) -> Non
     assert (second.resolution, second.batch_size, second.caption_extension) == ((960, 544), 2, ".txt")
 
 
+def test_a_hundred_problems_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as error:
+        load_dataset_config(write(tmp_path, "[[datasets]]\nnum_repeats = 0\n" * 300))
+
+    first, *lines, last = str(error.value).splitlines()
+    assert first.endswith("data.toml cannot be used:")
+    assert len(lines) == 100
+    assert last == "  ... and 200 more"
+
+
 def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -> None:
     content = {
         "general": {"batch_size": None, "resolution": [64, 48]},

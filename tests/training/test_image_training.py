@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -385,6 +386,31 @@ def test_log_lines_go_to_a_file(tmp_path: Path, root_logger: logging.Logger) -> 
 
     assert root_logger.level == logging.WARNING
     assert path.read_text(encoding="utf-8").split(" ", 2)[2] == "WARNING told\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_log_lines_that_a_file_cannot_take_go_to_the_console(
+    root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read("--console_log_file", "/dev/full", "--console_log_level", "INFO", "--lowram")
+    for text in ("told", "and more"):
+        logging.getLogger("here").info(text)
+
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert [line.split(" ", 2)[2] for line in said.splitlines() if line.startswith("20")] == [
+        "WARNING --console_log_file /dev/full: No space left on device. This and all further lines are "
+        "written here",
+        "INFO told",
+        "INFO and more",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_no_log_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OptionError, match="--console_log_file .*log: it is a named pipe"):
+        read("--console_log_file", str(tmp_path / "log"), "--lowram")
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ A step is timed from the end of the step before it, or from the end of a pause, 
 not to when the host reads its numbers, which is a step later, or at once if a pause follows.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import statistics
 import sys
+import threading
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -210,6 +212,8 @@ class Logs:
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
     _shown: float = field(default=-math.inf, init=False)
+    _is_lost: bool = field(default=False, init=False)  # a tracker takes no more numbers
+    _hook: Any = field(default=None, init=False)  # of threads, as it was
 
     def __enter__(self) -> "Logs":
         options = self.options
@@ -234,12 +238,31 @@ class Logs:
         )
         self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
         self._redirect.__enter__()
+        self._hook, threading.excepthook = threading.excepthook, self._note_thread
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self._redirect.__exit__(*error)
-        self.accelerator.end_training()
+        with self._guarded():
+            self.accelerator.end_training()
+        threading.excepthook = self._hook
+
+    def _note_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Print an error of a thread, but not of TensorBoard's writer: it comes with the next number too."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._hook(error)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn a tracker's first error of disk or network into a warning, and give it no more numbers."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_lost:
+                names = " ".join(self.options.trackers)
+                logger.warning("--log_with %s gets no more numbers, the training goes on: %s", names, error)
+            self._is_lost = True
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
@@ -305,18 +328,22 @@ class Logs:
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Report other numbers at a step: `loss/epoch`, validation losses."""
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or self._is_lost:
             return
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
-                for name, value in values.items():
-                    tracker.writer.add_scalar(name, value, step)
-                now = self.now()
-                if now - self._flushed >= FLUSH_SECONDS:
-                    tracker.writer.flush()
-                    self._flushed = now
-            else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
-                tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
+        with self._guarded():
+            for tracker in self.accelerator.trackers:
+                self._tell(tracker, values, step)
+
+    def _tell(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
+        if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
+            for name, value in values.items():
+                tracker.writer.add_scalar(name, value, step)
+            now = self.now()
+            if now - self._flushed >= FLUSH_SECONDS:
+                tracker.writer.flush()
+                self._flushed = now
+        else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
+            tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
 
 def check_trackers(options: LogOptions) -> None:

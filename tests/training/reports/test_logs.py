@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     tags = {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"}
     assert tags <= set(events.Tags()["scalars"])
     assert list(folder.glob("*/hparams.yml"))
+
+
+def test_a_tracker_whose_disk_is_full_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")  # of POSIX systems
+    given = options(f"--logging_dir {tmp_path}").logs
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    with Logs(make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5)), given, 4, 1, {}) as logs:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+        try:
+            for step in range(40):  # its writer is a thread
+                logs.values({"loss/epoch": 0.4}, step)
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    (said,) = [text for text in caplog.messages if "gets no more numbers" in text]
+    assert said.startswith("--log_with tensorboard gets no more numbers, the training goes on: [Errno 27]")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_without_trackers_only_the_bar_moves() -> None:
