@@ -31,7 +31,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
-from dataset.sources.frames import bucket_of, has_mask
+from dataset.sources.frames import bucket_of, has_mask, spans
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.console import count_of
 from modules.contract.data import (
@@ -156,6 +156,14 @@ def read_batch(
         preserved if any(preserved) else (),
         full,
     )
+
+
+def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
+    """Return how many items the clip of an item gives; 0 if its cache does not say."""
+    table, clip = item.table, record.clip
+    if clip is None or not (clip.complete or table.frame_extraction == "head") or record.parts > 1:
+        return 0
+    return len(spans(table, clip.kept_frames, frame_step))
 
 
 @dataclass
@@ -290,7 +298,8 @@ class _Reader:
             and CLOCK not in record.options
             and any(name.startswith((CONTROL, LOSS_MASK)) for name in tensors)
         )
-        made_by = () if record is None else (MadeBy(path, part, record.encoder, own_clocks),)
+        windows = 0 if record is None else _count_windows(item, record, self.latent.frame_step)
+        made_by = () if record is None else (MadeBy(path, part, record.encoder, own_clocks, windows),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
     def _latent_faults(

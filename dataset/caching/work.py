@@ -51,7 +51,7 @@ from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
-from modules.console import Row, as_size, count_of, show_box
+from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.contract.data import FPS, LOSS_MASK, CacheEntry, MomentsBatch
 from modules.contract.family import Caches, has_frame_rates, hears_sound
 from modules.control_codes import escape_control_codes
@@ -156,6 +156,15 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
+        outdated = [plan.outdated for plan in to_do if plan.outdated is not None]
+        if outdated and shows:  # before: they may be meant for another model
+            told_of = count_words(len(outdated), "sources have cache files of another kind")
+            logger.warning(
+                "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
+                "cache_directory or the options that made them. The first: %s",
+                told_of,
+                outdated[0],
+            )
         finished = [plan for plan in plans if plan.missing == ()]
         self._pending.clear()
         self._written.clear()
@@ -163,7 +172,7 @@ class MediaWork:
             more, unreadable = self._encode_all(to_do, workers, shows)
             finished, failures = finished + more, failures + unreadable
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if reasons:  # so that the extra work is explained
+        if len(reasons) > len(outdated):  # so that the extra work is explained
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
                 len(reasons),

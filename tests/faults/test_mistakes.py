@@ -99,6 +99,8 @@ NAMES = (
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
     wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
+    wrong(GENERATIONS, "--output out.mp4", "Unknown option --output. Did you mean --save_path?"),
+    wrong(NETWORK_TRAININGS, "--dim 4 --resume_from x", "mean --network_dim?", "mean --resume?"),
     wrong(GENERATIONS, "--width 9", "Did you mean --video_size HEIGHT WIDTH?"),
     wrong(GENERATIONS, "--lora_scale 1", "Did you mean --lora_multiplier?"),
     wrong(WAN, "--sample_solver euler", "Did you mean vanilla?"),

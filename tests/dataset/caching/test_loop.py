@@ -353,3 +353,17 @@ def test_only_run_sees_that_sources_alone_failed(
     with pytest.raises(DatasetError) as caught:
         conclude(CacheReport(failures=(Failure(Path("m.png"), "no", 0, ""),)))
     assert caught.value.exit_code == code
+
+
+def test_caches_of_another_kind_are_told_before_they_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    assert "replaces" not in caplog.text
+    other = ToyFamily()
+    other.media_identity = {**other.media_identity, "image": "i2v"}
+    cache_media(other, config, options())
+    (told,) = [one.getMessage() for one in caplog.records if "replaces" in one.message]
+    assert told.startswith("2 sources have cache files of another kind, which this command replaces.")
+    assert "image was None, is now i2v" in told
