@@ -19,7 +19,7 @@ from dataset.config_keys import (
     SUBSET,
     SUBSET_KEYS,
 )
-from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
+from dataset.key_reading import BAD, other_trainers, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
@@ -83,6 +83,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
     if problems:
+        other_trainers().refuse(path, content)
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
     return DatasetConfig(path, tables)
 

@@ -245,29 +245,6 @@ NO_KEYS: Mapping[str, str] = {
 }
 
 
-# keys that only the data files of other trainers have: trainer, and what to write here
-_A_FOLDER = "image_directory or video_directory"
-OF_OTHERS: Mapping[str, tuple[str, str]] = {
-    "directory": (
-        "diffusion-pipe",
-        f"[[directory]] is [[datasets]], its path {_A_FOLDER}; resolutions is resolution, enable_ar_bucket "
-        "enable_bucket, frame_buckets target_frames; num_repeats is the same",
-    ),
-    "folder_path": (
-        "AI Toolkit",
-        f'folder_path is {_A_FOLDER}, caption_ext = "txt" is caption_extension = ".txt", num_frames is '
-        "target_frames = [33], control_path control_directory, mask_path mask_directory, default_caption "
-        "class_tokens; a list of resolutions takes a table for each",
-    ),
-    "instance_data_dir": (
-        "SimpleTuner",
-        f"each backend is a [[datasets]] table, its instance_data_dir {_A_FOLDER}, cache_dir_vae "
-        'cache_directory, repeats num_repeats; caption_strategy = "textfile" is caption_extension = ".txt"',
-    ),
-    "concepts": ("OneTrainer", f"each concept is a [[datasets]] table, its path {_A_FOLDER}"),
-}
-
-
 # --- keys of the image guides' form
 # ------------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.config_keys import MODES, NO_KEYS, OF_OTHERS, SubsetKey, TableKey, Unfit
+from dataset.config_keys import MODES, NO_KEYS, SubsetKey, TableKey, Unfit
 from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
+from modules.installation import import_own
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, parse_toml, read_text
@@ -36,8 +37,7 @@ def parse_config(path: Path) -> dict[str, Any]:
         give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
         raise DatasetError(f"{path} is a folder. {give}")
     if path.suffix.lower() not in {".toml", ".json"}:
-        is_yaml = path.suffix.lower() in {".yaml", ".yml"}
-        hint = f". Files of AI Toolkit are not read: {_translate('folder_path')}" if is_yaml else ""
+        hint = other_trainers().of_suffix(path.suffix)
         raise DatasetError(
             f"{path}: a dataset configuration ends in .toml or .json, this ends in "
             f"{path.suffix or 'nothing'}{hint}"
@@ -59,25 +59,15 @@ def parse_config(path: Path) -> dict[str, Any]:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
-    refuse_others(path, content)
     if not isinstance(content, dict):
+        other_trainers().refuse(path, content)
         raise DatasetError(f'{path}: the top level must be an object with "datasets"')
     return content
 
 
-def refuse_others(path: Path, content: Any) -> None:
-    """Raise DatasetError if a file is one of another trainer, with what to write in its place."""
-    tables = [content] if isinstance(content, dict) else content if isinstance(content, list) else []
-    inner = content.get("datasets") if isinstance(content, dict) else None
-    tables = [*tables, *(inner if isinstance(inner, list) else [])]
-    keys = dict.fromkeys(key for one in tables if isinstance(one, dict) for key in one)
-    for key in (one for one in keys if one in OF_OTHERS):
-        raise DatasetError(f"{path} seems to be a file of {OF_OTHERS[key][0]}. {_translate(key)}")
-
-
-def _translate(key: str) -> str:
-    words = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
-    return f"Write it anew ({words} does it): {OF_OTHERS[key][1]}."
+def other_trainers() -> Any:
+    """Return the module that knows files of other trainers, which only mistakes need."""
+    return import_own("dataset.other_trainers")
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ FLOORS = {
     ),
     "dataset": (
         {"config_keys", "options"},
-        {"key_reading", "subset_options", "table"},
+        {"key_reading", "other_trainers", "subset_options", "table"},
         {"subsets"},
         {"config"},
         {"sources"},
@@ -141,7 +141,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_READ = 38_450  # lines that a training of caches reads at its start, without the family's
+MOST_READ = 38_500  # lines that a training of caches reads at its start, without the family's
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

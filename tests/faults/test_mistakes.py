@@ -122,6 +122,7 @@ FILES = (
     wrong((*GENERATIONS, *TRAININGS), "--dit BAD/three", "a.safetensors, b.safetensors, c.safetensors"),
     wrong(TRAININGS, "--config_file BAD/none_in.toml", "leave the key out"),
     wrong(GENERATIONS, "--dit 5", "--dit 5: no such file"),
+    wrong(WAN, "--vae Wan-AI/Wan2.1-T2V-14B", "A name on the hub is not downloaded here"),
     wrong(GENERATIONS, "--dit=", "--dit is empty", "leave the option out"),
     wrong(GENERATIONS, "--vae model/dit.safetensors", "dit.safetensors is not", "--vae"),
     wrong(
