@@ -17,7 +17,7 @@ from modules.console import as_size, count_of, count_words, draw_box, in_words, 
 from modules.control_codes import escape_control_codes, fold
 from modules.errors import CheckpointError
 from modules.parser import Parser
-from tests.commands import ROOT
+from tests.commands import ROOT, run_program
 from tests.faults.messages import assert_one_message, run_here
 
 
