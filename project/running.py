@@ -92,7 +92,10 @@ def run_project(options: RunOptions) -> None:
         if _is_check_of_media(words):
             _check_training(project)
             code, left_out = _check_media(words, project.folder, project.validation)
-            if left_out and not code:
+            if code:
+                _explain(words, project.folder, any("caption" in kind for kind in left_out))
+                raise SystemExit(code)
+            if left_out:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
         else:
             code = run_command(words, project.folder)
@@ -222,7 +225,8 @@ def _check_media(
 ) -> tuple[int, list[str]]:
     """Check as the script that caches latents does; return the exit code and the files that cannot be read.
 
-    The code is 0 if nothing else is wrong. validation: share and seed of the training.
+    The code is 0 if nothing else is wrong, else with the kinds of the other faults. validation: share
+    and seed of the training.
     """
     faults: list[Any] = []
 
@@ -239,12 +243,16 @@ def _check_media(
     with contextlib.chdir(folder):
         cache_family_latents(script_family(words), None, list(words[2:]), check)
     others = [fault for fault in faults if fault.kind != UNREADABLE and fault.ends_run]
-    return (1, []) if others else (0, [fault.text for fault in faults])
+    if others:
+        return 1, list(dict.fromkeys(fault.kind for fault in others))
+    return 0, [fault.text for fault in faults]
 
 
-def _explain(words: Sequence[str], folder: Path) -> None:
+def _explain(words: Sequence[str], folder: Path, lacks_captions: bool = True) -> None:
     """Say what helps if captions are missing, which is what most first runs end with."""
-    if "--check" in words:
+    if "--check" in words and not lacks_captions:
+        print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
+    elif "--check" in words:
         print_lines(
             [
                 "",

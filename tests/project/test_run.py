@@ -99,6 +99,7 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     own = parse_toml((folder / "run.toml").read_text(encoding="utf-8"))["reelsmith"]
 
     code, left_out = _check_media(own["commands"][1], folder)
+    assert run_command(own["commands"][2], folder) == SOURCES_LEFT_OUT
     (folder / "b.txt").unlink()
     other = _check_media(own["commands"][1], folder)
 
@@ -106,13 +107,19 @@ def test_the_check_tells_unreadable_files_from_other_faults(
         0,
         ["damaged.jpg", "gone.jpg"],
     )
-    texts = own["commands"][2]
-    assert run_command(texts, folder) == SOURCES_LEFT_OUT
     capfd.readouterr()
     _check_media(own["commands"][1], folder, (0.5, 0))
     said = capfd.readouterr().out
     assert "for validation" in said
-    assert other == (1, [])
+    assert other == (1, ["have no caption"])
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_only_missing_captions_are_explained(lacks: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    running._explain(["--check"], Path("clips"), lacks)
+    said = capsys.readouterr().out
+    assert "Correct what is listed above" in said
+    assert ("class_tokens" in said) is lacks
 
 
 @pytest.mark.parametrize(
