@@ -97,6 +97,7 @@ NAMES = (
     wrong(TRAININGS, "--cache_latents_to_disk", "the caching scripts make caches before a training"),
     wrong(TRAININGS, "--min_snr_gamma 5", "belongs to the noise of Stable Diffusion"),
     wrong(TRAININGS, "--save_precision bfloat16", "Did you mean bf16?"),
+    wrong(TRAININGS, "--config_file dataset.toml", "describes a data set", "give it to --dataset_config"),
     wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
     wrong(GENERATIONS, "--output out.mp4", "Unknown option --output. Did you mean --save_path?"),
