@@ -157,14 +157,8 @@ class MediaWork:
             ]
             show_box("Caching latents", rows)
         outdated = [plan.outdated for plan in to_do if plan.outdated is not None]
-        if outdated and shows:  # before: they may be meant for another model
-            told_of = count_words(len(outdated), "sources have cache files of another kind")
-            logger.warning(
-                "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
-                "cache_directory or the options that made them. The first: %s",
-                told_of,
-                outdated[0],
-            )
+        if outdated and shows:
+            _warn_of_outdated(outdated)
         finished = [plan for plan in plans if plan.missing == ()]
         self._pending.clear()
         self._written.clear()
@@ -362,3 +356,12 @@ MASKS_HINT = (
 def workers_of(options: CachingOptions) -> int:
     """Return how many threads read ahead."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
+
+
+def _warn_of_outdated(reasons: Sequence[str]) -> None:
+    """Say before they are replaced which caches do not fit: they may be meant for another model."""
+    logger.warning(
+        "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
+        "cache_directory or the options that made them. The first: %s",
+        *(count_words(len(reasons), "sources have cache files of another kind"), reasons[0]),
+    )
