@@ -12,6 +12,7 @@ DEFAULTS = ImageTrainerDefaults(
     model_prediction_type="sigma_scaled",
     guidance_scale=USUAL_GUIDANCE,
     translate=take_ae,
+    tokenizers={"clip_l_tokenizer": "openai_clip-vit-large-patch14", "t5xxl_tokenizer": "google_t5-v1_1-xxl"},
 )
 main = training_script("flux", __doc__, images=DEFAULTS)
 

@@ -10,6 +10,7 @@ DEFAULTS = ImageTrainerDefaults(
     discrete_flow_shift=5.0,
     model_prediction_type="raw",
     translate=translate_training,
+    tokenizers={"text_encoder_tokenizer": "Qwen_Qwen2.5-VL-7B-Instruct"},
 )
 main = training_script("hunyuan_image", __doc__, images=DEFAULTS)
 

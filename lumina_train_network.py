@@ -11,6 +11,7 @@ DEFAULTS = ImageTrainerDefaults(
     model_prediction_type="raw",
     samplers=("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"),
     translate=translate_training,
+    tokenizers={"gemma2_tokenizer": "google_gemma-2-2b"},
 )
 main = training_script("lumina", __doc__, images=DEFAULTS)
 

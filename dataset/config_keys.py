@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
+from modules.installation import import_own
 from modules.paths import (
     NOTHING as NO_WORDS,
 )
@@ -297,8 +298,10 @@ def parse_config(path: Path) -> dict[str, Any]:
         give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
         raise DatasetError(f"{path} is a folder. {give}")
     if path.suffix.lower() not in {".toml", ".json"}:
+        hint = other_trainers().of_suffix(path.suffix)
         raise DatasetError(
-            f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"
+            f"{path}: a dataset configuration ends in .toml or .json, this ends in "
+            f"{path.suffix or 'nothing'}{hint}"
         )
     try:
         text = read_text(path)
@@ -318,8 +321,14 @@ def parse_config(path: Path) -> dict[str, Any]:
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
+        other_trainers().refuse(path, content)
         raise DatasetError(f'{path}: the top level must be an object with "datasets"')
     return content
+
+
+def other_trainers() -> Any:
+    """Return the module that knows files of other trainers, which only mistakes need."""
+    return import_own("dataset.other_trainers")
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:

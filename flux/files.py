@@ -3,8 +3,10 @@
 Transformers are as published, or as diffusers writes them.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,7 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import tensor_patterns
 
+logger = logging.getLogger(__name__)
 WHAT = "a FLUX.1 or Chroma transformer"
 NAMES = {
     DEV: "a FLUX.1 dev transformer",
@@ -110,6 +113,12 @@ FORMAT = DitFormat(_header, lambda header: NAMES[header.kind], FluxModel, _sourc
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
+@lru_cache
+def _tell_chroma(path: Path) -> None:
+    """Say once that the file, not --model_type, decides."""
+    logger.info("%s is Chroma: it is used as --model_type chroma, without CLIP-L", path)
+
+
 @dataclass(frozen=True)
 class FluxFiles(AutoencoderFiles):
     """Files of a run with CLIP-L and T5; the transformer's says whether it is dev, schnell or Chroma."""
@@ -161,6 +170,8 @@ class FluxFiles(AutoencoderFiles):
                 f"--model_type chroma: {self.dit_path} is {NAMES[header.kind]}. Leave the option out, "
                 "or give a Chroma checkpoint"
             )
+        if header.kind == CHROMA and not self.says_chroma:
+            _tell_chroma(self.dit_path)
         return header
 
     @property

@@ -75,8 +75,8 @@ class Flux2(ModelOfPictures):
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
     called: str = field(default=NAME, init=False)
     few_steps: ClassVar = FewSteps(
-        "Train on klein-base (--model_version klein-base-4b or klein-base-9b, with its file), whose LoRAs "
-        "work on klein too, or give --training_adapter with a LoRA that undoes the distillation",
+        "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
+        "--training_adapter with a LoRA that undoes the distillation",
         words="klein",
         unless="base",
     )

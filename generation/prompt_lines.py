@@ -92,6 +92,11 @@ def read_path(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
+def read_name(text: str) -> str:
+    """Return a value that is chosen by name: other than a text it cannot be empty."""
+    return text
+
+
 # --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _side),
@@ -140,7 +145,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
     "cim": LineOption("control_image_mask_path", read_path, repeats=True),
-    "of": LineOption("one_frame_inference", str),
+    "of": LineOption("one_frame_inference", read_name),
     "p2": LineOption("prompt_2", str),
 }
 
@@ -163,7 +168,7 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
     **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", _size)),
     "fps": LineOption("fps", _rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
-    "sample_solver": LineOption("sample_solver", str),
+    "sample_solver": LineOption("sample_solver", read_name),
     "from_latent": LineOption("from_latent", read_path),
     **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", read_number)),
 }
@@ -233,6 +238,9 @@ def parse_words(
                 part.strip(),
                 f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
             )
+            continue
+        if not read_path(text.strip()) and option.read is not str:  # an empty text may be meant
+            problems.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
         try:
             store(values, option, option.read(text.strip()))

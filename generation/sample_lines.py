@@ -10,6 +10,7 @@ from generation.prompt_lines import (
     LineOption,
     numbered_lines,
     parse_words,
+    read_name,
     read_path,
     read_prompt_file,
     read_seed,
@@ -65,8 +66,8 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", read_path),
     "cn": LineOption("control_video_path", read_path),
     "ci": LineOption("control_image_path", read_path, repeats=True),
-    "of": LineOption("one_frame", str),
-    "ss": LineOption("sample_sampler", str),
+    "of": LineOption("one_frame", read_name),
+    "ss": LineOption("sample_sampler", read_name),
     "ctr": LineOption("cfg_trunc_ratio", _leading_number),
     "rcfg": LineOption("renorm_cfg", _leading_number),
 }

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from modules.errors import CheckpointError, OptionError, UserError, is_of_compil
 from modules.installation import check_requirements, command_words, import_own
 
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
-NOISY = ("bitsandbytes.backends.cpu.ops",)
+NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor")  # the second counts at its exit
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
@@ -51,6 +52,8 @@ def start_logging(level: int = logging.INFO) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # our own bound on pixels says what is too large
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
@@ -233,10 +236,13 @@ def one_line(word: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name, or one it begins with; empty without one."""
-    known = list(known)
+    """Return " Did you mean NAME?" with the most similar name, or one it begins with or is a part of; empty
+    without one.
+    """
+    known, part = list(known), given.lower() if 3 < len(given) < MOST_OF_WORD else "\n"
     near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
     near = near or sorted((name for name in known if name and given.startswith(f"{name}_")), key=len)[-1:]
+    near = near or sorted((name for name in known if part in name.lower()), key=len)[:1]
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from modules.command import as_typed
 from modules.installation import import_own
 from modules.option_values import HEIGHT_WIDTH
+from modules.options import facts_of
 from modules.paths import path_exists
 
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -35,7 +36,7 @@ lr_warmup_steps: warmup_steps warmup
 mixed_precision: dtype precision
 discrete_flow_shift: shift flow_shift
 blocks_to_swap: block_swap swap_blocks block_to_swap
-dataset_config: config data dataset data_config dataset_path train_data_dir instance_data_dir
+dataset_config: data dataset data_config dataset_path train_data_dir instance_data_dir
 output_name: name
 output_dir: output out output_path output_folder save_dir save_path
 infer_steps: steps num_steps num_inference_steps sample_steps sampling_steps inference_steps
@@ -88,13 +89,21 @@ def ours_for(theirs: str, has: Container[str]) -> str:
     return next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
 
 
-def meant_elsewhere(flags: Flags, name: str) -> str:
-    """Return what to write for an option that other programs or the dataset file have; empty if none."""
+def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
+    """Return what to write for an option that other programs or the dataset file have; empty if none.
+
+    key_file: has options of trainings as keys.
+    """
     name = name.replace("-", "_")
-    keys = import_own("dataset.config").KNOWN_KEYS if "--dataset_config" in flags else ()
+    takes_keys = key_file or "--dataset_config" in flags
+    keys = import_own("dataset.config").KNOWN_KEYS if takes_keys else ()
     options = {flag[2:] for flag in flags if flag[:2] == "--"}
     ours = ours_for(name, options) or (name if name in keys else ours_for(name, keys))
     why = next((why for names, why in _NOTHING.items() if name in names.split()), "")
+    if not ours and key_file:
+        trained = facts_of(import_own("training.options").TrainingOptions)
+        if key := name if name in trained else ours_for(name, trained):
+            return f" It is an option of the training: write {key} = ... below [training] in {key_file}."
     if not ours and why:
         return f" Leave it out: {why}."
     if ours not in options:
@@ -104,8 +113,10 @@ def meant_elsewhere(flags: Flags, name: str) -> str:
     return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
 
 
-def explain_rest(flags: Flags, words: Sequence[str], others: Sequence[str]) -> str:
-    """Explain words that belong to no option."""
+def explain_rest(
+    flags: Flags, words: Sequence[str], others: Sequence[str], by_place: Sequence[argparse.Action] = ()
+) -> str:
+    """Explain words that belong to no option. by_place: what the script takes without one."""
     for before, path, word in zip(words, words[1:], words[2:], strict=False):
         is_one = before in flags and flags[before].nargs is None
         if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
@@ -123,4 +134,7 @@ def explain_rest(flags: Flags, words: Sequence[str], others: Sequence[str]) -> s
             f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
+    if len(by_place) == 1 and by_place[0].nargs is None:
+        taken = f"one {by_place[0].dest} is taken. Put a name with blanks in quotes."
+        return f"{as_typed(others)} is too much: {taken}"
     return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."

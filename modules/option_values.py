@@ -21,6 +21,8 @@ T = TypeVar("T")
 MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
 JOINED = re.compile(r"([0-9]+)( *[x*×] *|[,: ]+)([0-9]+)", re.IGNORECASE)  # 832x480: two numbers in one word
+UNIT = r"(?:GB|GiB|G)"
+MEMORY = rf"([0-9]{{1,6}}(?:\.[0-9]+)?) *{UNIT}?"  # the GiB of a card, as people write them
 HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options that take a size
 SEED_BITS = 32
 MOST_DIGITS = 100  # of a whole number
@@ -108,8 +110,8 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
     for kind in kinds:
         if kind is Path:
             if not str(value):
-                raise OptionError(f"--{option} is empty: give a path, or leave the option out")
-            return to_path(f"--{option}", str(value))
+                raise OptionError(f"{option} is empty: give a path, or leave the option out")
+            return to_path(option, str(value))
         if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]
             return tuple(convert_value(item, typing.get_args(kind)[0], option) for item in items)
@@ -129,6 +131,14 @@ def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise OptionError(f"{option} {show_number(seed)} does not fit 64 bits: give a number below 2^64")
+
+
+def gibibytes(text: str) -> float:
+    """Parse 12, 12GB, 12 gib. Raises ArgumentTypeError if it is no memory."""
+    found = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
+    return float(found[1])
 
 
 def int_or_float(text: str) -> int | float:

@@ -152,6 +152,7 @@ class Options:
 
     heading: ClassVar[str] = ""
     dashed: ClassVar[bool] = False
+    key_file: ClassVar[str] = ""  # a file in which options of trainings are keys, for a script without them
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
     def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:
@@ -340,7 +341,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, argument)
         check_characters(option, value)
-        values[field.name] = convert_value(value, hint, option)
+        is_positional = declared is not None and declared.positional
+        values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
     made = cls(**values)  # first, as a record's own checks say more
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         check_numbers(option_name(field), values[field.name])

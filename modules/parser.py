@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
 from modules.errors import OptionError
-from modules.option_values import HEIGHT_WIDTH, JOINED, height_width
+from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     Declared,
     Options,
@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
     A mistake gives one message, with the option or value that was probably meant, and exit code 2. Help shows
     defaults, and colours on a terminal.
     """
+
+    key_file = ""
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
@@ -103,7 +105,9 @@ class Parser(argparse.ArgumentParser):
         if others:
             from modules.mistyped import explain_rest  # only mistakes need it
 
-            self.error(explain_rest(self._option_string_actions, words, others))
+            self.error(
+                explain_rest(self._option_string_actions, words, others, self._get_positional_actions())
+            )
         return found
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
@@ -157,8 +161,14 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._respell(words), namespace)
 
     def _respell(self, words: Sequence[str]) -> list[str]:
-        """Return the words with --no-metadata as --no_metadata, where the script has that one alone."""
+        """Return the words with --no-metadata as --no_metadata, where the script has that one alone, and
+        `--memory 12 GB` with one value.
+        """
         flags, found = self._option_string_actions, list(words)
+        for place in range(len(found) - 1, 0, -1):
+            number = re.fullmatch(r"(?:--\w+=)?[0-9.]+", found[place - 1])
+            if number is not None and re.fullmatch(UNIT, found[place], re.IGNORECASE):
+                found[place - 1 : place + 1] = [f"{number[0]} {found[place]}"]
         for place, word in enumerate(found[: found.index("--") if "--" in found else None]):
             name, *value = word.split("=", 1)
             other = "--" + name[2:].translate(_OTHER_DASHES)
@@ -203,12 +213,12 @@ class Parser(argparse.ArgumentParser):
                 said[message] = None
             # argparse takes the beginning of an option too
             begun = [flag for flag in flags if flag.startswith(name)]
-            if not re.match(r"--.|-[^-]", name) or is_number or name in flags or len(begun) == 1:
+            if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
                 continue
             from modules.mistyped import meant_elsewhere  # likewise
 
-            elsewhere = meant_elsewhere(flags, name.lstrip("-"))
-            if begun and not elsewhere:
+            elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_file)
+            if begun and not (elsewhere and begun[0] not in elsewhere):
                 continue
             is_value = before in flags and flags[before].nargs != 0
             if " " in name or (" " in word and (is_value or not word.startswith("--"))):
@@ -262,12 +272,17 @@ class Parser(argparse.ArgumentParser):
                 return same[0] if len(same) == 1 else value
             return value
         parts = arg_string.split(",")
-        if action.nargs is None and action.type is float and re.fullmatch(r"\d+,\d+", arg_string):
-            raise argparse.ArgumentError(action, f"{arg_string}: write a decimal point: {'.'.join(parts)}")
+        point = f"write a decimal point: {'.'.join(parts)}"
+        is_decimal = action.type is float and re.fullmatch(
+            r"-?\d+,\d+(e[+-]?\d+)?", arg_string, re.IGNORECASE
+        )
+        if action.nargs is None and is_decimal:
+            raise argparse.ArgumentError(action, f"{arg_string}: {point}")
         are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
         if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
             apart = " ".join(part.strip() for part in parts)
-            raise argparse.ArgumentError(action, f"{arg_string}: write several numbers apart: {apart}")
+            point = f", or {point}" if is_decimal else ""
+            raise argparse.ArgumentError(action, f"{arg_string}: write several numbers apart: {apart}{point}")
         example = action.default if type(action.default) in NUMBERS else 1
         raise argparse.ArgumentError(
             action, f"{one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
@@ -304,6 +319,8 @@ def add_options(
     """
     own, more, reasons = defaults or {}, settings or {}, refused or {}
     for cls in records:
+        if cls.key_file and isinstance(parser, Parser):
+            parser.key_file = cls.key_file
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             declared, name = field.metadata.get("declared"), option_name(field)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
-from modules.option_values import show_number
+from modules.option_values import MEMORY, show_number
 from modules.options import FREE, HABIT, NO_PIXELS, SETTING, Options, not_needed, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
@@ -367,12 +367,13 @@ class ShardingOptions(Options):
 
 def cards_or_size(text: str) -> str:
     """Parse the value of --plan, GIB or NxGIB. Raises ArgumentTypeError if it is neither."""
-    if re.fullmatch(r"([1-9]\d{0,3}x(?=.*[1-9]))?\d{1,6}(\.\d+)?", text.strip().lower()) is None:
+    found = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
             "for the card of this machine"
         )
-    return text.strip().lower()
+    return f"{found[1] or ''}{found[2]}".lower()
 
 
 class PlanOptions(Options):

@@ -172,11 +172,13 @@ def _extract(
     dtype = DTYPES[options.save_precision or "float"]
     checks = [FiniteCheck(checkpoint.path) for checkpoint in pair]
     factors: dict[str, Tensor] = {}
+    is_changed = False
     for name in (name for name, modules in wanted.items() if modules):
         before, after = (checkpoint.read(name) for checkpoint in pair)
         for check, tensor in zip(checks, (before, after), strict=True):
             check.note(name, tensor)
         whole = after.to(device, torch.float32) - before.to(device, torch.float32)
+        is_changed = is_changed or bool(whole.any())
         for module, rank, seed, piece in wanted[name]:
             change = piece.of(whole)
             down, up = decompose_change(change.flatten(1), rank, options.clamp_quantile, seed)
@@ -184,6 +186,12 @@ def _extract(
             factors[f"{module}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
             factors[f"{module}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
             factors[f"{module}.alpha"] = torch.tensor(float(len(down)))
+    if factors and not is_changed:
+        raise CheckpointError(
+            f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
+            "Give the fine-tuned model to --model_tuned.",
+            options.model_tuned,
+        )
     tensors = as_known(factors, family)
     save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     rows = [

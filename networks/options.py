@@ -216,7 +216,8 @@ def multipliers_for(
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:
         numbers = " ".join(f"{value:g}" for value in surplus)
-        logger.warning("%s: %s is ignored because there are %d files", option, numbers, len(files))
+        there = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
+        logger.warning("%s: %s is ignored because there %s", option, numbers, there)
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dataset.options import read_latent_caching
-from downloads.catalogue import Component, ModelSet, families, family_title
+from downloads.catalogue import Component, ModelSet, family_title
 from downloads.listing import gigabytes, in_columns, total_bytes
 from modules.command import did_you_mean
 from modules.contract.family import hears_sound, knows_few_steps
@@ -191,9 +191,7 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
     if len(near) == 1:
         return near[0], None
     hint = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(text.lower(), known)
-    others = (_plain(each + str(family_title(each))) for each in families())
-    if not hint and len(plain) > 1 and any(plain in each for each in others):
-        hint = " It is not trained here."
+    hint = hint or " Others are not trained here."
     raise OptionError(f"--family {text}: choose from {', '.join(known)}.{hint}")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from downloads.catalogue import ModelSet
+from modules.checkpoints.opening import checkpoint_paths
 from modules.contract.requests import COUNTS, VALUES
 from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
@@ -23,7 +24,7 @@ from modules.media.writing import write_png
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts, is_small
-from project.media import CAPTIONS, CHECK_PAGE, Found, Media, reference_of, why_unread
+from project.media import CHECK_PAGE, Found, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -114,13 +115,15 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
         name, _, text = given.partition("=")
         if name not in files or not text:
             raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")
-        files[name] = Path(text).expanduser()
+        files[name] = Path(text.strip()).expanduser()
         if not files[name].exists():
             missing = explain_missing(files[name])
             raise OptionError(
                 f"--model_file {given}: there is no such file.{missing} Correct the path, or leave it out to "
                 "take the file that tools/download.py brings"
             )
+        if files[name].is_dir() and not any(files[name].glob("*/*.safetensors")):
+            checkpoint_paths(files[name])  # raises if no file of it is the one
     return {name: real_path(path).as_posix() for name, path in files.items()}
 
 
@@ -128,7 +131,7 @@ def describe_dataset(choice: Choice) -> str:
     """Return dataset.toml: for each folder a table of its clips and one of its pictures."""
     data, frames, trigger = choice.model.data, choice.frames, choice.trigger
     from_image = data.get("from_image", False)
-    general = {"resolution": choice.size, "caption_extension": CAPTIONS, "enable_bucket": True}
+    general = {"resolution": choice.size, "caption_extension": choice.found.captions, "enable_bucket": True}
     lines = _table("[general]", general | ({"trigger_word": trigger} if trigger else {}))
     cut = {
         "target_frames": [frames] if from_image or frames == 1 else [1, frames],

@@ -25,7 +25,7 @@ from project.describing import (
     name_files,
 )
 from project.media import WRITTEN, look_at, name_some
-from project.options import NewOptions, find_models
+from project.options import RUN_FILE, NewOptions, find_models
 from project.running import WRITE_CAPTIONS, typed_in
 
 
@@ -93,7 +93,7 @@ def _tell(choice: Choice) -> list[str]:
     if choice.facts.few_steps is not None:
         lines.append(
             f"{model.family} {model.task} was distilled to few steps, and training it as it is unlearns "
-            f"them. {choice.facts.few_steps}"
+            f"them. {choice.facts.few_steps}. Options are keys of [training] in {RUN_FILE}"
         )
     lines += [f"{place}: made from {source}" for place, source in choice.found.references.items()]
     rate = model.data.get("fps")
@@ -113,19 +113,19 @@ def _tell(choice: Choice) -> list[str]:
 
 def _tell_captions(choice: Choice) -> list[str]:
     """Return lines about media without captions: what stands in their place, or both ways to get some."""
-    bare = [one.path for one in choice.media if one.caption is None]
+    bare, kind = [one.path for one in choice.media if one.caption is None], choice.found.captions
     empty = [one.path for one in choice.media if one.caption == "" and not choice.trigger]
     told = [f"{name_some(empty)}: an empty caption, from which nothing is learned by name"] if empty else []
     if not bare:
         return told
     if choice.trigger:
         return [
-            f"{name_some(bare)}: no caption in a .txt file; {choice.trigger} (class_tokens) stands for it"
+            f"{name_some(bare)}: no caption in a {kind} file; {choice.trigger} (class_tokens) stands for it"
         ]
     return [
         *told,
-        f"{name_some(bare)}: without a caption in a .txt file beside it, which `run` refuses. A model writes "
-        f"them, in the folder {choice.folder}:",
+        f"{name_some(bare)}: without a caption in a {kind} file beside it, which `run` refuses. A model "
+        f"writes them, in the folder {choice.folder}:",
         f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
         "or name what they show by a made-up word alone:",
         f"  {as_typed(_with_word(choice))}",
@@ -140,5 +140,6 @@ def _with_word(choice: Choice) -> list[str]:
     for name, value in (option_values(choice.options) | chosen).items():
         if value != usual[name]:
             for each in value if isinstance(value, tuple) else (value,):
-                words += [f"--{name}", *([] if each is True else [str(each)])]
+                text = f"{each:g}" if isinstance(each, float) else str(each)
+                words += [f"--{name}", *([] if each is True else [text])]
     return words

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,24 +21,35 @@ from project.choosing import ModelFacts
 from project.options import RUN_FILE
 
 CAPTIONS = ".txt"
+OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
 OWN_FOLDERS = {"cache", "output"}
 MASKS = {"mask", "masks"}
+REGULARISATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
 # folders of what pictures are made from, also as control_images
 REFERENCES = re.compile(
-    r"(controls?|before|sources?|references?|refs?|inputs?|conditions?|conditioning)"
+    r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
     r"([-_ ]?(images?|pictures?))?",
     re.IGNORECASE,
 )
 SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+LONG = 4  # sides of one picture
 MOST_FOLDERS = 1000  # that are looked into for media that are left out
 # what to do with files of other kinds
 REMEDIES = {
     (".heic", ".heif"): "convert them to JPEG, or `pip install pillow-heif`",
     (".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"): "convert them to PNG or JPEG",
     (".avif", ".jxl"): "convert them to PNG, or install a plugin of Pillow that reads them",
+    (".zip", ".rar", ".7z", ".tar", ".gz"): "unpack it",
+    (
+        ".jsonl",
+        ".csv",
+        ".parquet",
+    ): "if it lists captions, image_jsonl_file or image_table_file in dataset.toml takes it",
+    (".json",): "write captions into .txt files",
     (".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"): "convert them to .mp4",
 }
 
@@ -61,6 +73,7 @@ class Found:
     # folder of pictures -> that of what they are made from
     references: dict[Path, Path] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    captions: str = CAPTIONS  # suffix of their files
 
 
 def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
@@ -83,6 +96,8 @@ def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
             places.append(place)
         elif any(caption_path(path, CAPTIONS).exists() for path in _media_in(place)):
             found.lines.append(f"{place}: left out. Runs write into a folder of this name: rename it")
+    found.captions = _find_captions(places)
+    found.lines += list(_tell_names(places))
     for place in places:
         _list_media(place, found)
         nested = [one for one in _folders(place) if place != folder and not REFERENCES.fullmatch(one.name)]
@@ -126,6 +141,29 @@ def _media_in(folder: Path) -> list[Path]:
     return []
 
 
+def _find_captions(places: Sequence[Path]) -> str:
+    """Return the suffix of most caption files."""
+    count, known = Counter[str](), (CAPTIONS, *OTHER_CAPTIONS)
+    for place in places:
+        with contextlib.suppress(OSError):
+            names = {path.name for path in place.iterdir()}
+            count.update(end for path in _media_in(place) for end in known if path.stem + end in names)
+    return max(known, key=count.__getitem__)  # the first of equal ones
+
+
+def _tell_names(places: Sequence[Path]) -> Iterator[str]:
+    """Yield lines about folders whose names mean something to other trainers."""
+    for place in places:
+        if (repeats := re.match(r"(\d+)_", place.name)) is not None:
+            text = (
+                f"its number is not used. num_repeats = {repeats[1]} in its table of dataset.toml repeats it"
+            )
+            yield f"{place}: {text}"
+        if REGULARISATION.fullmatch(place.name):
+            text = "learned like the others. If it holds pictures to regularise with, move it away"
+            yield f"{place}: {text}"
+
+
 def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """Yield folders inside sub-folders that hold media, with what to do."""
     waiting, looked = list(folders), 0
@@ -149,18 +187,22 @@ def _list_media(place: Path, found: Found) -> None:
         end = path.suffix.lower()
         if path.name[0] == "." or path.is_dir() or path.name in (*WRITTEN, CHECK_PAGE):
             continue
+        if path.name.lower() in SYSTEM_FILES:
+            continue
         if end not in suffixes:
             others.setdefault(end, []).append(path)
             continue
         try:
-            found.media.append(_measure(path))
+            found.media.append(_measure(path, found.captions))
         except (MediaError, DatasetError) as error:
             found.lines.append(f"left out: {error}")
-    owned = {caption_path(path, CAPTIONS) for path in paths if path.suffix.lower() in suffixes}
+    owned = {caption_path(path, found.captions) for path in paths if path.suffix.lower() in suffixes}
     for end, of_kind in others.items():
-        if end == CAPTIONS:
+        if end == found.captions.lower():
             alone = [path for path in of_kind if path not in owned]
-            told = f"{name_some(alone)}: captions of no file. That of cat.mp4 is cat{CAPTIONS}"
+            doubled = alone and all(Path(path.stem).suffix.lower() in suffixes for path in alone)
+            how = f", not cat.mp4{found.captions}: rename them" if doubled else ""
+            told = f"{name_some(alone)}: captions of no file. That of cat.mp4 is cat{found.captions}{how}"
             found.lines += [told] if alone else []
             continue
         remedy = next((text for ends, text in REMEDIES.items() if end in ends), None)
@@ -168,8 +210,8 @@ def _list_media(place: Path, found: Found) -> None:
         found.lines.append(f"{name_some(of_kind)}: left out, {kind}")
 
 
-def _measure(path: Path) -> Media:
-    text = read_caption(caption_path(path, CAPTIONS))
+def _measure(path: Path, captions: str) -> Media:
+    text = read_caption(caption_path(path, captions))
     caption = None if text is None else " ".join(text.split())
     if path.suffix.lower() not in VIDEO_SUFFIXES and not is_animation(path):
         return Media(path, False, image_size(path), None, caption)
@@ -271,6 +313,9 @@ def _tell_odd(found: Found, facts: ModelFacts) -> list[str]:
     tiny = [one.path for one in found.media if min(one.size) < FEW_PIXELS]
     told: Mapping[str, Iterable[Path]] = {
         f"tiny, below {FEW_PIXELS} pixels: their blur is learned": tiny,
+        f"more than {LONG} times as long as wide, as few models know pictures: crop them": (
+            one.path for one in found.media if max(one.size) > LONG * min(one.size)
+        ),
         "transparent in part, which is learned as white; alpha_mask = true in dataset.toml leaves it out": (
             one.path for one in pictures if _is_transparent(one.path)
         ),

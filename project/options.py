@@ -5,6 +5,7 @@ from pathlib import Path
 from downloads.catalogue import ModelSet, model_sets
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
+from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
@@ -42,6 +43,8 @@ def _names() -> str:
 class NewOptions(Options):
     """Content of the project files for a folder."""
 
+    key_file = RUN_FILE
+
     folder: Path = option(
         "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
         "of what each picture is made from",
@@ -68,7 +71,7 @@ class NewOptions(Options):
         metavar="NAME=PATH",
     )
     memory: float | None = option(
-        "GiB of the card; this machine's when not given, 0: a CPU", least=0, hint="such as 12; 0 for a CPU"
+        "GiB of the card; this machine's when not given, 0: a CPU", type=gibibytes, metavar="GIB"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
     download = unsupported("`new` only writes files: give it to `run`")
@@ -84,6 +87,8 @@ class NewOptions(Options):
 
 class RunOptions(Options):
     """Which described folder to train on."""
+
+    key_file = RUN_FILE
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")

@@ -1,6 +1,7 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from modules.families import with_scripts
 from modules.installation import (
     PREFIX,
     ROOT,
+    RUN_CHECKS,
     RUN_GOES_ON,
     SOURCES_LEFT_OUT,
     find_script,
@@ -37,6 +39,7 @@ from training.saving.states import find_latest
 WRITE_CAPTIONS = [
     *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", "MODEL_FOLDER")
 ]
+MOST_SAID = 2000  # characters of a message of the training
 UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
 
 
@@ -87,9 +90,12 @@ def run_project(options: RunOptions) -> None:
         if options.dry_run:
             continue
         if _is_check_of_media(words):
-            _check_options(project)
+            _check_training(project)
             code, left_out = _check_media(words, project.folder, project.validation)
-            if left_out and not code:
+            if code:
+                _explain(words, project.folder, any("caption" in kind for kind in left_out))
+                raise SystemExit(code)
+            if left_out:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
         else:
             code = run_command(words, project.folder)
@@ -197,12 +203,21 @@ def _is_check_of_media(words: Sequence[str]) -> bool:
     return False
 
 
-def _check_options(project: Project) -> None:
-    """Let the training script read its options before hours of caching. Raises OptionError."""
-    try:
-        import_own("browser.launch").check_options(project.commands[-1], project.folder)
-    except OptionError as error:
-        raise OptionError(str(error).removeprefix("OptionError: ")) from None
+def _check_training(project: Project) -> None:
+    """Let the training script check its options and files before hours of caching. Raises OptionError."""
+    words = project.commands[-1]
+    done = subprocess.run(
+        [sys.executable, *program_words(_require_script(words)), *words[2:]],
+        cwd=project.folder,
+        env=program_environment(**{RUN_GOES_ON: RUN_CHECKS}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        message = re.split(r"^(?:\w+Error|\w+\.py: error): ", done.stderr, flags=re.MULTILINE)[-1]
+        raise OptionError(message.partition("\n\n")[0].strip()[-MOST_SAID:])
 
 
 def _check_media(
@@ -210,7 +225,8 @@ def _check_media(
 ) -> tuple[int, list[str]]:
     """Check as the script that caches latents does; return the exit code and the files that cannot be read.
 
-    The code is 0 if nothing else is wrong. validation: share and seed of the training.
+    The code is 0 if nothing else is wrong, else with the kinds of the other faults. validation: share
+    and seed of the training.
     """
     faults: list[Any] = []
 
@@ -226,13 +242,17 @@ def _check_media(
 
     with contextlib.chdir(folder):
         cache_family_latents(script_family(words), None, list(words[2:]), check)
-    others = [fault for fault in faults if fault.kind != UNREADABLE]
-    return (1, []) if others else (0, [fault.text for fault in faults])
+    others = [fault for fault in faults if fault.kind != UNREADABLE and fault.ends_run]
+    if others:
+        return 1, list(dict.fromkeys(fault.kind for fault in others))
+    return 0, [fault.text for fault in faults]
 
 
-def _explain(words: Sequence[str], folder: Path) -> None:
+def _explain(words: Sequence[str], folder: Path, lacks_captions: bool = True) -> None:
     """Say what helps if captions are missing, which is what most first runs end with."""
-    if "--check" in words:
+    if "--check" in words and not lacks_captions:
+        print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
+    elif "--check" in words:
         print_lines(
             [
                 "",

@@ -51,6 +51,8 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     }
     values = {}
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
+    if isinstance(tables.get("datasets"), list):
+        raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
     for key, value in _flatten(tables):
         if key in actions:
             values[actions[key].dest] = _convert(path, actions[key], value)

@@ -48,6 +48,8 @@ class ImageTrainerDefaults:
     guidance_scale: float = 1.0  # embedded guidance, for models that have such an input
     # shared options that mean nothing for the family: name without dashes -> reason
     refused: Mapping[str, str] = field(default_factory=dict)
+    # option of a text encoder's tokenizer -> its folder in --tokenizer_cache_dir
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
     # puts the family's own names of shared options into the shared ones, before records are read
     translate: Callable[[argparse.Namespace], None] = lambda args: None
 
@@ -71,6 +73,7 @@ def read_image_training(
         _output_config(parser, args)
     _translate(args)
     defaults.translate(args)
+    _find_tokenizers(args, defaults.tokenizers)
     options = read_options(TrainingOptions, args)
     if options.predicted != RAW:
         logger.warning(
@@ -98,6 +101,10 @@ class OtherNames(Options, title="other names"):
     cpu_offload_checkpointing: bool = option("--gradient_checkpointing_cpu_offload")
     fp8_base_unet: bool = option("--fp8_base: the transformer in fp8, the text encoders in 16 bits")
     caption_extention: str | None = option("another spelling of --caption_extension")
+    tokenizer_cache_dir: Path | None = option(
+        "folder with a folder for each tokenizer, as other trainers keep them: "
+        "openai_clip-vit-large-patch14, google_t5-v1_1-xxl, google_gemma-2-2b, Qwen_Qwen2.5-VL-7B-Instruct"
+    )
     output_config: bool = option(
         "write the options that differ from their defaults to --config_file, then exit"
     )
@@ -160,6 +167,24 @@ def _translate(args: argparse.Namespace) -> None:
         args.text_encoder_dtype = "float32"
 
 
+def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:
+    """Give each tokenizer that no option names the folder of --tokenizer_cache_dir that holds it."""
+    if args.tokenizer_cache_dir is None:
+        return
+    cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
+    if cache.is_file():
+        raise OptionError(f"--tokenizer_cache_dir {cache}: it is a file. Give the folder of the tokenizers")
+    for option_name, folder in folders.items():
+        if getattr(args, option_name) is None and (cache / folder).is_dir():
+            setattr(args, option_name, str(cache / folder))
+    if not any((cache / folder).is_dir() for folder in folders.values()):
+        logger.warning(
+            "--tokenizer_cache_dir %s has no folder %s: tokenizers are looked for beside the text encoders, "
+            "then on the hub, and nothing is kept in that folder. HF_HOME moves the hub's cache.",
+            *(cache, " or ".join(folders.values())),
+        )
+
+
 def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Write the options that differ from their defaults, and end the program."""
     if args.config_file is None:
@@ -198,11 +223,6 @@ class OtherModels(Options, title="for other models"):
     v_parameterization = unsupported(EPSILON)
     clip_skip = unsupported(CLIP, type=int)
     max_token_length = unsupported(CLIP, type=int, choices=(150, 225))
-    tokenizer_cache_dir = unsupported(
-        "tokenizers are looked for beside the text encoders and in the Hugging Face cache. Give a folder by "
-        "the option of its encoder that ends in _tokenizer, or set HF_HOME to move that cache",
-        type=str,
-    )
     weighted_captions = unsupported(
         "these models are trained with whole sentences; weights of words are for generation only"
     )

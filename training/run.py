@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -13,10 +14,11 @@ import torch
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.dressing import shared_blocks
-from modules.installation import import_own
+from modules.installation import RUN_CHECKS, RUN_GOES_ON, import_own
 from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch, too_little
 from modules.speed_options import SwapOptions
+from training.checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -50,6 +52,10 @@ def train_network(
     samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
+    if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
+        read_config(options, family)
+        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+        return 0
     if options.only_shows:
         code: int = import_own("training.previews").show_preview(family, options, commands, sampling)
         return code

@@ -310,6 +310,7 @@ class AcceleratorOptions(Options, title="precision and processes"):
         "autocast; when not given, the setting of accelerate launch, else no",
         default="no",
         choices=PRECISIONS,
+        refused={"fp8": "weights in 8 bits are --fp8_base, and --fp8_scaled where the model's page has it"},
         often=True,
     )
     fp16_accumulation: bool = option("sum fp16 matrix products in fp16: faster on some GPUs, less exact")

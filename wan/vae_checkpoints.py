@@ -60,7 +60,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
-    files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+    files = f"{WAN_2_1.files} (Qwen-Image: qwen_image_vae.safetensors); for TI2V-5B {WAN_2_2.files}"
     refusal = other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
     if kind_of(names, OF_OTHERS) is not None:  # a relative, whose layers have the same names
         raise refusal

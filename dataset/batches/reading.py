@@ -13,8 +13,16 @@ from torch import Tensor
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, CachingCommands, LiveParts, TrainingItem
 from dataset.cache.files import EMPTY, FLIPPED, NpzNames
-from dataset.cache.records import CLOCK, CacheChecks, latent_record, text_records, verify_tensors
+from dataset.cache.records import (
+    CLOCK,
+    CacheChecks,
+    LatentRecord,
+    latent_record,
+    text_records,
+    verify_tensors,
+)
 from dataset.cache.store import CacheStore, Stores
+from dataset.sources.frames import spans
 from modules.contract import data
 from modules.errors import CacheError
 
@@ -80,6 +88,14 @@ def read_batch(
         preserved if any(preserved) else (),
         full,
     )
+
+
+def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
+    """Return how many items the clip of an item gives; 0 if its cache does not say."""
+    table, clip = item.table, record.clip
+    if clip is None or not (clip.complete or table.frame_extraction == "head") or record.parts > 1:
+        return 0
+    return len(spans(table, clip.kept_frames, frame_step))
 
 
 @dataclass
@@ -188,7 +204,8 @@ class _Reader:
             and CLOCK not in record.options
             and any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         )
-        made_by = () if record is None else (data.MadeBy(path, part, record.encoder, own_clocks),)
+        windows = 0 if record is None else _count_windows(item, record, self.latent.frame_step)
+        made_by = () if record is None else (data.MadeBy(path, part, record.encoder, own_clocks, windows),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
 

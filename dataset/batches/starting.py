@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from dataset.batches.finding import FoundItems
@@ -49,6 +50,7 @@ def check_caches(
     """
     cached = [item for item in items if item.kind.has_latents]
     size_bytes, checks, older = 0, CacheChecks(), list[TrainingItem]()
+    windows: dict[tuple[int, str], int] = {}
     sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
     further = ((item, number) for item in sample for number in range(1, item.captions))
     looked_at = itertools.islice(itertools.chain(((item, 0) for item in sample), further), MOST_READ)
@@ -56,6 +58,7 @@ def check_caches(
         batch = read_batch([item], family.latent, commands, checks, [number], stores, live=live)
         if number == 0 and any(made.own_clocks for made in batch.made_by):
             older.append(item)
+        windows[item.table.index, item.source_stem] = max((made.windows for made in batch.made_by), default=0)
         if item.kind.has_text and not has_live_texts:
             family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
         values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
@@ -63,6 +66,16 @@ def check_caches(
         if size_bytes > MOST_READ_BYTES:
             break
     _compare_clocks(older, family.defaults.fps, commands)
+    there = Counter((item.table.index, item.source_stem) for item in cached)
+    fewer = [
+        (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
+    ]
+    if fewer:
+        logger.warning(
+            "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
+            "%s",
+            *(count_of(len(fewer), "clip"), *fewer[0], commands.latents),
+        )
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:

@@ -34,7 +34,7 @@ from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
-from modules.console import Row, as_size, count_of, show_box
+from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.contract.data import FPS
 from modules.contract.family import Caches, hears_sound
 from modules.control_codes import escape_control_codes
@@ -132,6 +132,9 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
+        outdated = [plan.outdated for plan in to_do if plan.outdated is not None]
+        if outdated and shows:
+            _warn_of_outdated(outdated)
         finished = [plan for plan in plans if plan.missing == ()]
         written: set[tuple[int, str]] = set()
         if to_do:
@@ -141,7 +144,7 @@ class MediaWork:
                     written |= self._write(batch, writer)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if reasons:  # so that the extra work is explained
+        if len(reasons) > len(outdated):  # so that the extra work is explained
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
                 len(reasons),
@@ -281,3 +284,12 @@ MASKS_HINT = (
 
 def workers_of(options: CachingOptions) -> int:
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
+
+
+def _warn_of_outdated(reasons: Sequence[str]) -> None:
+    """Say before they are replaced which caches do not fit: they may be meant for another model."""
+    logger.warning(
+        "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
+        "cache_directory or the options that made them. The first: %s",
+        *(count_words(len(reasons), "sources have cache files of another kind"), reasons[0]),
+    )

@@ -110,7 +110,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    kind = f"{table.kind}s of {table.name} are no files"
+    kind = f"{table.kind}s of {table.name} cannot be opened"
     faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
     if ANIMATION_SUFFIXES.isdisjoint(ends):
         return there

@@ -1,5 +1,6 @@
 """Find and check model files and folders given by options; read latent files, as generation writes them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,8 +33,11 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     )
     if not given.exists():
         named = f"{option} is not given, and its default" if given == default else option
+        is_name = re.fullmatch(r"[\w-]+/[\w.-]+", str(given)) and not re.search(r"\.[a-z]\w*$", given.name)
+        hub = " A name on the hub is not downloaded here." if is_name and not given.parent.exists() else ""
         raise CheckpointError(
-            f"{named} {given}: no such file or folder.{explain_missing(given)} Give the path of the model",
+            f"{named} {given}: no such file or folder.{hub or explain_missing(given)} Give the path of the "
+            "model",
             given,
         )
     return given

@@ -75,6 +75,7 @@ class MadeBy:
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
+    windows: int = 0  # how many items its clip gives; 0: the cache does not say
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turn errors of Pillow and FFmpeg into MediaError; raise it too for other than files and folders."""
     if not path.exists():
-        raise MediaError(f"{path} does not exist")
+        leads = f" is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
+        raise MediaError(f"{path}{leads or ' does not exist'}")
     try:
         if not path.is_dir():
             require_regular_file(path)

@@ -78,6 +78,8 @@ def name_words(script: str) -> str:
 def main() -> None:
     """Run the command that the words name; without one, list what there is."""
     words = sys.argv[1:]
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [*words[1:], "--help"]
     commands = find_commands(ROOT)
     command = next((one for one in commands if tuple(words[: len(one.words)]) == one.words), None)
     if command is not None:

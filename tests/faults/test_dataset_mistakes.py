@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from dataset.config import load_dataset_config
+from modules.errors import DatasetError
 from tests.dataset.making import make_clip, make_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.wan_encoders import t5_tensors, vae_tensors, write_tokenizer
@@ -243,3 +245,22 @@ def test_latent_caching_warns_of_missing_captions(folder: Path) -> None:
 
     assert "2 of 3 have no caption, and text caching needs one for each. The first: " in said
     assert "no a.txt beside it" in said
+
+
+OF_OTHERS = {
+    "dp.toml": ("[[directory]]\npath = 'clips'\n", "diffusion-pipe", "[[directory]] is [[datasets]]"),
+    "a.toml": ("[[datasets]]\nfolder_path = 'clips'\n", "AI Toolkit", "caption_extension"),
+    "a.yaml": ("job: x\n", "AI Toolkit", "folder_path is image_directory"),
+    "s.json": ('[{"instance_data_dir": "clips"}]', "SimpleTuner", "num_repeats"),
+    "o.json": ('{"concepts": [{"path": "clips"}]}', "OneTrainer", "[[datasets]]"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_file_of_another_trainer_is_translated(name: str, tmp_path: Path) -> None:
+    text, *words = OF_OTHERS[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DatasetError) as raised:
+        load_dataset_config(tmp_path / name)
+    for word in (*words, "reelsmith.py new FOLDER"):
+        assert word in str(raised.value)

@@ -116,12 +116,19 @@ def test_an_embedded_guidance_that_the_model_has_no_use_for_is_told(
     assert prepared.embedded_guidance == family.defaults.embedded_guidance
 
 
-def test_model_type_chroma_is_checked_against_the_file(tmp_path: Path) -> None:
+def test_model_type_chroma_is_checked_against_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     files = FluxFiles(write_dit(tmp_path, tiny_state("dev")), says_chroma=True)
 
     with pytest.raises(OptionError, match="--model_type chroma: .* is a FLUX.1 dev transformer"):
         _ = Flux(files).dit_files
-    assert Flux(FluxFiles(write_dit(tmp_path, tiny_state("chroma")), says_chroma=True)).dit_files
+    chroma = write_dit(tmp_path, tiny_state("chroma"))
+    assert Flux(FluxFiles(chroma, says_chroma=True)).dit_files
+    assert not caplog.messages
+    assert FluxFiles(chroma).kind == "chroma"
+    assert f"{chroma} is Chroma: it is used as --model_type chroma" in caplog.text
 
 
 def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_what_stands_behind_a_number_of_a_sample_is_told(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("text", ["", "9" * 200])
 def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str) -> None:
-    with pytest.raises(OptionError, match="--d: .*Correct the line"):
+    with pytest.raises(OptionError, match="--d[ :].*Correct the line"):
         parse_sample_line(f"a cat --d {text}")
     path = tmp_path / "samples.json"
     path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
@@ -238,3 +238,11 @@ def test_an_option_behind_another_dash_is_refused_and_a_dash_in_a_text_is_not(da
             parse(f"a cat {dash}w 64 --s 2")
         text = f"a cat {dash} w 64, {dash}i was there, x{dash}w 64, {dash}zz 3"
         assert parse(text)["prompt"] == text
+
+
+@pytest.mark.parametrize("letter", ["i", "ei", "w", "d", "of", "sample_solver", "from_latent"])
+def test_an_option_without_a_value_is_told(letter: str) -> None:
+    for line in (f"a cat --{letter}", f'a cat --{letter} "" --n'):
+        with pytest.raises(OptionError, match=f"^--{letter} has no value"):
+            parse_generation_line(line, SECTIONED_GENERATION_OPTIONS)
+    assert parse_generation_line("a cat --n") == {"prompt": "a cat", "negative_prompt": ""}

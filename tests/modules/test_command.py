@@ -17,7 +17,7 @@ from modules.console import as_size, count_of, count_words, draw_box, in_words, 
 from modules.control_codes import escape_control_codes, fold
 from modules.errors import CheckpointError
 from modules.parser import Parser
-from tests.commands import ROOT
+from tests.commands import ROOT, run_program
 from tests.faults.messages import assert_one_message, run_here
 
 
@@ -547,3 +547,14 @@ def test_words_without_an_option_are_told_from_equal_values_of_options() -> None
     assert (args.input, args.target, args.output) == ("other", "other", "-made")
     args = parser.parse_args(["--input", "x", "--target", "y", "y"])
     assert (args.input, args.target, args.output) == ("x", "y", "y")
+
+
+def test_what_libraries_say_of_themselves_is_not_shown() -> None:
+    lines = (
+        "import logging, warnings",
+        "from modules.command import start_logging",
+        "start_logging()",
+        "logging.getLogger('torch._subclasses.fake_tensor').info('FakeTensor cache stats:')",
+        "warnings.warn('Image size (9 pixels) exceeds limit of 8 pixels, could be a bomb')",
+    )
+    assert run_program(sys.executable, "-c", "\n".join(lines), folder=ROOT).stderr == ""

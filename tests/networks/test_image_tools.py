@@ -317,3 +317,11 @@ def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Pat
     with pytest.raises(CheckpointError, match="is for hunyuan_image, .* for flux"):
         merge([loras[0], other], "--save_to", str(output))
     assert not output.exists()
+
+
+def test_the_same_model_twice_gives_no_lora(tmp_path: Path) -> None:
+    model(tmp_path / "model.safetensors")
+    same, made = str(tmp_path / "model.safetensors"), tmp_path / "lora.safetensors"
+    with pytest.raises(CheckpointError, match="there is no change to extract"):
+        flux_extract_lora.main(["--model_org", same, "--model_tuned", same, "--save_to", str(made)])
+    assert not made.exists()

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from dataset.config import load_dataset_config
+from modules.parser import parse_options
+from modules.speed_options import cards_or_size
 from modules.text_files import parse_toml
 from project import choosing
 from project.options import NewOptions, find_models
@@ -133,6 +135,33 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         "to download",
     ):
         assert line in said
+
+
+@pytest.mark.parametrize(("end", "found"), [(".TXT", 3), (".caption", 3), (".jpg.txt", 0)])
+def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
+    folder = tmp_path / "10_ohwx"
+    write_photos(folder, captions=False)
+    for path in sorted(folder.iterdir()):
+        path.with_name(path.stem + end).write_text("a cat", encoding="utf-8")
+    (folder / "Thumbs.db").touch()
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+
+    said = run_script("new_project.py", tmp_path, "--family", "lumina", "--trigger_word", "ohwx").stdout
+
+    assert "gone.jpg is a link to nowhere.jpg, which is not there" in said
+    assert "num_repeats = 10 in its table" in said
+    assert "Thumbs" not in said
+    assert ("That of cat.mp4 is cat.txt, not cat.mp4.txt: rename them" in said) is (found == 0)
+    (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
+    assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
+
+
+@pytest.mark.parametrize("words", ["12", "12GB", "12 GB", "12gib", "=12G", "=12 GiB"])
+def test_memory_is_read_as_people_write_it(words: str, tmp_path: Path) -> None:
+    typed = f"--memory{words}" if words[0] == "=" else f"--memory {words}"
+    (options,) = parse_options(None, [str(tmp_path), *typed.split(" ")], NewOptions)
+    assert options.memory == 12
+    assert cards_or_size(f"2x{words.lstrip('=')}") == "2x12"
 
 
 def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:

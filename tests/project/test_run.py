@@ -29,7 +29,7 @@ from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project import running
 from project.options import RunOptions, find_models
-from project.running import _check_media
+from project.running import _check_media, run_command
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
@@ -93,20 +93,33 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     collected: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
     (folder / "damaged.jpg").write_bytes((folder / "j.jpg").read_bytes()[:400])  # its header is whole
     (folder / "damaged.txt").write_text("a square", encoding="utf-8")
     own = parse_toml((folder / "run.toml").read_text(encoding="utf-8"))["reelsmith"]
 
     code, left_out = _check_media(own["commands"][1], folder)
+    assert run_command(own["commands"][2], folder) == SOURCES_LEFT_OUT
     (folder / "b.txt").unlink()
     other = _check_media(own["commands"][1], folder)
 
-    assert (code, [line.split()[0] for line in left_out]) == (0, ["damaged.jpg"])
+    assert (code, sorted(Path(line.split()[0].strip(":")).name for line in left_out)) == (
+        0,
+        ["damaged.jpg", "gone.jpg"],
+    )
     capfd.readouterr()
     _check_media(own["commands"][1], folder, (0.5, 0))
     said = capfd.readouterr().out
     assert "for validation" in said
-    assert other == (1, [])
+    assert other == (1, ["have no caption"])
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_only_missing_captions_are_explained(lacks: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    running._explain(["--check"], Path("clips"), lacks)
+    said = capsys.readouterr().out
+    assert "Correct what is listed above" in said
+    assert ("class_tokens" in said) is lacks
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,7 @@ def test_a_run_goes_on_without_unreadable_files_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
-    monkeypatch.setattr(running, "_check_options", lambda _: None)
+    monkeypatch.setattr(running, "_check_training", lambda _: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: (0, ["damaged.jpg is damaged"]))
     monkeypatch.setattr(
         running, "run_command", lambda words, _: code if failing in words[1] and "--check" not in words else 0
@@ -286,6 +299,17 @@ def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Pat
     assert not (folder / "cache").exists()
 
 
+def test_a_file_of_another_kind_ends_the_run_before_anything_is_cached(
+    collected: Path, tmp_path: Path
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.toml").write_text(text.replace("pocket/dit", "pocket/vae"), encoding="utf-8")
+    told = run_here("run_project.py", folder, folder=tmp_path)
+    assert_one_message(*told, "vae.safetensors is not", "Give")
+    assert not (folder / "cache").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal to the group elsewhere")
 def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) -> None:
     folder = copy(collected, tmp_path / "clips")
@@ -393,7 +417,12 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
-        ("--family stable-diffusion", "It is not trained here."),
+        ("--family sdxl", "Others are not trained here."),
+        ("other --family lumina", "other is too much: one folder is taken"),
+        ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
+        ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
+        ("--family lumina --memory 12TB", "'12TB' is no memory. Give GiB, such as 12"),
+        ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),

@@ -22,7 +22,7 @@ from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.options import NoOptions
+from modules.options import NoOptions, option
 from networks.module_names import read_family
 from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageFiles
@@ -324,6 +324,25 @@ def test_what_is_not_needed_is_answered_in_a_line(option: str, caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     assert read(option) == read()
     assert f"{option} is not needed: " in caplog.text
+
+
+def test_tokenizers_come_from_their_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Own(NoOptions):
+        t5xxl_tokenizer: Path | None = option("the tokenizer")
+
+    defaults = replace(DEFAULTS, tokenizers={"t5xxl_tokenizer": "google_t5-v1_1-xxl"})
+    folder = tmp_path / "google_t5-v1_1-xxl"
+
+    def read_own(*more: str) -> Path | None:
+        words = [*NEEDED, "--tokenizer_cache_dir", str(tmp_path), *more]
+        found: Path | None = read_image_training(None, Own, defaults, words)[1].t5xxl_tokenizer
+        return found
+
+    assert read_own() is None
+    assert "has no folder google_t5-v1_1-xxl: tokenizers are looked for beside" in caplog.text
+    folder.mkdir()
+    assert read_own() == folder
+    assert read_own("--t5xxl_tokenizer", "mine") == Path("mine")
 
 
 def test_folders_of_pictures_replace_the_toml_file(tmp_path: Path) -> None:

@@ -336,3 +336,23 @@ def test_large_folders_are_not_listed(
     monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
     compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
     assert ("with no latents" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("mode", "windows"), [("chunk", 2), ("uniform", 3), ("head", 1)])
+def test_a_window_without_latents_is_told(
+    mode: str, windows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cached(tmp_path, clips=(10, 10), frame_extraction=mode, frame_sample=3)
+
+    def check() -> str:
+        items = find_items(config, "toy", LATENT).items
+        caplog.clear()
+        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True)
+        return caplog.text
+
+    assert "fewer latents" not in check()
+    if windows > 1:
+        next((tmp_path / "cache").glob("clip_0_*x*_toy.safetensors")).unlink()
+        assert (
+            f"1 clip with fewer latents than windows, such as clip_0, {windows - 1} of {windows}" in check()
+        )

@@ -367,3 +367,17 @@ def test_an_error_ends_the_threads_that_decode_ahead_at_once(tmp_path: Path) -> 
         cache_media(Broken(), config, options())
     assert held.traceback  # whose frames are those of the caching
     assert [one.name for one in threading.enumerate() if one.name.startswith(("ahead", "writer"))] == []
+
+
+def test_caches_of_another_kind_are_told_before_they_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    assert "replaces" not in caplog.text
+    other = ToyFamily()
+    other.media_identity = {**other.media_identity, "image": "i2v"}
+    cache_media(other, config, options())
+    (told,) = [one.getMessage() for one in caplog.records if "replaces" in one.message]
+    assert told.startswith("2 sources have cache files of another kind, which this command replaces.")
+    assert "image was None, is now i2v" in told

@@ -1,0 +1,51 @@
+"""Recognise the data files of other trainers, and say what to write in their place. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.command import as_typed
+from modules.errors import DatasetError
+
+# keys that only the data files of other trainers have: trainer, and what to write here
+_A_FOLDER = "image_directory or video_directory"
+OF_OTHERS: Mapping[str, tuple[str, str]] = {
+    "directory": (
+        "diffusion-pipe",
+        f"[[directory]] is [[datasets]], its path {_A_FOLDER}; resolutions is resolution, enable_ar_bucket "
+        "enable_bucket, frame_buckets target_frames; num_repeats is the same",
+    ),
+    "folder_path": (
+        "AI Toolkit",
+        f'folder_path is {_A_FOLDER}, caption_ext = "txt" is caption_extension = ".txt", num_frames is '
+        "target_frames = [33], control_path control_directory, mask_path mask_directory, default_caption "
+        "class_tokens; a list of resolutions takes a table for each",
+    ),
+    "instance_data_dir": (
+        "SimpleTuner",
+        f"each backend is a [[datasets]] table, its instance_data_dir {_A_FOLDER}, cache_dir_vae "
+        'cache_directory, repeats num_repeats; caption_strategy = "textfile" is caption_extension = ".txt"',
+    ),
+    "concepts": ("OneTrainer", f"each concept is a [[datasets]] table, its path {_A_FOLDER}"),
+}
+
+
+def of_suffix(suffix: str) -> str:
+    """Return what to say of a file by its suffix; "" if it says nothing."""
+    is_yaml = suffix.lower() in {".yaml", ".yml"}
+    return f". Files of AI Toolkit are not read. {_translate('folder_path')}" if is_yaml else ""
+
+
+def refuse(path: Path, content: Any) -> None:
+    """Raise DatasetError if a file is one of another trainer, with what to write in its place."""
+    tables = [content] if isinstance(content, dict) else content if isinstance(content, list) else []
+    inner = content.get("datasets") if isinstance(content, dict) else None
+    tables = [*tables, *(inner if isinstance(inner, list) else [])]
+    keys = dict.fromkeys(key for one in tables if isinstance(one, dict) for key in one)
+    for key in (one for one in keys if one in OF_OTHERS):
+        raise DatasetError(f"{path} seems to be a file of {OF_OTHERS[key][0]}. {_translate(key)}")
+
+
+def _translate(key: str) -> str:
+    words = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
+    return f"Write it anew ({words} does it): {OF_OTHERS[key][1]}."
