@@ -182,6 +182,7 @@ class MediaWork:
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         right = frozenset(kept | self._written)
         if self._sound is not None:
+            self._encoders.free()  # the VAE of pictures is not needed beside that of sound
             sound, right_too = self._sound.encode(pieces, right, workers, shows)
             report, right = join_reports([report, sound]), right | right_too
         return EncodedPart(report, right)

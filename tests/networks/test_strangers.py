@@ -370,6 +370,10 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
         (["pipe.dino_resampler.layers.0.to_q.weight"], "are of another network, pipe.dino_resampler, and"),
         (["double_blocks.0.img_attn.norm.query_norm.scale"], "are whole norms of the model"),
         (["diffusion_model.double_blocks.0.img_attn.proj.bias"], "are whole biases of the model"),
+        (
+            [f"diffusion_model.{PROJ}.reshape_weight"],
+            "are parts of layers called reshape_weight, which are not",
+        ),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
         ([f"transformer.{PROJ}.lora_A.weight"], "named once more"),
         (
