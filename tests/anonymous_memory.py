@@ -154,7 +154,7 @@ def main() -> None:
     is_done.set()
     watcher.join()
     networks.note("end")
-    told = {"card": card_most[0] - card_before, "left": card.held() - card_before}
+    told: dict[str, Any] = {"card": card_most[0] - card_before, "left": card.held() - card_before}
     told = {"most": max(peaks), "peaks": peaks, **told}
     target.write_text(json.dumps({**told, "beside": networks.beside}), encoding="utf-8")
     sys.stdout.flush()
