@@ -29,6 +29,11 @@ _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config")
 # (`transformer.lora_alpha`), and those of the rank beside them
 _TRAINED = "ss_network_alpha"
 _TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
+# a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
+_BEGIN = re.compile(
+    r"(?:(.*)\.|(transformer(?:_2)?|unet|lora_unet|(?:text_encoder|lora_te|te)_?[123]?)_)?(.*)"
+)
+_OF_TEXTS = re.compile(r"(?:text_encoder|lora_te|te)_?([123]?)")
 _RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
 _KEYS = {
     **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
@@ -205,7 +210,8 @@ def _is_network(key: str) -> bool:
 
 def _bare(key: str) -> tuple[str, str]:
     """`transformer.LoRA_alpha` -> (`transformer`, `loraalpha`): programs spell keys in several ways."""
-    begin, _, name = key.rpartition(".")
+    found = _BEGIN.fullmatch(key)
+    begin, name = ("", key) if found is None else (found[1] or found[2] or "", found[3])
     return begin, re.sub(r"[\W_]", "", name).lower()
 
 
@@ -213,6 +219,8 @@ def _is_of(begin: str, start: str) -> bool:
     """Whether a key that begins so is of the network that a pipeline calls `start`."""
     if not begin or f"{begin}." == start:
         return True
+    if text := _OF_TEXTS.fullmatch(begin):  # programs count from 1, and CLIP-L, CLIP-G, T5 through
+        return start == ("text_encoder_2." if text[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: it is that unless it is a text encoder or another expert's
     if start not in EXPERT_STARTS or begin.startswith(_TEXTS):
         return False

@@ -53,6 +53,11 @@ def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
             "alone with its program."
         )
     start, dot, _ = path.partition(".")
+    module, dot_behind, part = path.rpartition(".")
+    if not leaf and dot_behind and module_names.is_name(module_names.replace_dots(module)):
+        return f"are parts of layers called {part}, which are not known here, and are ignored", (
+            f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
+        )
     if not dot or not leaf:
         return "are no part of a LoRA and are ignored", NOT_KNOWN
     return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""

@@ -216,12 +216,17 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    if LORA[0] not in factors or factors[LORA[1]].ndim != 2:
-        return "only plain LoRAs can be cut into the parts of a weight"
-    heights = fused_heights(len(paths), len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
+        rows, columns = len(factors[LORA[1]]), factors[LORA[0]].shape[1]
+    elif factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
+        rows, columns = factors["diff"].shape
+    else:
+        return "only plain LoRAs and whole differences can be cut into the parts of a weight"
+    heights = fused_heights(len(paths), rows, columns)
     if not heights:
-        return f"its {len(factors[LORA[1]])} rows are not those of {len(paths)} parts"
-    blocks = None if len(factors) > 3 else diagonal_blocks(factors[LORA[1]], heights)
+        return f"its {rows} rows are not those of {len(paths)} parts"
+    is_plain = LORA[0] in factors and len(factors) <= 3
+    blocks = diagonal_blocks(factors[LORA[1]], heights) if is_plain else None
     if blocks is not None:
         downs = factors[LORA[0]].chunk(len(paths))
         alpha = torch.tensor(deltas.strength(factors) * (len(factors[LORA[0]]) // len(paths)))
@@ -236,7 +241,9 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "its magnitudes belong to the whole weight"
     # the whole is zero in the rows of a part that it was joined without
     return {
-        path: one for path, one in found.items() if one[LORA[1]].any() or one.keys() - {*LORA, "alpha"}
+        path: one
+        for path, one in found.items()
+        if any(values.any() for part, values in one.items() if part not in {LORA[0], "alpha"})
     } or found
 
 

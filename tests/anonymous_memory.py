@@ -1,9 +1,10 @@
-"""Run a script of the root twice in this process, the second time watched: `python anonymous_memory.py FILE`.
+"""Run scripts in this process, those behind the first watched: `python anonymous_memory.py FILE`.
 
-FILE: JSON of two command lines, the first one with models so small that it only loads the libraries, and of
-what is typed into each. FILE.RANK gets JSON: `most`, the most bytes of memory that no file has, beside what
-is there after the first; `beside`, for each network that the second loads, and for each clip that it
-denoises, the networks that are there: lists of classes, by the class, "denoise" or "end".
+FILE: JSON of two command lines or more, the first one with models so small that it only loads the libraries,
+and of what is typed into each. FILE.RANK gets JSON: `most`, the most bytes of memory that no file has, beside
+what is there after the first; `peaks`, those of each; `beside`, for each network that is loaded, and for each
+clip that is denoised, the networks that are there: lists of classes, by the class, "denoise" or "end". With
+the variable EMULATED_CARD all runs on the emulated device, whose bytes are `card` instead: the most at once.
 """
 
 import gc
@@ -14,6 +15,7 @@ import re
 import runpy
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,40 @@ def run(command: list[str]) -> None:
             raise
 
 
+class Card:
+    """The emulated device of this process, or none. Its memory lies in that of the process."""
+
+    def __init__(self) -> None:
+        self._counts: Any = None
+        if "EMULATED_CARD" in os.environ:
+            from tests.emulated_cuda import loading  # before all that imports torch
+
+            loading.compile_it()
+            loading.load()
+            from tests.emulated_cuda.device import switch_on
+
+            self._counts = switch_on().functions
+
+    def held(self) -> int:
+        """Return the bytes on the device."""
+        return self._counts.emulated_allocated() if self._counts else 0
+
+    def forget(self) -> None:
+        """Count the most bytes anew."""
+        if self._counts:
+            self._counts.emulated_forget_most_allocated()
+
+    def most(self) -> int:
+        """Return the most bytes that were on the device at once."""
+        return self._counts.emulated_most_allocated() if self._counts else 0
+
+    def beside(self) -> int:
+        """Return the bytes of `anonymous` that are not on the device."""
+        before = self.held()
+        everything = anonymous()
+        return everything - max(before, self.held())  # what is freed meanwhile is nobody's
+
+
 class Networks:
     """The networks that are loaded, none of which it holds."""
 
@@ -53,10 +89,17 @@ class Networks:
 
     def watch(self) -> None:
         """Have all loading of files and the denoising loop told here."""
+        from blissful_tuner.prompt_rewrite import PromptRewriter
         from generation import denoise as denoising
         from modules.checkpoints import filling
 
-        begin, denoise = filling._Filling.__init__, denoising.denoise
+        begin, denoise, read = filling._Filling.__init__, denoising.denoise, PromptRewriter._read
+
+        def read_and_noted(*arguments: Any) -> Any:
+            model, tokenizer = read(*arguments)
+            self.note(type(model).__name__)
+            self._loaded.append(weakref.ref(model))
+            return model, tokenizer
 
         def filled(own: Any, module: Any, *others: Any) -> None:
             begin(own, module, *others)
@@ -69,13 +112,15 @@ class Networks:
             return denoise(*arguments, **named)
 
         filling._Filling.__init__, denoising.denoise = filled, denoised
+        PromptRewriter._read = read_and_noted
 
 
 def main() -> None:
-    """Run both, and write what the second one takes."""
-    small, large, typed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    """Run all, and write what those behind the first one take."""
+    small, *larger, typed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     target = Path(f"{sys.argv[1]}.{os.environ.get('RANK', '0')}")
     sys.path[0] = str(ROOT)
+    card = Card()
     from modules.devices import release_heap
 
     networks = Networks()
@@ -87,21 +132,31 @@ def main() -> None:
     gc.collect()
     release_heap()
     networks.beside.clear()
-    sys.stdin = io.StringIO(typed)
-    before, most, is_done = anonymous(), [0], threading.Event()
+    before, most, is_done = card.beside(), [0], threading.Event()
+    card_before, card_most, peaks = card.held(), [0], list[int]()
+    card.forget()
 
     def watch() -> None:
         while not is_done.wait(PAUSE):
-            most[0] = max(most[0], anonymous())
+            most[0] = max(most[0], card.beside())
+            card_most[0] = max(card_most[0], card.most())  # a training forgets it when it has measured
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    run(large)
+    for command in larger:
+        sys.stdin = io.StringIO(typed)
+        most[0] = 0
+        run(command)
+        time.sleep(2 * PAUSE)
+        peaks.append(most[0] - before)
+        gc.collect()
+        release_heap()
     is_done.set()
     watcher.join()
-    gc.collect()
     networks.note("end")
-    target.write_text(json.dumps({"most": most[0] - before, "beside": networks.beside}), encoding="utf-8")
+    told: dict[str, Any] = {"card": card_most[0] - card_before, "left": card.held() - card_before}
+    told = {"most": max(peaks), "peaks": peaks, **told}
+    target.write_text(json.dumps({**told, "beside": networks.beside}), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # gloo may abort at the interpreter's end
 

@@ -2,19 +2,25 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modules.media.writing import write_video
 from tests.commands import ROOT, run_in_processes, run_python
 from tests.tiny import wan_encoders
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily, family_called
+from tests.tiny.onnx_files import write_yolo
+from tests.tiny.post_interpolation import write_gimm_r
+from tests.tiny.post_upscaling import write_rrdb
 from tests.tiny.project import write_clips, write_dataset
+from tests.tiny.published import write_chat_model
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -37,6 +43,8 @@ TRAIN = (
     "--network_module networks.lora_wan --network_dim 2 --learning_rate 1e-3 --max_train_steps 1"
 )
 LORA = "--lora_weight M/lora.safetensors"
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is not kept in the heap
+CARD_PROCESS = {"EMULATED_CARD": "1", "ACCELERATE_USE_CPU": "false", **GIVEN_BACK}
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,18 @@ def write_more(folder: Path) -> None:
 
 
 def run_watched(
-    folder: Path, commands: Sequence[Sequence[str]], processes: int, typed: str
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    processes: int,
+    typed: str,
+    environment: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run two command lines; return what each process tells of the second."""
+    """Run command lines; return what each process tells of those behind the first."""
     file = folder / "commands.json"
     file.write_text(json.dumps([*commands, typed]), encoding="utf-8")
     if processes == 1:
-        run_python(ROOT / "tests" / "anonymous_memory.py", file, folder=folder)
+        script = ROOT / "tests" / "anonymous_memory.py"
+        run_python(script, file, folder=folder, environment=environment)
     else:
         run_in_processes(processes, "tests/anonymous_memory.py", file, folder=folder)
     return [json.loads(Path(f"{file}.{rank}").read_text(encoding="utf-8")) for rank in range(processes)]
@@ -173,6 +186,76 @@ def test_no_process_holds_more_than_it_has_to(project: Path, name: str) -> None:
     most = max(one["most"] for one in run_watched(project, commands, saver.processes, saver.typed))
 
     assert most < allowed + saver.slack
+
+
+@dataclass(frozen=True)
+class CardSaver:
+    """A command line for a card: what large models get beside it, and what both memories may hold at once.
+
+    card, host: in files of the transformer. embedding: that of the text encoder passes through the host,
+    by a buffer for the largest tensor. vae: it waits there, and works beside the transformer.
+    """
+
+    words: str
+    only: str = ""
+    card: float = 1
+    host: float = 0
+    embedding: bool = False
+    vae: bool = False
+    activations: int = 4_000_000  # less than a block
+
+
+SWAP = "--blocks_to_swap 8"
+# two of the four blocks' room are places that blocks take turns in; the rest is outside of blocks
+ON_CARD, ON_HOST = 4 / LAYERS + 0.05, 10 / LAYERS
+LEARNS = 30_000_000  # clips of 5 frames, and gradients
+CARD = {
+    "swap": CardSaver(LATENT, SWAP, ON_CARD, ON_HOST),
+    "swap in fp8": CardSaver(LATENT, f"--fp8_scaled {SWAP}", FP8 / 3 + 0.05, 0.25 * ON_HOST),
+    "swap with a LoRA": CardSaver(f"{LATENT} {LORA}", SWAP, ON_CARD, ON_HOST),
+    "three places": CardSaver(LATENT, f"{SWAP} --block_swap_ring_size 3", ON_CARD, 11 / LAYERS),
+    "fp8": CardSaver(LATENT, "--fp8_scaled", FP8),
+    "texts and VAE beside no transformer": CardSaver(ONE, embedding=True),
+    "lazy": CardSaver(PAIR, "--lazy_loading"),
+    "offload": CardSaver(PAIR, "--offload_inactive_dit", host=1),
+    "offload of lines": CardSaver(PAIR, "--offload_inactive_dit --num_videos 2", host=2),
+    "offload and swap": CardSaver(PAIR, f"--offload_inactive_dit {SWAP}", ON_CARD, ON_HOST + 1),
+    "training": CardSaver(TRAIN, SWAP, ON_CARD, ON_HOST, activations=LEARNS),
+    "training of a pair": CardSaver(
+        f"{TRAIN} --dit_high_noise M/dit_high.safetensors --task t2v-A14B --lora_per_expert",
+        "--offload_inactive_dit",
+        host=2,
+        activations=LEARNS,
+    ),
+    "samples": CardSaver(
+        f"{TRAIN} --sample_prompts pictures.txt --sample_at_first",
+        SWAP,
+        ON_CARD,
+        ON_HOST,
+        embedding=True,
+        vae=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", daily([*CARD], {"swap"}))
+def test_neither_card_nor_host_holds_more_than_it_has_to(project: Path, name: str) -> None:
+    saver, large = CARD[name], project / "large"
+    if name != "swap" and not (large / "dit.pt").exists():
+        write_more(project)
+    commands = [
+        f"{saver.words}{more}".replace("M/", f"{size}/").split()
+        for size, more in (("small", ""), ("large", f" {saver.only}"))
+    ]
+    whole = (large / "dit.safetensors").stat().st_size
+    vae = (large / "vae.safetensors").stat().st_size if saver.vae else 0
+    beside = vae + (ROWS * wan_encoders.TEXT_DIM * 4 if saver.embedding else 0)
+
+    (told,) = run_watched(project, commands, 1, "", environment=CARD_PROCESS)
+
+    assert told["card"] < saver.card * whole + vae + saver.activations
+    assert told["most"] < saver.host * whole + beside + saver.activations + SLACK
+    assert told["left"] == 0
 
 
 TRAINED = "--max_train_steps 1 --sample_every_n_steps 1 --optimizer_type adamw --sample_prompts samples.txt"
@@ -214,3 +297,67 @@ def test_samples_keep_no_encoder_beside_what_is_trained(family: TinyFamily, tmp_
     (dit,) = at_work[0]
     assert all(beside == [dit] for beside in at_work)
     assert [beside for what, beside in events if what == dit] == [[]]
+
+
+def test_a_prompt_rewriter_is_gone_when_encoders_come(tmp_path: Path) -> None:
+    family = family_called("wan t2v-1.3B")
+    family.prepare(tmp_path)
+    chat = write_chat_model(tmp_path / "chat")
+    making = [*family.generate, "--video_size", "32", "32", "--infer_steps", "1", "--save_path", "out"]
+    making += ["--prompt", "a cat", "--prompt_rewrite", "normal", "--prompt_rewrite_model", str(chat)]
+
+    (made,) = run_watched(tmp_path, [making, making], 1, "")
+
+    rewriter, encoder, *_ = made["beside"]
+    assert rewriter == ["LlamaForCausalLM", []]
+    assert encoder[1] == []
+    assert made["beside"][-1] == ["end", []]
+
+
+@pytest.mark.slow
+def test_caching_frees_the_vae_of_pictures_before_that_of_sound(tmp_path: Path) -> None:
+    family = family_called("ltx_2 with sound")
+    family.prepare(tmp_path)
+    again = (tmp_path / "dataset.toml").read_text(encoding="utf-8").replace("/cache", "/other")
+    (tmp_path / "again.toml").write_text(again, encoding="utf-8")
+    caching = [*family.cache_latents]
+
+    (made,) = run_watched(tmp_path, [caching, [*caching, "--dataset_config", "again.toml"]], 1, "")
+
+    (_, first), (_, second), end = made["beside"]
+    assert (first, second, end) == ([], [], ["end", []])
+
+
+def upscaled(folder: Path) -> str:
+    write_rrdb(folder / "r.pth")
+    return "upscaler.py --model r.pth --mode esrgan --scale 2"
+
+
+def interpolated(folder: Path) -> str:
+    write_gimm_r(folder / "gimm")
+    return "GIMMVFI.py --model gimm --mode gimmvfi_r"
+
+
+def blurred(folder: Path) -> str:
+    write_yolo(folder / "d.onnx")
+    return "yolo_blur.py --model d.onnx"
+
+
+TOOLS = {"upscaler": upscaled, "interpolation": interpolated, "blur": blurred}
+SHORT, LONG, SIDES = 24, 72, (320, 192)  # frames, and their size
+
+
+@pytest.mark.parametrize("name", daily([*TOOLS], {"blur"}))
+def test_a_tool_for_videos_holds_no_more_of_a_long_one(name: str, tmp_path: Path) -> None:
+    words = TOOLS[name](tmp_path)
+    for count in (SHORT, LONG):
+        frames = np.full((count, SIDES[1], SIDES[0], 3), 128, np.uint8)
+        frames[:, :, : SIDES[0] // 2] = (255, 0, 0)  # which the detector finds
+        write_video(tmp_path / f"{count}.mp4", frames, fps=16)
+    common = "--codec prores --container mkv --device cpu --yes --input"  # x264 looks ahead at 60 frames
+    commands = [f"blissful_tuner/{words} {common} {count}.mp4".split() for count in (SHORT, SHORT, LONG)]
+
+    (made,) = run_watched(tmp_path, commands, 1, "", environment=GIVEN_BACK)
+
+    short, long = made["peaks"]
+    assert long < short + (LONG - SHORT) * SIDES[0] * SIDES[1] * 3 / 2  # half of the frames that are more

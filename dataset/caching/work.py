@@ -164,6 +164,7 @@ class MediaWork:
         report = dataclasses.replace(report, right=frozenset(kept | written))
         if self._sound is None:
             return report
+        self._encoders.free()  # the VAE of pictures is not needed beside that of sound
         return join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
 
     def remove_stale(

@@ -52,7 +52,7 @@ class RowReader:
         """
         if held is None:
             text = values.get(self.path_column)
-            if not isinstance(text, str) or (not self.is_list and not text.strip()):
+            if not isinstance(text, str) or not text.strip():
                 example = f'{{"{self.path_column}": "...", "caption": "..."}}'
                 hint = f". Each line is one object such as {example}" if self.is_list else ""
                 problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
@@ -149,8 +149,11 @@ class RowReader:
     def _text(self, name: str, values: Mapping[str, Any], where: str) -> str | None:
         """Return the path in a column of control media, masks or sound; None if there is none."""
         value = values.get(name)
-        if value is None or (not self.is_list and value == ""):
+        is_blank = isinstance(value, str) and not value.strip()
+        if value is None or (is_blank and not self.is_list):
             return None
+        if is_blank:
+            raise DatasetError(f"{where}: {name} is empty. Write a path, or leave it out")
         if not isinstance(value, str):
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
         check_text(value, f"{where}: {name}")

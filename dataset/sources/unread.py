@@ -32,6 +32,8 @@ MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "audio_path": ("the sound of clips is", ("audio", "sound", "speech", "music")),
 }
 
+_QUOTED = re.compile(r"""["']([^"']+)["']""")
+
 
 def find_unread(table: DatasetTable) -> list[Fault]:
     """Return a remark for each column that is not read, but holds files, or is named almost like one that is.
@@ -100,6 +102,8 @@ def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any)
     hint = _hint(name, table)
     texts = [value] if isinstance(value, str) else [*value] if isinstance(value, list) else []
     texts = [*value.values()] if isinstance(value, dict) else texts
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in the cell of a table
+        texts = _QUOTED.findall(value)
     for text in texts[:4]:
         if isinstance(text, str) and text.strip() and text != media and "\n" not in text:
             shown = f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}"

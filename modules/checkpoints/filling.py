@@ -268,11 +268,17 @@ class _Filling:
         """Write the values of a tensor of the network into its memory."""
         source = self._sources[name]
         is_stored_so = source.build is None and self._stored_dtype(name) == tensor.dtype
-        if tensor.device.type == "cpu" and self._patch is None and is_stored_so:
-            self._checkpoint.read(source.names[0], tensor)  # straight to where it stays
-            self._finite.note(source.names[0], tensor)
-        elif tensor.device.type != "meta":
+        if tensor.device.type == "meta":
+            return
+        if self._patch is not None or not is_stored_so:
             tensor.copy_(self._make(name, tensor.dtype))
+            return
+        part = source.names[0]  # straight to where it stays, which is not there twice
+        if tensor.device.type == "cpu":
+            self._checkpoint.read(part, tensor)
+        else:
+            tensor.copy_(self._checkpoint.borrow(part, self._scratch))
+        self._finite.note(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""

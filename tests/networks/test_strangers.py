@@ -79,7 +79,9 @@ PEFT = {"transformer.lora_alpha": 16, "transformer.r": RANK}
         ({"alpha": "16", "rank": "2"}, None, 16),
         ({"network_alpha": "16.0"}, None, 16),
         ({"transformer.lora_alpha": "16", "transformer.r": "2"}, None, 16),
+        ({"transformer_alpha": "16", "transformer_rank": "2"}, None, 16),
         ({"text_encoder.lora_alpha": "16"}, None, RANK),
+        ({"lora_te1_alpha": "16"}, None, RANK),
         ({"ss_network_alpha": "16", "ss_network_dim": "2"}, None, 16),
         ({"lora_adapter_metadata": json.dumps(PEFT), "alpha": "16"}, None, 16),
         ({}, {"r": 2, "lora_alpha": 16}, 16),
@@ -126,6 +128,52 @@ def test_the_alpha_counts_wherever_a_file_has_it(
     other = path.with_name("other.safetensors")
     convert_lora.main(["--input", str(path), "--output", str(other), "--target", "other", "--family", "flux"])
     check(model, other, {"single_blocks.0.linear2": wanted})
+
+
+TE1, TE3 = "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("text_encoder.lora_alpha", TE1),
+        ("lora_te1.alpha", TE1),
+        ("te1_alpha", TE1),
+        ("text_encoder_2.alpha", TE3),
+        ("te3.network_alpha", TE3),
+    ],
+)
+def test_the_alpha_of_one_text_encoder_is_of_that_alone(model: Path, key: str, module: str) -> None:
+    tensors, _ = plain("transformer.double_blocks.0.img_attn.proj")
+    for name in (TE1, TE3):
+        tensors |= {f"{name}.lora_down.weight": drawn(RANK, 8), f"{name}.lora_up.weight": drawn(8, RANK)}
+    lora = read_lora(write(model, tensors, {key: "16"}), with_texts=True)
+    alphas = {name: float(one) for name, one in lora.text_tensors.items() if name.endswith(".alpha")}
+    assert alphas == {f"{module}.alpha": 16.0}
+    assert not any(name.endswith(".alpha") for name in lora.tensors)
+
+
+@pytest.mark.parametrize("empty", [slice(0), slice(WIDTH, 2 * WIDTH)], ids=["all", "without k"])
+def test_a_whole_difference_of_a_joined_weight_is_cut_for_diffusers(model: Path, empty: slice) -> None:
+    change, bias = drawn(*SHAPES[QKV]), drawn(3 * WIDTH, seed=4)
+    change[empty] = 0
+    bias[empty] = 0
+    name = f"lora_unet_{QKV.replace('.', '_')}"
+    path = write(model, {f"{name}.diff": change, f"{name}.diff_b": bias}, {"modelspec.architecture": "flux"})
+    there = path.with_name("there.safetensors")
+    convert_lora.main(["--input", str(path), "--output", str(there), "--target", "diffusers"])
+    made = {key.removeprefix("transformer."): one.numpy() for key, one in load_file(there).items()}
+    start = "transformer_blocks.0.attn"
+    for place, letter in enumerate("qkv"):
+        rows = slice(place * WIDTH, (place + 1) * WIDTH)
+        part = f"{start}.to_{letter}.lora_"
+        if rows == empty:
+            assert f"{part}A.weight" not in made
+            continue
+        product = made[f"{part}B.weight"] @ made[f"{part}A.weight"]
+        np.testing.assert_allclose(product, change[rows].numpy(), atol=1e-6)
+        np.testing.assert_array_equal(made[f"{part}B.bias"], bias[rows].numpy())
+    check(model, there, {QKV: change.double().numpy()})
 
 
 def test_two_alphas_that_differ_are_refused_and_tensors_count_before_both(model: Path) -> None:
@@ -322,6 +370,10 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
         (["pipe.dino_resampler.layers.0.to_q.weight"], "are of another network, pipe.dino_resampler, and"),
         (["double_blocks.0.img_attn.norm.query_norm.scale"], "are whole norms of the model"),
         (["diffusion_model.double_blocks.0.img_attn.proj.bias"], "are whole biases of the model"),
+        (
+            [f"diffusion_model.{PROJ}.reshape_weight"],
+            "are parts of layers called reshape_weight, which are not",
+        ),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
         ([f"transformer.{PROJ}.lora_A.weight"], "named once more"),
         (

@@ -119,6 +119,9 @@ def test_a_list_names_files_captions_and_control(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ('{"video_path": "a.png", "caption": ""}', "line 1: image_path is missing"),
+        ('{"image_path": " "}', "line 1: image_path is missing"),
+        ('{"image_path": "a.png", "control_path": ""}', "line 1: control_path is empty"),
+        ('{"image_path": "a.png", "mask_path": " "}', "line 1: mask_path is empty"),
         ('{"image_path": "a.png"', "line 1: invalid JSON"),
         ('["a.png"]', "line 1: it is not an object"),
         ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is not a text"),

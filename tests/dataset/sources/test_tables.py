@@ -300,6 +300,9 @@ def list_of(folder: Path, rows: Rows, form: str, **changes: Any) -> DatasetTable
         ("audio", "a.wav", "the sound of clips is read from audio_path"),
         ("Caption", "a cat", "did you mean 'caption'?"),
         ("thumb", "refs/a.png", "'thumb', such as 'refs/a.png'."),
+        ("edit_image", '["refs/a.png"]', "'edit_image', such as 'refs/a.png'"),
+        ("thumb", "['refs/a.png']", "'thumb', such as 'refs/a.png'."),
+        ("tags", "['a cat']", None),
         ("thumb", "refs/gone.png", None),
         ("copy", "a.png", None),  # what is read from image_path
         ("caption_en", "a cat", None),
