@@ -6,6 +6,7 @@ caching/: the caching loop and its two halves
 config: read a dataset configuration to frozen tables
 config_keys: how keys and their values are read, and explained
 options: options of all caching scripts, of Ray too
+other_trainers: translate data files of other trainers in messages
 scripts: make the caching scripts of a family
 sources/: media and captions on disk
 subset_options: keys of subsets; options that stand for them

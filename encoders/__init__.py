@@ -9,10 +9,11 @@ files: files of one transformer, and what follows
 language_encoder: language models for the shared loops; chat templates
 language_models: files of Llama, Qwen, Mistral, and their networks
 language_states: running language models, and the states of layers
-picture_prompts: pictures in prompts: Qwen2.5-VL's vision tower
+picture_prompts: pictures in prompts, through a vision tower
 pictures: cache entries of single pictures, colours of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files
 text_encoder: tokenizers, rows of tokens, weights, counting, loading
 tiles: overlapping pieces and their joining; posterior draws
+vision_towers: towers that see pictures: Qwen2.5-VL's and Qwen3-VL's
 """

@@ -1,8 +1,9 @@
 """Krea 2, raw and Turbo: read family.py first, then model.py.
 
-configs: dimensions of a transformer, its source, latents, noise, names of parts
+configs: dimensions of a transformer, latents, noise, names of parts
 family: Krea 2, described for the shared loops
-files: the files of a run: transformers with released names and diffusers', VAE, text encoder
-model: the transformer
+files: transformers in both layouts, VAE and text encoder
+model: the transformer and its text fusion
+names: what Krea 2 is called everywhere
 options: own options for caching, training and generation
 """

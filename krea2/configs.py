@@ -17,7 +17,7 @@ STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is 
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class Krea2StreamConfig:
     """Dimensions of the blocks of a stream."""
 
     dim: int
@@ -33,10 +33,12 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class Krea2Config(StreamConfig):
+class Krea2Config(Krea2StreamConfig):
     """Dimensions of a Krea 2 transformer, read from a checkpoint's tensors."""
 
-    text: StreamConfig = StreamConfig(2560, 6912, 20, 20)  # the blocks over the language model's states
+    text: Krea2StreamConfig = Krea2StreamConfig(
+        2560, 6912, 20, 20
+    )  # the blocks over the language model's states
     num_layers: int = 28
     layerwise_blocks: int = 2
     refiner_blocks: int = 2

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
-from krea2.configs import PATCH, STATES, Krea2Config, StreamConfig
+from krea2.configs import PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME
@@ -49,7 +49,7 @@ DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
-def _stream(found: DitShapes, start: str) -> StreamConfig:
+def _stream(found: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of blocks. Raises CheckpointError if they do not go together."""
     rows, dim = found.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = found.of(f"{start}.0.attn.wk.weight")
@@ -61,7 +61,7 @@ def _stream(found: DitShapes, start: str) -> StreamConfig:
             f"heads of {width} are not those of {WHAT}. Copy the file again.",
             found.path,
         )
-    return StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+    return Krea2StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:

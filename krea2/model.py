@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from krea2.configs import DIT, PATCH, Krea2Config, StreamConfig
+from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
@@ -33,10 +33,10 @@ def gelu(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-class PairNorm(nn.Module):
+class QueryKeyNorm(nn.Module):
     """Norms of queries and keys, of each head by itself."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
         self.qnorm, self.knorm = (CentredNorm(config.head_width, config.eps) for _ in range(2))
 
@@ -44,12 +44,12 @@ class PairNorm(nn.Module):
 class GatedAttention(GroupedAttention):
     """Self-attention whose result is gated by the tokens themselves."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: Krea2StreamConfig) -> None:
         nn.Module.__init__(self)
         dim, rows = config.dim, config.num_kv_heads * config.head_width
         self.wq, self.gate, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.wk, self.wv = (nn.Linear(dim, rows, bias=False) for _ in range(2))
-        self.qknorm = PairNorm(config)
+        self.qknorm = QueryKeyNorm(config)
         self.head_width = config.head_width
 
     def heads(self, x: Tensor) -> Heads:
@@ -76,7 +76,7 @@ class GatedAttention(GroupedAttention):
 class SwiGlu(nn.Module):
     """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
         self.gate, self.up = (nn.Linear(config.dim, config.ffn_dim, bias=False) for _ in range(2))
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
@@ -88,7 +88,7 @@ class SwiGlu(nn.Module):
 class StreamBlock(nn.Module):
     """Attention and feed-forward, each behind a norm."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
         self.prenorm, self.postnorm = (CentredNorm(config.dim, config.eps) for _ in range(2))
         self.attn, self.mlp = GatedAttention(config), SwiGlu(config)
