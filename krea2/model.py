@@ -33,7 +33,7 @@ def gelu(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-class QueryKeyNorm(nn.Module):
+class QueryKeyScales(nn.Module):
     """Norms of queries and keys, of each head by itself."""
 
     def __init__(self, config: Krea2StreamConfig) -> None:
@@ -49,7 +49,7 @@ class GatedAttention(GroupedAttention):
         dim, rows = config.dim, config.num_kv_heads * config.head_width
         self.wq, self.gate, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.wk, self.wv = (nn.Linear(dim, rows, bias=False) for _ in range(2))
-        self.qknorm = QueryKeyNorm(config)
+        self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
 
     def heads(self, x: Tensor) -> Heads:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from krea2.configs import STATES, Krea2Config, StreamConfig
+from krea2.configs import STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from tests.tiny.dit_files import draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
@@ -16,7 +16,7 @@ from tests.tiny.wan_encoders import vae_tensors
 
 # heads of 32; a head of keys serves two of queries
 CONFIG = Krea2Config(
-    *(64, 96, 2, 1), text=StreamConfig(DIM, 80, DIM // 16, DIM // 16), num_layers=2, freq_dim=32
+    *(64, 96, 2, 1), text=Krea2StreamConfig(DIM, 80, DIM // 16, DIM // 16), num_layers=2, freq_dim=32
 )
 
 
