@@ -169,12 +169,10 @@ class PictureVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.encoder.get_parameter("norm_out.weight").dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.encoder.get_parameter("norm_out.weight").device
 
     @torch.no_grad()

@@ -130,7 +130,6 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
         said = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
@@ -148,7 +147,6 @@ class PooledClip(FileTextEncoder[ClipText]):
             raise self.source.files.unreadable(tokenizer.file, why)
 
     def load_network(self, device: torch.device) -> ClipText:
-        """Load the text tower."""
         clip = load_clip_text(self.path, device, self.dtype, self.use)
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return clip

@@ -37,7 +37,6 @@ from modules.run_blocks import Hidden, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Apply OpenAI's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -170,12 +169,10 @@ class ClipText(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.final_layer_norm.weight.device
 
     @property
     def num_layers(self) -> int:
-        """The number of layers."""
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:

@@ -50,7 +50,6 @@ class TransformerFiles(ABC):
         return replace(self, dit=dit, dit_dtype=choose_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
-        """Return a copy with the options of the VAE."""
         dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
@@ -64,7 +63,6 @@ class TransformerFiles(ABC):
         return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
-        """Read dimensions, dialect and dtype of the transformer file."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -128,7 +126,6 @@ class OneTransformer:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Names of this model in saved files."""
         return self.metadata_of(self.named)
 
     def text_encoders(self) -> Sequence[TextEncoder]:
@@ -142,12 +139,10 @@ class OneTransformer:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The one network, for all noise levels."""
         return ONE_EXPERT
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Return None: it takes no reference pictures."""
         return None
 
     @property
@@ -170,20 +165,16 @@ class OneTransformer:
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
         return self.files.vae_identity()
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
         return None
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE."""
         return MediaEncoders(self.files.load_vae(device))
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against the options."""
         self.files.dit_header()
         return (self.files.dit_path,)
 
@@ -206,7 +197,6 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the names of a model in saved files, with those of its files."""
         files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 

@@ -152,7 +152,6 @@ class LanguageUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of what `encode` returns."""
         return frozenset({self.states_key, self.mask_key} - {""})
 
     @property
@@ -167,7 +166,6 @@ class LanguageUse:
 
     @property
     def fingerprint(self) -> str:
-        """What records of caches say of the template."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 
@@ -221,7 +219,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt in its template."""
         use = self.use
         return Written(prompt.text, prompt.spans, use.before, use.after, keeps_after=use.keeps_after)
 
@@ -243,7 +240,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
@@ -284,7 +280,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return number
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
-        """Return the id to pad rows with."""
         return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
 
     def compute(
@@ -395,7 +390,6 @@ class LanguageModelFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return the language model alone."""
         return [self.language_model()]
 
     def text_width(self) -> int:

@@ -164,7 +164,6 @@ class LanguageConfig:
 
     @property
     def further(self) -> str:
-        """What the identity says of further settings."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -276,7 +275,6 @@ def _read_constants(
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
-    """Return the numbers of ALL_STATES of a model with so many layers."""
     return (*range(num_layers), -1)
 
 

@@ -58,7 +58,6 @@ class PictureUse:
     most: int = 12845056  # pixels; larger pictures are reduced
 
     def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
-        """Return the files that are shown."""
         return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
@@ -75,7 +74,6 @@ class ReadPictures:
 
     @property
     def counts(self) -> list[int]:
-        """Return the number of tokens of each picture."""
         return [rows * columns for rows, columns in self.sides]
 
 

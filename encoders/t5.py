@@ -81,7 +81,6 @@ class T5Use:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of the encoder's outputs."""
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:

@@ -228,7 +228,6 @@ class Written(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Return all that is read."""
         return f"{self.before}{self.own}{self.after}"
 
 
@@ -380,5 +379,4 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {**found, self.weighed: [weigh_rows(one, weights) for one in states]}
 
     def free(self) -> None:
-        """Release the encoder and its memory."""
         self._loaded.free()

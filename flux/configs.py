@@ -69,7 +69,6 @@ class FluxConfig:
 
     @property
     def channels(self) -> int:
-        """Number of latent channels."""
         return self.token_dim // PATCH**2
 
     @property

@@ -120,24 +120,20 @@ class Flux(ModelOfPictures):
 
     @property
     def dit(self) -> DitSpec:
-        """Names in the transformer."""
         return dit_spec(self.files.kind)
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Return the names of all tensors of a text cache."""
         return frozenset({STATES, MASK, POOLED} if self.files.has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         kind = self.files.kind
         scale = CHROMA_SCALE if kind == CHROMA else 1.0
         return picture_defaults(STEPS[kind], scale, 1024, embedded_guidance=EMBEDDED_GUIDANCE[kind])
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return RELEASES[self.files.kind]
 
     @property
@@ -326,12 +322,10 @@ def _tell_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
-    """Describe the family for flux_cache_latents.py."""
     return Flux(FluxFiles().add_vae(options.vae), controlnet=options.controlnet)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
-    """Describe the family for flux_cache_text_encoder_outputs.py."""
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
@@ -346,7 +340,6 @@ def family_for_training(options: FluxTrainingOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    """Describe the family for flux_generate_image.py."""
     return Flux(_files(options))
 
 

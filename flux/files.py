@@ -183,7 +183,6 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def has_pooled(self) -> bool:
-        """Whether CLIP-L is one of the encoders."""
         return self.kind != CHROMA
 
     @property
@@ -193,7 +192,6 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def t5_tokens(self) -> int:
-        """How many tokens T5 reads."""
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:

@@ -45,7 +45,6 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def dit_dtype(self) -> str:
-        """Return the dtype that the transformer computes in."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 
@@ -140,7 +139,6 @@ NO_NEGATIVE = "-"  # in a line: no negative prompt
 
 
 def negative(text: str) -> str:
-    """Return the negative prompt that a line asks for."""
     return "" if text == NO_NEGATIVE else text
 
 

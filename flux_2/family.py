@@ -90,7 +90,6 @@ class Flux2(ModelOfPictures):
 
     @property
     def name(self) -> str:
-        """Name of the release's size in caches and LoRAs."""
         return self.files.version.name
 
     @property
@@ -100,22 +99,18 @@ class Flux2(ModelOfPictures):
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files."""
         return self.files.version.cache_tag
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return self.files.version.release
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
-        """It edits pictures, or makes one from a text alone."""
         return ReferenceRules(most=MOST_REFERENCES)
 
     @property
@@ -248,12 +243,10 @@ def read_reference(path: Path, area: int | None) -> Tensor:
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_latents.py."""
     return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_text_encoder_outputs.py."""
     return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
 
 
@@ -268,7 +261,6 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
-    """Describe the family for flux_2_generate_image.py."""
     return Flux2(files_of(options), resizes_references=not options.no_resize_control)
 
 

@@ -198,7 +198,6 @@ class Flux2Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         # other weights may be in 8 bits
         return self.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").dtype
 

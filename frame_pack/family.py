@@ -108,7 +108,6 @@ class FramePack(OneTransformer):
 
     @property
     def order(self) -> Order:
-        """Return the order in which sections are generated, with the context of each."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
@@ -129,7 +128,6 @@ class FramePack(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return FRAMEPACK_F1 if self.is_f1 else FRAMEPACK
 
     @property
@@ -162,7 +160,6 @@ class FramePack(OneTransformer):
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE, and SigLIP if images are encoded."""
         files = self.files
         siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
         return MediaEncoders(files.load_vae(device), siglip)
@@ -193,13 +190,11 @@ class FramePack(OneTransformer):
         return MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise DatasetError, always."""
         raise DatasetError(f"{media.keys[0]}: {caching.NO_MOMENTS}")
 
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -272,16 +267,13 @@ class FramePack(OneTransformer):
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return True: there is always an image."""
         return True
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising, section by section; HunyuanVideo has the same VAE."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w on the CPU."""
         return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -313,7 +305,6 @@ class FramePack(OneTransformer):
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
@@ -338,7 +329,6 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_text_encoder_outputs.py."""
     return FramePack(FramePackFiles().add_text(options.text))
 
 

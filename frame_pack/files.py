@@ -62,7 +62,6 @@ class FramePackClip(PooledClip):
     """Text encoder 2: CLIP-L's pooled state, one vector for each prompt, each encoded alone."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """Set up the encoder. Arguments as of `PooledClip`."""
         super().__init__(path, dtype, tokenizer, FRAMEPACK_CLIP)
         self.name = "clip_l"
 

@@ -52,7 +52,6 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of whole patches in an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -131,12 +130,10 @@ class SiglipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.post_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.post_layernorm.weight.device
 
     @torch.no_grad()

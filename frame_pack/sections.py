@@ -88,7 +88,6 @@ def video_latents(sections: int, window: int) -> int:
 
 
 def video_frames(sections: int, window: int) -> int:
-    """Return the number of frames of the whole video."""
     return pixel_frames(video_latents(sections, window))
 
 
@@ -98,7 +97,6 @@ def section_frames(window: int) -> int:
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Return the number of frames that `latent_frames` latent frames decode to."""
     return LATENT_STRIDE * (latent_frames - 1) + 1
 
 
@@ -227,7 +225,6 @@ class Order:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def grown(self, history: Tensor, section: Tensor) -> Tensor:
-        """Return the history with the section that was just made."""
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, made: int) -> Tensor:

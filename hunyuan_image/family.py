@@ -127,17 +127,14 @@ class HunyuanImage(ModelOfPictures):
         return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents / LATENT.scale)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_latents.py."""
     return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_text_encoder_outputs.py."""
     return HunyuanImage(HunyuanImageFiles().add_text(options.text))
 
 
@@ -151,7 +148,6 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
     files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)

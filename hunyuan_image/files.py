@@ -140,7 +140,6 @@ class HunyuanImageFiles(TransformerFiles):
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
-        """Return a copy with the options of the VAE."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
@@ -177,12 +176,10 @@ class HunyuanImageFiles(TransformerFiles):
         return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
-        """Load the VAE. Raises as `hunyuan_image.vae.load_vae`."""
         dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:

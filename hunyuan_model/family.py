@@ -118,14 +118,12 @@ class HunyuanVideo(OneTransformer):
     # encoding
 
     def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
         if self.files.dit is not None:
             self._check_dit()
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
         identity = self.files.vae_identity()
         return {**identity, "image": "first frame"} if self.caches_image else identity
 
@@ -158,7 +156,6 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against --dit_in_channels."""
         self._check_dit()
         return (self.files.dit_path,)
 
@@ -173,7 +170,6 @@ class HunyuanVideo(OneTransformer):
             )
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer: `OneTransformer.load_dit`."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -264,18 +260,15 @@ class HunyuanVideo(OneTransformer):
         return settle(request, usual, size, flow_shift, "")
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image must be encoded before denoising."""
         return self._starts_from_image
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; FramePack has the same VAE."""
         return SourceRules(
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -318,12 +311,10 @@ class HunyuanVideo(OneTransformer):
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return the options of cache_latents.py that this transformer needs."""
         return ("--i2v",) if self.files.dit is not None and self._starts_from_image else ()
 
     @property
@@ -332,12 +323,10 @@ class HunyuanVideo(OneTransformer):
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_latents.py."""
     return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_text_encoder_outputs.py."""
     return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
@@ -354,7 +343,6 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
-    """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,

@@ -56,11 +56,9 @@ class HunyuanFiles(TransformerFiles):
         return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
     def add_encoders(self, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> Self:
-        """Return a copy with the options of VAE and text encoders."""
         return self.add_chunks(vae).add_text(text)
 
     def add_chunks(self, options: HunyuanVaeOptions) -> Self:
-        """Return a copy with the options of the VAE."""
         return replace(self.add_vae(options.file), vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanTextOptions) -> Self:
@@ -98,12 +96,10 @@ class HunyuanFiles(TransformerFiles):
         return dit
 
     def load_vae(self, device: torch.device) -> HunyuanVae:
-        """Load the VAE. Raises as `hunyuan_model.vae.load_vae`."""
         dtype, frames = self.beside(self.vae_dtype), self.vae_tile_frames
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=frames)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of HunyuanVideo."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:

@@ -33,7 +33,6 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 def _precision(default: str = "fp16") -> Any:
-    """Return a field for the dtype of a network."""
     return option("dtype that the network computes in", default=default, choices=PRECISIONS)
 
 
@@ -160,7 +159,6 @@ class OfficialOptions(Options, title="output", dashed=True):
 
     @property
     def folder(self) -> Path:
-        """Return where videos are written to."""
         return Path(f"{self.save_path}_{self.save_path_suffix}") if self.save_path_suffix else self.save_path
 
 

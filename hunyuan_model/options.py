@@ -153,7 +153,6 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or "ENCODER1"}
     encoders["--text_encoder2"] = text.text_encoder2 or "ENCODER2"

@@ -64,7 +64,6 @@ class PromptTemplate:
 
     @property
     def before(self) -> str:
-        """Return all text before the prompt."""
         system = f"<|start_header_id|>system<|end_header_id|>\n\n{self.system}<|eot_id|>"
         return system + "<|start_header_id|>user<|end_header_id|>\n\n"
 
@@ -141,7 +140,6 @@ class LlavaTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> str:
-        """What the identity says of the state that is read."""
         return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -152,7 +150,6 @@ class LlavaTextEncoder(LanguageModelEncoder):
             logger.info(said, self.template.system, self.count_dropped(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
-        """Return the id to pad rows with, by the tokenizer's own files."""
         return find_pad(tokenizer)
 
 
@@ -172,5 +169,4 @@ class HunyuanClip(ClipTextEncoder):
     """Text encoder 2: CLIP-L."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """Set up the encoder. Arguments as of `ClipTextEncoder`."""
         super().__init__(path, dtype, tokenizer, CLIP)

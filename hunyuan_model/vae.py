@@ -66,12 +66,10 @@ class HunyuanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.quant_conv.weight.device
 
     @torch.no_grad()

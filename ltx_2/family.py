@@ -113,7 +113,6 @@ class Ltx2(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space of the video VAE."""
         return self.files.latent
 
     @property
@@ -135,7 +134,6 @@ class Ltx2(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return RELEASES[self.version].release
 
     @property
@@ -152,7 +150,6 @@ class Ltx2(OneTransformer):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """What a whole text cache holds."""
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
@@ -174,32 +171,26 @@ class Ltx2(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Caches are made from frames."""
         return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise DatasetError: `moments` says why."""
         raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     # sound
 
     @property
     def sound_identity(self) -> Mapping[str, str]:
-        """What cached sound depends on besides its samples."""
         return self.files.sound_identity()
 
     def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
-        """Load the audio VAE, to decode with the vocoder."""
         return self.files.load_sound(device, decodes)
 
     def encode_sound(
         self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
     ) -> Tensor:
-        """Encode samples B 2 S of a clip of so many frames to latents B C T M."""
         return networks[0].encode_clip(samples, frames, fps)
 
     def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
-        """Decode latents 1 C T M to the track."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
         return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)
@@ -207,7 +198,6 @@ class Ltx2(OneTransformer):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, for video alone without the sound's stream."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         return network
@@ -313,7 +303,6 @@ class Ltx2(OneTransformer):
         return GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image or a video must be encoded before denoising."""
         return prepared.asked.image_path is not None or self.drive_video is not None
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -329,11 +318,9 @@ class Ltx2(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
         return SourceRules((START, IMAGE, LATENTS), NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
         vae = encoders.vae
         return vae.encode(to_pixels(frames.to(vae.device))).float()
 
@@ -356,7 +343,6 @@ class Ltx2(OneTransformer):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents)
 
 
@@ -365,13 +351,11 @@ def _given_or(usual: float, given: float | None) -> float:
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_latents.py."""
     model = options.model
     return Ltx2(Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae))
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_text_encoder_outputs.py."""
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
     return Ltx2(files.add_text(options.text, options.text_dtype))

@@ -93,7 +93,6 @@ class LtxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("transformer_blocks.0.attn1.to_q.bias").dtype  # the weight may be in 8 bits
 
     def forward(
@@ -246,5 +245,4 @@ class LtxModel(nn.Module):
 
 
 def see_one(seen: Tensor) -> Tensor:
-    """Return the attention to the only text."""
     return seen

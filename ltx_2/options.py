@@ -67,7 +67,6 @@ class Ltx2ModelOptions(Options):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Return what is trained or made, of `STREAMS`."""
         return MODES[self.ltx_mode]
 
 
@@ -94,7 +93,6 @@ class Ltx2TextOptions(Options):
 
     @property
     def gemma(self) -> Path:
-        """Return the file or folder of Gemma."""
         return self.gemma_safetensors or self.gemma_root
 
     @property
@@ -222,7 +220,6 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
-        """Return the file of the transformer."""
         return self.dit or self.model.ltx2_checkpoint
 
 
@@ -409,7 +406,6 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
     return {**model, **latents}, {**model, **options.text.words()}

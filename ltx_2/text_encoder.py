@@ -128,7 +128,6 @@ GEMMA_USE = LanguageUse(
 
 
 def prompt_key(stream: str) -> str:
-    """Return the name of a stream's text in caches and conditions."""
     return f"{stream}_prompt_embeds"
 
 
@@ -162,7 +161,6 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the facts of `LanguageModelEncoder.identity`, and the file of the connectors."""
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> int:
@@ -207,7 +205,6 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def text_side(self) -> nn.Module:
-        """Return the loaded connectors."""
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:

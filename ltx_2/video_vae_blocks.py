@@ -42,7 +42,6 @@ class Resampling:
     is_residual: bool  # a shortcut without weights is added
 
     def has_shortcut(self, is_down: bool) -> bool:
-        """Return whether there is a shortcut between these widths."""
         block = prod(self.factors)
         if is_down:  # averages groups of channels
             return self.width_in * block % self.width_out == 0
@@ -63,7 +62,6 @@ class HalfConfig:
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
-        """Return the parts that change the resolution."""
         return tuple(part for part in self.parts if isinstance(part, Resampling))
 
     @property

@@ -139,22 +139,18 @@ def guidance_rules(extra: Mapping[str, str], usual_ratio: float, usual_limit: fl
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_latents.py."""
     return Lumina(LuminaFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_text_encoder_outputs.py."""
     return Lumina(LuminaFiles().add_text(options.text))
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
-    """Describe the family for lumina_train_network.py."""
     return Lumina(_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
-    """Describe the family for lumina_generate_image.py."""
     in_negative = options.add_system_prompt_to_negative_prompt
     return Lumina(replace(_files(options), system_prompt_in_negative=in_negative))
 

@@ -63,12 +63,10 @@ class LuminaModel(nn.Module):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The last layer."""
         return self.final_layer
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("layers.0.attention_norm1.weight").dtype  # others may be in 8 bits
 
     def forward(

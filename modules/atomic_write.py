@@ -286,7 +286,6 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a new temporary path in the folder of `path`."""
     mark = f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
     return path.with_name(f".{path.name}.{mark}.tmp")
 

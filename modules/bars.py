@@ -102,7 +102,6 @@ class Bar:
         return f"{self.what}{', step ' if self.unit == STEPS else ': '}{', '.join(parts)}"
 
     def close(self) -> None:
-        """Remove the bar."""
         self._bar = None
         self._open.close()
 

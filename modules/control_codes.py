@@ -49,7 +49,6 @@ def shorten(text: str, most: int) -> str:
 
 
 def shorten_lines(text: str, most: int) -> str:
-    """Return the text with each line shortened to about `most` characters."""
     return "\n".join(shorten(line, most) for line in text.split("\n"))
 
 

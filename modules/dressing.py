@@ -41,13 +41,11 @@ def swapped_weights(
 
 
 def have_joined() -> bool:
-    """Return whether this process works together with others."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 
 
 def shares_processes(sharding: ShardingOptions) -> bool:
-    """Return whether several processes have joined to share a transformer."""
     return sharding.shard_base and have_joined()
 
 

@@ -189,7 +189,6 @@ class Options:
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
-        """Return the record with these values, by the names of its fields, and defaults for the others."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -218,7 +217,6 @@ def _values(record: Any) -> Iterator[Any]:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """Return the types of a record's fields by name."""
     if cls not in _HINTS:
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]
@@ -398,5 +396,4 @@ def record_of(hint: Any) -> Any:
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
-    """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))

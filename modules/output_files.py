@@ -83,7 +83,6 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
-    """Return whether somebody can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 

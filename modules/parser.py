@@ -75,7 +75,6 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
-        """Return all options, by group."""
         from modules.help_text import full_help  # only -h and --help need it
 
         return full_help(self)

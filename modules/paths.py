@@ -143,7 +143,6 @@ def is_address(text: str) -> bool:
 
 
 def protocol_of(address: str) -> str:
-    """Return `https` of an address, in lower case."""
     found = _ADDRESS.match(address)
     assert found is not None
     return found[1].lower()

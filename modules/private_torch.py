@@ -67,7 +67,6 @@ def release_host_cache() -> None:
 
 
 def dynamo() -> Any:
-    """Return torch's module of `torch.compile`, for its settings."""
     import torch._dynamo
 
     return torch._dynamo
@@ -86,7 +85,6 @@ def has_cpp_compiler() -> bool:
 
 
 def has_triton_package() -> bool:
-    """Return whether Triton is installed."""
     from torch.utils import _triton
 
     return _triton.has_triton_package()

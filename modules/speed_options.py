@@ -165,7 +165,6 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
-        """Return the back end that --attn_mode names."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
@@ -391,7 +390,6 @@ class PlanOptions(Options):
 
     @property
     def is_asked(self) -> bool:
-        """Return whether to print the plan and exit."""
         return self.plan is not None
 
     @property
@@ -445,7 +443,6 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     @property
     def shared_by(self) -> tuple[str, ...]:
-        """Return the options by which several processes make each prompt together, as they are typed."""
         return (*self.sharding.shared_by, *(["--cfg_parallel"] if self.cfg_parallel else []))
 
 

@@ -185,7 +185,6 @@ class AddedLayer(nn.Module):
         self._original[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device, in the dtype to compute in."""
         for part in self.parts:
             part.place_on(device, dtype)
 

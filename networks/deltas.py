@@ -50,7 +50,6 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Do the reverse of `group_by_module`."""
     return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
 
 

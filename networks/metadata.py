@@ -85,7 +85,6 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
-    """Return a short hash of names, dtypes and shapes."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 

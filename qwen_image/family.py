@@ -91,22 +91,18 @@ class QwenImage(ModelOfPictures):
 
     @property
     def cache_tag(self) -> str:
-        """What names of caches end with."""
         return self.version.cache_tag
 
     @property
     def called(self) -> str:
-        """Name of the release in messages."""
         return self.version.called
 
     @property
     def release(self) -> ModelRelease:
-        """The release that is trained."""
         return self.version.release
 
     @property
     def references(self) -> ReferenceRules | None:
-        """How it takes pictures to edit, if it does."""
         return self.version.references
 
     @property
@@ -232,23 +228,19 @@ class QwenImage(ModelOfPictures):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:
-    """Describe the family for qwen_image_cache_latents.py."""
     return QwenImage(QwenImageFiles().add_vae(options.vae.file), VERSIONS[options.version.name])
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> QwenImage:
-    """Describe the family for qwen_image_cache_text_encoder_outputs.py."""
     version = VERSIONS[options.version.name]
     return QwenImage(QwenImageFiles(text_use=version.use).add_text(options.text), version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
-    """Describe the family for qwen_image_train_network.py."""
     version = VERSIONS[options.version.name]
     return QwenImage(files_of(options, version.use), version, options)
 

@@ -42,7 +42,6 @@ class QwenImageVersionOptions(Options):
 
     @property
     def name(self) -> str:
-        """The release, of `VERSIONS`."""
         return self.model_version or (EDIT_2509 if self.edit_plus else EDIT if self.edit else ORIGINAL)
 
 

@@ -78,7 +78,6 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """Return the option that names the models."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
@@ -193,7 +192,6 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether CLIP steers."""
         return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
 
     @property
@@ -283,7 +281,6 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """Strength of each file."""
         return multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property

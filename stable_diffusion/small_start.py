@@ -88,7 +88,6 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
-    """Return the size that `make_smaller` gives."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 

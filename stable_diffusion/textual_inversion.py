@@ -145,7 +145,6 @@ def _alone(name: str) -> str:
 
 
 def _count(word: LearnedWord) -> int:
-    """Return how many tokens a word stands for."""
     return len(word.vectors[0]) // word.layers
 
 

@@ -77,12 +77,10 @@ class WanClipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.patch_embedding.weight.device
 
     @torch.no_grad()

@@ -88,17 +88,14 @@ class Wan(OneTransformer):
 
     @property
     def task(self) -> WanTask:
-        """The kind of model, as --task says it."""
         return self.files.task
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space of the task's VAE."""
         return latent_of(self.task)
 
     @property
     def noise(self) -> NoiseSpec:
-        """Rectified flow; how often training gives the first frame."""
         return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
@@ -135,7 +132,6 @@ class Wan(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Where the task's model comes from."""
         return self.task.release
 
     @property
@@ -164,14 +160,12 @@ class Wan(OneTransformer):
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Load the VAE; with `images` also the image encoder, if the model or the cache needs it."""
         files = self.files
         wants_image = files.clip is not None if self.image_kind is not None else self.task.has_features
         clip = load_clip(files.clip_path, device) if images and wants_image else None
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if an item has a control image or video that cannot be used."""
         check_controls(self.task, table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -198,7 +192,6 @@ class Wan(OneTransformer):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Paths of the transformers' checkpoints, checked against --task."""
         self.files.check_dits()
         return self.files.dits
 
@@ -251,7 +244,6 @@ class Wan(OneTransformer):
         return prepare_request(*given)
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether images or a control video must be encoded before denoising."""
         keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
         return self.task.takes_image or self.task.has_control or keeps_one
 
@@ -277,7 +269,6 @@ class Wan(OneTransformer):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
         return encoders.vae.encode(to_pixels(frames))
 
     def sections(
@@ -310,7 +301,6 @@ class Wan(OneTransformer):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
     @property
@@ -330,7 +320,6 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
-    """Describe the family for wan_cache_text_encoder_outputs.py."""
     text = options.text
     return Wan(WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5))
 

@@ -233,7 +233,6 @@ class WanModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         # not the weight's dtype: it may be 8 bits, which nothing computes in
         return self.get_parameter("blocks.0.ffn.0.bias").dtype
 

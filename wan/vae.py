@@ -43,12 +43,10 @@ class WanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.conv1.weight.device
 
     @torch.no_grad()
@@ -96,7 +94,6 @@ class WanVae(nn.Module):
         yield from decode_in_tiles(self._decode, latents, grid, self.config.stride)
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
-        """Return the tiles of an axis of `size` latent pixels."""
         return tiles(size, size if self.tile is None else max(1, self.tile // self.config.stride[1]))
 
     def _encode(self, pixels: Tensor) -> Tensor:

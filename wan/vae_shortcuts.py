@@ -34,7 +34,6 @@ def unfold_patches(channels: Tensor, patch: int) -> Tensor:
 
 
 def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -> bool:
-    """Return whether there is a shortcut from so many channels to so many."""
     block, pair = prod(factors), (width, width_out)
     if is_down:
         return width * block % width_out == 0

@@ -69,7 +69,6 @@ class ZImageModel(LuminaModel):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The last layer."""
         layer = self.all_final_layer[PART]
         assert isinstance(layer, LuminaFinalLayer)
         return layer

@@ -87,7 +87,6 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes of all tensors."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
@@ -154,7 +153,6 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
 
 def rename(name: str, change: CheckpointChange) -> str:
-    """Return the name in the new file."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name

@@ -177,7 +177,6 @@ class LearningEncoder(TextEncoder, Protocol):
 
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
-    """Return whether a text encoder, loaded or not, is a `LearningEncoder`."""
     return encoder.can.learn
 
 
@@ -189,7 +188,6 @@ class EncoderWithSide(TextEncoder, Protocol):
 
 
 def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
-    """Return whether a text encoder is an `EncoderWithSide`."""
     return encoder.can.have_side
 
 
@@ -200,7 +198,6 @@ class LayeredEncoder(TextEncoder, Protocol):
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
-    """Return whether a text encoder is a `LayeredEncoder`."""
     return encoder.can.wait
 
 
@@ -214,7 +211,6 @@ class DividedEncoder(TextEncoder, Protocol):
 
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
-    """Return whether a text encoder is a `DividedEncoder`."""
     return encoder.can.divide
 
 
@@ -322,7 +318,6 @@ class KnowsFewSteps(Protocol):
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
-    """Return whether a family is a `KnowsFewSteps`."""
     return family.can.tell_few_steps
 
 
@@ -350,7 +345,6 @@ class HearsSound(Protocol):
 
 
 def hears_sound(family: Described) -> TypeGuard[HearsSound]:
-    """Return whether clips of this run can have sound."""
     return sound_of(family) is not None
 
 

@@ -116,7 +116,6 @@ class Prepared:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are made."""
         return self.steps - self.first_step
 
 

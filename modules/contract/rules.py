@@ -185,12 +185,10 @@ class Source:
 
     @property
     def extra_option(self) -> str:
-        """The option of the extra noise."""
         return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
 
     @property
     def needs_vae(self) -> bool:
-        """Whether it has to be encoded."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:

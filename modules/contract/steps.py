@@ -150,7 +150,6 @@ class Anchor:
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "Anchor":
-        """Return a copy on the device."""
         changed = None if self.changed is None else self.changed.to(device)
         return replace(self, latents=self.latents.to(device), changed=changed)
 

@@ -53,7 +53,6 @@ def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
-    """Return pixels with 16 bits."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)

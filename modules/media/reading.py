@@ -184,7 +184,6 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        """Return what was found in the frames so far."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOUR
 
 

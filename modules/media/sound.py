@@ -26,7 +26,6 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def layout_of(channels: int) -> str:
-    """Return FFmpeg's name of the usual layout of so many channels."""
     return _LAYOUTS.get(channels, "stereo")
 
 

@@ -66,7 +66,6 @@ class Slot:
     is_changed: bool = False  # the host's copies are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
-        """Return the memory as views with the shapes of a unit's weights."""
         places = zip(self.memory, unit.host, strict=False)  # another block may have more
         return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
 

@@ -114,7 +114,6 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine) -> None:
-    """Return when every process has called this."""
     if machine.is_shared:
         torch.distributed.barrier()
 
@@ -289,7 +288,6 @@ class CudaTransfer(Transfer):
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """Return the transfer for the device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
@@ -349,7 +347,6 @@ class LoadedNetwork(Generic[Network, Beside]):
         return self._pair
 
     def free(self) -> None:
-        """Free the memory of both."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

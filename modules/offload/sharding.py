@@ -178,7 +178,6 @@ def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweak
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Return whether a network's blocks are split over processes."""
     return hasattr(network, _NAME)
 
 
@@ -226,7 +225,6 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_split(weight: Tensor) -> bool:
-    """Return whether this process has a weight in part."""
     return hasattr(weight, "to_local")
 
 

@@ -94,7 +94,6 @@ class Ledger(TorchDispatchMode):
         self._compare()
 
     def forget_peaks(self) -> None:
-        """Discard the peaks and start again."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:

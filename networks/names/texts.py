@@ -27,7 +27,6 @@ def published_path(path: str) -> str:
 
 
 def published_parameter(name: str) -> str:
-    """Return the published name of a parameter of a text encoder."""
     path, _, leaf = name.rpartition(".")
     return f"{published_path(path)}.{leaf}".lstrip(".")
 
