@@ -65,7 +65,6 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt."""
     merges = merges_of(file)
     if merges is None:
         return files.read(file)
@@ -136,7 +135,6 @@ class PooledClip(FileTextEncoder[ClipText]):
         return self.identify(self.use.name, config=said, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt's second text, if it has one."""
         return Written(prompt.text if prompt.second is None else prompt.second, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:

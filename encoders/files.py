@@ -66,7 +66,6 @@ class TransformerFiles(ABC):
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
         return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
@@ -129,7 +128,6 @@ class OneTransformer:
         return self.metadata_of(self.named)
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the text encoders; their files are opened when they are loaded."""
         return self.files.text_encoders()
 
     @property
@@ -151,7 +149,6 @@ class OneTransformer:
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
-        """Return what says that a transformer was distilled to few steps; None if nothing does."""
         for path in self.dit_files:
             with open_checkpoint(path) as checkpoint:
                 name = self.few_steps.found_in(path, checkpoint.metadata)
@@ -160,7 +157,6 @@ class OneTransformer:
         return None
 
     def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
         self.files.check()
 
     @property
@@ -179,14 +175,12 @@ class OneTransformer:
         return (self.files.dit_path,)
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks, or of double and of single blocks; the file's header says them."""
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
         return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -201,9 +195,4 @@ class OneTransformer:
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the VAE.
-
-        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
-        kind.
-        """
         self.files.check(("dit", "texts", *(("vae",) if media else ())))

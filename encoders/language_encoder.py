@@ -206,7 +206,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
         return self.identify(
@@ -223,7 +222,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return Written(prompt.text, prompt.spans, use.before, use.after, keeps_after=use.keeps_after)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens before the prompt, as of the model's own tokenizer."""
         known = self.use.dropped
         return len(tokenizer.read(self.use.before).ids) if known is None else known
 
@@ -264,7 +262,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of the layers that stay in host memory if a device has this room."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -363,7 +360,6 @@ class LanguageModelFiles(TransformerFiles):
         """What is taken from the language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
-        """Return a copy with the options of the text encoder."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -397,7 +393,6 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _state_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder: `TransformerFiles.check_texts`."""
         use, model = self.text_use, self.text_use.model
         if self.text_encoder is not None or needed:
             path, takes = self.language_model().path, None if config is None else config.text_dim

@@ -61,7 +61,6 @@ class PictureUse:
         return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
-        """Return the text of a picture, which stands for so many tokens."""
         return self.text.format(number=number, tokens=self.token * tokens)
 
 

@@ -90,7 +90,6 @@ class TokenizerSource:
         return None, is_inside
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
-        """Return what distinguishes the tokenizer in cache records. path: as for `find`."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -223,7 +222,6 @@ class Written(NamedTuple):
 
     @property
     def end(self) -> float:
-        """Return the place of the first character that stays when the prompt is cut."""
         return len(self.before) + len(self.own) if self.keeps_after else math.inf
 
     @property

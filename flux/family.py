@@ -138,7 +138,6 @@ class Flux(ModelOfPictures):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         kind = self.files.kind
         is_chroma = kind == CHROMA
         names = {
@@ -188,7 +187,6 @@ class Flux(ModelOfPictures):
             check_control_net(self.controlnet, self.files.dit_header().config)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and the ControlNet beside it."""
         dit = super().load_dit(placement, expert)
         if self.controlnet is not None:
             from flux.control_net import load_control_net
@@ -255,11 +253,7 @@ class Flux(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B; of Kontext also
-        latents_control B C 1 h w.
-        """
+        """cond: t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; of Kontext also latents_control."""
         device, pictures = noisy.device, references_in(cond, noisy.device)
         is_control = self.controlnet is not None and bool(pictures)
         return dit(
@@ -275,10 +269,6 @@ class Flux(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes and files. Nothing is loaded.
-
-        Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
-        """
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))
@@ -330,7 +320,6 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
-    """Describe the family for flux_train_network.py."""
     return Flux(
         _files(options),
         trained_guidance=options.embedded_guidance,

@@ -138,7 +138,6 @@ class FluxFiles(AutoencoderFiles):
     t5_use: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             clip_l=options.clip_l,
@@ -187,7 +186,6 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def uses_mask(self) -> bool:
-        """Whether T5 does not attend to padding."""
         return self.masks_text or self.kind == CHROMA
 
     @property
@@ -195,7 +193,6 @@ class FluxFiles(AutoencoderFiles):
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
         dtype = self.beside(self.text_dtype)
         t5 = T5TextEncoder(
             self.t5xxl_path,
@@ -209,7 +206,6 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check CLIP-L and T5: `TransformerFiles.check_texts`."""
         pooled_dim, text_dim = (
             (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
         )

@@ -115,7 +115,6 @@ class Flux2(ModelOfPictures):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         version = self.files.version
         names = {
             "architecture": version.architecture,
@@ -147,10 +146,7 @@ class Flux2(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on.
-        """
+        """cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on."""
         device = noisy.device
         velocity: Tensor = dit(
             noisy,
@@ -165,12 +161,7 @@ class Flux2(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
-
-        Without a flow shift the noise levels are the release's, which follow the size and the number of
-        steps. Raises OptionError if a size or a reference cannot be used, CheckpointError if a file is
-        missing or of another kind.
-        """
+        """Without a flow shift the noise levels are the release's, which follow size and number of steps."""
         version = self.files.version
         usual = DEV.defaults.embedded_guidance  # that of the script, whatever the release
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, usual):

@@ -132,7 +132,6 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
@@ -147,7 +146,6 @@ class FramePack(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoders and switches that cached latents depend on."""
         kind = "f1" if self.is_f1 else "anti-drifting"
         if self.one_frame is not None:
             left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
@@ -246,18 +244,9 @@ class FramePack(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also those of the VAE and the image encoder.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
-        """
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
-
-        Raises OptionError if an image is missing or the request is impossible, CheckpointError if a file is
-        missing or of another kind.
-        """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
@@ -277,7 +266,6 @@ class FramePack(OneTransformer):
         return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the images for every section, on the CPU."""
         own: FramePackRequest = prepared.own
         return (
             video_inputs(encoders, prepared)
@@ -309,7 +297,6 @@ class FramePack(OneTransformer):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return the options of fpack_cache_latents.py that this training needs."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
@@ -318,7 +305,6 @@ class FramePack(OneTransformer):
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_latents.py."""
     files = _tiled(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -347,7 +333,6 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Describe the family for fpack_generate_video.py."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",

@@ -130,7 +130,6 @@ class FramePackFiles(HunyuanFiles):
         )
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("image_encoder" too): `TransformerFiles.check`."""
         super().check(needed)
         if self.image_encoder is not None or "image_encoder" in needed:
             path, takes = self.image_encoder_path, None

@@ -96,7 +96,6 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return SamplingDefaults(
             steps=50,
@@ -145,7 +144,6 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Moments do; with `caches_image` those of the first frame alone too."""
         return MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
@@ -220,20 +218,10 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the VAE.
-
-        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
-        kind.
-        """
         self._check_dit()
         super().check_files(media)
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
-
-        Raises OptionError if a needed image is missing or a size cannot be made, CheckpointError if a file is
-        missing or of another kind.
-        """
         self._check_dit()
         self.files.check()
         taken = {
@@ -295,10 +283,7 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
-
-        Noise is drawn frame by frame, in bfloat16, so that a longer video starts with a shorter one's noise.
-        """
+        """Noise is drawn frame by frame, in bfloat16: a longer video starts with a shorter one's noise."""
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
         )
@@ -331,7 +316,6 @@ def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """Describe the family for hv_train_network.py and hv_train.py."""
     dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),

@@ -62,7 +62,6 @@ class HunyuanFiles(TransformerFiles):
         return replace(self.add_vae(options.file), vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanTextOptions) -> Self:
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             text_encoder1=options.text_encoder1,
@@ -74,7 +73,6 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         dtype, reading, (llava, clip) = self.beside(self.text_dtype), self.reading, self.encoders
         return [
             llava(
@@ -103,7 +101,6 @@ class HunyuanFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `TransformerFiles.check_texts`."""
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path

@@ -75,7 +75,6 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, rounded up to sizes that the model takes."""
         height, width = self.video_size if len(self.video_size) == 2 else self.video_size * 2
         return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
 
@@ -194,7 +193,6 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
 
 
 def generation_words(options: OfficialOptions) -> list[str]:
-    """Return the same command as options of hv_generate_video.py."""
     video, model = options.video, options.model
     base = model.model_base
     values: dict[str, Any] = {

@@ -171,7 +171,6 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
-    """Return the options that name the models of a training, as generation takes them."""
     return {
         "--dit": dit or "DIT_FILE",
         "--vae": vae.file.vae or "VAE_FILE",

@@ -69,7 +69,6 @@ class PromptTemplate:
 
     @property
     def text(self) -> str:
-        """Return the template as the release writes it, with `{}` in place of the prompt."""
         return f"{self.before}{{}}{self.after}"
 
 

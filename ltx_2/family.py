@@ -117,7 +117,6 @@ class Ltx2(OneTransformer):
 
     @property
     def sound(self) -> SoundSpec | None:
-        """The latents of sound; None: the run is without."""
         return self.files.sound
 
     @property
@@ -138,7 +137,6 @@ class Ltx2(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -161,7 +159,6 @@ class Ltx2(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the latents of each clip, in the VAE's dtype."""
         vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
         return [
             [CacheEntry({"latents": one})]
@@ -244,11 +241,6 @@ class Ltx2(OneTransformer):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, settle size and guidance, and check files. Nothing is loaded.
-
-        Raises OptionError if a size or number cannot be, CheckpointError if a file is missing or of another
-        kind.
-        """
         self.files.check(("dit",))
         taken = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, taken, f"{NAME} does not take it")
@@ -331,7 +323,7 @@ class Ltx2(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop. The sound's noise is drawn last."""
+        """The sound's noise is drawn last."""
         start = noise.draw(self.latent.shape(prepared.frames, prepared.height, prepared.width))
         conditions = {**inputs.get(0, {}), FPS: torch.tensor([round(1000 * prepared.fps)])}
         first = conditions.pop(FIRST, None)

@@ -218,7 +218,6 @@ class LtxModel(nn.Module):
         return rows, time
 
     def _rotation(self, names: StreamNames, latents: Tensor, fps: Fps, by_time: bool = False) -> Tensor:
-        """Return the rotations of a stream's tokens."""
         width = self.config.cross_dim if by_time else self.config.streams[names].dim
         if names is SOUND:
             places = Places(width, (latents.shape[2],), (), by_time)

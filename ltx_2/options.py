@@ -102,7 +102,6 @@ class Ltx2TextOptions(Options):
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
     def words(self) -> dict[str, Any]:
-        """Return the options that encode texts in the same way."""
         return {
             "--gemma_root": self.gemma_root,
             "--gemma_safetensors": self.gemma_safetensors,
@@ -159,7 +158,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        """Return the rescaling of a stream; None: that of the release."""
         own = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if own is None else own
 

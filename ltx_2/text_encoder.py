@@ -187,13 +187,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return sum(one.numel() for one in connectors.parameters()) * self.dtype.itemsize
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt without blanks around it; there is no template."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
         return Written(text, tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans))
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load Gemma, with the connectors beside its layers."""
         self.check()
         with open_checkpoint(self.connectors) as checkpoint:  # first: Gemma takes the room that is left
             plan = read_connectors(checkpoint, self.streams)
@@ -208,7 +206,6 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(

@@ -95,7 +95,6 @@ class ClipMemory:
         self._started: set[nn.Module] = set()
 
     def take(self, layer: nn.Module) -> Tensor | None:
-        """Return and forget the frames kept for the layer; None if there are none."""
         return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:

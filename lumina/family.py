@@ -78,7 +78,6 @@ class Lumina(ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the caption's states and their mask."""
         remedy = "lumina_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -103,11 +102,6 @@ class Lumina(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
-        kind.
-        """
         prepared = self.settle_picture(request, FLOW_SHIFT)
         texts = prepared.prompts[0]
         # the system prompt does not stand before these

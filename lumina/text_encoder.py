@@ -137,7 +137,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
         said = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
@@ -145,7 +144,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return {**found, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt, behind the system prompt if that stands before it."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
         return Written(prompt.text, prompt.spans, before)
@@ -156,7 +154,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load Gemma 2."""
         gemma = load_gemma(self.path, device, self.dtype, self.blocks)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
         if self.system_prompt:

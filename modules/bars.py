@@ -60,7 +60,6 @@ class Bar:
         self.close()
 
     def update(self, amount: float = 1) -> None:
-        """Note that more is done."""
         self.done += amount
         if not self.shown:
             return

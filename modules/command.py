@@ -205,7 +205,6 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def tell_loading() -> None:
-    """Say on a terminal that libraries are loaded, which takes seconds."""
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 

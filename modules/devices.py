@@ -228,7 +228,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Collect garbage, and release unused memory of the host and of the device."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -347,7 +346,6 @@ class Failures:
 
 
 def gib(size: int) -> str:
-    """Return bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 

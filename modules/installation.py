@@ -130,7 +130,6 @@ def program_environment(**more: str) -> dict[str, str]:
 
 
 def read_requirements() -> list[str]:
-    """Return the lines of requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 

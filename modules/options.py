@@ -241,7 +241,6 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Return whether a record's field has another value than its default."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none

@@ -87,7 +87,6 @@ def has_terminal() -> bool:
 
 
 def ask_on_terminal(question: str) -> str:
-    """Show a question and return the line that is typed; empty at the end of input."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()

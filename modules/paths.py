@@ -138,7 +138,6 @@ _AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNO
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an address, not a path."""
     return _ADDRESS.match(text) is not None
 
 

@@ -217,7 +217,6 @@ class TrainingFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """Return how to store the weights in 8 bits; None if they keep the dtype that other options set."""
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
@@ -239,10 +238,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """Return how to store the weights in 8 bits, None if neither option is given.
-
-        --fp8_scaled replaces --fp8.
-        """
+        """--fp8_scaled replaces --fp8."""
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None

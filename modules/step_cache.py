@@ -268,7 +268,6 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
-        """Forget the last step, and free what was kept of it: the section is done."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -297,11 +296,9 @@ class Changes:
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
-        """Forget the last step, and free its tensors: the section is done."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
-        """Note the relative changes of both."""
         entered = signal()
         step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
         if step == turn.step - 1:

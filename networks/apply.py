@@ -311,7 +311,6 @@ class LoraPatch:
         return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
-        """Return the keys of a file that the patterns keep."""
         return [
             key
             for key, changes in self._changes.items()

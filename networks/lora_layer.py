@@ -159,7 +159,6 @@ class LoraLayer(nn.Module):
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
-        """The frozen module."""
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:

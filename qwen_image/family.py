@@ -107,7 +107,6 @@ class QwenImage(ModelOfPictures):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": self.version.architecture,
             "resolution": "1328x1328" if self.references is None else "1024x1024",
@@ -162,10 +161,7 @@ class QwenImage(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references.
-        """
+        """cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references."""
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -179,12 +175,7 @@ class QwenImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Without a flow shift the noise levels are the release's, which follow the size; one that is given is a
-        plain shift. Raises OptionError if a size cannot be made or a picture cannot be edited,
-        CheckpointError if a file is missing or of another kind.
-        """
+        """Without a flow shift the noise levels are the release's, by size; one that is given is plain."""
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
@@ -220,7 +211,6 @@ class QwenImage(ModelOfPictures):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
@@ -246,7 +236,6 @@ def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
-    """Describe the family for qwen_image_generate_image.py."""
     version, references = VERSIONS[options.version.name], options.references
     use = version.use
     if use.pictures is not None and not references.resize_control_to_official_size:

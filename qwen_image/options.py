@@ -170,7 +170,6 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     version = {"--model_version": _not_original(options.version)}
     return {"--vae": options.vae.file.vae or "VAE_FILE", **version}, {
         **options.text.words("QWEN_FILE"),

@@ -276,7 +276,6 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether the text is a bare prompt, without options and variants."""
         return self.image_number is not None
 
 

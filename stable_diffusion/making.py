@@ -77,7 +77,6 @@ class Maker:
 
     @cached_property
     def _scheduler(self) -> Any:
-        """The scheduler that all batches use one after the other."""
         options = self.sampling
         velocity = self.model.predicts_velocity
         return make_scheduler(

@@ -82,7 +82,6 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """How each model is used, in the order of their guide pictures."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -196,7 +195,6 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def picture_option(self) -> str | None:
-        """The first option that needs a guide picture; None: none does."""
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 

@@ -113,7 +113,6 @@ class Wan(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation of the task."""
         task, high = self.task, self.task.high_noise_guidance
         strong = {} if high is None else {HIGH_NOISE: high}
         return SamplingDefaults(
@@ -136,7 +135,6 @@ class Wan(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": f"wan{self.task.version}",
             "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
@@ -152,7 +150,6 @@ class Wan(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoders and switches that cached latents depend on."""
         identity = dict(self.files.vae_identity())
         if self.image_kind is not None:
             clip = {} if self.files.clip is None else {"clip": fingerprint(self.files.clip_path)}
@@ -196,7 +193,6 @@ class Wan(OneTransformer):
         return self.files.dits
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
@@ -225,18 +221,9 @@ class Wan(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that the task needs. media: also those of the VAE and the image encoder.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or does not fit --task.
-        """
         self.files.check(("dit", "texts", *(("vae", *self._images) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, settle the size, and check files and images. Nothing is loaded.
-
-        Raises OptionError if a needed image or control video is missing or a size cannot be made,
-        CheckpointError if a file is missing or does not fit --task.
-        """
         self.files.check_dits()
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
@@ -305,7 +292,6 @@ class Wan(OneTransformer):
 
     @property
     def _images(self) -> tuple[str, ...]:
-        """The encoder of images, by its name in `WanFiles.check`, if the task has features of them."""
         return ("clip",) if self.task.has_features else ()
 
     @property
@@ -325,7 +311,6 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py."""
     files = files_of(options)
     if options.first_frame_probability is None:  # what was trained with is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)

@@ -119,7 +119,6 @@ class WanFiles(TransformerFiles):
             TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("clip" too): `TransformerFiles.check`."""
         if self.has_dit or "dit" in needed:
             self.check_dits()
         super().check(needed)

@@ -156,7 +156,6 @@ class ZImage(ModelOfPictures):
         return super().load_dit(placement, expert)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states."""
         remedy = "zimage_cache_text_encoder_outputs.py"
         batch.check({KEY: remedy}, "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -181,11 +180,7 @@ class ZImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Guidance scales count from 0, and below that there is no guidance either. Raises OptionError if a size
-        or a number cannot be, CheckpointError if a file is missing or of another kind.
-        """
+        """Guidance scales count from 0, and below that there is no guidance either."""
         prepared = self.settle_picture(request, FLOW_SHIFT)
         extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)

@@ -84,7 +84,6 @@ class KontextFiles(FluxFiles):
     t5_use: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
@@ -205,7 +204,6 @@ def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
 
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
-    """Describe the family for flux_kontext_train_network.py."""
     return Kontext(
         _kontext_files(options),
         trained_guidance=options.embedded_guidance,

@@ -202,7 +202,6 @@ def _as_dtype(
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on missing entries."""
     old = checkpoint.metadata
     kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
     notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]

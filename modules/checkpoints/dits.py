@@ -72,7 +72,6 @@ class DitHeader(Generic[Config]):
 
     @property
     def kind(self) -> str:
-        """Return the kind of the model's condition: t2v, i2v, ..."""
         return self.config.kind
 
     @property

@@ -349,7 +349,6 @@ def hears_sound(family: Described) -> TypeGuard[HearsSound]:
 
 
 def sound_of(family: Described) -> SoundSpec | None:
-    """Return what a family's sound is made from; None if clips of this run can have none."""
     return cast("HearsSound", family).sound if family.can.hear else None
 
 
@@ -388,10 +387,13 @@ class Predicts(Passes, Protocol):
 class Generates(Protocol):
     """From a request to pixels, around the network: for generation and for training samples."""
 
-    # raises if one of the DiT or text encoders is missing or wrong; media: VAE too
+    # OptionError if the DiT or a text encoder is not given, CheckpointError if its file is missing or wrong;
+    # media: those of VAE and image encoder too
     def check_files(self, media: bool) -> None: ...
 
-    def prepare(self, request: Request) -> Prepared: ...  # final sizes and numbers, or raises; nothing loaded
+    # final sizes and numbers; OptionError for a request that cannot be, CheckpointError for a missing or
+    # wrong file, MediaError for a picture that cannot be read; nothing is loaded
+    def prepare(self, request: Request) -> Prepared: ...
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]: ...
 

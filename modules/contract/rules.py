@@ -19,7 +19,6 @@ class Expert:
 
     @property
     def words(self) -> str:
-        """Return how messages call it: `high-noise transformer`."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -263,7 +262,6 @@ class TokenCount:
 
     @property
     def cut_text(self) -> str:
-        """Return the end of the text, which is not read."""
         return self.text[self.kept :]
 
 

@@ -104,7 +104,6 @@ class Tweaks:
 
     @property
     def steer(self) -> Steer | None:
-        """What combines what attention sees of two texts; None: there is one."""
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:

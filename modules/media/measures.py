@@ -140,7 +140,6 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
 
 
 def _grey(frame: Frame, longest: int) -> Grey:
-    """Return the luma 0..1 of a frame, reduced so that its longer side has at most `longest` pixels."""
     return _reduce(frame, longest / max(frame.shape[:2]))
 
 

@@ -338,7 +338,6 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
-    """Return the network's `BlockSwap`; None if all its weights are on the device."""
     found = getattr(network, _NAME, None)
     return found if isinstance(found, BlockSwap) else None
 

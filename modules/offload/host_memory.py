@@ -239,7 +239,6 @@ class Transfer:
         self._device = device
 
     def memory(self, size_bytes: int) -> Tensor:
-        """Return memory on the device: uint8, uninitialised."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> Any:

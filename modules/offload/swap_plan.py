@@ -144,7 +144,6 @@ class HostWeights:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the memory by name; none before loading."""
         return {} if self._held is None else self._held.tensors
 
     def finish(self) -> None:

@@ -44,7 +44,6 @@ Moment = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
-    """Return the bytes that an allocation takes."""
     return -(-size // GRANULE) * GRANULE
 
 

@@ -247,7 +247,6 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
-    """Print the plan as a table (part, device, host, note), and its last line."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name

@@ -160,7 +160,6 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
 
 
 def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
-    """Return the lines of a table of ways, by their words."""
     rows = [("way", "GiB a card", "host", "", "seconds", "at once", "GB received")]
     for way in ways:
         if way.memory is not None:
