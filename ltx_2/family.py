@@ -24,6 +24,7 @@ from ltx_2.options import (
 )
 from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.text_encoder import MASK, prompt_key
+from modules.contract import rules
 from modules.contract.data import (
     FIRST_FRAME,
     FPS,
@@ -57,19 +58,6 @@ from modules.contract.requests import (
     size_of,
     whole_frames,
 )
-from modules.contract.rules import (
-    IMAGE,
-    LATENTS,
-    PICTURE_STREAM,
-    SOUND_STREAM,
-    GuidanceRules,
-    ModelRelease,
-    ShiftedLogit,
-    SoundLearning,
-    SourceRules,
-    StreamGuidance,
-)
-from modules.contract.rules import VIDEO as START
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
@@ -78,7 +66,7 @@ from modules.options import NO_OPTIONS
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
-GIVEN = {"joint": "", "a2v": SOUND_STREAM, "v2a": PICTURE_STREAM}
+GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.PICTURE_STREAM}
 LATENTS_AGAIN, TEXTS_AGAIN = "ltx2_cache_latents.py", "ltx2_cache_text_encoder_outputs.py"
 
 
@@ -90,7 +78,7 @@ class Ltx2(OneTransformer):
     guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.usual()
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
-    sound_learning: SoundLearning = SoundLearning()
+    sound_learning: rules.SoundLearning = rules.SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int = 33  # H.264 quality at which the first image is seen; 0: as it is
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
@@ -128,11 +116,11 @@ class Ltx2(OneTransformer):
     def defaults(self) -> SamplingDefaults:
         """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
         width, height, frames = self.size
-        shift, steps = ShiftedLogit().shift(4096), RELEASES[self.version].steps
+        shift, steps = rules.ShiftedLogit().shift(4096), RELEASES[self.version].steps
         return SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
 
     @property
-    def release(self) -> ModelRelease:
+    def release(self) -> rules.ModelRelease:
         return RELEASES[self.version].release
 
     @property
@@ -272,7 +260,7 @@ class Ltx2(OneTransformer):
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         return replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
 
-    def _rules(self, request: Request) -> GuidanceRules:
+    def _rules(self, request: Request) -> rules.GuidanceRules:
         """Return the guidance of both streams. Source: the released pipelines."""
         told, steered = self.guidance, _given_or(1.0, self.guidance.stg_scale)
         scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}
@@ -284,15 +272,15 @@ class Ltx2(OneTransformer):
         if max(blocks) >= count:
             raise OptionError(f"--stg_blocks {max(blocks)}: the model has the blocks 0 to {count - 1}")
 
-        def rule(stream: str) -> StreamGuidance:
-            return StreamGuidance(
+        def rule(stream: str) -> rules.StreamGuidance:
+            return rules.StreamGuidance(
                 text=scales[stream],
                 perturbed=steered if told.stg_mode in (None, "both", stream) else 0.0,
                 modality=_given_or(3.0, away[stream]),
                 rescale=_given_or(0.7, told.rescaling(stream)),
             )
 
-        return GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
+        return rules.GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
         return prepared.asked.image_path is not None or self.drive_video is not None
@@ -309,8 +297,9 @@ class Ltx2(OneTransformer):
         return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
 
     @property
-    def source(self) -> SourceRules:
-        return SourceRules((START, IMAGE, LATENTS), NAME, True, frozenset({self.name}))
+    def source(self) -> rules.SourceRules:
+        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
+        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         vae = encoders.vae
@@ -357,7 +346,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    learning = SoundLearning(
+    learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep,

@@ -23,6 +23,7 @@ from PIL import Image, features
 
 from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
+from modules.media import decoding
 from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.colours import (
     Colours,
@@ -32,21 +33,6 @@ from modules.media.colours import (
     look_at,
     shown_pixels,
     upright,
-)
-from modules.media.decoding import (
-    animation_durations,
-    animation_frames,
-    colour_codes,
-    decode_frames,
-    first_picture,
-    frame_pixels,
-    has_alpha,
-    hdr_of,
-    hides_alpha,
-    is_animation,
-    is_sideways,
-    square_width,
-    turn_upright,
 )
 from modules.media.opening import open_image, open_video
 
@@ -132,22 +118,25 @@ def media_colours(path: Path) -> Colours:
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
             codec, is_transparent = stream.codec_context, False
-            if hides_alpha(stream) or (codec.format is not None and has_alpha(codec)):
-                first, _ = next(decode_frames(path, container, stream))
-                shown, plain = (frame_pixels(first, stream), first.to_ndarray(format="rgb24", threads=1))
+            if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
+                first, _ = next(decoding.decode_frames(path, container, stream))
+                shown, plain = (
+                    decoding.frame_pixels(first, stream),
+                    first.to_ndarray(format="rgb24", threads=1),
+                )
                 is_transparent = not np.array_equal(shown, plain)
-            is_converted, fields = is_coded(colour_codes(codec)), int(codec.field_order)
+            is_converted, fields = is_coded(decoding.colour_codes(codec)), int(codec.field_order)
             return Colours(
                 is_transparent,
                 is_converted,
-                hdr=hdr_of(codec),
+                hdr=decoding.hdr_of(codec),
                 is_interlaced=fields > PROGRESSIVE,
                 by_codes=is_converted,
-                is_square=square_width(codec, stream) == codec.width,
+                is_square=decoding.square_width(codec, stream) == codec.width,
             )
     with open_image(path) as file:
         colours = look_at(path, file)
-        return replace(colours, is_transparent=False) if is_animation(path) else colours
+        return replace(colours, is_transparent=False) if decoding.is_animation(path) else colours
 
 
 def read_mask(path: Path) -> Frame:
@@ -284,21 +273,23 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[tuple[Frame, float, float]]:
     """Yield all frames of a video file as `video_frames` does, each with its start and its end in seconds."""
-    if is_animation(path):
+    if decoding.is_animation(path):
         end = 0.0
-        for pixels, seconds in animation_frames(path):
+        for pixels, seconds in decoding.animation_frames(path):
             yield pixels if alpha else blend_on_white(pixels), end, end + seconds
             end += seconds
         return
     with open_video(path) as (container, stream):
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         stream.codec_context.thread_count = threads
-        for frame, start in decode_frames(path, container, stream):
+        for frame, start in decoding.decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            pixels = coded_pixels(frame_pixels(frame, stream, alpha=alpha), colour_codes(frame))
-            if (width := square_width(frame, stream)) != frame.width:
+            pixels = coded_pixels(
+                decoding.frame_pixels(frame, stream, alpha=alpha), decoding.colour_codes(frame)
+            )
+            if (width := decoding.square_width(frame, stream)) != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
-            yield turn_upright(pixels, frame.rotation), start, start + shown
+            yield decoding.turn_upright(pixels, frame.rotation), start, start + shown
 
 
 def slots(rate: float) -> Iterator[float]:
@@ -344,14 +335,14 @@ def video_info(path: Path) -> VideoInfo:
         images = folder_images(path)
         width, height = image_size(images[0])
         return VideoInfo(width, height, len(images), None)
-    if is_animation(path):
-        durations = animation_durations(path)
+    if decoding.is_animation(path):
+        durations = decoding.animation_durations(path)
         shown = sum(durations)
         return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
-        first, _, _ = first_picture(path, container, stream)
-        width, height = square_width(first, stream), first.height
-        width, height = (height, width) if is_sideways(first) else (width, height)
+        first, _, _ = decoding.first_picture(path, container, stream)
+        width, height = decoding.square_width(first, stream), first.height
+        width, height = (height, width) if decoding.is_sideways(first) else (width, height)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         fps = float(stream.average_rate) if stream.average_rate else None
