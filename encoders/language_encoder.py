@@ -100,12 +100,12 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
     return tokenizer
 
 
-def qwen_tokenizer(option: str, repository: str, folder: str = "tokenizer") -> TokenizerSource:
+def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
     """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
     # inside the encoder's folder; beside a file; beside text_encoder
     beside = (".", "qwen_3", "tokenizer", "../tokenizer")
     names = ("tokenizer.json", "vocab.json")
-    files = TokenizerFiles(option, names, folder, repository, beside, token="<|im_start|>")
+    files = TokenizerFiles(option, names, "tokenizer", repository, beside, token="<|im_start|>")
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
 
 

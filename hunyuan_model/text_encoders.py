@@ -81,11 +81,6 @@ VIDEO_TEMPLATE = PromptTemplate(
     "5. camera angles, movements, and transitions used in the video:",
     crop_start=95,
 )
-IMAGE_TEMPLATE = PromptTemplate(
-    "Describe the image by detailing the color, shape, size, texture, "
-    "quantity, text, spatial relationships of the objects and background:",
-    crop_start=36,
-)
 
 
 def template_of(system: str | None) -> PromptTemplate:
