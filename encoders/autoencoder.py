@@ -188,10 +188,7 @@ class PictureVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W, float32, -1..1. latents: B Z 1 h w, on any device.
-
-        The result is on the VAE's device, with tiles in host memory.
-        """
+        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles. latents: B Z 1 h w."""
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -240,10 +237,7 @@ class Autoencoder(PictureVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return a sample or the mean of the posterior in model space, as `PictureVae.encode`.
-
-        Logarithms of variances are not clamped, as in the released code.
-        """
+        """As `PictureVae.encode`, but logarithms of variances are not clamped, as in the released code."""
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(

@@ -65,10 +65,7 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError if config.json asks for an unknown activation.
-
-    usual: the value expected in config.json, for the message.
-    """
+    """Raise CheckpointError for an unknown activation in config.json. usual: one to name in the message."""
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
@@ -215,10 +212,7 @@ class ClipText(nn.Module):
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower; fp8 weights are dequantized. use: names it in messages.
-
-    Raises CheckpointError if the file is damaged or holds another model.
-    """
+    """Load the text tower, fp8 weights dequantized. Raises CheckpointError for a damaged or another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")

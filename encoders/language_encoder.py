@@ -110,10 +110,7 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text before and after a prompt: Qwen3's chat template, of one message.
-
-    thinks: `enable_thinking` there.
-    """
+    """Return the text around a prompt, Qwen3's chat of one message. thinks: its `enable_thinking`."""
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 

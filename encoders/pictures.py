@@ -283,9 +283,6 @@ class ModelOfPictures(OneTransformer):
 def picture_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
 ) -> SamplingDefaults:
-    """Return the defaults of a model of square pictures: Euler's steps, and no embedded guidance.
-
-    others: fields of `SamplingDefaults` that differ.
-    """
+    """Return defaults of square pictures, by Euler's steps. others: further fields of `SamplingDefaults`."""
     usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
     return replace(usual, **others)

@@ -356,10 +356,7 @@ def _tiled(files: FramePackFiles) -> FramePackFiles:
 
 
 def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """Return the files of the transformer and all encoders.
-
-    Clips that are decoded together are not tiled in time, because sections have their own transitions.
-    """
+    """Return all files. Clips decoded together are not tiled in time: sections have their own transitions."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
     return _tiled(files.add_encoders(options.vae, options.text))
 

@@ -138,10 +138,7 @@ class SiglipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode images. pixels: B 3 H W in -1..1, of any size.
-
-        Returns B 729 C in the compute dtype, on the encoder's device.
-        """
+        """Encode pixels B 3 H W in -1..1, of any size: B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         return self.post_layernorm(self.encoder(self.embeddings(prepared)))
 

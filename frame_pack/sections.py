@@ -164,10 +164,7 @@ def f1_indices(window: int) -> Indices:
 
 
 def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return the entry of a section (a prompt, an image): by its index from the end, from the start, else 0.
-
-    The last section has index -1 from the end.
-    """
+    """Return a section's entry: by its index from the end (-1 is the last), from the start, else 0."""
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
@@ -260,10 +257,7 @@ def flow_shift_for(tokens: int) -> float:
 
 
 def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
-    """Return the latent frames to decode together, in playing order: each section with the next one.
-
-    Decoding both together keeps the seam smooth.
-    """
+    """Return the latent frames to decode together, in playing order: two sections each, for a smooth seam."""
     total = video_latents(sections, window)
     starts = [0, *(index * window + 1 for index in range(1, sections))]
     ends = [min((index + 2) * window + 1, total) for index in range(sections)]

@@ -214,10 +214,7 @@ class DoubleStreamBlock(nn.Module):
         scale: Tensor,
         gate: Tensor,
     ) -> Tensor:
-        """Add the feed-forward branch of a stream to x; each token is processed independently.
-
-        x: B L C; shift, scale, gate: B S C float32.
-        """
+        """Add a stream's feed-forward branch to x, B L C, by token. shift, scale, gate: B S C float32."""
         return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
 
 

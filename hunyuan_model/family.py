@@ -135,10 +135,7 @@ class HunyuanVideo(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with `caches_image` also those of its first frame alone.
-
-        Stored in the VAE's dtype, not scaled.
-        """
+        """Latents, with `caches_image` of first frames too: in the VAE's dtype, not scaled."""
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 

@@ -253,10 +253,7 @@ class LtxBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, layer: nn.Module, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add a feed-forward branch to x; each token is processed independently.
-
-        x: B L C, of one segment; shift, scale, gate: B 1 C float32.
-        """
+        """Add a feed-forward branch to a segment x, B L C, by token. shift, scale, gate: B 1 C float32."""
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:

@@ -75,10 +75,7 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[LanguageConfig]:
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
-    """Load Gemma 2 onto the device. fp8 weights are multiplied out.
-
-    blocks: takes each layer. Raises CheckpointError if the file is damaged or holds another model.
-    """
+    """Load Gemma 2, fp8 multiplied out. blocks: takes each layer. Raises CheckpointError for another file."""
     return load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
 
 

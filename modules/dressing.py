@@ -32,10 +32,7 @@ class Checkpointing:
 def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
 ) -> HostWeights | None:
-    """Return the place in host memory for weights that are swapped, to load the network with; or None.
-
-    whole: the place for all weights, of a network that takes turns.
-    """
+    """Return host memory for weights that are swapped, or None. whole: for all, of one that takes turns."""
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device, whole=whole)
 

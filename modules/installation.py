@@ -67,10 +67,7 @@ def import_own(name: str) -> ModuleType:
 
 
 def own_name(name: str) -> str:
-    """Return the name to import a module by that is ours or somebody else's.
-
-    name: as a user types it: `tests.my_network`, `lycoris.kohya`.
-    """
+    """Return the name to import a module by, ours or others': `tests.my_network`, `lycoris.kohya`."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -107,10 +104,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 
 def find_script(word: str) -> Path | None:
-    """Return the path in ROOT of the script that a word of a command names; None if it names none.
-
-    word: `wan_train_network.py`, `tools/compare.py`; the room and .py may be left out.
-    """
+    """Return the path in ROOT of a command's script, with or without its room and .py, or None."""
     if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w+(\.py)?", word) is None:
         return None
     name = f"{word.removesuffix('.py')}.py"

@@ -300,10 +300,7 @@ class LoraUse:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "LoraUse":
-        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
-
-        Raises as `LoraFile.for_expert`.
-        """
+        """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)

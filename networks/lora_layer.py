@@ -47,10 +47,7 @@ class DropoutSeed:
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of one layer's mask. part: which one of the tokens it is for.
-
-        If no value is set, each call draws one from torch's global generator.
-        """
+        """Return the seed of a mask, for a part of the tokens; without a value each call draws a new one."""
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
@@ -299,10 +296,7 @@ def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.de
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix the bits of 32-bit numbers held in int64.
-
-    Source: C. Wellons, "Prospecting for hash functions", lowbias32.
-    """
+    """Mix the bits of 32-bit numbers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)

@@ -163,10 +163,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums that model browsers look a LoRA up by, as training writes them into its metadata.
-
-    Empty if the file is no LoRA, or too large to be one.
-    """
+    """Return the checksums by which browsers find a LoRA; {} if it is none, or too large to be one."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}

@@ -125,9 +125,7 @@ class QwenImage(ModelOfPictures):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
-        dtype.
-        """
+        """Return each picture's entry: normalised means of it and its references, in the VAE's dtype."""
         vae = encoders.vae
         return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 

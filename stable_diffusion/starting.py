@@ -48,10 +48,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add one normal number times `amount` to each channel of C h w.
-
-    Source: Guttenberg 2023, "Diffusion with Offset Noise".
-    """
+    """Add a normal number times `amount` to each channel of C h w: "Offset Noise", Guttenberg 2023."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -287,10 +284,7 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the autoencoder takes at once.
-
-    size: --vae_batch_size; None: all.
-    """
+    """Return how many of `count` pictures the VAE takes at once. size: --vae_batch_size; None: all."""
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

@@ -103,10 +103,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """Return the kind of condition: a name of `INPUT_CHANNELS`.
-
-        Text-to-video models of Wan2.1 and of Wan2.2 have the same tensors.
-        """
+        """Return the name of `INPUT_CHANNELS`. Text-to-video of Wan2.1 and of 2.2 have the same tensors."""
         if self.image_positions:
             return "flf2v"
         kinds = {channels: kind for kind, channels in INPUT_CHANNELS[self.has_image].items()}

@@ -235,10 +235,7 @@ class Wan(OneTransformer):
         return self.task.takes_image or self.task.has_control or keeps_one
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the request's images and control video as CLIP features and condition channels.
-
-        On the CPU, with a batch dimension.
-        """
+        """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}

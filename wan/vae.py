@@ -131,10 +131,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Return the latents of caches and of the model, B Z f h w float32, for the means of posteriors.
-
-    Which VAE it is, the number of channels says.
-    """
+    """Return latents of caches and model, B Z f h w float32, of means; their channels say whose VAE it is."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

@@ -181,10 +181,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def choose_own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
-    """Return the default compute dtype of a file whose block weights have this dtype.
-
-    That is the file's own; fp8 files compute in `for_fp8` or bfloat16.
-    """
+    """Return a file's usual compute dtype by that of its blocks: the same; of fp8 `for_fp8` or bfloat16."""
     return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
 
 

@@ -62,10 +62,7 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
-    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
-
-    What lies below all of them belongs to the lowest.
-    """
+    """Return the index of the timestep's expert: the last that begins at or below it, else the lowest."""
     start = max(timestep, min(expert.lowest for expert in experts))
     begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
     return max(begun)[1]

@@ -50,10 +50,7 @@ def brightness(frame: Frame) -> float:
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
-    """Return whether at least `share` of the pixels have a luma below `threshold` (0..1).
-
-    Source: the defaults of FFmpeg's filter blackdetect.
-    """
+    """Return whether `share` of pixels have a luma below `threshold`, 0..1. Source: FFmpeg's blackdetect."""
     return bool((_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 

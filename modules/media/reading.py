@@ -140,10 +140,7 @@ def media_colours(path: Path) -> Colours:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read an image as a mask, H W 3: white counts; of one that is drawn by transparency what is opaque.
-
-    Raises MediaError if the image cannot be read.
-    """
+    """Read a mask, H W 3: white counts; of one drawn by transparency what is opaque. Raises MediaError."""
     look, frame = MaskLook(), read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
@@ -177,10 +174,7 @@ class MaskLook:
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, read from the header only.
-
-    Raises MediaError if the image cannot be read.
-    """
+    """Return (width, height) of the upright image, by its header. Raises MediaError if it cannot be read."""
     with open_image(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
@@ -235,18 +229,12 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image, or the first frame of a video file or of a folder of images: H W 3.
-
-    alpha: as of `read_image`. Raises MediaError if it cannot be read.
-    """
+    """Read an image or a clip's first frame, H W 3. alpha: as of `read_image`. Raises MediaError."""
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
 def frame_size(path: Path) -> Size:
-    """Return (width, height) of an image, or of the frames of a video file or of a folder of images.
-
-    Raises MediaError if it cannot be read.
-    """
+    """Return (width, height) of an image or of a clip's frames. Raises MediaError if it cannot be read."""
     if not _plays(path):
         return image_size(path)
     info = video_info(path)

@@ -320,10 +320,7 @@ def join_processes(
 
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
-    """Return the value that the first process gives, of all or of a group.
-
-    All must call it, after `join_processes`.
-    """
+    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
     first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
     distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
     found: T = values[0]

@@ -44,10 +44,7 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
 
 
 def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
-    """Return the largest possible --blocks_to_swap.
-
-    num_blocks: of each list. counts: `DitSpec.swap_counts`.
-    """
+    """Return the largest --blocks_to_swap. num_blocks: of each list. counts: `DitSpec.swap_counts`."""
     return next(n for n in range(sum(num_blocks), -1, -1) if n == 0 or _fits(num_blocks, counts(n)))
 
 
@@ -68,20 +65,14 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """Return the plan of each list of blocks.
-
-        Raises OptionError if the network has too few blocks.
-        """
+        """Return the plan of each list of blocks. Raises OptionError if the network has too few."""
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = check_swap(self.spec, self.blocks, totals)
         rows = zip(self.spec.block_lists, totals, swapped, strict=True)
         return [plan_list(*each, self.slots) for each in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """Return the names of all weights in host memory, in order of use.
-
-        Raises OptionError as `lists` does.
-        """
+        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for each in self.lists(dit):
             names += [name for index in each.streamed for name in big_weights(dit, f"{each.name}.{index}")]
@@ -167,10 +158,7 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, whole: bool = False) -> HostWeights | None:
-    """Return the host memory for the weights that the plan keeps off the device; None if there are none.
-
-    whole: for all weights.
-    """
+    """Return memory for weights that the plan keeps off the device, or None. whole: for all weights."""
     if not (plan or whole):
         return None
     return HostWeights(plan, device.type == "cuda", machine_of(os.environ), whole)

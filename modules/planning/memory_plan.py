@@ -127,10 +127,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
-    """Return how many processes share the transformer.
-
-    A plan without a launcher is for the cards that --plan tells, and for two if it tells none.
-    """
+    """Return how many processes share the transformer; without a launcher --plan's cards, or two."""
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
