@@ -144,7 +144,6 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Return the numbers of layers before the states that are read, in either form."""
         return self.stacked or self.states
 
     @property
@@ -153,7 +152,6 @@ class LanguageUse:
 
     @property
     def template(self) -> str:
-        """Return the text around a prompt, with `{}` in its place, and around its pictures."""
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
     @property

@@ -243,7 +243,6 @@ class ModelOfPictures(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the models, as outputs name them, whose latents it can start from."""
         return share_latents(self.name)
 
     @property

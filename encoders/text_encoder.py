@@ -165,7 +165,6 @@ class TokenizerSource:
 
 
 def merges_of(file: Path | None) -> Path | None:
-    """Return the second file of a tokenizer in the form of CLIP's release, or None for any other."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -273,7 +272,6 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {f"{name}{fact}": value for fact, value in found.items()}
 
     def write(self, prompt: Prompt) -> Written:
-        """Return a prompt as the encoder reads it."""
         return Written(prompt.text, prompt.spans)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:

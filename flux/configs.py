@@ -62,7 +62,6 @@ class FluxConfig:
 
     @property
     def kind(self) -> str:
-        """DEV, SCHNELL or CHROMA."""
         if self.approximator is not None:
             return CHROMA
         return DEV if self.has_guidance else SCHNELL

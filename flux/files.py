@@ -115,7 +115,6 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @lru_cache
 def _tell_chroma(path: Path) -> None:
-    """Say once that the file, not --model_type, decides."""
     logger.info("%s is Chroma: it is used as --model_type chroma, without CLIP-L", path)
 
 
@@ -175,7 +174,6 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def kind(self) -> str:
-        """DEV, SCHNELL or CHROMA; without a transformer that of --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().kind

@@ -75,7 +75,6 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Return how messages call a transformer: dev, or klein and its width."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 

@@ -184,7 +184,6 @@ class FramePack(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Moments do not: sections have conditions that only frames give."""
         return MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:

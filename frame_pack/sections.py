@@ -78,12 +78,10 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def sections_in(latent_frames: int, window: int) -> int:
-    """Return the number of whole sections after a training video's first frame; 0 if it is too short."""
     return (latent_frames - 1) // window
 
 
 def video_latents(sections: int, window: int) -> int:
-    """Return the number of latent frames of the whole video: the start image and its sections."""
     return sections * window + 1
 
 
@@ -92,7 +90,6 @@ def video_frames(sections: int, window: int) -> int:
 
 
 def section_frames(window: int) -> int:
-    """Return the number of frames that one section decodes to; two neighbouring clips overlap by as many."""
     return pixel_frames(window)
 
 

@@ -77,7 +77,6 @@ def find_quoted(prompt: str) -> list[str]:
 
 
 def glyph_text(prompt: str) -> str | None:
-    """Return the part of a prompt that the glyph encoder reads; None if nothing is to be written."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 

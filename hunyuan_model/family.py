@@ -111,7 +111,6 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Return the model's release; SkyReels V1's text-to-video counts as HunyuanVideo."""
         return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
     # encoding
@@ -144,7 +143,6 @@ class HunyuanVideo(OneTransformer):
         return MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Samples of the posteriors, seeded as those of clips that are encoded here."""
         return sample_moments(media, self.files.beside(self.files.vae_dtype))
 
     # the network

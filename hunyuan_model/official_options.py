@@ -37,7 +37,6 @@ def _precision(default: str = "fp16") -> Any:
 
 
 def _only(value: str | int, reason: str = _FILES_SAY) -> Refusal:
-    """Return an option that can only have its default."""
     return unsupported(reason, f"only {value}", type=type(value), default=value)
 
 

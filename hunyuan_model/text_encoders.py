@@ -84,7 +84,6 @@ VIDEO_TEMPLATE = PromptTemplate(
 
 
 def template_of(system: str | None) -> PromptTemplate:
-    """Return the template with a system text of one's own; None: the release's for videos."""
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 

@@ -81,7 +81,6 @@ class LtxTokens:
     sees_values: bool = False  # self-attention is replaced by its values
 
     def without_self_attention(self) -> "LtxTokens":
-        """Return the inputs of a block whose self-attention is replaced by its values."""
         return replace(self, sees_values=True)
 
     @property

@@ -109,7 +109,6 @@ class Ltx2(OneTransformer):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the dropped caption, the first frame."""
         return (*super().fuller, FIRST_FRAME)
 
     @property

@@ -97,7 +97,6 @@ class Ltx2TextOptions(Options):
 
     @property
     def tokenizer(self) -> Path | None:
-        """Return where --gemma_root has the tokenizer of --gemma_safetensors; None: look for it."""
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 

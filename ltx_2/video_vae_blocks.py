@@ -249,7 +249,6 @@ class ResidualBlocks(nn.Module):
 
 
 def _flat(groups: nn.ModuleList) -> list[nn.Module]:
-    """Return residual blocks and resamplings in computing order."""
     layers: list[nn.Module] = []
     for group in groups:
         layers += group.res_blocks if isinstance(group, ResidualBlocks) else [group]

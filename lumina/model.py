@@ -146,7 +146,6 @@ class LuminaModel(nn.Module):
         return in_own_dtype(self.cap_embedder[1], text).to(dtype)
 
     def count_tokens(self, real: int) -> int:
-        """Return the number of tokens of a text or an image with so many real ones."""
         return real
 
     def _read_caption(

@@ -144,7 +144,6 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
 
 
 def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a generation that say what a sample has in `Request.extra`."""
     given = sample.get("extra") or {}
     return {f"--{option}": given.get(name) for option, name in EXTRAS.items()}
 

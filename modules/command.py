@@ -64,7 +64,6 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def draws_boxes(stream: Any) -> bool:
-    """Return whether the stream is a terminal that can show more than plain lines."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -191,7 +191,6 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 
@@ -347,6 +346,5 @@ def host_peak() -> int:
 
 
 def peak_in_words(device: torch.device) -> str:
-    """Return the most memory used so far: of a CUDA device, else of this process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{gib(used)} GiB"

@@ -82,7 +82,6 @@ class FamilyEntry:
         return [f"{self.generation_script}.py", *option_words(self.options.generation_options(own, sample))]
 
     def make_family(self, kind: str, own: Any) -> Any:
-        """Return the family for the loops, from its options. kind: latent_caching, training, ..."""
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
 
 

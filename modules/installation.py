@@ -62,7 +62,6 @@ DISTRIBUTIONS = {
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of ours by the name that it has in a checkout, such as `wan.family`."""
     return importlib.import_module(PREFIX + name)
 
 
@@ -112,7 +111,6 @@ def find_script(word: str) -> Path | None:
 
 
 def program_words(script: Path) -> list[str]:
-    """Return what follows the interpreter to run a script of ours. script: its path in ROOT."""
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 

@@ -122,7 +122,6 @@ class Refusal(NamedTuple):
 
 
 def refusal_of(action: argparse.Action) -> Refusal | None:
-    """Return why the parser refuses an option, or has no need of it; None for others."""
     return vars(action).get("refusal")
 
 
@@ -384,7 +383,6 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    """Return the public names of a record's options that have this value of a fact."""
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 

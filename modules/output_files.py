@@ -112,7 +112,6 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
-    """Ask as `ask_at_console`, for results that have no other name."""
     return ask_at_console(question, offers_name=False)
 
 

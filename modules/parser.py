@@ -80,7 +80,6 @@ class Parser(argparse.ArgumentParser):
         return full_help(self)
 
     def format_short_help(self) -> str:
-        """Return one screen of the options that people use; all if they are few."""
         from modules.help_text import short_help  # likewise
 
         return short_help(self)

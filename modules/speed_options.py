@@ -137,12 +137,10 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """Return the first back end given, in the order of `TRAINING_FLAGS`; torch's own if there is none."""
         return AttentionChoice(next(iter(self._given), "sdpa"), self.split_attn)
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the flags that an earlier one overrides."""
         return tuple(TRAINING_FLAGS[mode] for mode in self._given[1:])
 
     @property
@@ -169,7 +167,6 @@ class GenerationAttentionOptions(Options):
 
 
 def flag_of(mode: str, training: bool) -> str:
-    """Return the option that selects a back end: `--flash_attn`, or `--attn_mode flash`."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -331,7 +328,6 @@ class ShardingOptions(Options):
 
     @property
     def is_asked(self) -> bool:
-        """Return whether several processes work on the same micro-batch or prompt."""
         return bool(self.shared_by)
 
     def groups_of(self, processes: int, passes: int = 1) -> int:
@@ -446,5 +442,4 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
-    """Return the options with that number of blocks to swap, as after resolving --blocks_to_swap auto."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

@@ -102,7 +102,6 @@ class StepCache:
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
-        """Free all residuals, even if others still refer to the cache: the section is done."""
         self._branches.clear()
 
 
@@ -231,7 +230,6 @@ def relative_change(before: Tensor, now: Tensor) -> Tensor:
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    """Return the value at x of the polynomial. coefficients: highest power first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient

@@ -346,7 +346,6 @@ class OriginalWeights:
         return weight
 
     def keep(self, network: nn.Module) -> None:
-        """Do the same for all parameters of a network that is loaded."""
         for name, parameter in network.named_parameters():
             self(name, parameter)
 

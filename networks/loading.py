@@ -270,7 +270,6 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -176,7 +176,6 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by a number, a part of it in each factor."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 

@@ -43,7 +43,6 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
-    """`high_noise` -> `high-noise expert`."""
     return f"{expert.replace('_', '-')} expert"
 
 

@@ -86,7 +86,6 @@ class QwenImage(ModelOfPictures):
 
     @property
     def name(self) -> str:
-        """Name of the model in caches and LoRAs; releases that edit have one in common."""
         return self.version.name
 
     @property

@@ -189,7 +189,6 @@ def find_checkpoint(ckpt: Path) -> Path:
 
 
 def _is_of_hub(path: Path) -> bool:
-    """Return whether a path that is not here has the form `owner/name`."""
     return path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1
 
 

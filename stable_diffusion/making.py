@@ -199,7 +199,6 @@ class Maker:
     # Texts
 
     def _chunks(self, picture: AskedPicture) -> int:
-        """Return how many chunks the texts of a picture need: the longest one says."""
         return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
 
     def _parts(self, picture: AskedPicture) -> list[str]:

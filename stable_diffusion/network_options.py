@@ -283,12 +283,10 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def num_merged(self) -> int:
-        """How many of the files, from the first, are folded into the model for good."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
     def num_adjustable(self) -> int:
-        """How many of the files have strengths that a prompt may choose (--am)."""
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:

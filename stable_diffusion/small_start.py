@@ -71,7 +71,6 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
-    """Return the first module of each input block of diffusers' U-Net, in the order of their depths."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]

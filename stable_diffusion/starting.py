@@ -134,7 +134,6 @@ def is_masked(picture: AskedPicture) -> bool:
 
 
 def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | None:
-    """Return the share of the steps that are made of a picture; None: all, from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -219,7 +218,6 @@ STRIDE = 8  # pixels of one latent
 
 
 def latent_size(settings: PictureSettings) -> tuple[int, int]:
-    """Return height and width of a picture's latents."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
@@ -236,7 +234,6 @@ def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Return a picture at that size, whatever becomes of its proportions."""
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.LANCZOS)

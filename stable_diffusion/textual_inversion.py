@@ -138,7 +138,6 @@ def with_words(
 
 
 def _alone(name: str) -> str:
-    """Return the pattern of a word that is no part of a longer one."""
     before = r"(?<!\w)" if re.match(r"\w", name) else ""
     behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
     return before + re.escape(name) + behind

@@ -100,7 +100,6 @@ class Wan(OneTransformer):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the dropped caption; if the model takes one, the first frame."""
         return (*super().fuller, FIRST_FRAME) if self.task.keeps_image else super().fuller
 
     @property
@@ -176,7 +175,6 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Return the rules for cached moments: enough unless an image's conditions are cached too."""
         return MomentsRules() if self.image_kind is None else MomentsRules(NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:

@@ -98,7 +98,6 @@ class WanFiles(TransformerFiles):
         return (self.dit_dtype or self.dit_header().compute_dtype) if self.has_dit else None
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return the VAE's dtype: `chosen`, else the transformer's, else the usual one."""
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:

@@ -90,7 +90,6 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
-        """Set up the encoder, in the dtype of its file. in_fp8: keep the linear layers in 8 bits."""
         super().__init__(path, tokenizer)
         self.in_fp8 = in_fp8
 

@@ -57,7 +57,6 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Return whether the name has a part of `targets` and no part of `excluded`."""
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 

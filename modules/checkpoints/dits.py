@@ -76,7 +76,6 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype that the model computes in unless an option says otherwise."""
         return choose_own_dtype(self.block_dtype)
 
 

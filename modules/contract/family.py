@@ -112,7 +112,6 @@ class DitSpec:
     teacache_coefficients: tuple[float, ...] = ()
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
-        """Return the blocks of each list by its name, in the order in which they run."""
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
 

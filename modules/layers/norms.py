@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the dtype of activations between layers: autocast's if it is on, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 

@@ -88,7 +88,6 @@ def exact_table(
 
 
 def turns(angles: Tensor) -> Tensor:
-    """Return cosine and sine of each angle in a new last dimension."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -45,7 +45,6 @@ CLIP_FRAMES = 4  # whose hashes are a clip's
 
 
 def brightness(frame: Frame) -> float:
-    """Return the mean luma, from 0 (black) to 1 (white)."""
     return float(_grey(frame, BLACK_SIDE).mean())
 
 

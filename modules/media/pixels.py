@@ -65,7 +65,6 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> Size:
-    """Return the (width, height) of an image file, or of a video whose first frame serves as one."""
     from modules.media.reading import frame_size
 
     return frame_size(path)

@@ -222,7 +222,6 @@ def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
 
 
 def resize_stretched(frame: Frame, size: Size) -> Frame:
-    """Resize a frame to exactly `size`, bicubic, whatever becomes of its proportions."""
     if (frame.shape[1], frame.shape[0]) == size:
         return frame
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))

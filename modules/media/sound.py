@@ -150,7 +150,6 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
-    """Return whether a stream of subtitles is text that can be repacked; others are pictures."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 

@@ -122,7 +122,6 @@ class Timing:
 
     @property
     def seconds(self) -> Fraction:
-        """From the first picture to the end of the last one."""
         return self._end - self._begin
 
     def note(self, frames: Iterable[Picture]) -> Iterator[Pixels]:

@@ -170,7 +170,6 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
 
 
 def _gather(value: Any) -> list[Any]:
-    """Return the value of every process, in order of rank."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

@@ -151,7 +151,6 @@ def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **name
 
 
 def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks by their paths, in the order in which they run."""
     lists = spec_of(network).blocks(network).items()
     return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
 
@@ -200,7 +199,6 @@ def gather_weight(weight: Tensor) -> Tensor:
 
 
 def rows_here(weight: Any) -> Tensor:
-    """Return the rows that this process has of a split weight."""
     rows: Tensor = weight.to_local().detach()
     return rows
 
@@ -277,7 +275,6 @@ def take_turns(work: Callable[[U], T], own: U) -> T:
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes a launcher started; 1 without one."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 

@@ -79,7 +79,6 @@ class SwapPlan:
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
-        """Return the names of the offloaded input layers that this variant of the network has."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
@@ -105,7 +104,6 @@ def big_weights(network: nn.Module, path: str) -> Iterator[str]:
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, layer) of the layers in a part of a network whose weights are worth moving."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module

@@ -334,7 +334,6 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
-    """Return `extrapolate`: of the network nothing else is noticed."""
     return extrapolate
 
 

@@ -68,7 +68,6 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
-        """Return the phase that needs most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property

@@ -70,7 +70,6 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    """Return the options of a process of a division, which swaps no block."""
     given = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
     return override_options(speed, given)
 
