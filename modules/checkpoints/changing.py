@@ -97,7 +97,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     unknown and a dtype is to be changed.
     """
     names = [name for name in checkpoint.tensors if change.kept.takes(name)]
-    _check_selections(checkpoint, change, names)
+    _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
     unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
@@ -157,7 +157,7 @@ def rename(name: str, change: CheckpointChange) -> str:
     return change.add + name
 
 
-def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: Sequence[str]) -> None:
+def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
