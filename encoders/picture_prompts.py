@@ -58,11 +58,9 @@ class PictureUse:
     most: int = 12845056  # pixels; larger pictures are reduced
 
     def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
-        """Return the files that are shown."""
         return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
-        """Return the text of a picture, which stands for so many tokens."""
         return self.text.format(number=number, tokens=self.token * tokens)
 
 
@@ -75,7 +73,6 @@ class ReadPictures:
 
     @property
     def counts(self) -> list[int]:
-        """Return the number of tokens of each picture."""
         return [rows * columns for rows, columns in self.sides]
 
 

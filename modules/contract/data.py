@@ -236,9 +236,7 @@ class CacheEntry:
 
 
 def add_batch_axis(conditions: Conditions) -> Conditions:
-    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry
-    per sample).
-    """
+    """Give a single sample's conditions a batch axis; lists stay, as they have one entry per sample."""
     return {
         name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
     }

@@ -67,7 +67,6 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
-        """Make a piece free to be taken again."""
         self._free.append(piece)
 
 
@@ -98,7 +97,6 @@ class Offload:
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
-        """Return a context in which tensors that autograd keeps go to host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
