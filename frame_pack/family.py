@@ -125,6 +125,7 @@ class FramePack(OneTransformer):
             height=256,
             frames=video_frames(count_sections(USUAL_SECONDS, self.window), self.window),
             noise_on_cpu=True,
+            extras=("one_frame",),
         )
 
     @property

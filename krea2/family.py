@@ -12,6 +12,7 @@ from krea2.configs import DIT, KREA_2, LATENT, NOISE
 from krea2.files import KEY, KREA_2_USE, Krea2Files, is_raw, is_turbo
 from krea2.names import LORA
 from krea2.options import (
+    EXTRAS,
     MU_OF_FEW,
     MU_OF_MANY,
     MU_OF_TURBO,
@@ -45,7 +46,7 @@ from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 
 TEXTS_AGAIN = "krea2_cache_text_encoder_outputs.py"
-DEFAULTS = picture_defaults(28, 5.5, SIDE)
+DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=8, guidance_scale=1.0)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
@@ -60,7 +61,7 @@ class Krea2(ModelOfPictures):
 
     name: str = field(default="krea2", init=False)
     named: ClassVar = {
-        "architecture": "krea2",
+        "architecture": "Krea-2",
         "resolution": f"{SIDE}x{SIDE}",
         "implementation": "https://github.com/krea-ai/krea-2",
         "model_type": "krea2",
@@ -145,7 +146,7 @@ class Krea2(ModelOfPictures):
         prepared = self.settle_picture(request, 1.0)
         if request.flow_shift is not None:
             return prepared
-        told = {name: float(text) for name, text in request.extra.items() if name in {"mu", "y1", "y2"}}
+        told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, value in told.items():
             check_mu(value, f"--{name}")
         ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
