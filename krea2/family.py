@@ -1,5 +1,6 @@
 """Krea 2, described for the shared loops."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,8 @@ from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "krea2_cache_text_encoder_outputs.py"
 DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
@@ -151,6 +154,12 @@ class Krea2(ModelOfPictures):
             check_mu(value, f"--{name}")
         ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
         mu = told.get("mu", MU_OF_TURBO if self.is_turbo and ends == (MU_OF_FEW, MU_OF_MANY) else None)
+        if prepared.guidance_scale == (1.0,) and self.files.dit and is_raw(self.files.dit):
+            logger.warning(
+                "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "Turbo, or a --guidance_scale such as %g",
+                *(self.files.dit, DEFAULTS.guidance_scale),
+            )
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
