@@ -235,7 +235,7 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
 
 
 def test_norms_in_pieces_keep_what_their_kernels_keep(tmp_path: Path) -> None:
-    """A step of Krea 2, whose feed-forwards have their norm in them: pieces are computed again as at first."""
+    """A step of Krea 2, whose feed-forwards have their norm in them, is computed again as at first."""
     dit = krea2.write_dit(tmp_path, krea2.tiny_state(dtype=torch.bfloat16))
     words = ("--dit", dit, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
     own, options = read_family(Krea2TrainingOptions, False, *words)
