@@ -124,6 +124,7 @@ class FramePack(OneTransformer):
             height=256,
             frames=video_frames(count_sections(USUAL_SECONDS, self.window), self.window),
             noise_on_cpu=True,
+            extras=("one_frame",),
         )
 
     @property

@@ -12,6 +12,7 @@ from lumina.files import LuminaFiles
 from lumina.names import LORA
 from lumina.options import (
     CFG_TRUNC_RATIO,
+    EXTRAS,
     RENORM_CFG,
     LuminaGenerationOptions,
     LuminaLatentCachingOptions,
@@ -47,7 +48,7 @@ TEXT_KEYS = GemmaTextEncoder.keys
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
 FLOW_SHIFT = 6.0  # where nothing is said
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
-DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER)
+DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 

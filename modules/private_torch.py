@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable imports Dynamo at once
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,6 +24,7 @@ __all__ = [
     "disable_modes",
     "dynamo",
     "exchange_rows",
+    "function_modes",
     "has_cpp_compiler",
     "has_triton",
     "has_triton_package",

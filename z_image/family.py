@@ -12,6 +12,7 @@ from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_cha
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
+from lumina.options import EXTRAS
 from modules.attention.attend import BACKENDS
 from modules.contract.data import (
     Batch,
@@ -63,7 +64,7 @@ Z_IMAGE_USE = LanguageUse(
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
 # of a transformer whose name says no release: those of the known tuner
-DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
+DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # pattern of a name -> defaults of that release; tensors do not tell them apart. Source: the model cards
 RELEASED = {
     r"turbo": replace(DEFAULTS, steps=8),

@@ -353,6 +353,7 @@ class SamplingDefaults:
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:

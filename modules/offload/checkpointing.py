@@ -20,7 +20,7 @@ import math
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -39,6 +39,7 @@ from torch.utils.checkpoint import (
 from modules.contract.family import DitSpec
 from modules.contract.loading import TensorInfo
 from modules.offload.host_memory import Transfer, allocate, transfer_to
+from modules.private_torch import function_modes
 
 ALIGNMENT = 256  # bytes
 
@@ -315,6 +316,7 @@ class _Given:
         self._tensors: list[Tensor] | None = tensors
         self._pieces = x.chunk(count, dim=1)  # split once, so that the pieces' gradients are joined once
         self._done = 0  # recomputed pieces
+        self._modes = function_modes()  # a rehearsal's: torch turns them off during `backward`
 
     def forget(self) -> None:
         """Release everything until the backward pass: all pieces are computed."""
@@ -336,4 +338,7 @@ class _Given:
             self._done += 1
             if self._done == self._count:
                 self.forget()
-        return self._method(self._block, *inputs)
+        with ExitStack() as stack:
+            for mode in self._modes if is_again else ():
+                stack.enter_context(mode)
+            return self._method(self._block, *inputs)
