@@ -193,7 +193,6 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:
-    """Return the value of `bt_{name}`, or of `name` as some existing tools write it; None if missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 

@@ -58,23 +58,19 @@ class Facts:
 
     @property
     def container(self) -> str:
-        """Return how the tensors are stored."""
         kinds = {"safetensors" if is_safetensors(file) else "torch (pickle)" for file in self.files}
         return " and ".join(sorted(kinds))
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def numbers(self) -> int:
-        """Return how many numbers the tensors have together."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file, which can be opened, is a safetensors file and no torch file."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 

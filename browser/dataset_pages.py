@@ -167,7 +167,6 @@ class DatasetPages:
         }
 
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
-        """Return the address of a small picture, another one if the file changes; None if there is none."""
         place = Path(part.get("in", part["path"]))
         if not self.runs.is_below(place) or ("in" in part and "offset" not in part):
             return None

@@ -91,7 +91,6 @@ class Job:
 
     @property
     def code_path(self) -> Path:
-        """Return the file that has the exit code once it has ended."""
         return self.log.with_suffix(".code")
 
     @property
@@ -158,7 +157,6 @@ class _Book:
         job.code_path.unlink(missing_ok=True)
 
     def next(self) -> Job | None:
-        """Return the first job that waits; None if there is none, or if one runs."""
         waiting = [job for job in self.jobs if job.state == WAITING]
         return waiting[0] if waiting and all(job.state != RUNNING for job in self.jobs) else None
 
@@ -393,7 +391,6 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    """Return the queue in the first of the folders of runs."""
     top = runs.roots[0]
     return JobQueue((top if top.is_dir() else top.parent) / FOLDER, read_only)
 

@@ -396,7 +396,6 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the line that reports an unknown key, with the nearest known one, or why it is not supported."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
@@ -404,6 +403,5 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as a line reports it: short, without passwords."""
     text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."

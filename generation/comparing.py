@@ -219,7 +219,6 @@ def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     video, latents = _files(options, cell)
 
     def about_making(tags: Mapping[str, str]) -> dict[str, str]:
-        """Return this program's tags, without the time; videos do not store empty texts."""
         ours = {name: text for name, text in tags.items() if name.startswith("bt_") and text}
         return {name: text for name, text in ours.items() if name != f"bt_{CREATED}"}
 

@@ -105,12 +105,10 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def loras_of(options: GenerationOptions) -> dict[str, LoraOptions]:
-    """Return the LoRA options, by expert as `LORA_OPTIONS` has them."""
     return {"": options.lora, HIGH_NOISE: options.experts.loras}
 
 
 def key_of(expert: Expert) -> str:
-    """Return the name under which `LORA_OPTIONS` has an expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 

@@ -84,7 +84,6 @@ class PhasePrediction:
 
     @property
     def most(self) -> int:
-        """Return the largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> Phase:
@@ -98,7 +97,6 @@ class PhasePrediction:
         return Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        """Return the plan of all phases with this number of blocks swapped."""
         return MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
@@ -147,7 +145,6 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[Ledger]:
-    """Dry-run everything inside without gradients, with the networks that an object holds on the device."""
     with dry_run() as ledger, torch.no_grad():
         for network in modules_in(networks):
             place(network, ledger)
@@ -325,7 +322,6 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request of a run that needs most memory while denoising, and its prediction."""
     turns, candidates = turns_of(family, options, requests), largest_of(family, requests)
     predictions = [(each, predict(family, options, each, device, turns, room)) for each in candidates]
     return max(predictions, key=lambda each: each[1].device(0))

@@ -77,19 +77,16 @@ def _few_steps(family: Any, dit: Path | None) -> str | None:
 
 
 def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
-    """Return what a model makes, in words: clips, pictures, edits, sound."""
     made = ["edits"] if facts.needs_reference else ["pictures" if model.data["frames"] == 1 else "clips"]
     made += ["edits"] if facts.references and not facts.needs_reference else []
     return " and ".join([*made, *(["sound"] if facts.hears else [])])
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size of all transformers of a model, as released."""
     return sum(part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the transformers that a model is trained with, as released."""
     return [part for part in model.components if part.role.startswith("transformer")]
 
 
@@ -155,7 +152,6 @@ def _ask(question: str, read: Callable[[str], Any], table: str) -> Any:
 
 
 def _by_number(text: str, known: Sequence[str]) -> str:
-    """Return the name in a line of a table, or the text if it is no such number or a name itself."""
     number = int(text) if re.fullmatch(r"[1-9]\d?", text) and text not in known else 0
     return known[number - 1] if 0 < number <= len(known) else text
 

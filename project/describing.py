@@ -69,19 +69,16 @@ class Choice:
         return self.found.media
 
     def inside(self, path: Path) -> str:
-        """Return a path as seen from the folder."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return width and height to train at: the usual area, or less, in the shape of the middle one."""
     sizes = sorted((one.size for one in media), key=lambda size: size[0] * size[1])
     usual = model.data["resolution"]
     return _within(sizes[len(sizes) // 2], usual[0] * usual[1])
 
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return a size of the same shape with about so many pixels, or fewer, in steps that all models take."""
     factor = sqrt(area / (size[0] * size[1]))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
@@ -100,7 +97,6 @@ def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return how many frames a clip has at the rate of the model."""
     return int((clip.seconds or 0) * model.data["fps"])
 
 
@@ -196,7 +192,6 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that stands in a line of a prompt file, without options."""
     return re.sub(r"(^|\s)-+", r"\1", " ".join(drop_control_codes(text).split())).lstrip("#").strip()
 
 

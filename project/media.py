@@ -254,7 +254,6 @@ def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
-    """Return the pictures in `source` that a picture is made from, by the rules of `control_directory`."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -271,7 +270,6 @@ def why_unread(path: Path) -> str:
 
 
 def _tell_unread(place: Path, source: Path, media: Sequence[Media]) -> Iterator[str]:
-    """Yield lines about references that cannot be read."""
     for one in media:
         if one.path.parent == place and not one.is_clip:
             for why in filter(None, map(why_unread, reference_of(one, source))):
@@ -342,6 +340,5 @@ def _is_silent(path: Path) -> bool:
 
 
 def name_some(paths: Sequence[Path]) -> str:
-    """Return the first names and how many more there are."""
     names = [path.name for path in paths]
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

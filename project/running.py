@@ -59,7 +59,6 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
-        """Files of the model that are not there."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -181,7 +180,6 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _download_size(words: Sequence[str]) -> str:
-    """Return what a download command brings, in words; "" for one that is not known."""
     values = dict(zip(words, words[1:], strict=False))
     sets: list[ModelSet] = find_models("--fp8_encoders" in words)
     named = [one for one in sets if (one.family, one.task) == (values.get("--family"), values.get("--task"))]

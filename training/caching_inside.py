@@ -56,7 +56,6 @@ class Where(Enum):
 
     @property
     def is_made(self) -> bool:
-        """Return whether it is cached by the training command."""
         return self in {Where.NPZ, Where.MEMORY}
 
 
@@ -70,12 +69,10 @@ class TablePlan:
 
     @property
     def is_own(self) -> bool:
-        """Return whether all of it is in the caches that the table names."""
         return self.latents is self.texts is Where.OWN
 
     @property
     def can_be_planned(self) -> bool:
-        """Return whether a batch can be rehearsed before anything is encoded."""
         texts = (Where.OWN, Where.NPZ, Where.LIVE)
         return self.latents in {Where.OWN, Where.NPZ} and self.texts in texts
 
@@ -183,7 +180,6 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Return where the entries of all tables are."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -231,7 +227,6 @@ def _size(source: MediaSource) -> Size:
 
 
 def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
-    """Return the options of the caching loop; nothing is removed as stale."""
     return CachingOptions.usual(
         dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
     )
@@ -356,7 +351,6 @@ class LiveMedia:
     """The media encoders of a family, kept while training, for pictures."""
 
     def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
-        """tables: by index; those with `media` are encoded here."""
         self._family, self._tables = family, tables
         self._encoders = EncodersOnDemand(family, device)
 

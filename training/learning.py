@@ -253,7 +253,6 @@ def _add_learner(
 
 
 def _saved_network(plan: TrainingPlan, expert: Expert) -> Mapping[str, Tensor]:
-    """Return the tensors of an expert's network in the state that will be restored; empty without one."""
     if not isinstance(plan.saved, SavedState):
         return {} if plan.saved is None else plan.saved.network
     part = f"{expert.name}_network" if plan.options.by_expert.lora_per_expert else "network"

@@ -50,7 +50,6 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # at its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
-        """Note that nothing of the table can be used."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def told(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
@@ -62,7 +61,6 @@ class TableFindings:
         return found
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Note items of a bucket by their sources."""
         self.buckets[bucket] += len(stems)
         self.places += [(stem, bucket) for stem in stems]
 
@@ -96,7 +94,6 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
-    """Return what stands behind the size of a bucket of images with reference pictures; "" for others."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -145,7 +142,6 @@ class CheckResult:
 
     @property
     def lines(self) -> list[str]:
-        """Return all lines to print; the last one is the verdict."""
         faults, remarks = self.num_faults, self.num_remarks
         verdict = f"Something is wrong: see above. Faults: {faults}." if faults else "Nothing is wrong."
         tables = [line for found in self.tables for line in found.lines()]
@@ -198,7 +194,6 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
 
 
 def indent(lines: Iterable[str]) -> list[str]:
-    """Return the lines, each two characters further right."""
     return [f"  {line}" for line in lines]
 
 
@@ -231,7 +226,6 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return how many sources have each number of control media, ascending; nothing if none has any."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 

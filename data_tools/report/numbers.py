@@ -130,7 +130,6 @@ def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
 
 
 def _items_per_epoch(found: TableFindings) -> int:
-    """Return how often an epoch shows an item of a table; nothing of one for validation."""
     return 0 if found.table.validation else round(found.num_items * found.table.num_repeats * found.times)
 
 
@@ -249,7 +248,6 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
 
 
 def _plain(value: float) -> float | int:
-    """Return a whole number as int, others rounded."""
     number = round(float(value), DIGITS)
     return int(number) if number == int(number) else number
 

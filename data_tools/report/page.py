@@ -253,7 +253,6 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _shorten(text: str, most: int) -> str:
-    """Return the beginning of a text, and how much is left out."""
     return text if len(text) <= most else f"{text[:most]} [... and {len(text) - most:,} more characters]"
 
 
@@ -314,5 +313,4 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
 
 
 def _number(value: float) -> str:
-    """Return a number as short text."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -91,7 +91,6 @@ def read_batch(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
-    """Return how many items the clip of an item gives; 0 if its cache does not say."""
     table, clip = item.table, record.clip
     if clip is None or not (clip.complete or table.frame_extraction == "head") or record.parts > 1:
         return 0
@@ -210,7 +209,6 @@ class _Reader:
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    """Return the stores of a run whose tables say where their caches are."""
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 

@@ -50,7 +50,6 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """Return the divisor of height and width."""
         return 1 << (len(self.down) - 1)
 
 

@@ -79,7 +79,6 @@ class Rehearsal:
 
     @property
     def counts(self) -> Counts:
-        """Return how many blocks each list has."""
         return tuple(map(len, self.blocks.values()))
 
     @property
@@ -266,7 +265,6 @@ def dress_trainable(
 
 
 def held_by(optimizer: Optimizer) -> list[Tensor]:
-    """Return the tensors of an optimizer's states."""
     kept = (value for state in optimizer.state.values() for value in state.values())
     return [value for value in kept if isinstance(value, Tensor)]
 
@@ -306,7 +304,6 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """Return accelerate's autocast for --mixed_precision."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext

@@ -108,7 +108,6 @@ class Readings:
     _last: Moment | None = field(default=None, init=False)  # end of the last step or pause
 
     def restart_clock(self, device: torch.device) -> None:
-        """Exclude the time until now (samples, saving, validation) from the next step."""
         self._last = self._moment(device.type)
 
     def push(self, step: StepReport, row: Tensor) -> StepReport | None:

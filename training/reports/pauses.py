@@ -18,7 +18,6 @@ class Pauses:
 
     @contextmanager
     def of(self, kind: str) -> Iterator[None]:
-        """Time a pause; one that an error ends does not count."""
         start = self.now()
         yield
         self.seconds.setdefault(kind, []).append(self.now() - start)
