@@ -181,15 +181,9 @@ def _make_cards(
         measures = found.looks[place].measures if found.looks else None
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         counts = [counters.count(caption) if caption else [] for caption in captions]
-        flags = {
-            "faulty": bool(faults),
-            "told": bool(remarks),
-            "black": measures is not None and measures.is_black,
-            "static": measures is not None and measures.is_static,
-            "blurred": measures is not None and measures.is_blurred,
-            "copy": str(source.path) in copies,
-            "cut": look.cut_percent > 20,
-        }
+        told_of = {"faulty": bool(faults), "told": bool(remarks)}
+        seen = {name: bool(getattr(measures, f"is_{name}", False)) for name in ("black", "static", "blurred")}
+        flags = {**told_of, **seen, "copy": str(source.path) in copies, "cut": look.cut_percent > 20}
         return Card(
             f"file-{found.table.index + 1}-{place}",
             source,
