@@ -10,7 +10,7 @@ micro-batch's number, as that of noise and timesteps.
 
 import logging
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -73,8 +73,7 @@ class TablePlan:
 
     @property
     def can_be_planned(self) -> bool:
-        texts = (Where.OWN, Where.NPZ, Where.LIVE)
-        return self.latents in {Where.OWN, Where.NPZ} and self.texts in texts
+        return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
 
 
 def prepare_sources(
@@ -123,18 +122,17 @@ def _fill(
     loop, conclude = import_own("dataset.caching.loop"), import_own("dataset.caching.prefetch").conclude
     stores = replace(stores, trusts=options.skip_cache_check)
 
-    def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
-        return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))
-
-    media = tables(lambda plan: plan.latents.is_made)
-    if media.datasets:
-        report = loop.cache_media(family, media, _loop_options(media, device, options.vae_batch_size), stores)
-        conclude(replace(report, foreign=0))  # files of other programs are no surprise here
-    texts = tables(lambda plan: plan.texts.is_made)
-    if texts.datasets:
-        batch_size = options.text_encoder_batch_size
-        report = loop.cache_texts(family, texts, _loop_options(texts, device, batch_size), stores)
-        conclude(replace(report, foreign=0))
+    for kind, cache, batch_size in (
+        ("latents", loop.cache_media, options.vae_batch_size),
+        ("texts", loop.cache_texts, options.text_encoder_batch_size),
+    ):
+        tables = tuple(plan.table for plan in plans if getattr(plan, kind).is_made)
+        if tables:
+            asked = CachingOptions.usual(
+                dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
+            )
+            report = cache(family, DatasetConfig(config.path, tables), asked, stores)
+            conclude(replace(report, foreign=0))  # files of other programs are no surprise here
 
 
 def plan_tables(
@@ -224,12 +222,6 @@ def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mappin
 def _size(source: MediaSource) -> Size:
     with fetch(source) as here:
         return image_size(here.path)
-
-
-def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
-    return CachingOptions.usual(
-        dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
-    )
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
