@@ -113,10 +113,6 @@ class DitTurns:
     _place: int = 0  # in the plan
     _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
 
-    @property
-    def working(self) -> list[nn.Module]:
-        return [self._dits[expert] for expert in self._working]
-
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
         """Yield timestep -> the network for it, on the device.

@@ -4,7 +4,6 @@ The kinds are the text encoders, the media encoders (VAE and image encoder) and 
 kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,8 +31,6 @@ from modules.planning.device_memory import host_room, spare_bytes
 
 if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
     from networks.text_loras import TextLoras
-
-logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 NO_ENCODERS = MediaEncoders(vae=None)

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grid_options import Axis, cells_of
-from generation.making import GenerationJob, GenerationRun, make_job, make_outputs, of_each_line
+from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
-from generation.request import draw_seed
+from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, of_each_line
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
