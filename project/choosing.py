@@ -114,25 +114,23 @@ def choose_model(options: NewOptions, memory: float) -> tuple[ModelSet, str | No
     asks = options.family is None and has_terminal()
     named = None if options.family is None else _read_family(options.family, models)
     if named is None:
-        if not asks:
-            names = dict.fromkeys(one.family for one in models)
-            raise OptionError(f"--family is missing: give one of {', '.join(names)}")
         known = list(dict.fromkeys(one.family for one in models))
+        if not asks:
+            raise OptionError(f"--family is missing: give one of {', '.join(known)}")
         table = _family_table(models, memory)
         named = _ask("--family", lambda text: _read_family(_by_number(text, known), models), table)
     family, task = named
     tasks = [one for one in models if one.family == family]
+    names = [one.task for one in tasks]
     if options.task is not None:
         task = _read_task(options.task, tasks)
     elif task is None and len(tasks) == 1:
-        task = tasks[0].task
+        task = names[0]
     elif task is None and has_terminal():
-        asks = True
-        known = [one.task for one in tasks]
-        table = _task_table(tasks, memory)
-        task = _ask("--task", lambda text: _read_task(_by_number(text, known), tasks), table)
+        asks, table = True, _task_table(tasks, memory)
+        task = _ask("--task", lambda text: _read_task(_by_number(text, names), tasks), table)
     elif task is None:
-        raise OptionError(f"--task is missing: give one of {', '.join(one.task for one in tasks)}")
+        raise OptionError(f"--task is missing: give one of {', '.join(names)}")
     word = options.trigger_word
     if asks and word is None:
         word = _ask("--trigger_word (a made-up word for what is learned; empty: none)", _read_trigger, "")
@@ -193,8 +191,7 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
 
 def _read_task(text: str, tasks: Sequence[ModelSet]) -> str:
     """Return the task of any spelling, or of its number in the table. Raises OptionError."""
-    known = [one.task for one in tasks]
-    plain = _plain(text)
+    known, plain = [one.task for one in tasks], _plain(text)
     same = [name for name in known if _plain(name) == plain]
     near = same or [name for name in known if len(plain) > 1 and plain in _plain(name)]
     if len(near) == 1:
@@ -212,7 +209,7 @@ def _family_table(models: Sequence[ModelSet], memory: float) -> str:
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
         makes = dict.fromkeys(describe_makes(one, ask_family(one)) for one in tasks)
         rows.append((name, ", ".join(makes), size, describe_fit(smallest, memory)))
-    return _numbered(("", "family", "makes", "download", _fit_title(memory)), rows)
+    return _numbered(("family", "makes", "download", f"--memory {memory:.0f}"), rows)
 
 
 def _task_table(tasks: Sequence[ModelSet], memory: float) -> str:
@@ -220,13 +217,9 @@ def _task_table(tasks: Sequence[ModelSet], memory: float) -> str:
         (one.task, one.about, gigabytes(total_bytes(one.components)), describe_fit(one, memory))
         for one in tasks
     ]
-    return _numbered(("", "task", "", "download", _fit_title(memory)), rows)
-
-
-def _fit_title(memory: float) -> str:
-    return f"--memory {memory:.0f}"
+    return _numbered(("task", "", "download", f"--memory {memory:.0f}"), rows)
 
 
 def _numbered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = in_columns([head, *((str(number), *row) for number, row in enumerate(rows, 1))])
+    lines = in_columns([("", *head), *((str(number), *row) for number, row in enumerate(rows, 1))])
     return "\n".join([*lines, ""])
