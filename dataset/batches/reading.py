@@ -1,7 +1,6 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
 from modules.contract import data
 from modules.errors import CacheError
-
-logger = logging.getLogger(__name__)
 
 
 def read_batch(
