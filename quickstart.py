@@ -99,7 +99,6 @@ def clear(folder: Path) -> None:
 
 
 def show_footage(runner: "Runner") -> None:
-    """Take real clips through the decoder, the cache and the VAE."""
     runner.run("Taking real footage", ["-m", "pocket.footage", "quickstart/footage"])
     dataset = ["--dataset_config", "quickstart/footage/dataset.toml"]
     runner.run("Caching its latents", ["wan_cache_latents.py", *dataset, *VAE])
@@ -131,7 +130,6 @@ def training_command(name: str) -> list[str]:
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:
-    """Generate the clips of quickstart/PROMPTS.txt into quickstart/FOLDER."""
     weights = ["--lora_weight", *(lora(name) for name in loras)] if loras else []
     clips = ["--from_file", f"quickstart/{prompts}.txt", "--save_path", f"quickstart/{folder}"]
     runner.run(title, ["wan_generate_video.py", *MODEL, *VAE, *T5, *CLIP, *clips, *weights])

@@ -55,8 +55,9 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from blissful_tuner.latent_preview import preview_clip
     from generation.denoise import make_latents
     from generation.dressing import dit_loader
-    from generation.making import GenerationRun, encode_all_inputs, make_job
+    from generation.making import encode_all_inputs
     from generation.options import read_generation
+    from generation.request import GenerationRun, make_job
     from generation.session import Session, wanted_texts
     from modules.devices import Failures, choose_device
     from wan.family import family_for_generation

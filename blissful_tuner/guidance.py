@@ -37,7 +37,7 @@ from blissful_tuner.guidance_formulas import (
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Prepared
-from modules.contract.rules import ONE_EXPERT, Expert, StreamGuidance, expert_at
+from modules.contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
 from modules.contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
@@ -101,18 +101,8 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     weakened = Pass("negative", Tweaks(skip_blocks=layers))
     weakens = active_steps(options, prepared.num_steps) if layers else range(0)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
-    rules = prepared.rules
-    rule = rules.projection
-    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
-    if rules.streams:
-        given |= {"--slg_layers": bool(layers), "--guidance_rescale": options.guidance_rescale != 0}
-    for option, is_given in given.items():
-        if is_given and (rule is not None or rules.streams):
-            own = "for the picture and for the sound" if rules.streams else "projected guidance"
-            raise OptionError(
-                f"{option} replaces the formula of guidance, and this model has one of its own ({own}). "
-                "Leave it out"
-            )
+    rules, rule = prepared.rules, prepared.rules.projection
+    refuse_other_formulas(rules, options)
     perturbed = Pass("positive", Tweaks(skip_self_attention=rules.perturbed_blocks))
     isolated = Pass("positive", Tweaks(isolated=True))
 
@@ -162,6 +152,23 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
+
+
+def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
+    """Raise OptionError if the options replace a formula that is the model's own."""
+    if rules.projection is None and not rules.streams:
+        return
+    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
+    own = "projected guidance"
+    if rules.streams:
+        given |= {"--slg_layers": bool(options.skipped_layers)}
+        given |= {"--guidance_rescale": options.guidance_rescale != 0}
+        own = "for the picture and for the sound"
+    for option in (option for option, is_given in given.items() if is_given):
+        raise OptionError(
+            f"{option} replaces the formula of guidance, and this model has one of its own ({own}). "
+            "Leave it out"
+        )
 
 
 def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:

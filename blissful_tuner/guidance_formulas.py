@@ -60,7 +60,6 @@ class PassPlan:
 
     @functools.cached_property
     def passes(self) -> tuple[Pass, ...]:
-        """Return the passes of all stages, each once, the positive one first."""
         if self.factor == 0:
             return ()
         stages = (*self.stages, *self.sound)
@@ -68,7 +67,6 @@ class PassPlan:
 
     @property
     def most_together(self) -> int:
-        """Return how many passes can be one batch at most: those with the same tweaks."""
         return max(Counter(one.tweaks for one in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -158,7 +156,6 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
 # the known video tools, whose numbers users know, take the negative one.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps, of those that are made, at which layers are skipped."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 

@@ -67,20 +67,7 @@ def output_metadata(
         "video_length": request.frames,
         "fps": f"{request.fps:g}",
     }
-    optional: dict[str, object] = {
-        "embedded_cfg_scale": request.embedded_guidance,
-        "nag_prompt": request.asked.away_prompt,
-        "prompt_2": request.asked.second_prompt,
-        "device": device,
-        CREATED: None if created is None else created.isoformat(timespec="seconds"),
-        **(request.asked.source.in_words() if request.asked.source is not None else {}),
-    }
-    optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
-    media = ("image_path", "end_image_path", "control_path")
-    optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
-    controls = request.asked.control_images
-    optional["control_image_path"] = "\n".join(path.name for path in controls) if controls else None
-    values |= {name: value for name, value in optional.items() if value is not None}
+    values |= _optional(request, device, created)
     # of further experts: their guidance scales, and where they begin
     values |= {f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()}
     further = list(zip(experts, request.guidance_scale, strict=True))[1:]
@@ -103,6 +90,24 @@ def output_metadata(
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()
     }
+
+
+def _optional(request: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
+    """Return what only some outputs have."""
+    asked = request.asked
+    values: dict[str, object] = {
+        "embedded_cfg_scale": request.embedded_guidance,
+        "nag_prompt": asked.away_prompt,
+        "prompt_2": asked.second_prompt,
+        "device": device,
+        CREATED: None if created is None else created.isoformat(timespec="seconds"),
+        **(asked.source.in_words() if asked.source is not None else {}),
+    }
+    values |= {f"original_{name}": text for name, text in asked.typed.items()}
+    media = ("image_path", "end_image_path", "control_path")
+    values |= {name: path.name for name in media if (path := getattr(asked, name)) is not None}
+    values["control_image_path"] = "\n".join(path.name for path in asked.control_images) or None
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def lora_name(expert: str) -> str:
@@ -193,7 +198,6 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:
-    """Return the value of `bt_{name}`, or of `name` as some existing tools write it; None if missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 

@@ -153,7 +153,6 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _as_line(text: str) -> str:
-    """Return a text as one line: line breaks as `\\n`, control codes written out."""
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
     return shorten(escape_control_codes(plain), MOST_OF_VALUE)
 

@@ -13,17 +13,7 @@ from typing import Any
 
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.bars import BYTES, Bar
-from modules.checkpoints.changing import (
-    INDEX,
-    CheckpointChange,
-    NewFile,
-    Selection,
-    existing_shards,
-    gather,
-    plan_change,
-    split,
-    write_shards,
-)
+from modules.checkpoints import changing
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
 from modules.checkpoints.writing import stream_tensors
@@ -58,23 +48,19 @@ class Facts:
 
     @property
     def container(self) -> str:
-        """Return how the tensors are stored."""
         kinds = {"safetensors" if is_safetensors(file) else "torch (pickle)" for file in self.files}
         return " and ".join(sorted(kinds))
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def numbers(self) -> int:
-        """Return how many numbers the tensors have together."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file, which can be opened, is a safetensors file and no torch file."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
@@ -208,21 +194,21 @@ def work(
     ask: answers whether files that exist are replaced. Raises UserError.
     """
     output = None if options.convert is None else output_name(options.convert, options.shard_size is not None)
-    with gather(options.input) as checkpoint:
+    with changing.gather(options.input) as checkpoint:
         plan, replaced = None, []
         if output is not None:
-            replaced = [output] if options.shard_size is None else [output, *existing_shards(output)]
-            indexes = list(options.input.glob(f"*{INDEX}")) if options.input.is_dir() else []
+            replaced = [output] if options.shard_size is None else [output, *changing.existing_shards(output)]
+            indexes = list(options.input.glob(f"*{changing.INDEX}")) if options.input.is_dir() else []
             for path in replaced:
                 refuse_replacing(OPTION, path, [*checkpoint.parts, options.input, *indexes])
-            change = CheckpointChange(
+            change = changing.CheckpointChange(
                 None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
                 _selection(options),
-                Selection(options.full_target_keys or (), options.full_exclude_keys or ()),
+                changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ()),
                 options.strip_prefix or (),
                 options.add_prefix or "",
             )
-            plan = plan_change(checkpoint, change, knowledge.stale)
+            plan = changing.plan_change(checkpoint, change, knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         if output is not None and plan is not None:
@@ -248,8 +234,8 @@ def output_name(path: Path, in_shards: bool) -> Path:
     return path
 
 
-def _selection(options: ModelUtilityOptions) -> Selection:
-    return Selection(options.target_keys or (), options.exclude_keys or ())
+def _selection(options: ModelUtilityOptions) -> changing.Selection:
+    return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
@@ -305,12 +291,12 @@ def _hash_lines(
     return lines
 
 
-def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
+def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]:
     """Write the file, or its shards, print their names, and return them."""
     for note in plan.notes:
         logger.info("%s", note)
-    if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:
-        paths = write_shards(output, plan.tensors, plan.read, plan.metadata, shard_bytes)
+    if shard_bytes and len(changing.split(plan.tensors, shard_bytes)) > 1:
+        paths = changing.write_shards(output, plan.tensors, plan.read, plan.metadata, shard_bytes)
         what = f"{paths[-1]} and {len(paths) - 1} files"
     else:
         if shard_bytes:

@@ -125,12 +125,10 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def skipped_layers(self) -> frozenset[int]:
-        """The blocks that skip-layer guidance leaves out; none if it is off."""
         return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
 
     @property
     def scaled_steps(self) -> int:
-        """How many of the first steps have their velocity scaled, so that it predicts no clean clip."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -170,7 +168,6 @@ class PromptOptions(Options, title="prompts"):
 
     @property
     def draws(self) -> bool:
-        """Whether parts of prompts may be drawn."""
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
@@ -344,6 +341,5 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
 
     @property
     def is_on(self) -> bool:
-        """Whether passes are skipped or measured, whatever a prompt line adds."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)

@@ -97,7 +97,6 @@ class PromptRewriter:
         return model.to(device), tokenizer
 
     def free(self) -> None:
-        """Release the model and its memory."""
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:

@@ -277,7 +277,6 @@ def choose_alternatives(text: str, choose: Choose) -> str:
 
 
 def unescape(text: str) -> str:
-    """Return a text with `{`, `}` and `|` in place of `\\{`, `\\}` and `\\|`."""
     return _ESCAPED.sub(r"\1", text)
 
 

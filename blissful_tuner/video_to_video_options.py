@@ -51,7 +51,6 @@ class SourceDefaults:
 
     @property
     def usual(self) -> dict[str, Any]:
-        """Return the script's defaults for the options of a source, by name."""
         names = (self.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
         record = SourceOptions()
         return {name: self.declared()["defaults"].get(name, getattr(record, name)) for name in names}
@@ -97,7 +96,6 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def share(self) -> str:
-        """The option of `denoise`."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property

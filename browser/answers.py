@@ -38,7 +38,6 @@ def answer_file(path: Path) -> Response:
 
 
 def answer_gone() -> Response:
-    """Return that there is no run, dataset or file of this address."""
     return PlainTextResponse(GONE, 404)
 
 
@@ -52,5 +51,4 @@ def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Reque
 
 
 def answer_form(answer: Callable[[Request, Form], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """As `answer_body`, for a request that sends a form."""
     return answer_body(lambda request, body: answer(request, parse_qs(body.decode("utf-8", "replace"))))

@@ -105,7 +105,6 @@ class Captions:
 
 
 def mark_bytes(content: bytes | None) -> str:
-    """Return a text that differs for other bytes; empty if there is no file."""
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
 
 

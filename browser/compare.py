@@ -55,7 +55,6 @@ class ComparableRun:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the clips that are made here."""
         return self.run.history.parent / COMPARED_FOLDER
 
     @property
@@ -65,7 +64,6 @@ class ComparableRun:
 
     @property
     def working_folder(self) -> Path:
-        """Return the folder that relative paths of the options are meant in, as far as it can be told."""
         return working_folder(self.run, self.options)
 
     @property
@@ -112,16 +110,13 @@ class ComparedFile:
 
     @property
     def key(self) -> str:
-        """Return how a form calls it."""
         return f"{self.source.run.id}/{self.name}"
 
     @property
     def title(self) -> str:
-        """Return its name without the ending."""
         return self.name.removesuffix(".safetensors").removesuffix(f"_{LOW_NOISE}")
 
     def samples(self) -> Iterator[SampleRow]:
-        """Yield the samples that the training made with exactly this file."""
         story = self.source.story
         options = dict(story.start.changed) if story.start else {}
         if story.is_average(self.name) == (options.get("sample_ema") == "True"):
@@ -253,7 +248,6 @@ def _known_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> Comp
 
 
 def tags_of(path: Path) -> Mapping[str, str]:
-    """Return what a clip tells of its making; nothing if it cannot be read."""
     with contextlib.suppress(OSError, UserError):
         status = path.stat()
         return _read_tags(path, status.st_mtime_ns, status.st_size)

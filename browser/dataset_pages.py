@@ -167,7 +167,6 @@ class DatasetPages:
         }
 
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
-        """Return the address of a small picture, another one if the file changes; None if there is none."""
         place = Path(part.get("in", part["path"]))
         if not self.runs.is_below(place) or ("in" in part and "offset" not in part):
             return None
@@ -222,6 +221,60 @@ class DatasetPages:
             status, error = 500 if isinstance(problem, (OSError, OutputError)) else 400, str(problem)
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
+    def show_list(self, _: Request) -> Response:
+        values = {"dataset": None, "found": self.datasets.look(), "roots": self.runs.roots}
+        return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
+
+    def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
+        values = {
+            "dataset": dataset,
+            "folder": dataset.path.parent,
+            "only": ONLY,
+            "models": list(MODELS),
+            "can_write": not self.read_only,
+        }
+        return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
+
+    def show_items(self, dataset: FoundDataset, request: Request) -> Response:
+        try:
+            return answer_json(self.items(dataset, request.query_params))
+        except ValueError:
+            return PlainTextResponse("from and count are numbers of files.", 400)
+
+    def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
+        asked = request.path_params
+        if self.datasets.outside(dataset):
+            return answer_gone()
+        file = self.datasets.measure(dataset).files.get(asked["item"])
+        parts = file["parts"] if file else ()
+        if asked["number"] >= len(parts):
+            return answer_gone()
+        part = parts[asked["number"]]
+        if self.address(dataset, asked["item"], asked["number"], part) != request.url.path:
+            return answer_gone()  # it lies elsewhere, or is not what the page was told of
+        try:
+            picture = self.thumbnails.make(part, asked["stamp"])
+        except (MediaError, StopIteration):
+            return answer_gone()
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return Response(picture, media_type="image/jpeg", headers=headers)
+
+    def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
+        try:
+            asked = parse_json(body.decode())
+            if not isinstance(asked, dict):
+                raise ValueError("it is no object")
+            if self.datasets.outside(dataset):
+                return answer_gone()
+            if "item" not in request.path_params:
+                model = str(asked.get("model"))
+                self.datasets.start(dataset, bool(asked.get("decodes")), model if model in MODELS else None)
+                return Response(status_code=204)
+            status, answer = self.write_caption(dataset, request.path_params["item"], asked)
+            return answer_json(answer, status)
+        except ValueError as error:
+            return PlainTextResponse(f"This is no request: {error}", 400)
+
 
 def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
     """Return the routes of the pages for datasets. read_only: nothing can be written or asked for."""
@@ -236,66 +289,12 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         return answer
 
-    def show_list(_: Request) -> Response:
-        values = {"dataset": None, "found": pages.datasets.look(), "roots": runs.roots}
-        return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
-
-    def show_page(dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
-        values = {
-            "dataset": dataset,
-            "folder": dataset.path.parent,
-            "only": ONLY,
-            "models": list(MODELS),
-            "can_write": not read_only,
-        }
-        return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
-
-    def show_items(dataset: FoundDataset, request: Request) -> Response:
-        try:
-            return answer_json(pages.items(dataset, request.query_params))
-        except ValueError:
-            return PlainTextResponse("from and count are numbers of files.", 400)
-
-    def show_picture(dataset: FoundDataset, request: Request) -> Response:
-        asked = request.path_params
-        if pages.datasets.outside(dataset):
-            return answer_gone()
-        file = pages.datasets.measure(dataset).files.get(asked["item"])
-        parts = file["parts"] if file else ()
-        if asked["number"] >= len(parts):
-            return answer_gone()
-        part = parts[asked["number"]]
-        if pages.address(dataset, asked["item"], asked["number"], part) != request.url.path:
-            return answer_gone()  # it lies elsewhere, or is not what the page was told of
-        try:
-            picture = pages.thumbnails.make(part, asked["stamp"])
-        except (MediaError, StopIteration):
-            return answer_gone()
-        headers = {"cache-control": "private, max-age=31536000, immutable"}
-        return Response(picture, media_type="image/jpeg", headers=headers)
-
-    def write(dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        try:
-            asked = parse_json(body.decode())
-            if not isinstance(asked, dict):
-                raise ValueError("it is no object")
-            if pages.datasets.outside(dataset):
-                return answer_gone()
-            if "item" not in request.path_params:
-                model = str(asked.get("model"))
-                pages.datasets.start(dataset, bool(asked.get("decodes")), model if model in MODELS else None)
-                return Response(status_code=204)
-            status, answer = pages.write_caption(dataset, request.path_params["item"], asked)
-            return answer_json(answer, status)
-        except ValueError as error:
-            return PlainTextResponse(f"This is no request: {error}", 400)
-
     place = "/dataset/{id}"
     return [
-        Route("/datasets", show_list),
-        Route(f"{place}/", guard(show_page)),
-        Route(f"{place}/items", guard(show_items)),
-        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(show_picture)),
-        Route(f"{place}/measure", answer_body(guard(write)), methods=["POST"]),
-        Route(f"{place}/caption/{{item}}", answer_body(guard(write)), methods=["POST"]),
+        Route("/datasets", pages.show_list),
+        Route(f"{place}/", guard(pages.show_page)),
+        Route(f"{place}/items", guard(pages.show_items)),
+        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(pages.show_picture)),
+        Route(f"{place}/measure", answer_body(guard(pages.write)), methods=["POST"]),
+        Route(f"{place}/caption/{{item}}", answer_body(guard(pages.write)), methods=["POST"]),
     ]

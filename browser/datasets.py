@@ -48,12 +48,10 @@ class FoundDataset:
 
     @property
     def id(self) -> str:
-        """Return the name of the dataset in addresses."""
         return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
 
     @property
     def name(self) -> str:
-        """Return how pages call it: many files have one name."""
         return f"{self.path.name} in {self.path.parent.name}"
 
     def places(self) -> list[Path]:
@@ -136,7 +134,6 @@ class Datasets:
         return sorted(found.values(), key=lambda one: str(one.path))
 
     def find(self, id: str) -> FoundDataset | None:
-        """Return the dataset of this id; None if there is none."""
         if id not in self._found:
             self.look()
         return self._found.get(id)
@@ -261,7 +258,6 @@ class Datasets:
         return dict(json.loads(said))
 
     def close(self) -> None:
-        """End what is measuring."""
         for process in list(self._processes):
             process.kill()
 

@@ -15,15 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser.launch import (
-    check_options,
-    find_program,
-    interrupt_processes,
-    kill_processes,
-    prepare_process,
-    split_words,
-    tell_job,
-)
+from browser import launch
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
@@ -91,19 +83,18 @@ class Job:
 
     @property
     def code_path(self) -> Path:
-        """Return the file that has the exit code once it has ended."""
         return self.log.with_suffix(".code")
 
     @property
     def words(self) -> list[str]:
         """Return the words of the line. Raises OptionError if it cannot be read."""
-        return split_words(self.line)
+        return launch.split_words(self.line)
 
     @property
     def problem(self) -> str:
         """Return why the line will be refused; empty if it will not."""
         try:
-            find_program(self.words, Path(self.folder))
+            launch.find_program(self.words, Path(self.folder))
         except OptionError as error:
             return str(error)
         return ""
@@ -158,7 +149,6 @@ class _Book:
         job.code_path.unlink(missing_ok=True)
 
     def next(self) -> Job | None:
-        """Return the first job that waits; None if there is none, or if one runs."""
         waiting = [job for job in self.jobs if job.state == WAITING]
         return waiting[0] if waiting and all(job.state != RUNNING for job in self.jobs) else None
 
@@ -196,7 +186,7 @@ class JobQueue:
 
         Raises OptionError if it is no command of ours, OutputError if it cannot be written.
         """
-        find_program(words, folder)
+        launch.find_program(words, folder)
         line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
@@ -234,14 +224,14 @@ class JobQueue:
             if job.process is None or not is_living(job.process):
                 raise OutputError(f"job {number} runs on another machine. Stop it from there")
             job.stops += 1
-            (interrupt_processes if job.stops == 1 else kill_processes)(job.process["number"])
+            (launch.interrupt_processes if job.stops == 1 else launch.kill_processes)(job.process["number"])
 
     def retry(self, number: int) -> None:
         """Let an ended job wait again, a training with `--resume latest` if it has no --resume."""
         with self._change() as book:
             job = book.find(number, *ENDED)
             words, line = job.words, job.line
-            command, _ = find_program(words, Path(job.folder))
+            command, _ = launch.find_program(words, Path(job.folder))
             is_training = command.words[0] in ("train", "finetune")
             if is_training and not any(word.partition("=")[0] == "--resume" for word in words):
                 line = shlex.join([*words, "--resume", "latest"])
@@ -251,7 +241,7 @@ class JobQueue:
         """Give a job that does not run another line; it waits then. Raises as `add`."""
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
-            check_options(words, Path(job.folder))
+            launch.check_options(words, Path(job.folder))
             book.wait_again(job, as_line(words))
 
     def begin_work(self) -> None:
@@ -301,16 +291,16 @@ class JobQueue:
                 return
             job.log.parent.mkdir(exist_ok=True)
             try:
-                _, program = find_program(job.words, Path(job.folder))
+                _, program = launch.find_program(job.words, Path(job.folder))
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}
                 return
-            self._child = prepare_process(job.log)
+            self._child = launch.prepare_process(job.log)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin
-        tell_job(self._child, program, job.folder, job.code_path)
+        launch.tell_job(self._child, program, job.folder, job.code_path)
 
     def _look(self) -> _Book:
         book, known = self._read()
@@ -393,7 +383,6 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    """Return the queue in the first of the folders of runs."""
     top = runs.roots[0]
     return JobQueue((top if top.is_dir() else top.parent) / FOLDER, read_only)
 

@@ -101,6 +101,10 @@ def is_of(run: Glance, job: Job) -> bool:
     return False
 
 
+def when_begun(job: Job) -> tuple[float, int]:
+    return (job.process or {}).get("born", 0), job.id
+
+
 def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None]:
     """Return a command of a run for the user to read and change, and the run; empty if none is asked for.
 
@@ -112,6 +116,19 @@ def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None
         for command in runs.open(run).story.commands[int(place) :] if run else ():
             return escape_control_codes(command.bash), run
     return "", None
+
+
+def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
+    """Return the words and the folder of each command in a text; all are checked before the first is added.
+
+    run: whose commands they were, if they are one's. Raises UserError.
+    """
+    lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
+    found = [split_words(line) for line in lines if line and not line.startswith("#")]
+    jobs = [(words, working_folder(run, group_options(words)) if run else Path.cwd()) for words in found]
+    for job in jobs:
+        check_options(*job)
+    return jobs
 
 
 def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
@@ -126,8 +143,7 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
         """Return the page of the queue. said: what went wrong. asked: of an address, see `find_draft`."""
         try:
             jobs = queue.jobs()
-            ended = [job for job in jobs if job.state in ENDED]
-            ended.sort(key=lambda job: ((job.process or {}).get("born", 0), job.id), reverse=True)
+            ended = sorted((job for job in jobs if job.state in ENDED), key=when_begun, reverse=True)
             running = [job for job in jobs if job.state == RUNNING]
             with runs.lock:
                 trainings = {job.id: run for run in runs.look() for job in running if is_of(run, job)}
@@ -160,18 +176,9 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
             if what in ("work", "pause"):
                 (queue.begin_work if what == "work" else queue.end_work)()
             elif what == "add":
-                # all are read and checked before the first is added
-                lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
-                found = [split_words(line) for line in lines if line and not line.startswith("#")]
                 with runs.lock:
                     run = runs.find("".join(form.get("run", ())))
-                jobs = [
-                    (words, working_folder(run, group_options(words)) if run else Path.cwd())
-                    for words in found
-                ]
-                for job in jobs:
-                    check_options(*job)
-                for job in jobs:
+                for job in read_jobs(text, run):
                     queue.add(*job)
             elif what == "edit" and NUMBER.fullmatch(number):
                 queue.edit(int(number), split_words(text))

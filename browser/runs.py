@@ -87,22 +87,18 @@ class Glance:
 
     @property
     def id(self) -> str:
-        """Return the name of the run in addresses."""
         return hashlib.blake2s(os.fsencode(self.history), digest_size=8).hexdigest()
 
     @property
     def name(self) -> str:
-        """Return the --output_name."""
         return history_name(self.history)
 
     @property
     def state(self) -> str:
-        """Return one of STATES, as it is now."""
         return tell_state(self.start, self.ending, self.changed)
 
     @property
     def left(self) -> str:
-        """Return the time left in words; empty if it is not known."""
         if self.seconds_left and self.state == RUNNING:
             return in_words(self.seconds_left)
         return tell_left(self.total_steps - self.step, self.step_seconds) if self.state == RUNNING else ""
@@ -120,7 +116,6 @@ class Glance:
 
     @property
     def network(self) -> str:
-        """Return the name of the model's file; empty if it is not told."""
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
 
     @property
@@ -134,7 +129,6 @@ class Glance:
 
     @property
     def used(self) -> str:
-        """Return the memory measured against what was predicted."""
         highest, predicted = (self.memory.get(name, "") for name in (HIGHEST, PREDICTED))
         known = [text for text in (highest, predicted) if text.endswith("GiB")]
         return " of ".join(known) if highest in known else ""
@@ -163,7 +157,6 @@ def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
 
 
 def tell_left(steps: int, seconds: float | None) -> str:
-    """Return how long so many steps take, in words; empty if it is not known."""
     return in_words(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
@@ -333,13 +326,11 @@ class Runs:
             return shown
 
     def configs(self) -> list[Path]:
-        """Return the .toml files that were given, and those in the folders that `look` has seen."""
         with self.lock:
             given = [root for root in self.roots if root.suffix == CONFIG]
             return given + [path for *_, configs in self._folders.values() for path in configs]
 
     def is_inside(self, path: Path) -> bool:
-        """Return whether a path leads to a file below the folders."""
         return self.is_below(path) and path.is_file()
 
     def is_below(self, path: Path) -> bool:

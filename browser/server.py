@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -137,6 +138,79 @@ class Gate:
         return True
 
 
+class RunPages:
+    """Show runs: their list, each one's page and news, its files, and what it can be asked for."""
+
+    def __init__(self, runs: Runs, notes: FileNotes, read_only: bool) -> None:
+        self.runs, self.notes, self.read_only = runs, notes, read_only
+
+    def find(self, request: Request) -> Glance | None:
+        return self.runs.find(request.path_params["id"])
+
+    def find_file(self, request: Request) -> Path | None:
+        run = self.find(request)
+        return None if run is None else file_of(self.runs, run, request.path_params["name"])
+
+    def show_list(self, request: Request) -> Response:
+        found, asked = self.runs.look(), request.query_params
+        mark = f'"{mark_list(found, asked)}"'
+        if request.headers.get("if-none-match") == mark:
+            return Response(status_code=304, headers={"etag": mark})
+        return answer_page(list_page(self.runs, found, asked), headers={"etag": mark})
+
+    def show_run(self, request: Request) -> Response:
+        run = self.find(request)
+        return answer_gone() if run is None else answer_page(run_page(self.runs, run, not self.read_only))
+
+    def show_news(self, request: Request) -> Response:
+        run = self.find(request)
+        if run is None:
+            return answer_gone()
+        try:
+            return answer_json(tell_news(self.runs, run, request.query_params))
+        except ValueError:
+            return PlainTextResponse("from and to are numbers of steps.", 400)
+
+    def show_about(self, request: Request) -> Response:
+        with self.runs.lock:
+            path = self.find_file(request)
+        try:
+            return answer_gone() if path is None else answer_page(self.notes.tell(path))  # takes a while
+        except OSError:
+            return answer_gone()
+
+    def show_file(self, request: Request) -> Response:
+        path = self.find_file(request)
+        return answer_gone() if path is None else answer_file(path)
+
+    def ask(self, request: Request, form: Form) -> Response:
+        with self.runs.lock:
+            run = self.find(request)
+        kind = "".join(form.get("what", ()))
+        if run is None or kind not in KINDS:
+            return answer_gone()
+        if run.state != RUNNING or run.start is None or not run.start.listens:
+            return PlainTextResponse("Only a running training can be asked.", 409)
+        (run.history.parent / f"{run.name}.{kind}").touch()
+        return PlainTextResponse(KINDS[kind])
+
+    def show_static(self, request: Request) -> Response:
+        path = STATIC.get(request.path_params["name"])
+        return answer_gone() if path is None else FileResponse(path)
+
+    def guard(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        """Return what shows while nothing else looks at the runs; files that vanish are gone."""
+
+        def answer(request: Request) -> Response:
+            try:
+                with self.runs.lock:
+                    return show(request)
+            except OSError:
+                return answer_gone()
+
+        return answer
+
+
 def make_app(
     runs: Runs,
     host: str = "localhost",
@@ -149,77 +223,15 @@ def make_app(
     queue: of `open_queue` if None.
     """
     notes, queue = FileNotes(), queue or open_queue(runs, read_only)
-
-    def find(request: Request) -> Glance | None:
-        return runs.find(request.path_params["id"])
-
-    def show_list(request: Request) -> Response:
-        found, asked = runs.look(), request.query_params
-        mark = f'"{mark_list(found, asked)}"'
-        if request.headers.get("if-none-match") == mark:
-            return Response(status_code=304, headers={"etag": mark})
-        return answer_page(list_page(runs, found, asked), headers={"etag": mark})
-
-    def show_run(request: Request) -> Response:
-        run = find(request)
-        return answer_gone() if run is None else answer_page(run_page(runs, run, not read_only))
-
-    def show_news(request: Request) -> Response:
-        run = find(request)
-        if run is None:
-            return answer_gone()
-        try:
-            return answer_json(tell_news(runs, run, request.query_params))
-        except ValueError:
-            return PlainTextResponse("from and to are numbers of steps.", 400)
-
-    def show_about(request: Request) -> Response:
-        with runs.lock:
-            run = find(request)
-            path = None if run is None else file_of(runs, run, request.path_params["name"])
-        try:
-            return answer_gone() if path is None else answer_page(notes.tell(path))  # takes a while
-        except OSError:
-            return answer_gone()
-
-    def show_file(request: Request) -> Response:
-        run = find(request)
-        path = None if run is None else file_of(runs, run, request.path_params["name"])
-        return answer_gone() if path is None else answer_file(path)
-
-    def ask(request: Request, form: Form) -> Response:
-        with runs.lock:
-            run = find(request)
-        kind = "".join(form.get("what", ()))
-        if run is None or kind not in KINDS:
-            return answer_gone()
-        if run.state != RUNNING or run.start is None or not run.start.listens:
-            return PlainTextResponse("Only a running training can be asked.", 409)
-        (run.history.parent / f"{run.name}.{kind}").touch()
-        return PlainTextResponse(KINDS[kind])
-
-    def show_static(request: Request) -> Response:
-        path = STATIC.get(request.path_params["name"])
-        return answer_gone() if path is None else FileResponse(path)
-
-    def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
-            try:
-                with runs.lock:
-                    return show(request)
-            except OSError:
-                return answer_gone()
-
-        return answer
-
+    pages = RunPages(runs, notes, read_only)
     routes = [
-        Route("/", guard(show_list)),
-        Route("/static/{name}", guard(show_static)),
-        Route("/run/{id}/", guard(show_run)),
-        Route("/run/{id}/news", guard(show_news)),
-        Route("/run/{id}/ask", answer_form(ask), methods=["POST"]),
-        Route("/run/{id}/about/{name:path}", show_about),
-        Route("/run/{id}/{name:path}", guard(show_file)),
+        Route("/", pages.guard(pages.show_list)),
+        Route("/static/{name}", pages.guard(pages.show_static)),
+        Route("/run/{id}/", pages.guard(pages.show_run)),
+        Route("/run/{id}/news", pages.guard(pages.show_news)),
+        Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
+        Route("/run/{id}/about/{name:path}", pages.show_about),
+        Route("/run/{id}/{name:path}", pages.guard(pages.show_file)),
         *queue_routes(runs, queue),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),

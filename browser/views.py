@@ -71,7 +71,6 @@ def select_runs(found: Sequence[Glance], asked: Mapping[str, str]) -> list[Glanc
 
 
 def mark_list(found: Sequence[Glance], asked: Mapping[str, str]) -> str:
-    """Return a text that changes with the page of all runs."""
     told = [(run.id, run.changed, run.state) for run in found]
     return hashlib.blake2s(repr((told, sorted(asked.items()))).encode(), digest_size=12).hexdigest()
 
@@ -133,7 +132,6 @@ class LiveStanding:
 
 
 def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
-    """Return the tag of a sample, which a script fills once it is in view, with words for the blind."""
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
     return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
 
@@ -159,7 +157,6 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
 
 
 def mark_page(story: Story, now: LiveStanding) -> str:
-    """Return a text that changes with the page of a run, but for its curves and tiles."""
     events = [
         len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
     ]

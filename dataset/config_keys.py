@@ -12,20 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from modules import paths
 from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
 from modules.installation import import_own
-from modules.paths import (
-    NOTHING as NO_WORDS,
-)
-from modules.paths import (
-    expand_path,
-    explain_missing,
-    explain_path,
-    hide_secrets,
-    is_address,
-    path_exists,
-)
 from modules.text_encodings import guess_encoding
 from modules.text_files import bad_character, parse_json, parse_toml, read_text
 
@@ -102,10 +92,10 @@ def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
 
 def _path(value: str) -> Path:
     try:
-        path = expand_path(value)
+        path = paths.expand_path(value)
     except ValueError as error:
         raise Unfit(str(error)) from None
-    why = None if path_exists(path) else explain_path(value)
+    why = None if paths.path_exists(path) else paths.explain_path(value)
     if why is not None:
         raise Unfit(why)
     return path
@@ -160,7 +150,7 @@ AUDIO = one_of((REQUIRED, IF_PRESENT, IGNORE))
 PATH = form_of(str, _is_text, "a path in quotes", _path)
 LIST_PATH = form_of(
     str,
-    lambda value: _is_text(value) and not is_address(value),
+    lambda value: _is_text(value) and not paths.is_address(value),
     "a path in quotes, not an address: download the list or table itself first",
     _path,
 )
@@ -313,8 +303,8 @@ def parse_config(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be read: {error.strerror}.{explain_missing(path)} Give --dataset_config the "
-            "file's path."
+            f"{path} cannot be read: {error.strerror}.{paths.explain_missing(path)} Give --dataset_config "
+            "the file's path."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
@@ -389,14 +379,13 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
     if not why and name == "frame_extraction" and isinstance(value, str):
         near = difflib.get_close_matches(value, MODES, 1)
         hint = f'. Did you mean "{near[0]}"?' if near else ""
-    if not hint and str(value).strip().lower() in NO_WORDS:
+    if not hint and str(value).strip().lower() in paths.NOTHING:
         hint = ". For nothing, leave the key out"
     kind = KINDS.get(type(value), type(value).__name__)
     return f"{name} = {show(value)} ({kind}); allowed: {allowed}{hint}"
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the line that reports an unknown key, with the nearest known one, or why it is not supported."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
@@ -404,6 +393,5 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as a line reports it: short, without passwords."""
-    text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."

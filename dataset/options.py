@@ -71,11 +71,9 @@ class ShardOptions(Options):
 
     @property
     def is_given(self) -> bool:
-        """Return whether this run does a share only, and so removes nothing."""
         return self.num_shards is not None
 
     def of(self, work: Sequence[T]) -> Sequence[T]:
-        """Return this shard's pieces, every `num_shards`-th, of a list that all machines have."""
         if self.num_shards is None or self.shard_index is None:
             return work
         return work[self.shard_index :: self.num_shards]
@@ -158,12 +156,10 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
     @property
     def caches_latents(self) -> bool:
-        """Return whether latents are cached; to disk includes it."""
         return self.cache_latents or self.cache_latents_to_disk
 
     @property
     def caches_texts(self) -> bool:
-        """Return whether texts are cached; to disk includes it."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 

@@ -31,7 +31,6 @@ OF_OTHERS: Mapping[str, tuple[str, str]] = {
 
 
 def of_suffix(suffix: str) -> str:
-    """Return what to say of a file by its suffix; "" if it says nothing."""
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     return f". Files of AI Toolkit are not read. {_translate('folder_path')}" if is_yaml else ""
 

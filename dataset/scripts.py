@@ -64,5 +64,4 @@ def cache_family_texts(
 
 
 def _next_command(words: Sequence[str]) -> str:
-    """Return the command that comes next, as it is typed; "" if run_project.py runs it."""
     return "" if os.environ.get(RUN_GOES_ON) else as_typed(words)

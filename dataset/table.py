@@ -195,7 +195,6 @@ class DatasetTable:
 
     @property
     def preserves_output(self) -> bool:
-        """Return whether its items are to keep the base model's prediction."""
         return bool(self.custom_attributes.get("diff_output_preservation", False))
 
     @property
@@ -205,14 +204,12 @@ class DatasetTable:
 
     @property
     def place(self) -> str:
-        """Return where it is in its file: `[[datasets]] 2`, or `[[datasets]] 2, subset 1`."""
         if self.group is None or self.subset is None:
             return f"[[datasets]] {self.index + 1}"
         return f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
 
     @property
     def batch_group(self) -> int:
-        """Return the common key of tables that share batches; in a file all have a group or none."""
         return self.index if self.group is None else self.group
 
     @property
@@ -227,12 +224,10 @@ class DatasetTable:
 
     @property
     def drops_captions(self) -> bool:
-        """Return whether the empty prompt is trained too."""
         return self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
 
     @property
     def picture_folder(self) -> Path:
-        """Return the folder that its items, or their list, are in."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
@@ -255,7 +250,6 @@ class DatasetTable:
 
     @property
     def texts_see_references(self) -> bool:
-        """Return whether a text encoder sees the reference pictures of an image beside its caption."""
         return self.references is not None and self.references.seen_by_text
 
     @property
@@ -271,7 +265,6 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Return what makes a run another one, besides names, sizes and order of its items."""
         reg = {"is_reg": True} if self.is_reg else {}
         return self.changed(LEARNING) | reg | self.changing_keys
 
@@ -347,7 +340,6 @@ FROM_FILE, FROM_ALPHA = "file", "alpha"
 
 @functools.cache
 def defaults_of(stale: Stale) -> dict[str, Any]:
-    """Return the defaults of the keys that make such things stale, by name."""
     found = [(name, one) for name, one in KEYS.items() if one.stale & stale]
     return {name: one.default for name, one in sorted(found, key=lambda pair: pair[1].rank)}
 

@@ -50,13 +50,11 @@ class Component:
 
     @property
     def path(self) -> PurePosixPath:
-        """Return the value of the option, below the folder of the models."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 
     @property
     def licence(self) -> Licence:
-        """The licence of its files."""
         return self.files[0].licence
 
     @property
@@ -142,7 +140,6 @@ def known_components() -> dict[str, Component]:
 
 
 def families() -> list[str]:
-    """Return the names of the families, in the order of the list."""
     return list(_read_catalogue()["family"])
 
 

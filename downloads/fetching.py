@@ -166,7 +166,6 @@ def partial_path(remote: RemoteFile, target: Path) -> Path:
 
 
 def _shown(path: Path) -> str:
-    """Return the name of the file that a partial one is for, or the name itself."""
     return path.name[1:].rsplit(".", 2)[0] if path.suffix == ".part" else path.name
 
 

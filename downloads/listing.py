@@ -20,17 +20,14 @@ def gigabytes(size_bytes: int) -> str:
 
 
 def describe_size(component: Component) -> str:
-    """Return the size of a component, as far as it is known."""
     return "a few MB" if component.size_bytes is None else gigabytes(component.size_bytes)
 
 
 def total_bytes(components: Iterable[Component]) -> int:
-    """Return the size of components together; unknown sizes, of a few MB, are left out."""
     return sum(component.size_bytes or 0 for component in components)
 
 
 def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
-    """Print the files of one set, or one line for each of several."""
     print_lines(describe_set(sets[0], folder) if len(sets) == 1 else describe_sets(sets))
 
 
@@ -58,7 +55,6 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
-    """Return one line for each task, with the size of all its files."""
     rows = [(one.family, one.task, gigabytes(total_bytes(one.components)), one.about) for one in sets]
     command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"
@@ -66,7 +62,6 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
 
 
 def describe_licences(model_set: ModelSet) -> list[str]:
-    """Return one line for each licence of a task's files."""
     licences = dict.fromkeys(component.licence for component in model_set.components)
     return [
         f"{one.name}: {one.terms}{'' if one.verified else f' ({UNVERIFIED})'}. {one.url}" for one in licences

@@ -14,7 +14,7 @@ options: options of the generation scripts that all families share
 outputs: output files: latents, videos, images, and names
 progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
-request: from options and a prompt line to a request
+request: from options and a prompt line to a job
 run: modes of a generation script: one, file, interactive, others
 sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts

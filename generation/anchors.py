@@ -1,7 +1,6 @@
 """Hold parts of a picture to a reference while it is denoised: by a mask, or where both hardly differ."""
 # Letters: B batch, C channels, F H W frames, height and width of latents
 
-import logging
 from pathlib import Path
 
 import torch
@@ -13,8 +12,6 @@ from blissful_tuner.video_to_video import noisy_source
 from modules.contract.rules import ConsistencyRules
 from modules.contract.steps import Section, StepDone
 from modules.flow.schedule import Schedule
-
-logger = logging.getLogger(__name__)
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:

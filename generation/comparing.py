@@ -5,7 +5,6 @@ interrupted comparison goes on with the same command.
 """
 
 import hashlib
-import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,27 +14,24 @@ from itertools import product
 from pathlib import Path
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
-from generation.dressing import LORA_OPTIONS, LorasByExpert, dit_loader, expert_loras, key_of, with_loras
-from generation.grid_options import CompareOptions
-from generation.making import (
-    Denoised,
-    GenerationJob,
-    GenerationRun,
-    Networks,
-    Ready,
-    decode_all,
-    denoise_all,
-    encode_all_inputs,
-    make_job,
-    of_each_line,
-    tell_unused_sources,
+from generation import making
+from generation.dressing import (
+    LORA_OPTIONS,
+    LorasByExpert,
+    dit_loader,
+    expert_loras,
+    key_of,
+    leave_out_missing,
+    with_loras,
 )
+from generation.grid_options import CompareOptions
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
 from generation.progress import in_short, name_model
 from generation.prompt_lines import lines_of
-from generation.run import check_models, explain_lack, leave_out_missing, make_session
+from generation.request import GenerationJob, GenerationRun, make_job, of_each_line
+from generation.run import check_models, explain_lack, make_session
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
@@ -52,8 +48,6 @@ from modules.planning.device_memory import room_on
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
 from networks.text_loras import TextLoras
-
-logger = logging.getLogger(__name__)
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -100,7 +94,7 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     lines, failures = lines_of(options.from_file), Failures(strict=options.from_file is None)
     jobs = [*of_each_line(run, lines, failures, make_job).values()]
     failures.raise_if_any(len(lines))
-    tell_unused_sources(options.request.source, jobs)
+    making.tell_unused_sources(options.request.source, jobs)
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
@@ -219,7 +213,6 @@ def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     video, latents = _files(options, cell)
 
     def about_making(tags: Mapping[str, str]) -> dict[str, str]:
-        """Return this program's tags, without the time; videos do not store empty texts."""
         ours = {name: text for name, text in tags.items() if name.startswith("bt_") and text}
         return {name: text for name, text in ours.items() if name != f"bt_{CREATED}"}
 
@@ -243,7 +236,7 @@ def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
         if not loras.is_empty:
             found = run.session.texts_with(loras, wanted)
             changed[variant.label] = dict(zip(jobs, found, strict=True))
-    inputs = encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
+    inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     ready = [
         (
             variant,
@@ -252,11 +245,13 @@ def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
         for variant, cells in columns
     ]
     whole = [one for _, of_variant in ready for one in of_variant]
-    for _ in denoise_all(run, whole, Failures(strict=True), networks_with(run, ready)):
+    for _ in making.denoise_all(run, whole, Failures(strict=True), networks_with(run, ready)):
         pass  # read again when they are decoded
 
 
-def networks_with(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[Ready]]]) -> Networks:
+def networks_with(
+    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
+) -> making.Networks:
     """Yield the clips of each column with the networks that have its LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
@@ -287,15 +282,15 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
     """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
     paths = {cell.label: _files(run.options, cell) for cell in cells}
 
-    def read_latents(cell: GenerationJob, path: Path) -> Denoised:
+    def read_latents(cell: GenerationJob, path: Path) -> making.Denoised:
         stem = str(cell.stem)
         saved, preview = load_latents(path), path.with_name(f"{stem}{PREVIEW_SUFFIX}")
-        return Denoised(cell, saved.latents, path, stem, preview, cell.metadata, saved.sound)
+        return making.Denoised(cell, saved.latents, path, stem, preview, cell.metadata, saved.sound)
 
     missing = [cell for cell in cells if not paths[cell.label][0].exists()]
     if missing:
         done = (read_latents(cell, paths[cell.label][1]) for cell in missing)
-        decode_all(run, done, Failures(strict=True), are_named=False)
+        making.decode_all(run, done, Failures(strict=True), are_named=False)
     return {label: video for label, (video, _) in paths.items()}
 
 

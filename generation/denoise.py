@@ -161,7 +161,6 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw standard normal numbers of this shape; they lie on the device."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
         return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
 

@@ -1,15 +1,22 @@
 """Load the networks of a generation with their LoRAs, and put the options' features around them."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from generation.experts import Check
 from generation.options import GenerationOptions
+from generation.script_options import as_typed
+from modules.attention.attend import check_backend
+from modules.checkpoints.opening import open_checkpoint
+from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.rules import Expert
@@ -20,7 +27,8 @@ from modules.families import HIGH_NOISE
 from modules.fp8.products import add_product
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
-from modules.speed_options import Quantisation
+from modules.options import override_options
+from modules.speed_options import GenerationSpeedOptions, Quantisation
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, lora_uses, on_side
 from networks.names.layouts import FOR_BOTH
@@ -105,12 +113,10 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def loras_of(options: GenerationOptions) -> dict[str, LoraOptions]:
-    """Return the LoRA options, by expert as `LORA_OPTIONS` has them."""
     return {"": options.lora, HIGH_NOISE: options.experts.loras}
 
 
 def key_of(expert: Expert) -> str:
-    """Return the name under which `LORA_OPTIONS` has an expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -182,3 +188,80 @@ def with_loras(
         lora_multiplier_high_noise=high.lora_multiplier,
     )
     return replace(options, lora=files(""), experts=of_experts)
+
+
+# --- what of --optimized is available
+# ------------------------------------------------------------------------------------------------------------
+
+FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
+    log the rest in one line.
+
+    Options given by name stay: if unavailable, they are an error later.
+    """
+    files = family.dit_files  # one that is missing is an error of its own
+
+    def check_attention(speed: GenerationSpeedOptions) -> None:
+        placement = Placement(device, attention=speed.attention.choice)
+        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
+
+    # each raises OptionError
+    checks: dict[str, Callable[[GenerationSpeedOptions], object]] = {
+        "attn_mode": check_attention,
+        "compile": lambda speed: check_compilation(speed.compilation.choice, device),
+        "fp8_scaled": lambda _: _check_rounding(files, device),
+        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
+        "fp16_accumulation": lambda _: _check_fp16_sums(device),
+    }
+    speed, left_out = options.speed, []
+    for name in (name for name in checks if name in options.speed.by_preset):
+        try:
+            checks[name](speed)
+        except OptionError as error:
+            logger.warning("--optimized goes without --%s here. %s", name, error)
+            speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
+            left_out.append(name)
+    values = dict.fromkeys(options.speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in options.speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if options.speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in options.speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    logger.info("%s", "; ".join(parts))
+    if not left_out:
+        return options
+    settings: dict[str, Any] = {
+        name: value for name, value in options.settings.items() if name not in left_out
+    }
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:
+        settings["fp8"] = True
+    return replace(options, speed=speed, settings=settings)
+
+
+def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:
+    changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
+    if name == "fp8_scaled":  # a file in fp8 stays as it is, unless a LoRA has to be merged into it
+        changes |= {"fp8": not has_loras, "fp8_fast": speed.fp8.fp8_fast and not has_loras}
+    by_preset = tuple(one for one in speed.by_preset if one != name)
+    return override_options(replace(speed, by_preset=by_preset), changes)
+
+
+def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
+    if device.type == "mps":
+        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
+    for path in files:
+        with contextlib.closing(open_checkpoint(path)) as checkpoint:
+            is_rounded = any(info.dtype in FP8_DTYPES for info in checkpoint.tensors.values())
+        if is_rounded:
+            raise OptionError(f"{path} is in fp8 already, and rounding it again would only lose more.")
+
+
+def _check_fp16_sums(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise OptionError(f"It is for matrix products on a CUDA GPU, and this run computes on {device.type}.")

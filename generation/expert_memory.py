@@ -35,7 +35,6 @@ class ExpertTurns:
 
     @property
     def count(self) -> int:
-        """Return how many experts work in the run."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:

@@ -66,7 +66,6 @@ class ReadingAhead:
     stop: threading.Event  # set when nobody wants it any more
 
     def join(self) -> None:
-        """Wait until it is read, or has failed."""
         while wait([self.made], PAUSE).not_done:
             pass
 
@@ -82,14 +81,12 @@ class TurnRules:
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
-    """Return the expert of each step that is made for a request."""
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
     return [expert_at(timestep, family.experts) for timestep in timesteps]
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return the experts in the order in which they will work for requests made one after the other."""
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, one) for one in requests)
@@ -115,11 +112,6 @@ class DitTurns:
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
     _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
-
-    @property
-    def working(self) -> list[nn.Module]:
-        """Return the networks on the device."""
-        return [self._dits[expert] for expert in self._working]
 
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:

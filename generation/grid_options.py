@@ -48,7 +48,6 @@ class SheetOptions(Options, title="comparison sheet"):
 
     @property
     def is_asked(self) -> bool:
-        """Whether sheets are to be made."""
         return self.sheet is not None
 
     @property

@@ -4,33 +4,20 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import plan_steps
-from blissful_tuner.guidance_formulas import RunPasses, run_passes
-from blissful_tuner.metadata import as_tags, output_metadata
+from blissful_tuner.metadata import as_tags
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
+from generation import outputs
 from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
-from generation.dressing import loras_of
-from generation.options import GenerationOptions
-from generation.outputs import (
-    LATENT_SUFFIX,
-    PREVIEW_SUFFIX,
-    FrameTools,
-    free_stem,
-    name_job,
-    own_stem,
-    save_latents,
-    save_pixels,
-)
 from generation.progress import (
     GrowingVideo,
     Queue,
@@ -39,12 +26,10 @@ from generation.progress import (
     show_end,
     show_start,
 )
-from generation.prompt_lines import parse_generation_line
-from generation.request import prepare_line
+from generation.request import GenerationJob, GenerationRun
 from generation.session import (
     CPU,
     NO_ENCODERS,
-    Session,
     decode_tracks,
     encode_inputs,
     needs_media,
@@ -53,43 +38,17 @@ from generation.session import (
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite
-from modules.command import each_warning_once
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, hears_sound
-from modules.contract.requests import Prepared
 from modules.contract.rules import SOURCES
 from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
-from modules.errors import CheckpointError, UserError
+from modules.errors import UserError
 from modules.installation import import_own
 from modules.media.tracks import Track
 from modules.planning.device_memory import comparison
 
-if TYPE_CHECKING:  # they are loaded only if options ask for them
-    from blissful_tuner.latent_preview import LatentPreviews
-    from blissful_tuner.prompt_rewrite import PromptRewriter
-
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Expected peaks of device memory for tensors, in bytes."""
-
-    most: int  # of all phases
-    decoding: int  # while latents become pixels
-
-
-@dataclass(frozen=True)
-class GenerationJob:
-    """One request to generate; `label` names it in messages ("line 3")."""
-
-    label: str
-    prepared: Prepared
-    stem: str | None = None  # of its files; None: the time, the seed and what the options add
-    metadata: Mapping[str, str] | None = None  # None: as the run says
 
 
 @dataclass(frozen=True)
@@ -108,64 +67,6 @@ class Denoised:
     sound: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class GenerationRun:
-    """Family, options and session that every mode works with."""
-
-    family: Family
-    options: GenerationOptions
-    session: Session
-    predicted: Peaks | None = None  # where it is known
-    rewriter: "PromptRewriter | None" = None
-    previews: "LatentPreviews | None" = None
-    post: FrameTools | None = None  # what decoded frames go through
-    fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
-    run_passes: RunPasses = run_passes  # of a step
-    processes: int = 1  # that share the passes of a step
-    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
-
-    def with_previews(self) -> "GenerationRun":
-        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
-        session, options = self.session, self.options
-        made = import_own("blissful_tuner.latent_preview").make_previews(
-            options.preview,
-            self.family.latent,
-            options.output.save_path,
-            session.device,
-            session.dit_can_stay,
-        )
-        return replace(self, previews=made)
-
-    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata."""
-        if self.options.output.no_metadata:
-            return None
-        return output_metadata(
-            prepared,
-            self.family.metadata,
-            self.loras,
-            self.options.settings,
-            self.session.device.type,
-            self.now(),
-            self.family.experts,
-        )
-
-    @property
-    def loras(self) -> dict[str, list[tuple[str, float]]]:
-        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
-        return {
-            expert: [
-                (path.name, strength)
-                for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
-            ]
-            for expert, lora in loras_of(self.options).items()
-        }
-
-    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
-        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
-        return parse_generation_line(line, self.options.line_options, where)
-
-
 def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
     """Warn of options of video-to-video that no job uses."""
     used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
@@ -174,38 +75,6 @@ def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -
         if getattr(options, name) != usual and not needed & used:
             others = " or ".join(f"--{source}" for source in SOURCES if source in needed)
             logger.warning("--%s %s is ignored because %s is not given", name, getattr(options, name), others)
-
-
-def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone.
-
-    Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
-    """
-    prepared = prepare_line(run.family, run.options, overrides)
-    if run.options.output.file_name:
-        run.options.output.check_file_name(prepared.frames)
-    if run.post is not None:
-        run.post.check_length(prepared.frames, label)
-    return GenerationJob(label, prepared)
-
-
-def of_each_line(
-    run: GenerationRun,
-    lines: Mapping[str, str | None],
-    failures: Failures,
-    make: Callable[[GenerationRun, str, Mapping[str, Any]], T],
-) -> dict[str, T]:
-    """Return what `make` makes of each prompt line, by its label, without those that cannot be made.
-
-    lines: as `lines_of` gives them. Raises CheckpointError: a wrong model file is wrong for every line.
-    """
-    made, path = {}, run.options.from_file
-    with each_warning_once():
-        for label, line in lines.items():
-            with failures.note_errors(label, fatal=CheckpointError):
-                where = label if path is None else f"{path}, {label}"
-                made[label] = make(run, label, {} if line is None else run.read_line(line, where))
-    return made
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
@@ -303,10 +172,10 @@ def denoise_all(
             with failures.note_errors(job.label, run.fatal):
                 queue.begin(job.label)
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
-                name = name_job(output, now, seed, prompt) + job.prepared.name_end
+                name = outputs.name_job(output, now, seed, prompt) + job.prepared.name_end
                 named = job.stem or Path(output.file_name).stem
                 is_named = bool(named) or not output.writes
-                stem_of = nullcontext(named) if is_named else own_stem(output.save_path, name)
+                stem_of = nullcontext(named) if is_named else outputs.own_stem(output.save_path, name)
                 with stem_of as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
@@ -331,13 +200,15 @@ def denoise_all(
                         )
                     if not output.writes:
                         continue
-                    preview = output.save_path / f"{stem}{PREVIEW_SUFFIX}"  # keeps its name
+                    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # keeps its name
                     metadata = job.metadata or run.metadata(job.prepared)
-                    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])  # taken meanwhile, maybe
-                    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
+                    stem = outputs.free_stem(
+                        output.save_path, stem, [outputs.LATENT_SUFFIX]
+                    )  # taken meanwhile, maybe
+                    path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
                     joint = job.prepared.joint
                     picture, sound = (latents, None) if joint is None else joint.split(latents)
-                    save_latents(path, picture, metadata, sound)
+                    outputs.save_latents(path, picture, metadata, sound)
                     kept = "" if output.keeps_latents else ", kept until they are decoded"
                     logger.info("Latents: %s%s", path, kept)
                 yield Denoised(job, picture, path, stem, preview, metadata, sound)
@@ -352,7 +223,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     needed = None if run.predicted is None else run.predicted.decoding
     video: GrowingVideo | None = None
     hides = run.post is not None and run.post.hides
-    path = output.save_path / f"{stem}{PREVIEW_SUFFIX}"
+    path = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
     with name_preview_on_failure(path), ExitStack() as opened, ExitStack() as bars:
         watchers: list[Watcher] = []
         show: list[OnSection] = []  # sections in latent previews
@@ -412,7 +283,7 @@ def decode_all(
             with failures.note_errors(one.job.label), keep_on_failure(one):
                 chunks, fps = decode(run.family, encoders, one.latents), one.job.prepared.fps
                 track_of = tracks.get(one.job.label)
-                path = save_pixels(output, one.stem, chunks, fps, one.metadata, run.post, track_of)
+                path = outputs.save_pixels(output, one.stem, chunks, fps, one.metadata, run.post, track_of)
                 paths[one.job.label] = path
                 if are_named:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)

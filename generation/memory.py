@@ -12,8 +12,8 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
-from generation.making import Peaks
 from generation.options import GenerationOptions
+from generation.request import Peaks
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
 from modules.contract.data import Conditions
@@ -26,23 +26,8 @@ from modules.devices import gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
 from modules.options import override_options
+from modules.planning import dry_run as dry
 from modules.planning.device_memory import Room, host_room, room_on
-from modules.planning.dry_run import (
-    ACCELERATOR,
-    WEIGHTS,
-    WORKING,
-    Counts,
-    Extrapolate,
-    Ledger,
-    Moment,
-    dry_run,
-    keep_blocks,
-    largest,
-    modules_in,
-    place,
-    plainly,
-    watch_blocks,
-)
 from modules.planning.memory_plan import (
     BlockWeights,
     MemoryPart,
@@ -72,7 +57,7 @@ DECODED = 13
 class PhasePrediction:
     """The memory of one request: of denoising before any block is swapped, with the effect of swapping."""
 
-    moments: Mapping[str, Moment]
+    moments: Mapping[str, dry.Moment]
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     weights: str  # their dtypes
     blocks: tuple[BlockWeights, ...]
@@ -84,21 +69,19 @@ class PhasePrediction:
 
     @property
     def most(self) -> int:
-        """Return the largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> Phase:
         """Return the largest moment of denoising with this number of blocks swapped."""
-        (where, held), swap = largest(self.moments), self.swaps[count]
-        weights = held[WEIGHTS]
+        (where, held), swap = dry.largest(self.moments), self.swaps[count]
+        weights = held[dry.WEIGHTS]
         if self.preview > sum(held.values()) - weights:  # between steps there are weights alone
-            where, held = "decoding a preview", {WEIGHTS: weights, WORKING: self.preview}
+            where, held = "decoding a preview", {dry.WEIGHTS: weights, dry.WORKING: self.preview}
         note = self.weights + swap.words(count, "of buffers")
-        parts = parts_of(held, swap, {WEIGHTS: note, WORKING: where})
+        parts = parts_of(held, swap, {dry.WEIGHTS: note, dry.WORKING: where})
         return Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        """Return the plan of all phases with this number of blocks swapped."""
         return MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
@@ -113,7 +96,7 @@ def predict(
     device: torch.device,
     turns: ExpertTurns | None = None,
     room: Room | None = None,
-    watch: Callable[[nn.Module], Extrapolate] = plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
@@ -146,11 +129,10 @@ def predict(
 
 
 @contextmanager
-def rehearsing(networks: object) -> Iterator[Ledger]:
-    """Dry-run everything inside without gradients, with the networks that an object holds on the device."""
-    with dry_run() as ledger, torch.no_grad():
-        for network in modules_in(networks):
-            place(network, ledger)
+def rehearsing(networks: object) -> Iterator[dry.Ledger]:
+    with dry.dry_run() as ledger, torch.no_grad():
+        for network in dry.modules_in(networks):
+            dry.place(network, ledger)
         yield ledger
 
 
@@ -202,7 +184,7 @@ def rehearse_denoising(
     inputs: Mapping[int, Conditions],
     extra: MemoryPart,
     turns: ExpertTurns = ALONE,
-    watch: Callable[[nn.Module], Extrapolate] = plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
@@ -213,15 +195,16 @@ def rehearse_denoising(
     blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
     extended = watch(dit)
     with rehearsing(dit) as ledger:
-        watch_blocks(blocks, ledger)
+        dry.watch_blocks(blocks, ledger)
         section = on_device(
-            next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
+            next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, dry.ACCELERATOR))),
+            dry.ACCELERATOR,
         )
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
-        def measure(counts: Counts) -> Mapping[str, Moment]:
-            keep_blocks(dit, blocks, counts, ledger)
+        def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
+            dry.keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)
@@ -269,12 +252,12 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: MemoryPart) -> 
         return phase_of("decoding", ledger, extra)
 
 
-def phase_of(name: str, ledger: Ledger, extra: MemoryPart) -> Phase:
+def phase_of(name: str, ledger: dry.Ledger, extra: MemoryPart) -> Phase:
     """Return a phase in which one network works at one place."""
-    _, moment = largest(ledger.peaks)
+    _, moment = dry.largest(ledger.peaks)
     parts = [
-        MemoryPart("weights", moment.get(WEIGHTS, 0)),
-        MemoryPart("work", sum(moment.values()) - moment.get(WEIGHTS, 0)),
+        MemoryPart("weights", moment.get(dry.WEIGHTS, 0)),
+        MemoryPart("work", sum(moment.values()) - moment.get(dry.WEIGHTS, 0)),
     ]
     return Phase(name, (*parts, extra))
 
@@ -325,7 +308,6 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request of a run that needs most memory while denoising, and its prediction."""
     turns, candidates = turns_of(family, options, requests), largest_of(family, requests)
     predictions = [(each, predict(family, options, each, device, turns, room)) for each in candidates]
     return max(predictions, key=lambda each: each[1].device(0))

@@ -78,7 +78,6 @@ class ExpertOptions(Options, title="two experts"):
 
     @property
     def loras(self) -> LoraOptions:
-        """Return the LoRAs of the expert for much noise."""
         return LoraOptions(
             lora_weight=self.lora_weight_high_noise, lora_multiplier=self.lora_multiplier_high_noise
         )
@@ -189,7 +188,6 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether the guidance passes of a process run one after the other."""
         return self.split_uncond or self.forces_split or self.speed.cfg_parallel
 
     @property
@@ -199,7 +197,6 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The options that a comparison sheet varies; none without --sheet."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:

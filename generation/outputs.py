@@ -93,14 +93,12 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
 
 
 def words_of(prompt: str) -> str:
-    """Return the first words of a prompt as part of a file's name: letters and digits, joined by `-`."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
     cut = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
     return cut.rpartition("-")[0] or cut if len(cut) < len(words) else cut
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """Append `_` to `stem` until no file with one of these suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -223,7 +221,6 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
-    """Pass the frames on and keep them in `last`, which holds one."""
     for frame in frames:
         last.append(frame)
         yield frame

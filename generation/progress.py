@@ -37,7 +37,6 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return the beginning of a prompt as one line."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -133,7 +132,6 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
 
 
 def name_model(metadata: Mapping[str, str]) -> str:
-    """Return a family's model in words."""
     names = [metadata.get("model_type"), metadata.get("task"), metadata.get("sd_model_name")]
     return ", ".join(name for name in names if name)
 
@@ -281,7 +279,6 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _with(self, pixels: Tensor | None) -> list[bytes]:
-        """Return all segments with these frames at the end that grows."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

@@ -88,12 +88,10 @@ def _side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
-    """Return a path without the quotes that file managers copy around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
-    """Return a value that is chosen by name: other than a text it cannot be empty."""
     return text
 
 
@@ -175,7 +173,6 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option of a generation line by its letters or its name on the command line."""
     by_name = {option.key: option for option in options.values()}
     return options.get(word) or by_name.get(word) or NAMED_OPTIONS.get(word)
 

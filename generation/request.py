@@ -1,32 +1,46 @@
-"""From options, a prompt line and defaults to a `Request`, and to one that can be made."""
+"""From options, a prompt line and defaults to a `Request`, to one that can be made, and to a job of a run."""
 
 import logging
 import secrets
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed
 
 from blissful_tuner.guidance import check_guidance
+from blissful_tuner.guidance_formulas import RunPasses, run_passes
+from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
+from generation.dressing import loras_of
 from generation.options import GenerationOptions
-from generation.prompt_lines import SOLVERS, read_seed
+from generation.outputs import FrameTools
+from generation.prompt_lines import SOLVERS, parse_generation_line, read_seed
 from generation.script_options import RequestOptions
+from generation.session import Session
+from modules.command import each_warning_once
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import SOURCES, Source
-from modules.errors import OptionError
+from modules.devices import Failures
+from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE
 from modules.installation import import_own
 from modules.layers.rope import Slow
 from modules.option_values import SEED_BITS, to_path
 
+if TYPE_CHECKING:  # they are loaded only if options ask for them
+    from blissful_tuner.latent_preview import LatentPreviews
+    from blissful_tuner.prompt_rewrite import PromptRewriter
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the video
 
@@ -185,3 +199,111 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     elif index:  # a frequency that the video needs slowed down to TURN * 2 pi / frames
         prepared = replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
     return prepared
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Expected peaks of device memory for tensors, in bytes."""
+
+    most: int  # of all phases
+    decoding: int  # while latents become pixels
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """One request to generate; `label` names it in messages ("line 3")."""
+
+    label: str
+    prepared: Prepared
+    stem: str | None = None  # of its files; None: the time, the seed and what the options add
+    metadata: Mapping[str, str] | None = None  # None: as the run says
+
+
+@dataclass(frozen=True)
+class GenerationRun:
+    """Family, options and session that every mode works with."""
+
+    family: Family
+    options: GenerationOptions
+    session: Session
+    predicted: Peaks | None = None  # where it is known
+    rewriter: "PromptRewriter | None" = None
+    previews: "LatentPreviews | None" = None
+    post: FrameTools | None = None  # what decoded frames go through
+    fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
+    run_passes: RunPasses = run_passes  # of a step
+    processes: int = 1  # that share the passes of a step
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
+
+    def with_previews(self) -> "GenerationRun":
+        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
+        session, options = self.session, self.options
+        made = import_own("blissful_tuner.latent_preview").make_previews(
+            options.preview,
+            self.family.latent,
+            options.output.save_path,
+            session.device,
+            session.dit_can_stay,
+        )
+        return replace(self, previews=made)
+
+    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
+        """Return the metadata of an output; None with --no_metadata."""
+        if self.options.output.no_metadata:
+            return None
+        return output_metadata(
+            prepared,
+            self.family.metadata,
+            self.loras,
+            self.options.settings,
+            self.session.device.type,
+            self.now(),
+            self.family.experts,
+        )
+
+    @property
+    def loras(self) -> dict[str, list[tuple[str, float]]]:
+        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
+        return {
+            expert: [
+                (path.name, strength)
+                for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
+            ]
+            for expert, lora in loras_of(self.options).items()
+        }
+
+    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
+        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        return parse_generation_line(line, self.options.line_options, where)
+
+
+def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
+    """Make the job of a prompt line, or of the command line alone.
+
+    Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
+    """
+    prepared = prepare_line(run.family, run.options, overrides)
+    if run.options.output.file_name:
+        run.options.output.check_file_name(prepared.frames)
+    if run.post is not None:
+        run.post.check_length(prepared.frames, label)
+    return GenerationJob(label, prepared)
+
+
+def of_each_line(
+    run: GenerationRun,
+    lines: Mapping[str, str | None],
+    failures: Failures,
+    make: Callable[[GenerationRun, str, Mapping[str, Any]], T],
+) -> dict[str, T]:
+    """Return what `make` makes of each prompt line, by its label, without those that cannot be made.
+
+    lines: as `lines_of` gives them. Raises CheckpointError: a wrong model file is wrong for every line.
+    """
+    made, path = {}, run.options.from_file
+    with each_warning_once():
+        for label, line in lines.items():
+            with failures.note_errors(label, fatal=CheckpointError):
+                where = label if path is None else f"{path}, {label}"
+                made[label] = make(run, label, {} if line is None else run.read_line(line, where))
+    return made

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,43 +15,35 @@ import torch
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
 from generation.asking import line_reader, ring_after
-from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
+from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras, leave_out_missing
 from generation.experts import TurnRules
-from generation.making import (
-    GenerationRun,
-    decode,
-    make_job,
-    make_outputs,
-    make_tracks,
-    of_each_line,
-)
+from generation.making import decode, make_outputs, make_tracks
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import is_blank, lines_of
-from generation.request import seed_of
-from generation.script_options import as_typed
+from generation.request import GenerationRun, make_job, of_each_line, seed_of
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.checkpoints.model_files import SavedLatents, load_latents
-from modules.checkpoints.opening import open_checkpoint
 from modules.compile import check_compilation
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
-from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
-from modules.options import override_options
 from modules.output_files import refuse_replacing
 from modules.planning.device_memory import room_on, too_little
-from modules.speed_options import GenerationSpeedOptions
 from networks.apply import check_loras_fit
 from networks.loading import on_side
+
+logger = logging.getLogger(__name__)
+
+STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
@@ -118,85 +110,6 @@ def check_latents(family: Family, path: Path) -> SavedLatents:
     size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
     logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
     return saved
-
-
-logger = logging.getLogger(__name__)
-
-FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
-Check = Callable[[GenerationSpeedOptions], object]  # raises OptionError
-
-
-def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
-    log the rest in one line.
-
-    Options given by name stay: if unavailable, they are an error later.
-    """
-    files = family.dit_files  # one that is missing is an error of its own
-
-    def check_attention(speed: GenerationSpeedOptions) -> None:
-        placement = Placement(device, attention=speed.attention.choice)
-        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
-
-    checks: dict[str, Check] = {
-        "attn_mode": check_attention,
-        "compile": lambda speed: check_compilation(speed.compilation.choice, device),
-        "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
-        "fp16_accumulation": lambda _: _check_fp16_sums(device),
-    }
-    speed, left_out = options.speed, []
-    for name in (name for name in checks if name in options.speed.by_preset):
-        try:
-            checks[name](speed)
-        except OptionError as error:
-            logger.warning("--optimized goes without --%s here. %s", name, error)
-            speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
-            left_out.append(name)
-    values = dict.fromkeys(options.speed.by_preset, True) | dict(options.settings)
-    used = [as_typed(values, name) for name in options.speed.by_preset if name not in left_out]
-    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
-    if left_out:
-        names = ", ".join(as_typed(values, name) for name in left_out)
-        parts.append(f"left out, as the warnings above say why: {names}")
-    if options.speed.not_by_preset:
-        names = ", ".join(f"--{name}" for name in options.speed.not_by_preset)
-        parts.append(f"left to what you gave: {names}")
-    logger.info("%s", "; ".join(parts))
-    if not left_out:
-        return options
-    settings: dict[str, Any] = {
-        name: value for name, value in options.settings.items() if name not in left_out
-    }
-    if speed.fp8.fp8 and not options.speed.fp8.fp8:
-        settings["fp8"] = True
-    return replace(options, speed=speed, settings=settings)
-
-
-def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:
-    changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
-    if name == "fp8_scaled":  # a file in fp8 stays as it is, unless a LoRA has to be merged into it
-        changes |= {"fp8": not has_loras, "fp8_fast": speed.fp8.fp8_fast and not has_loras}
-    by_preset = tuple(one for one in speed.by_preset if one != name)
-    return override_options(replace(speed, by_preset=by_preset), changes)
-
-
-def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
-    if device.type == "mps":
-        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
-    for path in files:
-        with contextlib.closing(open_checkpoint(path)) as checkpoint:
-            is_rounded = any(info.dtype in FP8_DTYPES for info in checkpoint.tensors.values())
-        if is_rounded:
-            raise OptionError(f"{path} is in fp8 already, and rounding it again would only lose more.")
-
-
-def _check_fp16_sums(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise OptionError(f"It is for matrix products on a CUDA GPU, and this run computes on {device.type}.")
-
-
-STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
 @contextlib.contextmanager

@@ -164,7 +164,6 @@ class OutputOptions(Options, title="output"):
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
-        """Return the same with the file of --save_path as a folder and a `file_name`."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
@@ -189,37 +188,30 @@ class OutputOptions(Options, title="output"):
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether latent files are part of the result."""
         return self.output_type in LATENT_OUTPUTS
 
     @property
     def writes_images(self) -> bool:
-        """Whether pixels are written as PNG images even if they are a video."""
         return self.output_type in IMAGE_OUTPUTS
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video made in sections has a preview that grows with it."""
         return self.decodes and not self.no_progressive_save
 
     @property
     def decodes(self) -> bool:
-        """Whether pixels are part of the result."""
         return self.output_type not in {"latent", NOTHING}
 
     @property
     def writes_sound(self) -> bool:
-        """Whether sound that is made is written: into videos, or as a file of its own."""
         return self.decodes and (self.save_audio is not None or not self.writes_images)
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files."""
         return self.output_type != NOTHING
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
-    """The option as it is typed: `--attn_mode sageattn`, `--compile`."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 

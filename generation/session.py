@@ -4,7 +4,6 @@ The kinds are the text encoders, the media encoders (VAE and image encoder) and 
 kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,8 +32,6 @@ from modules.planning.device_memory import host_room, spare_bytes
 if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
     from networks.text_loras import TextLoras
 
-logger = logging.getLogger(__name__)
-
 CPU = torch.device("cpu")
 NO_ENCODERS = MediaEncoders(vae=None)
 
@@ -55,7 +52,6 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    """Whether images or videos must be encoded before denoising."""
     source = prepared.asked.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
@@ -157,7 +153,6 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
-        """Free networks that only inputs need, if the inputs of all requests are encoded."""
         if self._media is not None and not self.keep:
             self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
 
@@ -173,7 +168,6 @@ class Session:
         return False
 
     def load_with(self, load_dit: LoadDit, load_aside: LoadAside | None) -> None:
-        """Load the DiT's networks with other settings from now on."""
         self._dits.load, self._dits.load_aside = load_dit, load_aside
 
     def free(self) -> None:
@@ -217,7 +211,6 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
-    """All of them one after the other, those that are there."""
     for by_section in wanted:
         for prompts in by_section.values():
             texts = (prompts.positive, prompts.negative, prompts.blank, prompts.away)
@@ -225,7 +218,6 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
 
 
 def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
-    """Return the encoders' outputs for a section's texts."""
     others = (prompts.negative, prompts.blank, prompts.away)
     return EncodedPrompts(
         known[prompts.positive], *(None if text is None else known[text] for text in others)

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grid_options import Axis, cells_of
-from generation.making import GenerationJob, GenerationRun, make_job, make_outputs, of_each_line
+from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
-from generation.request import draw_seed
+from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, of_each_line
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
@@ -64,7 +64,6 @@ class ClipGrid:
 
     @property
     def made(self) -> list[Path]:
-        """The clips that there are."""
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
@@ -88,7 +87,6 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the cells of a row; the one without LoRA stands in the first row of a prompt only."""
     for column, path, command in [*zip(columns, row.paths, row.commands, strict=True)][is_lower:]:
         assert path is not None  # a page shows finished comparisons only
         clip = embed_clip(list(frames_of(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
@@ -105,7 +103,6 @@ def frames_of(path: Path) -> Iterator[Frame]:
 
 
 def middle_of(path: Path | None) -> Frame | None:
-    """Return the frame in the middle of a clip."""
     if path is None:
         return None
     count = sum(1 for _ in frames_of(path))
@@ -161,7 +158,6 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
 
 def _fit(frame: Frame, side: int) -> tuple[int, int]:
-    """Return the width and height of a frame in its cell; small frames are not enlarged."""
     height, width = frame.shape[:2]
     scale = min(1.0, side / max(height, width))
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -174,7 +170,6 @@ def _write(
     text: str,
     width: int,
 ) -> None:
-    """Write one line, cut to a width in pixels."""
     line = " ".join(escape_control_codes(text[:1000]).split())
     while line and draw.textlength(line, font) > width - 4:
         line = line[: min(len(line) - 1, max(1, round(len(line) * width / draw.textlength(line, font))))]

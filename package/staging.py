@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 
 def package_name(name: str) -> str:
-    """Return the name in the package of a module of ours."""
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
@@ -54,7 +53,6 @@ def rewrite_imports(source: str, ours: Collection[str]) -> str:
 
 
 def find_own_imports(source: str, ours: Collection[str]) -> list[str]:
-    """Return the absolute imports of our modules by their names in the checkout."""
     lines = source.encode().splitlines(keepends=True)
     return [name for _, _, name, _ in _find_imports(ast.parse(source), lines, ours)]
 
@@ -107,13 +105,11 @@ CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def find_rooms(root: Path) -> list[str]:
-    """Return the folders of a checkout that are installed: all Python packages but those for work on it."""
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
     return sorted(folders - NOT_INSTALLED)
 
 
 def find_own_names(root: Path) -> set[str]:
-    """Return the top-level names that a checkout imports its own modules by."""
     return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"} - {PACKAGE}
 
 
@@ -166,7 +162,6 @@ def _copy_texts(root: Path, folder: Path) -> None:
 
 
 def entry_points(root: Path) -> dict[str, str]:
-    """Return the console commands of the package: `reelsmith`, and each script by its name."""
     return {
         "reelsmith": "reelsmith.commands:main",
         **{command.script: f"{package_name(command.module)}:run" for command in find_commands(root)},

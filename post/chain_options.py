@@ -61,17 +61,14 @@ class Chain:
 
     @property
     def added(self) -> str:
-        """Return the suffix for the names of results: SWINIR_VFI."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
     def labels(self) -> list[str]:
-        """Return how messages name the tools: not at all the script's own."""
         return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
 
     @property
     def needs_video(self) -> bool:
-        """Return whether single pictures cannot go through all tools."""
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
@@ -132,17 +129,14 @@ class AskedTools:
 
     @property
     def labels(self) -> list[str]:
-        """Return how messages name the tools."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
     def hiding(self) -> str | None:
-        """Return the name of the first tool that hides something; None if there is none."""
         return hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str:
-        """Return the work of the tools, as metadata keep it: without folders."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
@@ -210,12 +204,10 @@ def find_tool(name: str) -> Tool:
 
 
 def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
-    """Return the name of the first tool that hides something; None if there is none."""
     return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
 def tool_names() -> str:
-    """Return the names of all tools, for messages."""
     names = [tool.name for tool in TOOLS]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
@@ -267,7 +259,6 @@ def split_at(words: Sequence[str], mark: str) -> list[list[str]]:
 
 
 def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    """Write `--then=facefix` as two words."""
     return [
         part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])
     ]

@@ -84,7 +84,6 @@ LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 
 
 def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
-    """Return width and height, in pixels, of a picture that is enlarged that many times."""
     return int(width * factor), int(height * factor)
 
 

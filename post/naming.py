@@ -109,7 +109,6 @@ def is_picture(path: Path) -> bool:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file of a folder is a picture, GIF included, and no damaged animation."""
     try:
         return path.suffix.lower() not in VIDEOS and not is_animation(path)
     except MediaError:

@@ -41,7 +41,6 @@ class ToolRunOptions(Options, title="input and output"):
 
     @property
     def means_folder(self) -> bool:
-        """Return whether --output is written as a folder: `made/`."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
 
@@ -145,12 +144,10 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def kind(self) -> str:
-        """gimmvfi_r or gimmvfi_f."""
         return WITH_RAFT if WITH_RAFT in self.mode.lower() else WITH_FLOWFORMER
 
     @property
     def part(self) -> Fraction:
-        """The part of the size that flow is computed at, exactly."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property

@@ -106,7 +106,6 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
-    """Return the steps done as post_1, post_2, counted on from the names that a file already has."""
     numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
@@ -134,7 +133,6 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
 
 
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
-    """Write each picture to `folder` as 000000.png and so on, and pass it on."""
     for index, picture in enumerate(pictures):
         write_png(folder / f"{index:06d}.png", in_eight_bits(picture.pixels))
         yield picture

@@ -135,7 +135,6 @@ class PostTools:
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
         return self.asked.hiding is not None
 
     def check(self) -> None:

@@ -158,7 +158,6 @@ def write_behind(
 
 
 def _wait_for(thread: threading.Thread, seconds: float | None = None) -> None:
-    """Wait until a thread ends, but at most so long."""
     waited = 0.0
     while thread.is_alive() and (seconds is None or waited < seconds):
         thread.join(PAUSE)

@@ -28,7 +28,6 @@ SHARE = 0.8  # of the host's free memory that is taken; the system ends programs
 
 
 def round_up(number: int, step: int) -> int:
-    """Return the next multiple of `step`."""
     return -(-number // step) * step
 
 
@@ -132,12 +131,10 @@ def room_on(device: torch.device) -> int | None:
 
 
 def least_tile(step: int, overlap: int) -> int:
-    """Return the size of the smallest tiles that are chosen here."""
     return round_up(max(LEAST, 2 * overlap), step)
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the first sentence of an error's message, its kind without a message."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 

@@ -77,19 +77,16 @@ def _few_steps(family: Any, dit: Path | None) -> str | None:
 
 
 def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
-    """Return what a model makes, in words: clips, pictures, edits, sound."""
     made = ["edits"] if facts.needs_reference else ["pictures" if model.data["frames"] == 1 else "clips"]
     made += ["edits"] if facts.references and not facts.needs_reference else []
     return " and ".join([*made, *(["sound"] if facts.hears else [])])
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size of all transformers of a model, as released."""
     return sum(part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the transformers that a model is trained with, as released."""
     return [part for part in model.components if part.role.startswith("transformer")]
 
 
@@ -117,23 +114,21 @@ def choose_model(options: NewOptions, memory: float) -> tuple[ModelSet, str | No
     asks = options.family is None and has_terminal()
     named = None if options.family is None else _read_family(options.family, models)
     if named is None:
-        if not asks:
-            names = dict.fromkeys(one.family for one in models)
-            raise OptionError(f"--family is missing: give one of {', '.join(names)}")
         known = list(dict.fromkeys(one.family for one in models))
+        if not asks:
+            raise OptionError(f"--family is missing: give one of {', '.join(known)}")
         table = _family_table(models, memory)
         named = _ask("--family", lambda text: _read_family(_by_number(text, known), models), table)
     family, task = named
     tasks = [one for one in models if one.family == family]
+    names = [one.task for one in tasks]
     if options.task is not None:
         task = _read_task(options.task, tasks)
     elif task is None and len(tasks) == 1:
-        task = tasks[0].task
+        task = names[0]
     elif task is None and has_terminal():
-        asks = True
-        known = [one.task for one in tasks]
-        table = _task_table(tasks, memory)
-        task = _ask("--task", lambda text: _read_task(_by_number(text, known), tasks), table)
+        asks, table = True, _task_table(tasks, memory)
+        task = _ask("--task", lambda text: _read_task(_by_number(text, names), tasks), table)
     elif task is None:
         raise OptionError(
             "--task is missing: give one of " + ", ".join(f"{one.task} ({one.about})" for one in tasks)
@@ -157,7 +152,6 @@ def _ask(question: str, read: Callable[[str], Any], table: str) -> Any:
 
 
 def _by_number(text: str, known: Sequence[str]) -> str:
-    """Return the name in a line of a table, or the text if it is no such number or a name itself."""
     number = int(text) if re.fullmatch(r"[1-9]\d?", text) and text not in known else 0
     return known[number - 1] if 0 < number <= len(known) else text
 
@@ -203,8 +197,7 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
 
 def _read_task(text: str, tasks: Sequence[ModelSet]) -> str:
     """Return the task of any spelling, or of its number in the table. Raises OptionError."""
-    known = [one.task for one in tasks]
-    plain = _plain(text)
+    known, plain = [one.task for one in tasks], _plain(text)
     same = [name for name in known if _plain(name) == plain]
     near = same or [name for name in known if len(plain) > 1 and plain in _plain(name)]
     if len(near) == 1:
@@ -222,7 +215,7 @@ def _family_table(models: Sequence[ModelSet], memory: float) -> str:
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
         makes = dict.fromkeys(describe_makes(one, ask_family(one)) for one in tasks)
         rows.append((name, ", ".join(makes), size, describe_fit(smallest, memory)))
-    return _numbered(("", "family", "makes", "download", _fit_title(memory)), rows)
+    return _numbered(("family", "makes", "download", f"--memory {memory:.0f}"), rows)
 
 
 def _task_table(tasks: Sequence[ModelSet], memory: float) -> str:
@@ -230,13 +223,9 @@ def _task_table(tasks: Sequence[ModelSet], memory: float) -> str:
         (one.task, one.about, gigabytes(total_bytes(one.components)), describe_fit(one, memory))
         for one in tasks
     ]
-    return _numbered(("", "task", "", "download", _fit_title(memory)), rows)
-
-
-def _fit_title(memory: float) -> str:
-    return f"--memory {memory:.0f}"
+    return _numbered(("task", "", "download", f"--memory {memory:.0f}"), rows)
 
 
 def _numbered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = in_columns([head, *((str(number), *row) for number, row in enumerate(rows, 1))])
+    lines = in_columns([("", *head), *((str(number), *row) for number, row in enumerate(rows, 1))])
     return "\n".join([*lines, ""])

@@ -69,19 +69,16 @@ class Choice:
         return self.found.media
 
     def inside(self, path: Path) -> str:
-        """Return a path as seen from the folder."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return width and height to train at: the usual area, or less, in the shape of the middle one."""
     sizes = sorted((one.size for one in media), key=lambda size: size[0] * size[1])
     usual = model.data["resolution"]
     return _within(sizes[len(sizes) // 2], usual[0] * usual[1])
 
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return a size of the same shape with about so many pixels, or fewer, in steps that all models take."""
     factor = sqrt(area / (size[0] * size[1]))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
@@ -100,7 +97,6 @@ def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return how many frames a clip has at the rate of the model."""
     return int((clip.seconds or 0) * model.data["fps"])
 
 
@@ -133,10 +129,8 @@ def describe_dataset(choice: Choice) -> str:
     from_image = data.get("from_image", False)
     general = {"resolution": choice.size, "caption_extension": choice.found.captions, "enable_bucket": True}
     lines = _table("[general]", general | ({"trigger_word": trigger} if trigger else {}))
-    cut = {
-        "target_frames": [frames] if from_image or frames == 1 else [1, frames],
-        "frame_extraction": "head",
-    }
+    lengths = [frames] if from_image or frames == 1 else [1, frames]
+    cut = {"target_frames": lengths, "frame_extraction": "head"}
     cut |= {"source_fps": "auto"} if frames > 1 else {}
     tables = dict.fromkeys((one.path.parent, one.is_clip) for one in choice.media)
     for place, is_clip in tables:
@@ -171,32 +165,24 @@ def describe_samples(choice: Choice) -> str:
     other = OTHER_EDIT if choice.facts.needs_reference else OTHER
     width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
     size = f"--w {width} --h {height} --f {choice.frames}"
-    media = _sample_media(choice)
+    values, lines = _released_values(choice.model), ""
     prompts = [*(f"{subject}, {text}" for text in situations), other]
-    return "".join(
-        " ".join(
-            filter(
-                None,
-                (text, size, _released_values(choice.model), media[index % len(media)], f"--d {index + 1}"),
-            )
-        )
-        + "\n"
-        for index, text in enumerate(prompts)
-    )
+    for index, (text, media) in enumerate(zip(prompts, itertools.cycle(_sample_media(choice)), strict=False)):
+        lines += " ".join(filter(None, (text, size, values, media, f"--d {index + 1}"))) + "\n"
+    return lines
 
 
 def _find_subject(captions: Sequence[str]) -> str:
     """Return the words that all captions begin with, else the first part of the shortest one."""
     words = [text.split() for text in captions if text]
     same = os.path.commonprefix(words) if len(words) > 1 else []
-    if any(word.lower() not in {"a", "an", "the"} for word in same):
-        return re.split(r"[,.;:]", " ".join(same))[0][:MOST_OF_SUBJECT].strip() or "a person"
-    shortest = min((text for text in captions if text), key=len, default="a person")
-    return re.split(r"[,.;:]", shortest)[0][:MOST_OF_SUBJECT].strip() or "a person"
+    found = " ".join(same)
+    if all(word.lower() in {"a", "an", "the"} for word in same):
+        found = min((text for text in captions if text), key=len, default="")
+    return re.split(r"[,.;:]", found)[0][:MOST_OF_SUBJECT].strip() or "a person"
 
 
 def _plain(text: str) -> str:
-    """Return a text that stands in a line of a prompt file, without options."""
     return re.sub(r"(^|\s)-+", r"\1", " ".join(drop_control_codes(text).split())).lstrip("#").strip()
 
 

@@ -11,19 +11,8 @@ from modules.console import count_of
 from modules.errors import OutputError
 from modules.installation import PREFIX
 from modules.options import option_values
+from project import describing
 from project.choosing import ask_family, choose_model, describe_fit, describe_makes
-from project.describing import (
-    SMALL,
-    Choice,
-    choose_frames,
-    choose_size,
-    count_frames,
-    describe_dataset,
-    describe_run,
-    describe_samples,
-    list_commands,
-    name_files,
-)
 from project.media import WRITTEN, look_at, name_some
 from project.options import RUN_FILE, NewOptions, find_models
 from project.running import WRITE_CAPTIONS, typed_in
@@ -40,17 +29,18 @@ def write_project(options: NewOptions) -> None:
         raise OutputError(f"{there[0]} is there already. Edit it, or give --overwrite to replace all three.")
     memory = find_memory() if options.memory is None else options.memory
     model, trigger = choose_model(options, memory)
-    if 0 < memory < SMALL:
+    if 0 < memory < describing.SMALL:
         encoders = {(one.family, one.task): one for one in find_models(fp8_encoders=True)}
         model = encoders[model.family, model.task]
-    files = name_files(options, model)
+    files = describing.name_files(options, model)
     facts = ask_family(model, files)
     found = look_at(options.folder, facts, f"{model.family} {model.task}")
-    size, frames = choose_size(model, found.media), choose_frames(model, found.media, memory)
-    choice = Choice(options, model, facts, found, memory, size, frames, files, trigger)
-    dataset, samples = describe_dataset(choice), describe_samples(choice)
-    commands = list_commands(choice)
-    for path, text in zip(paths, (dataset, samples, describe_run(choice, commands)), strict=True):
+    size = describing.choose_size(model, found.media)
+    frames = describing.choose_frames(model, found.media, memory)
+    choice = describing.Choice(options, model, facts, found, memory, size, frames, files, trigger)
+    dataset, samples = describing.describe_dataset(choice), describing.describe_samples(choice)
+    commands = describing.list_commands(choice)
+    for path, text in zip(paths, (dataset, samples, describing.describe_run(choice, commands)), strict=True):
         write_text(path, text)
     run = [*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), "run", str(options.folder)]
     print_lines(
@@ -72,7 +62,7 @@ def find_memory() -> float:
     return min((int(line) / 1024 for line in said.split() if line.isdecimal()), default=0.0)
 
 
-def _tell(choice: Choice) -> list[str]:
+def _tell(choice: describing.Choice) -> list[str]:
     """Return a report of found, chosen and missing files."""
     model, media, frames = choice.model, choice.media, choice.frames
     clips = [one for one in media if one.is_clip]
@@ -101,7 +91,7 @@ def _tell(choice: Choice) -> list[str]:
         f"shorter than {frames} frames (at {rate} a second)": (
             one.path
             for one in clips
-            if frames > 1 and one.seconds is not None and count_frames(one, model) < frames
+            if frames > 1 and one.seconds is not None and describing.count_frames(one, model) < frames
         ),
         "clips of which this model takes the first frame": (one.path for one in clips if frames == 1),
         "pictures, of which this model learns nothing": (
@@ -111,7 +101,7 @@ def _tell(choice: Choice) -> list[str]:
     return lines + [f"{name_some(found)}: {what}" for what, each in told.items() if (found := list(each))]
 
 
-def _tell_captions(choice: Choice) -> list[str]:
+def _tell_captions(choice: describing.Choice) -> list[str]:
     """Return lines about media without captions: what stands in their place, or both ways to get some."""
     bare, kind = [one.path for one in choice.media if one.caption is None], choice.found.captions
     empty = [one.path for one in choice.media if one.caption == "" and not choice.trigger]
@@ -132,7 +122,7 @@ def _tell_captions(choice: Choice) -> list[str]:
     ]
 
 
-def _with_word(choice: Choice) -> list[str]:
+def _with_word(choice: describing.Choice) -> list[str]:
     """Return the command of this description again, with a trigger word."""
     model, words = choice.model, ["python", "reelsmith.py", "new", str(choice.options.folder)]
     chosen = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}

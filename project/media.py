@@ -105,7 +105,7 @@ def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
     if facts.references:
         _find_references(folder, places, sources, found)
     else:
-        nested = [one for place in places[1:] for one in _folders(place) if REFERENCES.fullmatch(one.name)]
+        nested = [one for place in places[1:] for one in _sources_in(place)]
         found.lines += [
             f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
             "not edit. If it is to be learned, rename it"
@@ -128,6 +128,10 @@ def _folders(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
     return []
+
+
+def _sources_in(folder: Path) -> list[Path]:
+    return [one for one in _folders(folder) if REFERENCES.fullmatch(one.name)]
 
 
 def _media_suffixes() -> frozenset[str]:
@@ -155,10 +159,8 @@ def _tell_names(places: Sequence[Path]) -> Iterator[str]:
     """Yield lines about folders whose names mean something to other trainers."""
     for place in places:
         if (repeats := re.match(r"(\d+)_", place.name)) is not None:
-            text = (
-                f"its number is not used. num_repeats = {repeats[1]} in its table of dataset.toml repeats it"
-            )
-            yield f"{place}: {text}"
+            key = f"num_repeats = {repeats[1]}"
+            yield f"{place}: its number is not used. {key} in its table of dataset.toml repeats it"
         if REGULARISATION.fullmatch(place.name):
             text = "learned like the others. If it holds pictures to regularise with, move it away"
             yield f"{place}: {text}"
@@ -185,9 +187,8 @@ def _list_media(place: Path, found: Found) -> None:
         return
     for path in paths:
         end = path.suffix.lower()
-        if path.name[0] == "." or path.is_dir() or path.name in (*WRITTEN, CHECK_PAGE):
-            continue
-        if path.name.lower() in SYSTEM_FILES:
+        own = path.name in (*WRITTEN, CHECK_PAGE) or path.name.lower() in SYSTEM_FILES
+        if own or path.name[0] == "." or path.is_dir():
             continue
         if end not in suffixes:
             others.setdefault(end, []).append(path)
@@ -222,13 +223,11 @@ def _measure(path: Path, captions: str) -> Media:
 
 def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Path], found: Found) -> None:
     """Find for each folder of pictures the one that they are made from: in it, beside it, or beside all."""
-    beside = (
-        [] if sources else [one for one in _folders(folder.absolute().parent) if one != folder.absolute()]
-    )
-    beside = [one for one in beside if REFERENCES.fullmatch(one.name)]
+    whole = folder.absolute()
+    beside = [] if sources else [one for one in _sources_in(whole.parent) if one != whole]
     for place in places:
         pictures = [one.path.stem for one in found.media if one.path.parent == place and not one.is_clip]
-        nested = [] if place == folder else [one for one in _folders(place) if REFERENCES.fullmatch(one.name)]
+        nested = [] if place == folder else _sources_in(place)
         for source in (*nested, *sources, *beside) if pictures else ():
             without = _without_reference(source, pictures)
             if len(without) < len(pictures):
@@ -254,7 +253,6 @@ def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
-    """Return the pictures in `source` that a picture is made from, by the rules of `control_directory`."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -271,7 +269,6 @@ def why_unread(path: Path) -> str:
 
 
 def _tell_unread(place: Path, source: Path, media: Sequence[Media]) -> Iterator[str]:
-    """Yield lines about references that cannot be read."""
     for one in media:
         if one.path.parent == place and not one.is_clip:
             for why in filter(None, map(why_unread, reference_of(one, source))):
@@ -293,11 +290,8 @@ def _find_numbered(media: Sequence[Media]) -> list[Path]:
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     """Return the message that shows how pairs lie."""
     numbered = _find_numbered(media)
-    told = (
-        f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
-        if numbered
-        else ""
-    )
+    seem = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
+    told = seem if numbered else ""
     return (
         f"{folder}: {name} learns edits, and there is no picture to edit from.{told} Make this of it:\n"
         f"  {folder / 'cat.jpg'}          a result\n"
@@ -342,6 +336,5 @@ def _is_silent(path: Path) -> bool:
 
 
 def name_some(paths: Sequence[Path]) -> str:
-    """Return the first names and how many more there are."""
     names = [path.name for path in paths]
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

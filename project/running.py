@@ -13,21 +13,11 @@ from typing import Any
 from dataset.scripts import cache_family_latents
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
+from modules import installation
 from modules.command import INTERRUPTED, as_typed
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.families import with_scripts
-from modules.installation import (
-    PREFIX,
-    ROOT,
-    RUN_CHECKS,
-    RUN_GOES_ON,
-    SOURCES_LEFT_OUT,
-    find_script,
-    import_own,
-    program_environment,
-    program_words,
-)
 from modules.output_files import check_output_name
 from modules.paths import path_from
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
@@ -59,7 +49,6 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
-        """Files of the model that are not there."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -99,10 +88,10 @@ def run_project(options: RunOptions) -> None:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
         else:
             code = run_command(words, project.folder)
-        if code and not (left_out and code == SOURCES_LEFT_OUT):  # the check has found which
+        if code and not (left_out and code == installation.SOURCES_LEFT_OUT):  # the check has found which
             if code != INTERRUPTED:
                 _explain(words, project.folder)
-            raise SystemExit(1 if code == SOURCES_LEFT_OUT else code)
+            raise SystemExit(1 if code == installation.SOURCES_LEFT_OUT else code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
     if left_out:
@@ -181,7 +170,6 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _download_size(words: Sequence[str]) -> str:
-    """Return what a download command brings, in words; "" for one that is not known."""
     values = dict(zip(words, words[1:], strict=False))
     sets: list[ModelSet] = find_models("--fp8_encoders" in words)
     named = [one for one in sets if (one.family, one.task) == (values.get("--family"), values.get("--task"))]
@@ -190,10 +178,10 @@ def _download_size(words: Sequence[str]) -> str:
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
     """Return a command as it can be typed in a folder."""
-    script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
-    if script is None or PREFIX:
+    script = installation.find_script("".join(words[1:2])) if words[:1] == ["python"] else None
+    if script is None or installation.PREFIX:
         return as_typed(words)
-    near, far = path_from(folder, ROOT / script), str(ROOT / script)
+    near, far = path_from(folder, installation.ROOT / script), str(installation.ROOT / script)
     return as_typed([words[0], min(near, far, key=len), *words[2:]])
 
 
@@ -207,9 +195,9 @@ def _check_training(project: Project) -> None:
     """Let the training script check its options and files before hours of caching. Raises OptionError."""
     words = project.commands[-1]
     done = subprocess.run(
-        [sys.executable, *program_words(_require_script(words)), *words[2:]],
+        [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],
         cwd=project.folder,
-        env=program_environment(**{RUN_GOES_ON: RUN_CHECKS}),
+        env=installation.program_environment(**{installation.RUN_GOES_ON: installation.RUN_CHECKS}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -231,8 +219,8 @@ def _check_media(
     faults: list[Any] = []
 
     def check(family: Any, config: Any, options: Any, *_: Any) -> None:
-        checks = import_own("data_tools.report.check")
-        workers = import_own("dataset.caching.work").workers_of(options)
+        checks = installation.import_own("data_tools.report.check")
+        workers = installation.import_own("dataset.caching.work").workers_of(options)
         result = checks.check_caching(
             family, config, workers, options.skip_existing, options.verify, validation=validation
         )
@@ -268,8 +256,8 @@ def _require_script(words: Sequence[str]) -> Path:
     """Return the script of a command. Raises OptionError if it is none of those that a run needs: the file
     may be somebody else's.
     """
-    script = find_script("".join(words[1:2])) if words[:1] == ["python"] else None
-    known = {find_script("download")}
+    script = installation.find_script("".join(words[1:2])) if words[:1] == ["python"] else None
+    known = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script
         known |= {Path(f"{name}.py") for name in (*names, f"{entry.script}_train_network")}
@@ -290,8 +278,8 @@ def run_command(words: Sequence[str], folder: Path) -> int:
     """
     script = _require_script(words)
     interrupts: list[int] = []
-    environment = program_environment(**{RUN_GOES_ON: "1"})
-    program = [sys.executable, *program_words(script), *words[2:]]
+    environment = installation.program_environment(**{installation.RUN_GOES_ON: "1"})
+    program = [sys.executable, *installation.program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
         # set after the start: a program inherits what is ignored
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))

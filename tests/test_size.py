@@ -43,8 +43,10 @@ BUDGET = {
     "z_image": (670, 7),
 }
 TESTS = 93730  # lines
-# files and functions of ours that are called, as `python benchmarks/way.py` prints them
-WAYS = {"one clip, cache and train": (170, 1150), "one prompt with a LoRA": (104, 690)}
+# files, functions and kinds of records of ours on each way, as `python benchmarks/way.py` prints them
+WAYS = {"one clip, cache and train": (170, 1150, 135), "one prompt with a LoRA": (104, 690, 60)}
+LONGEST, LONG = 60, 3  # lines of a function, without decorators; how many may be longer
+LARGEST, LARGE = 400, 12  # lines of a file; how many may be longer
 GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 NAMED = re.compile(r"^(\w+/?): (.+)$", re.MULTILINE)  # a file or room, and what it is for
@@ -77,12 +79,38 @@ def test_no_room_is_larger_than_its_budget() -> None:
     assert lines["tests"] <= TESTS
 
 
+def long_functions() -> list[str]:
+    """Functions of the product that are longer than LONGEST lines, with what they have."""
+    return [
+        f"{path.relative_to(ROOT).as_posix()}: {node.name} ({length})"
+        for room, path in product_files()
+        if room not in NOT_PRODUCT
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > LONGEST
+    ]
+
+
+def large_files() -> list[str]:
+    """Files of the product that are longer than LARGEST lines, with what they have."""
+    return [
+        f"{path.relative_to(ROOT).as_posix()} ({length})"
+        for room, path in product_files()
+        if room not in NOT_PRODUCT and (length := path.read_bytes().count(b"\n")) > LARGEST
+    ]
+
+
+def test_few_functions_and_files_are_long() -> None:
+    functions, files = long_functions(), large_files()
+
+    assert len(functions) <= LONG, functions
+    assert len(files) <= LARGE, files
+
+
 def test_the_ways_through_the_house_do_not_grow() -> None:
     done = subprocess.run([sys.executable, "benchmarks/way.py"], cwd=ROOT, capture_output=True, text=True)
-    found = {
-        name: (int(files), int(functions))
-        for name, files, functions in re.findall(r"(.+): (\d+) files, (\d+) functions", done.stdout)
-    }
+    told = re.findall(r"(.+): (\d+) files, (\d+) functions, (\d+) kinds of records", done.stdout)
+    found = {name: tuple(map(int, counts)) for name, *counts in told}
 
     assert set(found) == set(WAYS), done.stderr
     for name, counts in found.items():

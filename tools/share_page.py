@@ -30,7 +30,6 @@ class ShareOptions(Options):
 
     @property
     def copy(self) -> Path:
-        """Return the file to write."""
         return self.output or self.page.with_name(f"{self.page.stem}-shared.html")
 
 

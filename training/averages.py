@@ -96,12 +96,10 @@ class WeightAverage:
         }
 
     def described(self) -> dict[str, Any] | None:
-        """Return the facts of a state besides the tensors; None if no average is kept."""
         return {"steps": self.steps} if self.values else None
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of the average's files besides those of the run's files."""
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:

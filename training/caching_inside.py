@@ -10,7 +10,7 @@ micro-batch's number, as that of noise and timesteps.
 
 import logging
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -56,7 +56,6 @@ class Where(Enum):
 
     @property
     def is_made(self) -> bool:
-        """Return whether it is cached by the training command."""
         return self in {Where.NPZ, Where.MEMORY}
 
 
@@ -70,14 +69,11 @@ class TablePlan:
 
     @property
     def is_own(self) -> bool:
-        """Return whether all of it is in the caches that the table names."""
         return self.latents is self.texts is Where.OWN
 
     @property
     def can_be_planned(self) -> bool:
-        """Return whether a batch can be rehearsed before anything is encoded."""
-        texts = (Where.OWN, Where.NPZ, Where.LIVE)
-        return self.latents in {Where.OWN, Where.NPZ} and self.texts in texts
+        return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
 
 
 def prepare_sources(
@@ -126,18 +122,17 @@ def _fill(
     loop, conclude = import_own("dataset.caching.loop"), import_own("dataset.caching.prefetch").conclude
     stores = replace(stores, trusts=options.skip_cache_check)
 
-    def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
-        return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))
-
-    media = tables(lambda plan: plan.latents.is_made)
-    if media.datasets:
-        report = loop.cache_media(family, media, _loop_options(media, device, options.vae_batch_size), stores)
-        conclude(replace(report, foreign=0))  # files of other programs are no surprise here
-    texts = tables(lambda plan: plan.texts.is_made)
-    if texts.datasets:
-        batch_size = options.text_encoder_batch_size
-        report = loop.cache_texts(family, texts, _loop_options(texts, device, batch_size), stores)
-        conclude(replace(report, foreign=0))
+    for kind, cache, batch_size in (
+        ("latents", loop.cache_media, options.vae_batch_size),
+        ("texts", loop.cache_texts, options.text_encoder_batch_size),
+    ):
+        tables = tuple(plan.table for plan in plans if getattr(plan, kind).is_made)
+        if tables:
+            asked = CachingOptions.usual(
+                dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
+            )
+            report = cache(family, DatasetConfig(config.path, tables), asked, stores)
+            conclude(replace(report, foreign=0))  # files of other programs are no surprise here
 
 
 def plan_tables(
@@ -183,7 +178,6 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Return where the entries of all tables are."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -228,13 +222,6 @@ def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mappin
 def _size(source: MediaSource) -> Size:
     with fetch(source) as here:
         return image_size(here.path)
-
-
-def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
-    """Return the options of the caching loop; nothing is removed as stale."""
-    return CachingOptions.usual(
-        dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
-    )
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
@@ -356,7 +343,6 @@ class LiveMedia:
     """The media encoders of a family, kept while training, for pictures."""
 
     def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
-        """tables: by index; those with `media` are encoded here."""
         self._family, self._tables = family, tables
         self._encoders = EncodersOnDemand(family, device)
 

@@ -126,7 +126,6 @@ class NextSteps:
         return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
 
     def start_again(self) -> PageCommand:
-        """Return the command that this run was started with, without keys and tokens."""
         return _command("This run, as it was started", self._words())
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
@@ -136,7 +135,6 @@ class NextSteps:
         return [*(launcher if self.processes > 1 else ["python"]), self.scripts.train, *words]
 
     def after_loss(self) -> str:
-        """Return the command after a run that ended without saving."""
         if self._has_state():
             return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."

@@ -22,19 +22,9 @@ from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
+from training import experts
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.experts import (
-    AUTOCAST,
-    TRAINING_ADAPTER,
-    ExpertNetworks,
-    check_dtype,
-    dress,
-    network_for,
-    placement_of,
-    read_adapter,
-    read_lora_for,
-)
 from training.loss import LossRule
 from training.noise_options import NUM_TIMESTEPS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -76,7 +66,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     for index in range(len(family.experts)):
         dit, learners = loading.load(family, index, learners)
         networks.append(dit)
-    dits = sample_dits = ExpertNetworks(networks, loading.copies)
+    dits = sample_dits = experts.ExpertNetworks(networks, loading.copies)
     if samples_with_others:  # networks beside those that are trained
         known = dict(zip(family.dit_files, networks, strict=True))
         # in place of all that are trained: what learns is in them too
@@ -87,7 +77,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
                 known[file], given = loading.load(plan.sampled, index, learners if in_place else None)
                 learners = given if in_place else learners
             sampled.append(known[file].eval())
-        sample_dits = ExpertNetworks(sampled, loading.copies)
+        sample_dits = experts.ExpertNetworks(sampled, loading.copies)
     if len(learners) == 1:
         trainable = learners[0]
     else:
@@ -171,17 +161,17 @@ class Loading:
         expert, sharding = family.experts[index], options.speed.sharding
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
         shares = shared_blocks(sharding, device)
-        network = network_for(options, expert)
+        network = experts.network_for(options, expert)
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
-        merged = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
+        merged = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in files]
         patch = LoraPatch(merged) if merged else None
-        placement = placement_of(options, device, plan.processes.fp8)
+        placement = experts.placement_of(options, device, plan.processes.fp8)
         dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
         if patch is not None:
             patch.check()
         del merged, patch  # tensors of files: what follows fills the host's memory
-        check_dtype(family, options, dtype_of(dit))
-        computed = AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        experts.check_dtype(family, options, dtype_of(dit))
+        computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
         warn_if_emulated(device, computed, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:
@@ -189,13 +179,13 @@ class Loading:
         if learners is not None:
             learners = _add_learner(plan, dit, expert, learners)
         is_compiled = options.speed.compilation.choice is not None
-        given = read_adapter(options, expert, family.experts) if family is plan.family else None
+        given = experts.read_adapter(options, expert, family.experts) if family is plan.family else None
         if given is not None:
-            self.adapters.append(add_loras(dit, [given], is_compiled, TRAINING_ADAPTER))
+            self.adapters.append(add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER))
         if self.has_samples and (found := options.samples.loras()):
-            extra = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in found]
+            extra = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in found]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
-        dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
+        experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
         if plan.processes.fp8 is not None and device.type == "cpu":
             keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
@@ -227,7 +217,7 @@ def _add_learner(
         if plan.splits_model:
             from training.saving.split_model import train_split_dit as train
         return (*learners, train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
-    given = network_for(options, expert) or options.network
+    given = experts.network_for(options, expert) or options.network
     texts = plan.texts
     in_dit = options.parts is None or options.parts.trains_dit
     network = make_network(
@@ -253,7 +243,6 @@ def _add_learner(
 
 
 def _saved_network(plan: TrainingPlan, expert: Expert) -> Mapping[str, Tensor]:
-    """Return the tensors of an expert's network in the state that will be restored; empty without one."""
     if not isinstance(plan.saved, SavedState):
         return {} if plan.saved is None else plan.saved.network
     part = f"{expert.name}_network" if plan.options.by_expert.lora_per_expert else "network"

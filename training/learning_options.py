@@ -76,7 +76,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """Return `trainable_modules`; empty if everything is trained."""
         return () if EVERYTHING in self.trainable_modules else self.trainable_modules
 
 
@@ -111,7 +110,6 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         self.base_multipliers()
 
     def base_multipliers(self) -> tuple[float, ...]:
-        """Return one multiplier for each of `--base_weights_high_noise`; missing ones are 1."""
         option = "--base_weights_multiplier_high_noise"
         files, given = self.base_weights_high_noise or (), self.base_weights_multiplier_high_noise or ()
         return multipliers_for(files, given, option)
@@ -171,7 +169,6 @@ class OptimizerOptions(Options, title="optimizer"):
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
-        """Return `optimizer_args` with their values read as Python literals."""
         return read_literals("--optimizer_args", self.optimizer_args)
 
 
@@ -234,12 +231,10 @@ class PartsOptions(Options, title="what is trained"):
 
     @property
     def trains_dit(self) -> bool:
-        """Return whether the DiT gets a LoRA."""
         return not self.network_train_text_encoder_only
 
     @property
     def trains_texts(self) -> bool:
-        """Return whether those text encoders that can learn get one."""
         return not self.network_train_unet_only
 
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
@@ -363,5 +358,4 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
             )
 
     def arguments(self) -> dict[str, Any]:
-        """Return `lr_scheduler_args` with their values read as Python literals."""
         return read_literals("--lr_scheduler_args", self.lr_scheduler_args)

@@ -81,7 +81,6 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
-    """Return whether the run was asked to end before its last step and all processes know it."""
     return run.stop.agreed and run.progress.step < run.steps.total_steps
 
 
@@ -225,14 +224,12 @@ def _note(run: TrainingRun, step: StepReport) -> None:
 
 
 def _settle(run: TrainingRun) -> None:
-    """Wait for the last step's numbers, so that its loss is checked and counted."""
     step = run.readings.flush()
     if step is not None:
         _note(run, step)
 
 
 def _restart_clock(run: TrainingRun) -> None:
-    """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
     if run.memory is not None:
         run.memory.after_pause()
     run.readings.restart_clock(run.device)

@@ -39,7 +39,6 @@ class NoisySound:
     weights: Tensor  # B, factors on the samples' losses of the sound
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisySound":
-        """Return a copy with `move` applied to every tensor."""
         return NoisySound(move(self.noise), move(self.sigmas), move(self.timesteps), move(self.weights))
 
 
@@ -279,7 +278,6 @@ def training_losses(
 
 
 def sum_streams(numbers: Sequence[Tensor]) -> Tensor:
-    """Add up the values of the streams: of the picture, and of the sound if it is trained."""
     return functools.reduce(torch.add, numbers)
 
 

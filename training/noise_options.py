@@ -133,12 +133,10 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def drawn_by(self) -> tuple[str, str]:
-        """Return the sampler, and the weighting scheme that shapes the draws of some."""
         return self.timestep_sampling, self.weighting_scheme
 
     @property
     def follows_size(self) -> bool:
-        """Return whether the shift depends on width and height of the samples."""
         return self.timestep_sampling in {*SIZE_SHIFTS, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
@@ -208,7 +206,6 @@ class LossOptions(Options, title="loss"):
 
     @property
     def has_threshold(self) -> bool:
-        """Whether the loss is one of Huber's."""
         return self.loss_type in WITH_THRESHOLD
 
 
@@ -228,5 +225,4 @@ class PredictionOptions(Options, title="prediction"):
 
     @property
     def weighted_by(self) -> str:
-        """Return by what --weighting_scheme weights the loss, which it always shapes the draws for."""
         return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING

@@ -105,45 +105,37 @@ class TrainingOptions(Options):
 
     @property
     def only_shows(self) -> bool:
-        """Return whether the run shows something instead of training."""
         shows_pictures = self.subset is not None and self.subset.debug_dataset
         shows_timesteps = self.timesteps.show_timesteps is not None
         return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_asked
 
     @property
     def by_expert(self) -> ExpertTrainingOptions:
-        """Return the options for several transformers, also where the script has none."""
         return self.experts or ONE_DIT
 
     @property
     def frozen(self) -> FrozenModelOptions:
-        """Return the options of the frozen model, also where there is none."""
         return NOTHING_FROZEN if self.network is None else self.network.frozen
 
     @property
     def is_for_images(self) -> bool:
-        """Return whether the script follows the image guides."""
         return self.parts is not None
 
     @property
     def can_swap(self) -> bool:
-        """Return whether blocks could wait in host memory."""
         return self.whole_dit is None and not self.speed.sharding.shard_base
 
     @property
     def is_fused(self) -> bool:
-        """Return whether weights are stepped inside the backward pass."""
         asked = (self.whole_dit, self.parts)
         return any(options is not None and options.fused_backward_pass for options in asked)
 
     @property
     def predicted(self) -> str:
-        """Return the form in which a network's output is compared with the velocity."""
         return RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
     def weighted_by(self) -> str:
-        """Return by what --weighting_scheme weights the loss."""
         return TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:

@@ -85,7 +85,6 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
-        """Return whether the whole model is trained, and its blocks are split over the processes."""
         return self.options.whole_dit is not None and shares_processes(self.options.speed.sharding)
 
 
@@ -157,7 +156,6 @@ def _set_progress(
     options: TrainingOptions,
     steps: StepPlan,
 ) -> None:
-    """Put the progress to where the run begins: by what --resume_changed changes, and by --initial_step."""
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
     if options.start is not None:

@@ -112,7 +112,6 @@ def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | 
 
 
 def own_values(own: Any, *kinds: str) -> dict[str, Any]:
-    """Return the options of a family's record whose fact "resume" is one of `kinds`, by name."""
     names = {name for kind in kinds for name in options_with(type(own), "resume", kind)}
     return {name: value for name, value in public_config(own).items() if name in names}
 
@@ -168,7 +167,6 @@ def _in_words(experts: Sequence[Expert]) -> str:
 
 
 def epoch_digest(order: BatchOrder) -> str:
-    """Return the identity of a first epoch's batches: a hash of their items' names in order."""
     digest = hashlib.sha256()
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
@@ -246,7 +244,6 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 
 
 def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
-    """Return the settings that a resumed run may always change, to list a change."""
     config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 

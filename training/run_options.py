@@ -121,7 +121,6 @@ class StartOptions(Options, title="beginning later"):
 
     @property
     def is_given(self) -> bool:
-        """Return whether the run does not begin at its first step."""
         return self.initial_epoch is not None or self.initial_step is not None
 
 
@@ -205,7 +204,6 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def are_made(self) -> bool:
-        """Return whether samples are made, at some time or when they are asked for."""
         return self.sample_prompts is not None and (self.is_timed or self.sample_now)
 
     @property
@@ -289,7 +287,6 @@ class LogOptions(Options, title="logs"):
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Return the trackers to use."""
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

@@ -84,7 +84,6 @@ class Sampler:
 
     @property
     def first_values(self) -> dict[str, Any]:
-        """Return the values of the first sample, as `sample_values` does; empty if there is none."""
         first = self.samples[0] if self.samples else None
         return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 
@@ -264,7 +263,6 @@ def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt
 
 
 def _remove_unfinished(folder: Path, name: str) -> None:
-    """Remove unfinished samples that a killed run of this name left behind."""
     pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if pattern.fullmatch(path.name):

@@ -50,21 +50,17 @@ class StepPlan:
 
     @property
     def works_together(self) -> bool:
-        """Return whether several processes run the same passes for a sample."""
         return self.in_lockstep or self.peers > 1
 
     @property
     def everyone(self) -> int:
-        """Return the number of processes, each counted by itself."""
         return self.processes * self.peers
 
     def number_of(self, rank: int) -> int:
-        """Return which of `processes` one of everyone belongs to."""
         return rank // self.peers
 
     @property
     def group_size(self) -> int:
-        """Return the micro-batches of a full optimizer step, over all processes."""
         return self.processes * self.accumulation
 
     @property
@@ -73,7 +69,6 @@ class StepPlan:
 
     @property
     def num_epochs(self) -> int:
-        """Return the number of epochs begun; the last one may be unfinished."""
         rest = self.total_steps - self.steps_until(self.first_epoch + 1)
         return self.first_epoch + 1 + max(0, -(-rest // self.steps_per_epoch))
 

@@ -23,15 +23,7 @@ from training.learning_options import FIND_RATE
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import (
-    HIGHEST,
-    PREDICTED,
-    History,
-    Start,
-    Story,
-    describe_process,
-    history_path,
-)
+from training.reports import history
 from training.reports.page import page_path
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.reports.reporter import RunReporter
@@ -138,7 +130,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
     return [f"every {number:.12g} {unit}" for unit, number in every.items() if number is not None]
 
 
-def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
+def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
     """Show the result of a run that took its last step, and the commands that can follow."""
     names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
     seconds, samples = clock.seconds_per_step, names.folder / FOLDER
@@ -171,7 +163,7 @@ def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(story: Story, folder: Path) -> str | None:
+def describe_best(story: history.Story, folder: Path) -> str | None:
     """Return the step with the lowest validation loss and the best file that is there."""
     lowest, best = story.lowest, story.best_file(folder)
     if lowest is None:
@@ -284,17 +276,17 @@ def make_reporter(
     progress, device, given = plan.progress, plan.accelerator.device, following.scripts.given
     is_main = plan.accelerator.is_main_process
     is_written = is_main and not plan.options.logs.no_page
-    path = history_path(plan.names.folder, plan.names.name)
+    path = history.history_path(plan.names.folder, plan.names.name)
     return RunReporter(
         # other processes read nothing of it
-        History(path, progress.session_id, progress.step if is_main else 0, is_written),
-        Start(
+        history.History(path, progress.session_id, progress.step if is_main else 0, is_written),
+        history.Start(
             plan.family.name,
             following.total_steps,
             [(option.name, option.text) for option in given if option.is_changed],
             [(option.name, option.text) for option in given if not option.is_changed],
             True,
-            describe_process(),
+            history.describe_process(),
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),
         progress.step,
@@ -312,6 +304,6 @@ def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tup
     sizes: tuple[int | None, ...] = (None, None, None)
     if watch is not None:
         sizes = watch.predicted, watch.measured, watch.highest
-    labels = PREDICTED, "a training step, measured", HIGHEST
+    labels = history.PREDICTED, "a training step, measured", history.HIGHEST
     shown = ["not known" if size is None else f"{gib(size)} GiB" for size in sizes]
     return [("device", torch.cuda.get_device_name(device)), *zip(labels, shown, strict=True), host]

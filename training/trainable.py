@@ -43,18 +43,15 @@ class Trainable:
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
-        """Return every module whose mode follows that of the training."""
         return (*self.modules.values(), *(network.module for network in self.tied))
 
     def reached(self, experts: Collection[int]) -> list[Parameter]:
-        """Return the parameters that micro-batches of these experts give gradients."""
         if not self.by_expert:
             return self.parameters
         return [parameter for index in sorted(experts) for parameter in self.by_expert[index]]
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Return all trained parameters, in the optimizer's order."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     @property
@@ -73,7 +70,6 @@ class Trainable:
         return [self.split.get(parameter, parameter) for parameter in self.parameters]
 
     def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Return those that each process has whole, with a gradient of its own."""
         return [parameter for parameter in parameters if parameter not in self.split]
 
     @property

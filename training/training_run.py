@@ -175,13 +175,11 @@ class TrainedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype that the DiT computes in."""
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Return all modules that are in training mode or in evaluation mode together."""
         return (*self.dits.networks, *self.trainable.all_modules)
 
 
@@ -231,7 +229,6 @@ class TrainingRun:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of the parts whose losses are told: experts, or picture and sound."""
         if len(self.experts) > 1:
             return tuple(expert.name for expert in self.experts)
         return (PICTURE_STREAM, SOUND_STREAM) if hears_sound(self.family) else ()

@@ -78,7 +78,6 @@ class Validation:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Return the noise levels: the rule's, or the middle of each band, in which an expert works."""
         levels = self.rule.sigmas or [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         lowest = min(expert.lowest for expert in self.family.experts)
         # above the last band there is still the end, which is pure noise

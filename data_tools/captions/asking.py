@@ -76,7 +76,6 @@ def _shrink(frame: Frame, max_pixels: int) -> Frame:
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
-    """Return the question about an image or a clip."""
     return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
 
 

@@ -94,7 +94,6 @@ class CaptionList:
         waiting.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
-        """Return the values of the line with that path; none if it is there no more."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
@@ -187,7 +186,6 @@ class CaptionPlace:
 
     @property
     def media(self) -> str:
-        """Return the image or clip, as it is shown."""
         return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
 
     def __str__(self) -> str:
@@ -301,7 +299,6 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
-        """Return whether this program wrote a text as the caption of that name."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -316,7 +313,6 @@ class MadeCaptions:
         return self._of_pass if self._pass == what else set()
 
     def begin_pass(self, what: str) -> None:
-        """Begin to make captions anew, or go on with the pass that did not come to its end."""
         if self._pass != what:
             self._append({"begin": what})
 
@@ -337,12 +333,10 @@ def _hash_of(text: str) -> str:
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
-    """Return this program's captions by folder."""
     return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
 
 
 def pass_of(options: CaptioningOptions) -> str:
-    """Return a text that is equal for runs that make the same captions anew."""
     facts = [options.overwrite_all, options.model.model, options.api.api_base, options.api.api_model]
     values = json.dumps([*facts, asdict(options.ask), asdict(options.wording)])
     return hashlib.sha256(values.encode("utf-8")).hexdigest()

@@ -70,7 +70,6 @@ class PreparedItem:
     folder: Path
 
     def file(self, kind: str) -> Path:
-        """Return its file in a folder of FOLDERS."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property

@@ -212,7 +212,6 @@ class CogTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer."""
         _, transformers = _packages()
         self._tokenizer = self._load_tokenizer()
         model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
@@ -237,7 +236,6 @@ class CogTextEncoder:
         return [{KEY: state.clone()} for state in states]
 
     def free(self) -> None:
-        """Release the encoder and its memory."""
         self._model = self._tokenizer = None
 
 

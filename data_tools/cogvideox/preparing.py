@@ -12,16 +12,7 @@ from typing import Any
 
 import torch
 
-from data_tools.cogvideox.clips import (
-    FOLDERS,
-    PROMPTS,
-    PreparedItem,
-    find_items,
-    list_texts,
-    prepare_clips,
-    save_pickled,
-    write_texts,
-)
+from data_tools.cogvideox import clips
 from data_tools.cogvideox.models import PipelineNetworks, find_maker
 from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
@@ -58,13 +49,13 @@ def prepare(options: PrepareOptions) -> None:
             encoding.model_id,
         )
     options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
-    items = find_items(options.source, folder, options.shape.seed)
+    items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
     wants_latents, wants_images = maker is not None, encoding.save_image_latents
     with join_processes() as share:
         if share.is_main:
             _settle(options, maker)
-            for name in FOLDERS:
+            for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
         mine = share.of(items)
@@ -86,7 +77,7 @@ def prepare(options: PrepareOptions) -> None:
             return
         done = [item for item in items if item.has_texts(wants_latents)]
         done = [item for item in done if item.has_media(wants_latents, wants_images)]
-        for name, text in list_texts([(item, item.read_facts()) for item in done]).items():
+        for name, text in clips.list_texts([(item, item.read_facts()) for item in done]).items():
             write_text(folder / name, text)
         logger.info("%s in the lists of %s", count_of(len(done), "item"), folder)
     prepared = sum(count for count, _ in gathered) - len(failures)
@@ -144,7 +135,7 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, now)
-    for name in FOLDERS:  # of runs that were killed; no other process has begun
+    for name in clips.FOLDERS:  # of runs that were killed; no other process has begun
         if (options.output_dir / name).is_dir():
             remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
 
@@ -153,8 +144,8 @@ def _prepare_share(
     options: PrepareOptions,
     maker: PipelineNetworks | None,
     share: Share,
-    untexted: Sequence[PreparedItem],
-    unmade: Sequence[PreparedItem],
+    untexted: Sequence[clips.PreparedItem],
+    unmade: Sequence[clips.PreparedItem],
 ) -> list[Failure]:
     """Do this process's share; models are loaded only if there is work for them."""
     device = choose_device(share.device_name(options.encoding.device))
@@ -163,19 +154,19 @@ def _prepare_share(
         bar = Bar(len(untexted), "Writing captions", "caption", share.is_main)
         with WriteBehind(threads) as writer, bar:
             for item in untexted:
-                writer.submit(partial(write_texts, item, "", {}, {}))
+                writer.submit(partial(clips.write_texts, item, "", {}, {}))
                 bar.update()
     elif untexted:
         _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, share.is_main)
     encode = None if maker is None or not unmade else maker.load(device)
-    failures = prepare_clips(unmade, encode, device, options, share.is_main)
+    failures = clips.prepare_clips(unmade, encode, device, options, share.is_main)
     if encode is not None:
         free_memory(device)
     return failures
 
 
 def _encode_captions(
-    items: Sequence[PreparedItem],
+    items: Sequence[clips.PreparedItem],
     maker: PipelineNetworks,
     device: torch.device,
     batch_size: int,
@@ -190,7 +181,7 @@ def _encode_captions(
     identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
     for number, encoder in enumerate(maker.text_encoders, 1):
 
-        def write(item: PreparedItem, conditions: Conditions, number: int = number) -> None:
+        def write(item: clips.PreparedItem, conditions: Conditions, number: int = number) -> None:
             # each in memory of its own: a view would be stored whole
             alone = {key: one[0] if isinstance(one, list) else one for key, one in conditions.items()}
             tensors = {key: tensor.detach().cpu().clone() for key, tensor in alone.items()}
@@ -198,10 +189,10 @@ def _encode_captions(
                 earlier = load_pickled(item.file(EMBEDS))
                 tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
             if number == len(maker.text_encoders):
-                write_texts(item, maker.architecture, identities, tensors)
+                clips.write_texts(item, maker.architecture, identities, tensors)
             else:
-                item.file(PROMPTS).unlink(missing_ok=True)
-                save_pickled(item.file(EMBEDS), tensors)
+                item.file(clips.PROMPTS).unlink(missing_ok=True)
+                clips.save_pickled(item.file(EMBEDS), tensors)
 
         encoder.load(device)
         warn_cut_captions(encoder, [(item.source, item.caption) for item in items])

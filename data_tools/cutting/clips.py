@@ -51,7 +51,6 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
-        """Return the samples of the frames from `begin` to before `end`."""
         first, last = (bisect_left(self.samples, one, key=lambda found: found.number) for one in (begin, end))
         return self.samples[first:last]
 
@@ -106,7 +105,6 @@ class PlannedClip:
 
     @property
     def frames(self) -> int:
-        """How many frames it has."""
         return self.end - self.first
 
 
@@ -125,7 +123,6 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
 
 
 def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
-    """Return the scenes between changes: the first frame of each, and the one behind its last."""
     begins = [0, *(end for _, end in changes)]
     ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]

@@ -41,7 +41,6 @@ class SceneOptions(Options, title="scenes"):
 
     @property
     def threshold(self) -> float:
-        """The threshold to use."""
         return THRESHOLDS[self.detector][0] if self.scene_threshold is None else self.scene_threshold
 
 
@@ -146,5 +145,4 @@ class CuttingOptions(Options, title="input and output"):
 
     @property
     def list_path(self) -> Path:
-        """Where the list of clips is written."""
         return self.output / LIST_NAME if self.jsonl is None else self.jsonl

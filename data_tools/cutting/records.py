@@ -48,7 +48,6 @@ class CutRecord:
     lists: tuple[str, ...] = ()  # that have had its lines
 
     def is_of(self, source: Path) -> bool:
-        """Return whether the source is the file that was cut."""
         found = source.stat()
         return (self.size_bytes, self.modified) == (found.st_size, found.st_mtime_ns)
 
@@ -83,7 +82,6 @@ def start_record(
 
 
 def _deciding(options: CuttingOptions) -> dict[str, Any]:
-    """Return the options that decide number and content of the clips."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)

@@ -331,6 +331,5 @@ def _in_words(clips: Sequence[PlannedClip]) -> str:
 
 
 def _reasons(clips: Sequence[PlannedClip]) -> str:
-    """Return how many clips are left out, by the reason."""
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -76,7 +76,6 @@ class PySceneDetect:
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
-        """Return the cuts, in order."""
         if self._count:
             self._found += self._detector.post_process(self._time(self._count - 1))
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._found})]

@@ -1,8 +1,8 @@
 """Look at a dataset: --check, its page, the page of dataset_report.py, and the frames that a model sees.
 
-check: plans of caching, caches of a training; captions as UTF-8
+check: plans of caching, caches of a training
 files: each file for programs: crop, caption, caches
-findings: faults, remarks and totals of each table
+findings: faults and totals of each table; captions as UTF-8
 looks: read a source once: frames, crop, measures, references
 numbers: all numbers of a dataset as one JSON object
 options: options of tools/dataset_report.py: dataset, page, hashes

@@ -4,26 +4,13 @@ import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import torch
 
-from data_tools.report.findings import (
-    NO_COUNTERS,
-    CheckResult,
-    Counters,
-    TableFindings,
-    balance,
-    check_captions,
-    count_batches,
-    find_table,
-    hold_back,
-    indent,
-    load_counters,
-)
+from data_tools.report import findings
 from data_tools.report.page import write_check_page
 from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.checks import SameEncoders, describe_identity
@@ -42,39 +29,34 @@ from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
-from dataset.options import GUESS, CachingOptions, CheckPageOptions
-from dataset.sources.captions import SHOWN, guess_captions, read_caption
+from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
-from modules.atomic_write import write_bytes, write_text
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
 from modules.contract.family import Caches, Described, TextEncoder, hears_sound
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
-from modules.limits import MAX_CAPTION_BYTES
 from modules.media.buckets import Size
 from modules.paths import is_address
-from modules.text_encodings import EncodingGuess
-from modules.text_files import bad_character, read_content
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
-BACKUP = ".bak"  # behind the name of a caption that is rewritten
-TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
+TOKENS_ELSEWHERE = findings.Counters(
+    (), ("Tokens are counted by --check --html of the text caching script.",)
+)
 
 
 def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
     """Run --check of a script that caches latents, or texts; returns the exit code."""
     if options.repair_captions is not None:
-        _print_lines(repair_captions(config, options.repair_captions))
+        _print_lines(findings.repair_captions(config, options.repair_captions))
     parts: tuple[str, ...] = (MEDIA, LATENTS)
     if of_texts:  # the page shows the media too
         parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
@@ -85,7 +67,11 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
 
 
 def tell_check(
-    result: CheckResult, family: Described, config: DatasetConfig, page: CheckPageOptions, workers: int
+    result: findings.CheckResult,
+    family: Described,
+    config: DatasetConfig,
+    page: CheckPageOptions,
+    workers: int,
 ) -> int:
     """Print the findings, and write the page if it is asked for; returns the exit code."""
     _print_lines(result.lines)
@@ -108,7 +94,7 @@ def check_caching(
     verify: bool = False,
     parts: Sequence[str] = (MEDIA, LATENTS),
     validation: tuple[float, int] = (0.0, 0),
-) -> CheckResult:
+) -> findings.CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
     verify: read all cache files again. parts: MEDIA for what the sources give; those whose records are
@@ -118,54 +104,26 @@ def check_caching(
     training, for tables that do not say theirs.
     """
     media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
-    identity: dict[str, str] = {}
-    encoders: list[tuple[TextEncoder, dict[str, str]]] = []
-    files: list[str] = []
-    counters = load_counters(family.text_encoders) if texts else NO_COUNTERS
-    try:
-        if latents:
-            identity = dict(family.media_identity)
-            files += describe_identity(identity)
-    except OptionError as error:
-        files.append(f"caches are not compared: {error}")
-    if texts:
-        with contextlib.suppress(OptionError):  # an encoder was not given: `counters` says which
-            encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-        files += [line for _, one in encoders for line in describe_identity(one)]
+    counters = findings.load_counters(family.text_encoders) if texts else findings.NO_COUNTERS
+    identity, encoders, files = _identify(family, latents, texts)
 
     def sections(table: MediaTable, frames: int) -> int | None:
         # whether images are taken alone is an option of latent caching
         return None if table.kind == "image" and not latents else family.sections_of(table, frames)
 
-    latent, stores, tables = family.latent, Stores(npz_names(family)), []
-    given = latent, family.defaults.fps, skip_existing, sections, stores, verify
+    stores, tables = Stores(npz_names(family)), []
+    given = family.latent, family.defaults.fps, skip_existing, sections, stores, verify
     recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate)
     of_texts = TextRecipe(encoders, skip_existing, stores, verify)
     for table in config.datasets:
-        found = find_table(config, table)
+        found = findings.find_table(config, table)
         forms = other_form(table, family.cache_tag) if latents or texts else ()
         found.faults += [Fault("folders of caches are in the other form", line) for line in forms]
         if media and found.sources:
-            sound: SoundWork | None = None
-            if identity and hears_sound(family) and is_heard(table):
-                hearing = cast(HearingFamily, family)
-                sound = SoundWork(hearing, [table], stores, skip_existing, verify, torch.device("cpu"))
-            try:
-                check_resolution(table, latent.pixel_step)
-                if latents:
-                    family.check_table(media_table(table, any(source.control for source in found.sources)))
-                    found.sources = use_moments(family, found.sources)
-                _check_sources(found, recipe, workers, sound)
-            except DatasetError as error:
-                found.unusable(error)
-            found.faults += find_wrong_rates(found.sources)
-            found.remarks += find_other_lengths(found.sources, recipe.fps)
-            found.remarks += find_equal_references(found.sources)
-            found.remarks += find_colours(found.sources, latent.masks_latents)
+            _check_media(found, family, recipe, workers, latents)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
-            plans = of_texts.plan_all(captions)
-            missing = Counter(name for plan in plans for name in plan.missing)
+            missing = Counter(name for plan in of_texts.plan_all(captions) for name in plan.missing)
             for encoder, _ in encoders:
                 valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
                 needs = count_words(to_do, "captions need encoding")
@@ -173,24 +131,69 @@ def check_caching(
         if texts or (found.sources and identity):
             kind = "shards or folders are not whole; caching mends them"
             found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
-        check_captions(found, counters)
+        findings.check_captions(found, counters)
         items = f", {count_of(found.num_items, 'item')}" if media else ""
         found.title = f"{table.name}: {count_of(len(found.sources), table.kind)}{items}"
         tables.append(found)
     if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    hold_back(tables, *validation)
-    balance(tables)
-    batches = f"{count_batches(tables)} batches an epoch, as many steps without accumulation"
+    findings.hold_back(tables, *validation)
+    findings.balance(tables)
+    batches = f"{findings.count_batches(tables)} batches an epoch, as many steps without accumulation"
     held = sum(found.held.total() for found in tables)
-    what = (
-        f"Training on it, without {count_of(held, 'item')} for validation"
-        if held
-        else "Training on all of it"
-    )
-    tail = (f"{what}: {batches}",) if media else ()
-    head = ("Files recognised:", *indent([*files, *counters.missing]))
-    return CheckResult(head, tuple(tables), tail, counters)
+    kept = f"it, without {count_of(held, 'item')} for validation" if held else "all of it"
+    tail = (f"Training on {kept}: {batches}",) if media else ()
+    head = ("Files recognised:", *findings.indent([*files, *counters.missing]))
+    return findings.CheckResult(head, tuple(tables), tail, counters)
+
+
+Encoders = list[tuple[TextEncoder, dict[str, str]]]  # with what identifies each
+
+
+def _identify(
+    family: Caches, latents: bool, texts: bool
+) -> tuple[Mapping[str, str], Encoders, Sequence[str]]:
+    """Return what identifies the media encoders, if caches are compared; the text encoders; lines of both."""
+    identity: Mapping[str, str] = {}
+    encoders: Encoders = []
+    files: list[str] = []
+    try:
+        if latents:
+            identity = dict(family.media_identity)
+            files += describe_identity(identity)
+    except OptionError as error:
+        files.append(f"caches are not compared: {error}")
+    if texts:
+        with contextlib.suppress(OptionError):  # an encoder was not given: `Counters` says which
+            encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        files += [line for _, one in encoders for line in describe_identity(one)]
+    return identity, encoders, files
+
+
+def _check_media(
+    found: findings.TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
+) -> None:
+    """Compare the sources of a table with the model, with their caches, and with each other."""
+    table = found.table
+    try:
+        check_resolution(table, recipe.latent.pixel_step)
+        if with_latents:
+            family.check_table(media_table(table, any(source.control for source in found.sources)))
+            found.sources = use_moments(family, found.sources)
+        plans = _check_sources(found, recipe, workers)
+        if recipe.encoder and hears_sound(family) and is_heard(table):
+            given = recipe.stores, recipe.skip_existing, recipe.verify, torch.device("cpu")
+            sound = SoundWork(cast(HearingFamily, family), [table], *given)
+            told, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
+            found.caches += told
+            found.faults += faults
+            found.remarks += remarks
+    except DatasetError as error:
+        found.unusable(error)
+    found.faults += find_wrong_rates(found.sources)
+    found.remarks += find_other_lengths(found.sources, recipe.fps)
+    found.remarks += find_equal_references(found.sources)
+    found.remarks += find_colours(found.sources, recipe.latent.masks_latents)
 
 
 def check_training(
@@ -202,10 +205,10 @@ def check_training(
     processes: int = 1,
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
-    counters: Counters = NO_COUNTERS,
+    counters: findings.Counters = findings.NO_COUNTERS,
     sound: SoundSpec | None = None,
     validation: tuple[float, int] = (0.0, 0),
-) -> CheckResult:
+) -> findings.CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
@@ -214,9 +217,9 @@ def check_training(
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
-    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
+    head, tables = ("Files recognised:", *findings.indent([*files, *counters.missing])), []
     for table in config.datasets:
-        found = TableFindings(table)
+        found = findings.TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
         for some in group_items(items).values():
             references = (side * latent.stride[1] for side in some[0].references)
@@ -229,7 +232,7 @@ def check_training(
     if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained, held = split_validation(cached.items, *validation)
-    hold_back(tables, *validation)
+    findings.hold_back(tables, *validation)
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
     steps = count_of(-(-order.num_batches // batches), "step")
     steps += f" of {batches} batches" if batches > 1 else ""
@@ -237,14 +240,12 @@ def check_training(
     tail = [f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
     tail += [f"For validation: {count_of(len(held), 'item')}"] if held else []
     if any(found.faults for found in tables):
-        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    return CheckResult(head, tuple(tables), tuple(tail), counters)
+        tail += ["Caches are made by:", *findings.indent([commands.latents, commands.text])]
+    return findings.CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
-def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: SoundWork | None) -> None:
-    """Compare the sources with their caches; decode those with too few known facts. sound: of a model that
-    hears.
-    """
+def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
+    """Compare the sources with their caches; decode those with too few known facts. Returns their plans."""
     table = found.table
     existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
     looked, unreadable = plan_all(found.sources, existing, recipe, workers)
@@ -299,15 +300,11 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int, sound: So
         found.caches.append(
             f"caches: {kept} files are valid, {count_words(to_encode, 'items need encoding')}"
         )
-    if sound is not None:
-        told_of_sound, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
-        found.caches += told_of_sound
-        found.faults += faults
-        found.remarks += remarks
+    return plans
 
 
 def _check_caches(
-    found: TableFindings,
+    found: findings.TableFindings,
     items: Sequence[TrainingItem],
     cached: FoundItems,
     latent: LatentSpec,
@@ -343,18 +340,21 @@ def _check_caches(
 
 
 def _compare_sources(
-    config: DatasetConfig, found: TableFindings, items: Sequence[TrainingItem], counters: Counters
+    config: DatasetConfig,
+    found: findings.TableFindings,
+    items: Sequence[TrainingItem],
+    counters: findings.Counters,
 ) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
     if any(map(is_address, found.table.tars or ())):  # listing them would download them
         found.caches.append("its sources are not checked: they are in tars at addresses")
         return
-    sources = find_table(config, found.table)
+    sources = findings.find_table(config, found.table)
     if not sources.sources:
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
         return
     found.sources = sources.sources
-    check_captions(sources, counters)
+    findings.check_captions(sources, counters)
     stems, kind = (
         {item.source_stem for item in items},
         "have no cache: too short, unreadable, or not cached yet",
@@ -362,55 +362,3 @@ def _compare_sources(
     found.caches += sources.caches
     found.remarks += [*sources.faults, *sources.remarks]
     found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]
-
-
-# --- captions that are not UTF-8
-# ------------------------------------------------------------------------------------------------------------
-
-
-def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Rewrite the captions of all tables that are not UTF-8; the old file stays beside each as .bak.
-
-    encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
-    was done. Raises OutputError if a file cannot be written.
-    """
-    converted, left = [], []
-    for table in config.datasets:
-        try:
-            sources = find_sources(table, captions=False, faults=[])
-        except DatasetError:
-            continue  # the check reports it
-        paths = []
-        for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
-            try:
-                read_caption(path)
-            except DatasetError:
-                paths += [path] if path.is_file() else []
-        guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
-        for path, guess in zip(paths, guesses, strict=True):
-            backup = path.with_name(path.name + BACKUP)
-            if guess is None or bad_character(guess.text):
-                left.append(f"  {path}: left as it is, it is no text in that encoding")
-                continue
-            words = " ".join(guess.text.split())[:SHOWN]
-            if not guess.is_sure:
-                left.append(
-                    f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
-                    f"--repair_captions {guess.encoding}"
-                )
-            elif backup.exists():
-                left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
-            else:
-                # the backup first, so that the old text is never lost
-                write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
-                write_text(path, guess.text.removeprefix("\ufeff"))
-                converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
-    counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
-    return [f"{counts}, {len(left)} left as they are", *converted, *left]
-
-
-def _decode(path: Path, encoding: str) -> EncodingGuess | None:
-    try:
-        return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
-    except (OSError, ValueError):
-        return None

@@ -11,19 +11,25 @@ from pathlib import Path
 from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import describe_cut
+from dataset.options import GUESS
+from dataset.sources.captions import SHOWN, describe_cut, guess_captions, read_caption
 from dataset.sources.folders import folder_id, is_file, unsearched_folders
 from dataset.sources.listing import find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, is_of_shards, list_faults
 from dataset.sources.unread import find_unread
+from modules.atomic_write import write_bytes, write_text
 from modules.console import count_of
 from modules.contract.family import TextEncoder
 from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
+from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import path_exists
+from modules.text_encodings import EncodingGuess
+from modules.text_files import bad_character, read_content
 
+BACKUP = ".bak"  # behind the name of a caption that is rewritten
 LISTED = 50  # at most so many lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
@@ -50,7 +56,6 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # at its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
-        """Note that nothing of the table can be used."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def told(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
@@ -62,7 +67,6 @@ class TableFindings:
         return found
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Note items of a bucket by their sources."""
         self.buckets[bucket] += len(stems)
         self.places += [(stem, bucket) for stem in stems]
 
@@ -96,7 +100,6 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
-    """Return what stands behind the size of a bucket of images with reference pictures; "" for others."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -145,7 +148,6 @@ class CheckResult:
 
     @property
     def lines(self) -> list[str]:
-        """Return all lines to print; the last one is the verdict."""
         faults, remarks = self.num_faults, self.num_remarks
         verdict = f"Something is wrong: see above. Faults: {faults}." if faults else "Nothing is wrong."
         tables = [line for found in self.tables for line in found.lines()]
@@ -198,7 +200,6 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
 
 
 def indent(lines: Iterable[str]) -> list[str]:
-    """Return the lines, each two characters further right."""
     return [f"  {line}" for line in lines]
 
 
@@ -231,7 +232,6 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return how many sources have each number of control media, ascending; nothing if none has any."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -301,3 +301,55 @@ def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> No
 def is_unread(source: MediaSource) -> bool:
     """Return whether the caption is there but could not be read: the listing has reported that."""
     return source.caption_path is not None and path_exists(source.caption_path)
+
+
+# --- captions that are not UTF-8
+# ------------------------------------------------------------------------------------------------------------
+
+
+def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
+    """Rewrite the captions of all tables that are not UTF-8; the old file stays beside each as .bak.
+
+    encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
+    was done. Raises OutputError if a file cannot be written.
+    """
+    converted, left = [], []
+    for table in config.datasets:
+        try:
+            sources = find_sources(table, captions=False, faults=[])
+        except DatasetError:
+            continue  # the check reports it
+        paths = []
+        for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
+            try:
+                read_caption(path)
+            except DatasetError:
+                paths += [path] if path.is_file() else []
+        guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
+        for path, guess in zip(paths, guesses, strict=True):
+            backup = path.with_name(path.name + BACKUP)
+            if guess is None or bad_character(guess.text):
+                left.append(f"  {path}: left as it is, it is no text in that encoding")
+                continue
+            words = " ".join(guess.text.split())[:SHOWN]
+            if not guess.is_sure:
+                left.append(
+                    f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
+                    f"--repair_captions {guess.encoding}"
+                )
+            elif backup.exists():
+                left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
+            else:
+                # the backup first, so that the old text is never lost
+                write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
+                write_text(path, guess.text.removeprefix("\ufeff"))
+                converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
+    counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
+    return [f"{counts}, {len(left)} left as they are", *converted, *left]
+
+
+def _decode(path: Path, encoding: str) -> EncodingGuess | None:
+    try:
+        return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
+    except (OSError, ValueError):
+        return None

@@ -98,12 +98,10 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
-        """Return how much of the picture's area is cut off."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
     def enlarged(self) -> float:
-        """Return by how much a frame is enlarged; below 1 if it is reduced."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
@@ -112,7 +110,6 @@ class Look:
 
 
 def cut_percent(fit: Fit) -> float:
-    """Return how much of a picture's area a fit cuts off."""
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
@@ -195,7 +192,6 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _listen(source: MediaSource, fps: float) -> Heard | None:
-    """Return facts about the sound of a clip; None if it cannot be read, or is of no interest."""
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return listen(source, fps)
@@ -278,7 +274,6 @@ class EvenFrames:
 
 
 def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
-    """Return at least one and at most `most` frames, evenly from the first to the last."""
     count = max(1, min(most, len(frames)))
     return [frames[index] for index in np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
 

@@ -66,24 +66,9 @@ def collect_numbers(
     for found in tables:
         for key, count in found.buckets.items():
             sizes[_whole_key(key)] += count
-    looked = [(found, *pair) for found in tables for pair in zip(found.sources, found.looks, strict=False)]
-    measured = [(str(source.path), look.measures) for _, source, look in looked if look.measures is not None]
-
-    def with_reason(name: str) -> list[Numbers]:
-        return [
-            {"path": str(source.path), "reason": getattr(look, name), "table": found.table.index + 1}
-            for found, source, look in looked
-            if getattr(look, name) is not None
-        ]
-
-    def told(name: str, is_listed: Callable[[Fault], bool]) -> list[Numbers]:
-        return [
-            {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
-            for found in tables
-            for fault in getattr(found, name)
-            if is_listed(fault)
-        ]
-
+    measured = [
+        (str(source.path), look.measures) for _, source, look in _looked(tables) if look.measures is not None
+    ]
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
@@ -98,10 +83,11 @@ def collect_numbers(
             {"width": width, "height": height, "frames": frames, "items": items}
             for (width, height, frames), items in sorted(sizes.items())
         ],
-        "broken": with_reason("problem"),
+        "broken": _with_reason(tables, "problem"),
         # those of files and captions have their own lists
-        "faults": told("faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
-        "remarks": told("remarks", lambda fault: fault.stem is None),  # about files that no source uses
+        "faults": _told(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
+        # about files that no source uses
+        "remarks": _told(tables, "remarks", lambda fault: fault.stem is None),
         # all of them, as --check counts them
         "num_faults": sum(len(found.faults) for found in tables),
         "num_remarks": sum(len(found.remarks) for found in tables),
@@ -115,9 +101,30 @@ def collect_numbers(
             name: list(dict.fromkeys(path for path, one in measured if getattr(one, f"is_{name}")))
             for name in ("black", "static", "blurred")
         },
-        "without_items": with_reason("none"),
+        "without_items": _with_reason(tables, "none"),
         **_distributions([look for found in tables for look in found.looks]),
     }
+
+
+def _looked(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
+    return [(found, *pair) for found in tables for pair in zip(found.sources, found.looks, strict=False)]
+
+
+def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
+    return [
+        {"path": str(source.path), "reason": getattr(look, name), "table": found.table.index + 1}
+        for found, source, look in _looked(tables)
+        if getattr(look, name) is not None
+    ]
+
+
+def _told(tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]) -> list[Numbers]:
+    return [
+        {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
+        for found in tables
+        for fault in getattr(found, name)
+        if is_listed(fault)
+    ]
 
 
 def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
@@ -130,7 +137,6 @@ def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
 
 
 def _items_per_epoch(found: TableFindings) -> int:
-    """Return how often an epoch shows an item of a table; nothing of one for validation."""
     return 0 if found.table.validation else round(found.num_items * found.table.num_repeats * found.times)
 
 
@@ -249,7 +255,6 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
 
 
 def _plain(value: float) -> float | int:
-    """Return a whole number as int, others rounded."""
     number = round(float(value), DIGITS)
     return int(number) if number == int(number) else number
 

@@ -77,5 +77,4 @@ class ReportOptions(Options, title="report"):
 
     @property
     def prints(self) -> bool:
-        """Return whether the JSON goes to standard output."""
         return self.json is not None and str(self.json) == STDOUT

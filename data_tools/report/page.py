@@ -181,15 +181,9 @@ def _make_cards(
         measures = found.looks[place].measures if found.looks else None
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         counts = [counters.count(caption) if caption else [] for caption in captions]
-        flags = {
-            "faulty": bool(faults),
-            "told": bool(remarks),
-            "black": measures is not None and measures.is_black,
-            "static": measures is not None and measures.is_static,
-            "blurred": measures is not None and measures.is_blurred,
-            "copy": str(source.path) in copies,
-            "cut": look.cut_percent > 20,
-        }
+        told_of = {"faulty": bool(faults), "told": bool(remarks)}
+        seen = {name: bool(getattr(measures, f"is_{name}", False)) for name in ("black", "static", "blurred")}
+        flags = {**told_of, **seen, "copy": str(source.path) in copies, "cut": look.cut_percent > 20}
         return Card(
             f"file-{found.table.index + 1}-{place}",
             source,
@@ -253,7 +247,6 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _shorten(text: str, most: int) -> str:
-    """Return the beginning of a text, and how much is left out."""
     return text if len(text) <= most else f"{text[:most]} [... and {len(text) - most:,} more characters]"
 
 
@@ -314,5 +307,4 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
 
 
 def _number(value: float) -> str:
-    """Return a number as short text."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

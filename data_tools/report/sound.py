@@ -38,7 +38,6 @@ class Heard:
 
 
 def is_heard(table: DatasetTable) -> bool:
-    """Return whether clips of a table may have sound."""
     return table.kind == "video" and table.audio != IGNORE
 
 

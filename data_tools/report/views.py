@@ -153,7 +153,6 @@ def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
-    """Return at most `most` frames, evenly spread from the first to the last, in one row."""
     return np.concatenate(choose_evenly(list(frames), most), axis=1)
 
 

@@ -61,7 +61,6 @@ def check_channels(
 
 
 def other_space(channels: int, latent: LatentSpec) -> str:
-    """Return the fault of latents that have another number of channels than the model's."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -253,7 +252,6 @@ class SameEncoders:
     _told: set[str] = field(default_factory=set)  # parts
 
     def warn(self, made_by: Iterable[MadeBy]) -> None:
-        """Warn if caches were made by other encoders than those read before."""
         said = self.difference(made_by)
         if said is not None:
             logger.warning(said)
@@ -291,7 +289,6 @@ class SameEncoders:
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
-    """Return the facts that identify an encoder, a line each; fingerprints are shortened."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()

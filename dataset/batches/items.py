@@ -51,7 +51,6 @@ class TrainingItem:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """The common key of a batch's items: table, or its group, bucket, references, size of the sound."""
         return (self.table.batch_group, *self.bucket, *self.references, *self.sound)
 
     @property
@@ -60,7 +59,6 @@ class TrainingItem:
 
     @property
     def sound_path(self) -> Path:
-        """The file of its sound, if it has any."""
         return self.table.cache_directory / sound_file_name(self.file_name, self.kind.tag)
 
     def caption_path(self, number: int) -> Path:
@@ -69,9 +67,6 @@ class TrainingItem:
 
 
 def text_name(table: DatasetTable, stem: str, tag: str, number: int) -> str:
-    """Return the name of a caption's file; there is one empty prompt for each source whose references an
-    encoder sees.
-    """
     if number == EMPTY and not table.texts_see_references:
         return empty_text_name(tag)
     return text_file_name(stem, tag, number)
@@ -90,12 +85,10 @@ class OfSource(Protocol):
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
-    """Return the tables of items, by index."""
     return [table for _, table in sorted({item.table.index: item.table for item in items}.items())]
 
 
 def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
-    """Return the items that can share a batch."""
     groups: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)

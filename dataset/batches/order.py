@@ -84,7 +84,6 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
-        """Return how many items all epochs have before a batch."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 

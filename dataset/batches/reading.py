@@ -1,7 +1,6 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
 from modules.contract import data
 from modules.errors import CacheError
-
-logger = logging.getLogger(__name__)
 
 
 def read_batch(
@@ -91,7 +88,6 @@ def read_batch(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
-    """Return how many items the clip of an item gives; 0 if its cache does not say."""
     table, clip = item.table, record.clip
     if clip is None or not (clip.complete or table.frame_extraction == "head") or record.parts > 1:
         return 0
@@ -210,7 +206,6 @@ class _Reader:
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    """Return the stores of a run whose tables say where their caches are."""
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 

@@ -109,7 +109,6 @@ def _require_table(rows: sqlite3.Connection) -> None:
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
-    """Open a finished shard, which nobody changes any more."""
     return connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
 
 
@@ -156,25 +155,21 @@ class Catalog:
         return [name.decode("utf-8", "surrogateescape") for (name,) in found]
 
     def get(self, name: str) -> CatalogRow | None:
-        """Return the facts about a name, a removed one too."""
         row = self._rows.execute(
             "SELECT shard, place, generation, size, crc32 FROM entries WHERE name = ?", (encode_name(name),)
         ).fetchone()
         return None if row is None else CatalogRow(*row)
 
     def put(self, name: str, row: CatalogRow) -> None:
-        """Add what was just written, in place of what was there."""
         self._rows.execute(
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", (encode_name(name), *row)
         )
 
     def rows_of(self, shards: Collection[str]) -> Iterator[tuple[bytes, CatalogRow]]:
-        """Yield the rows in some shards, sorted by name."""
         found = self._rows.execute("SELECT * FROM entries ORDER BY name")
         return ((name, CatalogRow(shard, *rest)) for name, shard, *rest in found if shard in shards)
 
     def entry_bytes(self) -> dict[str, int]:
-        """Return how many bytes the entries of each shard have."""
         found = self._rows.execute("SELECT shard, total(size) FROM entries GROUP BY shard")
         return dict.fromkeys(self.shards, 0) | {name: int(size) for name, size in found}
 
@@ -239,7 +234,6 @@ def explain_sqlite(path: Path) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Return eight digits for the name of this machine."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 

@@ -99,7 +99,6 @@ def sound_tag(tag: str) -> str:
 
 
 def sound_file_name(latent_file: str, tag: str) -> str:
-    """Return the name of the cache of the sound that belongs to a latent cache of the family."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
 
 
@@ -162,7 +161,6 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
 
 
 def empty_text_name(tag: str) -> str:
-    """Return `wan_te.empty.safetensors`: the empty prompt of a table, for caption dropout."""
     return f"{tag}_te.empty{SUFFIX}"
 
 
@@ -185,24 +183,20 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
-    """Whether a file name is that of the empty prompt, of a table or of one source."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
-    """Return the stem of a text cache's file name; None if it is not one of this family."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
 def is_cache_name(name: str) -> bool:
-    """Whether a name is that of a cache of any family, finished or not."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a name can be that of a file in a folder, not of one elsewhere."""
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
@@ -258,7 +252,6 @@ class Header:
 
     @property
     def path(self) -> Path:
-        """Where it is, for messages."""
         return Path(self.place)
 
     @property
@@ -287,7 +280,6 @@ class Entry:
 
     @property
     def variable(self) -> frozenset[str]:
-        """Keys of tensors whose length differs per item."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
@@ -367,7 +359,6 @@ def is_latent_cache(header: Header, architecture: str, sound: bool = False) -> b
 
 
 def is_text_cache(header: Header, architecture: str) -> bool:
-    """Whether a file is a text cache of the family: only cache tensors, no latents, the family's name."""
     return (
         not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
     )

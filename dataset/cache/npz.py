@@ -163,7 +163,6 @@ class NpzStore:
         return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
-        """Return the ends of names without suffix, ours and theirs, the longer ones first."""
         form, tag = self.family.format, self.family.tag
         return (f"_{tag}_te", form.texts), (f"_{tag}", form.latents)
 
@@ -178,7 +177,6 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        """Return height and width of an entry's latents."""
         width, height = self._bucket(name)[1]
         shape = self.family.latent.shape(1, height, width)
         return shape[-2], shape[-1]

@@ -105,7 +105,6 @@ def write_members(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def format_array(array: Array) -> bytes:
-    """Return the bytes of an array as a member of a file."""
     stream = io.BytesIO()
     npy.write_array(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
     return stream.getvalue()

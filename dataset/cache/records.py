@@ -287,7 +287,6 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    """Return the number of frames that a section of `window` latent frames decodes to."""
     return (window - 1) * latent.stride[0] + 1
 
 
@@ -318,7 +317,6 @@ class CacheChecks:
     _known: set[tuple[int, str]] = field(default_factory=set)
 
     def knows(self, table: int, key: str) -> bool:
-        """Whether the item was found right before, and is still remembered."""
         return (table, key) in self._known
 
     def add(self, table: int, key: str) -> None:
@@ -346,7 +344,6 @@ class CacheChecks:
         return None
 
     def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
-        """Return the text of a caption file if it is there and its caption `number` is not `caption`."""
         now = read_caption(path)
         if now is None or captions_in(now, table)[number : number + 1] == (caption,):
             return None

@@ -218,7 +218,6 @@ def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) ->
 
 
 def shard_faults(folder: Path) -> list[str]:
-    """Return what is wrong with a folder: shards that are cut, damaged, of later versions or unfinished."""
     return Catalog(folder).faults
 
 

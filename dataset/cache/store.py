@@ -181,7 +181,6 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def npz_names(family: Caches) -> NpzNames:
-    """Return how a family's caches are named in npz files."""
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())

@@ -57,7 +57,6 @@ class Item:
 
     @property
     def name(self) -> cache_files.LatentName:
-        """Return what the names of its files say, but for sections that the family may make."""
         if self.table.kind == "image":
             return cache_files.LatentName(self.source.stem, self.size)
         return cache_files.LatentName(self.source.stem, self.bucket, self.span)
@@ -68,7 +67,6 @@ class Item:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes of its frames and of its mask."""
         mask = 0 if self.mask is None else self.mask.nbytes
         return mask + sum(tensor.nbytes for tensor in self.tensors)
 
@@ -169,7 +167,6 @@ class EncodersOnDemand:
         return self._loaded
 
     def free(self) -> None:
-        """Free the encoders and their memory, if they are loaded; the next `get` loads them again."""
         if self._loaded is not None:
             self._loaded = None
             free_memory(self._device)
@@ -284,5 +281,4 @@ def write_entry(
 
 
 def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

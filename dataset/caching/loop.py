@@ -47,11 +47,9 @@ class Share:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process does the work that only one process may do."""
         return self.rank == 0
 
     def of(self, work: Sequence[T]) -> Sequence[T]:
-        """Return this process's pieces, every `count`-th, of a list that all processes have."""
         return work[self.rank :: self.count]
 
     def gather(self, value: T) -> list[T]:

@@ -67,7 +67,6 @@ class Recipe:
         return options | table.changed(SECTIONS)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        """Return the options in the record of an item."""
         own = {"size": [*size], "bucket": [*bucket], "span": [*span]}
         return own | self.table_options(source) | source.control_keys
 
@@ -186,7 +185,6 @@ class _Planning:
         return tuple(shape)
 
     def _is_as_shown(self, texts: Sequence[str]) -> bool:
-        """Return whether the record with these texts says that the source was read as it is now."""
         whole = "".join(text or "" for text in texts)
         if f'"as_shown": {AS_SHOWN}' in whole:
             return True
@@ -369,7 +367,6 @@ class _Planning:
         return True
 
     def _record_of(self, file: str) -> records.LatentRecord | None:
-        """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
             return self._record(file)
         return None

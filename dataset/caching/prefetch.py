@@ -129,7 +129,6 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], most: int) -> list[str]:
-    """Return the first lines, each behind two spaces, and how many more there are."""
     more = [f"  ... and {len(things) - most} more"] if len(things) > most else []
     return [*(f"  {line}" for line in things[:most]), *more]
 

@@ -44,7 +44,6 @@ class CaptionFile:
 
     @property
     def references(self) -> Sequence[tuple[Path, Origin | None]]:
-        """Return these pictures, as of `MediaSource.parts`."""
         return () if self.source is None else self.source.parts[1 : 1 + len(self.source.control)]
 
     @property

@@ -15,7 +15,6 @@ from modules.text_files import bad_character, read_content, read_text
 
 
 def caption_path(media: Path, extension: str) -> Path:
-    """Return the path of a caption: the media's path with `extension` (with the dot) as its suffix."""
     return media.with_name(media.stem + extension)
 
 
@@ -98,7 +97,6 @@ def add_ends(caption: str, table: DatasetTable) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a caption file that are not empty."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -109,7 +107,6 @@ def join_parts(text: str, changes: CaptionChanges) -> str:
 
 
 def add_trigger(caption: str, trigger: str) -> str:
-    """Return "trigger, caption"; the caption itself if it has the trigger word, or if that is empty."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
@@ -148,7 +145,6 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
-    """Say how much of a caption is read and how much is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

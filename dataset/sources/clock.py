@@ -159,7 +159,6 @@ class _Pair:
 
 
 def _beside(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips of a clip that is on disk, and its mask if that moves."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
         if source.mask is not None and not is_still(source.mask):
@@ -167,7 +166,6 @@ def _beside(source: MediaSource) -> Iterator[Path]:
 
 
 def has_beside(source: MediaSource) -> bool:
-    """Return whether frames of other files are chosen by the clock of a clip."""
     has_any = bool(source.control) or source.mask is not None
     return source.table.kind == "video" and source.tensors is None and has_any
 

@@ -38,7 +38,6 @@ def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> 
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
-    """Return the same of reference pictures that are on disk."""
     return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
 
 

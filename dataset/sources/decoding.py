@@ -149,7 +149,6 @@ def _decode_image(
         image = change_colours(image, numbers) if changes.color else image
 
     def place(picture: Frame) -> Frame:
-        """Fit control images and masks in the same way as the image."""
         there = (picture.shape[1], picture.shape[0])
         own = fit_cover(there, fit.bucket) if table.buckets is None else fit_like(fit, there, size)
         placed = fit_frame(picture, own)

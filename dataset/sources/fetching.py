@@ -61,7 +61,6 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
 
 @lru_cache(maxsize=4)
 def _sweep(folder: str) -> None:
-    """Remove, once a run, the leftovers of killed runs."""
     for left in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:

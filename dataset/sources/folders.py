@@ -375,7 +375,6 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
 
 
 def folder_id(folder: "str | os.PathLike[str]") -> str:
-    """Return a text that is the same for all ways to write a folder's path."""
     return os.path.normcase(os.path.realpath(folder))
 
 

@@ -205,7 +205,6 @@ def files_by_stem(
 
 
 def is_still(path: Path) -> bool:
-    """Return whether a mask is one picture for all frames."""
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
@@ -233,7 +232,6 @@ def read_moving(path: Path, frames: Iterator[Frame], place: Place, size: Size, n
 
 
 def stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
-    """Return the transparency of all frames; None if nothing is transparent."""
     first = next((alpha for alpha in alphas if alpha is not None), None)
     if first is None or all(alpha is None or alpha.min() == 255 for alpha in alphas):
         return None

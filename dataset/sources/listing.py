@@ -31,7 +31,6 @@ MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is
 
 
 def _hint_of_start(table: DatasetTable) -> str:
-    """Return what to do if a relative path of a table seems to be meant from the folder of its file."""
     folder, path = table.config_path.absolute().parent, table.directory
     if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
         return ""
@@ -103,7 +102,6 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    """Warn about unreadable parts that are left out, such as the end of a tar that is cut short."""
     lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))

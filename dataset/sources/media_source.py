@@ -81,7 +81,6 @@ class GivenTensors:
 
     @property
     def embeds(self) -> Path | None:
-        """Return the file of the caption's embeddings; None if there are none."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
 
@@ -119,12 +118,10 @@ class MediaSource:
 
     @property
     def control_keys(self) -> dict[str, Any]:
-        """Return the options of a record by which its reference pictures, if it has any, are resized."""
         return self.table.changed(REFERENCES) if self.control else {}
 
     @property
     def mask_from(self) -> str | None:
-        """Return FROM_FILE, FROM_ALPHA, or None."""
         return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
 
 
@@ -268,7 +265,6 @@ SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writin
 
 
 def is_of_shards(name: str) -> bool:
-    """Whether a file name is that of a shard, of what SQLite keeps beside one, or of the index."""
     # the beginning first: folders may have millions of other names
     return name.startswith("cache-") and (
         name in OLD_INDEXES or SHARD.fullmatch(re.sub("-(journal|wal)$", "", name)) is not None

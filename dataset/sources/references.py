@@ -25,7 +25,6 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether the model of these tables takes reference pictures and no image of them has one."""
     takes = {table.index for table in tables if table.references is not None and table.kind == "image"}
     images = [source for source in sources if source.table.index in takes]
     return bool(images) and not any(source.control for source in images)
@@ -134,7 +133,6 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
 
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
-    """Return the error of a reference picture that cannot be used, with the image and the remedy."""
     text = f"a reference picture of {source.path.name} cannot be used: {error}"
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 

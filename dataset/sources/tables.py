@@ -127,7 +127,6 @@ def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, st
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the columns that are read, but for those with numbers: `control_number`."""
     names = {path_column, caption_column, table.control_column or "", "mask_path"}
     names |= {"captions"} if table.multi_caption else set()
     return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}

@@ -108,7 +108,6 @@ def _sources(
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Return the name of a member in messages: the tar's path, then the parts of its name."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 

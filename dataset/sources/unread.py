@@ -123,7 +123,6 @@ def _exists(text: str, path: Path) -> bool:
 
 
 def _near(name: str, table: DatasetTable) -> str | None:
-    """Return the column that a name is almost that of."""
     bare = re.sub(r"_?\d+$", "", name.lower())
     known = [f"{table.kind}_path", "caption", "control_path", "mask_path", "audio_path"]
     return next(iter(difflib.get_close_matches(bare, known, 1, NEAR)), None)

@@ -167,7 +167,6 @@ class BlurStage:
     name: str = "yolo_blur"
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip: neither its size nor its times change."""
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:

@@ -30,11 +30,9 @@ class Track:
 
     @property
     def last(self) -> tuple[int, Box]:
-        """The last picture in which it was found, and where."""
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        """Return where it should be in a later picture."""
         number, box = self.last
         return _moved(box, _motion(list(self.sightings)[-MOTION:]), index - number)
 
@@ -88,12 +86,10 @@ class Tracks:
         self.started += len(left)
 
     def boxes(self, index: int) -> list[Box]:
-        """Return the boxes to cover in a picture."""
         found = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in found if box is not None]
 
     def forget(self, index: int) -> None:
-        """Drop data that only that picture and earlier ones needed."""
         self._tracks = [track for track in self._tracks if track.last[0] + self.hold > index]
         for track in self._tracks:
             while len(track.sightings) > MOTION and track.sightings[1][0] <= index:
@@ -126,7 +122,6 @@ def _take_pairs(
 
 
 def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return how much boxes overlap with where something was or should be; 0 if not enough."""
     places = np.array([track.last[1], track.expected(index)], np.float32)
     best = np.maximum(overlaps(places[0], boxes), overlaps(places[1], boxes))
     return np.where(best >= LEAST_OVERLAP, best, 0)
@@ -174,7 +169,6 @@ def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
 
 
 def _grown(box: Box, away: int) -> Box:
-    """Return a box that grows with the pictures since, or until, something was seen."""
     part = min(GROWTH * away, MOST_GROWN)
     across, down = part * (box[2] - box[0]), part * (box[3] - box[1])
     return box[0] - across, box[1] - down, box[2] + across, box[3] + down

@@ -53,12 +53,10 @@ class CodeFormerConfig:
 
     @property
     def side(self) -> int:
-        """Height and width of the smallest features."""
         return round(self.places**0.5)
 
     @property
     def size(self) -> int:
-        """Height and width of a face in pixels."""
         return self.side << sum(block.kind == RESIZE for block in self.encoder)
 
 

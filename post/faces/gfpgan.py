@@ -36,7 +36,6 @@ class GfpganConfig:
 
     @property
     def size(self) -> int:
-        """Height and width of a face in pixels."""
         return SMALLEST << (len(self.body) - 1)
 
 
@@ -193,7 +192,6 @@ class Gfpgan(nn.Module):
         return self.stylegan_decoder(styles, steering).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
-        """Replace the noise of the file by one drawn from a generator of the CPU."""
         for noise in self.stylegan_decoder.noises.buffers():
             noise.copy_(torch.randn(noise.shape, generator=generator))
 

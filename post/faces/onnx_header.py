@@ -189,7 +189,6 @@ def _read_value(content: _Value) -> tuple[str, Shape]:
 
 
 def _inside(content: _Value, *path: int) -> Iterator[_Value]:
-    """Yield the values of a field in a field in a field."""
     for number, value in _fields(content):
         if number == path[0]:
             yield from _inside(value, *path[1:]) if len(path) > 1 else [value]

@@ -50,7 +50,6 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """Return the divisor of height and width."""
         return 1 << (len(self.down) - 1)
 
 
@@ -142,7 +141,6 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
-META = torch.device("meta")
 LICENCES = {
     GFPGAN: "GFPGAN is under Apache-2.0, but has parts of StyleGAN2 (NVIDIA) and DFDNet (CC BY-NC-SA) that "
     "are for non-commercial use only",

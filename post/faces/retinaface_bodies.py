@@ -28,7 +28,6 @@ class ResNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of each of the three results."""
         return self.outer[1:]
 
 
@@ -40,7 +39,6 @@ class MobileNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of each of the three results."""
         return tuple(stage[-1] for stage in self.stages)
 
 
@@ -126,6 +124,5 @@ class MobileNet(nn.Module):
 
 
 def _layers(width: int, wider: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Return a convolution, its norm and its activation."""
     convolve = nn.Conv2d(width, wider, size, stride, padding=size // 2, groups=groups, bias=False)
     return [convolve, batch_norm(wider), nn.LeakyReLU(MOBILE_SLOPE)]

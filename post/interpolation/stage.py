@@ -124,7 +124,6 @@ class Interpolator:
             yield Picture(pixels, start + number * step, step)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the padding left, right, above and below for the networks."""
         across, down = (-side % self._options.alignment for side in (width, height))
         return across // 2, across - across // 2, down // 2, down - down // 2
 

@@ -51,7 +51,6 @@ class UpdateConfig:
 
 
 def prelu(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
-    """Return a convolution and its activation."""
     return nn.Sequential(conv(inputs, outputs, size), nn.PReLU(outputs))
 
 
@@ -152,7 +151,6 @@ class SynthesisConfig:
 
     @property
     def feature(self) -> int:
-        """Channels that are refined beside the flow and its mask."""
         return self.first.outputs - FLOWS - 1
 
     @property
@@ -213,7 +211,6 @@ class Synthesis(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the layers."""
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedPicture) -> Maps:

@@ -31,12 +31,10 @@ class RrdbConfig:
 
     @property
     def factor(self) -> int:
-        """How many times higher and wider the result is."""
         return 2**self.doublings // self.unshuffle
 
     @property
     def step(self) -> int:
-        """Height and width must be multiples of this."""
         return self.unshuffle
 
     @property
@@ -98,7 +96,6 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """The blocks that share their code, to be compiled."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +146,6 @@ class CompactNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Return the parts to compile."""
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,19 +13,9 @@ from torch.nn.functional import interpolate
 from modules.layers.convolution import layouts
 from modules.media.encoding import Picture, Pixels
 from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from post import tiling
 from post.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from post.options import UpscalerOptions
-from post.tiling import (
-    WHOLE,
-    Fitting,
-    Guarded,
-    compile_parts,
-    least_tile,
-    network_dtype,
-    pad_to_multiple,
-    room_on,
-    round_up,
-)
 from post.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
 
 logger = logging.getLogger(__name__)
@@ -41,7 +31,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network need the same, so one of each form is run.
     """
-    sizes, peaks = tuple(round_up(size, config.step) for size in SIZES), []
+    sizes, peaks = tuple(tiling.round_up(size, config.step) for size in SIZES), []
     for size in sizes:
         with META:
             network = kind.build(config.short).to(dtype)
@@ -72,15 +62,15 @@ def check_upscaler(options: UpscalerOptions) -> None:
 def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_upscaler`."""
     path = options.network.model
-    dtype = network_dtype(options.network, device, "the upscaler")
+    dtype = tiling.network_dtype(options.network, device, "the upscaler")
     upscaler = load_upscaler(path, device, dtype)
     name, kind, factor = path.name, upscaler.kind.name, upscaler.config.factor
     if upscaler.kind.mode != options.mode:
         logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
     resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
-    compile_parts(options.network, upscaler.network.repeated)
-    guarded = Guarded(
+    tiling.compile_parts(options.network, upscaler.network.repeated)
+    guarded = tiling.Guarded(
         upscaler.network, dtype, lambda: load_upscaler(path, device, torch.float32).network, kind
     )
     return UpscalerStage(upscaler, guarded, options, device)
@@ -91,10 +81,10 @@ class UpscalerStage:
     """Enlarge each picture: network, then resizing to the size asked for, then rounding, once."""
 
     upscaler: Upscaler
-    network: Guarded
+    network: tiling.Guarded
     options: UpscalerOptions
     device: torch.device
-    room: Callable[[torch.device], int | None] = room_on
+    room: Callable[[torch.device], int | None] = tiling.room_on
     name: str = "upscaler"
 
     def result(self, clip: Clip) -> Clip:
@@ -113,11 +103,11 @@ class UpscalerStage:
             del enlarged, some, picture
 
     @torch.no_grad()
-    def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: Fitting) -> Tensor:
+    def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
         """Return pictures as B 3 H W of that size (height, width), about 0..1, on the device."""
         images = torch.cat([to_tensor(each, self.device) for each in pixels])
         factor, (height, width) = self.upscaler.config.factor, images.shape[-2:]
-        images = pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
+        images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
         images = images.contiguous(memory_format=layouts(self.device)[1])
         return fitting(
             self.network,
@@ -125,7 +115,7 @@ class UpscalerStage:
             lambda made: resize(made[..., : height * factor, : width * factor], size),
         )
 
-    def _fitting(self, clip: Clip) -> Fitting:
+    def _fitting(self, clip: Clip) -> tiling.Fitting:
         """Return the first sizes of batch and tiles to try for a clip."""
         options, config, tile = self.options, self.upscaler.config, self.options.tile
         batch = options.batch_size
@@ -138,7 +128,7 @@ class UpscalerStage:
             whole = max(tile // config.step, 1) * config.step
             logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
             tile = whole
-        return Fitting(
+        return tiling.Fitting(
             self.device,
             batch,
             tile,
@@ -156,16 +146,16 @@ class UpscalerStage:
         """
         room, config = self.room(self.device), self.upscaler.config
         if room is None:
-            return WHOLE
-        width, height = (round_up(side, config.step) for side in (clip.width, clip.height))
+            return tiling.WHOLE
+        width, height = (tiling.round_up(side, config.step) for side in (clip.width, clip.height))
         if batch * width * height * PLENTY <= room:
-            return WHOLE
+            return tiling.WHOLE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         free = room - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
-            return WHOLE
+            return tiling.WHOLE
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
-        tile = max(side, least_tile(config.step, self.options.tile_overlap))
+        tile = max(side, tiling.least_tile(config.step, self.options.tile_overlap))
         logger.info(
             "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
             "tiles of %d pixels.",

@@ -45,12 +45,10 @@ class SwinirConfig:
 
     @property
     def factor(self) -> int:
-        """How many times higher and wider the result is."""
         return prod(self.ups)
 
     @property
     def step(self) -> int:
-        """Height and width must be multiples of this."""
         return self.window
 
     @property
@@ -175,7 +173,6 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
 
 
 def _part(count: int, is_last: bool, is_split: bool) -> range:
-    """Return the windows of one direction: all, or all but the last, or the last."""
     if not is_split:
         return range(count)
     return range(count - 1, count) if is_last else range(count - 1)
@@ -275,7 +272,6 @@ class SwinIR(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """The blocks that share their code, to be compiled."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import wan_generate_video
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
+from generation.dressing import leave_out_missing
 from generation.options import GenerationOptions, generation_parser, read_arguments, read_generation
 from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS
 from generation.request import make_request, seed_of
-from generation.run import leave_out_missing
 from generation.sample_lines import parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
 from modules.errors import OptionError

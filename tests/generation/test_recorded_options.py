@@ -14,9 +14,8 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
-from generation.making import GenerationRun
 from generation.options import GenerationOptions, generation_parser, read_generation
-from generation.request import make_request
+from generation.request import GenerationRun, make_request
 from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
 from training.reports.history import History
-from training.reports.logs import StepClock
+from training.reports.pauses import StepClock
 from training.steps import StepPlan
 from training.summary import (
     count_saves,

@@ -161,7 +161,6 @@ class Randomness:
     def draw(
         self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
     ) -> Timesteps:
-        """Draw the timesteps of micro-batch `number`, which has `count` samples of this shape."""
         generator = seed_generator(self.seed, stream, number)
         return draw(
             self.timesteps, count, generator, self.seed, first_sample, self.noise, shape, self.experts
@@ -179,7 +178,6 @@ def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by `parts`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 

@@ -76,7 +76,6 @@ class LiveTexts:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the names of the tensors that they make."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
@@ -91,7 +90,6 @@ class LiveTexts:
             logger.info("Captions are encoded while training, by %s.", names)
 
     def free(self) -> None:
-        """Free all encoders."""
         for encoder in self.encoders:
             encoder.free()
 

@@ -226,7 +226,6 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
 
 
 def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, span: Span) -> Tensor:
-    """Return which draws lie in a span of noise levels and, where the options keep to bounds, in these."""
     fits = span.holds(NUM_TIMESTEPS * shares.double())
     return fits & is_in_range(options, shares, noise) if options.preserve_distribution_shape else fits
 

@@ -120,7 +120,6 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
-    """Convert a number or a fraction of the run to a number of steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
@@ -172,7 +171,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 
 def _half_cosine(progress: float) -> float:
-    """Return a half cosine: 1 to 0 as progress goes from 0 to 1."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 

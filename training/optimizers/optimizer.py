@@ -112,7 +112,6 @@ def _paths() -> dict[str, str]:
 
 
 def class_path(name: str) -> str:
-    """Return the import path that a name stands for; of an unknown one the name itself."""
     return _paths().get(name.lower(), name)
 
 
@@ -166,7 +165,6 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer, what it derives from or what it wraps is called schedule-free."""
     kinds = (kind for one in _with_wrapped(optimizer) for kind in type(one).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 
@@ -185,7 +183,6 @@ def find_averaging(optimizer: Optimizer) -> Any:
 
 
 def set_training(optimizer: Optimizer, is_training: bool) -> None:
-    """Switch an averaging optimizer between the weights it trains and those to save and sample with."""
     averaging = find_averaging(optimizer)
     if averaging is not None:
         (averaging.train if is_training else averaging.eval)()

@@ -155,7 +155,6 @@ class StepAfterBackward:
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def begin(self, reached: Sequence[Parameter]) -> None:
-        """Set missing gradients of the weights that a step changes to zero."""
         fill_missing_gradients(reached)
 
     def finish(self) -> Tensor:

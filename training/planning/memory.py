@@ -116,7 +116,6 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
-        """Return whether one transformer is on the device at a time."""
         return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
@@ -130,7 +129,6 @@ class StepPrediction:
         return replace(self, moments=moments, waiting=round(self.waiting * share))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        """Return the plan of a step with this many blocks swapped."""
         return MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
@@ -139,12 +137,10 @@ class StepPrediction:
 
     @property
     def most(self) -> int:
-        """Return the largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     @property
     def blocks(self) -> int:
-        """Return how many blocks the options swap; 0 for auto."""
         swap = self.options.speed.swap
         return 0 if swap.is_auto else swap.number
 
@@ -399,7 +395,6 @@ def list_halves(number: int) -> list[int]:
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
-    """Return the size of a batch in pixels and frames."""
     count, frames, height, width = shape
     step, rows, columns = latent.stride
     return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

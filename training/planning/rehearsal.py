@@ -15,25 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.devices import dtype_of
-from modules.planning.dry_run import (
-    ADAPTER,
-    BATCH,
-    GRADIENTS,
-    NETWORK,
-    OPTIMIZER,
-    TEXTS,
-    WORKING,
-    Counts,
-    Extrapolate,
-    Ledger,
-    Moment,
-    dry_run,
-    keep_blocks,
-    modules_in,
-    place,
-    plainly,
-    watch_blocks,
-)
+from modules.planning import dry_run as dry
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from networks.added import add_loras
@@ -66,7 +48,7 @@ class Rehearsal:
 
     family: Trains
     options: TrainingOptions
-    ledger: Ledger
+    ledger: dry.Ledger
     dit: nn.Module
     parameters: list[Parameter]
     optimizer: Optimizer
@@ -78,8 +60,7 @@ class Rehearsal:
     fused: FusedBackward | None = None
 
     @property
-    def counts(self) -> Counts:
-        """Return how many blocks each list has."""
+    def counts(self) -> dry.Counts:
         return tuple(map(len, self.blocks.values()))
 
     @property
@@ -93,9 +74,9 @@ class Rehearsal:
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
         return sum(inputs[:-1])
 
-    def measure(self, noisy_batch: NoisyBatch, counts: Counts) -> dict[str, Moment]:
+    def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.Moment]:
         """Return the largest moment at each place of a step with this many blocks, except the optimizer's."""
-        keep_blocks(self.dit, self.blocks, counts, self.ledger)
+        dry.keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # of the previous micro-batches
         self.ledger.enter("text encoders")
@@ -126,16 +107,16 @@ class Rehearsal:
                 self.fused.finish()
         self.know_states()
         self.clear_gradients()
-        keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
+        dry.keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
         return found
 
-    def measure_step(self) -> dict[str, Moment]:
+    def measure_step(self) -> dict[str, dry.Moment]:
         """Clip and step once, which makes the optimizer's states.
 
         Returns the largest moment of that, as in every later step.
         """
         whole, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
-        found: dict[str, Moment] = {}
+        found: dict[str, dry.Moment] = {}
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             self.fill_gradients()
             self.ledger.enter(STEP)
@@ -146,10 +127,10 @@ class Rehearsal:
                 stepping.finish()
             self.know_states()
             self.clear_gradients()
-            states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
-            found = {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
+            states, peak = self.ledger.moment.get(dry.OPTIMIZER, 0), self.ledger.peaks[STEP]
+            found = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: peak[dry.WORKING] - states}}
         else:
-            with self.ledger.allocating(OPTIMIZER):
+            with self.ledger.allocating(dry.OPTIMIZER):
                 size = state_bytes(self.optimizer, self.parameters)
                 self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
         if whole is None or not whole.fused_backward_pass:
@@ -161,11 +142,11 @@ class Rehearsal:
     def know_states(self) -> None:
         """Count what the optimizer keeps as its own; a step may have made it anew."""
         for value in held_by(self.optimizer):
-            self.ledger.see(value, OPTIMIZER)
+            self.ledger.see(value, dry.OPTIMIZER)
 
     def fill_gradients(self) -> None:
         """Give every weight a gradient, as it has after the backward pass."""
-        with self.ledger.allocating(GRADIENTS):
+        with self.ledger.allocating(dry.GRADIENTS):
             fill_missing_gradients(self.parameters)
 
     def clear_gradients(self) -> None:
@@ -179,8 +160,8 @@ def rehearse(
     dit: nn.Module,
     noisy_batch: NoisyBatch,
     texts: LiveTexts = NO_TEXTS,
-    watch: Callable[[nn.Module], Extrapolate] = plainly,
-) -> tuple[dict[str, Moment], int, int]:
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+) -> tuple[dict[str, dry.Moment], int, int]:
     """Return the largest moment at each place of a training step, the bytes that wait on the host, and those
     of all gradients.
 
@@ -188,7 +169,7 @@ def rehearse(
     afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
     see `modules.planning.communication`.
     """
-    with dry_run() as ledger:
+    with dry.dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger, texts)
         found = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
@@ -196,7 +177,7 @@ def rehearse(
         return found, rehearsal.waiting, sum(parameter.nbytes for parameter in rehearsal.parameters)
 
 
-def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
+def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
     """Add --training_adapter of each expert: the first is switched on for good, the others stand for the
     factors in further transformers.
     """
@@ -204,7 +185,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
     adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
-    with ledger.allocating(ADAPTER):
+    with ledger.allocating(dry.ADAPTER):
         computed = AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit))
         for adapter in adapters:
             adapter.place_on(ledger.device, computed)
@@ -216,14 +197,14 @@ def dress_trainable(
     family: Trains,
     options: TrainingOptions,
     dit: nn.Module,
-    ledger: Ledger,
+    ledger: dry.Ledger,
     texts: LiveTexts = NO_TEXTS,
 ) -> Rehearsal:
     """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
-    place(dit, ledger)
+    dry.place(dit, ledger)
     for encoder in texts.encoders:
-        for module in modules_in(encoder):
-            place(module.requires_grad_(False), ledger, TEXTS)
+        for module in dry.modules_in(encoder):
+            dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
     if options.network is not None:
         unread = options.network
@@ -231,7 +212,7 @@ def dress_trainable(
             unread = replace(unread, network_weights=None)
         in_dit = options.parts is None or options.parts.trains_dit
         network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
-        place(network.module, ledger, NETWORK)
+        dry.place(network.module, ledger, dry.NETWORK)
         _add_adapters(family, options, dit, ledger)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
@@ -241,7 +222,7 @@ def dress_trainable(
             for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups
         ]
     blocks = family.dit.blocks(dit)
-    watch_blocks(blocks, ledger)
+    dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # bitsandbytes reads a table of numbers that it makes; the weights stay without content
     with disable_modes():
@@ -257,16 +238,15 @@ def dress_trainable(
         names = {parameter: str(index) for index, parameter in enumerate(parameters)}
         steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, GRADIENTS))
+        parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, dry.GRADIENTS))
     average: list[Tensor] = []
     if options.average.ema_decay is not None and whole is None:
-        with ledger.allocating(NETWORK):
+        with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, average, blocks, texts)
 
 
 def held_by(optimizer: Optimizer) -> list[Tensor]:
-    """Return the tensors of an optimizer's states."""
     kept = (value for state in optimizer.state.values() for value in state.values())
     return [value for value in kept if isinstance(value, Tensor)]
 
@@ -306,16 +286,15 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """Return accelerate's autocast for --mixed_precision."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)
 
 
-def stand_in_batch(tensor: Tensor, ledger: Ledger) -> Tensor:
+def stand_in_batch(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
     """Return a tensor of a batch on the device without content; whole numbers (masks) keep theirs."""
     if not tensor.is_floating_point():
         return tensor
-    with ledger.allocating(BATCH):
+    with ledger.allocating(dry.BATCH):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=ledger.device)

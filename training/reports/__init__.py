@@ -3,7 +3,7 @@
 history: keep all reports of a run in lines
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
-pauses: time samples, validations and saves, and those to come
+pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
 sample_files: find samples of a run, draw sheets
 """

@@ -105,7 +105,6 @@ class Story:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Story":
-        """Return the content of lines, see `History.add`."""
         story = cls()
         for row in rows:
             story.add(row)
@@ -150,12 +149,10 @@ class Story:
 
     @property
     def start(self) -> "Start | None":
-        """Return what the newest start told."""
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
     def lowest(self) -> tuple[int, float] | None:
-        """Return step and loss of the validation with the lowest loss, the first one of equals."""
         return min(self.validations.items(), key=lambda found: (found[1], found[0]), default=None)
 
     def nearest(self, step: int) -> tuple[int, float] | None:
@@ -239,7 +236,6 @@ class History:
 
     @property
     def events_told(self) -> Story:
-        """Return the content of the lines in memory: all but curves of steps."""
         return Story.of(self.events)
 
     def read(self) -> Story:
@@ -253,7 +249,6 @@ def history_path(folder: Path, name: str) -> Path:
 
 
 def history_name(path: Path) -> str:
-    """Return the --output_name of the run that a history is of."""
     return path.name.removesuffix(END)
 
 
@@ -327,7 +322,6 @@ def parse_row(line: bytes) -> Row | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number of a line, which may have been edited: None if it is NaN or infinite."""
     return value if value is not None and math.isfinite(value) else None
 
 

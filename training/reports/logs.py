@@ -13,12 +13,10 @@ import contextlib
 import dataclasses
 import logging
 import math
-import statistics
 import sys
 import threading
 import time
 import typing
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,8 +37,7 @@ from modules.installation import describe_missing
 from modules.options import option_name, record_of
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
-from training.reports.history import SHOWN
-from training.reports.pauses import Pauses
+from training.reports.pauses import Pauses, StepClock
 from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
@@ -51,18 +48,6 @@ SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 NARROWEST = 10  # columns of the bar, for which numbers make room, the first of these first
 DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample", "s/it")
-# slow steps are told
-SEEN = 10  # steps before a median means something
-KEPT = 200  # steps that the median is taken over: a run changes
-LEAST = 1.0  # seconds of a step that is worth a line
-FACTOR = 2.0  # report steps slower than the median by this factor
-PAUSE = 50  # steps between two such lines
-
-CAUSES = (
-    "Usual causes: reading caches (a slow disk, few "
-    "--max_data_loader_n_workers); another program on the GPU; a GPU that is too hot; memory that spills "
-    "over."
-)
 PRIVATE = "resume"  # may be a path; so may every option of that type
 WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and for samples
 
@@ -108,7 +93,6 @@ class Readings:
     _last: Moment | None = field(default=None, init=False)  # end of the last step or pause
 
     def restart_clock(self, device: torch.device) -> None:
-        """Exclude the time until now (samples, saving, validation) from the next step."""
         self._last = self._moment(device.type)
 
     def push(self, step: StepReport, row: Tensor) -> StepReport | None:
@@ -141,53 +125,6 @@ class Readings:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
         return Moment(self.now(), event)
-
-
-@dataclass
-class StepClock:
-    """Keep the seconds of steps: their sum, and the mean of the last ones; judge each beside its like.
-
-    Steps with saving, sampling or validation between them are not judged: call `skip` after those.
-    """
-
-    active: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
-    steps: int = field(default=0, init=False)
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
-    _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
-    _last_told: int | None = None
-    _skips: bool = True  # the first step compiles, chooses kernels, fills caches
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Return the mean seconds of the last steps; None before the first."""
-        return sum(self._last) / len(self._last) if self._last else None
-
-    def skip(self) -> None:
-        """Leave the next step out of the search for slow steps: it follows a pause."""
-        self._skips = True
-
-    def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
-        """Note the time of a step. Returns a warning if it was more than twice the median of its like.
-
-        sizes: of the items; two steps that share them take as long.
-        """
-        self.active, self.steps = self.active + seconds, self.steps + 1
-        self._last.append(seconds)
-        if self._skips:
-            self._skips = False
-            return None
-        times = self._times.setdefault(sizes, deque(maxlen=KEPT))
-        usual = statistics.median(times) if len(times) >= SEEN else None
-        times.append(seconds)
-        if usual is None or seconds < LEAST or seconds <= FACTOR * usual:
-            return None
-        if self._last_told is not None and step - self._last_told < PAUSE:
-            return None
-        self._last_told = step
-        return (
-            f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
-            f"{CAUSES}"
-        )
 
 
 @dataclass

@@ -174,7 +174,6 @@ def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) ->
 
 
 def link(*parts: str) -> str:
-    """Return a relative address of a file below the page's folder."""
     return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 

@@ -1,11 +1,27 @@
-"""Time what interrupts the steps of a run (samples, validations, saves), and what of it is still to come."""
+"""Time the steps of a run, what interrupts them (samples, validations, saves), and what is still to come."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from training.reports.history import SHOWN
+
 SAMPLES, VALIDATION, SAVING = "samples", "validation", "saving"
+# slow steps are told
+SEEN = 10  # steps before a median means something
+KEPT = 200  # steps that the median is taken over: a run changes
+LEAST = 1.0  # seconds of a step that is worth a line
+FACTOR = 2.0  # report steps slower than the median by this factor
+PAUSE = 50  # steps between two such lines
+
+CAUSES = (
+    "Usual causes: reading caches (a slow disk, few "
+    "--max_data_loader_n_workers); another program on the GPU; a GPU that is too hot; memory that spills "
+    "over."
+)
 
 
 @dataclass
@@ -18,7 +34,6 @@ class Pauses:
 
     @contextmanager
     def of(self, kind: str) -> Iterator[None]:
-        """Time a pause; one that an error ends does not count."""
         start = self.now()
         yield
         self.seconds.setdefault(kind, []).append(self.now() - start)
@@ -27,3 +42,50 @@ class Pauses:
         """Return the seconds of pauses after a step: the mean of each kind so far for each that comes."""
         to_come = self.to_come(step) if self.seconds else {}
         return sum(sum(all) / len(all) * to_come.get(kind, 0) for kind, all in self.seconds.items())
+
+
+@dataclass
+class StepClock:
+    """Keep the seconds of steps: their sum, and the mean of the last ones; judge each beside its like.
+
+    Steps with saving, sampling or validation between them are not judged: call `skip` after those.
+    """
+
+    active: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
+    steps: int = field(default=0, init=False)
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
+    _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
+    _last_told: int | None = None
+    _skips: bool = True  # the first step compiles, chooses kernels, fills caches
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Return the mean seconds of the last steps; None before the first."""
+        return sum(self._last) / len(self._last) if self._last else None
+
+    def skip(self) -> None:
+        """Leave the next step out of the search for slow steps: it follows a pause."""
+        self._skips = True
+
+    def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
+        """Note the time of a step. Returns a warning if it was more than twice the median of its like.
+
+        sizes: of the items; two steps that share them take as long.
+        """
+        self.active, self.steps = self.active + seconds, self.steps + 1
+        self._last.append(seconds)
+        if self._skips:
+            self._skips = False
+            return None
+        times = self._times.setdefault(sizes, deque(maxlen=KEPT))
+        usual = statistics.median(times) if len(times) >= SEEN else None
+        times.append(seconds)
+        if usual is None or seconds < LEAST or seconds <= FACTOR * usual:
+            return None
+        if self._last_told is not None and step - self._last_told < PAUSE:
+            return None
+        self._last_told = step
+        return (
+            f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
+            f"{CAUSES}"
+        )

@@ -121,11 +121,9 @@ class RunReporter:
 
     @property
     def validations(self) -> Mapping[int, float]:
-        """Return the losses of validations so far by their steps."""
         return self.history.events_told.validations
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Add the losses of a validation."""
         self._note(step, validation=dict(losses))
 
     def note_samples(self, step: int, mark: str) -> None:

@@ -49,13 +49,11 @@ class Names:
         return {part: self.folder / f"{stem}_{part}.safetensors" for part in self.parts}
 
     def stem_of(self, file: Path) -> str:
-        """Return the stem that `files` makes this file of: its name without the ending of its part."""
         ends = (f"_{part}" for part in self.parts)
         return file.stem.removesuffix(next(filter(file.stem.endswith, ends), ""))
 
     @property
     def pattern(self) -> str:
-        """Return a pattern of how the name of any file goes on behind its stem."""
         return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
 
 
@@ -94,17 +92,14 @@ class Saver:
     is_main: bool = True
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
-        """Save under the step's name; then remove files older than --save_last_n_steps."""
         self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
         self.tidy_steps(step)
 
     def save_epoch(self, epoch: int) -> None:
-        """Save under the epoch's name (from 1); then remove files older than --save_last_n_epochs."""
         self._save(self.names.epoch(epoch), self.options.save_state)
         self.tidy_epochs(epoch)
 
     def save_final(self) -> None:
-        """Save under the plain name."""
         self._save(self.names.name, self.options.saves_state_at_end)
 
     def tidy_steps(self, step: int) -> None:
@@ -116,7 +111,6 @@ class Saver:
         self._remove_expired(r"-step(\d{8,})", every, kept, lambda last: step - last - 1)
 
     def tidy_epochs(self, epoch: int) -> None:
-        """Remove files that a save at `epoch` no longer keeps."""
         options, every = self.options, self.options.save_every_n_epochs or 1
         kept = options.save_last_n_epochs, options.save_last_n_epochs_state
         self._remove_expired(r"-(\d{6,})", every, kept, lambda last: epoch - every * last)
@@ -150,7 +144,6 @@ class Saver:
                     logger.info("Removed %s", entry)
 
     def tidy(self, step: int, epoch: int) -> None:
-        """Remove what a killed run of this name left behind, and what it had no time to remove."""
         self.remove_leftovers()
         self.tidy_steps(step)
         self.tidy_epochs(epoch)
@@ -278,7 +271,6 @@ def set_aside(
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
-    """Return the states of earlier runs that were set aside, the newest run last."""
     states, pattern = state_pattern(name), re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
     return [entry for aside in asides for entry in _entries(aside) if states.fullmatch(entry.name)]

@@ -103,7 +103,6 @@ def write_card(
 
 
 def may_replace(existing: str, card: str) -> bool:
-    """Return whether `existing` is an unchanged card of the same file, so that `card` can take its place."""
     old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
@@ -147,7 +146,6 @@ def _plain(value: Any) -> Any:
 
 
 def _as_block(line: str) -> str:
-    """Return one line of an indented block, in which Markdown has no meaning."""
     return "    " + _one_line(line)
 
 
@@ -205,7 +203,6 @@ class Uploads:
             self._upload(path, card)
 
     def publish_state(self, folder: Path) -> None:
-        """Upload a state folder if --save_state_to_huggingface is given."""
         if self.options.save_state_to_huggingface:
             self.publish(folder)
 

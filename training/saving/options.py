@@ -20,7 +20,6 @@ KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
-    """Return when an option acts that thins out what is saved every so many epochs, or steps."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {f"it needs --save_state and {needed}": lambda own: own.save_state and own.saves_by(kind)}
@@ -114,7 +113,6 @@ class SavingOptions(Options, title="saving"):
 
     @property
     def result(self) -> Path:
-        """Return the file that a finished run leaves."""
         return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
     @property

@@ -79,7 +79,6 @@ class ForeignState:
     is_ordered: bool = False  # the network's tensors are in that program's own order
 
     def release(self) -> None:
-        """Free the tensors."""
         self.network.clear()
         self.optimizer.clear()
 
@@ -205,12 +204,10 @@ def plain_state(value: Any, name: str) -> Any:
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
-    """Return a pattern that only the names of run `name`'s state folders match."""
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
 def recover_states(output_dir: Path, name: str) -> None:
-    """Restore the states of a run that was killed between the two renames that replace one."""
     pattern = state_pattern(name)
     for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
@@ -259,7 +256,6 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def shorten_value(value: Any) -> str:
-    """Return a value as text of at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -368,7 +364,6 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
 
 
 def share_of_files(folder: Path) -> list[Path]:
-    """Return the files of split tensors in a state whose checksums are this process' to take."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths

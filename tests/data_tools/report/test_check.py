@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools.report.check import check_caching, check_training, repair_captions
+from data_tools.report.check import check_caching, check_training
+from data_tools.report.findings import repair_captions
 from data_tools.report.views import show_datasets
 from dataset.batches.items import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
@@ -42,7 +43,7 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
     class NoFiles:
         """A family whose encoder was not named on the command line."""
 
-        cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
+        cache_tag, latent, defaults, can = "toy", LATENT, ToyFamily().defaults, ToyFamily().can
         check_table, sections_of = ToyFamily().check_table, ToyFamily().sections_of
 
         @property

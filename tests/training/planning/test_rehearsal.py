@@ -92,7 +92,7 @@ def counted(
     """The same step with real tensors on the CPU and all blocks; of a second expert its weights, and its own
     LoRA too.
     """
-    monkeypatch.setattr(rehearsal, "place", see_all)
+    monkeypatch.setattr(rehearsal.dry, "place", see_all)
     dit, *others = (family.load_dit(placement(options, "cpu"), index) for index in range(len(family.experts)))
     with PlannedKernels(), Ledger(HOST) as ledger:
         real = rehearsal.dress_trainable(family, options, dit, ledger)

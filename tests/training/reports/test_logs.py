@@ -29,19 +29,16 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
-    PAUSE,
-    SEEN,
     Logs,
     Moment,
     Readings,
-    StepClock,
     StepReport,
     check_trackers,
     name_rates,
     public_config,
     tracker_arguments,
 )
-from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.reports.pauses import PAUSE, SAMPLES, SAVING, SEEN, VALIDATION, StepClock
 from training.run import prepare_run
 from training.run_options import AcceleratorOptions
 from training.steps import StepPlan
