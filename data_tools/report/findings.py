@@ -217,7 +217,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         kind = "have no reference picture, while others have"
         found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
     if (line := left_out_files(config, table)) is not None:
-        found.remarks.append(Fault("files are not read", line))
+        found.remarks.append(Fault("folders are not read whole", line))
     if table is config.datasets[0]:
         found.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
     return found

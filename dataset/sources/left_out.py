@@ -80,7 +80,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     number = sum(count.total() for count in counts.values())
     parts = [
         ", ".join(f"{end} ({count})" for end, count in sorted(found.items())) + (f": {why}" if why else "")
-        for why, found in counts.items()
+        for why, found in sorted(counts.items(), key=lambda pair: -pair[1].total())
     ]
     verb = "file is" if number == 1 else "files are"
     return f"{table.directory}: {number} {verb} not read: {'; '.join(parts)}"
