@@ -53,7 +53,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     sharing = [one for one in config.datasets if one.directory and folder_id(one.directory) == place]
     if sharing[0].index != table.index:
         return None
-    kinds = {one.kind for one in sharing}
+    kinds = {str(one.kind) for one in sharing}
     captions = {one.caption_extension for one in sharing if one.caption_extension}
     entries = list_entries(table.directory, table.name)
     read = frozenset().union(*(_all_suffixes(kind) for kind in kinds))
