@@ -254,7 +254,8 @@ def share_page(page: Path, copy: Path) -> None:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = "is a folder" if page.is_dir() else f"cannot be read ({error})"
+        reason = getattr(error, "strerror", None) or "it is no text"
+        why = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {why}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:
         raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")

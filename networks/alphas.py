@@ -24,7 +24,7 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
-_SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config")
+_SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
 # keys of a header as `_bare` gives them, also behind the start of a network's names
 # (`transformer.lora_alpha`), and those of the rank beside them
 _TRAINED = "ss_network_alpha"
@@ -133,8 +133,19 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value
         for key, value in metadata.items()
-        if key not in _SETTINGS and not (_bare(key)[1] in _KEYS and not (is_trained and key == _TRAINED))
+        if not _has_alpha(key, value)
+        and not (_bare(key)[1] in _KEYS and not (is_trained and key == _TRAINED))
     }
+
+
+def _has_alpha(key: str, text: str) -> bool:
+    """Return whether a key of a header holds settings; `config` does if there is an alpha in it."""
+    if key != "config":
+        return key in _SETTINGS
+    try:
+        return any(source.settings.get("lora_alpha") for source in _inside(key, parse_json(text), ""))
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _sources(
@@ -159,6 +170,8 @@ def _sources(
         own = {"lora_alpha": float(text), "r": rank, "use_rslora": scaling}
         sources.append(_Source(f"its metadata ({key})", own))
     for key in _SETTINGS:
+        if key == "config" and not _has_alpha(key, metadata.get(key, "")):
+            continue  # of a model, or of anything
         try:
             sources += _inside(f"its metadata ({key})", parse_json(metadata.get(key, "{}")), start)
         except (ValueError, AttributeError, RecursionError) as error:

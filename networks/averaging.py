@@ -123,6 +123,12 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len({file.metadata.get("ss_session_id") for file in found}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
     first = found[0]
+    if not any("." in name for name in first.tensors):  # as latents of caches
+        raise CheckpointError(
+            f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
+            "  Give the saved LoRAs or models of one run.",
+            first.path,
+        )
     said = {file.path: expert_of(file.metadata, file.path) for file in found}
     experts = {path: expert.replace("_", " ") for path, expert in said.items() if expert is not None}
     if len(set(experts.values())) > 1:

@@ -101,6 +101,9 @@ _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "OFT or BOFT": (".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_r", ".boft_R", ".boft_s"),
     "(IA)3": (".on_input", ".ia3_l"),
+    "LoRA as nunchaku packs it": tuple(
+        f".{name}.lora_down" for name in ("qkv_proj", "qkv_proj_context", "mlp_fc1", "mlp_context_fc1")
+    ),
     "VeRA": (".vera_lambda_b", ".vera_lambda_d"),
 }
 
@@ -114,7 +117,8 @@ class NativeTensors:
     text_encoder: tuple[str, ...]  # keys that change a text encoder and have no name here
     texts: Mapping[str, Tensor]  # that change text encoders, as `lora_te1_text_model_....lora_down.weight`
     unknown: tuple[str, ...]  # keys that are no part of a LoRA
-    repeated: tuple[str, ...]  # keys that name a part once more
+    repeated: Mapping[str, str]  # key that names a part once more -> the first one
+    clash: tuple[str, str] | None  # two keys of one part with other values
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
     stacked: Mapping[str, int]  # our module -> how many factors its own were put together from
@@ -154,7 +158,6 @@ def to_native(
         if ".lora_magnitude_vector" in key or key.endswith(".magnitude"):
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
             native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
-    used = set(keys.values())
     of_all = [key for key in FOR_ALL if key in tensors]
     native = {f"{name}.alpha": tensors[key] for key in of_all for name in names.values()} | native
     rest = [key for key in tensors if key not in found and key not in of_all]
@@ -166,6 +169,11 @@ def to_native(
     named = {
         key: _name_of_text(key, *place, of_texts) if with_texts else None for key, place in places.items()
     }
+    of_names = [(key, f"{names[place.path]}.{place.part}") for key, place in found.items()]
+    of_names += [(key, name) for key, name in named.items() if name is not None]
+    for key, name in of_names:
+        keys.setdefault(name, key)
+    repeated = {key: keys[name] for key, name in of_names if keys[name] != key}
     texts = {name: tensors[key] for key, name in named.items() if name is not None}
     texts = {f"{name.partition('.')[0]}.alpha": tensors[key] for key in of_all for name in texts} | texts
     return NativeTensors(
@@ -174,13 +182,20 @@ def to_native(
         text_encoder=tuple(key for key, name in named.items() if name is None),
         texts=texts,
         unknown=tuple(key for key in rest if key not in places),
-        repeated=tuple(key for key in found if key not in used),
+        repeated=repeated,
+        clash=next(
+            ((first, key) for key, first in repeated.items() if _differ(tensors[key], tensors[first])), None
+        ),
         paths={names[place.path]: place.path for place in found.values()},
         stacked={names[found[key].path]: count for key, count in usual.stacked.items() if key in found},
         family=family,
         family_name=told or None,
         unknown_names="" if family is not None or not found else _unknown_names(map(_usual_ending, found)),
     )
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    return first.shape != second.shape or not first.float().equal(second.float())
 
 
 def _alias(module: str, families: Sequence[FamilyNames]) -> str:

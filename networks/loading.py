@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.opening import open_checkpoint, refuse_quantised
 from modules.console import count_of, count_words
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
@@ -127,6 +127,7 @@ def read_lora(
         kind = key_formats.other_kind(checkpoint.tensors)
         # a whole model is told by its names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
+            refuse_quantised(checkpoint)
             raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
@@ -188,6 +189,12 @@ def _read_part(
         logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
+    if twice := native.clash or _named_twice(native):
+        raise CheckpointError(
+            f"{path} changes one layer under two names: {twice[0]} and {twice[1]}.\n"
+            "  They are of two programs. Take the tensors of one of them out of the file.",
+            path,
+        )
     _warn_of_unused(path, native, made or native.family, len(stored))
     native = replace(
         native, tensors=drop_unused_alphas(native.tensors), texts=drop_unused_alphas(native.texts)
@@ -234,11 +241,22 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
         )
 
 
+def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
+    """Return two names of a file for the same weight, or for a weight and a part of it; None without."""
+    if native.family is None:
+        return None
+    for name, path in native.paths.items():
+        for other in relatives(name.removeprefix(OURS), native.family):
+            if other.is_part and (found := native.paths.get(OURS + other.name)) is not None:
+                return path, found
+    return None
+
+
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
     """Warn of keys of a file that are not read. whole: number of all."""
     rest = (
         (native.text_encoder, "tensors of a text encoder are ignored"),
-        (native.repeated, "tensors of parts named once more are ignored"),
+        (list(native.repeated), "tensors of parts named once more are ignored"),
     )
     for keys, what in rest:
         if keys:

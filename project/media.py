@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dataset.sources.captions import caption_path, read_caption
 from dataset.sources.folders import ControlFolder
+from dataset.sources.left_out import remedy_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_image
@@ -38,19 +39,12 @@ SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
 LONG = 4  # sides of one picture
 MOST_FOLDERS = 1000  # that are looked into for media that are left out
-# what to do with files of other kinds
-REMEDIES = {
-    (".heic", ".heif"): "convert them to JPEG, or `pip install pillow-heif`",
-    (".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"): "convert them to PNG or JPEG",
-    (".avif", ".jxl"): "convert them to PNG, or install a plugin of Pillow that reads them",
-    (".zip", ".rar", ".7z", ".tar", ".gz"): "unpack it",
-    (
-        ".jsonl",
-        ".csv",
-        ".parquet",
-    ): "if it lists captions, image_jsonl_file or image_table_file in dataset.toml takes it",
-    (".json",): "write captions into .txt files",
-    (".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"): "convert them to .mp4",
+LISTS = {
+    **dict.fromkeys(
+        (".jsonl", ".csv", ".parquet"),
+        "if it lists captions, image_jsonl_file or image_table_file in dataset.toml takes it",
+    ),
+    ".json": "write captions into .txt files",
 }
 
 
@@ -206,7 +200,7 @@ def _list_media(place: Path, found: Found) -> None:
             told = f"{name_some(alone)}: captions of no file. That of cat.mp4 is cat{found.captions}{how}"
             found.lines += [told] if alone else []
             continue
-        remedy = next((text for ends, text in REMEDIES.items() if end in ends), None)
+        remedy = remedy_of(end) or LISTS.get(end)
         kind = "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
         found.lines.append(f"{name_some(of_kind)}: left out, {kind}")
 

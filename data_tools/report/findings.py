@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import GUESS
 from dataset.sources.captions import SHOWN, describe_cut, guess_captions, read_caption
-from dataset.sources.folders import folder_id, is_file, unsearched_folders
+from dataset.sources.left_out import left_out_files, left_out_folders
 from dataset.sources.listing import find_sources, missing_captions
-from dataset.sources.media_source import Fault, MediaSource, is_of_shards, list_faults
+from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
 from modules.console import count_of
@@ -24,7 +24,6 @@ from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.limits import MAX_CAPTION_BYTES
-from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import path_exists
 from modules.text_encodings import EncodingGuess
 from modules.text_files import bad_character, read_content
@@ -33,9 +32,6 @@ BACKUP = ".bak"  # behind the name of a caption that is rewritten
 LISTED = 50  # at most so many lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
-OF_RUNS = {"prompts.txt", "check.html"}  # of samples, and the page of a check: files of `new` and `run`
-# are left alone in a folder of clips
-USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db"})
 
 
 @dataclass
@@ -222,43 +218,16 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         found.caches.append(f"reference pictures: {words}")
         kind = "have no reference picture, while others have"
         found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
-    # files in the folder of another table are used there
-    others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
-    if table.directory is not None and folder_id(table.directory) not in others:
-        found.remarks += _list_unused(table, found.sources)
+    if (line := left_out_files(config, table)) is not None:
+        found.remarks.append(Fault("folders are not read whole", line))
     if table is config.datasets[0]:
-        found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
+        found.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
     return found
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
-
-
-def _list_unused(table: DatasetTable, sources: Iterable[MediaSource]) -> Iterator[Fault]:
-    """Yield remarks about files in the folder of a table that look as if they were meant to be used."""
-    assert table.directory is not None
-    used = {str(path) for source in sources for path in (source.path, source.caption_path)}
-    before = str(table.directory / "x")[:-1]
-    names: Counter[str] = Counter()
-    with os.scandir(table.directory) as entries:
-        for entry in entries:
-            if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
-                continue
-            suffix = Path(entry.name).suffix.lower()
-            if entry.name not in OF_RUNS and suffix not in USUAL and is_file(entry):
-                names[suffix] += 1
-    other = "video" if table.kind == "image" else "image"
-    for suffix, count in sorted(names.items()):
-        if suffix in (VIDEO_SUFFIXES if other == "video" else image_suffixes()):
-            why = f"{other}s: give them a table with {other}_directory"
-        elif suffix == table.caption_extension:
-            why = f"captions without {'an image' if table.kind == 'image' else 'a clip'} of the same name"
-        else:
-            why = f"neither {table.kind}s nor captions"
-        line = f"{table.directory}: {count} of {suffix or 'no suffix'}, {why}"
-        yield Fault("kinds of files are not used", line)
 
 
 # --- captions

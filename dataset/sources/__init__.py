@@ -10,6 +10,7 @@ downloads: download files at addresses, each of them once
 fetching: make the bytes of a source a file
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks
+left_out: files and folders that nothing reads
 listing: find the sources of a table, check their names
 media_source: an image or clip, its names and faults
 parquet: bounded reading of Parquet files, files in columns

@@ -5,25 +5,23 @@ import functools
 import itertools
 import logging
 import os
-from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
+from modules.media.opening import open_image
+from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.media.samples import SOUND_SUFFIXES
 from modules.paths import similar_path
 from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
-
-LOOKED_INTO = 1000  # names of a folder inside a folder
 
 
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
@@ -100,7 +98,7 @@ def _find_companions(
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    suffixes, animated = media_suffixes(table.kind), media_suffixes(table.kind, animated=True)
+    suffixes, spare = media_suffixes(table.kind), media_suffixes(table.kind, spare=True)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     # as Path.suffix, which takes longer
@@ -112,12 +110,10 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
     kind = f"{table.kind}s of {table.name} cannot be opened"
     faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
-    if ANIMATION_SUFFIXES.isdisjoint(ends):
+    if (ANIMATION_SUFFIXES | spare).isdisjoint(ends):
         return there
-    others = [
-        table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in animated
-    ]
-    return sorted([*there, *_find_animations(table, others, there)], key=str)
+    others = [table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in spare]
+    return sorted([*there, *_find_spare(table, others, there)], key=str)
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
@@ -282,61 +278,50 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def media_suffixes(kind: str, animated: bool = False) -> frozenset[str]:
+def media_suffixes(kind: str, spare: bool = False) -> frozenset[str]:
     """Return the suffixes of images or clips.
 
-    animated: those of files whose content counts too; of images .webp is one anyway.
+    spare: those that give way to others of the same name (previews, originals); of images .webp is none.
     """
-    if animated:
-        return ANIMATION_SUFFIXES if kind == "video" else ANIMATION_SUFFIXES - {".webp"}
-    return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
+    of_images = ANIMATION_SUFFIXES - {".webp"} | TIFF_SUFFIXES
+    if spare:
+        return ANIMATION_SUFFIXES if kind == "video" else of_images
+    return image_suffixes() - of_images if kind == "image" else VIDEO_SUFFIXES
 
 
-def describe_entries(table: DatasetTable) -> str:
-    """Describe the content of a folder without usable files."""
-    assert table.directory is not None
-    suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
-    other = "image" if table.kind == "video" else "video"
-    there = sum(suffix in media_suffixes(other) for suffix in suffixes)
-    if there:
-        return f"has no {table.kind}s but {there} {other}s, for which the key is {other}_directory"
-    folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
-    found = ", ".join(
-        f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
-    )
-    what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(media_suffixes(table.kind) | media_suffixes(table.kind, animated=True)))
-    return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
+def _find_spare(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Return the GIF, WebP and TIFF files among `entries` that belong to the table, besides `others`.
 
-
-def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
-    """Return the GIF and WebP files among `entries` that belong to the table, besides `others`.
-
-    A table of clips takes animations only; a table of images takes the first frame of each GIF. A file named
-    like one of `others` but for the suffix is left out with a warning: both would have the same cache.
+    A table of clips takes animations only; a table of images takes the first picture of each GIF and TIFF. A
+    file named like one of `others` but for the suffix is left out with a warning: both would have the same
+    cache.
     """
     taken = {os.path.normcase(path.stem) for path in others}
-    files = [
-        path
-        for path in entries
-        if path.suffix.lower() in media_suffixes(table.kind, animated=True) and path.is_file()
-    ]
-    animated = []
+    files = [path for path in entries if path.is_file()]
+    several = []  # pictures in a file
     for path in (*others, *files) if table.kind == "image" else files:
         try:
-            is_moving = is_animation(path)
+            has_several = _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
         except MediaError:  # which decoding reports
-            is_moving = table.kind == "video"
-        animated += [path] if is_moving else []
-    files = files if table.kind == "image" else animated
+            has_several = table.kind == "video"
+        several += [path] if has_several else []
+    files = files if table.kind == "image" else several
     named = {path: os.path.normcase(path.stem) for path in files}
     hidden = [path for path in files if named[path] in taken]
+    moving = [path for path in several if path.suffix.lower() not in TIFF_SUFFIXES]
     only_first = "animated: only the first frame of each is used. video_directory takes clips"
+    pages = "of several pages: only the first of each is used"
     same = "ignored, because another file of the folder has the same name but for its suffix"
-    for paths, what in ((animated if table.kind == "image" else [], only_first), (hidden, same)):
+    told = [(moving, only_first), ([one for one in several if one not in moving], pages)]
+    for paths, what in (*(told if table.kind == "image" else ()), (hidden, same)):
         if paths:
             logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
     return [path for path in files if named[path] not in taken]
+
+
+def _has_pages(path: Path) -> bool:
+    with open_image(path) as image:
+        return int(getattr(image, "n_frames", 1)) > 1
 
 
 def _explain(path: Path) -> str:
@@ -376,25 +361,3 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
 
 def folder_id(folder: "str | os.PathLike[str]") -> str:
     return os.path.normcase(os.path.realpath(folder))
-
-
-def unsearched_folders(config: DatasetConfig) -> list[str]:
-    """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    kinds = "", "cache_", "control_", "mask_", "audio_", "download_"
-    keys = [f"{kind}directory" for kind in kinds]
-    others = {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
-    lines = []
-    for table in config.datasets:
-        if table.directory is None or not table.directory.is_dir():
-            continue
-        with os.scandir(table.directory) as entries:
-            folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
-        for folder in folders:
-            names: list[str] = []
-            with contextlib.suppress(OSError), os.scandir(folder) as entries:  # also of what is no folder
-                names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
-            holds_media = any(Path(name).suffix.lower() in media_suffixes(table.kind) for name in names)
-            if holds_media and folder_id(folder) not in others:
-                unused = f"its {table.kind}s are not used: folders inside a folder are not searched"
-                lines.append(f"{folder}: {unused}. Give it a table")
-    return lines

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import explain_captions, read_caption
-from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
+from dataset.sources.folders import list_table_folder
+from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
 from dataset.sources.media_source import (
     LISTED,
     NO_REFERENCE,
@@ -129,8 +130,9 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
-    for line in unsearched_folders(config):
-        logger.warning("%s", line)
+    files = filter(None, (left_out_files(config, table) for table in config.datasets))
+    for line in (*files, *left_out_folders(config)):
+        logger.warning("%s", escape_control_codes(line))
     return sources
 
 

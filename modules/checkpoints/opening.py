@@ -309,10 +309,13 @@ def _marked_formats(checkpoint: Checkpoint) -> str:
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantised weights without marks, and a tensor that shows it."""
-    for name in tensors:
-        form = next((form for ending, form in _FOREIGN.items() if name.endswith(ending)), None)
-        if form is not None or ".quant_state." in name:
-            return f"{form or 'nf4 or fp4 of bitsandbytes'}: it has {name}"
+    for ending, form in _FOREIGN.items():
+        name = next((name for name in tensors if name.endswith(ending)), None)
+        if name is not None:
+            return f"{form}: it has {name}"
+    name = next((name for name in tensors if ".quant_state." in name), None)
+    if name is not None:
+        return f"nf4 or fp4 of bitsandbytes: it has {name}"
     for name, info in tensors.items():
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1

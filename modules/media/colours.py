@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
+from modules.errors import MediaError
+
 logger = logging.getLogger(__name__)
 
 # what caches note of how pixels were read. 0: without transparency and colour profiles; 1, or true: with
@@ -25,13 +27,15 @@ _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # count for grey pictures too
 _GREY = frozenset({"1", "L", "LA", "La"})
 _LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
-_SCREEN = 2.2  # the exponent that browsers take gAMA to be for
-_NEAR = 0.05  # of 1: exponents that libpng leaves out
+_SCREEN = 2.2  # of 1 / gAMA: browsers take that for the curve of sRGB
+_NEAR = 0.05  # of 1: how far from it gAMA may be
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 # codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as of gAMA; None: the curve of
 # sRGB, which browsers take those of television for too
 _CICP = "cicp"
+_INVERTED = "inverted"
+_PHOTOMETRIC = 262  # the tag of TIFF
 _PLACES = {
     1: _SRGB_PLACES,
     9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
@@ -80,6 +84,8 @@ def _note_facts(file: Image.Image) -> None:
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read
             file.info["transparency"] = tuple(value >> 8 for value in key)
+    if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        file.info[_INVERTED] = True  # white is 0, which Pillow minds in 8 bits only
     readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
     if file.format in readers and (found := readers[file.format](file)) is not None:
         file.info[_CICP] = found
@@ -123,7 +129,7 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     _note_facts(file)
     profile = _profile_of(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
-    is_converted = transform is not None or (profile is None and _exponent(file.info) is not None)
+    is_converted = transform is not None or (profile is None and _curve(file.info) is not None)
     opacity, transfer = _opacity(file), file.info.get(_CICP, (0, 0))[1]
     is_transparent = opacity is not None and int(opacity.min()) < 255
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
@@ -152,20 +158,23 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
+    """Return the colours of a picture as sRGB, H W 3, whatever is transparent. Raises MediaError if its
+    numbers have no white.
+    """
+    if image.mode in {"I", "F"}:
+        raise MediaError(f"{path} has numbers of 32 bits, which do not say what is white. Convert it to PNG.")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
-        info = image.info
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        info, grey = image.info, (np.asarray(image) >> 8).astype(np.uint8)
+        image = Image.fromarray(~grey if _INVERTED in info else grey)
         image.info = info
     profile = _profile_of(path, image)
     transform = None if profile is None else _transform(profile)[0]
     if profile is not None and transform is not None:
         return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
     colours = _in_mode(image, "RGB")
-    exponent = _exponent(image.info) if profile is None else None
-    if exponent is not None:
-        levels = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(int)
-        colours = colours.point(levels.tolist() * 3)
+    curve = _curve(image.info) if profile is None else None
+    if curve is not None:
+        colours = colours.point(curve * 3)
     return np.array(colours)
 
 
@@ -183,6 +192,8 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
     """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
     primaries, transfer = image.info.get(_CICP, (0, 0))
+    if image.mode == "LAB":  # which Pillow converts to sRGB
+        return None
     if primaries in _PLACES and transfer in _GAMMAS:
         made = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
         return None if made is None else _Profile(made, "RGB", path)
@@ -270,12 +281,15 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     return (primaries, 1 if transfer == _UNSAID else transfer) if found else None
 
 
-def _exponent(info: dict[Any, Any]) -> float | None:
-    """Return the exponent by which browsers change the values of a PNG with gAMA alone; None: by none."""
+def _curve(info: dict[Any, Any]) -> list[int] | None:
+    """Return the levels of sRGB for the 256 values of a PNG with gAMA alone; None: they are the same."""
     gamma = _gamma(info)
     if gamma is None or abs(_SCREEN * gamma - 1) <= _NEAR:
         return None
-    return 1 / (_SCREEN * gamma)
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    found: list[int] = np.rint(255 * levels).astype(int).tolist()
+    return found
 
 
 @functools.lru_cache(maxsize=64)

@@ -41,7 +41,9 @@ Frame = NDArray[np.uint8]  # H W C
 # lower case
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
+TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
+# those that Pillow always reads
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"}) | TIFF_SUFFIXES
 
 # where in a frame's time at a new rate its picture is looked up, as a part of that time: away from the edges
 # of pictures at the usual rates, because files round their times to milliseconds

@@ -162,6 +162,13 @@ def test_what_cannot_be_averaged_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_files_of_a_cache_are_no_networks(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"latents_1x8x8_bfloat16": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    words = ("a.safetensors", "b.safetensors", "--output_file", "out.safetensors")
+    assert_one_message(*run_here("lora_post_hoc_ema.py", *words, folder=tmp_path), "holds no network", "Give")
+
+
 @pytest.mark.parametrize("given", [["one", "one"], ["none*"], ["one", "none"]])
 def test_less_than_two_files_are_refused(tmp_path: Path, given: list[str]) -> None:
     write(tmp_path, 1).rename(tmp_path / "one")

@@ -101,6 +101,11 @@ PEFT = {"transformer.lora_alpha": 16, "transformer.r": RANK}
             16,
         ),
         ({}, {"default": {"rank": 2, "alpha": 16}}, 16),
+        ({"config": json.dumps({"lora_alpha": 16, "r": 2})}, None, 16),
+        ({"config": json.dumps({"network": {"type": "lora", "alpha": 16}})}, None, 16),
+        ({"config": json.dumps({"alpha": 16, "rank": 8})}, None, RANK),
+        ({"config": json.dumps({"transformer": {"num_layers": 48}})}, None, RANK),
+        ({"config": "job.yaml"}, None, RANK),
         # of other files, or no numbers
         ({}, {"r": 8, "lora_alpha": 16}, RANK),
         ({}, {"lora_alpha": 16}, RANK),
@@ -131,6 +136,41 @@ def test_the_alpha_counts_wherever_a_file_has_it(
     other = path.with_name("other.safetensors")
     convert_lora.main(["--input", str(path), "--output", str(other), "--target", "other", "--family", "flux"])
     check(model, other, {"single_blocks.0.linear2": wanted})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("single_transformer_blocks.0.proj_out", "lora_unet_single_blocks_0_linear2"),
+        ("transformer_blocks.0.attn.to_k", "lora_unet_double_blocks_0_img_attn_qkv"),
+        ("transformer_blocks.0.attn.to_out.0", "diffusion_model.double_blocks.0.img_attn.proj"),
+        ("single_blocks.0.linear2", "lora_unet_single_blocks_0_linear2"),
+    ],
+)
+def test_a_file_that_names_a_layer_in_two_dialects_is_refused(model: Path, first: str, second: str) -> None:
+    parts = {f"{first}.lora_A.weight": torch.ones(2, 8), f"{first}.lora_B.weight": torch.ones(8, 2)}
+    more = {f"{second}.lora_down.weight": torch.ones(2, 8), f"{second}.lora_up.weight": torch.zeros(8, 2)}
+    path = write(model, {f"transformer.{key}": one for key, one in parts.items()} | more)
+    with pytest.raises(CheckpointError, match="changes one layer under two names: ") as told:
+        read_lora(path)
+    bare = [one.split("_0_")[-1].split(".0.")[-1] for one in (first, second)]
+    assert all(name in str(told.value) for name in bare)
+
+
+def test_files_of_nunchaku_are_called_by_its_name(model: Path) -> None:
+    parts = [f"transformer_blocks.0.{one}" for one in ("qkv_proj", "mlp_fc1")]
+    lora = {f"{part}.lora_{end}": torch.ones(64, 16) for part in parts for end in ("down", "up")}
+    with pytest.raises(
+        CheckpointError, match="of the kind LoRA as nunchaku packs it, which is not supported"
+    ):
+        read_lora(write(model, lora))
+    whole = {
+        f"{part}.{end}": torch.ones(2, 2, dtype=torch.int32)
+        for part in parts
+        for end in ("qweight", "wscales")
+    }
+    with pytest.raises(CheckpointError, match="not supported .*nunchaku"):
+        read_lora(write(model, whole))
 
 
 TE1, TE3 = "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
@@ -415,7 +455,6 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
             "are parts of layers called reshape_weight, which are not",
         ),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
-        ([f"transformer.{PROJ}.lora_A.weight"], "named once more"),
         (
             ["img_encoder.x.lora_A.weight", "img_encoder.x.lora_B.weight"],
             "no known model has layers of these names",

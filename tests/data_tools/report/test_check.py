@@ -43,8 +43,8 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
     class NoFiles:
         """A family whose encoder was not named on the command line."""
 
-        cache_tag, latent, defaults, can = "toy", LATENT, ToyFamily().defaults, ToyFamily().can
-        check_table, sections_of = ToyFamily().check_table, ToyFamily().sections_of
+        cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
+        check_table, sections_of, can = ToyFamily().check_table, ToyFamily().sections_of, ToyFamily().can
 
         @property
         def media_identity(self) -> dict[str, str]:
@@ -117,11 +117,12 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
         "absent: No such file or directory",
         "clip_1.mp4: 7 frames, too few for 9 of target_frames",
         "1 has an empty caption:",
-        "1 of .png, images: give them a table with image_directory",
-        "1 of .txt, captions without a clip of the same name",
+        ": 2 files are not read: ",
+        ".png (1): images, for which a table with image_directory is needed",
+        ".txt (1): captions of no video",
     ):
         assert part in text
-    assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
+    assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 3."
     assert result.exit_code == 1
 
 
@@ -213,4 +214,4 @@ def test_the_page_of_run_is_no_file_that_is_not_used(tmp_path: Path) -> None:
     for name in ("check.html", "notes.html"):
         (folder / name).touch()
     said = "\n".join(check_caching(ToyFamily(), config, 1, False).lines)
-    assert "1 of .html, neither videos nor captions" in said
+    assert "1 file is not read: .html (1)" in said

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dataset.config import load_dataset_config
 from dataset.sources.cogvideox import list_cogvideox
@@ -179,6 +180,60 @@ def test_folders_of_media_inside_a_folder_are_told_unless_a_table_has_them(
 
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path / 'more'}: its images are not used")
+
+
+def test_files_that_nothing_reads_are_counted_once_by_their_suffixes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "set"
+    (folder / "a" / "deep").mkdir(parents=True)
+    touch(folder, "a.png", "a.txt", "b.tif", "c.jp2", "d.JP2", "e.HEIC", "f.mts", "g.mp4", "nobody.txt", "h")
+    usual = ("a.json", "a.npz", "x.safetensors", "Thumbs.db", ".DS_Store", "prompts.txt")
+    touch(folder, *usual)
+    touch(folder / "a" / "deep", "z.tiff")
+    Image.new("RGB", (8, 8)).save(folder / "b.tif")
+    Image.new("RGB", (8, 8)).save(
+        folder / "moving.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
+    )
+    Image.new("RGB", (8, 8)).save(folder / "still.gif")
+    path = tmp_path / "data.toml"
+    table = "[[datasets]]\n{}_directory = '{}'\ncache_directory = '{}'\ncaption_extension = '.txt'\n"
+    path.write_text(table.format("image", folder, tmp_path / "c1"), encoding="utf-8")
+
+    one = load_dataset_config(path)
+    names = [source.path.name for source in find_all_sources(one)]
+
+    assert names == ["a.png", "b.tif", "moving.gif", "still.gif"]
+    told = [line for line in caplog.messages if " not " in line]
+    assert told == [
+        f"{folder}: 7 files are not read: .jp2 (2): convert them to PNG; .heic (1): convert them to PNG, or "
+        "`pip install pillow-heif`; .mts (1): convert them to .mp4; .mp4 (1): videos, for which a table with "
+        "video_directory is needed; no suffix (1); .txt (1): captions of no image",
+        f"{folder / 'a'}: its images are not used: folders inside a folder are not searched. Give it a table",
+    ]
+    # both tables together read more, and a folder of clips says that pictures stay out
+    caplog.clear()
+    path.write_text(path.read_text() + table.format("video", folder, tmp_path / "c2"), encoding="utf-8")
+    find_all_sources(load_dataset_config(path))
+    (line,) = (line for line in caplog.messages if "not read" in line)
+    assert f"{folder}: 6 files are not read: .jp2 (2)" in line
+    caplog.clear()
+    path.write_text(table.format("video", folder, tmp_path / "c2"), encoding="utf-8")
+    assert [one.path.name for one in find_all_sources(load_dataset_config(path))] == ["g.mp4", "moving.gif"]
+    assert ".gif (1), .png (1), .tif (1): images, for which" in " ".join(caplog.messages)
+
+
+def test_a_tiff_gives_way_to_another_picture_and_its_pages_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table, page = make_table(tmp_path, "image_directory"), Image.new("RGB", (8, 8))
+    for name in ("a.png", "a.tif", "b.tiff"):
+        page.save(tmp_path / name)
+    page.save(tmp_path / "c.TIF", "TIFF", save_all=True, append_images=[page])
+    assert [one.path.name for one in find_sources(table)] == ["a.png", "b.tiff", "c.TIF"]
+    told = " ".join(caplog.messages)
+    assert "a.tif, are ignored, because another file" in told
+    assert "c.TIF, are of several pages: only the first of each is used" in told
 
 
 def test_what_a_tool_made_of_another_file_is_left_out(

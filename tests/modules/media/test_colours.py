@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from modules.errors import MediaError
 from modules.media.pixels import video_pixels
 from modules.media.reading import (
     frame_size,
@@ -32,8 +34,8 @@ XYZ_OF_P3 = np.array([[0.4866, 0.2657, 0.1982], [0.2290, 0.6917, 0.0793], [0.0, 
 XYZ_OF_ADOBE = np.array([[0.5767, 0.1856, 0.1882], [0.2973, 0.6274, 0.0753], [0.0270, 0.0707, 0.9911]])
 XYZ_OF_2020 = np.array([[0.6370, 0.1446, 0.1689], [0.2627, 0.6780, 0.0593], [0.0, 0.0281, 1.0610]])
 TO_D50 = np.array([[1.0479, 0.0229, -0.0502], [0.0296, 0.9904, -0.0171], [-0.0092, 0.0151, 0.7519]])
+SRGB_PLACES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 P3_PLACES = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
-GREY_CURVE = np.rint(255 * (np.arange(256) / 255) ** (1 / 2.2)).astype(int)
 
 
 def png(path: Path, bits: int, kind: int, rows: bytes, side: int = 16, **chunks: bytes) -> Path:
@@ -263,9 +265,10 @@ def hundred_thousandths(values: Sequence[float]) -> bytes:
 @pytest.mark.parametrize(
     ("chunks", "right"),
     [
-        ({"gAMA": (1.0,)}, GREY_CURVE[COLOURS]),
+        ({"gAMA": (1.0,)}, converted(COLOURS, XYZ_OF_SRGB, 1.0)),
+        ({"gAMA": (1 / 1.8,), "cHRM": SRGB_PLACES}, converted(COLOURS, XYZ_OF_SRGB, 1.8)),
         ({"gAMA": (0.45455,)}, COLOURS),
-        ({"gAMA": (0.45455,), "cHRM": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)}, COLOURS),
+        ({"gAMA": (0.45455,), "cHRM": SRGB_PLACES}, COLOURS),
         ({"cHRM": P3_PLACES}, COLOURS),
         ({"gAMA": (0.45455,), "cHRM": P3_PLACES}, converted(COLOURS, XYZ_OF_P3, 2.2)),
         ({"sRGB": None, "gAMA": (1.0,), "cHRM": P3_PLACES}, COLOURS),
@@ -285,6 +288,34 @@ def test_gamma_and_places_of_a_png_count_as_in_browsers(
 
     nearly(read_image(path), right, 0 if right is COLOURS else 1.5)
     assert media_colours(path).is_converted == (right is not COLOURS)
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "with alpha", "grey", "white is 0", "CMYK", "LAB", "floats"])
+def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
+    path, wide = tmp_path / "a.tif", COLOURS.astype(np.uint16) * 257
+    greys = np.repeat(COLOURS[..., :1], 3, 2)
+    if kind in ("16 bits", "with alpha"):
+        half = np.full((*wide.shape[:2], 1), 32768, np.uint16)
+        cv2.imwrite(
+            str(path), np.dstack([wide[..., ::-1], half]) if kind == "with alpha" else wide[..., ::-1]
+        )
+        half_white = on_white(COLOURS, np.full(COLOURS.shape[:2], 128))
+        nearly(read_image(path), half_white if kind == "with alpha" else COLOURS, int(kind == "with alpha"))
+    elif kind in ("grey", "white is 0"):
+        is_grey = kind == "grey"
+        Image.fromarray(wide[..., 0]).save(path, tiffinfo={262: int(is_grey)})
+        nearly(read_image(path), greys if is_grey else 255 - greys, 0)
+    elif kind == "CMYK":
+        inks = np.dstack([COLOURS, np.full(COLOURS.shape[:2], 51, np.uint8)])
+        Image.fromarray(inks, mode="CMYK").save(path, compression="tiff_lzw")
+        nearly(read_image(path), (255.0 - COLOURS) * 204 / 255, 1)
+    elif kind == "LAB":  # L* of 50.2 is 18.6 % of the light
+        Image.new("LAB", (4, 4), (128, 128, 128)).save(path)
+        nearly(read_image(path), np.full((4, 4, 3), encode(np.array(0.1855))), 2)
+    else:
+        Image.fromarray(greys[..., 0] / np.float32(255)).save(path)
+        with pytest.raises(MediaError, match=r"numbers of 32 bits, .* Convert it to PNG"):
+            read_image(path)
 
 
 def drawn(kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,29 @@ def test_pictures_are_turned_upright(tmp_path: Path, degrees: int) -> None:
     assert (info.height, info.width) == expected.shape[:2]
 
 
+@pytest.mark.parametrize("shift", [-4, 8])
+def test_the_edit_list_of_a_clip_cuts_what_players_do_not_show(tmp_path: Path, shift: int) -> None:
+    frames = [np.full((48, 64, 3), 15 * index, np.uint8) for index in range(12)]
+    write_stream(tmp_path / "all.mp4", "mp4", "libx264", frames)
+    with av.open(str(tmp_path / "all.mp4")) as whole:
+        stream = whole.streams.video[0]
+        assert stream.time_base is not None
+        assert stream.average_rate is not None
+        options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
+        with av.open(str(tmp_path / "cut.mp4"), "w", options=options) as cut:
+            copied = cut.add_stream_from_template(stream)
+            for packet in (one for one in whole.demux(stream) if one.size):
+                assert packet.pts is not None
+                assert packet.dts is not None
+                ticks = round(shift / stream.average_rate / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, copied
+                cut.mux(packet)
+
+    found = [round(float(frame.pixels.mean()) / 15) for frame in shown_frames(tmp_path / "cut.mp4")]
+
+    assert found == list(range(max(-shift, 0), 12))
+
+
 def test_more_than_eight_bits_are_read_only_where_they_are(tmp_path: Path) -> None:
     frames = [np.full((48, 64, 3), 128, np.uint8)] * 2
     write_stream(tmp_path / "deep.mov", "mov", "prores_ks", frames, "yuv422p10le")
