@@ -5,7 +5,6 @@ transformers: no pipeline makes any. Source of the form: ai-toolkit's `edit: tru
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import krea2_generate_image
 from krea2.configs import STATES
 from modules.media.pixels import to_pixels
-from tests.krea2.making import in_diffusers
+from tests.krea2.making import in_diffusers, predict_edit
 from tests.parity.pipelines import krea2, qwen_image_vae
 from tests.parity.running import assert_equal, latents_in
 from tests.qwen_image.making import pack
@@ -78,35 +77,6 @@ def states_of(pipe: Krea2Pipeline, prompt: str, pictures: Sequence[Path]) -> Ten
         **seen,
     ).hidden_states
     return torch.stack([found[index] for index in STATES], dim=2)[:, pipe.prompt_template_encode_start_idx :]
-
-
-def predict_edit(
-    dit: Any, noisy: Tensor, time: Tensor, text: Tensor, references: Sequence[Tensor], isolated: bool = False
-) -> Tensor:
-    """The velocity B L 4Z of diffusers' modules: text, picture, references; these at time 0 and in frames
-    of their own. time: B, 0..1.
-    """
-    pictures = [noisy, *references]
-    tokens = [dit.img_in(pack(one)) for one in pictures]
-    places = [torch.zeros(text.shape[1], 3)]
-    for frame, one in enumerate(pictures):
-        rows, columns = torch.arange(one.shape[-2] // 2), torch.arange(one.shape[-1] // 2)
-        places.append(torch.cartesian_prod(torch.tensor([frame]), rows, columns).float())
-    x = torch.cat([dit.txt_in(dit.text_fusion(text)), *tokens], dim=1)
-    clean = sum(one.shape[1] for one in tokens[1:])
-    now = dit.time_embed(time, dtype=torch.float32)
-    embedded = [now.expand(-1, x.shape[1] - clean, -1)]
-    embedded.append(dit.time_embed(torch.zeros_like(time), dtype=torch.float32).expand(-1, clean, -1))
-    rows = dit.time_mod_proj(torch.nn.functional.gelu(torch.cat(embedded, dim=1), approximate="tanh"))
-    mask = None
-    if isolated:
-        is_clean = torch.arange(x.shape[1]) >= x.shape[1] - clean
-        mask = (~is_clean[:, None] | is_clean)[None, None]
-    rotary = dit.rotary_emb(torch.cat(places))
-    for block in dit.transformer_blocks:
-        x = block(x, rows, rotary, mask)
-    found: Tensor = dit.final_layer(x[:, text.shape[1] : x.shape[1] - clean], now)
-    return found
 
 
 @torch.no_grad()
