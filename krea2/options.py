@@ -171,5 +171,5 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
         "--match_target_res": bool(controls) and options.match_target_res,
-        "--kv_cache": bool(controls) and options.kv_cache,
+        "--kv_cache": options.kv_cache,
     }

@@ -152,9 +152,7 @@ def error_of_krea2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     return krea2.predict_with(dit, given) - qwen_image.pack(wanted)
 
 
-def error_of_krea2_edit(
-    dit: nn.Module, batch: Sequence[Item], step: int, isolated: bool = False
-) -> Tensor:
+def error_of_krea2_edit(dit: nn.Module, batch: Sequence[Item], step: int, isolated: bool = False) -> Tensor:
     """Each by itself, as there is no padding then."""
     sigmas = by_size(batch, step, many=6400, shift=1.15)
     noisy, wanted = mixed(batch, step, sigmas)
