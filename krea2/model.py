@@ -80,7 +80,7 @@ class GatedAttention(GroupedAttention):
         )
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
-    def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         return self.gated(x, self.see(x, tokens))
 
     def look(
@@ -177,12 +177,12 @@ class Krea2Block(StreamBlock):
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         # x: B R+L+T C
-        scale1, shift1, gate1, *of_feed = self.rows(tokens)
+        scale1, shift1, gate1, *rows = self.rows(tokens)
         branch = self.attn(modulate(self.prenorm(x), shift1, scale1, tokens.dtype, tokens.split), tokens)
         x = add_gated(x, gate1, branch, tokens.split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        segments = split_segments(tokens.split, of_feed, x)
-        parts = [self.feed(*segment, tokens.dtype) for segment in segments]
+        segments = split_segments(tokens.split, rows, x)
+        parts = [self.feed(part, scale, shift, gate, tokens.dtype) for part, scale, shift, gate in segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
