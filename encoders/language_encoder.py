@@ -242,7 +242,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """
         use, room, tower = self.use, None, None
         blocks = None if self.on_cpu else self.blocks  # of processes that compute elsewhere
-        if use.pictures is not None:
+        if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
         if device.type == "cuda" and blocks is None:
             room = spare_bytes(device)
@@ -324,6 +324,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
+        if not use.always and not hasattr(network, "visual"):
+            device = network.get_parameter(self.embedding).device
+            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
         tower = network.get_submodule("visual")
         shown = [
             read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
@@ -392,10 +395,14 @@ class LanguageModelFiles(TransformerFiles):
         if self.text_encoder is not None or needed:
             path, takes = self.language_model().path, None if config is None else config.text_dim
             check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
-            if use.pictures is not None:
-                read_once(path, _tower_of, use)
+            if use.pictures is not None and use.pictures.always:
+                self.check_tower()
         if self.text_encoder_tokenizer is not None:
             use.source.files.check_given(self.text_encoder_tokenizer)
+
+    def check_tower(self) -> None:
+        """Raise CheckpointError if the language model has no vision tower, or one of another model."""
+        read_once(self.language_model().path, _tower_of, self.text_use)
 
 
 def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:

@@ -56,6 +56,7 @@ class PictureUse:
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced
+    always: bool = True  # prompts have some; else the tower is loaded when one does
 
     def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
         return paths[: self.shown]

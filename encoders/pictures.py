@@ -4,6 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from modules.contract.family import NoiseSource
 from modules.contract.requests import (
     NO_MEDIA,
     Prepared,
+    Prompt,
+    Prompts,
     Request,
     check_size,
     keep_usable_media,
@@ -42,6 +45,7 @@ from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.families import share_latents
+from modules.media.buckets import fit_within
 from modules.media.pixels import byte_clips
 
 logger = logging.getLogger(__name__)
@@ -125,6 +129,30 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     found = {name: value for name, value in cond.items() if name.startswith(CONTROL)}
     ordered = sorted(found, key=lambda name: int(name.removeprefix(CONTROL).lstrip("_") or 0))
     return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
+
+
+def read_reference(path: Path, area: int | None, step: int) -> Tensor:
+    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
+
+    area: None keeps its size. step: its sides become multiples of this. Source: the released code of FLUX.2.
+    """
+    from modules.media.reading import fit_frame, read_image
+
+    frame = read_image(path)
+    fit = fit_within((frame.shape[1], frame.shape[0]), area, step)
+    return torch.from_numpy(fit_frame(frame, fit)[None, None].copy())
+
+
+def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
+    """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
+    paths, texts = prepared.asked.control_images, prepared.prompts[0]
+
+    def shown(prompt: Prompt | None) -> Prompt:
+        return replace(prompt or Prompt(""), pictures=paths, picture_size=size)
+
+    away = None if texts.away is None else shown(texts.away)
+    prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
+    return replace(prepared, prompts={0: prompts})
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:

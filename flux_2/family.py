@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from encoders.pictures import (
     ModelOfPictures,
     encode_pictures,
     guidance_in,
+    read_reference,
     references_in,
     references_of,
 )
@@ -191,7 +191,9 @@ class Flux2(ModelOfPictures):
         area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
         return {
             0: {
-                f"{CONTROL}_{number}": encoders.vae.encode(byte_clips(read_reference(path, area)))
+                f"{CONTROL}_{number}": encoders.vae.encode(
+                    byte_clips(read_reference(path, area, LATENT.pixel_step))
+                )
                 for number, path in enumerate(paths)
             }
         }
@@ -213,24 +215,6 @@ def empirical_mu(tokens: int, steps: int) -> float:
     of_10 = 8.73809524e-05 * tokens + 1.89833333
     slope = (of_200 - of_10) / 190
     return slope * steps + of_200 - 200 * slope
-
-
-def read_reference(path: Path, area: int | None) -> Tensor:
-    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
-
-    area: None keeps its size. Its sides become multiples of a latent pixel's. Source: the released code.
-    """
-    from modules.media.reading import read_image, resize_frame
-
-    frame, step = read_image(path), LATENT.pixel_step
-    height, width = frame.shape[:2]
-    if area is not None and height * width > area:
-        scale = math.sqrt(area / (height * width))
-        height, width = max(int(height * scale), step), max(int(width * scale), step)
-        frame = resize_frame(frame, (width, height), "lanczos")
-    top, left = height % step // 2, width % step // 2
-    cut = frame[top : top + height // step * step, left : left + width // step * step]
-    return torch.from_numpy(cut[None, None].copy())
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:

@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
+from encoders.picture_prompts import PictureUse, read_within
 from krea2.configs import PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
@@ -38,6 +40,16 @@ KREA_2_USE = replace(
     keeps_after=True,
     stacked=STATES,
 )
+MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # of a reference at most, for the VAE and in a prompt
+SHOWN = PictureUse(
+    "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
+    read=partial(read_within, area=SHOWN_AREA),
+    fewest=256 * 256,
+)
+EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
+# of a generation, most of which show none
+MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
+MOST = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (

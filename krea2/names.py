@@ -10,6 +10,7 @@ ENTRY = FamilyEntry(
     record="Krea2",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN3_VL_FILE",
+    repeated=("edit",),
     same_latents="qwen_image",
 )
 _TEXT_BLOCKS = ("layerwise_blocks.{n}.", "refiner_blocks.{n}.")
@@ -55,6 +56,14 @@ KREA_2 = FamilyNames(
     ),
     released=((6144, (("blocks", 28),)),),
     network_module="networks.lora_krea2",
+    refused=(
+        (
+            # the extension of ai-toolkit that trains them calls its architecture so
+            r"^(?!ss_network_module=networks\.).*(identity[ _-]?edit|krea2_edit .*ai-toolkit)",
+            "its metadata say that it is an identity edit, whose references have the time of the picture and "
+            "stand in front of it: that is not built. Use a LoRA of ai-toolkit's own edits, or of --edit.",
+        ),
+    ),
 )
 LORA = (KREA_2,)
 MARKS: Marks = (

@@ -330,10 +330,13 @@ class SoundLearning:
 class ReferenceRules:
     """How a family takes reference pictures: the control images of an item, or of a request.
 
-    Each keeps a size of its own: that of the target, or what the keys of its table say.
+    Each keeps a size of its own: that of the target, or what the keys of its table or `own_shape` say.
     """
 
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
     edits: bool = False  # the model was trained to have one: a request without any is warned of
+    # one of an item keeps its shape, whatever the target's, and is reduced to `area`
+    own_shape: bool = False
+    area: int | None = None  # pixels at most; None: as many as the target has
