@@ -84,11 +84,9 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
-        """Load the autoencoder."""
         return load_autoencoder(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no such autoencoder."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -265,7 +263,6 @@ class ModelOfPictures(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether there are reference pictures, which must be encoded before denoising."""
         return bool(prepared.asked.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -274,12 +271,10 @@ class ModelOfPictures(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the models, as outputs name them, whose latents it can start from."""
         return share_latents(self.name)
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -303,23 +298,18 @@ class ModelOfPictures(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
 
 
 def picture_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
 ) -> SamplingDefaults:
-    """Return the defaults of a model of square pictures: Euler's steps, and no embedded guidance.
-
-    others: fields of `SamplingDefaults` that differ.
-    """
+    """Return defaults of square pictures, by Euler's steps. others: further fields of `SamplingDefaults`."""
     usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
     return replace(usual, **others)

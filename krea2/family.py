@@ -32,6 +32,7 @@ from krea2.files import (
 )
 from krea2.names import LORA
 from krea2.options import (
+    EXTRAS,
     MU_OF_FEW,
     MU_OF_MANY,
     MU_OF_TURBO,
@@ -69,7 +70,7 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
-DEFAULTS = picture_defaults(28, 5.5, SIDE)
+DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=8, guidance_scale=1.0)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
@@ -115,7 +116,7 @@ class Krea2(ModelOfPictures):
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         names = {
-            "architecture": "krea2",
+            "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
             "implementation": "https://github.com/krea-ai/krea-2",
             "model_type": "krea2",
@@ -223,11 +224,17 @@ class Krea2(ModelOfPictures):
             prepared = show_references(prepared)
         if request.flow_shift is not None:
             return prepared
-        told = {name: float(text) for name, text in request.extra.items() if name in {"mu", "y1", "y2"}}
+        told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, value in told.items():
             check_mu(value, f"--{name}")
         ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
         mu = told.get("mu", MU_OF_TURBO if self.is_turbo and ends == (MU_OF_FEW, MU_OF_MANY) else None)
+        if prepared.guidance_scale == (1.0,) and self.files.dit and is_raw(self.files.dit):
+            logger.warning(
+                "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "Turbo, or a --guidance_scale such as %g",
+                *(self.files.dit, DEFAULTS.guidance_scale),
+            )
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))

@@ -5,7 +5,7 @@ Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ FILES = (
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
+TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "refiner"))
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
@@ -74,6 +75,17 @@ def _stream(found: DitShapes, start: str) -> Krea2StreamConfig:
             found.path,
         )
     return Krea2StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+
+
+def _blocks(found: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
+    """Return how many blocks a list has. Raises CheckpointError if that of the release has more."""
+    number, wanted = found.blocks(name), dict(released).get(name, 0)
+    if number < wanted:
+        raise CheckpointError(
+            f"{found.path}: {number} of {wanted} blocks of {name} are there. Give the complete file.",
+            found.path,
+        )
+    return number
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
@@ -96,9 +108,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         num_heads=blocks.num_heads,
         num_kv_heads=blocks.num_kv_heads,
         text=text,
-        num_layers=found.blocks("blocks"),
-        layerwise_blocks=found.blocks("txtfusion.layerwise_blocks"),
-        refiner_blocks=found.blocks("txtfusion.refiner_blocks"),
+        num_layers=_blocks(found, "blocks", dict(KREA_2.released).get(blocks.dim, ())),
+        layerwise_blocks=_blocks(found, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
+        refiner_blocks=_blocks(found, "txtfusion.refiner_blocks", TEXT_BLOCKS),
         states=found.of("txtfusion.projector.weight")[1],
         channels=numbers // PATCH**2,
         freq_dim=found.of("tmlp.0.weight")[1],

@@ -36,7 +36,7 @@ _OUTSIDE = (
 )
 KREA_2 = FamilyNames(
     "krea2",
-    "krea2",
+    "Krea-2",
     parts=(
         *(part for theirs, ours in _BLOCKS for part in renamed_parts(theirs, ours, _LAYERS)),
         *renamed_parts("", "", _OUTSIDE),

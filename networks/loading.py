@@ -272,7 +272,6 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -302,10 +301,7 @@ class LoraUse:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "LoraUse":
-        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
-
-        Raises as `LoraFile.for_expert`.
-        """
+        """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)

@@ -40,7 +40,6 @@ def official_size(size: Size, area: int) -> Size:
 
 
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
-    """Return the size that `read_reference` gives a picture of `size`."""
     if target is not None:
         return target
     return (size[0] // STEP * STEP, size[1] // STEP * STEP) if area is None else official_size(size, area)

@@ -19,7 +19,6 @@ class Expert:
 
     @property
     def words(self) -> str:
-        """Return how messages call it: `high-noise transformer`."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -63,10 +62,7 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
-    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
-
-    What lies below all of them belongs to the lowest.
-    """
+    """Return the index of the timestep's expert: the last that begins at or below it, else the lowest."""
     start = max(timestep, min(expert.lowest for expert in experts))
     begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
     return max(begun)[1]
@@ -185,12 +181,10 @@ class Source:
 
     @property
     def extra_option(self) -> str:
-        """The option of the extra noise."""
         return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
 
     @property
     def needs_vae(self) -> bool:
-        """Whether it has to be encoded."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
@@ -265,7 +259,6 @@ class TokenCount:
 
     @property
     def cut_text(self) -> str:
-        """Return the end of the text, which is not read."""
         return self.text[self.kept :]
 
 

@@ -101,7 +101,6 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the bucket of exactly that size, else the first of those whose proportions are nearest."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -139,7 +138,6 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def how_to_resize(size: Size, resized: Size) -> str:
-    """Return "none" if the size stays, "area" if both sides shrink, else "lanczos"."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

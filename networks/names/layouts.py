@@ -132,18 +132,15 @@ class FamilyNames:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """Return our paths of all modules that LoRAs change."""
         named = (*(ours for _, ours in self.aliases), *(part.ours for part in self.parts), *self.further)
         return tuple(dict.fromkeys(named))
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:
-    """Return `start` + each of `endings`, which are separated by blanks."""
     return tuple(start + ending for ending in endings.split())
 
 
 def in_both_streams(endings: str) -> str:
-    """Return the endings for the streams of picture and text, `{x}`, one after the other."""
     return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 
