@@ -162,9 +162,9 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    controls = sample.get("control_images") or ()
     given, of_turbo = sample.get("extra") or {}, {} if options.turbo_dit is None else {"mu": MU_OF_TURBO}
     levels = {name: given[name] for name in EXTRAS if name in given}
-    controls = sample.get("control_images") or ()
     return {
         "--dit": options.turbo_dit or options.dit or "DIT_FILE",
         **{f"--{name}": value for name, value in (levels or of_turbo).items()},
