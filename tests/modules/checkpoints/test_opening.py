@@ -151,7 +151,7 @@ KINDS = {
     "qwen-image-layered": "Qwen-Image-Layered",
     "qwen-image": "Qwen-Image transformer",
     "z-image": "Z-Image transformer",
-    "krea2-dit-diffusers": "Krea 2 transformer (--dit) in diffusers",
+    "krea2-dit-diffusers": "a Krea 2 transformer in diffusers",
     "krea2-dit": "Krea 2 transformer",
     "qwen2.5-vl": "Qwen2.5 language model",
     "qwen3-vl": "Qwen3-VL model",
