@@ -236,14 +236,14 @@ def one_line(word: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name, or one it begins with or is a part of; empty
-    without one.
+    """Return " Did you mean NAME?" with the most similar name, one that it begins with, or the only one that
+    begins with it; words end at _. Empty without one.
     """
-    known, part = list(known), given.lower() if 3 < len(given) < MOST_OF_WORD else "\n"
+    known = list(known)
     near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
     near = near or sorted((name for name in known if name and given.startswith(f"{name}_")), key=len)[-1:]
-    near = near or sorted((name for name in known if part in name.lower()), key=len)[:1]
-    return f" Did you mean {near[0]}?" if near else ""
+    near = near or [name for name in known if given and name.lower().startswith(f"{given.lower()}_")]
+    return f" Did you mean {near[0]}?" if len(near) == 1 else ""
 
 
 def as_typed(words: Sequence[str]) -> str:

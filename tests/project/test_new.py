@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
-from modules.speed_options import cards_or_size
+from modules.speed_options import PlanOptions
 from modules.text_files import parse_toml
 from project import choosing
 from project.options import NewOptions, find_models
@@ -161,7 +161,8 @@ def test_memory_is_read_as_people_write_it(words: str, tmp_path: Path) -> None:
     typed = f"--memory{words}" if words[0] == "=" else f"--memory {words}"
     (options,) = parse_options(None, [str(tmp_path), *typed.split(" ")], NewOptions)
     assert options.memory == 12
-    assert cards_or_size(f"2x{words.lstrip('=')}") == "2x12"
+    (planned,) = parse_options(None, ["--plan", *f"2x{words.lstrip('=')}".split(" ")], PlanOptions)
+    assert planned.plan == "2x12"
 
 
 def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:
