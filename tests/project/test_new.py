@@ -141,7 +141,9 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
 def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
     folder = tmp_path / "10_ohwx"
     write_photos(folder, captions=False)
-    for path in sorted(folder.iterdir()):
+    photos = sorted(folder.iterdir())
+    write_photos(tmp_path / "2024_06", count=1, stem="q")  # in the fewer files
+    for path in photos:
         path.with_name(path.stem + end).write_text("a cat", encoding="utf-8")
     (folder / "Thumbs.db").touch()
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
@@ -150,9 +152,12 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
 
     assert "gone.jpg is a link to nowhere.jpg, which is not there" in said
     assert "num_repeats = 10 in its table" in said
+    assert "num_repeats = 2024" not in said
+    told = f"q0.txt: left out, captions are read from {end} files. Rename them"
+    assert (told in said and 'caption_extension = ".txt"' in said) is (end == ".caption")
     assert "Thumbs" not in said
     assert ("That of cat.mp4 is cat.txt, not cat.mp4.txt: rename them" in said) is (found == 0)
-    (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
+    table, _ = load_dataset_config(tmp_path / "dataset.toml").datasets
     assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
 
 
