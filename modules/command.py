@@ -28,6 +28,7 @@ PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
+MOST_SAID = 2000  # characters of what another program of ours says
 MOST_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -229,6 +230,15 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
             if len(part) > MOST_OF_WORD or "\n" in part:
                 text = text.replace(part, one_line(part))
     return shorten_lines(escape_control_codes(text), MOST_OF_LINE)
+
+
+def message_of(errors: str) -> str:
+    """Return the message, without its kind, of the error that ended a program of ours. errors: its stderr."""
+    last = errors.rpartition("Traceback (most recent call last):")[2]
+    found = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
+    if found is None:
+        return errors.strip()[-MOST_SAID:]
+    return last[found.end() :].partition("\n\n")[0].strip()[:MOST_SAID]
 
 
 def one_line(word: str) -> str:
