@@ -132,7 +132,7 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
-        outdated = [plan.outdated for plan in to_do if plan.outdated is not None]
+        outdated = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
         if outdated and shows:
             _warn_of_outdated(outdated)
         finished = [plan for plan in plans if plan.missing == ()]
