@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import modules.interpreter  # noqa: F401
 from flux.official_options import LINE_LETTERS, generation_words, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
-from generation.prompt_lines import LineOption
+from generation.prompt_lines import NO_TEXT, LineOption
 from modules.command import command_line
 from modules.families import identify
 
@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from generation.run import generate
 
-        letters = {letter: LineOption(key, read) for letter, (key, read) in LINE_LETTERS.items()}
+        letters = {
+            letter: LineOption(key, read, NO_TEXT if is_text else ())
+            for letter, (key, read, is_text) in LINE_LETTERS.items()
+        }
         options = replace(
             options,
             output=replace(options.output, naming="time"),

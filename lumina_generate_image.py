@@ -2,7 +2,7 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, NO_TEXT, LineOption
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from lumina.options import EXTRAS
@@ -21,8 +21,8 @@ DEFAULTS = ScriptDefaults(
     extras=EXTRAS,
     line_options={
         **IMAGE_GENERATION_OPTIONS,
-        "ctr": LineOption("cfg_trunc_ratio", str),
-        "rcfg": LineOption("renorm_cfg", str),
+        "ctr": LineOption("cfg_trunc_ratio", str, NO_TEXT),
+        "rcfg": LineOption("renorm_cfg", str, NO_TEXT),
     },
     output_types=PICTURE_OUTPUTS,
 )

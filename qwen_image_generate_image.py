@@ -2,7 +2,7 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
+from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from qwen_image.options import MASK
@@ -19,7 +19,7 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
-        "mask_path": LineOption("mask_path", read_path),
+        "mask_path": LineOption("mask_path", read_path, CANCELS),
     },
     extras={"mask_path": MASK},
     output_types=PICTURE_OUTPUTS,

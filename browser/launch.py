@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil  # comes with accelerate
 
 from modules.atomic_write import write_text
-from modules.command import did_you_mean
+from modules.command import did_you_mean, message_of
 from modules.errors import OptionError
 from modules.installation import PREFIX, ROOT, find_script, program_environment, program_words
 from modules.text_files import real_path
@@ -37,7 +37,6 @@ LAUNCHER = {
 }
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
-MOST_SAID = 2000  # characters of what a script says
 logger = logging.getLogger(__name__)
 _known = functools.cache(find_commands)
 
@@ -135,7 +134,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known
         return
     if done.returncode:
-        raise OptionError(done.stderr.strip()[-MOST_SAID:].partition("\n\n")[0])
+        raise OptionError(message_of(done.stderr))
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:

@@ -108,8 +108,10 @@ def when_begun(job: Job) -> tuple[float, int]:
 def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None]:
     """Return a command of a run for the user to read and change, and the run; empty if none is asked for.
 
-    asked: `run`, and `command`, its place among those of the run.
+    asked: `run`, and `command`, its place among those of the run, or `line`, what the user has made of it.
     """
+    if "line" in asked:
+        return asked["line"], runs.find(asked.get("run", ""))
     place = asked.get("command", "")
     run = runs.find(asked.get("run", "")) if NUMBER.fullmatch(place) else None
     with contextlib.suppress(OSError):
@@ -187,7 +189,8 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
             else:
                 return PlainTextResponse("There is no such request.", 404)
         except UserError as error:
-            return answer(str(error))
+            refused = {"line": text, "run": "".join(form.get("run", ()))} if what == "add" else {}
+            return answer(str(error), refused)
         return RedirectResponse("/queue", 303)
 
     return [Route("/queue", show), Route("/queue/{what}", answer_form(change), methods=["POST"])]

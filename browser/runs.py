@@ -111,8 +111,16 @@ class Glance:
         """
         if self.start is None or is_living(self.start.process) is None:
             return False
-        typed = Path(dict(self.start.changed).get("output_dir", "")).parts
-        return self.history.parent.parts[-len(typed) :] == typed
+        typed = self.start.written_in or dict(self.start.changed).get("output_dir")
+        if not typed:
+            return False
+        here = os.path.normcase(real_path(self.history.parent))
+        if os.path.isabs(typed):
+            return here == os.path.normcase(real_path(Path(typed)))
+        # an older version's: from which folder it was typed is not known
+        parts = Path(os.path.normcase(os.path.normpath(typed))).parts
+        parts = tuple(part for part in parts if part != os.pardir)
+        return Path(here).parts[len(Path(here).parts) - len(parts) :] == parts
 
     @property
     def network(self) -> str:

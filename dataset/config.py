@@ -78,9 +78,9 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
     if problems:
-        forms.other_trainers().refuse(path, content)
+        theirs = [hint] if (hint := forms.other_trainers().hint_of(content)) else []
         more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
-        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems[:MOST_TOLD], *more]))
+        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems[:MOST_TOLD], *more, *theirs]))
     return DatasetConfig(path, tables)
 
 

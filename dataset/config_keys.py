@@ -311,8 +311,8 @@ def parse_config(path: Path) -> dict[str, Any]:
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
-        other_trainers().refuse(path, content)
-        raise DatasetError(f'{path}: the top level must be an object with "datasets"')
+        hint = other_trainers().hint_of(content)
+        raise DatasetError(f'{path}: the top level must be an object with "datasets". {hint}'.rstrip())
     return content
 
 

@@ -1,11 +1,9 @@
 """Recognise the data files of other trainers, and say what to write in their place. Standard library only."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
-from modules.errors import DatasetError
 
 # keys that only the data files of other trainers have: trainer, and what to write here
 _A_FOLDER = "image_directory or video_directory"
@@ -28,6 +26,7 @@ OF_OTHERS: Mapping[str, tuple[str, str]] = {
     ),
     "concepts": ("OneTrainer", f"each concept is a [[datasets]] table, its path {_A_FOLDER}"),
 }
+AT_TOP = {"directory", "concepts"}  # words that are a slip in a table of ours
 
 
 def of_suffix(suffix: str) -> str:
@@ -35,14 +34,13 @@ def of_suffix(suffix: str) -> str:
     return f". Files of AI Toolkit are not read. {_translate('folder_path')}" if is_yaml else ""
 
 
-def refuse(path: Path, content: Any) -> None:
-    """Raise DatasetError if a file is one of another trainer, with what to write in its place."""
-    tables = [content] if isinstance(content, dict) else content if isinstance(content, list) else []
-    inner = content.get("datasets") if isinstance(content, dict) else None
-    tables = [*tables, *(inner if isinstance(inner, list) else [])]
-    keys = dict.fromkeys(key for one in tables if isinstance(one, dict) for key in one)
-    for key in (one for one in keys if one in OF_OTHERS):
-        raise DatasetError(f"{path} seems to be a file of {OF_OTHERS[key][0]}. {_translate(key)}")
+def hint_of(content: Any) -> str:
+    """Return whose file the content of one seems to be, and what to write in its place; "" if it is ours."""
+    top, inner = (content, content.get("datasets")) if isinstance(content, dict) else ({}, content)
+    tables = [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
+    keys = [*top, *(key for one in tables for key in one if key not in AT_TOP)]
+    known = next((key for key in keys if key in OF_OTHERS), None)
+    return f"It seems to be a file of {OF_OTHERS[known][0]}. {_translate(known)}" if known else ""
 
 
 def _translate(key: str) -> str:

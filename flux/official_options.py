@@ -143,11 +143,11 @@ def line_sizes(text: str) -> int:
     return round_up(int(text))
 
 
-# letters of a line whose values are read otherwise than in flux_generate_image.py: key, how
-LINE_LETTERS: Mapping[str, tuple[str, Any]] = {
-    "w": ("video_size_width", line_sizes),
-    "h": ("video_size_height", line_sizes),
-    "c": ("guidance_scale", float),
-    "n": ("negative_prompt", negative),
-    "m": ("lora_strengths", str),
+# letters of a line whose values are read otherwise than in flux_generate_image.py: key, how, may be empty
+LINE_LETTERS: Mapping[str, tuple[str, Any, bool]] = {
+    "w": ("video_size_width", line_sizes, False),
+    "h": ("video_size_height", line_sizes, False),
+    "c": ("guidance_scale", float, False),
+    "n": ("negative_prompt", negative, True),
+    "m": ("lora_strengths", str, True),
 }

@@ -30,6 +30,9 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "dpm++sde": "dpm++sde",
     "lcm": "lcm",
 }
+# what may stand in place of a value: of a text nothing at all; of a path what cancels the command line's
+CANCELS = ('""', "''")
+NO_TEXT = ("", *CANCELS)
 MOST_FPS = 1000  # more is a slip of the finger
 
 
@@ -39,6 +42,7 @@ class LineOption:
 
     key: str
     read: Callable[[str], Value]
+    empty: tuple[str, ...] = ()  # texts that are no value, and may be meant
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
     # key of the command line that the option replaces, unless the line gives that key too
     instead_of: str | None = None
@@ -105,15 +109,15 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "g": LineOption("guidance_scale", read_number),
     "l": LineOption("guidance_scale", read_number),
     "fs": LineOption("flow_shift", read_number),
-    "i": LineOption("image_path", read_path),
-    "ei": LineOption("end_image_path", read_path),
-    "cn": LineOption("control_path", read_path),
-    "v": LineOption("video_path", read_path),
+    "i": LineOption("image_path", read_path, CANCELS),
+    "ei": LineOption("end_image_path", read_path, CANCELS),
+    "cn": LineOption("control_path", read_path, CANCELS),
+    "v": LineOption("video_path", read_path, CANCELS),
     "vd": LineOption("denoise", read_number),
-    "ii": LineOption("i2i_path", read_path),
-    "n": LineOption("negative_prompt", str),
-    "nag": LineOption("nag_prompt", str),
-    "cs": LineOption("cfg_schedule", str),
+    "ii": LineOption("i2i_path", read_path, CANCELS),
+    "n": LineOption("negative_prompt", str, NO_TEXT),
+    "nag": LineOption("nag_prompt", str, NO_TEXT),
+    "cs": LineOption("cfg_schedule", str, NO_TEXT),
     "mcrr": LineOption("magcache_retention_ratio", read_number),
     "mct": LineOption("magcache_threshold", read_number),
     "mck": LineOption("magcache_k", read_whole),
@@ -126,12 +130,12 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **GENERATION_OPTIONS,
     "g": LineOption("embedded_cfg_scale", read_number),
-    "p2": LineOption("prompt_2", str),
+    "p2": LineOption("prompt_2", str, NO_TEXT),
 }
 
 
 # of models that take reference pictures
-REFERENCES = {"ci": LineOption("control_image_path", read_path, repeats=True)}
+REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats=True)}
 
 
 # the same for models whose videos are made in sections: each section may have its own text and start image,
@@ -142,9 +146,9 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "vs": LineOption("video_sections", read_whole),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
-    "cim": LineOption("control_image_mask_path", read_path, repeats=True),
+    "cim": LineOption("control_image_mask_path", read_path, CANCELS, repeats=True),
     "of": LineOption("one_frame_inference", read_name),
-    "p2": LineOption("prompt_2", str),
+    "p2": LineOption("prompt_2", str, NO_TEXT),
 }
 
 
@@ -157,7 +161,7 @@ IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
     **IMAGE_GENERATION_OPTIONS,
     "g": LineOption("embedded_cfg_scale", read_number),
-    "p2": LineOption("prompt_2", str),
+    "p2": LineOption("prompt_2", str, NO_TEXT),
 }
 
 
@@ -167,7 +171,7 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
     "fps": LineOption("fps", _rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
     "sample_solver": LineOption("sample_solver", read_name),
-    "from_latent": LineOption("from_latent", read_path),
+    "from_latent": LineOption("from_latent", read_path, CANCELS),
     **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", read_number)),
 }
 
@@ -236,7 +240,7 @@ def parse_words(
                 f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
             )
             continue
-        if not read_path(text.strip()) and option.read is not str:  # an empty text may be meant
+        if not read_path(text.strip()) and text.strip() not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
         try:

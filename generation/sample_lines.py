@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from generation.prompt_lines import (
+    NO_TEXT,
     LineOption,
     numbered_lines,
     parse_words,
@@ -68,7 +69,7 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "g": LineOption("guidance_scale", _leading_number),
     "l": LineOption("cfg_scale", _leading_number),
     "fs": LineOption("discrete_flow_shift", _leading_number),
-    "n": LineOption("negative_prompt", str),
+    "n": LineOption("negative_prompt", str, NO_TEXT),
     "i": LineOption("image_path", read_path),
     "ei": LineOption("end_image_path", read_path),
     "cn": LineOption("control_video_path", read_path),

@@ -28,6 +28,7 @@ PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
+MOST_SAID = 2000  # characters of what another program of ours says
 MOST_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -229,19 +230,28 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     return shorten_lines(escape_control_codes(text), MOST_OF_LINE)
 
 
+def message_of(errors: str) -> str:
+    """Return the message, without its kind, of the error that ended a program of ours. errors: its stderr."""
+    last = errors.rpartition("Traceback (most recent call last):")[2]
+    found = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
+    if found is None:
+        return errors.strip()[-MOST_SAID:]
+    return last[found.end() :].partition("\n\n")[0].strip()[:MOST_SAID]
+
+
 def one_line(word: str) -> str:
     return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name, or one it begins with or is a part of; empty
-    without one.
+    """Return " Did you mean NAME?" with the most similar name, one that it begins with, or the only one that
+    begins with it; words end at _. Empty without one.
     """
-    known, part = list(known), given.lower() if 3 < len(given) < MOST_OF_WORD else "\n"
+    known = list(known)
     near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
     near = near or sorted((name for name in known if name and given.startswith(f"{name}_")), key=len)[-1:]
-    near = near or sorted((name for name in known if part in name.lower()), key=len)[:1]
-    return f" Did you mean {near[0]}?" if near else ""
+    near = near or [name for name in known if given and name.lower().startswith(f"{given.lower()}_")]
+    return f" Did you mean {near[0]}?" if len(near) == 1 else ""
 
 
 def as_typed(words: Sequence[str]) -> str:

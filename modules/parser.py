@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
         """
         flags, found = self._option_string_actions, list(words)
         for place in range(len(found) - 1, 0, -1):
-            number = re.fullmatch(r"(?:--\w+=)?[0-9.]+", found[place - 1])
+            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", found[place - 1])
             if number is not None and re.fullmatch(UNIT, found[place], re.IGNORECASE):
                 found[place - 1 : place + 1] = [f"{number[0]} {found[place]}"]
         for place, word in enumerate(found[: found.index("--") if "--" in found else None]):
@@ -215,7 +215,7 @@ class Parser(argparse.ArgumentParser):
             from modules.mistyped import meant_elsewhere  # likewise
 
             elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_file)
-            if begun and not (elsewhere and begun[0] not in elsewhere):
+            if begun and not (elsewhere and (len(begun) > 1 or begun[0] not in elsewhere)):
                 continue
             is_value = before in flags and flags[before].nargs != 0
             if " " in name or (" " in word and (is_value or not word.startswith("--"))):

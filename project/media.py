@@ -152,7 +152,7 @@ def _find_captions(places: Sequence[Path]) -> str:
 def _tell_names(places: Sequence[Path]) -> Iterator[str]:
     """Yield lines about folders whose names mean something to other trainers."""
     for place in places:
-        if (repeats := re.match(r"(\d+)_", place.name)) is not None:
+        if (repeats := re.match(r"(\d{1,3})_", place.name)) is not None:
             key = f"num_repeats = {repeats[1]}"
             yield f"{place}: its number is not used. {key} in its table of dataset.toml repeats it"
         if REGULARISATION.fullmatch(place.name):
@@ -191,7 +191,8 @@ def _list_media(place: Path, found: Found) -> None:
             found.media.append(_measure(path, found.captions))
         except (MediaError, DatasetError) as error:
             found.lines.append(f"left out: {error}")
-    owned = {caption_path(path, found.captions) for path in paths if path.suffix.lower() in suffixes}
+    media = [path for path in paths if path.suffix.lower() in suffixes]
+    owned, stems = {caption_path(path, found.captions) for path in media}, {path.stem for path in media}
     for end, of_kind in others.items():
         if end == found.captions.lower():
             alone = [path for path in of_kind if path not in owned]
@@ -202,6 +203,9 @@ def _list_media(place: Path, found: Found) -> None:
             continue
         remedy = remedy_of(end) or LISTS.get(end)
         kind = "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
+        if of_kind[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in of_kind}:
+            kind = f"captions are read from {found.captions} files. Rename them, or in a folder of their own "
+            kind += f'give its table in dataset.toml caption_extension = "{of_kind[0].suffix}"'
         found.lines.append(f"{name_some(of_kind)}: left out, {kind}")
 
 

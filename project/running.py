@@ -1,7 +1,6 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataset.scripts import cache_family_latents
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules import installation
-from modules.command import INTERRUPTED, as_typed
+from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.families import with_scripts
@@ -29,7 +28,6 @@ from training.saving.states import find_latest
 WRITE_CAPTIONS = [
     *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", "MODEL_FOLDER")
 ]
-MOST_SAID = 2000  # characters of a message of the training
 UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
 
 
@@ -204,8 +202,7 @@ def _check_training(project: Project) -> None:
         errors="replace",
     )
     if done.returncode:
-        message = re.split(r"^(?:\w+Error|\w+\.py: error): ", done.stderr, flags=re.MULTILINE)[-1]
-        raise OptionError(message.partition("\n\n")[0].strip()[-MOST_SAID:])
+        raise OptionError(message_of(done.stderr))
 
 
 def _check_media(

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from generation.prompt_lines import (
+    NO_TEXT,
     LineOption,
     Value,
     parse_line,
@@ -67,7 +68,7 @@ def _unsharp(text: str) -> str | None:
 
 
 LINE_OPTIONS: Mapping[str, LineOption] = {
-    "n": LineOption("negative_prompt", str),
+    "n": LineOption("negative_prompt", str, NO_TEXT),
     "w": LineOption("W", read_whole),
     "h": LineOption("H", read_whole),
     "s": LineOption("steps", read_whole),
@@ -76,8 +77,8 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
     "nl": LineOption("negative_scale", _or_none(read_number)),
     "t": LineOption("strength", read_number),
     "am": LineOption(MULTIPLIERS, _numbers),
-    "c": LineOption("clip_prompt", str),
-    "f": LineOption("file_name", str),
+    "c": LineOption("clip_prompt", str, NO_TEXT),
+    "f": LineOption("file_name", str, NO_TEXT),
     "ow": LineOption("original_width", read_whole),
     "oh": LineOption("original_height", read_whole),
     "nw": LineOption("original_width_negative", read_whole),

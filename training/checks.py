@@ -35,15 +35,16 @@ from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
+from training.run_options import MOST_STEPS
 
 
 def check_before_loading(
-    family: Family, options: TrainingOptions, total_steps: int, sampling: Family | None = None
+    family: Family, options: TrainingOptions, total_steps: int | None, sampling: Family | None = None
 ) -> None:
     """Raise UserError for a run that is impossible.
 
-    The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run.
-    sampling: the model of samples, if it is another one.
+    The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run;
+    None: not known yet, nothing is too long for it. sampling: the model of samples, if it is another one.
     """
     family.check_given_files()
     if sampling is not None:
@@ -64,7 +65,7 @@ def check_before_loading(
             "lr": options.optimizer.learning_rate,
         }
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
-        make_lr_schedule(options.lr_schedule, optimizer, total_steps)
+        make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
     check_networks(family, options)
     samples, of_samples = options.samples, sampling or family
     if samples.preview.preview_latent_every is not None:

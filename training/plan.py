@@ -106,7 +106,7 @@ def make_plan(
     progress = first_progress(options, saved)
     check_computing(family, options, device, processes.fp8)
     if options.caching is not None:  # before minutes of encoding
-        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+        check_before_loading(family, options, options.loop.known_steps, sampling)
     texts, sources = _find_sources(family, options, config, device)
     process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
     training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)

@@ -54,7 +54,7 @@ def train_network(
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
-        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+        check_before_loading(family, options, options.loop.known_steps, sampling)
         return 0
     if options.only_shows:
         code: int = import_own("training.previews").show_preview(family, options, commands, sampling)

@@ -106,6 +106,11 @@ class LoopOptions(Options, title="training run"):
     def __post_init__(self) -> None:
         self.page.require_check(self.check)
 
+    @property
+    def known_steps(self) -> int | None:
+        """Return the optimizer steps in total; None if epochs say how many, which the data decide."""
+        return self.max_train_steps if self.max_train_epochs is None else None
+
 
 class StartOptions(Options, title="beginning later"):
     """Where the run begins without a saved state. The data and noise of the steps before are left out."""

@@ -42,12 +42,12 @@ def make_saver(
     model: TrainedModel,
     uploads: "Uploads | None",
     prompts: Sequence[str],
-    note_saved: Callable[[Path, int], None],
+    note_saved: Callable[[Sequence[Path], int], None],
 ) -> Saver | NoSaver:
     """Make the saver in the main process; the others save nothing.
 
-    uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets each file that
-    is saved, and the step.
+    uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
+    each save, and the step.
     """
     plan, trainable = model.plan, model.trainable
     options, progress = plan.options, plan.progress
@@ -80,7 +80,6 @@ def make_saver(
     def publish(path: Path) -> None:
         if uploads is not None:
             uploads.publish(path, card)
-        note_saved(path, progress.step)
 
     return Saver(
         plan.saving,
@@ -91,6 +90,7 @@ def make_saver(
         (lambda _: None) if uploads is None else uploads.publish_state,
         write_average if model.average.values else None,
         is_first,
+        lambda paths: note_saved(paths, progress.step),
     )
 
 

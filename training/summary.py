@@ -15,6 +15,7 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
 from modules.planning.device_memory import MemoryWatch
+from modules.text_files import real_path
 from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
@@ -287,6 +288,7 @@ def make_reporter(
             [(option.name, option.text) for option in given if not option.is_changed],
             True,
             history.describe_process(),
+            str(real_path(plan.names.folder)),
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),
         progress.step,

@@ -326,8 +326,11 @@ document.addEventListener("htmx:after:swap", () => {
   wasAdded = false;
 });
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
+  if (target !== document && target.matches(".add")) $("added").textContent = "";
   if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
   if (target.matches(".add")) {
+    for (const one of target.querySelectorAll(".draft")) one.remove();
+    $("words").defaultValue = "";
     target.reset();
     wasAdded = true;
   }

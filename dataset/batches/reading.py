@@ -89,7 +89,12 @@ def read_batch(
 
 def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
     table, clip = item.table, record.clip
-    if clip is None or not (clip.complete or table.frame_extraction == "head") or record.parts > 1:
+    if (
+        table.load_tensors
+        or clip is None
+        or not (clip.complete or table.frame_extraction == "head")
+        or record.parts > 1
+    ):
         return 0
     return len(spans(table, clip.kept_frames, frame_step))
 

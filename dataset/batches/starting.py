@@ -70,7 +70,7 @@ def check_caches(
     fewer = [
         (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
     ]
-    if fewer:
+    if fewer and process[0] == 0:  # the share of one tells it
         logger.warning(
             "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
             "%s",

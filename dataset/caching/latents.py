@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,13 +152,18 @@ def batches(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
 class EncodersOnDemand:
     """The media encoders of a family, loaded when the first item is encoded."""
 
-    def __init__(self, family: Caches, device: torch.device) -> None:
-        self._family, self._device = family, device
+    def __init__(
+        self, family: Caches, device: torch.device, before_loading: Callable[[], None] | None = None
+    ) -> None:
+        """before_loading: frees what they take the place of."""
+        self._family, self._device, self._before_loading = family, device, before_loading
         self._loaded: data.MediaEncoders | None = None
 
     def get(self) -> data.MediaEncoders:
         """Return the encoders. Raises CheckpointError if they cannot be loaded."""
         if self._loaded is None:
+            if self._before_loading is not None:
+                self._before_loading()
             self._loaded = self._family.media_encoders(self._device)
             vae = self._loaded.vae
             weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None

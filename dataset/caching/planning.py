@@ -32,6 +32,10 @@ from modules.media.reading import image_size
 FLIP = "flip"  # mirrored latents are there too
 
 
+class OtherKind(CacheError):
+    """A cache that another encoder, other options or another program made."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How this run makes latents: everything that caches depend on besides the sources and their tables."""
@@ -97,6 +101,7 @@ class SourcePlan:
     reason: str | None = None  # why there is no item at all
     short: str | None = None  # for which target_frames the clip is too short, if it gives other items
     outdated: str | None = None  # why an existing file is made again
+    is_other: bool = False  # one was made by another encoder, with other options, or by another program
 
 
 def plan_all(
@@ -251,6 +256,7 @@ class _Planning:
         foreign = 0
         missing: list[Span] = []
         outdated: str | None = None
+        is_other = False
         is_image = table.kind == "image"
         # files by item (from their names), in the order of their sections
         there: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
@@ -287,10 +293,10 @@ class _Planning:
                 kept |= set(files)
             except CacheError as error:
                 missing.append(span)
-                outdated = outdated or str(error)
-        return SourcePlan(
-            self.source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated
-        )
+                outdated = str(error) if outdated is None or isinstance(error, OtherKind) else outdated
+                is_other = is_other or isinstance(error, OtherKind)
+        counts = self.source, frozenset(kept), foreign, tuple(missing), tuple(items)
+        return SourcePlan(*counts, outdated=outdated, is_other=is_other)
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
         """Check that a file of an item equals the one that this run would write; return if it has no record.
@@ -303,28 +309,28 @@ class _Planning:
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-                raise CacheError(f"{path}: it has no mask of the loss")
+                raise OtherKind(f"{path}: it has no mask of the loss")
             if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
-                raise CacheError(f"{path}: it does not say how many frames make a second")
+                raise OtherKind(f"{path}: it does not say how many frames make a second")
             references = self.source.control if self.table.references is not None else ()
             if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-                raise CacheError(f"{path}: it has no latents of its {len(references)} reference pictures")
+                raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
             if not (recipe.skip_existing or is_shared):
-                raise CacheError(f"{path}: it has no record of what it was made from")
+                raise OtherKind(f"{path}: it has no record of what it was made from")
             window = self.table.fp_latent_window_size
             length = span[1] if files[file].section is None else records.section_frames(window, recipe.latent)
             shape = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
             if shape not in header.grids:
                 grids = ", ".join("x".join(map(str, grid)) for grid in sorted(header.grids))
                 ours = "x".join(map(str, shape))
-                raise CacheError(
-                    f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}"
-                )
+                raise OtherKind(f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}")
             return True
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
         changed = recipe.difference(record, self.source, size, bucket, span)
-        changed = changed or self._read_otherwise(record) or self._find_change(record.files)
+        if changed is not None:
+            raise OtherKind(f"{path}: {changed}")
+        changed = self._read_otherwise(record) or self._find_change(record.files)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         if entry is not None:

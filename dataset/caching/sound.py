@@ -60,7 +60,9 @@ class SoundPlan:
 
 
 class SoundWork:
-    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`."""
+    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`, or until
+    the encoders of pictures are loaded in their place.
+    """
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class SoundWork:
         assert family.sound is not None
         self._family, self._spec, self._stores, self._device = family, family.sound, stores, device
         self._skip_existing, self._verify = skip_existing, verify
+        self.before_loading: Callable[[], None] = lambda: None  # frees what the networks take the place of
         self._tag, self._networks = sound_tag(family.cache_tag), None
         self._existing: ExistingNames = {
             table.index: LatentNames(stores.of(table), self._tag, table.kind)
@@ -217,6 +220,7 @@ class SoundWork:
     def _encode(self, file: str, name: LatentName, samples: Tensor, read: SoundPlan) -> Callable[[], None]:
         """Encode the sound of an item; return what writes it."""
         if self._networks is None:
+            self.before_loading()
             self._networks = self._family.sound_networks(self._device, decodes=False)
         assert name.span is not None
         frames, source = name.span[1], read.source

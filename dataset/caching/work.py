@@ -46,7 +46,9 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 class MediaWork:
-    """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`."""
+    """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`, or
+    until those of sound are loaded in their place, and the other way round.
+    """
 
     def __init__(
         self,
@@ -106,7 +108,9 @@ class MediaWork:
             has_rates=family.can.rate,
         )
         self._family, self._config, self._options, self._device = family, config, options, device
-        self._encoders = EncodersOnDemand(family, device)
+        self._encoders = EncodersOnDemand(family, device, self._sound.free if self._sound else None)
+        if self._sound is not None:  # the networks of pictures and of sound take turns
+            self._sound.before_loading = self._encoders.free
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> CacheReport:
         """Encode every item of some sources that has no valid entry.
@@ -132,7 +136,7 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
-        outdated = [plan.outdated for plan in to_do if plan.outdated is not None]
+        outdated = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
         if outdated and shows:
             _warn_of_outdated(outdated)
         finished = [plan for plan in plans if plan.missing == ()]
@@ -164,7 +168,6 @@ class MediaWork:
         report = dataclasses.replace(report, right=frozenset(kept | written))
         if self._sound is None:
             return report
-        self._encoders.free()  # the VAE of pictures is not needed beside that of sound
         return join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
 
     def remove_stale(

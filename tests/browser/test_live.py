@@ -210,6 +210,7 @@ def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp
         {"changed": [["output_dir", "another"]]},
         {"changed": [["output_dir", "/output"]]},
         {"changed": []},
+        {"written_in": "/output"},
     ],
 )
 def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_queued(
@@ -226,12 +227,21 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
         page.wait_for_selector("#words")
         assert page.input_value("#words") == line.replace("\u202e", r"\u202e")
         assert "x in" in page.inner_text("form.add .note >> nth=0")
+        page.fill("#words", "bash x")
+        page.click("text=/^Add$/")
+        page.wait_for_selector("#said >> text=/bash.* is no command/")
+        page.click("text=Start the queue")  # it stands in what the buttons change
+        page.click("text=Pause the queue")
+        assert page.input_value("#words") == "bash x"
         assert queue.jobs() == []
         page.fill("#words", "python convert_lora.py --help")
         page.click("text=/^Add$/")
         page.wait_for_selector("text=Added: it waits above.")
-        assert [job.line for job in queue.jobs()] == ["python convert_lora.py --help"]
-        assert page.problems == []
+        assert [(job.line, job.folder) for job in queue.jobs()] == [
+            ("python convert_lora.py --help", str(history.parent))
+        ]
+        assert page.locator("[name=run]").count() == 0
+        assert [problem for problem in page.problems if "422" not in problem] == []
 
 
 def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:

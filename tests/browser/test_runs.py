@@ -104,6 +104,13 @@ def test_a_time_left_that_no_training_writes_breaks_no_page(left: str, tmp_path:
         assert [served.ask(address).status for address in ("/", served.of("x"))] == [200, 200]
 
 
+@pytest.mark.parametrize("typed", [".", "../output", "link"])
+def test_a_run_is_of_here_however_its_folder_was_typed(typed: str, tmp_path: Path) -> None:
+    told = {"written_in": str(tmp_path / "output")} if typed == "link" else {}
+    write_run(tmp_path / "output", changed=[["output_dir", typed]], **told)
+    assert look(tmp_path)["x"].is_of_here
+
+
 def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
     path = write_run(tmp_path, kind="")
     started = path.read_text(encoding="utf-8").splitlines()[1]

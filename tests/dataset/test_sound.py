@@ -369,3 +369,21 @@ def test_shards_and_actors_together_give_the_sound_of_a_single_run(tmp_path: Pat
     for one in (shared, by_actor):
         report = cache(one)
         assert (report.written, report.kept, report.removed) == (0, 8, 0)
+
+
+def test_sound_that_is_cached_leaves_the_encoders_of_pictures_loaded(tmp_path: Path) -> None:
+    config = make_mixed_set(tmp_path, "files")
+    cache(config)
+    for path in tmp_path.rglob("*_toy.safetensors"):
+        path.unlink()
+    family, loaded = hearing(), list[str]()
+    for name in ("media_encoders", "sound_networks"):
+
+        def load(*given: Any, of: Any = getattr(family, name), name: str = name, **more: Any) -> Any:
+            loaded.append(name)
+            return of(*given, **more)
+
+        setattr(family, name, load)
+    actor = CachingActor(main_of(family, config), ("--words",), True, 3, 1)
+    assert sum(actor({"shard_index": [0, 1, 2]})["written"]) == 5
+    assert loaded == ["media_encoders"]

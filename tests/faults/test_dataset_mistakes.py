@@ -264,3 +264,12 @@ def test_a_file_of_another_trainer_is_translated(name: str, tmp_path: Path) -> N
         load_dataset_config(tmp_path / name)
     for word in (*words, "reelsmith.py new FOLDER"):
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(("key", "is_theirs"), [("directory", False), ("folder_path", True)])
+def test_the_problems_of_a_file_are_told_whoever_it_is_of(key: str, is_theirs: bool, tmp_path: Path) -> None:
+    path = tmp_path / "d.toml"
+    path.write_text(f"[[datasets]]\n{key} = 'clips'\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match="the source of its items is missing") as raised:
+        load_dataset_config(path)
+    assert ("seems to be a file of" in str(raised.value)) is is_theirs

@@ -100,6 +100,9 @@ NAMES = (
     wrong(TRAININGS, "--config_file dataset.toml", "describes a data set", "give it to --dataset_config"),
     wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
+    wrong(GENERATIONS, "--lora x", "Unknown option --lora. Did you mean --lora_weight?"),
+    wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Leave it out."),
+    wrong(TRAININGS, "--output o --step 3", "--output. Did you mean --output_dir?", "--step. Leave it out."),
     wrong(GENERATIONS, "--output out.mp4", "Unknown option --output. Did you mean --save_path?"),
     wrong(NETWORK_TRAININGS, "--dim 4 --resume_from x", "mean --network_dim?", "mean --resume?"),
     wrong(GENERATIONS, "--width 9", "Did you mean --video_size HEIGHT WIDTH?"),
@@ -207,6 +210,7 @@ OF_ANOTHER_KIND = (
 NEARLY = (
     wrong((*GENERATIONS, *TRAININGS), "--dit model/dot.safetensors", "Did you mean model/dit.safetensors?"),
     wrong(GENERATIONS, "--vae modle/vae.safetensors", "Did you mean model/vae.safetensors?"),
+    wrong(HV, "--vae modle/text_encoder", "Did you mean model/text_encoder?"),
     wrong(GENERATIONS, "--lora_weight lorra.safetensors", "Did you mean lora.safetensors?"),
     wrong(GENERATIONS, "--from_file promts.txt", "Did you mean prompts.txt?"),
     wrong(TRAININGS, "--config_file dataset.tml", "Did you mean dataset.toml?"),

@@ -246,7 +246,7 @@ def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
 ) -> None:
     models = write_tiny_flux(tmp_path / "models")
     lines = iter(
-        ["a cat --w 17 --h 16 --s 1 --d 4", "a dog --m 0.5", "a fox --n bad --c 2 --d 6", "", "a hare"]
+        ["a cat --w 17 --h 16 --s 1 --n --d 4", "a dog --m 0.5", "a fox --n bad --c 2 --d 6", "", "a hare"]
     )
     monkeypatch.setattr("generation.run.line_reader", lambda *said: lambda: next(lines))
     files = {"--ckpt_path": models.dit, "--clip_l": models.clip_l, "--t5xxl": models.t5xxl, "--ae": models.ae}

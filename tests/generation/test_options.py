@@ -12,7 +12,12 @@ from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
 from generation.dressing import leave_out_missing
 from generation.options import GenerationOptions, generation_parser, read_arguments, read_generation
-from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS
+from generation.prompt_lines import (
+    EMBEDDED_IMAGE_OPTIONS,
+    GENERATION_OPTIONS,
+    REFERENCES,
+    parse_generation_line,
+)
 from generation.request import make_request, seed_of
 from generation.sample_lines import parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
@@ -99,6 +104,14 @@ def test_references_of_a_line_replace_those_of_the_command_line() -> None:
     options = replace(OPTIONS, control_image_path=("a.png", "b.png"))
     assert make_request(options).control_images == (Path("a.png"), Path("b.png"))
     assert make_request(options, {"control_image_path": ["c.png"]}).control_images == (Path("c.png"),)
+
+
+def test_an_empty_path_of_a_line_cancels_that_of_the_command_line() -> None:
+    source = SourceOptions(video_path=Path("c.mp4"))
+    options = replace(OPTIONS, image_path=Path("a.png"), control_image_path=("b.png",), source=source)
+    line = parse_generation_line('a --i "" --ci \'\' --v ""', {**GENERATION_OPTIONS, **REFERENCES})
+    request = make_request(options, line)
+    assert (request.image_path, request.control_images, request.source) == (None, (), None)
 
 
 def test_what_only_the_family_reads_goes_there_as_text() -> None:

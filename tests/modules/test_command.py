@@ -318,6 +318,20 @@ def test_a_terminal_is_told_that_torch_loads(
     assert capsys.readouterr().err == "Loading torch ...\n"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "WARNING: a\n",
+        "Traceback (most recent call last):\n  x\nOSError: a\n\nTraceback (most recent call last):\n  y\n",
+    ],
+)
+def test_the_message_of_a_program_is_told_from_its_head(before: str) -> None:
+    said = "data.toml cannot be used:\nKeyError: b\n" + "c" * 3000
+    assert command.message_of(f"{before}DatasetError: {said}\n\nx") == said[:2000]
+    assert command.message_of("make.py: error: no\nmake.py --help lists all options\n")[:3] == "no\n"
+    assert command.message_of("Killed\n") == "Killed"
+
+
 def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["make.py"])
     for stop, said in ((KeyboardInterrupt(), "Interrupted.\n"), (KeyboardInterrupt("a"), "Interrupted. a\n")):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
-from modules.speed_options import cards_or_size
+from modules.speed_options import PlanOptions
 from modules.text_files import parse_toml
 from project import choosing
 from project.options import NewOptions, find_models
@@ -141,7 +141,9 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
 def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
     folder = tmp_path / "10_ohwx"
     write_photos(folder, captions=False)
-    for path in sorted(folder.iterdir()):
+    photos = sorted(folder.iterdir())
+    write_photos(tmp_path / "2024_06", count=1, stem="q")  # in the fewer files
+    for path in photos:
         path.with_name(path.stem + end).write_text("a cat", encoding="utf-8")
     (folder / "Thumbs.db").touch()
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
@@ -150,9 +152,12 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
 
     assert "gone.jpg is a link to nowhere.jpg, which is not there" in said
     assert "num_repeats = 10 in its table" in said
+    assert "num_repeats = 2024" not in said
+    told = f"q0.txt: left out, captions are read from {end} files. Rename them"
+    assert (told in said and 'caption_extension = ".txt"' in said) is (end == ".caption")
     assert "Thumbs" not in said
     assert ("That of cat.mp4 is cat.txt, not cat.mp4.txt: rename them" in said) is (found == 0)
-    (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
+    table, _ = load_dataset_config(tmp_path / "dataset.toml").datasets
     assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
 
 
@@ -161,7 +166,8 @@ def test_memory_is_read_as_people_write_it(words: str, tmp_path: Path) -> None:
     typed = f"--memory{words}" if words[0] == "=" else f"--memory {words}"
     (options,) = parse_options(None, [str(tmp_path), *typed.split(" ")], NewOptions)
     assert options.memory == 12
-    assert cards_or_size(f"2x{words.lstrip('=')}") == "2x12"
+    (planned,) = parse_options(None, ["--plan", *f"2x{words.lstrip('=')}".split(" ")], PlanOptions)
+    assert planned.plan == "2x12"
 
 
 def test_the_reason_is_told_if_nothing_can_be_read(tmp_path: Path) -> None:

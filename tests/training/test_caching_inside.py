@@ -19,6 +19,7 @@ from dataset.table import DatasetConfig
 from modules.contract.data import Batch
 from modules.contract.rules import NpzFormat
 from modules.errors import DatasetError, OptionError
+from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import same
@@ -244,3 +245,16 @@ def test_a_plan_needs_caches_on_disk(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(OptionError, match="--plan rehearses a batch from caches on disk"):
         train_network(family(), read(tmp_path, "--plan", *CACHED))
+
+
+def test_a_schedule_is_compared_with_the_steps_of_the_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    long = [*CACHED, "--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", 9, "--lr_decay_steps", 9]
+    with pytest.raises(OptionError, match="exceed the 4 steps of the run"):
+        train_network(family(), read(tmp_path, "--max_train_epochs", 2, *long))
+    monkeypatch.setenv(RUN_GOES_ON, RUN_CHECKS)
+    assert train_network(family(), read(tmp_path, "--max_train_epochs", 2, *long)) == 0
+    with pytest.raises(OptionError, match=f"exceed the {STEPS} steps of the run"):
+        train_network(family(), read(tmp_path, *long))

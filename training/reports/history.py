@@ -71,6 +71,7 @@ class Start:
     unchanged: Sequence[tuple[str, str]] = ()
     listens: bool = False  # to files that ask for something, see `TriggerFiles`
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
+    written_in: str = ""  # folder of the history, with links resolved; "": an older version's
 
     @classmethod
     def of(cls, told: Row) -> "Start":
@@ -79,7 +80,8 @@ class Start:
         numbers = int(told["total_steps"]), bool(told["listens"])
         if not 0 <= numbers[0] <= MOST_STEPS:
             raise ValueError("no run has so many steps")
-        return cls(str(told["model"]), numbers[0], changed, unchanged, numbers[1], dict(told["process"]))
+        process, folder = dict(told["process"]), str(told.get("written_in", ""))
+        return cls(str(told["model"]), numbers[0], changed, unchanged, numbers[1], process, folder)
 
 
 @dataclass

@@ -181,9 +181,11 @@ class Logs:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self._redirect.__exit__(*error)
-        with self._guarded():
-            self.accelerator.end_training()
-        threading.excepthook = self._hook
+        try:
+            with self._guarded(Exception):  # all that can be lost is lost
+                self.accelerator.end_training()
+        finally:
+            threading.excepthook = self._hook
 
     def _note_thread(self, error: threading.ExceptHookArgs) -> None:
         """Print an error of a thread, but not of TensorBoard's writer: it comes with the next number too."""
@@ -191,11 +193,11 @@ class Logs:
             self._hook(error)
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
         """Turn a tracker's first error of disk or network into a warning, and give it no more numbers."""
         try:
             yield
-        except OSError as error:
+        except kind as error:
             if not self._is_lost:
                 names = " ".join(self.options.trackers)
                 logger.warning("--log_with %s gets no more numbers, the training goes on: %s", names, error)

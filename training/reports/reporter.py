@@ -57,7 +57,6 @@ class RunReporter:
     _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
     _cost: float = 0.0  # seconds that it took
-    _saved_step: int | None = None  # of the last save
     _flushed: float = 0.0  # when the history was
     _flush_cost: float = 0.0
     _told: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
@@ -153,17 +152,16 @@ class RunReporter:
             write_sheet(sheet, title, strips, prompts)
         self._write()
 
-    def note_saved(self, path: Path, step: int) -> None:
-        """Add a saved file, and write the page unless that would take too much of the time.
+    def note_saved(self, paths: Sequence[Path], step: int) -> None:
+        """Add all files of a save, and write the page unless that would take too much of the time.
 
-        It is written once for all files of a save, and not for those of the last step: the run ends there.
+        It is not written for those of the last step: the run ends there.
         """
-        self._note(step, saved=path.name)
+        for path in paths:
+            self._note(step, saved=path.name)
         with self._guarded():
             self.history.flush()
-        is_new = step != self._saved_step and step < self.start.total_steps
-        self._saved_step = step
-        if is_new and self.now() - self._written >= max(PAUSE, self._cost / SHARE):
+        if step < self.start.total_steps and self.now() - self._written >= max(PAUSE, self._cost / SHARE):
             self._write()
 
     def _note(self, step: int, **what: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -90,6 +90,7 @@ class Saver:
     publish_state: Publish
     write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
     is_main: bool = True
+    note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
@@ -166,8 +167,11 @@ class Saver:
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)
-        for path in reversed(written) if self.is_main else ():  # the file before its average
-            self.publish(path)
+        written.reverse()  # the file before its average
+        if self.is_main:
+            for path in written:
+                self.publish(path)
+            self.note_saved(written)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)

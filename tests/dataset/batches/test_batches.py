@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_tools.report.check import check_training
-from dataset.batches import starting
+from dataset.batches import reading, starting
 from dataset.batches.checks import SameEncoders
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import NO_LIVE_PARTS, CachingCommands, ItemKind, TrainingItem
@@ -340,14 +340,19 @@ def test_large_folders_are_not_listed(
 
 @pytest.mark.parametrize(("mode", "windows"), [("chunk", 2), ("uniform", 3), ("head", 1)])
 def test_a_window_without_latents_is_told(
-    mode: str, windows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mode: str, windows: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    count = reading._count_windows
+
+    def given(item: TrainingItem) -> TrainingItem:
+        return replace(item, table=replace(item.table, load_tensors=True))
+
     config = cached(tmp_path, clips=(10, 10), frame_extraction=mode, frame_sample=3)
 
-    def check() -> str:
+    def check(process: tuple[int, int] = (0, 1)) -> str:
         items = find_items(config, "toy", LATENT).items
         caplog.clear()
-        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True)
+        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True, process)
         return caplog.text
 
     assert "fewer latents" not in check()
@@ -356,3 +361,6 @@ def test_a_window_without_latents_is_told(
         assert (
             f"1 clip with fewer latents than windows, such as clip_0, {windows - 1} of {windows}" in check()
         )
+        assert "fewer latents" not in check((1, 2))  # the first process tells
+        monkeypatch.setattr(reading, "_count_windows", lambda item, *rest: count(given(item), *rest))
+        assert "fewer latents" not in check()

@@ -374,6 +374,10 @@ def test_caches_of_another_kind_are_told_before_they_are_replaced(
 ) -> None:
     config = make_config(tmp_path)
     cache_media(ToyFamily(), config, options())
+    next((tmp_path / "cache").glob("*.safetensors")).write_bytes(b"damaged")
+    with caplog.at_level("INFO"):
+        cache_media(ToyFamily(), config, options())
+    assert "1 sources had outdated cache files" in caplog.text
     assert "replaces" not in caplog.text
     other = ToyFamily()
     other.media_identity = {**other.media_identity, "image": "i2v"}

@@ -1,11 +1,13 @@
 """Progress bar, trackers, and steps that are timed where they end, by a clock that only work moves."""
 
+import contextlib
 import importlib.util
 import io
 import itertools
 import json
 import re
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -103,6 +105,15 @@ def test_without_trackers_only_the_bar_moves() -> None:
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_tracker_that_cannot_end_leaves_threads_their_errors(error: type[BaseException]) -> None:
+    before, logs = threading.excepthook, Logs(make_accelerator(PLAIN), options().logs, 10, 4)
+    logs.accelerator.end_training = MagicMock(side_effect=error)
+    with contextlib.suppress(KeyboardInterrupt), logs:
+        pass
+    assert threading.excepthook is before
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:

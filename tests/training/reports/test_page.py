@@ -157,24 +157,26 @@ def test_the_page_lists_the_options_that_were_typed(tmp_path: Path) -> None:
 
 
 def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path: Path) -> None:
-    clock, written = [0.0], list[float]()
+    clock, written, whole = [0.0], list[float](), list[bool]()
     history, start = History(tmp_path / "x-history.jsonl", 1), Start("toy", 4)
 
     def commands(best: Path | None, is_finished: bool) -> list[PageCommand]:
         written.append(clock[0])  # asked for by each page
+        whole.append(history.path.exists() and "a-ema" in history.path.read_text(encoding="utf-8"))
         return []
 
     reporter = RunReporter(history, start, {}, 0, commands, list, now=lambda: clock[0])
     with reporter:
-        for moment, step, name in [(1, 2, "a"), (2, 2, "a-ema"), (3, 3, "b"), (5, 4, "x"), (6, 4, "x-ema")]:
+        for moment, step, name in [(1, 2, "a"), (3, 3, "b"), (5, 4, "x")]:
             clock[0] = 1000.0 * moment  # late enough for another one
-            reporter.note_saved(tmp_path / f"{name}.safetensors", step)
+            reporter.note_saved([tmp_path / f"{name}{end}.safetensors" for end in ("", "-ema")], step)
             if step == 3:
                 clock[0] += 1000
                 reporter.note_samples(step, "000003")
         clock[0] = 7000.0
 
     assert written == [0, 1000, 3000, 4000, 7000]
+    assert whole == [False, True, True, True, True]
 
 
 def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
