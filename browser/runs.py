@@ -115,7 +115,7 @@ class Glance:
         if not typed:
             return False
         here = os.path.normcase(real_path(self.history.parent))
-        if os.path.isabs(typed):
+        if Path(typed).is_absolute():
             return here == os.path.normcase(real_path(Path(typed)))
         # an older version's: from which folder it was typed is not known
         parts = Path(os.path.normcase(os.path.normpath(typed))).parts

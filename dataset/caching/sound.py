@@ -60,8 +60,8 @@ class SoundPlan:
 
 
 class SoundWork:
-    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`, or until
-    the encoders of pictures are loaded in their place.
+    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`, or
+    until the encoders of pictures are loaded in their place.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     )
     if not given.exists():
         named = f"{option} is not given, and its default" if given == default else option
-        is_name = re.fullmatch(r"[\w-]+/[\w.-]+", given.as_posix())
-        is_name = is_name and not re.search(r"\.[a-z]\w*$", given.name) and not given.parent.exists()
+        is_name = bool(re.fullmatch(r"[\w-]+/[\w.-]+", given.as_posix())) and not given.parent.exists()
+        is_name = is_name and not re.search(r"\.[a-z]\w*$", given.name)
         hub = " A name on the hub is not downloaded here." if is_name else ""
         raise CheckpointError(
             f"{named} {given}: no such file or folder.{explain_missing(given) or hub} Give the path of the "
