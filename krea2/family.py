@@ -1,5 +1,6 @@
 """Krea 2, described for the shared loops."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,19 +10,22 @@ from torch import Tensor, nn
 
 from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
 from krea2.configs import DIT, KREA_2, LATENT, NOISE
-from krea2.files import KEY, KREA_2_USE, Krea2Files, is_raw, is_turbo
+from krea2.files import FEW_STEPS, KEY, KREA_2_USE, Krea2Files, told_turbo
 from krea2.names import LORA
 from krea2.options import (
+    GUIDANCE_OF_TURBO,
     MU_OF_FEW,
     MU_OF_MANY,
     MU_OF_TURBO,
     NAME,
     SIDE,
+    STEPS_OF_TURBO,
     Krea2GenerationOptions,
     Krea2LatentCachingOptions,
     Krea2ModelOptions,
     Krea2TextCachingOptions,
     Krea2TrainingOptions,
+    check_levels,
     check_mu,
 )
 from modules.contract.data import (
@@ -34,8 +38,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
-from modules.contract.few_steps import FewSteps
+from modules.contract.family import Abilities, DitSpec, Family, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -44,9 +47,11 @@ from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 
+logger = logging.getLogger(__name__)
+
 TEXTS_AGAIN = "krea2_cache_text_encoder_outputs.py"
 DEFAULTS = picture_defaults(28, 5.5, SIDE)
-TURBO = replace(DEFAULTS, steps=8, guidance_scale=1.0)
+TURBO = replace(DEFAULTS, steps=STEPS_OF_TURBO, guidance_scale=GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
 
@@ -58,6 +63,7 @@ class Krea2(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
     samples_on_turbo: bool = False  # the transformer is that of --turbo_dit
 
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
     name: str = field(default="krea2", init=False)
     named: ClassVar = {
         "architecture": "krea2",
@@ -65,10 +71,7 @@ class Krea2(ModelOfPictures):
         "implementation": "https://github.com/krea-ai/krea-2",
         "model_type": "krea2",
     }
-    few_steps: ClassVar = FewSteps(
-        "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a "
-        "LoRA that undoes the distillation"
-    )
+    few_steps: ClassVar = FEW_STEPS
     cache_tag: str = field(default="kr2", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -81,7 +84,7 @@ class Krea2(ModelOfPictures):
     @property
     def is_turbo(self) -> bool:
         """Whether the transformer is Turbo."""
-        return self.samples_on_turbo or is_turbo(self.files.dit)
+        return self.samples_on_turbo or (told_turbo(self.files.dit) or (False,))[0]
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -90,8 +93,8 @@ class Krea2(ModelOfPictures):
 
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer is Turbo."""
-        told = f"{self.files.dit} is {NAME} Turbo, as its folder says"
-        return super().why_few_steps() or (told if self.is_turbo else None)
+        is_turbo, where = told_turbo(self.files.dit) or (False, "")
+        return f"{self.files.dit} is {NAME} Turbo: {where}" if is_turbo else None
 
     # encoding
 
@@ -143,13 +146,17 @@ class Krea2(ModelOfPictures):
         another kind.
         """
         prepared = self.settle_picture(request, 1.0)
-        if request.flow_shift is not None:
-            return prepared
         told = {name: float(text) for name, text in request.extra.items() if name in {"mu", "y1", "y2"}}
         for name, value in told.items():
             check_mu(value, f"--{name}")
+        check_levels(told, request.flow_shift is not None)
+        if request.flow_shift is not None:
+            return prepared
+        if "mu" in told and len(told) > 1:
+            idle = " ".join(f"--{name}" for name in told if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, told["mu"])
+        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and not told else None)
         ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
-        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and ends == (MU_OF_FEW, MU_OF_MANY) else None)
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
@@ -187,10 +194,11 @@ def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
     turbo = options.turbo_dit
     if turbo is None:
         return None
-    if is_raw(turbo):
+    is_turbo, where = told_turbo(turbo) or (True, "")
+    if not is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw, which makes no picture in eight steps. Give "
-            "turbo.safetensors, or leave the option out"
+            f"--turbo_dit {turbo}: it says that it is raw ({where}), which makes no picture in eight steps. "
+            "Give turbo.safetensors, or leave the option out"
         )
     return Krea2(_files(replace(options, dit=turbo, turbo_dit=None)), options, samples_on_turbo=True)
 
