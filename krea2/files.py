@@ -1,6 +1,6 @@
 """Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
 
-Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have the same tensors: `told_turbo`.
+Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `told_turbo`.
 """
 
 import json
@@ -47,8 +47,8 @@ FILES = (
     "either, or krea2_raw_bf16.safetensors of Comfy-Org"
 )
 FEW_STEPS = FewSteps(
-    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA that "
-    "undoes the distillation",
+    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
+    "that undoes the distillation",
     unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 # dialect -> a tensor that only it has

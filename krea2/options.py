@@ -126,10 +126,12 @@ def check_mu(mu: float, option: str) -> None:
 
 
 def check_levels(told: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError for noise levels that are said in two ways. told: those of `EXTRAS` that are given."""
+    """Raise OptionError for noise levels that are said in two ways. told: which of `EXTRAS` are given."""
     if told and has_shift:
         typed = " ".join(f"--{name}" for name in told)
-        raise OptionError(f"--flow_shift and {typed}: each says the noise levels alone. Leave one of them out")
+        raise OptionError(
+            f"--flow_shift and {typed}: each says the noise levels alone. Leave one of them out"
+        )
 
 
 def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:

@@ -247,7 +247,7 @@ def test_damaged_factors_tell_no_family_by_their_sizes(shapes: dict[str, tuple[i
 
 
 def test_all_layers_of_krea_2_have_the_released_sizes() -> None:
-    """The text's blocks have heads and widths of their own; a key layer as high as one of queries is another's."""
+    """The text's blocks have their own heads and widths; keys as wide as queries are another model's."""
     sizes = {
         name.removesuffix(".weight").replace(".", "_"): shape
         for name, (_, shape) in tensor_list("krea2-dit").items()

@@ -470,7 +470,9 @@ def test_two_steps_equal_those_computed_with_diffusers(tmp_path: Path, name: str
         assert len(every) - len(learned) == case.unused
         return learned
 
-    assert_steps_of_descent(tmp_path / "out", parts, case.rate, gradients_at, name, case.tolerance, case.share)
+    assert_steps_of_descent(
+        tmp_path / "out", parts, case.rate, gradients_at, name, case.tolerance, case.share
+    )
     if case.lora is not None:
         assert_same_effect(case, dit_file, tmp_path / "out" / "lora.safetensors", items)
 

@@ -55,7 +55,9 @@ IN_KREA = [f"attn_{one}" for one in ("wq", "wk", "wv", "gate", "wo")] + ["mlp_ga
 KREA = ("first", "blocks_0", "tmlp_0", "tmlp_2", "txtfusion_layerwise_blocks_0", "txtfusion_projector")
 KREA += ("txtfusion_refiner_blocks_0", "txtmlp_1", "txtmlp_3", "last_linear", "tproj_1")
 RECORDED["krea2"] = [
-    f"lora_unet_{part}{one}" for part in KREA for one in ([f"_{x}" for x in IN_KREA] if "blocks" in part else [""])
+    f"lora_unet_{part}{one}"
+    for part in KREA
+    for one in ([f"_{x}" for x in IN_KREA] if "blocks" in part else [""])
 ]
 FACTORS = {
     "lora": ("lora_down.weight", "lora_up.weight"),
